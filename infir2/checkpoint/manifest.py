@@ -1,0 +1,93 @@
+"""The manifest: size and SHA-256 of every file of a checkpoint, written last, itself guarded by a checksum.
+
+    {"files": {"state.json": {"sha256": "9f86...", "size": 512}, ...}, "format": 1, "manifest_sha256": "c0ff...", "step": 20}
+
+The file must be byte for byte the canonical JSON of its content, so a flipped byte anywhere in it is found.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from infir2.errors import CheckpointCorruptError, CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class FileEntry(NamedTuple):
+    """What the manifest promises about one file: its length in bytes and its SHA-256 as hex."""
+
+    size: int
+    sha256: str
+
+
+def _canonical(content: Mapping[str, object]) -> bytes:
+    return json.dumps(content, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def encode_manifest(step: int, files: Mapping[str, FileEntry]) -> bytes:
+    """The bytes of manifest.json for these files."""
+    content: dict[str, object] = {"format": FORMAT, "step": step, "files": {name: entry._asdict() for name, entry in files.items()}}
+    digest = hashlib.sha256(_canonical(content)).hexdigest()
+    return _canonical({**content, "manifest_sha256": digest})
+
+
+def read_manifest(directory: Path) -> tuple[int, dict[str, FileEntry]]:
+    """(step, files) of a checkpoint directory; CheckpointCorruptError unless the manifest is whole and agrees with itself."""
+    path = directory / MANIFEST
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointCorruptError(f"{path}: cannot be read ({error.strerror}); the checkpoint is not complete.") from error
+    try:
+        content = json.loads(data)
+        digest = content.pop("manifest_sha256")
+        if content["format"] == FORMAT and hashlib.sha256(_canonical(content)).hexdigest() == digest:
+            files = {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
+            whole = encode_manifest(content["step"], files) == data
+        elif isinstance(content["format"], int) and content["format"] > FORMAT:
+            raise CheckpointError(
+                f"{path}: written by a newer version of infir2 (format {content['format']}); use that version to read it."
+            )
+        else:
+            whole = False
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointCorruptError(f"{path}: is not a manifest ({type(error).__name__}); the file is damaged.") from error
+    if not whole:
+        raise CheckpointCorruptError(f"{path}: its content does not match its own checksum; the file is damaged.")
+    for name in files:
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise CheckpointCorruptError(f"{path}: names '{name}', which is not a file inside the checkpoint.")
+    return content["step"], files
+
+
+def _verify_file(path: Path, entry: FileEntry) -> None:
+    try:
+        size = path.stat().st_size
+        if size != entry.size:
+            raise CheckpointCorruptError(
+                f"{path}: has {size} bytes instead of the {entry.size} in its manifest; the file was cut or changed."
+            )
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointCorruptError(f"{path}: cannot be read ({error.strerror}); the checkpoint is not complete.") from error
+    if digest != entry.sha256:
+        raise CheckpointCorruptError(f"{path}: its SHA-256 differs from its manifest; its bytes have changed since it was written.")
+
+
+def verify_directory(directory: Path) -> tuple[int, dict[str, FileEntry]]:
+    """Read every byte of a checkpoint and compare; (step, files), or CheckpointCorruptError that names the file.
+
+    Hashing releases the interpreter's lock, so files are read by several threads.
+    """
+    step, files = read_manifest(directory)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda item: _verify_file(directory / item[0], item[1]), files.items()):
+            pass
+    return step, files

@@ -1,0 +1,286 @@
+"""Checkpoints of a run directory that survive a kill at any moment.
+
+A checkpoint is written under a temporary name, every file synced, the manifest (sizes and SHA-256) last, then published
+by one rename. `step-N` therefore is whole or does not exist, and nothing published is ever written to again.
+
+    runs/cpt/checkpoints/step-20/{tensors-00000.safetensors, ..., state.json, manifest.json}
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from infir2.checkpoint.lock import RunLock
+from infir2.checkpoint.manifest import MANIFEST, FileEntry, encode_manifest, verify_directory
+from infir2.checkpoint.progress import byte_progress
+from infir2.checkpoint.shards import LazyTensors, split_shards, write_file, write_shard
+from infir2.errors import CheckpointCorruptError, CheckpointError
+from infir2.faults import fault
+
+CHECKPOINTS = "checkpoints"
+STATE = "state.json"
+FOREIGN_LEFTOVER_SECONDS = 3600.0
+_STEP = re.compile(r"step-(0|[1-9]\d*)")
+_LEFTOVER = re.compile(r"\.tmp-step-\d+-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]+")
+_CORRUPT = re.compile(r"corrupt-step-(\d+)-[0-9a-f]+")
+
+Warn = Callable[[str], None]
+
+
+def _log_warning(message: str) -> None:
+    logging.getLogger("infir2").warning(message)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest has been verified."""
+
+    step: int
+    path: Path
+    files: Mapping[str, FileEntry]
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The JSON-able part: configuration, data position, random number generators."""
+        return json.loads((self.path / STATE).read_bytes())
+
+    def tensors(self) -> LazyTensors:
+        """The tensors by name; each is read from its file when asked for."""
+        return LazyTensors([self.path / name for name in sorted(self.files) if name.endswith(".safetensors")])
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Verify and open one `step-N` directory; CheckpointCorruptError names the first bad file."""
+    step, files = verify_directory(path)
+    if path.name != f"step-{step}":
+        raise CheckpointCorruptError(
+            f"{path}: its manifest says step {step}; the directory was renamed or the file belongs to another one."
+        )
+    if STATE not in files:
+        raise CheckpointCorruptError(f"{path / MANIFEST}: lists no {STATE}.")
+    return Checkpoint(step, path, files)
+
+
+def published_steps(directory: Path) -> list[int]:
+    """Steps of the `step-N` directories, oldest first; an absent directory has none."""
+    try:
+        names = [entry.name for entry in directory.iterdir() if entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
+
+
+def newest_checkpoint(directory: Path, warn: Warn, skipped: set[int] | None = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies, None if there are none; CheckpointError if there are some and none verifies.
+
+    Each one that is passed over is named through `warn`, with the reason, and its step added to `skipped`.
+    """
+    steps = published_steps(directory)
+    for step in reversed(steps):
+        try:
+            return load_checkpoint(directory / f"step-{step}")
+        except CheckpointCorruptError as error:
+            warn(f"skipped checkpoint step-{step}: {error}")
+            if skipped is not None:
+                skipped.add(step)
+    if steps:
+        raise CheckpointError(
+            f"{directory}: none of its {len(steps)} checkpoints verifies (the warnings name each file); "
+            "restore one from a copy, or move the directory away to start over."
+        )
+    return None
+
+
+def open_checkpoint(path: str | Path, warn: Warn = _log_warning) -> Checkpoint:
+    """The newest good checkpoint of a run directory, or exactly the one named: `runs/x` or `runs/x/checkpoints/step-N`.
+
+    Reading takes no lock: a running job's published checkpoints can be opened at any time.
+    """
+    path = Path(path)
+    if _STEP.fullmatch(path.resolve().name) and not (path / CHECKPOINTS).is_dir():
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: there is no such checkpoint.")
+        return load_checkpoint(path.resolve())
+    checkpoint = newest_checkpoint(path / CHECKPOINTS, warn)
+    if checkpoint is None:
+        raise CheckpointError(f"{path}: is neither a checkpoint (step-N) nor a run directory with a saved checkpoint in {CHECKPOINTS}/.")
+    return checkpoint
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a directory, and need not
+            raise
+    finally:
+        os.close(fd)
+
+
+class Store:
+    """Writes, keeps and finds the checkpoints of one run directory.
+
+    `keep`: newest checkpoints kept. `warn` hears one sentence for everything skipped, removed or taken over.
+    `exclusive`: take the run directory's lock and clear away what dead saves left (the one writer: rank 0); with False
+    the store only reads. OutputExistsError when another job holds the directory.
+    Example: `Store("runs/cpt", keep=2).save(20, {"parameters/model.norm.weight": weight}, {"step": 20})`.
+    """
+
+    def __init__(self, run_dir: str | Path, keep: int = 2, warn: Warn = _log_warning, exclusive: bool = True) -> None:
+        assert keep >= 1
+        self.run_dir = Path(run_dir)
+        self.directory = self.run_dir / CHECKPOINTS
+        self._keep = keep
+        self._warn = warn
+        self._corrupt: set[int] = set()
+        self._close: weakref.finalize | None = None
+        if exclusive:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise self._failure("cannot be made", error) from error
+            self._close = weakref.finalize(self, RunLock.acquire(self.run_dir, warn).release)
+            self._remove_leftovers()
+
+    def close(self) -> None:
+        """Let go of the run directory; also done when the store is garbage."""
+        if self._close:
+            self._close()
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies, or None in a fresh run directory; see `newest_checkpoint`."""
+        return newest_checkpoint(self.directory, self._warn, self._corrupt)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+        """Publish `checkpoints/step-N` and thin out older ones; returns its path.
+
+        tensors: any shapes, dtypes and devices; one at a time is copied to the host. state: JSON-able.
+        A whole `step-N` that is already there is kept as it is; a damaged one is moved aside.
+        CheckpointError, with the previous checkpoints intact and nothing half-written left, when the disk is full or
+        cannot be written, after one retry (for which all older checkpoints but the newest good one are removed if the
+        disk is full).
+        """
+        assert self._close and self._close.alive, "a store that saves must be exclusive and open"
+        payload = json.dumps(dict(state)).encode()
+        target = self.directory / f"step-{step}"
+        try:
+            return load_checkpoint(target).path
+        except CheckpointCorruptError as error:
+            if target.exists():
+                self._warn(f"{error} A new checkpoint takes its place.")
+        try:
+            self._publish(target, step, tensors, payload)
+        except OSError as error:
+            self._warn(f"saving step {step} failed ({error.strerror}, errno {error.errno}); trying once more.")
+            try:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    self._make_room()
+                self._publish(target, step, tensors, payload)
+            except OSError as again:
+                raise self._failure(f"step {step} could not be saved", again) from again
+        try:
+            self._retain(step)
+        except OSError as error:  # the new checkpoint is safe; too many old ones are no reason to stop
+            self._warn(f"{self.directory}: an old checkpoint could not be removed ({error.strerror}, errno {error.errno}).")
+        return target
+
+    def _failure(self, what: str, error: OSError) -> CheckpointError:
+        reason = f"{error.strerror}, errno {error.errno} {errno.errorcode.get(error.errno or 0, '')}".rstrip()
+        return CheckpointError(f"{self.directory}: {what} ({reason}); free space or make it writable, then run the same command again.")
+
+    def _publish(self, target: Path, step: int, tensors: Mapping[str, Tensor], payload: bytes) -> None:
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        free = shutil.disk_usage(self.directory).free
+        if free < num_bytes + len(payload):
+            raise OSError(errno.ENOSPC, f"{num_bytes + len(payload)} bytes needed, {free} free")
+        temporary = self._temporary(step)
+        try:
+            temporary.mkdir()
+            self._write(temporary, step, tensors, payload, num_bytes)
+            if target.exists():
+                os.rename(target, self.directory / f"corrupt-step-{step}-{secrets.token_hex(4)}")
+            fault("save.before_rename")
+            os.rename(temporary, target)
+            _sync_directory(self.directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._corrupt.discard(step)
+        fault("save.after_rename")
+
+    def _write(self, directory: Path, step: int, tensors: Mapping[str, Tensor], payload: bytes, num_bytes: int) -> None:
+        files = {}
+        with byte_progress(f"saving step {step}", num_bytes) as on_bytes:
+            for index, shard in enumerate(split_shards(tensors)):
+                fault("save.before_shard")
+                name = f"tensors-{index:05d}.safetensors"
+                files[name] = write_shard(directory / name, shard, on_bytes)
+                fault("save.after_shard")
+        files[STATE] = write_file(directory / STATE, payload)
+        fault("save.before_manifest")
+        write_file(directory / MANIFEST, encode_manifest(step, files))
+        _sync_directory(directory)
+
+    def _temporary(self, step: int) -> Path:
+        return self.directory / f".tmp-step-{step}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+    def _remove(self, path: Path, step: int) -> None:
+        """Out of sight by one rename first, so that a kill in the middle leaves no half checkpoint behind."""
+        temporary = self._temporary(step)
+        os.rename(path, temporary)
+        fault("save.during_retention")
+        shutil.rmtree(temporary)
+
+    def _retain(self, newest: int) -> None:
+        """Keep the one just published and the newest `keep - 1` good ones; set damaged ones aside until they are old too."""
+        for step in sorted(self._corrupt & set(published_steps(self.directory))):
+            os.rename(self.directory / f"step-{step}", self.directory / f"corrupt-step-{step}-{secrets.token_hex(4)}")
+        self._corrupt.clear()
+        older = [step for step in published_steps(self.directory) if step != newest]
+        num_removed = max(0, len(older) - (self._keep - 1))
+        for step in older[:num_removed]:
+            self._remove(self.directory / f"step-{step}", step)
+        oldest = published_steps(self.directory)[0]
+        for entry in list(self.directory.iterdir()):
+            match = _CORRUPT.fullmatch(entry.name)
+            if match and int(match[1]) < oldest:
+                self._remove(entry, int(match[1]))
+
+    def _make_room(self) -> None:
+        """Remove all but the newest checkpoint that verifies; none goes if none does."""
+        try:
+            good = self.newest()
+        except CheckpointError:
+            return
+        for step in published_steps(self.directory):
+            if good and step != good.step:
+                self._remove(self.directory / f"step-{step}", step)
+                self._warn(f"{self.directory}: removed step-{step} to make room.")
+
+    def _remove_leftovers(self) -> None:
+        """Remove what dead saves of this host left; another host's only when it has not been touched for an hour."""
+        for entry in sorted(self.directory.iterdir()):
+            match = _LEFTOVER.fullmatch(entry.name)
+            if not match:
+                continue
+            ours = match["host"] == socket.gethostname()
+            with contextlib.suppress(OSError):
+                if ours or time.time() - entry.stat().st_mtime > FOREIGN_LEFTOVER_SECONDS:
+                    shutil.rmtree(entry)
+                    self._warn(f"removed {entry}, left by a save that did not finish.")
