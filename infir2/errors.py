@@ -1,0 +1,59 @@
+"""Errors of the user's that end a command: one sentence, one exit code, no traceback.
+
+Every class says which exit code the command line returns for it (docs/DESIGN.md has the table). A message names the
+key, file or row and says what to do.
+"""
+
+
+class UserError(Exception):
+    """Something the user can mend. Base of all errors that are shown without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A recipe, an option or an environment variable that cannot be used."""
+
+
+class OutputExistsError(UserError):
+    """The place to write to is already taken; nothing was written."""
+
+
+class CheckFailedError(UserError):
+    """A check the user asked for did not hold (verify-weights, a gate)."""
+
+    exit_code = 1
+
+
+class CheckpointError(UserError):
+    """A checkpoint or a model directory that cannot be read or written."""
+
+    exit_code = 3
+
+
+class CheckpointCorruptError(CheckpointError):
+    """A file of a checkpoint does not have the bytes its manifest promises."""
+
+
+class DataError(UserError):
+    """A data file that cannot be used."""
+
+    exit_code = 4
+
+
+class NonFiniteError(UserError):
+    """Training stopped because loss or gradients stayed non-finite."""
+
+    exit_code = 17
+
+
+class Preempted(UserError):
+    """SIGTERM arrived: the state is saved, the same command goes on from it."""
+
+    exit_code = 75
+
+
+class Interrupted(UserError):
+    """Ctrl-C arrived: the state is saved, the same command goes on from it."""
+
+    exit_code = 130

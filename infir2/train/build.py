@@ -1,0 +1,60 @@
+"""The model a recipe names: made new, from a Hugging Face directory, or from a run's newest checkpoint."""
+
+from pathlib import Path
+
+import torch
+
+from infir2.checkpoint import Checkpoint, open_checkpoint
+from infir2.config.schema import Fp8Section, ModelSection, RunSection
+from infir2.data import ChatTokenizer, load_tokenizer
+from infir2.errors import ConfigError
+from infir2.model import Decoder, ModelConfig
+from infir2.numerics import convert_to_fp8
+from infir2.train.trainer import load_parameters
+
+
+def device_of(section: RunSection) -> torch.device:
+    """The device a recipe asks for; `auto` is a GPU if torch sees one."""
+    if section.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if section.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("run.device is cuda, but torch sees no GPU: set run.device = 'cpu' or check the driver")
+    return torch.device(section.device)
+
+
+def is_run(path: Path) -> bool:
+    """True for a run directory or one of its checkpoints, False for a Hugging Face directory."""
+    return (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
+
+
+def tokenizer_dir(model: ModelSection, configured: str = "") -> Path:
+    """data.tokenizer if set, else the tokenizer the model came with."""
+    if configured:
+        return Path(configured)
+    path = Path(model.path)
+    return Path(open_checkpoint(path).state["tokenizer_dir"]) if is_run(path) else path
+
+
+def build_model(model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_size: int) -> Decoder:
+    """FP32 masters on the run's device, FP8 Linears where the recipe wants them. Errors: ConfigError, CheckpointError."""
+    dtype = getattr(torch, model.compute_dtype)
+    if model.shape is not None:
+        decoder = Decoder.from_shape(model.shape, vocab_size=model.shape.vocab_size or vocab_size, seed=run.seed, compute_dtype=dtype)
+    elif is_run(Path(model.path)):
+        decoder = decoder_of_checkpoint(open_checkpoint(Path(model.path)), dtype)
+    else:
+        decoder = Decoder.from_hf(Path(model.path), compute_dtype=dtype)
+    decoder.recompute = model.recompute
+    return convert_to_fp8(decoder.to(device_of(run)), fp8)
+
+
+def decoder_of_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Decoder:
+    """The masters of a checkpoint in a plain decoder on the CPU."""
+    decoder = Decoder(ModelConfig.from_hf(checkpoint.state["model_config"]), compute_dtype=dtype)
+    load_parameters(decoder, checkpoint.tensors())
+    return decoder
+
+
+def open_tokenizer(model: ModelSection, configured: str = "") -> tuple[ChatTokenizer, Path]:
+    directory = tokenizer_dir(model, configured)
+    return load_tokenizer(directory), directory

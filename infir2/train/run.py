@@ -1,0 +1,68 @@
+"""`infir2 cpt` and `infir2 sft`: the loop around the trainer's step."""
+
+import math
+import time
+from typing import Any
+
+from infir2.config.load import Loaded
+from infir2.config.schema import ScheduleSection, TrainRecipe
+from infir2.data import Loader, validation_batches
+from infir2.errors import ConfigError
+from infir2.train.build import build_model, open_tokenizer
+from infir2.train.losses import next_token_loss
+from infir2.train.schedules import learning_rate
+from infir2.train.session import Session
+from infir2.train.trainer import Trainer
+
+DATA_KIND = {"cpt": "documents", "sft": "messages"}
+
+
+def run_training(loaded: Loaded, kind: str) -> None:
+    """Train to the end of the schedule, from the newest checkpoint of `run.dir` if there is one."""
+    with Session(loaded, kind) as session:
+        recipe = session.recipe
+        tokenizer, tokenizer_dir = open_tokenizer(recipe.model, recipe.data.tokenizer)
+        loader = Loader(recipe.data, DATA_KIND[kind], tokenizer, seed=recipe.run.seed, quarantine=session.dir / "quarantine.jsonl")
+        validation = validation_batches(recipe.data, DATA_KIND[kind], tokenizer, recipe.train.validation_batches)
+        model = build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size)
+        trainer = Trainer(model, recipe.optimizer, recipe.train.head_chunk_tokens)
+        schedule = complete_schedule(recipe, loader.steps_per_epoch)
+        last_step = min(schedule.total_steps, recipe.train.stop_after_step or schedule.total_steps)
+        done = session.start(trainer, last_step)
+        if session.checkpoint:
+            loader.load_state_dict(session.checkpoint.state["loader"])
+        description = {"model_config": model.config.to_hf(), "tokenizer_dir": str(tokenizer_dir), "fp8": recipe.fp8.model_dump()}
+        for step in range(done + 1, last_step + 1):
+            line, result = _one_step(trainer, loader, learning_rate(schedule, step))
+            last = step == last_step
+            if validation and recipe.train.validate_every and (step % recipe.train.validate_every == 0 or last):
+                session.metrics.write("validation", step, validation_loss=trainer.mean_loss(validation))
+            state = description | {"loader": loader.state_dict(), "tokenizer_fingerprint": tokenizer.fingerprint()}
+            session.finish_step(step, last, result, line, state)
+
+
+def complete_schedule(recipe: TrainRecipe, steps_per_epoch: int | None) -> ScheduleSection:
+    """The schedule with total_steps filled in from train.epochs where the recipe leaves it open."""
+    schedule = recipe.schedule
+    if schedule.total_steps:
+        return schedule
+    if not recipe.train.epochs or steps_per_epoch is None:
+        raise ConfigError("schedule.total_steps is 0: set it, or train.epochs with finite data")
+    return schedule.model_copy(update={"total_steps": max(1, math.ceil(recipe.train.epochs * steps_per_epoch))})
+
+
+def _one_step(trainer: Trainer, loader: Loader, rate: float) -> tuple[dict[str, Any], Any]:
+    start = time.monotonic()
+    batches = loader.next_step()
+    result = trainer.step(batches, next_token_loss, rate)
+    seconds = time.monotonic() - start
+    line = {
+        "loss": result.loss,
+        "learning_rate": rate,
+        "gradient_norm": result.gradient_norm,
+        "trained_tokens": result.trained_tokens,
+        "tokens_per_second": sum(len(batch.token_ids) for batch in batches) / seconds,
+        "seconds": seconds,
+        "skipped": result.skipped,
+    }
+    return line, result

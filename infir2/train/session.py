@@ -1,0 +1,164 @@
+"""What every run has, whatever it trains: a run directory with one owner, its record, its checkpoints, its orderly end."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from infir2 import __version__
+from infir2.checkpoint import Checkpoint, Store, open_checkpoint
+from infir2.config.load import Loaded, changed_keys, dump, is_safe
+from infir2.config.schema import TrainRecipe
+from infir2.errors import CheckpointError, ConfigError, NonFiniteError
+from infir2.faults import fault
+from infir2.train.metrics import MetricsWriter, StepProgress
+from infir2.train.signals import StopSignals
+from infir2.train.trainer import StepResult, Trainer
+
+_PARENT_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
+
+
+class Session:
+    """The run directory while a command works in it.
+
+    `with Session(loaded, "cpt") as session:` takes the directory's lock, checks that a resumed recipe is the same one,
+    and finds the newest good checkpoint; `finish_step` logs, saves when due, and raises at a stop signal.
+    """
+
+    def __init__(self, loaded: Loaded, kind: str) -> None:
+        recipe = loaded.recipe
+        assert isinstance(recipe, TrainRecipe)
+        if not recipe.run.dir:
+            raise ConfigError("run.dir is empty: name the directory for this run's checkpoints and metrics")
+        self.recipe, self.kind, self.dir = recipe, kind, Path(recipe.run.dir)
+        self._loaded = loaded
+        if recipe.run.threads:
+            torch.set_num_threads(recipe.run.threads)
+        self._failures_in_a_row = 0
+        self._saved_step = 0
+
+    def __enter__(self) -> "Session":
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.store = Store(self.dir, keep=self.recipe.checkpoint.keep, warn=lambda text: print(f"{self.kind}: {text}", file=sys.stderr))
+        self.store.lock()
+        try:
+            self._refuse_changed_recipe()
+            self.checkpoint = self.store.newest() or self._branch_point()
+            self._write_description()
+        except BaseException:
+            self.store.unlock()
+            raise
+        self.signals = StopSignals().__enter__()
+        self._saved_step = self.checkpoint.step if self.checkpoint else 0
+        self.metrics = MetricsWriter(self.dir, self._saved_step)
+        self._started = time.monotonic()
+        return self
+
+    def start(self, trainer: Trainer, total_steps: int) -> int:
+        """Load the checkpoint, if there is one, into the trainer. Returns the last step done."""
+        self.trainer = trainer
+        done = 0
+        if self.checkpoint:
+            tensors = self.checkpoint.tensors()
+            trainer.load_tensors(tensors)
+            torch.set_rng_state(tensors["rng/torch"])
+            done = self.checkpoint.step
+        self.progress = StepProgress(self.kind, total_steps, done)
+        if self.checkpoint:
+            self.progress.say(f"resumed from {self.checkpoint.path} (step {done})")
+        return done
+
+    def finish_step(self, step: int, last: bool, result: StepResult, line: dict[str, Any], state: dict[str, Any]) -> None:
+        """Log the step, count skipped ones, save when due, stop when asked to."""
+        fault("train.step")
+        if step % self.recipe.train.log_every == 0 or last or result.skipped:
+            self.metrics.write("train", step, **line)
+        rate = f"loss {line['loss']:.4f} {line['tokens_per_second']:,.0f} tokens/s"
+        self.progress.update(step, rate)
+        self._count_skipped(step, result)
+        if step % self.recipe.checkpoint.save_every == 0 or last or self.signals.received is not None:
+            self.save(step, state)
+        if self.signals.received is not None and not last:
+            raise self.signals.error(f"step {self._saved_step} is saved in {self.dir}")
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Publish a checkpoint. With on_save_error = warn, a failed save is an event and training goes on."""
+        tensors = self.trainer.tensors() | {"rng/torch": torch.get_rng_state()}
+        try:
+            self.store.save(step, tensors, state | {"kind": self.kind})
+        except CheckpointError as error:
+            if self.recipe.checkpoint.on_save_error == "stop":
+                raise
+            self.event(step, "save_failed", str(error))
+            return
+        self._saved_step = step
+
+    def event(self, step: int, name: str, detail: str) -> None:
+        self.metrics.write("event", step, event=name, detail=detail)
+        self.progress.say(f"step {step}: {name}: {detail}")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.signals.__exit__()
+        if hasattr(self, "progress"):
+            self.progress.close()
+        self.metrics.close()
+        self.store.unlock()
+
+    def _count_skipped(self, step: int, result: StepResult) -> None:
+        if not result.skipped:
+            self._failures_in_a_row = 0
+            return
+        if result.trained_tokens == 0:
+            self.event(step, "nothing_to_train", "the step had no trained token; no parameter changed")
+            return
+        self._failures_in_a_row += 1
+        self.event(step, "non_finite", f"loss {result.loss}, gradient norm {result.gradient_norm}; no parameter changed")
+        if self._failures_in_a_row >= self.recipe.train.skip_nonfinite_steps:
+            raise NonFiniteError(
+                f"stopped at step {step}: loss or gradient was not finite {self._failures_in_a_row} steps in a row; "
+                f"{self.dir}/metrics.jsonl names them, the newest checkpoint is step {self._saved_step}"
+            )
+
+    def _branch_point(self) -> Checkpoint | None:
+        source = self.recipe.checkpoint.branch_from
+        return open_checkpoint(Path(source)) if source else None
+
+    def _refuse_changed_recipe(self) -> None:
+        path = self.dir / "recipe.toml"
+        if not path.exists() or not any((self.dir / "checkpoints").glob("step-*")):
+            return
+        changes = changed_keys(path, self._loaded)
+        unsafe = {key: values for key, values in changes.items() if not is_safe(key)}
+        if unsafe and not self._loaded.accept_changes:
+            listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in unsafe.items())
+            raise ConfigError(f"{self.dir} holds a run of another recipe ({listed}): choose another run.dir, or pass --accept-changes")
+        for key, (old, new) in changes.items():
+            print(f"{self.kind}: {key} was {old!r}, is {new!r} now", file=sys.stderr)
+
+    def _write_description(self) -> None:
+        (self.dir / "recipe.toml").write_text(dump(self._loaded), encoding="utf-8")
+        (self.dir / "environment.json").write_text(json.dumps(describe_environment(), indent=1) + "\n", encoding="utf-8")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Software and machine of this process, for environment.json."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
+    return {
+        "infir2": __version__,
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "command": sys.argv,
+        "variables": {name: os.environ[name] for name in _PARENT_VARIABLES if name in os.environ},
+    }
