@@ -119,7 +119,7 @@ def _is_alive_here(holder: dict[str, object]) -> bool:
 
 def _refusal(path: Path, run_dir: Path, holder: dict[str, object]) -> str:
     if holder.get("host") == socket.gethostname() and not _is_alive_here(holder):
-        return f"{run_dir}: its job ({_describe(holder)}) is dead but a child process of it still holds {path}; end that child (fuser {path} names it)."
+        return f"{run_dir}: its job ({_describe(holder)}) is dead but a child of it is not; end the process that `fuser {path}` names."
     return f"{run_dir}: another job works in this run directory ({_describe(holder)}); stop that job or choose another run.dir."
 
 

@@ -51,9 +51,7 @@ def read_manifest(directory: Path) -> tuple[int, dict[str, FileEntry]]:
             files = {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
             whole = encode_manifest(content["step"], files) == data
         elif isinstance(content["format"], int) and content["format"] > FORMAT:
-            raise CheckpointError(
-                f"{path}: written by a newer version of infir2 (format {content['format']}); use that version to read it."
-            )
+            raise CheckpointError(f"{path}: has format {content['format']} of a newer infir2; use that version to read it.")
         else:
             whole = False
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -70,9 +68,7 @@ def _verify_file(path: Path, entry: FileEntry) -> None:
     try:
         size = path.stat().st_size
         if size != entry.size:
-            raise CheckpointCorruptError(
-                f"{path}: has {size} bytes instead of the {entry.size} in its manifest; the file was cut or changed."
-            )
+            raise CheckpointCorruptError(f"{path}: has {size} bytes instead of {entry.size}; the file was cut or changed.")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -79,9 +80,9 @@ def write_file(path: Path, data: bytes) -> FileEntry:
 
 
 def _tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's raw little-endian bytes, row-major."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-    return memoryview(flat.numpy())
+    """The tensor's raw little-endian bytes, row-major; no copy for a contiguous CPU tensor."""
+    array: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()  # numpy's stubs deny that arrays are buffers
+    return memoryview(array)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], on_bytes: Callable[[int], None] = lambda _: None) -> FileEntry:

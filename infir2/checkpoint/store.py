@@ -68,9 +68,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Verify and open one `step-N` directory; CheckpointCorruptError names the first bad file."""
     step, files = verify_directory(path)
     if path.name != f"step-{step}":
-        raise CheckpointCorruptError(
-            f"{path}: its manifest says step {step}; the directory was renamed or the file belongs to another one."
-        )
+        raise CheckpointCorruptError(f"{path}: its manifest says step {step}; the directory was renamed.")
     if STATE not in files:
         raise CheckpointCorruptError(f"{path / MANIFEST}: lists no {STATE}.")
     return Checkpoint(step, path, files)
@@ -176,7 +174,8 @@ class Store:
         cannot be written, after one retry (for which all older checkpoints but the newest good one are removed if the
         disk is full).
         """
-        assert self._close and self._close.alive, "a store that saves must be exclusive and open"
+        assert self._close is not None, "only an exclusive store saves"
+        assert self._close.alive, "the store is closed"
         payload = json.dumps(dict(state)).encode()
         target = self.directory / f"step-{step}"
         try:

@@ -1,0 +1,362 @@
+"""Fault table F1-F5 for the store: kills at every named point, damaged files, full and read-only disks, two jobs."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from infir2 import faults
+from infir2.checkpoint import Store, open_checkpoint
+from infir2.checkpoint import lock as lock_module
+from infir2.checkpoint import store as store_module
+from infir2.checkpoint.store import published_steps
+from infir2.errors import CheckpointCorruptError, CheckpointError, ConfigError, OutputExistsError
+
+SAVE_POINTS = [point for point in faults.POINTS if point.startswith("save.")]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    """Two tensor files per checkpoint, and counters of passings that start at nought."""
+    monkeypatch.setattr(store_module, "split_shards", lambda tensors: ({name: tensor} for name, tensor in tensors.items()))
+    monkeypatch.setattr(faults, "_passings", Counter())
+
+
+def save(store: Store, step: int) -> Path:
+    return store.save(step, {"parameters/a": torch.full((64,), float(step)), "optimizer/a": torch.ones(3)}, {"step": step})
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run `work` in a forked process; its wait status (so that a real SIGKILL can hit it)."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(70)
+    return os.waitpid(pid, 0)[1]
+
+
+def assert_whole(run_dir: Path, step: int) -> None:
+    checkpoint = open_checkpoint(run_dir)
+    assert checkpoint.step == checkpoint.state["step"] == step
+    assert checkpoint.tensors()["parameters/a"].tolist() == [float(step)] * 64
+
+
+@pytest.mark.parametrize(("point", "passing"), [(point, 1) for point in SAVE_POINTS] + [("save.before_shard", 2), ("save.after_shard", 2)])
+def test_a_kill_at_any_point_leaves_the_newest_whole_checkpoint(tmp_path, monkeypatch, point, passing):
+    store = Store(tmp_path, keep=1)
+    save(store, 1)
+    store.close()
+
+    def next_save() -> None:
+        monkeypatch.setenv("INFIR2_FAULTS", f"{point}:{passing}")
+        monkeypatch.setattr(faults, "_passings", Counter())
+        save(Store(tmp_path, keep=1), 2)
+
+    status = in_child(next_save)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    expected = 2 if point in ("save.after_rename", "save.during_retention") else 1
+    assert_whole(tmp_path, expected)
+
+    leftovers = [entry.name for entry in store.directory.iterdir() if not entry.name.startswith("step-")]
+    warnings: list[str] = []
+    resumed = Store(tmp_path, keep=1, warn=warnings.append)
+    assert resumed.newest().step == expected
+    for name in leftovers:
+        assert any(name in warning for warning in warnings), "a leftover is removed and named"
+    assert any("took over the lock" in warning for warning in warnings)
+    save(resumed, 3)
+    assert [entry.name for entry in resumed.directory.iterdir()] == ["step-3"]
+    assert_whole(tmp_path, 3)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x01
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("name", ["tensors-00000.safetensors", "tensors-00001.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_file_is_named_and_the_previous_checkpoint_taken(tmp_path, name, damage):
+    warnings: list[str] = []
+    store = Store(tmp_path, keep=2, warn=warnings.append)
+    save(store, 1)
+    damage(save(store, 2) / name)
+    with pytest.raises(CheckpointCorruptError, match=name):
+        open_checkpoint(store.directory / "step-2")
+    assert store.newest().step == 1
+    assert "step-2" in warnings[-1]
+    assert name in warnings[-1]
+    damage(store.directory / "step-1" / name)
+    with pytest.raises(CheckpointError, match="none of its 2 checkpoints verifies") as caught:
+        store.newest()
+    assert caught.value.exit_code == 3
+
+
+def test_a_flip_of_any_byte_of_the_manifest_is_found(tmp_path):
+    manifest = save(Store(tmp_path), 1) / "manifest.json"
+    good = manifest.read_bytes()
+    for position in range(len(good)):
+        manifest.write_bytes(good[:position] + bytes([good[position] ^ 0x01]) + good[position + 1 :])
+        with pytest.raises(CheckpointError, match=r"manifest\.json|checkpoints verifies"):
+            open_checkpoint(tmp_path, warn=lambda _: None)
+    manifest.write_bytes(good)
+    assert open_checkpoint(tmp_path).step == 1
+
+
+def test_full_disk_once_makes_room_and_succeeds(tmp_path, monkeypatch):
+    warnings: list[str] = []
+    store = Store(tmp_path, keep=3, warn=warnings.append)
+    for step in (1, 2, 3):
+        save(store, step)
+    flip(store.directory / "step-3" / "state.json")  # a damaged newest one must not cost the newest good one
+    monkeypatch.setattr(faults, "_passings", Counter())
+    monkeypatch.setenv("INFIR2_FAULTS", "save.after_shard:2:enospc")
+    save(store, 4)
+    assert_whole(tmp_path, 4)
+    assert 2 in published_steps(store.directory)
+    assert 1 not in published_steps(store.directory)
+    assert any("errno 28" in warning for warning in warnings)
+
+
+def test_full_disk_twice_is_an_error_and_harms_nothing(tmp_path, monkeypatch):
+    store = Store(tmp_path, keep=2, warn=lambda _: None)
+    save(store, 1)
+    monkeypatch.setattr(faults, "_passings", Counter())
+    monkeypatch.setenv("INFIR2_FAULTS", "save.before_manifest:1:enospc,save.before_manifest:2:enospc")
+    with pytest.raises(CheckpointError, match=r"checkpoints: step 2 could not be saved .*errno 28 ENOSPC"):
+        save(store, 2)
+    assert [entry.name for entry in store.directory.iterdir()] == ["step-1"]
+    assert_whole(tmp_path, 1)
+
+
+def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
+    store = Store(tmp_path, warn=lambda _: None)
+    save(store, 1)
+    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    monkeypatch.setattr(store_module, "write_shard", lambda *_: pytest.fail("must not begin to write"))
+    with pytest.raises(CheckpointError, match="ENOSPC"):
+        save(store, 2)
+    assert_whole(tmp_path, 1)
+
+
+def test_a_vanished_directory_is_an_error_with_its_name(tmp_path):
+    warnings: list[str] = []
+    store = Store(tmp_path / "run", warn=warnings.append)
+    store.directory.rmdir()
+    with pytest.raises(CheckpointError, match=r"run/checkpoints: step 1 could not be saved .*errno 2 ENOENT"):
+        save(store, 1)
+
+
+NAMESPACE_SCRIPT = """
+import subprocess, sys, types
+import torch
+from infir2.checkpoint import Store, open_checkpoint
+from infir2.errors import CheckpointError
+
+run_dir = sys.argv[1]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", run_dir], check=True)
+warnings = []
+store = Store(run_dir, keep=3, warn=warnings.append)
+
+def save(step, kilobytes):
+    store.save(step, {"a": torch.full((kilobytes, 256), float(step))}, {"step": step})
+
+def content():
+    return sorted(entry.name for entry in store.directory.iterdir())
+
+save(1, 1200); save(2, 1200); save(3, 1200)
+save(4, 1200)  # the disk is full: 1 and 2 have to go
+assert content() == ["step-3", "step-4"], content()
+import infir2.checkpoint.store as module
+module.shutil.disk_usage = lambda path: types.SimpleNamespace(free=2**40)  # blind the preflight: the write itself must fail
+try:
+    save(5, 3600)
+    sys.exit("saved on a full disk")
+except CheckpointError as error:
+    assert "errno 28 ENOSPC" in str(error) and error.exit_code == 3, error
+assert content() == ["step-4"], content()
+assert open_checkpoint(run_dir).tensors()["a"][0, 0].item() == 4.0
+subprocess.run(["mount", "--bind", run_dir, run_dir], check=True)  # the open lock file forbids a plain remount
+subprocess.run(["mount", "-o", "remount,bind,ro", run_dir], check=True)
+try:
+    save(6, 10)
+    sys.exit("saved on a read-only disk")
+except CheckpointError as error:
+    assert "errno 30 EROFS" in str(error), error
+assert open_checkpoint(run_dir).step == 4
+store.close()
+try:
+    Store(run_dir)
+    sys.exit("opened for writing on a read-only disk")
+except CheckpointError as error:
+    assert "errno 30" in str(error), error
+"""
+
+
+def test_a_real_full_and_a_real_read_only_disk(tmp_path):
+    unshare = ["unshare", "-Urm"]
+    try:
+        possible = subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        possible = False
+    if not possible:
+        pytest.skip("no private mount namespace on this machine")
+    result = subprocess.run([*unshare, sys.executable, "-c", NAMESPACE_SCRIPT, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_write_that_fails_in_the_middle_of_a_file(tmp_path, monkeypatch):
+    """EFBIG from the kernel itself, through RLIMIT_FSIZE in a child."""
+    save(Store(tmp_path), 1)
+
+    def limited() -> None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        store = Store(tmp_path, warn=lambda _: None)
+        try:
+            store.save(2, {"a": torch.zeros(10_000)}, {"step": 2})
+        except CheckpointError as error:
+            os._exit(0 if f"errno {errno.EFBIG}" in str(error) else 1)
+        os._exit(2)
+
+    assert os.waitstatus_to_exitcode(in_child(limited)) == 0
+    assert_whole(tmp_path, 1)
+
+
+SECOND_JOB = "import sys; from infir2.checkpoint import Store; Store(sys.argv[1])"
+
+
+def test_a_second_job_is_refused_at_once_and_names_the_first(tmp_path):
+    store = Store(tmp_path)
+    save(store, 1)
+
+    def second() -> None:
+        started = time.monotonic()
+        try:
+            Store(tmp_path)
+        except OutputExistsError as error:
+            named = f"pid {os.getppid()} on " in str(error) and "another job works" in str(error)
+            os._exit(0 if named and time.monotonic() - started < 1 else 1)
+        os._exit(2)
+
+    assert os.waitstatus_to_exitcode(in_child(second)) == 0
+    assert Store(tmp_path).newest().step == 1, "the same process may open its run again"
+    assert open_checkpoint(tmp_path).step == 1, "reading needs no lock"
+    assert Store(tmp_path, exclusive=False).newest().step == 1
+    store.close()
+
+
+def test_the_lock_is_free_again_after_close_and_says_nothing(tmp_path):
+    Store(tmp_path).close()
+    warnings: list[str] = []
+    assert os.waitstatus_to_exitcode(in_child(lambda: Store(tmp_path).close())) == 0
+    Store(tmp_path, warn=warnings.append).close()
+    assert warnings == []
+
+
+def test_a_job_in_another_interpreter_is_refused_with_one_sentence(tmp_path):
+    script = textwrap.dedent(f"""
+        import sys
+        from infir2.errors import UserError
+        try:
+            {SECOND_JOB.replace("; ", chr(10) + "            ").replace("sys.argv[1]", repr(str(tmp_path)))}
+        except UserError as error:
+            print(error)
+            sys.exit(error.exit_code)
+    """)
+    store = Store(tmp_path)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    store.close()
+    assert result.returncode == 2, result.stderr
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_another_host_that_shows_life_is_respected_and_a_silent_one_taken_over(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / ".lock"
+    path.write_text('{"host": "far-away", "pid": 7, "started": "2026-01-01 00:00:00"}')
+    with pytest.raises(OutputExistsError, match=r"pid 7 on far-away.*showed life"):
+        Store(tmp_path)
+    old = time.time() - 2 * lock_module.STALE_SECONDS
+    os.utime(path, (old, old))
+    warnings: list[str] = []
+    Store(tmp_path, warn=warnings.append).close()
+    assert "far-away" in warnings[0]
+
+
+def test_a_holder_keeps_touching_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.01)
+    store = Store(tmp_path)
+    os.utime(tmp_path / ".lock", (0, 0))
+    deadline = time.monotonic() + 5
+    while (tmp_path / ".lock").stat().st_mtime == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (tmp_path / ".lock").stat().st_mtime > 0
+    store.close()
+
+
+def test_leftovers_of_other_hosts_are_spared_while_fresh(tmp_path):
+    directory = tmp_path / "checkpoints"
+    fresh, old, ours = (
+        directory / f".tmp-step-3-{host}-99-{random}" for host, random in [("x", "aa"), ("x", "bb"), (os.uname().nodename, "cc")]
+    )
+    for path in (fresh, old, ours):
+        path.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    unrelated = directory / ".tmp-notes"
+    unrelated.mkdir()
+    Store(tmp_path, warn=lambda _: None).close()
+    assert sorted(directory.iterdir()) == sorted([fresh, unrelated])
+
+
+@pytest.mark.parametrize(
+    "value", ["save.nowhere:1", "save.after_shard", "save.after_shard:0", "save.after_shard:x", "train.step:1:explode"]
+)
+def test_a_wrong_fault_variable_is_refused(monkeypatch, value):
+    monkeypatch.setenv("INFIR2_FAULTS", value)
+    with pytest.raises(ConfigError, match="INFIR2_FAULTS"):
+        faults.fault("train.step")
+
+
+def test_the_term_action_is_a_real_signal(monkeypatch):
+    monkeypatch.setenv("INFIR2_FAULTS", "train.step:2:term")
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+    try:
+        faults.fault("train.step")
+        assert received == []
+        faults.fault("train.step")
+        faults.fault("train.step")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert received == [1]
+
+
+def test_every_fault_point_in_the_package_is_declared_and_every_declared_one_exists():
+    import re
+
+    source = "\n".join(path.read_text() for path in Path(faults.__file__).parent.rglob("*.py") if path != Path(faults.__file__))
+    used = set(re.findall(r'\bfault\("([^"]+)"\)', source))
+    assert used <= set(faults.POINTS)
+    assert set(SAVE_POINTS) <= used
