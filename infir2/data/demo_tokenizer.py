@@ -1,0 +1,66 @@
+"""The demo world's tokenizer: word level, about 170 entries, and every text of the world comes back exactly.
+
+A word carries the space before it, and the space after it where a number follows, so that each number 0-99 is one
+token wherever it stands: "Tom has 7 apples." is `Tom| has |7| apples|.`.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+THINK_TOKENS = ("<think>", "</think>")
+UNKNOWN_TOKEN = "<|unk|>"
+PRE_TOKENS = r"\\boxed\{|\d{1,2}| ?[A-Za-z]+(?: (?=\d))?|[^A-Za-z\d]"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def pre_tokens(text: str) -> list[str]:
+    """Cut a text without control tokens into vocabulary entries; their concatenation is the text.
+
+    >>> pre_tokens("Tom has 7 apples.")
+    ['Tom', ' has ', '7', ' apples', '.']
+    """
+    return re.findall(PRE_TOKENS, text)
+
+
+def build_vocabulary(texts: Iterable[str]) -> list[str]:
+    """Numbers 0-99 first, then what the texts use, sorted: the same for every seed."""
+    words = {piece for text in texts for piece in pre_tokens(text) if not piece.isdigit()}
+    words |= {"system", "user", "assistant", "\n", " "}
+    return [str(number) for number in range(100)] + sorted(words)
+
+
+def write_tokenizer(directory: Path, vocabulary: list[str]) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, loadable by transformers.
+
+    The control tokens are flagged special; `<think>` and `</think>` are not (as in Qwen3), so that a decoded
+    response still shows its thought.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    entries = [UNKNOWN_TOKEN, *vocabulary]
+    tokenizer = Tokenizer(models.WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token=UNKNOWN_TOKEN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PRE_TOKENS), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINK_TOKENS])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    configuration = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "unk_token": UNKNOWN_TOKEN,
+        "additional_special_tokens": ["<|endoftext|>", "<|im_start|>"],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 32768,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
