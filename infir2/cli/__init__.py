@@ -1,0 +1,94 @@
+"""The `infir2` command: finds the verb, runs it, turns what happened into an exit code.
+
+0 done, 1 a check did not hold, 2 configuration or an output that exists, 3 checkpoint, 4 data, 17 non-finite training,
+70 internal error, 75 preempted (saved), 130 Ctrl-C. No verb's code, and no torch, is imported before the verb is known.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from infir2.errors import ConfigError, Interrupted, Preempted, UserError
+
+# verb -> (module with the function, function, one line for --help)
+VERBS = {
+    "demo": ("demo", "demo", "the whole recipe on a tiny model, on a CPU, in minutes"),
+    "data": ("demo", "data", "make the demo's data: infir2 data demo --to DIR"),
+    "cpt": ("recipe", "cpt", "continual pre-training on documents"),
+    "sft": ("recipe", "sft", "supervised fine-tuning on conversations"),
+    "rl": ("recipe", "rl", "reinforcement learning with verified rewards"),
+    "eval": ("recipe", "evaluate", "score a model on problems with known answers"),
+    "export": ("conversion", "export", "write Hugging Face directories: export hf|fp8 SRC --to DIR"),
+    "import": ("conversion", "import_", "read foreign weights: import fp8 SRC --to DIR"),
+    "verify-weights": ("conversion", "verify_weights", "prove that an FP8 export holds the trainer's bytes"),
+    "report": ("conversion", "report", "one HTML page about one or more runs"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the words after `infir2`; None takes those of this process.
+
+    Returns:
+        The exit code. An error of the user's is one line on stderr, an internal one a traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(arguments)
+        sys.stdout.flush()
+        return 0
+    except (Preempted, Interrupted) as stop:
+        return _say(str(stop), stop.exit_code)
+    except UserError as error:
+        return _say(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        return _say("error: interrupted.", Interrupted.exit_code)
+    except BrokenPipeError:
+        # The reader of our output went away (`infir2 cpt --help | head`): not an error of anybody's.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        traceback.print_exc()
+        command = " ".join(["infir2", *arguments])
+        return _say(f"internal error in `{command}`; please report it with the lines above and the output of `infir2 --version`.", 70)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return
+    if arguments[0] in ("-V", "--version"):
+        print(_versions())
+        return
+    verb, *rest = arguments
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        raise ConfigError(f"{verb} is not a verb; " + (f"did you mean {near[0]}?" if near else "`infir2 --help` lists the verbs."))
+    module, function, _ = VERBS[verb]
+    getattr(importlib.import_module(f"infir2.cli.{module}"), function)(rest)
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {verb:15} {line}" for verb, (_, _, line) in VERBS.items())
+    return (
+        "usage: infir2 VERB ...\n\nInfiR2 trains reasoning language models in block-wise FP8.\n\n"
+        f"{verbs}\n\ninfir2 VERB --help says what a verb takes; infir2 --version names the versions of the libraries."
+    )
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+    from platform import platform, python_version
+
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors", "numpy"))
+    return f"infir2 {version('infir2')}, Python {python_version()}, {libraries}, {platform()}"
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"infir2: {sentence}", file=sys.stderr)
+    return code

@@ -1,0 +1,65 @@
+"""Verbs between formats: export, import, verify-weights; and report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from infir2.cli.arguments import Parser
+
+
+def export(arguments: Sequence[str]) -> None:
+    """infir2 export hf RUN --to DIR | infir2 export fp8 HF_DIR --to DIR"""
+    parser = Parser(prog="infir2 export", description="Writes a model as a Hugging Face directory that other software loads.")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="hf|fp8", parser_class=Parser)
+    hf = kinds.add_parser("hf", help="a checkpoint's weights in BF16")
+    hf.add_argument("source", type=Path, metavar="RUN", help="run directory (newest checkpoint) or a checkpoint in it")
+    fp8 = kinds.add_parser("fp8", help="a BF16 Hugging Face directory in block-wise FP8")
+    fp8.add_argument("source", type=Path, metavar="HF_DIR", help="Hugging Face directory in BF16")
+    fp8.add_argument("--scale-format", choices=("pow2", "fp32"), default="pow2", help="as in training, fp8.scale_format (default pow2)")
+    for kind in (hf, fp8):
+        kind.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory to write; it must not exist")
+    words = parser.parse_args(arguments)
+    from infir2.checkpoint import export_fp8, export_hf
+
+    if words.kind == "hf":
+        export_hf(words.source, words.to)
+    else:
+        export_fp8(words.source, words.to, words.scale_format)
+
+
+def import_(arguments: Sequence[str]) -> None:
+    """infir2 import fp8 SRC --to DIR"""
+    parser = Parser(prog="infir2 import", description="Writes weights of another format as a BF16 Hugging Face directory.")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="fp8", parser_class=Parser)
+    fp8 = kinds.add_parser("fp8", help="a block-wise FP8 Hugging Face directory")
+    fp8.add_argument("source", type=Path, metavar="SRC", help="Hugging Face directory with weight_scale_inv tensors")
+    fp8.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory to write; it must not exist")
+    words = parser.parse_args(arguments)
+    from infir2.checkpoint import import_fp8
+
+    import_fp8(words.source, words.to)
+
+
+def verify_weights(arguments: Sequence[str]) -> None:
+    """infir2 verify-weights RUN HF_FP8_DIR"""
+    parser = Parser(
+        prog="infir2 verify-weights",
+        description="Compares the FP8 weights of a checkpoint with those of an export, byte by byte; exit code 1 if they differ.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory (newest checkpoint) or a checkpoint in it")
+    parser.add_argument("hf_dir", type=Path, metavar="HF_FP8_DIR", help="what `infir2 export fp8` wrote")
+    words = parser.parse_args(arguments)
+    from infir2.checkpoint import verify_weights as verify
+
+    verify(words.run, words.hf_dir)
+
+
+def report(arguments: Sequence[str]) -> None:
+    """infir2 report RUN_DIR... [--to FILE]"""
+    parser = Parser(prog="infir2 report", description="Writes one self-contained HTML page: curves, tables, samples.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="run directories, the stages in their order")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="page to write (default RUN_DIR/report.html, several runs: report.html)")
+    words = parser.parse_args(arguments)
+    out = words.to or (words.runs[0] / "report.html" if len(words.runs) == 1 else Path("report.html"))
+    from infir2.report import write_report
+
+    print(write_report(words.runs, out))

@@ -1,0 +1,6 @@
+"""Recipes: typed sections, strict loading with provenance, the resolved recipe of a run. Imports no torch."""
+
+from infir2.config.load import Loaded, load
+from infir2.config.resolved import changed_keys, check_resume, dump, is_safe
+
+__all__ = ["Loaded", "changed_keys", "check_resume", "dump", "is_safe", "load"]
