@@ -1,0 +1,40 @@
+"""Block-scaled FP8: formats, reference conversions, linear layers, and the operations a decoder is made of.
+
+`docs/numerics.md` explains the algebra. Example:
+
+    >>> layer = Fp8Linear.from_linear(torch.nn.Linear(576, 192))
+    >>> layer(torch.randn(10, 576, dtype=torch.bfloat16)).shape
+    torch.Size([10, 192])
+"""
+
+from infir2.numerics.convert import convert_to_fp8
+from infir2.numerics.formats import Fp8Tensor
+from infir2.numerics.head import head_logits, token_logprobs
+from infir2.numerics.linear import Fp8Linear, linear
+from infir2.numerics.measure import QuantizationCounts, count_quantization, relative_error, snr_db
+from infir2.numerics.operands import forget
+from infir2.numerics.ops import RMSNorm, norm_linear, rms_norm, swiglu, swiglu_linear
+from infir2.numerics.quantize import dequantize, nonfinite_blocks, quantize, transpose
+
+__all__ = [
+    "Fp8Linear",
+    "Fp8Tensor",
+    "QuantizationCounts",
+    "RMSNorm",
+    "convert_to_fp8",
+    "count_quantization",
+    "dequantize",
+    "forget",
+    "head_logits",
+    "linear",
+    "nonfinite_blocks",
+    "norm_linear",
+    "quantize",
+    "relative_error",
+    "rms_norm",
+    "snr_db",
+    "swiglu",
+    "swiglu_linear",
+    "token_logprobs",
+    "transpose",
+]

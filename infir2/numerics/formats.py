@@ -1,0 +1,72 @@
+"""The block-scaled FP8 format: one dataclass and its constants.
+
+`x[r, c] ~= codes[r, c] * scale[r // block[0], c // 128]`. `scale` multiplies on the way out; Hugging Face files call
+the same numbers `weight_scale_inv`. Tails of a shape that 128 does not divide take no part in any block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0  # largest finite value of E4M3
+NAN_CODE = 0x7F  # the one NaN byte written here (0xFF is NaN too and is never produced)
+GROUP = 128  # columns that share a scale
+ROW_BLOCK = (1, GROUP)  # activations and output gradients
+TILE_BLOCK = (GROUP, GROUP)  # weights and the activation operand of the weight gradient
+BLOCKS = (ROW_BLOCK, TILE_BLOCK)
+SCALE_FORMATS = ("pow2", "fp32")
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8Tensor:
+    """A matrix of E4M3 codes with one FP32 scale per block.
+
+    Example: a weight [576, 192] with block (128, 128) has codes [576, 192] and scale [5, 2].
+
+    Attributes:
+        codes: float8_e4m3fn [R, C], contiguous.
+        scale: float32 [ceil(R / block[0]), ceil(C / 128)]; the dequantisation multiplier.
+        block: (1, 128) or (128, 128), rows and columns that share a scale.
+        scale_format: "pow2" (powers of two) or "fp32" (amax / 448).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    block: tuple[int, int]
+    scale_format: str
+
+    def __post_init__(self) -> None:
+        check_format(self.block, self.scale_format)
+        if self.codes.dtype != E4M3 or self.codes.ndim != 2:
+            raise ValueError(f"codes must be float8_e4m3fn [R, C]; got {self.codes.dtype} {list(self.codes.shape)}")
+        expected = scale_shape(self.codes.shape[0], self.codes.shape[1], self.block)
+        if self.scale.dtype != torch.float32 or tuple(self.scale.shape) != expected:
+            got = f"{self.scale.dtype} {list(self.scale.shape)}"
+            raise ValueError(
+                f"scale of codes {list(self.codes.shape)} in {self.block} blocks must be float32 {list(expected)}; got {found}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape [R, C] of the matrix that is stored."""
+        return self.codes.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scale.nbytes
+
+
+def scale_shape(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, int]:
+    """Shape of the scales of a [rows, columns] matrix: one row and one column per started block."""
+    return -(-rows // block[0]), -(-columns // block[1])
+
+
+def check_format(block: tuple[int, int], scale_format: str) -> None:
+    """Refuse a block or a scale format that does not exist, with a ValueError."""
+    if tuple(block) not in BLOCKS:
+        raise ValueError(f"block must be (1, 128) or (128, 128); got {block}")
+    if scale_format not in SCALE_FORMATS:
+        raise ValueError(f'scale_format must be "pow2" or "fp32"; got {scale_format!r}')

@@ -1,0 +1,110 @@
+"""From the last hidden state to log-probabilities, without ever holding the logits of all tokens.
+
+`logits = hidden @ head_weight.T / temperature` in FP32 (FP64 sums on a CPU) from a head weight that is rounded to the
+hidden state's dtype. Backward computes each chunk's logits again instead of saving them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from infir2.numerics.operands import rounded
+
+
+def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
+    """Logits [T, V] FP32 of hidden [T, D] with head_weight [V, D]; differentiable in both.
+
+    All T x V values exist at once: for sampling and tests. Training takes `token_logprobs`.
+    """
+    work = _work_dtype(hidden)
+    if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
+        return (hidden.to(work) @ head_weight.to(hidden.dtype).to(work).t()).float()
+    return (hidden.to(work) @ rounded(head_weight, hidden.dtype, work).t()).float()
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    chunk_tokens: int = 2048,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each token's label under `softmax(logits / temperature)`.
+
+    Args:
+        hidden: [T, D], after the final norm.
+        head_weight: [V, D] FP32 master.
+        labels: [T] int64 in [0, V); a masked token's label may be any of them, such as 0.
+        temperature: > 0.
+        chunk_tokens: tokens whose logits exist at one time.
+        with_entropy: also return the entropy of each distribution, nats.
+
+    Returns:
+        (log-probabilities [T] FP32, differentiable in hidden and head_weight; entropy [T] FP32 without gradient, or None).
+
+    Raises:
+        ValueError: shapes that do not fit, a temperature or a chunk that is not positive.
+    """
+    if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1] or labels.shape != hidden.shape[:1]:
+        found = ", ".join(str(list(t.shape)) for t in (hidden, head_weight, labels))
+        raise ValueError(f"token_logprobs takes hidden [T, D], head_weight [V, D], labels [T]; got {found}")
+    if not temperature > 0 or chunk_tokens < 1:
+        raise ValueError(f"temperature must be > 0 and chunk_tokens >= 1; got {temperature} and {chunk_tokens}")
+    logprobs, entropy = _TokenLogprobs.apply(hidden, head_weight, labels, temperature, chunk_tokens, with_entropy)
+    return logprobs, entropy if with_entropy else None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, temperature: float, chunk_tokens: int, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        num_tokens = hidden.shape[0]
+        logprobs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
+        normalizer = torch.empty_like(logprobs)
+        entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
+        work = _work_dtype(hidden)
+        weight = rounded(head_weight, hidden.dtype, work).t()
+        for start in range(0, num_tokens, chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            logits = (hidden[chunk].to(work) @ weight).div_(temperature)
+            log_sum = torch.logsumexp(logits, dim=-1)
+            logprobs[chunk] = logits.gather(1, labels[chunk, None]).squeeze(1).sub_(log_sum)
+            normalizer[chunk] = log_sum
+            if with_entropy:
+                probabilities = (logits - log_sum[:, None]).exp_()
+                # a logit of -inf has probability 0 and adds nothing
+                entropy[chunk] = log_sum - probabilities.mul_(logits).nan_to_num_(nan=0.0).sum(dim=-1)
+        ctx.save_for_backward(hidden, head_weight, labels, normalizer)
+        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, head_weight, labels, normalizer = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros(head_weight.shape, dtype=torch.float32, device=head_weight.device) if need_weight else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = rounded(head_weight, hidden.dtype, torch.float32)
+            for start in range(0, hidden.shape[0], ctx.chunk_tokens):
+                chunk = slice(start, start + ctx.chunk_tokens)
+                x = hidden[chunk].float()
+                # d logprob / d logits = (one_hot(label) - softmax) / temperature
+                probabilities = (x @ weight.t()).div_(ctx.temperature).sub_(normalizer[chunk, None]).exp_()
+                scaled = grad[chunk, None] / ctx.temperature
+                grad_logits = probabilities.mul_(-scaled).scatter_add_(1, labels[chunk, None], scaled)
+                if grad_hidden is not None:
+                    grad_hidden[chunk] = grad_logits @ weight
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad_logits.t(), x)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(head_weight.dtype), None, None, None, None
+
+
+def _work_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float32 if hidden.is_cuda else torch.float64

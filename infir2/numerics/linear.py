@@ -1,0 +1,217 @@
+"""Linear layers that share an input, plain or FP8, and the FP8 layer itself.
+
+`linear(x, layers)` reads x once for all layers: one quantisation per scale format, one sum of input gradients in FP32
+that is rounded once. What is saved for backward is the FP8 codes of x (BF16 x only where a plain layer needs it), never
+the product of a layer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from infir2.numerics import gemm
+from infir2.numerics.formats import E4M3, TILE_BLOCK, Fp8Tensor, check_format, scale_shape
+from infir2.numerics.operands import once_per_version, rounded
+from infir2.numerics.quantize import dequantize, quantize
+
+
+class Fp8Linear(nn.Linear):
+    """nn.Linear whose GEMMs read FP8: weight in 128x128 blocks, activation and output gradient in 1x128 groups.
+
+    The parameter stays the FP32 master [N, K]; its codes are those of the BF16-rounded master and belong to one version
+    of it. After `load_codes` there is no master: the layer serves the given bytes and cannot be trained.
+
+    Attributes:
+        scale_format: "pow2" or "fp32".
+        quantizations: how often this layer's weight has been quantised; one per version of the weight.
+    """
+
+    quantizations: int = 0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        scale_format: str = "pow2",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        check_format(TILE_BLOCK, scale_format)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.scale_format = scale_format
+        # Bytes, so that module.to(dtype) leaves them alone; not in the state dict, which holds masters.
+        self.register_buffer("code_bytes", None, persistent=False)
+        self.register_buffer("scale_bytes", None, persistent=False)
+
+    @classmethod
+    def from_linear(cls, source: nn.Linear, scale_format: str = "pow2") -> "Fp8Linear":
+        """The FP8 layer of a plain one. An FP32 parameter is shared, another dtype gets an FP32 master."""
+        layer = cls(source.in_features, source.out_features, bias=False, scale_format=scale_format, device="meta")
+        layer.weight = _master(source.weight)
+        if source.bias is not None:
+            layer.bias = _master(source.bias)
+        return layer.train(source.training)
+
+    def quantized_weight(self) -> Fp8Tensor:
+        """Codes [N, K] and scales of the current weight, 128x128 blocks; the same object until the weight changes."""
+        return once_per_version(self._source(), ("fp8", self.scale_format), self._quantize_weight)
+
+    def weight_values(self, dtype: torch.dtype) -> Tensor:
+        """Dequantised weight [N, K] in FP32 or FP64; kept with the codes for the emulated GEMMs."""
+        return once_per_version(self._source(), ("fp8", self.scale_format, dtype), lambda: dequantize(self.quantized_weight(), dtype))
+
+    def load_codes(self, codes: Tensor, scale: Tensor) -> None:
+        """Serve these bytes and drop the master (inference only).
+
+        Args:
+            codes: float8_e4m3fn [N, K].
+            scale: float32 [ceil(N / 128), ceil(K / 128)], finite, positive, powers of two where `scale_format` says so.
+
+        Raises:
+            ValueError: wrong shape or dtype, or scales that do not fit the scale format.
+        """
+        shape = (self.out_features, self.in_features)
+        if codes.dtype != E4M3 or tuple(codes.shape) != shape:
+            raise ValueError(f"codes of this layer must be float8_e4m3fn {list(shape)}; got {codes.dtype} {list(codes.shape)}")
+        if scale.dtype != torch.float32 or tuple(scale.shape) != scale_shape(*shape, TILE_BLOCK):
+            raise ValueError(
+                f"scales of this layer must be float32 {list(scale_shape(*shape, TILE_BLOCK))}; got {scale.dtype} {list(scale.shape)}"
+            )
+        if not bool(torch.all(torch.isfinite(scale) & (scale > 0))):
+            raise ValueError("scales must be finite and positive; export the weights again")
+        if self.scale_format == "pow2" and bool(torch.any(torch.frexp(scale).mantissa != 0.5)):
+            raise ValueError('scales are not powers of two; set fp8.scale_format = "fp32" or export with "pow2"')
+        self.register_parameter("weight", None)
+        self.code_bytes = codes.detach().contiguous().view(torch.uint8).clone()
+        self.scale_bytes = scale.detach().contiguous().view(torch.int32).clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype (under autocast, autocast's)."""
+        out = linear(x.reshape(-1, self.in_features), (self,))[0]
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale_format={self.scale_format}"
+
+    def _source(self) -> Tensor:
+        return self.weight if self.weight is not None else self.code_bytes
+
+    def _quantize_weight(self) -> Fp8Tensor:
+        if self.weight is None:
+            return Fp8Tensor(self.code_bytes.view(E4M3), self.scale_bytes.view(torch.float32), TILE_BLOCK, self.scale_format)
+        self.quantizations += 1
+        return quantize(self.weight.detach().to(torch.bfloat16), TILE_BLOCK, self.scale_format)
+
+
+def linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """The outputs [T, N_i] of layers that share the input x [T, K], each in x's dtype.
+
+    Each layer is an `Fp8Linear` or an nn.Linear. A plain layer multiplies its weight rounded to x's dtype; sums run in
+    FP64 on a CPU. Gradients of masters and biases are FP32.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return linear(x.to(torch.get_autocast_dtype(device)), layers)
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+    if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
+        return _SharedInput.apply(tuple(layers), x, *parameters)
+    return _forward(x, layers)[0]
+
+
+class _SharedInput(torch.autograd.Function):
+    """(layers, x, weight_0, bias_0, weight_1, ...) -> outputs. The parameters are inputs so that gradients reach them."""
+
+    @staticmethod
+    def forward(ctx: Any, layers: tuple[nn.Linear, ...], x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        outputs, quantized = _forward(x, layers)
+        ctx.layers, ctx.x_dtype = layers, x.dtype
+        ctx.set_materialize_grads(False)
+        trained = [layer for layer, needed in zip(layers, ctx.needs_input_grad[2::2], strict=True) if needed]
+        formats = {layer.scale_format for layer in trained if isinstance(layer, Fp8Linear)}
+        saved = {name: gemm.input_for_backward(x, quantized[name]) for name in sorted(formats)}
+        ctx.saved_formats = [(t.block, t.scale_format) for t in saved.values()]
+        keep_x = any(not isinstance(layer, Fp8Linear) for layer in trained)
+        # The weights are saved so that autograd notices a change between forward and backward; they take no memory.
+        ctx.save_for_backward(x if keep_x else None, *(part for t in saved.values() for part in (t.codes, t.scale)), *parameters[::2])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.autocast(_device_of(grads), enabled=False):
+            return None, *_backward(ctx, grads)
+
+
+def _forward(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[tuple[Tensor, ...], dict[str, Fp8Tensor]]:
+    """Outputs of all layers and the quantised x by scale format."""
+    quantized: dict[str, Fp8Tensor] = {}
+    values: dict[str, Tensor] = {}
+    outputs = []
+    for layer in layers:
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        if isinstance(layer, Fp8Linear):
+            name = layer.scale_format
+            if name not in values:
+                quantized[name], values[name] = gemm.quantize_input(x, name)
+            outputs.append(gemm.exact_product(values[name], layer.weight_values(torch.float64), bias, x.dtype))
+        elif x.is_cuda:
+            outputs.append(F.linear(x, rounded(layer.weight, x.dtype, x.dtype), bias))
+        else:
+            if "" not in values:
+                values[""] = x.double()
+            outputs.append(gemm.exact_product(values[""], rounded(layer.weight, x.dtype, torch.float64), bias, x.dtype))
+    return tuple(outputs), quantized
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of (x, weight_0, bias_0, ...)."""
+    x, *parts = ctx.saved_tensors
+    saved = {name: Fp8Tensor(parts[2 * i], parts[2 * i + 1], block, name) for i, (block, name) in enumerate(ctx.saved_formats)}
+    x_values: dict[str, Tensor] = {name: gemm.saved_input_values(t) for name, t in saved.items()}
+    if x is not None:
+        x_values[""] = x.float()
+    grad_x: Tensor | None = None
+    results: list[Tensor | None] = []
+    for i, (layer, grad) in enumerate(zip(ctx.layers, grads, strict=True)):
+        need_weight, need_bias = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
+        if grad is None:
+            results += [None, None]
+            continue
+        if ctx.needs_input_grad[1]:
+            grad_x = _add_product(grad_x, *_input_gradient_operands(layer, grad, ctx.x_dtype))
+        results.append(_weight_gradient(layer, grad, x_values) if need_weight else None)
+        results.append(grad.sum(0, dtype=torch.float32).to(layer.bias.dtype) if need_bias else None)
+    return [None if grad_x is None else grad_x.to(ctx.x_dtype), *results]
+
+
+def _input_gradient_operands(layer: nn.Linear, grad: Tensor, x_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if isinstance(layer, Fp8Linear):
+        return gemm.gradient_values(grad, layer.scale_format), layer.weight_values(torch.float32)
+    return grad.float(), rounded(layer.weight, x_dtype, torch.float32)
+
+
+def _weight_gradient(layer: nn.Linear, grad: Tensor, x_values: dict[str, Tensor]) -> Tensor:
+    """`grad.T @ x` [N, K], summed in FP32."""
+    if isinstance(layer, Fp8Linear):
+        return gemm.gradient_values_by_token(grad, layer.scale_format) @ x_values[layer.scale_format]
+    return (grad.float().t() @ x_values[""]).to(layer.weight.dtype)
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return a @ b if total is None else total.addmm_(a, b)
+
+
+def _device_of(grads: Sequence[Tensor | None]) -> str:
+    return next((g.device.type for g in grads if g is not None), "cpu")
+
+
+def _master(parameter: Tensor) -> nn.Parameter:
+    if isinstance(parameter, nn.Parameter) and parameter.dtype == torch.float32:
+        return parameter
+    return nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)

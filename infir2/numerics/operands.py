@@ -1,0 +1,67 @@
+"""What is computed once per version of a weight: FP8 codes, rounded copies, values for the emulated GEMMs.
+
+A version ends when autograd's counter moves (optimizer step, `copy_`, `load_state_dict`), when the storage is swapped
+(`.data =`, `to`, sharding) or when the tensor object is replaced. Writing through `.data` in place moves no counter;
+whoever does that calls `forget(weight)`.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Made = TypeVar("Made")
+
+
+class _Version:
+    """Everything made from one version of a tensor. Holds neither the tensor nor its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.made: dict[Hashable, Any] = {}
+        self._counter = tensor._version
+        self._pointer = tensor.data_ptr()
+        self._shape = tensor.shape
+        # Memory that was freed can be handed out again at the same address: a weak reference tells the two apart.
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+
+    def is_of(self, tensor: Tensor) -> bool:
+        return (
+            self._counter == tensor._version
+            and self._pointer == tensor.data_ptr()
+            and self._shape == tensor.shape
+            and not self._storage.expired()
+        )
+
+
+_versions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def once_per_version(tensor: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
+    """`make()` the first time for this version of `tensor` and `key`; afterwards the same object again.
+
+    `make` must depend on nothing but the tensor and the key. What it returns must not refer to the tensor object.
+    """
+    if tensor.is_inference():  # such tensors count no versions
+        return make()
+    version = _versions.get(tensor)
+    if version is None or not version.is_of(tensor):
+        version = _versions[tensor] = _Version(tensor)
+    if key not in version.made:
+        with torch.no_grad():
+            version.made[key] = make()
+    return version.made[key]
+
+
+def forget(tensor: Tensor) -> None:
+    """Drop what was made from `tensor`: for whoever rewrites its memory without moving its version counter."""
+    _versions.pop(tensor, None)
+
+
+def rounded(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """The weight rounded to `compute_dtype`, given in `dtype`; made once per version when it differs from the weight."""
+    if weight.dtype == compute_dtype == dtype:
+        return weight.detach()
+    return once_per_version(weight, ("rounded", compute_dtype, dtype), lambda: weight.detach().to(compute_dtype).to(dtype))

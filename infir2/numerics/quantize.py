@@ -1,0 +1,78 @@
+"""Quantise, dequantise, transpose: the public entry, which checks its input and counts non-finite blocks.
+
+The arithmetic is in `reference`; this is the seam where a device's kernels take over.
+"""
+
+import torch
+from torch import Tensor
+
+from infir2.numerics.formats import ROW_BLOCK, Fp8Tensor, check_format
+from infir2.numerics.reference import dequantize_reference, quantize_reference, transpose_reference
+
+_INPUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+class NonFiniteBlocks:
+    """Counts quantised blocks that held an Inf or a NaN, one counter per device, without waiting for a GPU.
+
+    Example: `nonfinite_blocks.add(scale)` after each quantisation; `nonfinite_blocks.read()` once per optimizer step.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[torch.device, Tensor] = {}
+
+    def add(self, scale: Tensor) -> None:
+        """Count the NaN scales in `scale` (float32, any shape)."""
+        if scale.is_meta:
+            return
+        count = self._counts.get(scale.device)
+        if count is None:
+            count = self._counts[scale.device] = torch.zeros((), dtype=torch.int64, device=scale.device)
+        count += torch.isnan(scale).sum()
+
+    def read(self) -> int:
+        """Blocks counted since the start or the last `reset`; waits for the devices that counted."""
+        return sum(int(count.item()) for count in self._counts.values())
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        for count in self._counts.values():
+            count.zero_()
+
+
+nonfinite_blocks = NonFiniteBlocks()
+
+
+def quantize(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2") -> Fp8Tensor:
+    """Quantise x [R, C] to E4M3 with one scale per block; any shape (zero rows too), any strides.
+
+    Args:
+        x: BF16, FP32 or FP16 matrix.
+        block: (1, 128) or (128, 128).
+        scale_format: "pow2" or "fp32".
+
+    Returns:
+        Codes and scales as `infir2.numerics.reference` defines them. A block with Inf or NaN is NaN throughout and is
+        counted in `nonfinite_blocks`.
+
+    Raises:
+        ValueError: x is not a matrix of one of those dtypes, or the block or format does not exist.
+    """
+    block = (block[0], block[1])
+    check_format(block, scale_format)
+    if x.ndim != 2 or x.dtype not in _INPUT_DTYPES:
+        raise ValueError(f"quantize takes a BF16, FP32 or FP16 matrix [R, C]; got {x.dtype} {list(x.shape)}")
+    with torch.no_grad():
+        result = quantize_reference(x, block, scale_format)
+    nonfinite_blocks.add(result.scale)
+    return result
+
+
+def dequantize(t: Fp8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`codes * scale` [R, C]; exact in FP64, and exact in every dtype that holds the values for "pow2" scales."""
+    return dequantize_reference(t, dtype)
+
+
+def transpose(t: Fp8Tensor) -> Fp8Tensor:
+    """Fp8Tensor of the transposed matrix in 128x128 blocks, from the codes alone; ValueError for 1x128 "fp32"."""
+    return transpose_reference(t)

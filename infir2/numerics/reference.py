@@ -1,0 +1,102 @@
+"""The definition of every FP8 conversion, in plain PyTorch. Kernels must reproduce its codes and scales bit for bit.
+
+Per block, with `amax` the largest magnitude and every operation in FP32:
+
+    s      = amax / 448                                     IEEE division
+    scale  = s                                              "fp32"; at least 2**-149, so that it is never zero
+           = 2 ** ceil(log2(s)), exponent in [-126, 127]    "pow2", computed on the bits of s
+           = 1                                              amax == 0
+           = NaN                                            the block holds an Inf or a NaN
+    codes  = round-to-nearest-even(clamp(x / scale, -448, 448))
+           = 0x7F                                           scale is NaN
+
+The clamp stands before the cast because casts differ: torch 2.13 saturates above 464, older ones give NaN. The test for
+Inf stands on amax because a saturating cast would hide it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infir2.numerics.formats import E4M3, E4M3_MAX, GROUP, NAN_CODE, ROW_BLOCK, TILE_BLOCK, Fp8Tensor
+
+_SMALLEST_SUBNORMAL = 2.0**-149
+
+
+def block_scale(amax: Tensor, scale_format: str) -> Tensor:
+    """Scales of blocks from their largest magnitudes; `amax` float32 of any shape, NaN or Inf for a non-finite block."""
+    # A tensor as divisor: CUDA turns a division by a Python number into a product with its reciprocal, which rounds differently.
+    s = amax / amax.new_full((), E4M3_MAX)
+    if scale_format == "pow2":
+        exponent = ((s.view(torch.int32) + 0x7FFFFF) >> 23).clamp_(1, 254)
+        scale = (exponent << 23).view(torch.float32)
+    else:
+        scale = s.clamp_min(_SMALLEST_SUBNORMAL)
+    scale = torch.where(amax == 0, 1.0, scale)
+    return torch.where(torch.isfinite(amax), scale, torch.nan)
+
+
+def quantize_reference(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2") -> Fp8Tensor:
+    """Quantise x [R, C] (any float dtype up to FP32) by the rules above."""
+    rows, columns = x.shape
+    tiles = as_tiles(x.float(), block[0])
+    scale = block_scale(tiles.abs().amax(dim=(1, 3)), scale_format)
+    scaled = tiles / scale[:, None, :, None]
+    codes = _encode(scaled.clamp_(-E4M3_MAX, E4M3_MAX), torch.isnan(scale))
+    return Fp8Tensor(from_tiles(codes, rows, columns), scale, block, scale_format)
+
+
+def dequantize_reference(t: Fp8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`codes * scale` [R, C]: an exact product for FP64; otherwise the FP32 product, rounded to `dtype`."""
+    rows, columns = t.shape
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    tiles = as_tiles(t.codes, t.block[0]).to(work)
+    return from_tiles(tiles * t.scale.to(work)[:, None, :, None], rows, columns).to(dtype)
+
+
+def transpose_reference(t: Fp8Tensor) -> Fp8Tensor:
+    """Fp8Tensor [C, R] of the transposed matrix, 128x128 blocks, from the codes alone.
+
+    128x128 blocks: the same bytes in another order. 1x128 "pow2": each 128x128 tile takes the largest scale among its
+    rows whose codes in the tile are not all zero (no such row: 1); codes move by powers of two, exact away from the
+    subnormals, which round to nearest even. A NaN row makes its tile NaN. 1x128 "fp32": ValueError, codes cannot be
+    re-scaled exactly; quantise the transposed matrix instead.
+    """
+    if t.block == TILE_BLOCK:
+        return Fp8Tensor(t.codes.t().contiguous(), t.scale.t().contiguous(), TILE_BLOCK, t.scale_format)
+    if t.scale_format != "pow2":
+        raise ValueError('1x128 codes with "fp32" scales cannot be transposed exactly; use quantize(x.T, (128, 128), "fp32")')
+    rows, columns = t.shape
+    tiles = as_tiles(t.codes, GROUP).float()
+    row_scale = F.pad(t.scale, (0, 0, 0, -rows % GROUP)).view(-1, GROUP, t.scale.shape[1])
+    row_scale = torch.where((tiles != 0).any(dim=-1), row_scale, 0.0)
+    tile_scale = row_scale.amax(dim=1)
+    tile_scale = torch.where(tile_scale == 0, 1.0, tile_scale)
+    moved = tiles * (row_scale / tile_scale[:, None, :])[..., None]
+    codes = _encode(moved, torch.isnan(tile_scale))
+    return Fp8Tensor(from_tiles(codes, rows, columns).t().contiguous(), tile_scale.t().contiguous(), TILE_BLOCK, "pow2")
+
+
+def as_tiles(x: Tensor, block_rows: int) -> Tensor:
+    """View x [R, C] as [R / block_rows, block_rows, C / 128, 128], padded with zeros where that does not divide."""
+    rows, columns = x.shape
+    bottom, right = -rows % block_rows, -columns % GROUP
+    if bottom or right:
+        # pad has no float8 kernel on every device; bytes of zero are the code of zero
+        padded = F.pad(x.view(torch.uint8) if x.dtype == E4M3 else x, (0, right, 0, bottom))
+        x = padded.view(E4M3) if x.dtype == E4M3 else padded
+    return x.reshape((rows + bottom) // block_rows, block_rows, (columns + right) // GROUP, GROUP)
+
+
+def from_tiles(tiles: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `as_tiles`: contiguous [rows, columns] without the padding."""
+    whole = tiles.reshape(tiles.shape[0] * tiles.shape[1], tiles.shape[2] * GROUP)
+    return whole[:rows, :columns].contiguous()
+
+
+def _encode(values: Tensor, nonfinite: Tensor) -> Tensor:
+    """E4M3 codes of tiles within +-448; blocks marked in `nonfinite` [R / block_rows, C / 128] become 0x7F."""
+    codes = values.to(E4M3)
+    if values.is_cuda or nonfinite.any():  # on a GPU asking would wait for it
+        codes.view(torch.uint8).masked_fill_(nonfinite[:, None, :, None], NAN_CODE)
+    return codes
