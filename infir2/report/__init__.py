@@ -1,0 +1,6 @@
+"""One self-contained HTML page per run or recipe, and the table of what each stage improved."""
+
+from infir2.report.page import write_report
+from infir2.report.stages import StageRow, render_stage_table, stage_table
+
+__all__ = ["StageRow", "render_stage_table", "stage_table", "write_report"]

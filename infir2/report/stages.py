@@ -1,0 +1,117 @@
+"""What each stage brought: the last evaluation of every stage and its change from the stage it started from."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from infir2.report.chart import percent
+from infir2.report.read import EVALUATION_PREFIX, Evaluation, Run, find_runs, read_run
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage's accuracy, fractions of 1, such as StageRow("rl1", Path("runs/rl1"), evaluation, 0.21, 0.05, "sft2").
+
+    `change` is the difference in avg@k from the row named `compared_with` (NaN and '' without one). Its interval adds both
+    half-widths in quadrature, as if the problems were drawn anew; for the same problems it is on the cautious side.
+    """
+
+    stage: str
+    run: Path
+    evaluation: Evaluation
+    change: float
+    change_interval: float
+    compared_with: str
+
+
+def stage_table(run_dirs: Iterable[Path]) -> list[StageRow]:
+    """Rows in the order of the stages, for runs that were evaluated or have an `eval-NAME` directory that evaluated them."""
+    return stage_rows([read_run(path) for path in find_runs(run_dirs)])
+
+
+def stage_rows(runs: Sequence[Run]) -> list[StageRow]:
+    """As `stage_table`, from runs that are read already."""
+    trained = [run for run in runs if len(run.train)]
+    found: dict[str, tuple[int, Run, Evaluation]] = {}
+    for run in runs:
+        if not run.evaluations:
+            continue
+        subject = run if run in trained else _subject(run, trained)
+        stage = subject.name if subject else run.name.removeprefix(EVALUATION_PREFIX)
+        order = trained.index(subject) if subject else -1
+        if stage not in found or run not in trained:  # an evaluation of its own replaces the smaller one in the loop
+            found[stage] = (order, run, run.evaluations[-1])
+    rows: list[StageRow] = []
+    for stage, (order, run, evaluation) in sorted(found.items(), key=lambda item: item[1][0]):
+        before = _before(trained[order], trained, rows) if order >= 0 else None
+        change = evaluation.avg_at_k - before.evaluation.avg_at_k if before else math.nan
+        interval = math.hypot(evaluation.interval, before.evaluation.interval) if before else math.nan
+        rows.append(StageRow(stage, run.path, evaluation, change, interval, before.stage if before else ""))
+    return rows
+
+
+def _subject(evaluation: Run, trained: Sequence[Run]) -> Run | None:
+    """The run that an evaluation directory evaluated: the model it names, or by its own name."""
+    named = [run for run in trained if evaluation.starts_from(run)]
+    return next(iter(named or [run for run in trained if evaluation.name == EVALUATION_PREFIX + run.name]), None)
+
+
+def _before(run: Run, trained: Sequence[Run], rows: Sequence[StageRow]) -> StageRow | None:
+    """The evaluated stage that a run goes back to: the nearest ancestor with a row, else an evaluated base model.
+
+    A run without recipe is compared with the row above it.
+    """
+    by_stage = {row.stage: row for row in rows}
+    if not run.recipe:
+        return rows[-1] if rows else None
+    seen = {run.name}
+    while True:
+        parent = next((other for other in trained if run.starts_from(other) and other.name not in seen), None)
+        if parent is None:
+            names = {other.name for other in trained}
+            return next((row for row in rows if row.stage not in names), None)
+        if parent.name in by_stage:
+            return by_stage[parent.name]
+        seen.add(parent.name)
+        run = parent
+
+
+def change_text(row: StageRow) -> str:
+    """'+21.0 ± 5.1 points', or a dash."""
+    if not math.isfinite(row.change):
+        return "–"
+    interval = f" ± {100 * row.change_interval:.1f}" if math.isfinite(row.change_interval) else ""
+    return f"{100 * row.change:+.1f}{interval} points".replace("-", "−")
+
+
+def accuracy_text(evaluation: Evaluation) -> str:
+    """'61.2 ± 3.9 %'."""
+    if not math.isfinite(evaluation.interval):
+        return percent(evaluation.avg_at_k)
+    return f"{100 * evaluation.avg_at_k:.1f} ± {100 * evaluation.interval:.1f} %"
+
+
+def render_stage_table(rows: Sequence[StageRow]) -> RichTable:
+    """The rows for a terminal: `rich.print(render_stage_table(stage_table(run_dirs)))`."""
+    table = RichTable(title="What improved", title_justify="left", caption="± is a 95 % interval", caption_justify="left")
+    table.add_column("stage", style="bold")
+    for heading in ("avg@k", "change", "pass@k", "truncated", "k", "problems"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        sure = math.isfinite(row.change_interval) and abs(row.change) > row.change_interval
+        style = ("green" if row.change > 0 else "red") if sure else ""
+        evaluation = row.evaluation
+        table.add_row(
+            Text(row.stage),
+            accuracy_text(evaluation),
+            Text(change_text(row), style),
+            percent(evaluation.pass_at_k),
+            percent(evaluation.truncated_fraction),
+            str(evaluation.k or "–"),
+            str(evaluation.num_problems or "–"),
+        )
+    return table
