@@ -1,0 +1,94 @@
+"""Is the boxed answer of a response the reference answer? The reward of mathematics RL and the score of the benchmarks."""
+
+import atexit
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import cast
+
+from infir2.verify.answers import extract_answer, quick_decision, reference_text, too_hard
+from infir2.verify.pool import Outcome, Pool
+from infir2.verify.verdict import Reason, Verdict, verdict
+
+ITEM_SECONDS = 5.0
+BATCH_SECONDS = 600.0
+
+_lock = threading.Lock()
+_pool: Pool | None = None
+
+
+def check_math(response: str, answer: str, seconds: float = ITEM_SECONDS) -> Verdict:
+    r"""Compare the last `\boxed{}` after the last `</think>` of a response with the reference answer.
+
+    Equal spellings, and different plain integers, are decided here in microseconds; anything else goes to the
+    math-verify library in a worker process that is killed after `seconds` of wall clock. Raises ConfigError when workers
+    cannot start. A response that stops inside its think block has no answer.
+
+    Example: check_math("so <think>..</think> \\boxed{1/2}", "\\frac{1}{2}").correct is True.
+    """
+    return check_math_batch([(response, answer)], seconds)[0]
+
+
+def check_math_batch(
+    pairs: Sequence[tuple[str, str]], item_seconds: float = ITEM_SECONDS, batch_seconds: float = BATCH_SECONDS
+) -> list[Verdict]:
+    """`check_math` of each (response, answer), in order. An item that hangs, dies or exhausts memory costs its neighbours nothing.
+
+    Items that are not begun within `batch_seconds` get the reason "timeout".
+    """
+    verdicts = [_decide_here(response, answer) for response, answer in pairs]
+    open_places = [place for place, found in enumerate(verdicts) if found is None]
+    items = [(reference_text(pairs[place][1]), extract_answer(pairs[place][0])) for place in open_places]
+    if items:
+        for place, item, outcome in zip(open_places, items, shared_pool().run(items, item_seconds, batch_seconds), strict=True):
+            verdicts[place] = _from_outcome(item[1] or "", outcome)
+    return cast(list[Verdict], verdicts)
+
+
+def _decide_here(response: str, answer: str) -> Verdict | None:
+    began = time.perf_counter()
+    found = extract_answer(response)
+    if found is None:
+        return verdict("no_answer", seconds=time.perf_counter() - began)
+    if len(found) <= 10 * len(answer) + 1000 and (same := quick_decision(reference_text(answer), found)) is not None:
+        return verdict("ok" if same else "wrong", found, seconds=time.perf_counter() - began)
+    if problem := too_hard(found):
+        return verdict("wrong", found[:100], problem, time.perf_counter() - began)
+    return None
+
+
+def _from_outcome(found: str, outcome: Outcome) -> Verdict:
+    reason = cast(Reason, outcome.reason or ("ok" if outcome.value is True else "wrong"))
+    return verdict(reason, found, outcome.detail, outcome.seconds)
+
+
+def shared_pool() -> Pool:
+    """The workers of this process: started by the first answer that needs the library, ended at exit."""
+    global _pool
+    with _lock:
+        if _pool is None:
+            size = min(16, max(4, (os.cpu_count() or 1) // 2))
+            _pool = Pool("infir2.verify.equivalence:equivalent", size)
+        return _pool
+
+
+@atexit.register
+def close_workers() -> None:
+    """End the worker processes now; the next check starts new ones."""
+    global _pool
+    with _lock:
+        pool, _pool = _pool, None
+    if pool is not None:
+        pool.close()
+
+
+def _forget_workers() -> None:
+    global _pool, _lock
+    _lock = threading.Lock()
+    if _pool is not None:
+        _pool.forget()
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget_workers)
