@@ -71,6 +71,8 @@ class _Layers:
                 self._merge_section(into.setdefault(name, {}), kind, value, f"{key}.", origin)
             elif item_class(kind) is not None:
                 self._merge_tables(into, name, kind, value, key, origin)
+            elif isinstance(value, Mapping) and value:
+                raise ConfigError(f"{self.place}: {unknown_key(self.recipe_class, f'{key}.{next(iter(value))}')}")
             else:
                 into[name], self.origins[key] = value, origin
 

@@ -1,0 +1,50 @@
+# make demo   the whole recipe on a tiny model, on a CPU
+# make test   every test that needs no GPU;  make lint   style and types;  make clean   remove what make made, except runs/
+#
+# PYTHON       the interpreter to build .venv with (3.11 or 3.12; the first of python3.12, python3.11, python3 that runs)
+# PIP_OPTIONS  options of pip for installing torch alone, to choose another build of it (the README says when)
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+# A pyenv shim exists for versions that are not active and then fails, so each candidate has to prove itself.
+CHECK := import sys, venv, ensurepip; assert (3, 11) <= sys.version_info[:2] <= (3, 12)
+PYTHON ?= $(shell for name in python3.12 python3.11 python3; do \
+	"$$name" -c '$(CHECK)' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
+PIP_OPTIONS ?=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST_OPTIONS ?=
+
+.PHONY: demo test lint venv clean
+
+demo: $(VENV)/.installed
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/infir2 demo
+
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_OPTIONS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+venv: $(VENV)/.installed
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "make: no working Python 3.11 or 3.12 found; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# torch alone first: PIP_OPTIONS may name a place that has torch and nothing else. The second call adds what torch needs.
+$(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) --no-deps $(PIP_OPTIONS) torch
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find infir2 tests -name __pycache__ -type d -prune -exec rm -rf {} +
