@@ -44,6 +44,4 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         keys = {key: f"optimizer/{name}/{key}" for key in _STATE_NAMES}
         if missing := [key for key in keys.values() if key not in tensors]:
             raise CheckpointError(f"the checkpoint has no {missing[0]}: it was saved by a model with other parameters")
-        optimizer.state[parameter] = {
-            key: tensors[stored].to(parameter.device) for key, stored in keys.items()
-        }
+        optimizer.state[parameter] = {key: tensors[stored].to(parameter.device) for key, stored in keys.items()}

@@ -5,7 +5,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 
 from infir2 import __version__
 from infir2.checkpoint import Checkpoint, Store, open_checkpoint
-from infir2.config.load import Loaded, changed_keys, dump, is_safe
+from infir2.config.load import Loaded
+from infir2.config.resolved import check_resume, dump
 from infir2.config.schema import TrainRecipe
 from infir2.errors import CheckpointError, ConfigError, NonFiniteError
 from infir2.faults import fault
@@ -45,20 +45,16 @@ class Session:
         self._saved_step = 0
 
     def __enter__(self) -> "Session":
-        self.dir.mkdir(parents=True, exist_ok=True)
         self.store = Store(self.dir, keep=self.recipe.checkpoint.keep, warn=lambda text: print(f"{self.kind}: {text}", file=sys.stderr))
-        self.store.lock()
         try:
-            self._refuse_changed_recipe()
-            self.checkpoint = self.store.newest() or self._branch_point()
+            self.checkpoint = self._starting_point()
             self._write_description()
         except BaseException:
-            self.store.unlock()
+            self.store.close()
             raise
         self.signals = StopSignals().__enter__()
         self._saved_step = self.checkpoint.step if self.checkpoint else 0
         self.metrics = MetricsWriter(self.dir, self._saved_step)
-        self._started = time.monotonic()
         return self
 
     def start(self, trainer: Trainer, total_steps: int) -> int:
@@ -109,7 +105,7 @@ class Session:
         if hasattr(self, "progress"):
             self.progress.close()
         self.metrics.close()
-        self.store.unlock()
+        self.store.close()
 
     def _count_skipped(self, step: int, result: StepResult) -> None:
         if not result.skipped:
@@ -126,21 +122,14 @@ class Session:
                 f"{self.dir}/metrics.jsonl names them, the newest checkpoint is step {self._saved_step}"
             )
 
-    def _branch_point(self) -> Checkpoint | None:
+    def _starting_point(self) -> Checkpoint | None:
+        newest = self.store.newest()
+        if newest is not None:
+            for line in check_resume(self._loaded, self.dir / "recipe.toml"):
+                print(f"{self.kind}: {line}", file=sys.stderr)
+            return newest
         source = self.recipe.checkpoint.branch_from
-        return open_checkpoint(Path(source)) if source else None
-
-    def _refuse_changed_recipe(self) -> None:
-        path = self.dir / "recipe.toml"
-        if not path.exists() or not any((self.dir / "checkpoints").glob("step-*")):
-            return
-        changes = changed_keys(path, self._loaded)
-        unsafe = {key: values for key, values in changes.items() if not is_safe(key)}
-        if unsafe and not self._loaded.accept_changes:
-            listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in unsafe.items())
-            raise ConfigError(f"{self.dir} holds a run of another recipe ({listed}): choose another run.dir, or pass --accept-changes")
-        for key, (old, new) in changes.items():
-            print(f"{self.kind}: {key} was {old!r}, is {new!r} now", file=sys.stderr)
+        return open_checkpoint(source) if source else None
 
     def _write_description(self) -> None:
         (self.dir / "recipe.toml").write_text(dump(self._loaded), encoding="utf-8")
@@ -149,7 +138,9 @@ class Session:
 
 def describe_environment() -> dict[str, Any]:
     """Software and machine of this process, for environment.json."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    ).stdout.strip()
     return {
         "infir2": __version__,
         "commit": commit,

@@ -1,0 +1,139 @@
+"""`infir2 eval` and the evaluation inside RL: sample k responses to every held-out problem, check them, write scores with intervals."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from infir2.config.load import Loaded
+from infir2.config.resolved import dump
+from infir2.config.schema import EvalRecipe, EvaluateSection, RlRecipe
+from infir2.data import ChatTokenizer, Prompt, load_prompts
+from infir2.errors import ConfigError
+from infir2.evaluate.statistics import accuracy_by_group, mean_with_interval, pass_at_k
+from infir2.rollout.native import NativeEngine
+from infir2.rollout.types import Engine, Request, SamplingParams, sampling_key
+from infir2.train.build import build_model, open_tokenizer
+from infir2.train.metrics import MetricsWriter
+from infir2.train.session import Session, describe_environment
+from infir2.verify import check_math_batch
+
+SAMPLE_ROWS = 24  # responses written to samples.jsonl
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one evaluation; `interval` is the half-width of the 95 % interval, clustered by problem."""
+
+    avg_at_k: float
+    interval: float
+    k: int
+    pass_at_k: float
+    num_problems: int
+    truncated_fraction: float
+    by_difficulty: dict[str, float]
+
+
+def evaluate_problems(
+    engine: Engine, tokenizer: ChatTokenizer, problems: Sequence[Prompt], section: EvaluateSection, seed: int
+) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """Scores, and a row per response (prompt, response, answer, correct, truncated)."""
+    k = section.samples
+    requests = [
+        Request(f"{problem.id}/{i}", ids, sampling_key(seed, problem.id, i, engine.policy_version))
+        for problem in problems
+        for ids in [prompt_token_ids(tokenizer, problem, section)]
+        for i in range(k)
+    ]
+    params = SamplingParams(section.temperature, section.max_response_tokens, tokenizer.eos_ids, section.top_p)
+    completions = engine.generate(requests, params)
+    texts = [section.response_prefix + tokenizer.decode(completion.token_ids) for completion in completions]
+    owners = [problem for problem in problems for _ in range(k)]
+    verdicts = check_math_batch([(text, owner.answer) for text, owner in zip(texts, owners, strict=True)])
+    rows = [
+        {
+            "problem": owner.id,
+            "prompt": owner.messages[-1]["content"],
+            "response": text,
+            "answer": owner.answer,
+            "reward": float(verdict.correct),
+            "truncated": completion.finish == "length",
+        }
+        for owner, text, verdict, completion in zip(owners, texts, verdicts, completions, strict=True)
+    ]
+    return _summary(problems, rows, k), rows
+
+
+def prompt_token_ids(tokenizer: ChatTokenizer, problem: Prompt, section: EvaluateSection) -> list[int]:
+    """The problem as a chat, up to where the assistant's answer goes on."""
+    system = [{"role": "system", "content": section.system_prompt}] if section.system_prompt else []
+    ids = tokenizer.render([*system, *problem.messages], add_generation_prompt=True)
+    return [*ids, *tokenizer.encode_marked(section.response_prefix)] if section.response_prefix else ids
+
+
+def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
+    """Evaluate `model.path` (a run, or a Hugging Face directory, FP8 or not) and write the scores to `run.dir`."""
+    recipe = loaded.recipe
+    if not recipe.run.dir:
+        raise ConfigError("run.dir is empty: name the directory for the scores")
+    tokenizer, _ = open_tokenizer(recipe.model)
+    problems = open_problems(recipe.evaluate)
+    engine = NativeEngine(build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size), recipe.rollout.max_running_requests)
+    scores, rows = evaluate_problems(engine, tokenizer, problems, recipe.evaluate, recipe.run.seed)
+    directory = Path(recipe.run.dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "recipe.toml").write_text(dump(loaded), encoding="utf-8")
+    (directory / "environment.json").write_text(json.dumps(describe_environment(), indent=1) + "\n", encoding="utf-8")
+    metrics = MetricsWriter(directory, resumed_step=0)
+    metrics.write("evaluation", 1, **asdict(scores))
+    metrics.write_samples([{"step": 1} | row for row in rows[:SAMPLE_ROWS]])
+    metrics.close()
+    print(describe(scores), file=sys.stderr)
+
+
+def in_loop_evaluator(recipe: RlRecipe) -> Callable[[Engine, int, Session], None] | None:
+    """The evaluation that `run_rl` calls every `rl.evaluate_every` steps; None when the recipe names no problems."""
+    if not recipe.evaluate.problems:
+        return None
+    tokenizer, _ = open_tokenizer(recipe.model, recipe.data.tokenizer)
+    problems = open_problems(recipe.evaluate)
+
+    def evaluate(engine: Engine, step: int, session: Session) -> None:
+        scores, _ = evaluate_problems(engine, tokenizer, problems, recipe.evaluate, recipe.run.seed)
+        session.metrics.write("evaluation", step, **asdict(scores))
+        session.progress.say(f"step {step}: {describe(scores)}")
+
+    return evaluate
+
+
+def open_problems(section: EvaluateSection) -> list[Prompt]:
+    if not section.problems:
+        raise ConfigError("evaluate.problems is empty: name a file of problems")
+    problems = load_prompts(section.problems)
+    return problems[: section.max_problems or None]
+
+
+def describe(scores: Evaluation) -> str:
+    """One line for people. Example: 'avg@4 0.412 +- 0.031, pass@4 0.700 on 300 problems, 1.2 % truncated'."""
+    return (
+        f"avg@{scores.k} {scores.avg_at_k:.3f} +- {scores.interval:.3f}, pass@{scores.k} {scores.pass_at_k:.3f} "
+        f"on {scores.num_problems} problems, {100 * scores.truncated_fraction:.1f} % truncated"
+    )
+
+
+def _summary(problems: Sequence[Prompt], rows: list[dict[str, Any]], k: int) -> Evaluation:
+    correct = [[row["reward"] for row in rows[i * k : (i + 1) * k]] for i in range(len(problems))]
+    average, interval = mean_with_interval([sum(scores) / k for scores in correct])
+    levels = [str(problem.difficulty) for problem in problems]
+    known = any(problem.difficulty is not None for problem in problems)
+    return Evaluation(
+        avg_at_k=average,
+        interval=interval,
+        k=k,
+        pass_at_k=pass_at_k(correct, k),
+        num_problems=len(problems),
+        truncated_fraction=sum(row["truncated"] for row in rows) / max(1, len(rows)),
+        by_difficulty=accuracy_by_group(correct, levels) if known else {},
+    )

@@ -1,0 +1,59 @@
+"""Responses to one prompt, with what is needed to train on them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from infir2.data import Prompt, Sample
+from infir2.rollout.types import Completion
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer of the policy and its reward."""
+
+    completion: Completion
+    text: str  # decoded, for the checker and the reader
+    correct: bool
+    reward: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """All responses to one prompt, sampled from one policy version."""
+
+    prompt: Prompt
+    prompt_token_ids: list[int]
+    responses: list[Response]
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether rewards differ: otherwise every advantage is 0 (DAPO, arXiv 2503.14476, section 3.2)."""
+        return len({response.reward for response in self.responses}) > 1
+
+
+def group_advantages(rewards: list[float], normalise_deviation: bool) -> np.ndarray:
+    """GRPO's advantages (arXiv 2402.03300, equation 3): reward minus the group's mean, over its standard deviation if asked.
+
+    Example: rewards [1, 0, 0, 0] give [1.732, -0.577, -0.577, -0.577].
+    """
+    values = np.asarray(rewards, dtype=np.float64)
+    centred = values - values.mean()
+    return centred / (values.std() + 1e-6) if normalise_deviation else centred
+
+
+def training_samples(group: Group, normalise_deviation: bool) -> list[Sample]:
+    """Token sequences whose response tokens are trained, with advantage and rollout_logprobs for each."""
+    advantages = group_advantages([response.reward for response in group.responses], normalise_deviation)
+    return [
+        _sample(group, response.completion, advantage) for response, advantage in zip(group.responses, advantages.tolist(), strict=True)
+    ]
+
+
+def _sample(group: Group, completion: Completion, advantage: float) -> Sample:
+    num_prompt = len(group.prompt_token_ids)
+    token_ids = np.array([*group.prompt_token_ids, *completion.token_ids], dtype=np.int32)
+    rollout_logprobs = np.zeros(len(token_ids), dtype=np.float32)
+    rollout_logprobs[num_prompt:] = completion.rollout_logprobs
+    extras = {"advantages": np.full(len(token_ids), advantage, dtype=np.float32), "rollout_logprobs": rollout_logprobs}
+    return Sample(token_ids, np.arange(len(token_ids)) >= num_prompt, group.prompt.origin, extras)

@@ -1,0 +1,71 @@
+"""What goes into an engine and what comes out. Tokens in, tokens out: sampled text is never rendered again."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. Example: `SamplingParams(temperature=1.0, top_p=1.0, max_tokens=96, stop_ids=(2,))`."""
+
+    temperature: float  # 0: greedy
+    max_tokens: int
+    stop_ids: tuple[int, ...]
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to generate. `key` seeds its randomness, whatever else runs beside it.
+
+    Example: `Request("p17/3", [5, 9, 2], key=sampling_key(1236, "p17", 3, policy_version=4))`.
+    """
+
+    id: str
+    token_ids: Sequence[int]  # the prompt
+    key: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated response.
+
+    `rollout_logprobs[i]` is the log-probability of `token_ids[i]` at the sampling temperature, before top-p truncation.
+    """
+
+    id: str
+    token_ids: list[int]
+    rollout_logprobs: np.ndarray  # float32 [len(token_ids)]
+    finish: Literal["stop", "length"]
+    policy_version: int
+
+
+class Engine(Protocol):
+    """Generates with one version of the weights at a time."""
+
+    policy_version: int
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """One completion per request, in the order of the requests."""
+        ...
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Take over new weights, given under their exported names; anything cached from the old ones is dropped."""
+        ...
+
+    def weights_digest(self) -> dict[str, str]:
+        """sha256 of each weight's bytes by exported name."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def sampling_key(seed: int, prompt_id: str, sample: int, policy_version: int) -> int:
+    """64-bit key: randomness is a function of (seed, prompt, sample, policy_version) alone, so that a redone rollout repeats."""
+    text = f"{seed}/{prompt_id}/{sample}/{policy_version}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
