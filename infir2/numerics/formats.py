@@ -43,7 +43,7 @@ class Fp8Tensor:
             raise ValueError(f"codes must be float8_e4m3fn [R, C]; got {self.codes.dtype} {list(self.codes.shape)}")
         expected = scale_shape(self.codes.shape[0], self.codes.shape[1], self.block)
         if self.scale.dtype != torch.float32 or tuple(self.scale.shape) != expected:
-            got = f"{self.scale.dtype} {list(self.scale.shape)}"
+            found = f"{self.scale.dtype} {list(self.scale.shape)}"
             raise ValueError(
                 f"scale of codes {list(self.codes.shape)} in {self.block} blocks must be float32 {list(expected)}; got {found}"
             )

@@ -1,23 +1,30 @@
-"""The GEMMs of a linear layer, forward and backward, for data that is quantised and for data that is not.
+"""The GEMMs of a linear layer: what they multiply, forward and backward. The seam where a device's own GEMMs take over.
 
     out    = x      @ W.T      x 1x128 along K,            W 128x128
     grad_x = grad   @ W        grad 1x128 along N,         W.T 128x128, from the same codes
     grad_W = grad.T @ x        grad.T 1x128 along tokens,  x.T 128x128, from the forward's codes
 
-On a CPU the FP8 GEMMs are emulated on dequantised values. The forward sums in FP64 and rounds once, so that the result
-for a token does not depend on the batch around it; the backward sums in FP32. This file is the seam where a device's
-block-scaled GEMMs take over.
+Without block-scaled hardware the GEMMs run on dequantised values. The forward sums in FP64 and rounds once, so that the
+result for a token does not depend on the batch around it; the backward sums in FP32. Backward operands are nobody's
+bytes, so their values are computed without a detour over codes: `round_to_e4m3_` is the cast there and back, and a test
+holds the values equal to `dequantize(quantize(...))` and `dequantize(transpose(...))`.
 """
 
 import torch
 from torch import Tensor
 
-from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
-from infir2.numerics.quantize import dequantize, quantize, transpose
+from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor
+from infir2.numerics.quantize import dequantize, nonfinite_blocks, quantize
+from infir2.numerics.reference import as_tiles, block_scale, decode, tile_scales
+
+_EXPONENT_BITS = 0x7F800000
+_SMALLEST_NORMAL = 2.0**-6
+# 1.5 * 2**20 times a power of two p has p / 8 as its last bit: adding it rounds to three bits after the leading one.
+_ROUNDER = 1.5 * 2.0**20
 
 
 def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`x @ weight.T + bias` for FP64 x [T, K] and weight [N, K], rounded once to `dtype`; bias has its compute dtype."""
+    """`x @ weight.T + bias` for FP64 x [T, K] and weight [N, K], rounded once to `dtype`; bias [N] of any float dtype."""
     out = x @ weight.t()
     if bias is not None:
         out += bias
@@ -25,7 +32,7 @@ def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
 
 
 def quantize_input(x: Tensor, scale_format: str) -> tuple[Fp8Tensor, Tensor]:
-    """The activation x [T, K] as 1x128 codes and as the FP64 values that the forward multiplies."""
+    """The activation x [T, K] as 1x128 codes and as the FP64 values [T, K] that the forward multiplies."""
     codes = quantize(x, ROW_BLOCK, scale_format)
     return codes, dequantize(codes, torch.float64)
 
@@ -37,17 +44,51 @@ def input_for_backward(x: Tensor, codes: Fp8Tensor) -> Fp8Tensor:
     return quantize(x.t(), TILE_BLOCK, codes.scale_format)
 
 
-def saved_input_values(saved: Fp8Tensor) -> Tensor:
-    """FP32 values [T, K] of the weight gradient's second operand, from what `input_for_backward` returned."""
-    transposed = saved if saved.block == TILE_BLOCK else transpose(saved)
-    return dequantize(transposed).t()
+def input_values(saved: Fp8Tensor) -> Tensor:
+    """FP32 values [T, K] of the weight gradient's x, from what `input_for_backward` returned."""
+    if saved.block == TILE_BLOCK:
+        return dequantize(saved).t()
+    tiles = as_tiles(decode(saved.codes, torch.float32), GROUP)
+    row_scale, tile_scale = tile_scales(saved.scale, tiles)
+    moved = round_to_e4m3_(tiles * (row_scale / tile_scale[:, None, :])[..., None])
+    return _untiled(moved.mul_(tile_scale[:, None, :, None]), saved.shape)
 
 
-def gradient_values(grad: Tensor, scale_format: str) -> Tensor:
-    """FP32 values of the output gradient [T, N] after 1x128 quantisation along N."""
-    return dequantize(quantize(grad, ROW_BLOCK, scale_format))
+def gradient_values(grad: Tensor, scale_format: str, by_row: bool, by_column: bool) -> tuple[Tensor | None, Tensor | None]:
+    """FP32 values [T, N] of the output gradient in the layouts asked for, from one read.
+
+    Returns:
+        The gradient quantised 1x128 along N (for grad_x), and the one whose transpose is quantised 1x128 along the
+        tokens (for grad_W), both [T, N].
+    """
+    wide = grad.float()
+    rows = columns = None
+    if by_row:
+        tiles = as_tiles(wide, 1)[:, 0]
+        rows = _untiled(_quantized_values(tiles, 2, scale_format), grad.shape)
+    if by_column:
+        padded = torch.nn.functional.pad(wide, (0, 0, 0, -wide.shape[0] % GROUP)) if wide.shape[0] % GROUP else wide
+        tiles = padded.reshape(-1, GROUP, wide.shape[1]) if wide.numel() else padded.new_empty(0, GROUP, wide.shape[1])
+        columns = _quantized_values(tiles, 1, scale_format).reshape(-1, wide.shape[1])[: wide.shape[0]]
+    return rows, columns
 
 
-def gradient_values_by_token(grad: Tensor, scale_format: str) -> Tensor:
-    """FP32 values [N, T] of the transposed output gradient after 1x128 quantisation along the tokens."""
-    return dequantize(quantize(grad.t(), ROW_BLOCK, scale_format))
+def round_to_e4m3_(values: Tensor) -> Tensor:
+    """Round FP32 values to the nearest E4M3 number (ties to even), in place; |values| < 464, NaN stays NaN."""
+    power = values.view(torch.int32).bitwise_and(_EXPONENT_BITS).view(torch.float32)
+    rounder = power.clamp_min_(_SMALLEST_NORMAL).mul_(_ROUNDER)
+    return values.add_(rounder).sub_(rounder)
+
+
+def _quantized_values(tiles: Tensor, dim: int, scale_format: str) -> Tensor:
+    """What quantising FP32 tiles with one scale per `dim` and dequantising them gives."""
+    scale = block_scale(tiles.abs().amax(dim=dim), scale_format)
+    nonfinite_blocks.add(scale)
+    scale = scale.unsqueeze(dim)
+    return round_to_e4m3_(tiles / scale).mul_(scale)
+
+
+def _untiled(tiles: Tensor, shape: torch.Size) -> Tensor:
+    """Tiles that `as_tiles` made of a matrix of this shape, as that matrix."""
+    columns = -(-shape[1] // GROUP) * GROUP
+    return tiles.reshape(-1, columns)[: shape[0], : shape[1]] if columns else tiles.new_empty(shape)

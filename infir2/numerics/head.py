@@ -70,7 +70,8 @@ class _TokenLogprobs(torch.autograd.Function):
         weight = rounded(head_weight, hidden.dtype, work).t()
         for start in range(0, num_tokens, chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits = (hidden[chunk].to(work) @ weight).div_(temperature)
+            # Rounded to FP32 as `head_logits` gives them, so that the engine's log-probabilities are these to the last bit.
+            logits = (hidden[chunk].to(work) @ weight).float().to(work).div_(temperature)
             log_sum = torch.logsumexp(logits, dim=-1)
             logprobs[chunk] = logits.gather(1, labels[chunk, None]).squeeze(1).sub_(log_sum)
             normalizer[chunk] = log_sum

@@ -87,8 +87,9 @@ class Fp8Linear(nn.Linear):
         if self.scale_format == "pow2" and bool(torch.any(torch.frexp(scale).mantissa != 0.5)):
             raise ValueError('scales are not powers of two; set fp8.scale_format = "fp32" or export with "pow2"')
         self.register_parameter("weight", None)
-        self.code_bytes = codes.detach().contiguous().view(torch.uint8).clone()
-        self.scale_bytes = scale.detach().contiguous().view(torch.int32).clone()
+        with torch.inference_mode(False):  # tensors that count versions, wherever this is called
+            self.code_bytes = codes.detach().contiguous().view(torch.uint8).clone()
+            self.scale_bytes = scale.detach().contiguous().view(torch.int32).clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype (under autocast, autocast's)."""
@@ -173,7 +174,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of (x, weight_0, bias_0, ...)."""
     x, *parts = ctx.saved_tensors
     saved = {name: Fp8Tensor(parts[2 * i], parts[2 * i + 1], block, name) for i, (block, name) in enumerate(ctx.saved_formats)}
-    x_values: dict[str, Tensor] = {name: gemm.saved_input_values(t) for name, t in saved.items()}
+    x_values: dict[str, Tensor] = {name: gemm.input_values(t) for name, t in saved.items()}
     if x is not None:
         x_values[""] = x.float()
     grad_x: Tensor | None = None
@@ -183,28 +184,32 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         if grad is None:
             results += [None, None]
             continue
-        if ctx.needs_input_grad[1]:
-            grad_x = _add_product(grad_x, *_input_gradient_operands(layer, grad, ctx.x_dtype))
-        results.append(_weight_gradient(layer, grad, x_values) if need_weight else None)
+        by_row, by_column = _gradient_operands(layer, grad, ctx.needs_input_grad[1], need_weight)
+        if by_row is not None:
+            weight = _backward_weight(layer, ctx.x_dtype)
+            grad_x = by_row @ weight if grad_x is None else grad_x.addmm_(by_row, weight)
+        results.append(None if by_column is None else _weight_gradient(layer, by_column, x_values))
         results.append(grad.sum(0, dtype=torch.float32).to(layer.bias.dtype) if need_bias else None)
     return [None if grad_x is None else grad_x.to(ctx.x_dtype), *results]
 
 
-def _input_gradient_operands(layer: nn.Linear, grad: Tensor, x_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _gradient_operands(layer: nn.Linear, grad: Tensor, by_row: bool, by_column: bool) -> tuple[Tensor | None, Tensor | None]:
+    """FP32 values [T, N] of the output gradient for grad_x and for grad_W, where asked for."""
     if isinstance(layer, Fp8Linear):
-        return gemm.gradient_values(grad, layer.scale_format), layer.weight_values(torch.float32)
-    return grad.float(), rounded(layer.weight, x_dtype, torch.float32)
+        return gemm.gradient_values(grad, layer.scale_format, by_row, by_column)
+    wide = grad.float()
+    return wide if by_row else None, wide if by_column else None
+
+
+def _backward_weight(layer: nn.Linear, x_dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] that the forward multiplied, FP32."""
+    return layer.weight_values(torch.float32) if isinstance(layer, Fp8Linear) else rounded(layer.weight, x_dtype, torch.float32)
 
 
 def _weight_gradient(layer: nn.Linear, grad: Tensor, x_values: dict[str, Tensor]) -> Tensor:
     """`grad.T @ x` [N, K], summed in FP32."""
-    if isinstance(layer, Fp8Linear):
-        return gemm.gradient_values_by_token(grad, layer.scale_format) @ x_values[layer.scale_format]
-    return (grad.float().t() @ x_values[""]).to(layer.weight.dtype)
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return a @ b if total is None else total.addmm_(a, b)
+    x = x_values[layer.scale_format if isinstance(layer, Fp8Linear) else ""]
+    return (grad.t() @ x).to(layer.weight.dtype)
 
 
 def _device_of(grads: Sequence[Tensor | None]) -> str:

@@ -50,7 +50,7 @@ def once_per_version(tensor: Tensor, key: Hashable, make: Callable[[], Made]) ->
     if version is None or not version.is_of(tensor):
         version = _versions[tensor] = _Version(tensor)
     if key not in version.made:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is made outlives an inference block
             version.made[key] = make()
     return version.made[key]
 
