@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _say(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
-        return _say("error: interrupted.", Interrupted.exit_code)
+        return _say("interrupted.", Interrupted.exit_code)
     except BrokenPipeError:
         # The reader of our output went away (`infir2 cpt --help | head`): not an error of anybody's.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,7 +20,13 @@ def problems(recipe: BaseModel, verb: str = "") -> Iterator[Problem]:
         yield from _rl(recipe)
         yield from _rollout(recipe.rollout)
     if isinstance(recipe, EvalRecipe):
-        yield from _model(recipe.model, "infir2 eval")
+        if not recipe.model.path:
+            yield "model.path", "model.path is missing; name the Hugging Face or run directory to score."
+        if recipe.model.shape is not None:
+            yield (
+                "model.shape.hidden_size",
+                "[model.shape] makes a new model, and a new model has nothing to score; set model.path instead.",
+            )
         yield from _rollout(recipe.rollout)
         if not recipe.evaluate.problems:
             yield "evaluate.problems", "evaluate.problems is empty; name at least one file of problems."
@@ -29,7 +35,7 @@ def problems(recipe: BaseModel, verb: str = "") -> Iterator[Problem]:
 def _training(recipe: TrainRecipe, verb: str) -> Iterator[Problem]:
     if not recipe.run.dir:
         yield "run.dir", "run.dir is missing; name the directory for checkpoints, metrics and report, such as runs/cpt."
-    yield from _model(recipe.model, f"infir2 {verb}" if verb else "training")
+    yield from _model(recipe.model)
     if recipe.model.shape is not None and not recipe.data.tokenizer:
         yield "data.tokenizer", "data.tokenizer is missing; a model made from model.shape brings no tokenizer of its own."
     if not recipe.data.sources:
@@ -39,9 +45,9 @@ def _training(recipe: TrainRecipe, verb: str) -> Iterator[Problem]:
         yield from _batch(recipe, verb)
 
 
-def _model(model: ModelSection, who: str) -> Iterator[Problem]:
+def _model(model: ModelSection) -> Iterator[Problem]:
     if not model.path and model.shape is None:
-        yield "model.path", f"model.path is missing; {who} needs a Hugging Face or run directory to start from, or [model.shape]."
+        yield "model.path", "model.path is missing; name a Hugging Face or run directory to start from, or make a model with [model.shape]."
     if model.path and model.shape is not None:
         yield "model.path", "model.path and model.shape are both set; keep the one that the model is to be made from."
     shape = model.shape

@@ -1,0 +1,196 @@
+"""The `infir2` command: what goes where, which exit code, which words on stderr."""
+
+import os
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_config_load import RECIPE
+
+from infir2 import errors
+from infir2.cli import VERBS, main
+from infir2.config.keys import leaf_keys
+from infir2.config.schema import RlRecipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_CHECKPOINT", "DATA_DIR", "DATA_PATH", "SAVE_DIR", "LOAD_DIR", "REF_LOAD", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    Path("x.toml").write_text(RECIPE)
+    return "x.toml"
+
+
+@pytest.fixture
+def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple]]:
+    """Puts a module of fake functions in the place of a stage's; returns the list of calls: (function, *arguments)."""
+
+    def put(module: str, *functions: str, raises: BaseException | None = None) -> list[tuple]:
+        calls: list[tuple] = []
+
+        def make(function: str) -> Callable[..., str]:
+            def record(*arguments: object) -> str:
+                calls.append((function, *arguments))
+                if raises is not None:
+                    raise raises
+                return "written"
+
+            return record
+
+        fake = types.ModuleType(module)
+        for function in functions:
+            setattr(fake, function, make(function))
+        monkeypatch.setitem(sys.modules, module, fake)
+        return calls
+
+    return put
+
+
+def test_training_gets_the_recipe_and_the_kind(recipe: str, replace: Callable[..., list[tuple]]) -> None:
+    calls = replace("infir2.train.run", "run_training")
+    assert main(["sft", recipe, "--run.seed=5", "--accept-changes"]) == 0
+    assert main(["cpt", recipe, "--data.batch_samples=0", "--data.batch_sequences=3"]) == 0
+    (_, loaded, kind), (_, second, second_kind) = calls
+    assert (kind, loaded.recipe.run.seed, loaded.accept_changes) == ("sft", 5, True)
+    assert (second_kind, second.recipe.data.batch_sequences, second.accept_changes) == ("cpt", 3, False)
+
+
+def test_variables_that_took_part_are_printed_once(
+    recipe: str, replace: Callable[..., list[tuple]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace("infir2.train.run", "run_training")
+    monkeypatch.setenv("HF_CHECKPOINT", "models/hf")
+    assert main(["sft", recipe]) == 0
+    assert capsys.readouterr().err == "infir2: environment variable HF_CHECKPOINT sets model.path to 'models/hf'.\n"
+    monkeypatch.setenv("RANK", "1")
+    assert main(["sft", recipe]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (errors.ConfigError("a key."), 2, "infir2: error: a key."),
+        (errors.OutputExistsError("there."), 2, "infir2: error: there."),
+        (errors.CheckFailedError("differs."), 1, "infir2: error: differs."),
+        (errors.CheckpointCorruptError("file."), 3, "infir2: error: file."),
+        (errors.DataError("row."), 4, "infir2: error: row."),
+        (errors.NonFiniteError("nan."), 17, "infir2: error: nan."),
+        (errors.Preempted("saved at step 3."), 75, "infir2: saved at step 3."),
+        (errors.Interrupted("saved at step 3."), 130, "infir2: saved at step 3."),
+        (KeyboardInterrupt(), 130, "infir2: interrupted."),
+    ],
+)
+def test_each_error_has_its_exit_code_and_one_line(
+    recipe: str, replace: Callable[..., list[tuple]], capsys: pytest.CaptureFixture[str], error: BaseException, code: int, text: str
+) -> None:
+    replace("infir2.train.run", "run_training", raises=error)
+    assert main(["sft", recipe]) == code
+    assert capsys.readouterr().err == f"{text}\n"
+
+
+def test_an_internal_error_has_its_traceback(recipe: str, replace: Callable[..., list[tuple]], capsys: pytest.CaptureFixture[str]) -> None:
+    replace("infir2.train.run", "run_training", raises=ZeroDivisionError("a defect"))
+    assert main(["sft", recipe]) == 70
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-2] == "ZeroDivisionError: a defect"
+    assert lines[-1].startswith("infir2: internal error in `infir2 sft x.toml`; please report it")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["sfft"], "sfft is not a verb; did you mean sft?"),
+        (["--colour"], "--colour is not a verb; `infir2 --help` lists the verbs."),
+        (["sft"], "infir2 sft needs a recipe, such as `infir2 sft recipes/demo/sft.toml`; see `infir2 sft --help`."),
+        (
+            ["sft", "x.toml", "--verbose"],
+            "--verbose is not an option of infir2 sft; options are --section.key=value, see `infir2 sft --help`.",
+        ),
+        (["sft", "x.toml", "--run.seed", "5"], "option --run.seed: write it as --run.seed=5."),
+        (["sft", "gone.toml"], "gone.toml: there is no such recipe file; recipes are in recipes/."),
+        (["export", "hf", "runs/x"], "the following arguments are required: --to; see `infir2 export hf --help`."),
+        (["export", "fp8", "m", "--to", "o", "--scale-format", "e8m0"], "argument --scale-format: invalid choice: 'e8m0'"),
+        (["verify-weights", "a", "b", "c"], "unrecognized arguments: c; see `infir2 verify-weights --help`."),
+    ],
+)
+def test_wrong_words_are_one_sentence_and_exit_2(recipe: str, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str) -> None:
+    assert main(words) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(f"infir2: error: {sentence}")
+    assert output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        ("export hf runs/a --to o", ("export_hf", Path("runs/a"), Path("o"))),
+        ("export fp8 m --to o", ("export_fp8", Path("m"), Path("o"), "pow2")),
+        ("export fp8 m --to o --scale-format fp32", ("export_fp8", Path("m"), Path("o"), "fp32")),
+        ("import fp8 m --to o", ("import_fp8", Path("m"), Path("o"))),
+        ("verify-weights runs/a m", ("verify_weights", Path("runs/a"), Path("m"))),
+        ("data demo --to d --seed 4", ("make_demo_world", Path("d"), 4)),
+        ("demo d --seed 4", ("run_demo", Path("d"), 4)),
+        ("report runs/a", ("write_report", [Path("runs/a")], Path("runs/a/report.html"))),
+        ("report a b", ("write_report", [Path("a"), Path("b")], Path("report.html"))),
+        ("report a --to p.html", ("write_report", [Path("a")], Path("p.html"))),
+    ],
+)
+def test_words_reach_their_function(words: str, call: tuple, replace: Callable[..., list[tuple]]) -> None:
+    functions = ("export_hf", "export_fp8", "import_fp8", "verify_weights", "make_demo_world", "run_demo", "write_report")
+    calls = [replace(module, *functions) for module in ("infir2.checkpoint", "infir2.data.demo", "infir2.demo", "infir2.report")]
+    assert main(words.split()) == 0
+    assert [made for module_calls in calls for made in module_calls] == [call]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main([verb, "--help"])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 0
+    assert capsys.readouterr().out.startswith(f"usage: infir2 {verb}")
+
+
+def test_help_describes_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rl", "--help"]) == 0
+    text = capsys.readouterr().out
+    missing = [key.name for key in leaf_keys(RlRecipe) if f"--{key.name}=" not in text]
+    assert not missing
+    joined = " ".join(text.split())
+    assert "--schedule.learning_rate=NUMBER peak learning rate (required)" in joined
+    assert "--rl.group_size=INTEGER responses per prompt (default 16)" in joined
+    assert "--fp8.enabled=true|false" in joined
+    assert "ROLLOUT_MAX_RESPONSE_LEN sets rl.max_response_tokens" in joined
+
+
+def test_every_key_has_a_description() -> None:
+    assert not [key.name for key in leaf_keys(RlRecipe) if not key.field.description]
+
+
+def test_help_is_quick_and_survives_a_closed_pipe() -> None:
+    environ = dict(os.environ, PYTHONUNBUFFERED="1")
+    start = time.perf_counter()
+    result = subprocess.run(
+        f"{sys.executable} -m infir2 rl --help | head -1", shell=True, capture_output=True, text=True, cwd=ROOT, env=environ
+    )
+    seconds = time.perf_counter() - start
+    assert result.stdout.startswith("usage: infir2 rl")
+    assert result.stderr == ""
+    # 0.2 s on a free core; importing torch alone takes over 2 s.
+    assert seconds < 1.5
+
+
+def test_version_names_the_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert {"infir2", "Python", "torch", "transformers"} <= set(capsys.readouterr().out.split())
