@@ -1,0 +1,27 @@
+"""One decoder for Qwen2/2.5, Qwen3 and Llama, and its Hugging Face files."""
+
+from infir2.model.config import ModelConfig
+from infir2.model.decoder import Decoder
+from infir2.model.hf import (
+    HfWeights,
+    exported_fp8_weights,
+    exported_weights,
+    load_weights,
+    quantization_config,
+    weights_digest,
+    write_hf,
+)
+from infir2.model.kv_cache import KvCache
+
+__all__ = [
+    "Decoder",
+    "HfWeights",
+    "KvCache",
+    "ModelConfig",
+    "exported_fp8_weights",
+    "exported_weights",
+    "load_weights",
+    "quantization_config",
+    "weights_digest",
+    "write_hf",
+]

@@ -1,0 +1,249 @@
+"""The shape of a decoder, and how it is written in a Hugging Face `config.json`.
+
+Three architectures share one block: Qwen2/Qwen2.5 (biases on q, k, v), Qwen3 (RMSNorm on every query and key head) and
+Llama (neither, with optional scaling of the rotary frequencies). Anything else in a `config.json` that would change the
+result is refused by its key, because a model that loads and computes something else is worse than one that does not load.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from infir2.config.schema import ShapeSection
+from infir2.errors import CheckpointError, ConfigError
+
+Architecture = Literal["qwen2", "qwen3", "llama"]
+
+_CLASS_NAMES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and variant of a decoder.
+
+    Example, Qwen2.5-1.5B: `ModelConfig("qwen2", vocab_size=151936, hidden_size=1536, num_layers=28, num_heads=12,
+    num_kv_heads=2, head_dim=128, ffn_size=8960, qkv_bias=True, rope_theta=1e6, tie_embeddings=True)`.
+
+    Raises ConfigError when the sizes do not fit together or the architecture has no such variant.
+    """
+
+    architecture: Architecture
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    rms_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: dict[str, float] | None = field(default=None, hash=False)  # Llama 3's four numbers, or None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    max_positions: int = 32768
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.architecture not in get_args(Architecture):
+            raise ConfigError(f"architecture {self.architecture!r} is not supported; use one of {', '.join(get_args(Architecture))}")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.type in (int, float) and not value > 0:
+                raise ConfigError(f"{entry.name} = {value} must be greater than 0")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_kv_heads = {self.num_kv_heads} must divide num_heads = {self.num_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim = {self.head_dim} must be even, because rotary embedding turns pairs")
+        if self.architecture == "llama" and self.hidden_size % self.num_heads:
+            raise ConfigError(f"num_heads = {self.num_heads} must divide hidden_size = {self.hidden_size} in a llama model")
+        if self.rope_scaling is not None and sorted(self.rope_scaling) != sorted(_LLAMA3_KEYS):
+            raise ConfigError(f"rope_scaling must have exactly the keys {', '.join(_LLAMA3_KEYS)}")
+        self._check_variant()
+
+    def _check_variant(self) -> None:
+        allowed = {
+            "qwen2": self.qkv_bias and not (self.output_bias or self.mlp_bias or self.qk_norm),
+            "qwen3": self.qk_norm and self.qkv_bias == self.output_bias and not self.mlp_bias,
+            "llama": self.qkv_bias == self.output_bias and not self.qk_norm,
+        }
+        if not allowed[self.architecture]:
+            raise ConfigError(
+                f"architecture {self.architecture} has no variant with qkv_bias = {self.qkv_bias}, output_bias = {self.output_bias}, "
+                f"mlp_bias = {self.mlp_bias}, qk_norm = {self.qk_norm}; no Hugging Face class could load it"
+            )
+
+    @classmethod
+    def from_shape(cls, shape: ShapeSection, vocab_size: int) -> "ModelConfig":
+        """The config of a new model; `vocab_size` is the tokenizer's, and `shape.vocab_size` may only add rows to it."""
+        rows = shape.vocab_size or vocab_size
+        if rows < vocab_size:
+            raise ConfigError(f"model.shape.vocab_size = {rows} is below the tokenizer's {vocab_size} tokens; raise it or set it to 0")
+        if not shape.head_dim and shape.hidden_size % shape.num_heads:
+            raise ConfigError(
+                f"model.shape.num_heads = {shape.num_heads} does not divide hidden_size = {shape.hidden_size}; set model.shape.head_dim"
+            )
+        return cls(
+            architecture=shape.architecture,
+            vocab_size=rows,
+            hidden_size=shape.hidden_size,
+            num_layers=shape.num_layers,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim or shape.hidden_size // shape.num_heads,
+            ffn_size=shape.ffn_size,
+            rms_eps=shape.rms_eps,
+            rope_theta=shape.rope_theta,
+            tie_embeddings=shape.tie_embeddings,
+            qkv_bias=shape.architecture == "qwen2",
+            qk_norm=shape.architecture == "qwen3",
+            max_positions=shape.max_positions,
+        )
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> "ModelConfig":
+        """Read a `config.json` written by transformers 4 or 5. Raises CheckpointError that names the key in the way."""
+        architecture = _architecture(raw)
+        _refuse_unsupported(raw)
+        hidden, heads = _integer(raw, "hidden_size"), _integer(raw, "num_attention_heads")
+        theta, scaling = _rope(raw)
+        attention_bias = architecture != "qwen2" and bool(raw.get("attention_bias", False))
+        eos = raw.get("eos_token_id")
+        try:
+            return cls(
+                architecture=architecture,
+                vocab_size=_integer(raw, "vocab_size"),
+                hidden_size=hidden,
+                num_layers=_integer(raw, "num_hidden_layers"),
+                num_heads=heads,
+                num_kv_heads=_integer(raw, "num_key_value_heads", default=heads),
+                head_dim=_integer(raw, "head_dim", default=128 if architecture == "qwen3" else hidden // heads),
+                ffn_size=_integer(raw, "intermediate_size"),
+                rms_eps=_number(raw, "rms_norm_eps", default=1e-6),
+                rope_theta=theta,
+                rope_scaling=scaling,
+                tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+                qkv_bias=architecture == "qwen2" or attention_bias,
+                output_bias=attention_bias,
+                mlp_bias=architecture == "llama" and bool(raw.get("mlp_bias", False)),
+                qk_norm=architecture == "qwen3",
+                max_positions=_integer(raw, "max_position_embeddings", default=2048 if architecture == "llama" else 32768),
+                bos_token_id=raw.get("bos_token_id"),
+                eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+                pad_token_id=raw.get("pad_token_id"),
+            )
+        except ConfigError as error:
+            raise CheckpointError(f"config.json cannot be used: {error}") from error
+
+    def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
+        """The `config.json` of this model, with the keys of transformers 4 (vLLM, SGLang) and 5 side by side."""
+        eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        scaling = None if self.rope_scaling is None else {"rope_type": "llama3", **self.rope_scaling}
+        raw: dict[str, Any] = {
+            "architectures": [_CLASS_NAMES[self.architecture]],
+            "model_type": self.architecture,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": self.rms_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "rope_parameters": {"rope_theta": self.rope_theta, **(scaling or {"rope_type": "default"})},
+            "tie_word_embeddings": self.tie_embeddings,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos,
+            "pad_token_id": self.pad_token_id,
+            "torch_dtype": dtype,
+            "dtype": dtype,
+        }
+        if self.architecture != "qwen2":
+            raw["attention_bias"] = self.qkv_bias
+        if self.architecture == "llama":
+            raw["mlp_bias"] = self.mlp_bias
+        else:
+            raw |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": self.num_layers}
+        return raw
+
+
+def _architecture(raw: Mapping[str, Any]) -> Architecture:
+    model_type, classes = raw.get("model_type"), raw.get("architectures")
+    if model_type not in get_args(Architecture):
+        raise CheckpointError(
+            f"config.json: model_type {model_type!r} is not supported; use a model of {', '.join(get_args(Architecture))}"
+        )
+    if classes and _CLASS_NAMES[model_type] not in classes:
+        raise CheckpointError(
+            f"config.json: architectures = {classes} is not supported; a {model_type} model must be {_CLASS_NAMES[model_type]}"
+        )
+    return model_type
+
+
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    """Refuse what would change the result: other activations, dropout, experts, sliding windows."""
+    if raw.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"config.json: hidden_act = {raw['hidden_act']!r} is not supported; only 'silu' is")
+    if raw.get("attention_dropout"):
+        raise CheckpointError(f"config.json: attention_dropout = {raw['attention_dropout']} is not supported; set it to 0.0")
+    for key in _MOE_KEYS:
+        if raw.get(key):
+            raise CheckpointError(f"config.json: {key} = {raw[key]} is a mixture of experts, which is not supported; use a dense model")
+    layers = raw.get("num_hidden_layers")
+    window_starts = raw.get("max_window_layers", 28)  # transformers' default
+    if raw.get("use_sliding_window") and raw.get("sliding_window") is not None and isinstance(layers, int) and window_starts < layers:
+        raise CheckpointError(
+            "config.json: use_sliding_window is in use, which is not supported; set it to false if the model was trained without"
+        )
+    if set(raw.get("layer_types") or ()) - {"full_attention"}:
+        raise CheckpointError("config.json: layer_types has layers other than 'full_attention', which are not supported")
+
+
+def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, float] | None]:
+    """Rotary base and Llama 3 scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    scaling = raw.get(key) or {}
+    if not isinstance(scaling, Mapping):
+        raise CheckpointError(f"config.json: {key} must be an object")
+    theta = _number({"rope_theta": raw.get("rope_theta"), **scaling}, "rope_theta", default=10000.0)
+    if raw.get("rope_theta") is not None and raw["rope_theta"] != theta:
+        raise CheckpointError(f"config.json: rope_theta = {raw['rope_theta']} contradicts {key}.rope_theta = {theta}; make them equal")
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(
+            f"config.json: {key}.partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported; only 1.0 is"
+        )
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise CheckpointError(f"config.json: {key}.rope_type = {kind!r} is not supported; use 'default' or 'llama3'")
+    return theta, {name: _number(scaling, name, where=f"{key}.") for name in _LLAMA3_KEYS}
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float | None = None, where: str = "") -> float:
+    value = raw.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(f"config.json: {where}{key} must be a number, not {value!r}")
+    return value
+
+
+def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise CheckpointError(f"config.json: {key} must be a whole number greater than 0, not {value!r}")
+    return value

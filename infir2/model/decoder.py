@@ -1,0 +1,180 @@
+"""One decoder for Qwen2/2.5, Qwen3 and Llama: a block is two residual lines.
+
+The model knows no parallelism, no FP8 and no file format: `convert_to_fp8` swaps its Linears, and the operations of
+`infir2.numerics` choose by the layers' types. Parameters are FP32 masters with Hugging Face's names; activations have
+`compute_dtype`. Shapes: T packed tokens, B sequences, D model, N heads, G key heads, H head, F ffn, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from infir2.config.schema import ShapeSection
+from infir2.model.attention import attention
+from infir2.model.config import ModelConfig
+from infir2.model.kv_cache import CacheView, KvCache, cached_attention, view_cache
+from infir2.model.packing import Packing, plan_packing
+from infir2.model.rope import apply_rope, rope_tables
+from infir2.numerics import RMSNorm, head_logits, linear, norm_linear, swiglu_linear
+
+Context = Packing | CacheView
+Rope = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, config.output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, norm: RMSNorm, rope: Rope, context: Context) -> Tensor:
+        """o(attention(rope(q), rope(k), v)) of norm(x), [T, D] -> [T, D]."""
+        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in norm_linear(x, norm, (self.q_proj, self.k_proj, self.v_proj)))
+        q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
+        if isinstance(context, CacheView):
+            out = cached_attention(q, k, v, context, self.layer)
+        else:
+            out = attention(q, k, v, context)
+        return linear(out.flatten(1), (self.o_proj,))[0]
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_size, config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, config.mlp_bias)
+        self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """down(silu(gate) * up) of norm(x), [T, D] -> [T, D]."""
+        gate, up = norm_linear(x, norm, (self.gate_proj, self.up_proj))
+        return swiglu_linear(gate, up, self.down_proj)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, rope: Rope, context: Context) -> Tensor:
+        x = x + self.self_attn(x, self.input_layernorm, rope, context)
+        return x + self.mlp(x, self.post_attention_layernorm)
+
+
+class Backbone(nn.Module):
+    """What Hugging Face calls `model`: embedding, blocks, final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model over packed token streams.
+
+    Example: two sequences of 3 and 2 tokens:
+    `model(torch.tensor([5, 6, 7, 5, 9]), torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 3, 5]))` -> logits [5, V].
+
+    Attributes:
+        config: its shape.
+        compute_dtype: dtype of activations, BF16 or FP32; masters are FP32 either way.
+        recompute: "full" keeps only each block's input and runs its forward again in the backward.
+    """
+
+    def __init__(
+        self, config: ModelConfig, compute_dtype: torch.dtype = torch.bfloat16, recompute: Literal["none", "full"] = "none"
+    ) -> None:
+        super().__init__()
+        self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
+        self.model = Backbone(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @classmethod
+    def from_hf(cls, directory: str | Path, compute_dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> "Decoder":
+        """Load a Hugging Face directory tensor by tensor, BF16 or block FP8 (then the model serves the file's codes).
+
+        Raises CheckpointError for a directory that is unreadable, incomplete or of an unsupported model.
+        """
+        from infir2.model.hf import load_directory  # the file formats know the model, not the other way round
+
+        return load_directory(Path(directory), compute_dtype, device)
+
+    @classmethod
+    def from_shape(
+        cls,
+        shape: ShapeSection,
+        vocab_size: int,
+        seed: int,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> "Decoder":
+        """A new model; the weights are a pure function of shape and seed, whatever the device."""
+        with torch.device("meta"):
+            model = cls(ModelConfig.from_shape(shape, vocab_size), compute_dtype)
+        model.to_empty(device="cpu")
+        model.initialize(seed, shape.init_std)
+        return model.to(device)
+
+    def initialize(self, seed: int, std: float = 0.0) -> None:
+        """Draw normal weights of deviation `std` (0: 1/sqrt(fan_in), embedding 1/sqrt(D)); biases 0, norms 1."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0.0, std or parameter.shape[1] ** -0.5, generator=generator)
+                else:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """FP32 master [V, D] of the output projection; the embedding's if they are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def forward(self, token_ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Logits FP32 [T, V] of token_ids [T] at positions [T], causal within each of the B sequences of cu_seqlens [B+1]."""
+        return head_logits(self.hidden_states(token_ids, positions, cu_seqlens), self.head_weight)
+
+    def hidden_states(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        cache: KvCache | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """States [T, D] after the final norm.
+
+        With `cache`, the B sequences' new tokens are written at their positions of `slots` [B] and see the slot's prefix;
+        no gradient then. Raises ValueError for positions or slots outside the cache.
+        """
+        context: Context
+        if cache is None:
+            context = plan_packing(cu_seqlens, self.config.num_heads)
+        else:
+            assert slots is not None, "a cache needs slots"
+            context = view_cache(cache, slots, positions, cu_seqlens, self.config.num_heads)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            # the FP32 master's rows are rounded after the look-up, so that its gradient is summed in FP32
+            x = self.model.embed_tokens(token_ids).to(self.compute_dtype)
+            rope = rope_tables(self.config, positions)
+            for block in self.model.layers:
+                if self.recompute == "full" and torch.is_grad_enabled():
+                    x = checkpoint(block, x, rope, context, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = block(x, rope, context)
+            return self.model.norm(x)

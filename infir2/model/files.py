@@ -1,0 +1,262 @@
+"""Reading and writing the files of a Hugging Face model directory: safetensors, sharded or not.
+
+Reading trusts nothing: an index may name no file outside its directory, every tensor it promises must be there, and
+whatever is wrong with a file becomes one CheckpointError. Writing streams: a shard is on disk before the next one is
+gathered, and the directory gets its name by one rename after everything in it is synced.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from infir2.errors import CheckpointError, OutputExistsError
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SIDE_FILES = (
+    "tokenizer*.json",
+    "*.model",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+MAX_JSON_BYTES = 64 * 2**20
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+class HfWeights:
+    """The tensors of a model directory, read one at a time.
+
+    Example: `weights = HfWeights("Qwen2.5-1.5B"); weights.read("model.norm.weight")` -> BF16 [1536].
+
+    Raises CheckpointError when the directory has no safetensors, or its index or a file cannot be trusted.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is not a directory; give a Hugging Face model directory")
+        self._files: dict[str, Any] = {}
+        index = self.directory / INDEX_FILE
+        if index.exists():
+            self._shards = self._read_index(index)
+        elif (self.directory / SINGLE_FILE).exists():
+            self._shards = dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+        else:
+            raise CheckpointError(_no_weights(self.directory))
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the file or the index."""
+        return list(self._shards)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises CheckpointError for a dtype that no model weight has."""
+        stored = self._slice(name).get_dtype()
+        if stored not in DTYPES:
+            raise CheckpointError(f"{self._where(name)} has dtype {stored}, which is not a weight's; convert the model to BF16")
+        return DTYPES[stored]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU, in the dtype of the file."""
+        file = self._open(self._shard(name))
+        try:
+            tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self._where(name)} cannot be read ({_reason(error)}); copy the model again") from error
+        return tensor
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self._shards:
+            yield name, self.read(name)
+
+    def _where(self, name: str) -> str:
+        return f"{self.directory / self._shards[name]}: tensor {name}"
+
+    def _shard(self, name: str) -> str:
+        if name not in self._shards:
+            raise CheckpointError(f"{self.directory} has no tensor {name}; it is not the model that its config.json describes")
+        return self._shards[name]
+
+    def _slice(self, name: str) -> Any:
+        return self._open(self._shard(name)).get_slice(name)
+
+    def _open(self, file_name: str) -> Any:
+        if file_name not in self._files:
+            path = self.directory / file_name
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; copy the model again")
+            try:
+                self._files[file_name] = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError, ValueError) as error:
+                raise CheckpointError(f"{path} is not a whole safetensors file ({_reason(error)}); copy the model again") from error
+        return self._files[file_name]
+
+    def _read_index(self, index: Path) -> dict[str, str]:
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise CheckpointError(f"{index} has no weight_map; copy the model again")
+        for name, file_name in shards.items():
+            if not isinstance(file_name, str) or file_name != os.path.basename(file_name) or not file_name.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{index}: the file {file_name!r} of {name} is not a .safetensors file of this directory; do not use this model"
+                )
+        present = {file_name: set(self._open(file_name).keys()) for file_name in sorted(set(shards.values()))}
+        for name, file_name in shards.items():
+            if name not in present[file_name]:
+                raise CheckpointError(
+                    f"{self.directory / file_name} has no tensor {name}, which {INDEX_FILE} promises; copy the model again"
+                )
+        return shards
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of at most 64 MiB. Raises CheckpointError naming the file."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB, which no model's JSON is; do not use this file")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; give a Hugging Face model directory") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({_reason(error)}); copy the model again") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} must hold a JSON object; copy the model again")
+    return raw
+
+
+def write_hf(
+    directory: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config: dict[str, Any],
+    side_files_from: str | Path | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write a model directory: shards of at most `max_shard_bytes` (one larger tensor gets its own), config, side files.
+
+    Tokenizer, chat template and generation config are copied from `side_files_from`. Nothing has the final name before
+    everything is on disk. Raises OutputExistsError if `directory` exists, CheckpointError for a non-finite or repeated
+    tensor and for a disk that refuses the data.
+    """
+    target = Path(directory)
+    if target.exists() or target.is_symlink():
+        raise OutputExistsError(f"{target} already exists; remove it or choose another output")
+    work = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        work.mkdir(parents=True)
+        _write_shards(work, tensors, max_shard_bytes)
+        if side_files_from is not None:
+            _copy_side_files(Path(side_files_from), work)
+        _write_json(work / "config.json", config)
+        for path in (*work.iterdir(), work):
+            _sync(path)
+        work.rename(target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        if target.exists():
+            raise OutputExistsError(f"{target} was created meanwhile; remove it or choose another output") from error
+        raise CheckpointError(f"{target} cannot be written: {_reason(error)}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_shards(work: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    total = 0
+    seen: set[str] = set()
+    for shard in _shards(tensors, max_shard_bytes):
+        for name, tensor in shard.items():
+            if name in seen:
+                raise CheckpointError(f"tensor {name} comes twice; every weight must have its own name")
+            _check_finite(name, tensor)
+            total += tensor.numel() * tensor.element_size()
+        seen |= shard.keys()
+        save_file(shard, work / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+    if len(shards) <= 1:
+        if not shards:
+            raise CheckpointError("the model has no weights to write")
+        (work / "shard-0").rename(work / SINGLE_FILE)
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (work / f"shard-{i}").rename(work / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+    _write_json(work / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shard and (name in shard or size + num_bytes > max_shard_bytes):
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.detach().to("cpu").contiguous()
+        size += num_bytes
+    if shard:
+        yield shard
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.dtype == torch.float8_e4m3fn:
+        finite = not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
+    else:
+        finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    if not finite:
+        raise CheckpointError(f"tensor {name} has values that are not finite; go back to an earlier checkpoint")
+
+
+def _copy_side_files(source: Path, work: Path) -> None:
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is not a directory; give the directory with the model's tokenizer")
+    for pattern in SIDE_FILES:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, work / path.name)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _no_weights(directory: Path) -> str:
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
+        return (
+            f"{directory} has only pickled weights (.bin, .pt), which are not read because they can run code; save the model as safetensors"
+        )
+    return f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a Hugging Face model directory"
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
