@@ -1,0 +1,181 @@
+"""The inside of a jail. sandbox.py starts this text, plain.py's and walls.py's under `python -I -S`: standard library only.
+
+A first process makes the namespaces and watches; the second one (process 1 of its own world) builds a file system of
+read-only libraries and a small tmpfs, gives up every privilege, says {"ready": true}, and only then is sent the program.
+Nothing that decides the verdict exists in the process that runs a program: no expected value, no test, no key. The parent
+compares plain values; an assert-style test runs in a second jail, the examiner, that calls the program's by messages.
+"""
+
+import builtins
+import importlib
+import json
+import os
+import socket
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from infir2.verify.plain import decode, encode
+from infir2.verify.walls import confine
+
+MAX_LINE_BYTES = 4 << 20
+
+
+def _say(channel: socket.socket, **message: Any) -> None:
+    channel.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _run(program: str, name: str) -> dict[str, Any]:
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    exec(compile(program, "<program>", "exec"), module.__dict__)
+    return module.__dict__
+
+
+def _script(channel: socket.socket, program: str) -> None:
+    try:
+        _run(program, "__main__")
+    except Exception as error:
+        _say(channel, error=type(error).__name__, detail=str(error)[:200])
+        sys.exit(1)
+
+
+def _serve(channel: socket.socket, requests: BinaryIO, program: str) -> None:
+    """Load the program, then answer calls of its functions (and of the objects they returned) by value."""
+    kept: list[Any] = []
+
+    def keep(value: Any) -> int:
+        kept.append(value)
+        return len(kept) - 1
+
+    def describe(value: Any) -> Any:
+        return ["module", value.__name__] if isinstance(value, types.ModuleType) else encode(value, keep)
+
+    try:
+        names = _run(program, "solution")
+        _say(channel, names={name: describe(value) for name, value in names.items() if not name.startswith("__")})
+    except BaseException as error:
+        return _say(channel, error=type(error).__name__, detail=str(error)[:200])
+    tools: dict[str, Any] = {"getattr": getattr, "setattr": setattr, "len": len, "list": list, "str": str, "repr": repr, "bool": bool}
+    tools["getitem"] = lambda container, key: container[key]
+    for line in requests:
+        request = json.loads(line)
+        try:
+            kind, target = request["target"]
+            if kind == "name":
+                function = names[target] if target in names else getattr(names["Solution"](), target)
+            else:
+                function = tools[target] if kind == "tool" else kept[target]
+            arguments, options = decode(request["arguments"], kept.__getitem__), decode(request["options"], kept.__getitem__)
+            _say(channel, id=request["id"], value=encode(function(*arguments, **options), keep))
+        except BaseException as error:
+            _say(channel, id=request["id"], error=type(error).__name__, detail=str(error)[:200])
+
+
+class Remote:
+    """An object that lives in the program's jail. Two of them are equal only if they are the same handle."""
+
+    def __init__(self, ask: Callable[..., Any], target: list) -> None:
+        self.__dict__.update(_ask=ask, _target=target)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._ask(self._target, arguments, options)
+
+    def _tool(self, name: str, *arguments: Any) -> Any:
+        return self._ask(["tool", name], (self, *arguments), {})
+
+    def __getattr__(self, name: str) -> Any:
+        return self._tool("getattr", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._tool("setattr", name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._tool("getitem", key)
+
+    def __iter__(self) -> Any:
+        return iter(list(self._tool("list")))
+
+    def __len__(self) -> int:
+        return int(self._tool("len"))
+
+    def __bool__(self) -> bool:
+        return bool(self._tool("bool"))
+
+    def __str__(self) -> str:
+        return str(self._tool("str"))
+
+
+def _examine(channel: socket.socket, peer: socket.socket, request: dict) -> None:
+    """Run an assert-style test against the program in the other jail, and say how it ended."""
+    peer.setblocking(True)  # the parent's time-out on its end of the same socket made it non-blocking
+    replies = peer.makefile("rb")
+
+    def ask(target: list, arguments: tuple, options: dict) -> Any:
+        key = os.urandom(8).hex()
+        _say(peer, id=key, target=target, arguments=encode(arguments, handle), options=encode(options, handle))
+        reply = json.loads(replies.readline(MAX_LINE_BYTES) or "{}")
+        if reply.get("id") != key:
+            raise ConnectionError("the program ended, or answered out of turn")
+        if "error" in reply:
+            kind = getattr(builtins, str(reply["error"]), RuntimeError)
+            raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError)(reply.get("detail"))
+        return decode(reply["value"], remote)
+
+    def handle(value: Any) -> int:
+        if type(value) is not Remote or value._target[0] != "object":
+            raise ValueError("only plain values and the program's own objects can be passed to the program")
+        return value._target[1]
+
+    def remote(index: int) -> Remote:
+        return Remote(ask, ["object", index])
+
+    space: dict[str, Any] = {"__name__": "examiner"}
+    outcome, detail = "ok", ""
+    try:
+        exec(compile(request["setup"], "<setup>", "exec"), space)
+        _bind_names(space, request["names"], request["entry_point"], remote)
+        exec(compile(request["code"], "<test>", "exec"), space)
+        if request["entry_point"]:
+            space["check"](space[request["entry_point"]])
+    except AssertionError as error:
+        outcome, detail = "wrong", f"AssertionError: {error}"
+    except BaseException as error:
+        outcome, detail = "error", f"{type(error).__name__}: {error}"
+    _say(channel, key=request["key"], outcome=outcome, detail=detail[:200])
+
+
+def _bind_names(space: dict[str, Any], names: dict[str, Any], entry_point: str, remote: Callable[[int], Any]) -> None:
+    """Give the test the program's names, but never a stand-in for a builtin, a standard module or the test's own setup."""
+    for name, data in names.items():
+        if name != entry_point and (name in space or hasattr(builtins, name)):
+            continue
+        if isinstance(data, list) and data and data[0] == "module":
+            if data[1] in sys.stdlib_module_names:
+                space[name] = importlib.import_module(data[1])
+            continue
+        value = decode(data, remote)
+        if isinstance(value, Remote) and name in sys.stdlib_module_names:
+            space[name] = value.__call__  # a function of that name may be called, a fake module gives nothing
+        else:
+            space[name] = value
+
+
+def main() -> None:
+    """Confine this process, then do the one thing that the first line of the control channel asks for."""
+    config = json.loads(sys.argv[1])
+    channel = socket.socket(fileno=config["control"])
+    try:
+        confine(config)
+    except (OSError, ValueError) as error:
+        return _say(channel, jail=f"{type(error).__name__}: {error}")
+    _say(channel, ready=True)
+    requests = channel.makefile("rb")
+    request = json.loads(requests.readline())
+    if request["mode"] == "script":
+        _script(channel, request["program"])
+    elif request["mode"] == "serve":
+        _serve(channel, requests, request["program"])
+    else:
+        _examine(channel, socket.socket(fileno=config["peer"]), request)

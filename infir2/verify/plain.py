@@ -1,0 +1,51 @@
+"""Plain values as JSON: the only thing that crosses between jails and the parent. Standard library only (jail.py)."""
+
+from collections.abc import Callable
+from typing import Any
+
+_CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset)
+
+
+def encode(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
+    """`value` as JSON: scalars as they are, the rest as [kind, content]. Subclasses lose their methods (`__eq__` too).
+
+    What is no plain value becomes ["remote", keep(value)]; ValueError without `keep`.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, float, str) or (kind is int and abs(value) < 1 << 4096):
+        return value
+    for plain in (str, float):
+        if issubclass(kind, plain):
+            return plain.__str__(value) if plain is str else float.__float__(value)
+    if issubclass(kind, int):
+        return ["int", hex(int.__index__(value))]
+    for container in _CONTAINERS:
+        if issubclass(kind, container):
+            return [container.__name__, [encode(item, keep) for item in container.__iter__(value)]]
+    if issubclass(kind, dict):
+        return ["dict", [[encode(key, keep), encode(item, keep)] for key, item in dict.items(value)]]
+    if issubclass(kind, complex):
+        return ["complex", [value.real, value.imag]]
+    if issubclass(kind, bytes | bytearray):
+        return ["bytes", bytes(value).hex()]
+    if keep is None:
+        raise ValueError(f"a {kind.__name__} is no plain value")
+    return ["remote", keep(value)]
+
+
+def decode(data: Any, remote: Callable[[int], Any] | None = None) -> Any:
+    """The value that `encode` wrote. ValueError on anything else: what a jail says is not to be trusted."""
+    if data is None or isinstance(data, bool | int | float | str):
+        return data
+    try:
+        kind, content = data
+        for container in _CONTAINERS:
+            if kind == container.__name__:
+                return container(decode(item, remote) for item in content)
+        if kind == "dict":
+            return {decode(key, remote): decode(item, remote) for key, item in content}
+        if kind == "remote" and remote is not None:
+            return remote(int(content))
+        return {"int": lambda: int(content, 16), "complex": lambda: complex(*content), "bytes": lambda: bytes.fromhex(content)}[kind]()
+    except (TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"no plain value: {type(error).__name__}") from error

@@ -1,0 +1,134 @@
+"""The walls of a jail, built from inside by the process that will be confined. Standard library only (jail.py)."""
+
+import ctypes
+import os
+import resource
+import signal
+from typing import Any
+
+# Linux's numbers (sched.h, mount.h, prctl.h): the standard library has no names for them.
+_NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+_RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+_DETACH = 2
+_PDEATHSIG, _CAPBSET_DROP, _SUBREAPER, _NO_NEW_PRIVS = 1, 24, 36, 38
+
+
+def _call(libc: ctypes.CDLL, name: str, *arguments: Any) -> None:
+    values = [a.encode() if isinstance(a, str) else ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
+    if getattr(libc, name)(*values) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{name}: {os.strerror(error)}")
+
+
+def _unshare(libc: ctypes.CDLL) -> bool:
+    """Enter fresh namespaces; True when that took a user namespace (no root, or a root that may not)."""
+    flags = _NEWNS | _NEWUTS | _NEWIPC | _NEWPID | _NEWNET
+    if os.geteuid() == 0:
+        try:
+            _call(libc, "unshare", flags)
+            return False
+        except OSError:
+            pass
+    user, group = os.geteuid(), os.getegid()
+    _call(libc, "unshare", flags | _NEWUSER)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"65534 {user} 1"), ("gid_map", f"65534 {group} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    return True
+
+
+def _bind(libc: ctypes.CDLL, source: str, target: str, flags: int) -> None:
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    else:
+        open(target, "w").close()
+    _call(libc, "mount", source, target, None, _BIND | _REC, None)
+    # Flags that the source's mount has may not be lifted by a user namespace: repeat them (ST_* to MS_*).
+    present = os.statvfs(source).f_flag
+    same = present & (1 | 2 | 4 | 8 | 1024 | 2048) | ((1 << 21) if present & 4096 else 0)
+    _call(libc, "mount", None, target, None, _BIND | _REMOUNT | same | flags, None)
+
+
+def _build_root(libc: ctypes.CDLL, libraries: list[str], file_bytes: int) -> None:
+    """Make a root of read-only libraries, /dev/null, /dev/urandom and a tmpfs of `file_bytes` at /tmp, and stay there."""
+    _call(libc, "mount", None, "/", None, _REC | _PRIVATE, None)
+    base = "/proc"  # covered by the new root while it is built: the one directory that no library lives under
+    _call(libc, "mount", "tmpfs", base, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=0755")
+    for path in libraries:
+        _bind(libc, path, base + path, _RDONLY | _NOSUID | _NODEV)
+    for folder in ("/dev", "/old", "/tmp"):
+        os.makedirs(base + folder, exist_ok=True)
+    for device in ("/dev/null", "/dev/urandom"):
+        _bind(libc, device, base + device, _NOSUID)
+    _call(libc, "mount", "tmpfs", base + "/tmp", "tmpfs", _NOSUID | _NODEV, f"size={file_bytes},mode=1777,nr_inodes=4096")
+    os.chdir(base)
+    _call(libc, "pivot_root", ".", "old")
+    os.chdir("/tmp")
+    _call(libc, "umount2", "/old", _DETACH)
+    _call(libc, "mount", None, "/", None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV, None)
+
+
+def _drop_privileges(libc: ctypes.CDLL, user: int) -> None:
+    """No capability, none to gain, and as real root a user id of this jail alone (RLIMIT_NPROC counts by user id)."""
+    for capability in range(64):
+        libc.prctl(_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0)
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    _call(libc, "capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+    _call(libc, "prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def _set_limits(config: dict) -> None:
+    sizes = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_AS: config["memory_bytes"],
+        resource.RLIMIT_FSIZE: config["file_bytes"],
+        resource.RLIMIT_NPROC: config["processes"],
+        resource.RLIMIT_CPU: config["cpu_seconds"],
+    }
+    for kind, size in sizes.items():
+        hard = resource.getrlimit(kind)[1]
+        size = size if hard == resource.RLIM_INFINITY else min(size, hard)
+        resource.setrlimit(kind, (size, size))
+
+
+def confine(config: dict) -> None:
+    """Return in the confined process only; the first process stays behind as its watcher and never returns."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    namespaces = config["level"] == "namespaces"
+    user = 1 << 30 | os.getpid()
+    if namespaces:
+        _unshare(libc)
+    libc.prctl(_SUBREAPER, 1, 0, 0, 0)
+    libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    child = os.fork()
+    if child:
+        _watch(child, config["status"], stay=not namespaces)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    os.close(config["status"])
+    libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    if namespaces:
+        _build_root(libc, config["libraries"], config["file_bytes"])
+        _drop_privileges(libc, user)
+        libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of credentials clears it
+    _set_limits(config)
+
+
+def _watch(child: int, status: int, stay: bool) -> None:
+    """Kill the child on SIGTERM, reap it, report its exit code. In a pid namespace all its descendants die before it."""
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    os.closerange(0, status)
+    os.closerange(status + 1, 1024)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.write(status, b"%d\n" % ended)
+    while stay:  # without a pid namespace the parent ends what the program left behind, which this process has adopted
+        signal.pause()
+    os._exit(0)
