@@ -1,0 +1,226 @@
+"""Rows of JSON Lines and Parquet files, by index. Reads nothing but what is asked for.
+
+A plain .jsonl is memory-mapped with one byte offset per line. A .jsonl.gz is unpacked, and the needed columns of a
+.parquet are written as Arrow, into a temporary file that is mapped in the same way.
+"""
+
+import bisect
+import contextlib
+import gzip
+import itertools
+import json
+import tempfile
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from infir2.errors import DataError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+FIRST_ROWS = 20
+CHUNK_BYTES = 1 << 26
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+class RowError(Exception):
+    """A row that cannot be used: a reason that is counted (`bad_json`, ...) and a detail for people."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Rows(Protocol):
+    """The rows of one file."""
+
+    path: Path
+    num_bytes: int
+    fields: frozenset[str]  # names of the fields: of the first rows, or of the schema
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> dict[str, Any]:
+        """One row. Raises RowError."""
+        ...
+
+
+class JsonLines:
+    """Lines of a .jsonl or .jsonl.gz file; blank lines at the end are no rows, one in the middle is an unusable row."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty: fill it, or take it out of the sources.")
+        self._bytes = np.memmap(_unpacked(path) if path.suffix == ".gz" else path, dtype=np.uint8, mode="r")
+        self.num_bytes = len(self._bytes)
+        head = self._bytes[:4096].tobytes()
+        if not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and (b"\0" in head or head.startswith(GZIP_MAGIC)):
+            raise DataError(f"{path} is not JSON Lines but a binary file: a compressed file must be named .jsonl.gz.")
+        self._starts = self._find_lines()
+        self.fields = self._first_fields()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def read(self, index: int) -> dict[str, Any]:
+        line = self._bytes[self._starts[index] : self._starts[index + 1]].tobytes()
+        if not line.strip():
+            raise RowError("empty", "a blank line")
+        if b"\0" in line:
+            raise RowError("nul_byte", "a NUL byte in the line")
+        try:
+            row = json.loads(line.decode("utf-8-sig" if index == 0 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise RowError("bad_utf8", f"byte {error.start} of the line is not UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            raise RowError("bad_json", f"not a JSON object: {error}") from None
+        if not isinstance(row, dict):
+            raise RowError("bad_json", f"a JSON {type(row).__name__} instead of an object")
+        return row
+
+    def _first_fields(self) -> frozenset[str]:
+        found: set[str] = set()
+        for index in range(min(FIRST_ROWS, len(self))):
+            with contextlib.suppress(RowError):
+                found |= self.read(index).keys()
+        return frozenset(found)
+
+    def _find_lines(self) -> np.ndarray:
+        """Offsets of the lines' first bytes, then the end of the last line that is not blank."""
+        found = [np.zeros(1, dtype=np.int64)]
+        for first in range(0, self.num_bytes, CHUNK_BYTES):
+            found.append(np.flatnonzero(self._bytes[first : first + CHUNK_BYTES] == ord("\n")) + first + 1)
+        starts = np.concatenate(found)
+        if starts[-1] != self.num_bytes:
+            starts = np.append(starts, self.num_bytes)
+        last = len(starts) - 1
+        while last and not self._bytes[starts[last - 1] : starts[last]].tobytes().strip():
+            last -= 1
+        if not last:
+            raise DataError(f"{self.path} has no row, only blank lines: fill it, or take it out of the sources.")
+        return starts[: last + 1]
+
+
+class ParquetRows:
+    """Rows of a .parquet file; only the named columns are read."""
+
+    def __init__(self, path: Path, columns: Collection[str]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path = path
+        try:
+            with pq.ParquetFile(path) as parquet, tempfile.NamedTemporaryFile(prefix="infir2-", suffix=".arrow") as file:
+                self.fields = frozenset(parquet.schema_arrow.names)
+                names = [name for name in parquet.schema_arrow.names if name in columns] or parquet.schema_arrow.names
+                schema = pa.schema([_without_dictionary(parquet.schema_arrow.field(name)) for name in names])
+                with pa.ipc.new_file(file, schema) as writer:
+                    for batch in parquet.iter_batches(columns=names):
+                        writer.write_batch(batch.select(names).cast(schema))
+                file.flush()
+                self._batches = pa.ipc.open_file(pa.memory_map(file.name))  # the mapping outlives the file's name
+                self.num_bytes = Path(file.name).stat().st_size
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{path} cannot be read as Parquet ({_first_line(error)}): make it again, or take it out of the sources."
+            ) from None
+        sizes = [self._batches.get_batch(index).num_rows for index in range(self._batches.num_record_batches)]
+        self._ends = list(itertools.accumulate(sizes))
+        if not sum(sizes):
+            raise DataError(f"{path} has no row: fill it, or take it out of the sources.")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, index: int) -> dict[str, Any]:
+        batch = bisect.bisect_right(self._ends, index)
+        first = self._ends[batch - 1] if batch else 0
+        try:
+            return self._batches.get_batch(batch).slice(index - first, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            raise RowError("bad_utf8", "a text of the row is not UTF-8") from None
+
+
+class Source:
+    """All rows of a path of the recipe: one file, or a directory's files in the order of their names."""
+
+    def __init__(self, path: str | Path, columns: Collection[str] = ()) -> None:
+        self.path = Path(path)
+        self.files: list[Rows] = [_open_file(file, columns) for file in _files(self.path)]
+        self._ends = list(itertools.accumulate(len(file) for file in self.files))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the uncompressed rows."""
+        return sum(file.num_bytes for file in self.files)
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Row `index`, counted over all files. Raises RowError."""
+        file, first = self._locate(index)
+        return file.read(index - first)
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """File and line (counted from 1) of a row."""
+        file, first = self._locate(index)
+        return file.path, index - first + 1
+
+    def origin(self, index: int) -> str:
+        """`file:line` of a row."""
+        path, line = self.place(index)
+        return f"{path}:{line}"
+
+    def _locate(self, index: int) -> tuple[Rows, int]:
+        number = bisect.bisect_right(self._ends, index)
+        return self.files[number], self._ends[number - 1] if number else 0
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise DataError(f"data source {path} does not exist: mend the path in the recipe.")
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+    if not files:
+        raise DataError(f"directory {path} has no {', '.join(SUFFIXES)} file: mend the path in the recipe.")
+    return files
+
+
+def _open_file(path: Path, columns: Collection[str]) -> Rows:
+    try:
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            return JsonLines(path)
+        if path.suffix == ".parquet":
+            return ParquetRows(path, columns)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}): mend the file or the path in the recipe.") from None
+    raise DataError(f"{path} is of an unknown kind: a source is a {', '.join(SUFFIXES)} file or a directory of them.")
+
+
+def _unpacked(path: Path) -> Any:
+    """The content of a .gz file as a temporary file that vanishes with its last reader."""
+    file = tempfile.TemporaryFile(prefix="infir2-")  # noqa: SIM115 (the mapping keeps it)
+    try:
+        with gzip.open(path) as packed:
+            while chunk := packed.read(CHUNK_BYTES):
+                file.write(chunk)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file ({_first_line(error)}): copy or compress it again.") from None
+    if not file.tell():
+        raise DataError(f"{path} is empty: fill it, or take it out of the sources.")
+    file.flush()
+    return file
+
+
+def _without_dictionary(field: Any) -> Any:
+    """An Arrow field with plain values: an Arrow file takes only one dictionary per column."""
+    return field.with_type(field.type.value_type) if hasattr(field.type, "index_type") else field
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0].rstrip(".")
