@@ -1,5 +1,16 @@
 """Checkpoints of a run, and weights in and out: Hugging Face in BF16 and FP8, Megatron."""
 
-from infir2.checkpoint.store import Checkpoint, Store, open_checkpoint
+from pathlib import Path
 
-__all__ = ["Checkpoint", "Store", "open_checkpoint"]
+from infir2.checkpoint.export import export_fp8, export_hf, import_fp8
+from infir2.checkpoint.store import Checkpoint, Store, open_checkpoint
+from infir2.checkpoint.verify import verify_weights
+
+__all__ = ["Checkpoint", "Store", "export_fp8", "export_hf", "import_fp8", "import_megatron", "open_checkpoint", "verify_weights"]
+
+
+def import_megatron(src: str | Path, out: str | Path, like: str | Path | None = None) -> None:
+    """Write a Megatron-core checkpoint as a Hugging Face directory; see `infir2.checkpoint.megatron`."""
+    from infir2.checkpoint import megatron  # torch.distributed.checkpoint takes 0.6 s to import
+
+    megatron.import_megatron(src, out, like)

@@ -1,0 +1,186 @@
+"""The weights of a model as one stream of named tensors, whatever holds them: a run's masters or a Hugging Face directory.
+
+Names are Hugging Face's. What the model must have, and which of its weights are FP8, is asked of the model itself (a
+decoder on the meta device), so that training, export and verification cannot disagree about the list.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from infir2.checkpoint.store import open_checkpoint
+from infir2.config.schema import Fp8Section
+from infir2.errors import CheckpointError
+from infir2.model import Decoder, ModelConfig
+from infir2.model.files import HfWeights, read_json
+from infir2.model.hf import SCALE_SUFFIX
+from infir2.numerics import Fp8Linear, Fp8Tensor, convert_to_fp8, dequantize
+
+PARAMETERS = "parameters/"
+BLOCK = (128, 128)
+
+
+def meta_decoder(config: Mapping[str, Any], fp8: Fp8Section | None = None) -> Decoder:
+    """The decoder of a `config.json` without memory for its weights; with `fp8`, its FP8 layers are `Fp8Linear`."""
+    with torch.device("meta"):
+        decoder = Decoder(ModelConfig.from_hf(config))
+        return convert_to_fp8(decoder, fp8) if fp8 else decoder
+
+
+def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter that a `config.json` calls for, in the model's order; a tied head is absent."""
+    return {name: tuple(parameter.shape) for name, parameter in meta_decoder(config).named_parameters()}
+
+
+def quantized_names(config: Mapping[str, Any], fp8: Fp8Section) -> list[str]:
+    """Names ("model.layers.0.mlp.down_proj.weight") of the weights that training under `fp8` keeps in FP8."""
+    return [f"{name}.weight" for name, module in meta_decoder(config, fp8).named_modules() if isinstance(module, Fp8Linear)]
+
+
+class Tensors(Protocol):
+    """Tensors by name, each read when asked for."""
+
+    def __getitem__(self, name: str) -> Tensor: ...
+    def __contains__(self, name: object) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where weights come from.
+
+    config: the `config.json`. side_files: directory with tokenizer and generation settings, if there is one.
+    fp8: how the run trained (None for a Hugging Face directory). shapes: what the config calls for.
+    """
+
+    origin: Path
+    config: dict[str, Any]
+    side_files: Path | None
+    fp8: Fp8Section | None
+    tensors: Tensors
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor:
+        """One weight on the CPU in its stored dtype; CheckpointError if it is absent, misshapen or not finite."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.origin}: has no tensor '{name}', which its config calls for; the model is not complete.")
+        tensor = self.tensors[name]
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise CheckpointError(f"{self.origin}: '{name}' is {list(tensor.shape)}, not {list(self.shapes[name])} as its config says.")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{self.origin}: '{name}' holds NaN or Inf and is not exported; go back to an older checkpoint.")
+        return tensor
+
+    def bf16(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight rounded to BF16, in the model's order: the one source of FP8 codes and of BF16 exports."""
+        for name in self.shapes:
+            tensor = self.read(name).to(torch.bfloat16)
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{self.origin}: '{name}' has values beyond the range of BF16; such a model is not exported.")
+            yield name, tensor
+
+    @property
+    def num_bf16_bytes(self) -> int:
+        return 2 * sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+
+class _Parameters:
+    """The masters among a checkpoint's tensors."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[PARAMETERS + name]
+
+    def __contains__(self, name: object) -> bool:
+        return f"{PARAMETERS}{name}" in self._tensors
+
+    def names(self) -> set[str]:
+        return {name.removeprefix(PARAMETERS) for name in self._tensors if name.startswith(PARAMETERS)}
+
+
+class HfTensors:
+    """The tensors of a Hugging Face directory; FP8 pairs come out dequantised to BF16."""
+
+    def __init__(self, files: HfWeights) -> None:
+        self._files = files
+        self._names = set(files.names())
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._files.read(name)
+        scale_name = name + SCALE_SUFFIX
+        if scale_name in self._names:
+            return dequantize_pair(tensor, self._files.read(scale_name), name)
+        if tensor.element_size() < 2:
+            raise CheckpointError(f"{self._files.directory}: '{name}' is {tensor.dtype} and has no '{scale_name}'; copy the model again.")
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
+def run_weights(path: Path) -> Weights:
+    """The masters of a run's newest checkpoint, or of the checkpoint named."""
+    checkpoint = open_checkpoint(path)
+    tensors = _Parameters(checkpoint.tensors())
+    state = checkpoint.state
+    for key in ("model_config", "fp8"):
+        if not isinstance(state.get(key), dict):
+            raise CheckpointError(f"{checkpoint.path}: its state has no '{key}'; it was not saved by a training run.")
+    shapes = parameter_shapes(state["model_config"])
+    _refuse_unknown(checkpoint.path, tensors.names() - set(shapes))
+    side_files = Path(state["tokenizer_dir"]) if state.get("tokenizer_dir") else None
+    if side_files and not side_files.is_dir():
+        raise CheckpointError(f"{checkpoint.path}: its tokenizer directory {side_files} is gone; put it back, the export needs its files.")
+    section = Fp8Section.model_validate(state["fp8"], strict=False)
+    return Weights(checkpoint.path, state["model_config"], side_files, section, tensors, shapes)
+
+
+def hf_weights(path: Path, quantized: bool) -> Weights:
+    """The weights of a Hugging Face directory, in FP8 (`quantized`) or not; CheckpointError if it is the other kind."""
+    config = read_json(path / "config.json")
+    if quantized != ("quantization_config" in config):
+        wanted = "an FP8 model (quantization_config)" if quantized else "a model that is not quantised yet"
+        raise CheckpointError(f"{path / 'config.json'}: is not of {wanted}; give the other directory.")
+    files = HfWeights(path)
+    names = set(files.names())
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    shapes = parameter_shapes(plain)
+    unknown = {name for name in names - set(shapes) if not name.endswith(".rotary_emb.inv_freq")}  # a derived buffer of old files
+    if quantized:
+        unknown -= {name + SCALE_SUFFIX for name in names}
+    if "lm_head.weight" in unknown and torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
+        unknown.discard("lm_head.weight")  # tied, and written twice
+    _refuse_unknown(path, unknown)
+    return Weights(path, plain, path, None, HfTensors(files), shapes)
+
+
+def file_scale_format(path: Path) -> str:
+    """Scale format ("pow2", "fp32") that an FP8 directory declares, after checking that its blocks are ours."""
+    section = read_json(path / "config.json").get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != "fp8" or list(section.get("weight_block_size") or ()) != list(BLOCK):
+        raise CheckpointError(f"{path / 'config.json'}: quantization_config is not quant_method fp8 with weight_block_size [128, 128].")
+    return "pow2" if section.get("scale_fmt") == "ue8m0" else "fp32"
+
+
+def dequantize_pair(codes: Tensor, scale: Tensor, name: str) -> Tensor:
+    """BF16 values of an FP8 weight [N, K] and its `weight_scale_inv`; CheckpointError unless the two belong together.
+
+    Exact for power-of-two scales, rounded once otherwise.
+    """
+    if scale.dtype == torch.float8_e8m0fnu:
+        scale = scale.float()
+    try:
+        pair = Fp8Tensor(codes, scale.float(), BLOCK, "fp32")
+    except ValueError as error:
+        raise CheckpointError(f"'{name}' and '{name}{SCALE_SUFFIX}' are not a block-wise FP8 pair: {error}.") from error
+    return dequantize(pair, torch.float32).to(torch.bfloat16)
+
+
+def _refuse_unknown(origin: Path, unknown: set[str]) -> None:
+    if unknown:
+        raise CheckpointError(f"{origin}: has {len(unknown)} tensors that its config does not know, such as '{min(unknown)}'.")
