@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from infir2.model.packing import Packing, Rectangle
 
@@ -82,6 +83,7 @@ class _ReferenceAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse = ctx.saved_tensors
         packing, groups = ctx.packing, k.shape[1]
@@ -123,9 +125,8 @@ def _backward_rectangle(tensors: list[Tensor], chunk: int) -> tuple[Tensor, Tens
     keys, values, grad_keys, grad_values = (x.view(n * groups, length, size) for x in (k, v, grad_k, grad_v))
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
-        q_c, go_c, lse_c, sums_c = (
-            x[:, :, :, start:end].reshape(n * groups, ratio * (end - start), -1) for x in (q, grad_out, lse, row_sums)
-        )
+        chunks = (x[:, :, :, start:end] for x in (q, grad_out, lse, row_sums))
+        q_c, go_c, lse_c, sums_c = (x.reshape(n * groups, ratio * (end - start), -1) for x in chunks)
         q_c = q_c * scale
         weights = torch.bmm(q_c, keys[:, :end].transpose(1, 2)).sub_(lse_c).exp_()
         weights.view(1, -1, end - start, end).masked_fill_(_blocked(start, end, q.device), 0.0)

@@ -65,6 +65,8 @@ class ModelConfig:
             raise ConfigError(f"num_heads = {self.num_heads} must divide hidden_size = {self.hidden_size} in a llama model")
         if self.rope_scaling is not None and sorted(self.rope_scaling) != sorted(_LLAMA3_KEYS):
             raise ConfigError(f"rope_scaling must have exactly the keys {', '.join(_LLAMA3_KEYS)}")
+        if self.rope_scaling is not None and not self.rope_scaling["high_freq_factor"] > self.rope_scaling["low_freq_factor"] > 0:
+            raise ConfigError("rope_scaling.high_freq_factor must be greater than low_freq_factor, and both greater than 0")
         self._check_variant()
 
     def _check_variant(self) -> None:
@@ -181,16 +183,14 @@ class ModelConfig:
 
 
 def _architecture(raw: Mapping[str, Any]) -> Architecture:
-    model_type, classes = raw.get("model_type"), raw.get("architectures")
-    if model_type not in get_args(Architecture):
-        raise CheckpointError(
-            f"config.json: model_type {model_type!r} is not supported; use a model of {', '.join(get_args(Architecture))}"
-        )
-    if classes and _CLASS_NAMES[model_type] not in classes:
-        raise CheckpointError(
-            f"config.json: architectures = {classes} is not supported; a {model_type} model must be {_CLASS_NAMES[model_type]}"
-        )
-    return model_type
+    for architecture in get_args(Architecture):
+        if raw.get("model_type") == architecture:
+            expected, classes = _CLASS_NAMES[architecture], raw.get("architectures")
+            if classes and expected not in classes:
+                raise CheckpointError(f"config.json: architectures = {classes} is not supported; a {architecture} model must be {expected}")
+            return architecture
+    supported = ", ".join(get_args(Architecture))
+    raise CheckpointError(f"config.json: model_type {raw.get('model_type')!r} is not supported; use a model of {supported}")
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
@@ -202,12 +202,9 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     for key in _MOE_KEYS:
         if raw.get(key):
             raise CheckpointError(f"config.json: {key} = {raw[key]} is a mixture of experts, which is not supported; use a dense model")
-    layers = raw.get("num_hidden_layers")
-    window_starts = raw.get("max_window_layers", 28)  # transformers' default
-    if raw.get("use_sliding_window") and raw.get("sliding_window") is not None and isinstance(layers, int) and window_starts < layers:
-        raise CheckpointError(
-            "config.json: use_sliding_window is in use, which is not supported; set it to false if the model was trained without"
-        )
+    has_window = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None  # transformers' defaults
+    if has_window and raw.get("max_window_layers", 28) < _integer(raw, "num_hidden_layers"):
+        raise CheckpointError("config.json: use_sliding_window = true is not supported; set it to false if the model was trained without")
     if set(raw.get("layer_types") or ()) - {"full_attention"}:
         raise CheckpointError("config.json: layer_types has layers other than 'full_attention', which are not supported")
 

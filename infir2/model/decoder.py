@@ -143,7 +143,9 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> nn.Parameter:
         """FP32 master [V, D] of the output projection; the embedding's if they are tied."""
-        return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        weight = self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     def forward(self, token_ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Logits FP32 [T, V] of token_ids [T] at positions [T], causal within each of the B sequences of cu_seqlens [B+1]."""
@@ -160,8 +162,11 @@ class Decoder(nn.Module):
         """States [T, D] after the final norm.
 
         With `cache`, the B sequences' new tokens are written at their positions of `slots` [B] and see the slot's prefix;
-        no gradient then. Raises ValueError for positions or slots outside the cache.
+        no gradient then. Raises ValueError for positions or slots outside the cache, or a `cu_seqlens` of another stream.
         """
+        if token_ids.shape != positions.shape or int(cu_seqlens[-1]) != token_ids.numel():
+            sizes = f"{token_ids.numel()} token_ids, {positions.numel()} positions, cu_seqlens up to {int(cu_seqlens[-1])}"
+            raise ValueError(f"token_ids, positions and cu_seqlens must describe the same tokens; got {sizes}")
         context: Context
         if cache is None:
             context = plan_packing(cu_seqlens, self.config.num_heads)

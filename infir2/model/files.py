@@ -5,9 +5,11 @@ whatever is wrong with a file becomes one CheckpointError. Writing streams: a sh
 gathered, and the directory gets its name by one rename after everything in it is synced.
 """
 
+import errno
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,7 +163,7 @@ def write_hf(
     target = Path(directory)
     if target.exists() or target.is_symlink():
         raise OutputExistsError(f"{target} already exists; remove it or choose another output")
-    work = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    work = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:12]}")
     try:
         work.mkdir(parents=True)
         _write_shards(work, tensors, max_shard_bytes)
@@ -173,7 +175,7 @@ def write_hf(
         work.rename(target)
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
-        if target.exists():
+        if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and target.exists():
             raise OutputExistsError(f"{target} was created meanwhile; remove it or choose another output") from error
         raise CheckpointError(f"{target} cannot be written: {_reason(error)}") from error
     finally:
@@ -198,7 +200,7 @@ def _write_shards(work: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_b
             raise CheckpointError("the model has no weights to write")
         (work / "shard-0").rename(work / SINGLE_FILE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (work / f"shard-{i}").rename(work / file_name)

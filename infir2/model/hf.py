@@ -65,7 +65,8 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     for name, tensor in tensors:
         content = tensor.detach().to("cpu").contiguous()
         digest = hashlib.sha256(f"{str(content.dtype).removeprefix('torch.')} {list(content.shape)} ".encode())
-        digest.update(content.reshape(-1).view(torch.uint8).numpy())
+        raw: Any = content.reshape(-1).view(torch.uint8).numpy()
+        digest.update(raw)
         digests[name] = digest.hexdigest()
     return digests
 

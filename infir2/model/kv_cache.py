@@ -62,6 +62,7 @@ def view_cache(cache: KvCache, slots: Tensor, positions: Tensor, cu_seqlens: Ten
         raise ValueError(f"position {int(positions.max())} lies outside the KV cache of {cache.max_tokens} tokens per slot")
     if slots.numel() and int(slots.max()) >= cache.num_slots:
         raise ValueError(f"slot {int(slots.max())} lies outside the KV cache of {cache.num_slots} slots")
+    assert slots.unique().numel() == slots.numel(), "two sequences share a slot"
     lengths = cu_seqlens.diff().to(torch.int64)
     last_rows = (cu_seqlens[1:].to(torch.int64) - 1).clamp_min(0)
     key_lengths = (positions[last_rows] + 1).tolist() if positions.numel() else [0] * lengths.numel()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 SCORE_BUDGET = 1 << 20  # scores (sequences x heads x queries x keys) that exist at one time; 8 MiB in FP64
+MIN_QUERY_CHUNK = 16  # fewer queries waste the matrix product; one very long sequence overdraws the budget instead
+SHARED_QUERY_CHUNK = 64  # sequences share a rectangle only if chunks of this many queries fit the budget
 MAX_QUERY_CHUNK = 256  # a causal chunk skips the keys after it, so chunks also save the upper triangle
 SAME_RECTANGLE = 0.7  # a sequence joins a rectangle if it fills at least this share of its rows
 
@@ -62,7 +64,7 @@ def plan_packing(cu_seqlens: Tensor, num_heads: int, key_lengths: Sequence[int] 
         sizes = torch.tensor([lengths[member] for member in members])[:, None]
         columns = torch.arange(longest)[None, :]
         rows, is_real = starts + torch.minimum(columns, sizes - 1), columns < sizes
-        chunk = max(16, SCORE_BUDGET // (len(members) * num_heads * max(keys[member] for member in members)))
+        chunk = max(MIN_QUERY_CHUNK, SCORE_BUDGET // (len(members) * num_heads * max(keys[member] for member in members)))
         rectangles.append(Rectangle(members, rows.to(device), is_real.to(device), min(chunk, MAX_QUERY_CHUNK)))
         order.append(torch.where(is_real, rows, -1).flatten())
     unpad = torch.empty(bounds[-1], dtype=torch.int64)
@@ -77,12 +79,13 @@ def _groups(lengths: Sequence[int], keys: Sequence[int], num_heads: int) -> Iter
     """Members of each rectangle, longest first; a rectangle closes when the next is too short or the budget is spent."""
     order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (lengths[i], keys[i]), reverse=True)
     group: list[int] = []
+    longest = widest = 0
     for member in order:
-        longest, widest = lengths[group[0]] if group else 0, max((keys[m] for m in group[:1]), default=0)
-        scores = (len(group) + 1) * num_heads * min(longest, 64) * widest
+        longest, widest = longest or lengths[member], max(widest, keys[member])
+        scores = (len(group) + 1) * num_heads * min(longest, SHARED_QUERY_CHUNK) * widest
         if group and (lengths[member] < SAME_RECTANGLE * longest or scores > SCORE_BUDGET):
             yield group
-            group = []
+            group, longest, widest = [], lengths[member], keys[member]
         group.append(member)
     if group:
         yield group
