@@ -9,6 +9,7 @@ Keys, for L layers stacked in a leading dimension or each under its number:
 Rotary embedding needs no permutation. `_extra_state` and the optimizer are left behind.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ class MegatronCheckpoint:
             raise CheckpointError(f"{self.path}: has no tensor '{key}', which the model's config calls for.")
         tensor = torch.empty(self.shapes[key], dtype=self._dtypes[key])
         try:
-            dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch remarks that no process group runs
+                dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
         except (dcp.api.CheckpointException, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor '{key}' cannot be read ({error}); a shard file is damaged or missing.") from error
         return tensor
