@@ -1,7 +1,7 @@
 """Turn the Linears of a module into FP8 ones: our decoder's, a Hugging Face model's, any nn.Module's."""
 
 from fnmatch import fnmatchcase
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 from torch import nn
 
@@ -23,7 +23,8 @@ class Fp8Config(Protocol):
 
 
 def convert_to_fp8(module: AnyModule, fp8: Fp8Config) -> AnyModule:
-    """Replace every nn.Linear inside `module`, in place, by an `Fp8Linear` with the same parameters, and return it.
+    """Replace every nn.Linear inside `module`, in place, by an `Fp8Linear` with the same parameters, and return it;
+    a module that is itself an nn.Linear has no place to swap in, so its FP8 layer is returned.
 
     Kept as they are: the language-model head (a module called `lm_head`, the one a Hugging Face model names as its output
     embeddings, or one that shares its weight with an embedding), subclasses of nn.Linear, and modules whose name
@@ -42,8 +43,12 @@ def convert_to_fp8(module: AnyModule, fp8: Fp8Config) -> AnyModule:
     for name, child in list(module.named_modules()):
         if type(child) is not nn.Linear or id(child.weight) in heads or name.rpartition(".")[2] == "lm_head":
             continue
-        if name and not any(fnmatchcase(name, pattern) for pattern in fp8.high_precision):
-            module.set_submodule(name, Fp8Linear.from_linear(child, fp8.scale_format))
+        if any(fnmatchcase(name, pattern) for pattern in fp8.high_precision):
+            continue
+        layer = Fp8Linear.from_linear(child, fp8.scale_format)
+        if child is module:
+            return cast(AnyModule, layer)
+        module.set_submodule(name, layer)
     return module
 
 

@@ -11,6 +11,7 @@ holds the values equal to `dequantize(quantize(...))` and `dequantize(transpose(
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor
@@ -23,8 +24,20 @@ _SMALLEST_NORMAL = 2.0**-6
 _ROUNDER = 1.5 * 2.0**20
 
 
-def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`x @ weight.T + bias` for FP64 x [T, K] and weight [N, K], rounded once to `dtype`; bias [N] of any float dtype."""
+def plain_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype unquantised x and weights are multiplied: FP64 on a CPU, their own where the hardware sums in FP32."""
+    return x.dtype if x.is_cuda else torch.float64
+
+
+def backward_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype unquantised operands are multiplied in the backward; `fp32_product` sums them in FP32."""
+    return x.dtype if x.is_cuda else torch.float32
+
+
+def output(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`x @ weight.T + bias`, rounded once to `dtype`; x [T, K] and weight [N, K] both FP64 or both `dtype`, bias [N] in any."""
+    if x.dtype == dtype:
+        return F.linear(x, weight, bias)
     out = x @ weight.t()
     if bias is not None:
         out += bias
@@ -42,6 +55,13 @@ def input_for_backward(x: Tensor, codes: Fp8Tensor) -> Fp8Tensor:
     if codes.scale_format == "pow2":
         return codes
     return quantize(x.t(), TILE_BLOCK, codes.scale_format)
+
+
+def fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` [M, N] FP32 with FP32 sums, for two matrices of one dtype."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def input_values(saved: Fp8Tensor) -> Tensor:
@@ -67,7 +87,7 @@ def gradient_values(grad: Tensor, scale_format: str, by_row: bool, by_column: bo
         tiles = as_tiles(wide, 1)[:, 0]
         rows = _untiled(_quantized_values(tiles, 2, scale_format), grad.shape)
     if by_column:
-        padded = torch.nn.functional.pad(wide, (0, 0, 0, -wide.shape[0] % GROUP)) if wide.shape[0] % GROUP else wide
+        padded = F.pad(wide, (0, 0, 0, -wide.shape[0] % GROUP)) if wide.shape[0] % GROUP else wide
         tiles = padded.reshape(-1, GROUP, wide.shape[1]) if wide.numel() else padded.new_empty(0, GROUP, wide.shape[1])
         columns = _quantized_values(tiles, 1, scale_format).reshape(-1, wide.shape[1])[: wide.shape[0]]
     return rows, columns

@@ -76,9 +76,8 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs[chunk] = logits.gather(1, labels[chunk, None]).squeeze(1).sub_(log_sum)
             normalizer[chunk] = log_sum
             if with_entropy:
-                probabilities = (logits - log_sum[:, None]).exp_()
-                # a logit of -inf has probability 0 and adds nothing
-                entropy[chunk] = log_sum - probabilities.mul_(logits).nan_to_num_(nan=0.0).sum(dim=-1)
+                logits.sub_(log_sum[:, None])
+                entropy[chunk] = -logits.exp().mul_(logits).sum(dim=-1)
         ctx.save_for_backward(hidden, head_weight, labels, normalizer)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
         ctx.mark_non_differentiable(entropy)

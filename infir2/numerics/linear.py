@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -17,6 +16,8 @@ from infir2.numerics import gemm
 from infir2.numerics.formats import E4M3, TILE_BLOCK, Fp8Tensor, check_format, scale_shape
 from infir2.numerics.operands import once_per_version, rounded
 from infir2.numerics.quantize import dequantize, quantize
+
+_PLAIN = ""  # stands among the scale formats for "not quantised"
 
 
 class Fp8Linear(nn.Linear):
@@ -160,13 +161,13 @@ def _forward(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[tuple[Tensor, ...]
             name = layer.scale_format
             if name not in values:
                 quantized[name], values[name] = gemm.quantize_input(x, name)
-            outputs.append(gemm.exact_product(values[name], layer.weight_values(torch.float64), bias, x.dtype))
-        elif x.is_cuda:
-            outputs.append(F.linear(x, rounded(layer.weight, x.dtype, x.dtype), bias))
+            weight = layer.weight_values(torch.float64)
         else:
-            if "" not in values:
-                values[""] = x.double()
-            outputs.append(gemm.exact_product(values[""], rounded(layer.weight, x.dtype, torch.float64), bias, x.dtype))
+            name = _PLAIN
+            if name not in values:
+                values[name] = x.to(gemm.plain_dtype(x))
+            weight = rounded(layer.weight, x.dtype, gemm.plain_dtype(x))
+        outputs.append(gemm.output(values[name], weight, bias, x.dtype))
     return tuple(outputs), quantized
 
 
@@ -176,7 +177,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     saved = {name: Fp8Tensor(parts[2 * i], parts[2 * i + 1], block, name) for i, (block, name) in enumerate(ctx.saved_formats)}
     x_values: dict[str, Tensor] = {name: gemm.input_values(t) for name, t in saved.items()}
     if x is not None:
-        x_values[""] = x.float()
+        x_values[_PLAIN] = x.to(gemm.backward_dtype(x))
     grad_x: Tensor | None = None
     results: list[Tensor | None] = []
     for i, (layer, grad) in enumerate(zip(ctx.layers, grads, strict=True)):
@@ -186,30 +187,32 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
             continue
         by_row, by_column = _gradient_operands(layer, grad, ctx.needs_input_grad[1], need_weight)
         if by_row is not None:
-            weight = _backward_weight(layer, ctx.x_dtype)
-            grad_x = by_row @ weight if grad_x is None else grad_x.addmm_(by_row, weight)
+            product = gemm.fp32_product(by_row, _backward_weight(layer, grad))
+            grad_x = product if grad_x is None else grad_x.add_(product)
         results.append(None if by_column is None else _weight_gradient(layer, by_column, x_values))
         results.append(grad.sum(0, dtype=torch.float32).to(layer.bias.dtype) if need_bias else None)
     return [None if grad_x is None else grad_x.to(ctx.x_dtype), *results]
 
 
 def _gradient_operands(layer: nn.Linear, grad: Tensor, by_row: bool, by_column: bool) -> tuple[Tensor | None, Tensor | None]:
-    """FP32 values [T, N] of the output gradient for grad_x and for grad_W, where asked for."""
+    """Values [T, N] of the output gradient for grad_x and for grad_W, where asked for."""
     if isinstance(layer, Fp8Linear):
         return gemm.gradient_values(grad, layer.scale_format, by_row, by_column)
-    wide = grad.float()
-    return wide if by_row else None, wide if by_column else None
+    values = grad.to(gemm.backward_dtype(grad))
+    return values if by_row else None, values if by_column else None
 
 
-def _backward_weight(layer: nn.Linear, x_dtype: torch.dtype) -> Tensor:
-    """The weight [N, K] that the forward multiplied, FP32."""
-    return layer.weight_values(torch.float32) if isinstance(layer, Fp8Linear) else rounded(layer.weight, x_dtype, torch.float32)
+def _backward_weight(layer: nn.Linear, grad: Tensor) -> Tensor:
+    """The weight [N, K] that the forward multiplied, in the dtype of the operands of grad_x."""
+    if isinstance(layer, Fp8Linear):
+        return layer.weight_values(torch.float32)
+    return rounded(layer.weight, grad.dtype, gemm.backward_dtype(grad))
 
 
 def _weight_gradient(layer: nn.Linear, grad: Tensor, x_values: dict[str, Tensor]) -> Tensor:
     """`grad.T @ x` [N, K], summed in FP32."""
-    x = x_values[layer.scale_format if isinstance(layer, Fp8Linear) else ""]
-    return (grad.t() @ x).to(layer.weight.dtype)
+    x = x_values[layer.scale_format if isinstance(layer, Fp8Linear) else _PLAIN]
+    return gemm.fp32_product(grad.t(), x).to(layer.weight.dtype)
 
 
 def _device_of(grads: Sequence[Tensor | None]) -> str:

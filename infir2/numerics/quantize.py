@@ -27,7 +27,8 @@ class NonFiniteBlocks:
             return
         count = self._counts.get(scale.device)
         if count is None:
-            count = self._counts[scale.device] = torch.zeros((), dtype=torch.int64, device=scale.device)
+            with torch.inference_mode(False):  # a tensor born in inference mode could not count outside it
+                count = self._counts[scale.device] = torch.zeros((), dtype=torch.int64, device=scale.device)
         count += torch.isnan(scale).sum()
 
     def read(self) -> int:

@@ -1,0 +1,68 @@
+"""The emulated GEMM operands equal what the codes stand for."""
+
+import math
+
+import pytest
+import torch
+
+from infir2.numerics import dequantize, nonfinite_blocks, quantize, transpose
+from infir2.numerics.gemm import gradient_values, input_for_backward, input_values, quantize_input, round_to_e4m3_
+
+FORMATS = ["pow2", "fp32"]
+SHAPES = [(256, 128), (300, 173), (1, 128), (0, 128), (128, 576), (7, 1)]
+
+
+def gaussian(shape: tuple[int, int]) -> torch.Tensor:
+    x = torch.randn(shape) * (torch.randn(shape[0], 1) * 3).exp()
+    x[1::4] = 0
+    return x.bfloat16()
+
+
+def test_rounding_without_a_cast_equals_the_cast() -> None:
+    values = torch.cat([torch.randn(20000) * 100, torch.randn(20000) * 0.01, torch.arange(-449, 450) / 512, torch.arange(-448.0, 449.0)])
+    values = torch.cat([values.clamp(-448, 448), torch.tensor([448.0001, 463.9, -463.9, 0.0, -0.0, 2.0**-140])])
+    expected = values.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert torch.equal(round_to_e4m3_(values.clone()), expected)
+    assert torch.isnan(round_to_e4m3_(torch.tensor([math.nan]))).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale_format", FORMATS)
+def test_gradient_operands_equal_both_quantised_layouts(shape, scale_format) -> None:
+    grad = gaussian(shape)
+    rows, columns = gradient_values(grad, scale_format, by_row=True, by_column=True)
+    assert torch.equal(rows, dequantize(quantize(grad, (1, 128), scale_format)))
+    assert torch.equal(columns.t(), dequantize(quantize(grad.t(), (1, 128), scale_format)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale_format", FORMATS)
+def test_input_operands_equal_the_codes_of_forward_and_backward(shape, scale_format) -> None:
+    x = gaussian(shape)
+    codes, values = quantize_input(x, scale_format)
+    assert torch.equal(values, dequantize(codes, torch.float64))
+    saved = input_for_backward(x, codes)
+    expected = transpose(codes) if scale_format == "pow2" else quantize(x.t(), (128, 128), "fp32")
+    assert torch.equal(input_values(saved).t(), dequantize(expected))
+    assert saved.nbytes <= 1.05 * x.numel() + 4 * (x.shape[0] + x.shape[1])
+
+
+def test_extreme_gradients_go_the_same_way() -> None:
+    grad = torch.tensor([[3e38, -1e-45, 0.0, 1e-40], [1e30, 1e-30, -0.0, 5.0]])
+    for scale_format in FORMATS:
+        rows, columns = gradient_values(grad, scale_format, by_row=True, by_column=True)
+        assert torch.equal(rows, dequantize(quantize(grad, (1, 128), scale_format)))
+        assert torch.equal(columns.t(), dequantize(quantize(grad.t(), (1, 128), scale_format)))
+
+
+def test_nonfinite_gradients_reach_both_operands_and_the_counter() -> None:
+    grad = torch.randn(256, 256)
+    grad[2, 3] = math.inf
+    nonfinite_blocks.reset()
+    rows, columns = gradient_values(grad, "pow2", by_row=True, by_column=True)
+    assert nonfinite_blocks.read() == 2
+    assert torch.isnan(rows).nonzero()[:, 0].unique().tolist() == [2]
+    assert torch.isnan(columns).nonzero()[:, 1].unique().tolist() == [3]
+    x = torch.randn(256, 128)
+    x[2, 3] = math.nan
+    assert torch.isnan(input_values(quantize(x))).any(dim=1).sum() == 128
