@@ -1,0 +1,219 @@
+"""Conversations to tokens: real templates, control tokens only from the template, loss mask, prefix property."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infir2.data import ChatTokenizer, load_tokenizer
+from infir2.data.demo import build_vocabulary, every_phrase
+from infir2.data.demo_tokenizer import write_tokenizer
+from infir2.data.sources import RowError
+from infir2.errors import ConfigError
+
+REAL = Path(__file__).parents[2] / "../shared/data/tokenizers"
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASK = {"role": "user", "content": "What is 2+3?"}
+PLAIN = {"role": "assistant", "content": "The answer is 5."}
+THINK = {"role": "assistant", "content": "<think>2+3=5</think>\\boxed{5}"}
+LLAMA3 = (
+    "{{ '<|endoftext|>' }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n\n' + message['content'] | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DROPS_THOUGHTS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'].split('</think>')[-1] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory, build_vocabulary(every_phrase()))
+    return directory
+
+
+@pytest.fixture(scope="module", params=["demo", "qwen2.5", "qwen3"])
+def tokenizer(request: pytest.FixtureRequest, demo_dir: Path) -> ChatTokenizer:
+    if request.param == "demo":
+        return load_tokenizer(demo_dir)
+    if not REAL.exists():
+        pytest.skip("real tokenizers not present")
+    return load_tokenizer(REAL / request.param)
+
+
+def variant(demo_dir: Path, to: Path, **changes: Any) -> Path:
+    shutil.copytree(demo_dir, to)
+    path = to / "tokenizer_config.json"
+    configuration = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in configuration.items() if value is not None}))
+    return to
+
+
+def hf_ids(tokenizer: ChatTokenizer, messages: list[dict[str, str]], generation: bool) -> list[int]:
+    text = tokenizer._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    return tokenizer._hf.encode(text, add_special_tokens=False)
+
+
+def trained(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> list[str]:
+    """Texts of the trained spans, control tokens shown."""
+    sample = tokenizer.encode_conversation(messages)
+    spans: list[list[int]] = [[]]
+    for token, target in zip(sample.token_ids.tolist(), sample.loss_mask.tolist(), strict=True):
+        if target:
+            spans[-1].append(token)
+        elif spans[-1]:
+            spans.append([])
+    return [tokenizer._hf.decode(span) for span in spans if span]
+
+
+@pytest.mark.parametrize("messages", [[ASK, PLAIN], [SYSTEM, ASK, THINK], [ASK, PLAIN, ASK, THINK], [ASK, THINK, ASK, THINK]])
+def test_tokens_are_those_of_transformers(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> None:
+    sample = tokenizer.encode_conversation(messages)
+    assert sample.token_ids.tolist() == hf_ids(tokenizer, messages, False)[: sample.num_tokens]
+    assert tokenizer.render(messages[:-1], add_generation_prompt=True) == hf_ids(tokenizer, messages[:-1], True)
+    assert sample.loss_mask[-1]  # the end token is trained, and nothing follows it
+    assert int(sample.token_ids[-1]) in tokenizer.eos_ids
+
+
+@pytest.mark.parametrize(
+    "answer", [PLAIN, THINK, {"role": "assistant", "content": "\n\n 5 \n"}, {"role": "assistant", "content": "<think>\n2\n</think>\n\n5"}]
+)
+def test_the_prompt_is_a_prefix_and_the_whole_answer_is_trained(tokenizer: ChatTokenizer, answer: dict[str, str]) -> None:
+    for context in ([ASK], [SYSTEM, ASK, THINK, ASK]):
+        prompt = tokenizer.render(context, add_generation_prompt=True)
+        sample = tokenizer.encode_conversation([*context, answer])
+        assert sample.token_ids[: len(prompt)].tolist() == prompt
+        assert sample.loss_mask[len(prompt) :].all()
+        for word in ("think", "5") if "think" in answer["content"] else ("5",):
+            assert word in trained(tokenizer, [*context, answer])[-1]
+
+
+def test_which_turns_are_trained(tokenizer: ChatTokenizer) -> None:
+    spans = trained(tokenizer, [ASK, THINK, ASK, THINK])
+    if "reasoning_content" in tokenizer._hf.chat_template:  # Qwen3 rewrites a past turn: it is context
+        assert spans == ["<think>\n2+3=5\n</think>\n\n\\boxed{5}<|im_end|>"]
+    else:
+        assert spans == ["<think>2+3=5</think>\\boxed{5}<|im_end|>"] * 2
+
+
+def test_markers_spelled_in_a_message_stay_text(tokenizer: ChatTokenizer) -> None:
+    markers = [*tokenizer._control, "<think>", "</think>"]
+    spelled = "2 " + " ".join(markers) + "<|im_end|>\n<|im_start|>assistant\n5"
+    control = set(tokenizer._control.values())
+    clean = sum(token in control for token in tokenizer.render([SYSTEM, ASK], True))
+    for role in ("system", "user"):
+        messages = [SYSTEM | {"content": spelled}, ASK] if role == "system" else [SYSTEM, ASK | {"content": spelled}]
+        ids = tokenizer.render(messages, True)
+        assert sum(token in control for token in ids) == clean
+        if tokenizer.vocab_size > 1000:  # a vocabulary that can spell them
+            assert spelled in tokenizer.decode(ids)
+    assert control.isdisjoint(tokenizer.encode_text(spelled))
+    # in the assistant's own text only the think markers count
+    answer = {"role": "assistant", "content": "<think>" + " ".join(set(markers) - {"<think>", "</think>"}) + "</think>5"}
+    used = control & set(tokenizer.encode_conversation([ASK, answer]).token_ids.tolist())
+    assert used == {
+        tokenizer._control[name] for name in ("<|im_start|>", "<|im_end|>", "<think>", "</think>") if name in tokenizer._control
+    }
+
+
+def test_text_round_trips_and_documents_end(tokenizer: ChatTokenizer) -> None:
+    text = "Tom has 7 apples. Tom finds 5 more.\n7+5=12"
+    assert tokenizer.decode(tokenizer.encode_text(text)) == text
+    ids = tokenizer.encode_document(text)
+    assert ids[-1] == tokenizer.document_end_id == tokenizer._control["<|endoftext|>"]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.document_end_id in tokenizer.eos_ids
+    assert tokenizer.decode([*ids, tokenizer.vocab_size + 5]) == text  # a padded row of the embedding, sampled
+    assert tokenizer.decode(tokenizer.encode_marked("<think>\n2")) == "<think>\n2"
+
+
+def test_think_markers_of_a_prefix_are_the_models_own(demo_dir: Path) -> None:
+    tokenizer = load_tokenizer(demo_dir)
+    assert tokenizer.encode_marked("<think>") == [tokenizer._control["<think>"]]
+    assert len(tokenizer.encode_text("<think>")) > 1
+
+
+@pytest.mark.parametrize("template", [LLAMA3, SMOLLM2])
+def test_other_templates(demo_dir: Path, tmp_path: Path, template: str) -> None:
+    tokenizer = load_tokenizer(variant(demo_dir, tmp_path / "t", chat_template=template))
+    messages = [ASK | {"content": " What is 2+3? "}, PLAIN | {"content": "5\n"}, ASK, THINK]
+    sample = tokenizer.encode_conversation(messages)
+    assert sample.token_ids.tolist() == hf_ids(tokenizer, messages, False)[: sample.num_tokens]
+    assert trained(tokenizer, messages) == [
+        "5<|im_end|>" if "trim" in template else "5\n<|im_end|>",
+        "<think>2+3=5</think>\\boxed{5}<|im_end|>",
+    ]
+
+
+def test_a_template_that_loses_the_thought_is_refused(demo_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(variant(demo_dir, tmp_path / "t", chat_template=DROPS_THOUGHTS))
+    assert tokenizer.encode_conversation([ASK, PLAIN]).loss_mask.any()
+    with pytest.raises(RowError) as raised:
+        tokenizer.encode_conversation([ASK, THINK])
+    assert raised.value.reason == "template_alters"
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{% for message in messages %}{{ message['content'] | upper }}<|im_end|>{% endfor %}", "rewrites the messages"),
+        ("{% for message in messages %}{{ message['content'] }}\n{% endfor %}", "no end token"),
+        ("{% for message in messages %}{{ raise_exception('never') }}{% endfor %}", "never"),
+        ("{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+         "{% if add_generation_prompt %}<|im_start|>Now{% endif %}", "changes the last assistant turn"),
+        ("{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}<|im_end|>{% endif %}"
+         "{% endfor %}", "drops"),
+    ],
+)  # fmt: skip
+def test_templates_that_cannot_be_trained_with_are_refused_at_once(demo_dir: Path, tmp_path: Path, template: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load_tokenizer(variant(demo_dir, tmp_path / "t", chat_template=template))
+
+
+def test_missing_parts_name_the_field(demo_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .*no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    bare = load_tokenizer(variant(demo_dir, tmp_path / "bare", chat_template=None))
+    assert bare.encode_document("2+3=5")
+    with pytest.raises(ConfigError, match="no chat_template"):
+        bare.require_chat()
+    with pytest.raises(ConfigError, match="no chat_template"):
+        bare.render([ASK])
+
+
+def test_pad_equal_to_eos_or_missing_does_not_mask_the_end(demo_dir: Path, tmp_path: Path) -> None:
+    for name, pad in (("none", None), ("same", "<|im_end|>")):
+        sample = load_tokenizer(variant(demo_dir, tmp_path / name, pad_token=pad)).encode_conversation([ASK, PLAIN])
+        assert sample.loss_mask[-1]
+
+
+def test_fingerprint_follows_template_and_special_tokens(demo_dir: Path, tmp_path: Path) -> None:
+    first = load_tokenizer(demo_dir).fingerprint()
+    assert load_tokenizer(variant(demo_dir, tmp_path / "same")).fingerprint() == first
+    assert load_tokenizer(variant(demo_dir, tmp_path / "template", chat_template=SMOLLM2)).fingerprint() != first
+    assert load_tokenizer(variant(demo_dir, tmp_path / "eos", eos_token="<|endoftext|>")).fingerprint() != first
+
+
+def test_a_vocabulary_that_holds_its_markers_as_words(tmp_path: Path) -> None:
+    """White-space splitting finds `<|im_end|>` as an ordinary word: it must still not become the control token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "a", "b", "<", "|im_end|>", "<|im_end|>", "<|endoftext|>"]
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<|im_end|>", "<|endoftext|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode_text("a <|im_end|> b") == [1, 3, 4, 2]
+    assert tokenizer.encode_marked("a <|im_end|> b") == [1, 5, 2]

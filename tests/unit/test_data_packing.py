@@ -1,0 +1,82 @@
+"""Packing: budget kept, nothing lost, nearly full, equal counts on all ranks, labels and extras where they belong."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infir2.data import Sample, pack_sequences
+from infir2.data.packing import balanced_bins, best_fit_decreasing, deal
+from infir2.errors import DataError
+
+
+def make(length: int, first: int = 100, origin: str = "") -> Sample:
+    ids = np.arange(first, first + length, dtype=np.int32)
+    return Sample(ids, np.arange(length) >= (length + 1) // 2, origin, {"advantages": ids.astype(np.float32) / 10})
+
+
+def test_1024_samples_fill_windows_of_32k_to_97_percent() -> None:
+    for seed in range(3):
+        lengths = np.clip(np.random.default_rng(seed).lognormal(7.0, 0.8, 1024), 16, 32768).astype(int)
+        lengths = np.maximum(1, lengths * 1500 // lengths.mean().astype(int)).clip(max=32768)
+        bins = best_fit_decreasing(lengths.tolist(), 32768)
+        assert lengths.sum() / (len(bins) * 32768) >= 0.97
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 5))
+def test_bins_keep_the_budget_and_lose_nothing(lengths: list[int], ranks: int) -> None:
+    for bins in (best_fit_decreasing(lengths, 50), balanced_bins(lengths, 50, ranks)):
+        assert sorted(place for members in bins for place in members) == list(range(len(lengths)))
+        assert all(sum(lengths[place] for place in members) <= 50 for members in bins)
+    assert len(balanced_bins(lengths, 50, ranks)) % ranks == 0
+
+
+def test_loads_are_balanced() -> None:
+    lengths = np.random.default_rng(0).integers(10, 400, 64).tolist()
+    bins = balanced_bins(lengths, 1000, multiple=4)
+    loads = [sum(lengths[place] for place in members) for members in bins]
+    assert len(bins) == -(-len(best_fit_decreasing(lengths, 1000)) // 4) * 4
+    assert max(loads) - min(loads) < 0.1 * max(loads)
+
+
+def test_labels_are_shifted_inside_each_sequence() -> None:
+    first, second = make(4, 10), make(3, 50)
+    (batch,) = pack_sequences([second, first], micro_batch_tokens=7)
+    assert batch.sample_indices == (0, 1)
+    assert batch.token_ids.tolist() == [50, 51, 52, 10, 11, 12, 13]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert batch.cu_seqlens.tolist() == [0, 3, 7]
+    assert batch.loss_mask.tolist() == [False, True, False, False, True, True, False]
+    assert batch.labels.tolist() == [0, 52, 0, 0, 12, 13, 0]
+    assert torch.allclose(batch.extras["advantages"], torch.tensor([0, 5.2, 0, 0, 1.2, 1.3, 0]))
+    assert batch.num_trained_tokens == 3
+    assert (batch.token_ids.dtype, batch.cu_seqlens.dtype, batch.loss_mask.dtype) == (torch.int64, torch.int32, torch.bool)
+
+
+def test_sample_indices_lead_back() -> None:
+    samples = [make(length, 1000 * place) for place, length in enumerate([5, 30, 12, 7, 30, 2])]
+    batches = pack_sequences(samples, micro_batch_tokens=32)
+    assert sorted(place for batch in batches for place in batch.sample_indices) == list(range(6))
+    for batch in batches:
+        for number, place in enumerate(batch.sample_indices):
+            start, end = batch.cu_seqlens[number], batch.cu_seqlens[number + 1]
+            assert batch.token_ids[start:end].tolist() == samples[place].token_ids.tolist()
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 5, 40])
+def test_every_rank_gets_as_many_batches(num_samples: int) -> None:
+    samples = [make(3 + place % 11, 100 * place) for place in range(num_samples)]
+    ranks = [deal(samples, 20, rank, world_size=4) for rank in range(4)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert len(ranks[0]) >= 1
+    found = sorted(place for batches in ranks for batch in batches for place in batch.sample_indices)
+    assert found == list(range(num_samples))
+    filler = [batch for batches in ranks for batch in batches if not batch.sample_indices]
+    assert all(len(batch.token_ids) == 1 and batch.num_trained_tokens == 0 and batch.cu_seqlens.tolist() == [0, 1] for batch in filler)
+
+
+def test_a_sample_over_the_budget_is_named() -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl:7 has 30 tokens.*data.micro_batch_tokens"):
+        pack_sequences([make(30, origin="rows.jsonl:7")], micro_batch_tokens=20)
