@@ -86,6 +86,7 @@ class ChatTokenizer:
         self._control_ids = set(self._control.values())
         markers = "|".join(re.escape(marker) for marker in sorted(self._control, key=len, reverse=True))
         self._marker = re.compile(markers or "(?!)")
+        self._placeholder_or_marker = re.compile(f"{PLACEHOLDER.pattern}|{self._marker.pattern}")
         self.vocab_size: int = max(self._hf.get_vocab().values()) + 1
         self._turn_end = self._check_template() if self._hf.chat_template else None
 
@@ -168,6 +169,8 @@ class ChatTokenizer:
         """
         assert messages[-1]["role"] == "assistant"
         rendering = self._render(messages, add_generation_prompt=False)
+        if len(messages) == 1:
+            raise RowError("no_trained_tokens", "an assistant message without a question")
         if not rendering.turns or rendering.turns[-1][1] != len(rendering.text):
             raise RowError("template_alters", "the chat template changes the last assistant turn, or what precedes it, when it renders it")
         chunks = list(self._chunks(rendering.text, rendering.contents, rendering.cuts))
@@ -189,7 +192,7 @@ class ChatTokenizer:
         cuts, turns = [], []
         kept = [int(match[1]) for match in PLACEHOLDER.finditer(text)]
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or index == 0:  # what opens a conversation answers nothing
                 continue
             start = self._apply(masked[:index], True)
             if not text.startswith(start):
@@ -220,7 +223,7 @@ class ChatTokenizer:
         edges = sorted({0, *cuts, len(text)})
         for first, last in itertools.pairwise(edges):
             plain, plain_offset, position = "", first, first
-            for match in re.finditer(f"{PLACEHOLDER.pattern}|{self._marker.pattern}", text[first:last]):
+            for match in self._placeholder_or_marker.finditer(text[first:last]):
                 plain += text[position : first + match.start()]
                 position = first + match.end()
                 if match[1] is not None:

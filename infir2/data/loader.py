@@ -97,8 +97,8 @@ class Loader:
         return SampleWindows(self._stream, section.batch_sequences, section.sequence_tokens, section.pack_window_samples, self._seed)
 
     def _make_step(self) -> tuple[list[Batch], State]:
-        samples = self._steps.step()
-        return deal(samples, self._section.micro_batch_tokens, self._rank, self._world_size), self._snapshot()
+        units = self._steps.step()
+        return deal(units, self._section.micro_batch_tokens, self._rank, self._world_size), self._snapshot()
 
     def _snapshot(self) -> State:
         return {

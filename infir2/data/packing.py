@@ -2,6 +2,7 @@
 
 import bisect
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -47,14 +48,18 @@ def balanced_bins(lengths: Sequence[int], capacity: int, multiple: int) -> list[
     return sorted(bins, key=lambda members: (-sum(lengths[place] for place in members), members))
 
 
-def deal(samples: Sequence[Sample], micro_batch_tokens: int, rank: int, world_size: int) -> list[Batch]:
-    """This rank's micro-batches of a step: as many as every other rank's, with loads as equal as the samples allow.
+def deal(units: Sequence[Sequence[Sample]], micro_batch_tokens: int, rank: int, world_size: int) -> list[Batch]:
+    """This rank's micro-batches of a step: as many as every other rank's, with loads as equal as the units allow.
 
-    A rank without a sample gets a batch of one token that trains nothing.
+    A unit, one sample or a full window of them, stays in one batch: taken apart, full windows would not fit again. A
+    rank without a unit gets a batch of one token that trains nothing.
     """
+    samples = [sample for unit in units for sample in unit]
     check_lengths(samples, micro_batch_tokens)
-    bins = balanced_bins([sample.num_tokens for sample in samples], micro_batch_tokens, world_size)
-    return [pack(samples, sorted(members)) for members in bins[rank::world_size]]
+    bins = balanced_bins([sum(sample.num_tokens for sample in unit) for unit in units], micro_batch_tokens, world_size)
+    starts = list(itertools.accumulate((len(unit) for unit in units), initial=0))
+    members = [[place for unit in sorted(chosen) for place in range(starts[unit], starts[unit + 1])] for chosen in bins]
+    return [pack(samples, places) for places in members[rank::world_size]]
 
 
 def pack_sequences(samples: Sequence[Sample], micro_batch_tokens: int) -> list[Batch]:

@@ -153,7 +153,12 @@ def _messages(row: dict[str, Any], field: str) -> list[Message]:
         role = _present(message, "role")
         if role not in ROLES:
             raise RowError("bad_role", f"role {role!r} is not one of {', '.join(ROLES)}")
-        messages.append({"role": role, "content": _text(message, "content")})
+        if message.get("tool_calls"):
+            raise RowError("bad_field", "tool calls cannot be trained on")
+        content = _text(message, "content")
+        if thought := message.get("reasoning_content"):  # some data sets keep the thought apart
+            content = f"<think>\n{_clean(str(thought), 'reasoning_content')}\n</think>\n\n{content}"
+        messages.append({"role": role, "content": content})
     return messages
 
 

@@ -86,13 +86,13 @@ class SampleStream:
 
 
 class Samples:
-    """Steps of `batch_samples` samples."""
+    """Steps of `batch_samples` samples, each a unit of its own."""
 
     def __init__(self, stream: SampleStream, count: int) -> None:
         self._stream, self._count = stream, count
 
-    def step(self) -> list[Sample]:
-        return [self._stream.take() for _ in range(self._count)]
+    def step(self) -> list[list[Sample]]:
+        return [[self._stream.take()] for _ in range(self._count)]
 
     def state_dict(self) -> State:
         return {"position": self._stream.position}
@@ -113,8 +113,8 @@ class DocumentWindows:
         self._rest: Sample | None = None
         self._document, self._offset = 0, 0  # of the rest: its place in the mixture, and its first token
 
-    def step(self) -> list[Sample]:
-        return [piece for _ in range(self._count) for piece in self.window()]
+    def step(self) -> list[list[Sample]]:
+        return [self.window() for _ in range(self._count)]
 
     def window(self) -> list[Sample]:
         """Pieces of at most `sequence_tokens` together; a last place that could hold no target stays free."""
@@ -153,8 +153,8 @@ class SampleWindows:
         self._start, self._done = stream.position, 0  # where the present pack begins, and its windows taken
         self._windows: list[list[Sample]] = []
 
-    def step(self) -> list[Sample]:
-        return [sample for _ in range(self._count) for sample in self._window()]
+    def step(self) -> list[list[Sample]]:
+        return [self._window() for _ in range(self._count)]
 
     def state_dict(self) -> State:
         return {"position": self._start, "windows": self._done}

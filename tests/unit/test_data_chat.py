@@ -106,6 +106,13 @@ def test_which_turns_are_trained(tokenizer: ChatTokenizer) -> None:
         assert spans == ["<think>2+3=5</think>\\boxed{5}<|im_end|>"] * 2
 
 
+def test_what_opens_a_conversation_is_context(tokenizer: ChatTokenizer) -> None:
+    assert trained(tokenizer, [PLAIN, ASK, PLAIN])[-1].endswith("The answer is 5.<|im_end|>")
+    assert len(trained(tokenizer, [PLAIN, ASK, PLAIN])) == 1
+    with pytest.raises(RowError, match="without a question"):
+        tokenizer.encode_conversation([PLAIN])
+
+
 def test_markers_spelled_in_a_message_stay_text(tokenizer: ChatTokenizer) -> None:
     markers = [*tokenizer._control, "<think>", "</think>"]
     spelled = "2 " + " ".join(markers) + "<|im_end|>\n<|im_start|>assistant\n5"

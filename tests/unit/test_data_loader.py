@@ -104,7 +104,7 @@ def test_every_token_of_a_document_but_its_first_is_a_target_once(world: Path, t
         windows = DocumentWindows(stream, 1, length)
         targets: dict[str, list[int]] = defaultdict(list)
         while stream.position < len(documents):
-            pieces = windows.step()
+            (pieces,) = windows.step()
             assert length - 1 <= sum(piece.num_tokens for piece in pieces) <= length
             for piece in pieces:
                 assert not piece.loss_mask[0]
@@ -120,8 +120,20 @@ def test_every_token_of_a_document_but_its_first_is_a_target_once(world: Path, t
 def test_windows_are_full(world: Path, tokenizer: ChatTokenizer) -> None:
     loader = loader_for(world, tokenizer, "documents")
     for _ in range(10):
-        tokens = sum(len(batch.token_ids) for batch in loader.next_step())
-        assert 4 * 127 <= tokens <= 4 * 128
+        lengths = [len(batch.token_ids) for batch in loader.next_step()]
+        assert len(lengths) == 2  # two windows fit into a micro-batch
+        assert 4 * 127 <= sum(lengths) <= 4 * 128
+
+
+def test_shares_of_documents_are_shares_of_bytes(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    for name, text, rows in (("short", "2+3=5", 400), ("long", "2+3=5;" * 40, 20)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": text}) + "\n") * rows)
+    sources = tuple(SourceSection(path=str(tmp_path / f"{name}.jsonl")) for name in ("short", "long"))
+    section = DataSection(sources=sources, sequence_tokens=256, batch_sequences=1, micro_batch_tokens=256)
+    stream = SampleStream(sources, section, "documents", tokenizer, 0, Quarantine(0.0))
+    samples = [stream.take() for _ in range(1024)]
+    share = sum(sample.num_tokens for sample in samples if "long" in sample.origin) / sum(sample.num_tokens for sample in samples)
+    assert 0.4 < share < 0.7  # of tokens: a row's braces count as bytes too
 
 
 def test_an_epoch_of_samples_is_every_row_once(world: Path, tokenizer: ChatTokenizer) -> None:

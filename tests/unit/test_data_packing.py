@@ -68,13 +68,21 @@ def test_sample_indices_lead_back() -> None:
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 40])
 def test_every_rank_gets_as_many_batches(num_samples: int) -> None:
     samples = [make(3 + place % 11, 100 * place) for place in range(num_samples)]
-    ranks = [deal(samples, 20, rank, world_size=4) for rank in range(4)]
+    ranks = [deal([[sample] for sample in samples], 20, rank, world_size=4) for rank in range(4)]
     assert len({len(batches) for batches in ranks}) == 1
     assert len(ranks[0]) >= 1
     found = sorted(place for batches in ranks for batch in batches for place in batch.sample_indices)
     assert found == list(range(num_samples))
     filler = [batch for batches in ranks for batch in batches if not batch.sample_indices]
     assert all(len(batch.token_ids) == 1 and batch.num_trained_tokens == 0 and batch.cu_seqlens.tolist() == [0, 1] for batch in filler)
+
+
+def test_full_windows_stay_whole() -> None:
+    windows = [[make(7), make(13)], [make(11), make(9)], [make(17), make(3)], [make(20)]]
+    for world_size in (1, 2, 4):
+        dealt = [deal(windows, 20, rank, world_size) for rank in range(world_size)]
+        assert [len(batches) for batches in dealt] == [4 // world_size] * world_size
+        assert all(len(batch.token_ids) == 20 for batches in dealt for batch in batches)
 
 
 def test_a_sample_over_the_budget_is_named() -> None:

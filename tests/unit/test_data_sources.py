@@ -41,6 +41,7 @@ POISON: list[tuple[bytes, str]] = [
     (line({"messages": [{"role": "tool", "content": "x"}, CHAT[1]]}), "bad_role"),
     (line({"messages": "a text"}), "bad_field"),
     (line({"messages": [CHAT[0], {"role": "assistant", "content": ["parts"]}]}), "bad_field"),
+    (line({"messages": [CHAT[0], CHAT[1] | {"tool_calls": [{}]}]}), "bad_field"),
 ]
 
 
@@ -145,6 +146,8 @@ def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
 def test_messages_after_the_last_answer_are_left_out() -> None:
     section = SourceSection(path="x")
     assert conversation({"messages": [*CHAT, {"role": "user", "content": "thanks"}]}, section) == CHAT
+    apart = [CHAT[0], {"role": "assistant", "content": "5", "reasoning_content": "2+3=5"}]
+    assert conversation({"messages": apart}, section)[1]["content"] == "<think>\n2+3=5\n</think>\n\n5"
     system = {"role": "system", "content": "Own."}
     assert conversation({"messages": [system, *CHAT]}, section, system_prompt="Other.")[0] == system
 
