@@ -52,7 +52,8 @@ def heads_first(x: Tensor, rectangle: Rectangle, kv_heads: int, dtype: torch.dty
     """Rows of x [T, N, H] as [n, G, R, L, H] contiguous in `dtype` (R = 1 for keys and values)."""
     n, length = rectangle.shape
     rows = x.index_select(0, rectangle.rows.flatten()).view(n, length, kv_heads, -1, x.shape[-1])
-    return rows.permute(0, 2, 3, 1, 4).to(dtype, memory_format=torch.contiguous_format)
+    # `to` ignores memory_format where it has nothing to convert
+    return rows.permute(0, 2, 3, 1, 4).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def tokens_first(x: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ class Decoder(nn.Module):
             raise ValueError(f"token_ids, positions and cu_seqlens must describe the same tokens; got {sizes}")
         context: Context
         if cache is None:
-            context = plan_packing(cu_seqlens, self.config.num_heads)
+            context = plan_packing(cu_seqlens, self.config.num_heads, self.config.num_kv_heads * self.config.head_dim)
         else:
             assert slots is not None, "a cache needs slots"
             context = view_cache(cache, slots, positions, cu_seqlens, self.config.num_heads)

@@ -154,14 +154,20 @@ def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device
             elif not name.endswith("rotary_emb.inv_freq"):  # derived values that old Llama files store
                 raise CheckpointError(f"tensor {name} has no place in this model; its config.json describes another one")
             continue
+        module, leaf = targets[weight_name]
+        is_fp8 = name != weight_name or tensor.dtype == torch.float8_e4m3fn
+        if is_fp8 and not (isinstance(module, Fp8Linear) and leaf == "weight"):
+            raise CheckpointError(
+                f"tensor {name} is of an FP8 weight, but its layer is in high precision here; make the lists of high-precision layers equal"
+            )
         if weight_name not in missing:
             raise CheckpointError(f"tensor {weight_name} comes twice; every weight must have its own name")
-        module, leaf = targets[weight_name]
-        if name != weight_name or tensor.dtype == torch.float8_e4m3fn:
+        if is_fp8:
             pair = pairs.setdefault(weight_name, {})
             pair["scale" if name != weight_name else "codes"] = tensor
             if len(pair) < 2:
                 continue
+            assert isinstance(module, Fp8Linear)
             _load_codes(weight_name, module, pairs.pop(weight_name), device)
         else:
             _load_master(name, module, leaf, tensor, device)
@@ -173,11 +179,7 @@ def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device
         _check_tied(model, spare["lm_head.weight"])
 
 
-def _load_codes(name: str, module: nn.Module, pair: dict[str, Tensor], device: torch.device | str | None) -> None:
-    if not isinstance(module, Fp8Linear):
-        raise CheckpointError(
-            f"tensor {name} is FP8, but its layer is kept in high precision here; make the lists of high-precision layers equal"
-        )
+def _load_codes(name: str, module: Fp8Linear, pair: dict[str, Tensor], device: torch.device | str | None) -> None:
     where = device if device is not None else _device(module)
     scale = pair["scale"].float() if pair["scale"].dtype == torch.float8_e8m0fnu else pair["scale"]
     try:

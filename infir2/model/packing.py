@@ -2,7 +2,8 @@
 
 A stream of many short documents would need a loop over documents; a rectangle [B, longest] would explode next to one
 long document. So sequences of similar length share a rectangle, a rectangle never holds more rows than a budget of
-scores allows, and a long one is worked through in chunks of queries.
+scores allows, and a long one is worked through in chunks of queries. Generation has few queries and many keys: there a rectangle ends when
+its keys no longer fit a core's cache (256 sequences of 100 keys in one rectangle take twice as long).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 SCORE_BUDGET = 1 << 20  # scores (sequences x heads x queries x keys) that exist at one time; 8 MiB in FP64
+KEY_BUDGET = 1 << 18  # key elements (sequences x keys x G x H) of a rectangle: 2 MiB in FP64 stay in a core's cache
 MIN_QUERY_CHUNK = 16  # fewer queries waste the matrix product; one very long sequence overdraws the budget instead
 SHARED_QUERY_CHUNK = 64  # sequences share a rectangle only if chunks of this many queries fit the budget
 MAX_QUERY_CHUNK = 256  # a causal chunk skips the keys after it, so chunks also save the upper triangle
@@ -45,8 +47,8 @@ class Packing:
     num_tokens: int
 
 
-def plan_packing(cu_seqlens: Tensor, num_heads: int, key_lengths: Sequence[int] | None = None) -> Packing:
-    """Lay out the sequences of `cu_seqlens` [B+1] for attention with `num_heads` query heads.
+def plan_packing(cu_seqlens: Tensor, num_heads: int, key_width: int, key_lengths: Sequence[int] | None = None) -> Packing:
+    """Lay out the sequences of `cu_seqlens` [B+1] for attention with `num_heads` query heads and `key_width` = G * H.
 
     `key_lengths` says how many keys each sequence's queries look at (default: its own length, causal); with a KV cache
     it is longer. Sequences of zero tokens take no part.
@@ -58,7 +60,7 @@ def plan_packing(cu_seqlens: Tensor, num_heads: int, key_lengths: Sequence[int] 
     keys = lengths if key_lengths is None else list(key_lengths)
     device = cu_seqlens.device
     rectangles, order = [], []
-    for members in _groups(lengths, keys, num_heads):
+    for members in _groups(lengths, keys, num_heads, key_width):
         longest = lengths[members[0]]
         starts = torch.tensor([bounds[member] for member in members])[:, None]
         sizes = torch.tensor([lengths[member] for member in members])[:, None]
@@ -75,15 +77,16 @@ def plan_packing(cu_seqlens: Tensor, num_heads: int, key_lengths: Sequence[int] 
     return Packing(rectangles, unpad.to(device), bounds[-1])
 
 
-def _groups(lengths: Sequence[int], keys: Sequence[int], num_heads: int) -> Iterator[list[int]]:
-    """Members of each rectangle, longest first; a rectangle closes when the next is too short or the budget is spent."""
+def _groups(lengths: Sequence[int], keys: Sequence[int], num_heads: int, key_width: int) -> Iterator[list[int]]:
+    """Members of each rectangle, longest first; a rectangle closes when the next is too short or a budget is spent."""
     order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (lengths[i], keys[i]), reverse=True)
     group: list[int] = []
     longest = widest = 0
     for member in order:
         longest, widest = longest or lengths[member], max(widest, keys[member])
-        scores = (len(group) + 1) * num_heads * min(longest, SHARED_QUERY_CHUNK) * widest
-        if group and (lengths[member] < SAME_RECTANGLE * longest or scores > SCORE_BUDGET):
+        num_keys = (len(group) + 1) * widest
+        too_large = num_keys * num_heads * min(longest, SHARED_QUERY_CHUNK) > SCORE_BUDGET or num_keys * key_width > KEY_BUDGET
+        if group and (lengths[member] < SAME_RECTANGLE * longest or too_large):
             yield group
             group, longest, widest = [], lengths[member], keys[member]
         group.append(member)
