@@ -18,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from infir2.checkpoint.export import complete_config
@@ -85,6 +86,7 @@ class MegatronCheckpoint:
             if isinstance(entry, TensorStorageMetadata)
         }
         self.shapes = {key: tuple(entry.size) for key, entry in tensors.items()}
+        self._file_bytes = sum(file.stat().st_size for file in path.glob("*.distcp"))
         self._dtypes = {key: entry.properties.dtype for key, entry in tensors.items()}
         if EMBEDDING not in tensors:
             raise CheckpointError(f"{path}: has no '{EMBEDDING}'; it is not a checkpoint of a Megatron-core GPT model.")
@@ -97,6 +99,9 @@ class MegatronCheckpoint:
     def read(self, key: str) -> Tensor:
         if key not in self.shapes:
             raise CheckpointError(f"{self.path}: has no tensor '{key}', which the model's config calls for.")
+        num_bytes = torch.Size(self.shapes[key]).numel() * self._dtypes[key].itemsize
+        if num_bytes > self._file_bytes:
+            raise CheckpointError(f"{self.path}: tensor '{key}' claims {num_bytes} bytes, more than all its files hold; it is refused.")
         tensor = torch.empty(self.shapes[key], dtype=self._dtypes[key])
         try:
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch remarks that no process group runs
@@ -128,8 +133,9 @@ class _SafeReader(FileSystemReader):
             if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
                 raise CheckpointError(f"{path}: is not the metadata of a distributed checkpoint.")
             for info in metadata.storage_data.values():
-                if Path(info.relative_path).name != info.relative_path:
-                    raise CheckpointError(f"{path}: names the file '{info.relative_path}', which is outside the checkpoint; it is refused.")
+                name = str(info.relative_path) if isinstance(info, _StorageInfo) else ""
+                if Path(name).name != name or name in ("", ".."):
+                    raise CheckpointError(f"{path}: names the file '{name}', which is outside the checkpoint; it is refused.")
             metadata.storage_meta = metadata.storage_meta or StorageMeta()
             metadata.storage_meta.load_id = self.load_id
             self._metadata = metadata

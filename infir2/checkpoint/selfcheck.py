@@ -6,8 +6,10 @@
    whose size is neither a multiple of 128 nor below it).
 """
 
+import importlib.util
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,7 +36,7 @@ E4M3_VALUES = np.where(_CODE & 127 == 127, np.nan, np.where(_CODE & 128, -_MAGNI
 
 
 def check_export(weights: Weights, out: Path, quantized: set[str], say: Callable[[str], None]) -> None:
-    """Raise CheckFailedError unless the FP8 directory `out` holds `weights`; on failure it is renamed to `OUT.failed`."""
+    """Raise CheckFailedError unless the FP8 directory `out` holds `weights`; on failure it is renamed to `OUT.failed-...`."""
     try:
         files = PlainReader(out)
         _check_names(files, weights, quantized)
@@ -42,9 +44,10 @@ def check_export(weights: Weights, out: Path, quantized: set[str], say: Callable
             _check_tensor(files, name, source, name in quantized)
         say(f"{out}: {len(weights.shapes)} tensors read back, {len(quantized)} of them FP8, every value within half a step of its source.")
         _check_behaviour(files, weights, out, say)
-    except CheckFailedError:
-        os.rename(out, out.with_name(out.name + ".failed"))
-        raise
+    except CheckFailedError as error:
+        aside = out.with_name(f"{out.name}.failed-{secrets.token_hex(3)}")
+        os.rename(out, aside)
+        raise CheckFailedError(f"{error} The export is not usable and was set aside as {aside}.") from error
 
 
 class PlainReader:
@@ -133,9 +136,15 @@ def _check_behaviour(files: PlainReader, weights: Weights, out: Path, say: Calla
     difference = compare_with_transformers(out, values)
     say(f"transformers and our decoder agree on these weights: logits within {difference:.1e}, {GREEDY_TOKENS} greedy tokens equal.")
     quantized_shapes = [weights.shapes[name] for name in values if name + SCALE_SUFFIX in files.names()]
-    if any(size > 128 and size % 128 for shape in quantized_shapes for size in shape) or torch.cuda.is_available():
-        say("transformers' own FP8 loader not tried: its CPU path cannot read matrices of these sizes, or this machine has a GPU.")
-        return
+    odd_sizes = any(size > 128 and size % 128 for shape in quantized_shapes for size in shape)
+    for reason, applies in (
+        ("it needs accelerate, which is not installed", importlib.util.find_spec("accelerate") is None),
+        ("its CPU path mistakes the block size of matrices with these sizes", odd_sizes),
+        ("on a machine with a GPU it does not dequantise", torch.cuda.is_available()),
+    ):
+        if applies:
+            say(f"transformers' own FP8 loader not tried: {reason}.")
+            return
     _check_transformers_loader(out, values)
     say("transformers' own FP8 loader reads the same values.")
 
@@ -184,10 +193,7 @@ def _logits(decoder: Decoder, token_ids: list[int]) -> Tensor:
 def _check_transformers_loader(out: Path, values: dict[str, Tensor]) -> None:
     from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True)
-    except ImportError as error:  # transformers wants accelerate for this
-        raise CheckFailedError(f"self-check: transformers cannot load FP8 here ({error}); install the package it names.") from error
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True)
     for name, value in _differences(dict(model.named_parameters()), values):
         raise CheckFailedError(f"self-check: transformers' FP8 loader reads '{name}' otherwise (largest difference {value:.3g}).")
 

@@ -103,6 +103,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], on_bytes: Callable[[i
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
             data = _tensor_bytes(tensor)
+            assert len(data) == tensor.numel() * tensor.element_size(), "a sharded tensor must be gathered before it is saved"
             for start in range(0, len(data), _WRITE_BYTES):
                 piece = data[start : start + _WRITE_BYTES]
                 file.write(piece)

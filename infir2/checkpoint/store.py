@@ -216,11 +216,14 @@ class Store:
                 os.rename(target, self.directory / f"corrupt-step-{step}-{secrets.token_hex(4)}")
             fault("save.before_rename")
             os.rename(temporary, target)
-            _sync_directory(self.directory)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._corrupt.discard(step)
+        try:
+            _sync_directory(self.directory)
+        except OSError as error:  # published and whole; only a power cut in the next seconds could undo the rename
+            self._warn(f"{self.directory}: could not be synced after publishing step {step} ({error.strerror}, errno {error.errno}).")
         fault("save.after_rename")
 
     def _write(self, directory: Path, step: int, tensors: Mapping[str, Tensor], payload: bytes, num_bytes: int) -> None:

@@ -143,7 +143,7 @@ def run_weights(path: Path) -> Weights:
 def hf_weights(path: Path, quantized: bool) -> Weights:
     """The weights of a Hugging Face directory, in FP8 (`quantized`) or not; CheckpointError if it is the other kind."""
     config = read_json(path / "config.json")
-    if quantized != ("quantization_config" in config):
+    if quantized != (config.get("quantization_config") is not None):
         wanted = "an FP8 model (quantization_config)" if quantized else "a model that is not quantised yet"
         raise CheckpointError(f"{path / 'config.json'}: is not of {wanted}; give the other directory.")
     files = HfWeights(path)

@@ -241,7 +241,7 @@ def test_names_outside_the_list_are_refused(tmp_path, name):
         MegatronCheckpoint(path)
 
 
-@pytest.mark.parametrize("escape", ["../secret", "/etc/passwd", "sub/../../secret"])
+@pytest.mark.parametrize("escape", ["../secret", "/etc/passwd", "sub/../../secret", "..", ""])
 def test_a_shard_outside_the_checkpoint_is_refused(tmp_path, escape):
     source = write_torch_dist(tmp_path / "megatron", megatron_tensors(make_decoder("llama", False), stacked=True))
     metadata = pickle.loads((source / ".metadata").read_bytes())
@@ -249,6 +249,16 @@ def test_a_shard_outside_the_checkpoint_is_refused(tmp_path, escape):
     (source / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="outside the checkpoint"):
         MegatronCheckpoint(source)
+
+
+def test_a_tensor_larger_than_its_files_is_refused_before_memory_is_taken(tmp_path):
+    decoder = make_decoder("llama", False)
+    source = write_torch_dist(tmp_path / "megatron", megatron_tensors(decoder, stacked=True))
+    metadata = pickle.loads((source / ".metadata").read_bytes())
+    metadata.state_dict_metadata["embedding.word_embeddings.weight"].size = torch.Size((2**40, 64))
+    (source / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="more than all its files hold"):
+        import_megatron(source, tmp_path / "out", hf_directory(tmp_path / "like", decoder.config))
 
 
 @pytest.mark.parametrize("name", [".metadata", "common.pt"])
