@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from infir2.config.schema import ShapeSection
 from infir2.model.attention import attention
 from infir2.model.config import ModelConfig
+from infir2.model.files import read_json
+from infir2.model.hf import load_directory
 from infir2.model.kv_cache import CacheView, KvCache, cached_attention, view_cache
 from infir2.model.packing import Packing, plan_packing
 from infir2.model.rope import apply_rope, rope_tables
@@ -110,9 +112,10 @@ class Decoder(nn.Module):
 
         Raises CheckpointError for a directory that is unreadable, incomplete or of an unsupported model.
         """
-        from infir2.model.hf import load_directory  # the file formats know the model, not the other way round
-
-        return load_directory(Path(directory), compute_dtype, device)
+        with torch.device("meta"):
+            model = cls(ModelConfig.from_hf(read_json(Path(directory) / "config.json")), compute_dtype)
+        load_directory(model, Path(directory), device)
+        return model
 
     @classmethod
     def from_shape(

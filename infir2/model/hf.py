@@ -7,7 +7,6 @@ other parameters are BF16-rounded masters.
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infir2.config.schema import Fp8Section, ScaleFormat
 from infir2.errors import CheckpointError
-from infir2.model.config import ModelConfig
-from infir2.model.decoder import Decoder
 from infir2.model.files import HfWeights, read_json, write_hf
 from infir2.numerics import Fp8Linear, convert_to_fp8
 
@@ -33,7 +31,8 @@ __all__ = [
 ]
 
 SCALE_SUFFIX = "_scale_inv"
-_SCALE_FORMAT_NAMES = {"pow2": "ue8m0", "fp32": "float"}  # as transformers and SGLang spell them
+# `scale_fmt` as transformers and SGLang spell it; a file that does not say it has any FP32 scales
+_SCALE_FORMATS: dict[str | None, ScaleFormat] = {"ue8m0": "pow2", "float": "fp32", None: "fp32"}
 
 
 def exported_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -85,31 +84,21 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
-        "scale_fmt": _SCALE_FORMAT_NAMES[formats.pop()],
+        "scale_fmt": "ue8m0" if formats == {"pow2"} else "float",
         "modules_to_not_convert": plain if "lm_head" in plain else [*plain, "lm_head"],
     }
 
 
-@dataclass(frozen=True)
-class _Fp8Choice:
-    scale_format: str
-    high_precision: tuple[str, ...]
-    enabled: bool = True
-
-
-def load_directory(directory: Path, compute_dtype: torch.dtype, device: torch.device | str) -> Decoder:
-    """A decoder with the weights of a Hugging Face directory; see `Decoder.from_hf`."""
-    raw = read_json(directory / "config.json")
-    with torch.device("meta"):
-        model = Decoder(ModelConfig.from_hf(raw), compute_dtype)
+def load_directory(model: nn.Module, directory: Path, device: torch.device | str) -> None:
+    """Load a Hugging Face directory into a decoder on the meta device; its FP8 layers become `Fp8Linear` with its codes."""
     weights = HfWeights(directory)
-    if raw.get("quantization_config") is not None:
-        convert_to_fp8(model, _fp8_choice(raw["quantization_config"], model, weights))
+    section = read_json(directory / "config.json").get("quantization_config")
+    if section is not None:
+        convert_to_fp8(model, _fp8_section(section, model, weights))
     load_weights(model, weights, device)
-    return model
 
 
-def _fp8_choice(raw: Any, model: nn.Module, weights: HfWeights) -> _Fp8Choice:
+def _fp8_section(raw: Any, model: nn.Module, weights: HfWeights) -> Fp8Section:
     """Which Linears are FP8, according to `modules_to_not_convert`, checked against the scales that the files hold."""
     expected = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"}
     if not isinstance(raw, dict):
@@ -118,9 +107,8 @@ def _fp8_choice(raw: Any, model: nn.Module, weights: HfWeights) -> _Fp8Choice:
         found = raw.get(key, value if key in ("fmt", "activation_scheme") else None)
         if found != value:
             raise CheckpointError(f"config.json: quantization_config.{key} = {found!r} is not supported; only {value!r} is")
-    formats = {stored: ours for ours, stored in _SCALE_FORMAT_NAMES.items()} | {None: "fp32"}
     stored = raw.get("scale_fmt")
-    if stored not in formats:
+    if stored not in _SCALE_FORMATS:
         raise CheckpointError(f"config.json: quantization_config.scale_fmt = {stored!r} is not supported; use 'ue8m0' or 'float'")
     kept = raw.get("modules_to_not_convert") or []
     names, plain = set(weights.names()), []
@@ -135,7 +123,7 @@ def _fp8_choice(raw: Any, model: nn.Module, weights: HfWeights) -> _Fp8Choice:
             )
         if listed:
             plain.append(name)
-    return _Fp8Choice(formats[stored], tuple(plain))
+    return Fp8Section(scale_format=_SCALE_FORMATS[stored], high_precision=tuple(plain))
 
 
 def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str | None = None) -> None:
