@@ -57,11 +57,12 @@ def input_for_backward(x: Tensor, codes: Fp8Tensor) -> Fp8Tensor:
     return quantize(x.t(), TILE_BLOCK, codes.scale_format)
 
 
-def fp32_product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` [M, N] FP32 with FP32 sums, for two matrices of one dtype."""
+def fp32_product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
+    """`a @ b` [M, N] FP32 with FP32 sums, for two matrices of one dtype; added to `total` in place where that is given."""
     if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+        product = torch.mm(a, b, out_dtype=torch.float32)
+        return product if total is None else total.add_(product)
+    return a @ b if total is None else total.addmm_(a, b)
 
 
 def input_values(saved: Fp8Tensor) -> Tensor:
@@ -69,9 +70,11 @@ def input_values(saved: Fp8Tensor) -> Tensor:
     if saved.block == TILE_BLOCK:
         return dequantize(saved).t()
     tiles = as_tiles(decode(saved.codes, torch.float32), GROUP)
-    row_scale, tile_scale = tile_scales(saved.scale, tiles)
-    moved = round_to_e4m3_(tiles * (row_scale / tile_scale[:, None, :])[..., None])
-    return _untiled(moved.mul_(tile_scale[:, None, :, None]), saved.shape)
+    scratch = tiles.abs()
+    row_scale, tile_scale = tile_scales(saved.scale, scratch.amax(dim=3) != 0)
+    moved = round_to_e4m3_(tiles.mul_((row_scale / tile_scale[:, None, :])[..., None]), scratch)
+    values = moved.mul_(tile_scale[:, None, :, None])
+    return values.view(values.shape[0] * GROUP, values.shape[2] * GROUP)[: saved.shape[0], : saved.shape[1]]
 
 
 def gradient_values(grad: Tensor, scale_format: str, by_row: bool, by_column: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -81,34 +84,40 @@ def gradient_values(grad: Tensor, scale_format: str, by_row: bool, by_column: bo
         The gradient quantised 1x128 along N (for grad_x), and the one whose transpose is quantised 1x128 along the
         tokens (for grad_W), both [T, N].
     """
-    wide = grad.float()
-    rows = columns = None
-    if by_row:
-        tiles = as_tiles(wide, 1)[:, 0]
-        rows = _untiled(_quantized_values(tiles, 2, scale_format), grad.shape)
-    if by_column:
-        padded = F.pad(wide, (0, 0, 0, -wide.shape[0] % GROUP)) if wide.shape[0] % GROUP else wide
-        tiles = padded.reshape(-1, GROUP, wide.shape[1]) if wide.numel() else padded.new_empty(0, GROUP, wide.shape[1])
-        columns = _quantized_values(tiles, 1, scale_format).reshape(-1, wide.shape[1])[: wide.shape[0]]
-    return rows, columns
+    rows, columns = grad.shape
+    bottom, right = -rows % GROUP, -columns % GROUP
+    if bottom or right:
+        wide = F.pad(grad.float(), (0, right, 0, bottom))
+    else:
+        wide = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    # Values are made in place and in one scratch: fresh memory costs a CPU as much as the arithmetic.
+    scratch = wide.abs()
+    along_columns = (rows + bottom, (columns + right) // GROUP, GROUP)
+    along_tokens = ((rows + bottom) // GROUP, GROUP, columns + right)
+    row_scale = _scale(scratch.view(along_columns), 2, scale_format) if by_row else None
+    column_scale = _scale(scratch.view(along_tokens), 1, scale_format) if by_column else None
+    row_values = column_values = None
+    if row_scale is not None:
+        scaled = wide.view(along_columns) / row_scale
+        row_values = round_to_e4m3_(scaled, scratch.view(along_columns)).mul_(row_scale).view_as(wide)[:rows, :columns]
+    if column_scale is not None:
+        scaled = wide.view(along_tokens).div_(column_scale)
+        column_values = round_to_e4m3_(scaled, scratch.view(along_tokens)).mul_(column_scale).view_as(wide)[:rows, :columns]
+    return row_values, column_values
 
 
-def round_to_e4m3_(values: Tensor) -> Tensor:
-    """Round FP32 values to the nearest E4M3 number (ties to even), in place; |values| < 464, NaN stays NaN."""
-    power = values.view(torch.int32).bitwise_and(_EXPONENT_BITS).view(torch.float32)
-    rounder = power.clamp_min_(_SMALLEST_NORMAL).mul_(_ROUNDER)
+def round_to_e4m3_(values: Tensor, scratch: Tensor) -> Tensor:
+    """Round FP32 values to the nearest E4M3 number (ties to even), in place; |values| < 464, NaN stays NaN.
+
+    `scratch` is FP32 of the same shape and is overwritten.
+    """
+    torch.bitwise_and(values.view(torch.int32), _EXPONENT_BITS, out=scratch.view(torch.int32))
+    rounder = scratch.clamp_min_(_SMALLEST_NORMAL).mul_(_ROUNDER)
     return values.add_(rounder).sub_(rounder)
 
 
-def _quantized_values(tiles: Tensor, dim: int, scale_format: str) -> Tensor:
-    """What quantising FP32 tiles with one scale per `dim` and dequantising them gives."""
-    scale = block_scale(tiles.abs().amax(dim=dim), scale_format)
+def _scale(magnitude: Tensor, dim: int, scale_format: str) -> Tensor:
+    """One scale per `dim` of FP32 magnitudes, kept as a dimension of one; non-finite blocks are counted."""
+    scale = block_scale(magnitude.amax(dim=dim, keepdim=True), scale_format)
     nonfinite_blocks.add(scale)
-    scale = scale.unsqueeze(dim)
-    return round_to_e4m3_(tiles / scale).mul_(scale)
-
-
-def _untiled(tiles: Tensor, shape: torch.Size) -> Tensor:
-    """Tiles that `as_tiles` made of a matrix of this shape, as that matrix."""
-    columns = -(-shape[1] // GROUP) * GROUP
-    return tiles.reshape(-1, columns)[: shape[0], : shape[1]] if columns else tiles.new_empty(shape)
+    return scale

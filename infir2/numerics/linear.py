@@ -187,8 +187,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
             continue
         by_row, by_column = _gradient_operands(layer, grad, ctx.needs_input_grad[1], need_weight)
         if by_row is not None:
-            product = gemm.fp32_product(by_row, _backward_weight(layer, grad))
-            grad_x = product if grad_x is None else grad_x.add_(product)
+            grad_x = gemm.fp32_product(by_row, _backward_weight(layer, grad), grad_x)
         results.append(None if by_column is None else _weight_gradient(layer, by_column, x_values))
         results.append(grad.sum(0, dtype=torch.float32).to(layer.bias.dtype) if need_bias else None)
     return [None if grad_x is None else grad_x.to(ctx.x_dtype), *results]

@@ -40,9 +40,10 @@ def block_scale(amax: Tensor, scale_format: str) -> Tensor:
 def quantize_reference(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2") -> Fp8Tensor:
     """Quantise x [R, C] (any float dtype up to FP32) by the rules above."""
     rows, columns = x.shape
-    tiles = as_tiles(x.float(), block[0])
-    scale = block_scale(tiles.abs().amax(dim=3).amax(dim=1), scale_format)
-    scaled = tiles / scale[:, None, :, None]
+    tiles = as_tiles(x.detach().float(), block[0])
+    scratch = tiles.abs()
+    scale = block_scale(scratch.amax(dim=3).amax(dim=1), scale_format)
+    scaled = torch.div(tiles, scale[:, None, :, None], out=scratch)  # fresh memory costs a CPU as much as the division
     codes = _encode(scaled.clamp_(-E4M3_MAX, E4M3_MAX), torch.isnan(scale))
     return Fp8Tensor(from_tiles(codes, rows, columns), scale, block, scale_format)
 
@@ -52,7 +53,7 @@ def dequantize_reference(t: Fp8Tensor, dtype: torch.dtype = torch.float32) -> Te
     rows, columns = t.shape
     work = torch.float64 if dtype == torch.float64 else torch.float32
     tiles = as_tiles(decode(t.codes, work), t.block[0])
-    return from_tiles(tiles * t.scale.to(work)[:, None, :, None], rows, columns).to(dtype)
+    return from_tiles(tiles.mul_(t.scale.to(work)[:, None, :, None]), rows, columns).to(dtype)
 
 
 def transpose_reference(t: Fp8Tensor) -> Fp8Tensor:
@@ -69,21 +70,25 @@ def transpose_reference(t: Fp8Tensor) -> Fp8Tensor:
         raise ValueError('1x128 codes with "fp32" scales cannot be transposed exactly; use quantize(x.T, (128, 128), "fp32")')
     rows, columns = t.shape
     tiles = as_tiles(decode(t.codes, torch.float32), GROUP)
-    row_scale, tile_scale = tile_scales(t.scale, tiles)
+    row_scale, tile_scale = tile_scales(t.scale, (tiles != 0).any(dim=-1))
     moved = tiles * (row_scale / tile_scale[:, None, :])[..., None]
     codes = _encode(moved, torch.isnan(tile_scale))
     return Fp8Tensor(from_tiles(codes, rows, columns).t().contiguous(), tile_scale.t().contiguous(), TILE_BLOCK, "pow2")
 
 
-def tile_scales(scale: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales of the 128x128 tiles [R / 128, 128, C / 128, 128] of a matrix with 1x128 scales [R, C / 128].
+def tile_scales(scale: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of the 128x128 tiles of a matrix with 1x128 scales [R, C / 128].
+
+    Args:
+        scale: the 1x128 scales.
+        held: bool [R / 128, 128, C / 128], whether the row's codes in the tile are not all zero; False in the padding.
 
     Returns:
         Row scales [R / 128, 128, C / 128], 0 for a row whose codes in the tile are all zero, and tile scales
         [R / 128, C / 128]: the largest of them, 1 where there is none, NaN where one is NaN.
     """
-    row_scale = F.pad(scale, (0, 0, 0, -scale.shape[0] % GROUP)).view(tiles.shape[:3])
-    row_scale = torch.where((tiles != 0).any(dim=-1), row_scale, 0.0)
+    row_scale = F.pad(scale, (0, 0, 0, -scale.shape[0] % GROUP)).reshape(held.shape)
+    row_scale = torch.where(held, row_scale, 0.0)
     tile_scale = row_scale.amax(dim=1)
     return row_scale, torch.where(tile_scale == 0, 1.0, tile_scale)
 

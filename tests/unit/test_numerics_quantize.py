@@ -1,6 +1,7 @@
 """The bits of the reference: scales, codes, special values, transposition."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,9 +14,8 @@ from infir2.numerics.reference import decode
 
 BLOCKS = [(1, 128), (128, 128)]
 FORMATS = ["pow2", "fp32"]
-E4M3_VALUES = sorted(
-    {(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)} | {m * 2.0**-9 for m in range(8)}
-)
+NORMALS = {(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)}
+E4M3_VALUES = sorted(NORMALS | {m * 2.0**-9 for m in range(8)})
 
 
 def codes_of(t: Fp8Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ def expected_scale(amax: float, scale_format: str) -> float:
 
 
 def test_codes_round_to_nearest_even_by_exhaustive_search() -> None:
-    midpoints = [(a + b) / 2 for a, b in zip(E4M3_VALUES, E4M3_VALUES[1:], strict=False)]
+    midpoints = [(a + b) / 2 for a, b in pairwise(E4M3_VALUES)]
     points = E4M3_VALUES + midpoints + torch.empty(500).uniform_(-9, 8.8).exp2_().tolist()
     values = torch.tensor([v for p in points for v in (p, -p)])
     rows = torch.nn.functional.pad(values, (0, -len(values) % 127)).view(-1, 127)
@@ -88,7 +88,8 @@ def test_scales_follow_the_rule_and_errors_are_bounded(rows, columns, log2, bloc
             scale = expected_scale(float(part.abs().max()), scale_format)
             assert float(t.scale[i, j]) == scale
             error = (t.codes[window].double() * scale - part).abs()
-            # half a step: 2**-4 of a normal value, half the smallest code of a subnormal one; a rounded-down scale clips up to half an ulp of it
+            # half a step: 2**-4 of a normal value, half the smallest code of a subnormal one;
+            # a scale that was rounded down clips up to half an ulp of itself
             clipped = 224 * 2.0**-149 if scale < 2.0**-126 else part.abs() * 2.0**-23
             assert torch.all(error <= torch.maximum(part.abs() * 2.0**-4 * (1 + 2**-20), torch.tensor(scale * 2.0**-10)) + clipped)
 
