@@ -192,8 +192,17 @@ def _logits(decoder: Decoder, token_ids: list[int]) -> Tensor:
 
 def _check_transformers_loader(out: Path, values: dict[str, Tensor]) -> None:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True)
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # its warning that it dequantises, and its bars, are not news here
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True)
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     for name, value in _differences(dict(model.named_parameters()), values):
         raise CheckFailedError(f"self-check: transformers' FP8 loader reads '{name}' otherwise (largest difference {value:.3g}).")
 
