@@ -169,6 +169,7 @@ def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device
 
 def _load_codes(name: str, module: Fp8Linear, pair: dict[str, Tensor], device: torch.device | str | None) -> None:
     where = device if device is not None else _device(module)
+    where = "cpu" if torch.device(where).type == "meta" else where
     scale = pair["scale"].float() if pair["scale"].dtype == torch.float8_e8m0fnu else pair["scale"]
     try:
         module.load_codes(pair["codes"].to(where), scale.to(where))

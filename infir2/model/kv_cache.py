@@ -35,10 +35,6 @@ class KvCache:
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
-
 
 @dataclass(frozen=True)
 class CacheView:

@@ -2,8 +2,8 @@
 
 A stream of many short documents would need a loop over documents; a rectangle [B, longest] would explode next to one
 long document. So sequences of similar length share a rectangle, a rectangle never holds more rows than a budget of
-scores allows, and a long one is worked through in chunks of queries. Generation has few queries and many keys: there a rectangle ends when
-its keys no longer fit a core's cache (256 sequences of 100 keys in one rectangle take twice as long).
+scores allows, and a long one is worked through in chunks of queries. Generation has few queries and many keys: there a
+rectangle ends when its keys no longer fit a core's cache (256 sequences of 100 keys in one took twice as long).
 """
 
 from collections.abc import Iterator, Sequence

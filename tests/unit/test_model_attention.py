@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from infir2.model import packing
-from infir2.model.attention import attention
+from infir2.model.attention import attention, fused_attention
 from infir2.model.packing import plan_packing
 
 LENGTHS = [7, 1, 40, 0, 23, 300, 33, 2]
@@ -62,6 +62,17 @@ def test_gradients_are_those_of_textbook_attention(kv_heads: int, budget: int, m
     expected = torch.autograd.grad(one_by_one(*exact, cu_seqlens), exact, grad_out.double())
     for grad, wanted in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, wanted.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_fused_path_computes_the_same_attention() -> None:
+    q, k, v, cu_seqlens = stream(LENGTHS, torch.float32)
+    results = []
+    for function in (attention, fused_attention):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = function(*inputs, plan(cu_seqlens))
+        results.append([out, *torch.autograd.grad(out, inputs, q)])
+    for reference, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, reference, rtol=1e-5, atol=1e-5)
 
 
 def test_a_document_does_not_see_its_neighbours() -> None:
