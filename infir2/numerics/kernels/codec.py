@@ -1,10 +1,12 @@
+# ruff: noqa: N803 (constants of a kernel are upper case)
 """Device functions of the FP8 conversions: the arithmetic of `infir2.numerics.reference`, bit for bit, in Triton.
 
 Magnitudes are compared as integers: the bits of |x| order like |x|, and an Inf or a NaN is simply a large one, whereas
 float maxima drop NaNs. Codes are handled as uint8, so that no layout or select has to know the type.
 
-Under the interpreter (TRITON_INTERPRET=1) casts to FP8 round wrongly and casts to BF16 truncate (Triton 3.6 to 3.9), and
-`fma` rounds twice; `INTERPRET` selects integer arithmetic and plain division there. Both ways give the same bits.
+Under the interpreter (TRITON_INTERPRET=1) casts to FP8 round wrongly, casts to BF16 truncate, casts from BF16 lose
+subnormals (Triton 3.6 to 3.9), and `fma` rounds twice; `INTERPRET` selects integer arithmetic and plain division there.
+Both ways give the same bits.
 """
 
 import triton
@@ -24,6 +26,15 @@ def magnitude_bits(x):
 
 
 @triton.jit
+def to_float32(x):
+    """x (BF16, FP16 or FP32) in float32, exactly."""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def round_to_bf16(x):
     """x rounded to the nearest BF16 value (ties to even), kept in float32."""
     if INTERPRET:
@@ -39,12 +50,13 @@ def round_to_bf16(x):
 @triton.jit
 def block_scale(amax_bits, POW2: tl.constexpr):
     """Scales of blocks from the bits of their largest magnitude (int32): 1 for zero, NaN for Inf or NaN."""
-    s = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 448.0)
     if POW2:
-        exponent = tl.maximum((s.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23, 1)
-        scale_bits = exponent << 23
+        # ceil(log2(amax / 448)) without the division: 448 = 1.75 * 2**8, so the exponent of amax falls by 8 and rises by
+        # one where the mantissa exceeds 1.75. The rounding of amax / 448 never crosses that line.
+        scale_bits = tl.maximum(((amax_bits + 0x1FFFFF) >> 23) - 8, 1) << 23
     else:
-        scale_bits = tl.maximum(s.to(tl.int32, bitcast=True), 1)
+        quotient_bits = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 448.0).to(tl.int32, bitcast=True)
+        scale_bits = tl.maximum(quotient_bits, 1)
     scale_bits = tl.where(amax_bits == 0, 0x3F800000, scale_bits)
     scale_bits = tl.where(amax_bits >= INF_BITS, 0x7FC00000, scale_bits)
     return scale_bits.to(tl.float32, bitcast=True)

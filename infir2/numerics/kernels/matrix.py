@@ -1,3 +1,4 @@
+# ruff: noqa: N803 (constants of a kernel are upper case)
 """Quantisers of a matrix in memory, as operators that eager mode and torch.compile both call without a graph break.
 
 Every operator takes `pow2` for the scale format and returns plain tensors; `infir2.numerics.kernels` wraps them. Bytes
@@ -11,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from infir2.numerics.formats import E4M3, GROUP
-from infir2.numerics.kernels.codec import round_to_bf16
+from infir2.numerics.kernels.codec import rescale_tile, round_to_bf16
 from infir2.numerics.kernels.tiles import (
     load_tile,
+    load_values,
     quantize_tile_of,
     store_tile,
     tile_of_program,
@@ -22,7 +24,6 @@ from infir2.numerics.kernels.tiles import (
     write_second_layout,
     write_transposed_tile,
 )
-from infir2.numerics.kernels.codec import rescale_tile
 
 # Chosen by bench/kernels.py on an H100: rows of a tile and warps of a program.
 ROWS_CONFIG = {"BLOCK_ROWS": 64, "num_warps": 4}
@@ -32,18 +33,16 @@ TILE_CONFIG = {"num_warps": 8}
 @triton.jit
 def _rows_kernel(x_ptr, codes_ptr, scale_ptr, rows, columns, x_stride, POW2: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     first_row, group = tile_of_program(rows, columns, BLOCK_ROWS)
-    values = load_tile(x_ptr, first_row, group, rows, columns, x_stride, BLOCK_ROWS).to(tl.float32)
+    values = load_values(x_ptr, first_row, group, rows, columns, x_stride, BLOCK_ROWS)
     write_rows(values, codes_ptr, scale_ptr, first_row, group, rows, columns, columns, POW2, BLOCK_ROWS)
 
 
 @triton.jit
-def _rows_and_columns_kernel(
-    x_ptr, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, rows, columns, x_stride, POW2: tl.constexpr
-):
+def _rows_and_columns_kernel(x_ptr, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, rows, columns, x_stride, POW2: tl.constexpr):
     first_row, group = tile_of_program(rows, columns, 128)
-    values = load_tile(x_ptr, first_row, group, rows, columns, x_stride, 128).to(tl.float32)
+    values = load_values(x_ptr, first_row, group, rows, columns, x_stride, 128)
     write_rows(values, codes_ptr, scale_ptr, first_row, group, rows, columns, columns, POW2, 128)
-    write_columns(values, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, POW2)
+    write_columns(values, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, columns, POW2)
 
 
 @triton.jit
@@ -51,7 +50,7 @@ def _rows_and_tiles_kernel(
     x_ptr, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, rows, columns, x_stride, scale_t_stride, POW2: tl.constexpr
 ):
     first_row, group = tile_of_program(rows, columns, 128)
-    values = load_tile(x_ptr, first_row, group, rows, columns, x_stride, 128).to(tl.float32)
+    values = load_values(x_ptr, first_row, group, rows, columns, x_stride, 128)
     codes, scale = write_rows(values, codes_ptr, scale_ptr, first_row, group, rows, columns, columns, POW2, 128)
     write_second_layout(values, codes, scale, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, scale_t_stride, POW2)
 
@@ -84,7 +83,7 @@ def _tiles_kernel(
     TRANSPOSED: tl.constexpr,
 ):
     first_row, group = tile_of_program(rows, columns, 128)
-    values = load_tile(x_ptr, first_row, group, rows, columns, x_stride, 128).to(tl.float32)
+    values = load_values(x_ptr, first_row, group, rows, columns, x_stride, 128)
     if ROUND_TO_BF16:
         values = round_to_bf16(values)
     codes, scale = quantize_tile_of(values, POW2)

@@ -1,3 +1,4 @@
+# ruff: noqa: N803 (constants of a kernel are upper case)
 """Device functions that read and write one tile: the memory layouts that all kernels share.
 
 Layouts. Codes are row-major. Scales of 1x128 blocks, [R, ceil(C / 128)], lie with strides (1, R), the layout of both
@@ -7,7 +8,7 @@ cuBLAS and DeepGEMM; scales of 128x128 blocks are row-major with rows padded to 
 import triton
 import triton.language as tl
 
-from infir2.numerics.kernels.codec import GROUP, block_scale, encode, magnitude_bits, rescale_tile
+from infir2.numerics.kernels.codec import GROUP, block_scale, encode, magnitude_bits, rescale_tile, to_float32
 
 
 @triton.jit
@@ -29,6 +30,12 @@ def load_tile(ptr, first_row, group, rows, columns, stride, BLOCK_ROWS: tl.const
 
 
 @triton.jit
+def load_values(ptr, first_row, group, rows, columns, stride, BLOCK_ROWS: tl.constexpr):
+    """`load_tile` in float32."""
+    return to_float32(load_tile(ptr, first_row, group, rows, columns, stride, BLOCK_ROWS))
+
+
+@triton.jit
 def store_tile(ptr, tile, first_row, first_column, rows, columns, stride, R: tl.constexpr, C: tl.constexpr):
     """Write a tile [R, C] at (first_row, first_column) of a row-major [rows, columns] matrix."""
     row = tl.arange(0, R)
@@ -39,10 +46,10 @@ def store_tile(ptr, tile, first_row, first_column, rows, columns, stride, R: tl.
 
 
 @triton.jit
-def store_group_scales(ptr, scale, first_row, group, rows, R: tl.constexpr):
-    """Write the 1x128 scales [R] of a column group, strides (1, rows)."""
+def store_group_scales(ptr, scale, first_row, group, rows, stride, R: tl.constexpr):
+    """Write the 1x128 scales [R] of a column group; strides (1, stride)."""
     row = first_row + tl.arange(0, R)
-    tl.store(ptr + group.to(tl.int64) * rows + row, scale, mask=row < rows)
+    tl.store(ptr + group.to(tl.int64) * stride + row, scale, mask=row < rows)
 
 
 @triton.jit
@@ -57,17 +64,17 @@ def write_rows(values, codes_ptr, scale_ptr, first_row, group, rows, columns, st
     """Quantise the rows of a tile as 1x128 blocks and write them; returns (codes, scale)."""
     codes, scale = quantize_rows_of(values, POW2)
     store_tile(codes_ptr, codes, first_row, group * GROUP, rows, columns, stride, R, GROUP)
-    store_group_scales(scale_ptr, scale, first_row, group, rows, R)
+    store_group_scales(scale_ptr, scale, first_row, group, rows, rows, R)
     return codes, scale
 
 
 @triton.jit
-def write_columns(values, codes_ptr, scale_ptr, first_row, group, rows, columns, POW2: tl.constexpr):
+def write_columns(values, codes_ptr, scale_ptr, first_row, group, rows, columns, scale_stride, POW2: tl.constexpr):
     """Quantise the columns of a 128x128 tile as 1x128 blocks of the transposed matrix [columns, rows] and write them."""
     scale = block_scale(tl.max(magnitude_bits(values), axis=0), POW2)
     codes = encode(values, scale[None, :], POW2)
     store_tile(codes_ptr, tl.trans(codes), group * GROUP, first_row, columns, rows, rows, GROUP, GROUP)
-    store_group_scales(scale_ptr, scale, group * GROUP, first_row // GROUP, columns, GROUP)
+    store_group_scales(scale_ptr, scale, group * GROUP, first_row // GROUP, columns, scale_stride, GROUP)
 
 
 @triton.jit
@@ -85,9 +92,7 @@ def quantize_tile_of(values, POW2: tl.constexpr):
 
 
 @triton.jit
-def write_second_layout(
-    values, codes, row_scale, codes_ptr, scale_ptr, first_row, group, rows, columns, scale_stride, POW2: tl.constexpr
-):
+def write_second_layout(values, codes, row_scale, codes_ptr, scale_ptr, first_row, group, rows, columns, scale_stride, POW2: tl.constexpr):
     """The 128x128 blocks of the transposed matrix: "pow2" from the 1x128 codes, "fp32" from the values themselves."""
     if POW2:
         tile, scale = rescale_tile(codes, row_scale)

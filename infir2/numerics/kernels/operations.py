@@ -1,0 +1,106 @@
+"""The kernels as functions of `Fp8Tensor`: conversions with the reference's bits, and producers fused with them.
+
+Importing this file imports triton and starts no device. With TRITON_INTERPRET=1 set before the import the kernels run on
+CPU tensors, which is how tests compare them with the reference where there is no GPU.
+"""
+
+from torch import Tensor
+
+from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
+from infir2.numerics.kernels import matrix, norm, swiglu
+from infir2.numerics.kernels.norm import rms_norm, rms_norm_backward
+from infir2.numerics.kernels.swiglu import swiglu as swiglu_product
+from infir2.numerics.kernels.swiglu import swiglu_backward
+
+__all__ = [
+    "quantize",
+    "quantize_gradient",
+    "quantize_input",
+    "quantize_weight",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_quantize",
+    "rms_norm_transposed",
+    "swiglu_backward",
+    "swiglu_backward_quantize",
+    "swiglu_product",
+    "swiglu_quantize",
+    "swiglu_transposed",
+    "transpose",
+]
+
+
+def quantize(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2") -> Fp8Tensor:
+    """x [R, C] (BF16, FP16, FP32) in 1x128 or 128x128 blocks; ValueError for another block or format."""
+    pow2 = _is_pow2(scale_format, block)
+    codes, scale = matrix.quantize_rows(x, pow2) if tuple(block) == ROW_BLOCK else matrix.quantize_tiles(x, pow2, False)
+    return Fp8Tensor(codes, scale, (block[0], block[1]), scale_format)
+
+
+def transpose(t: Fp8Tensor) -> Fp8Tensor:
+    """The transposed matrix [C, R] in 128x128 blocks, from the codes; ValueError for 1x128 "fp32"."""
+    if t.block == TILE_BLOCK:
+        codes = matrix.as_bytes(t.codes).t().contiguous().view(t.codes.dtype)
+        return Fp8Tensor(codes, t.scale.t().contiguous(), TILE_BLOCK, t.scale_format)
+    if t.scale_format != "pow2":
+        raise ValueError('1x128 codes with "fp32" scales cannot be transposed exactly; use quantize(x.T, (128, 128), "fp32")')
+    return Fp8Tensor(*matrix.transpose_rows(t.codes, t.scale), TILE_BLOCK, "pow2")
+
+
+def quantize_gradient(grad: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp8Tensor]:
+    """`quantize(grad)` and `quantize(grad.T)`, both 1x128, from one read of grad [T, N]."""
+    codes, scale, codes_t, scale_t = matrix.quantize_rows_and_columns(grad, _is_pow2(scale_format))
+    return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), Fp8Tensor(codes_t, scale_t, ROW_BLOCK, scale_format)
+
+
+def quantize_input(x: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp8Tensor]:
+    """`quantize(x)` and the weight gradient's operand, 128x128 blocks of x.T, from one read of x [T, K].
+
+    The second is `transpose(quantize(x))` for "pow2" and `quantize(x.T, (128, 128), "fp32")` for "fp32".
+    """
+    codes, scale, codes_t, scale_t = matrix.quantize_rows_and_tiles(x, _is_pow2(scale_format))
+    return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), Fp8Tensor(codes_t, scale_t, TILE_BLOCK, scale_format)
+
+
+def quantize_weight(master: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp8Tensor]:
+    """128x128 blocks of the BF16-rounded master [N, K] and of its transpose (same blocks), from one read."""
+    codes, scale, codes_t, scale_t = matrix.quantize_tiles_both_ways(master, _is_pow2(scale_format), True)
+    return Fp8Tensor(codes, scale, TILE_BLOCK, scale_format), Fp8Tensor(codes_t, scale_t, TILE_BLOCK, scale_format)
+
+
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, scale_format: str = "pow2") -> tuple[Fp8Tensor, Tensor]:
+    """`quantize(rms_norm(x))` for x [T, D] BF16, and rstd [T] float32 for the backward."""
+    codes, scale, rstd = norm.rms_norm_quantize(x, weight, eps, _is_pow2(scale_format))
+    return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), rstd
+
+
+def rms_norm_transposed(x: Tensor, rstd: Tensor, weight: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
+    """The second result of `quantize_input(rms_norm(x))`, made again from x [T, D] and rstd."""
+    return Fp8Tensor(*norm.rms_norm_transposed(x, rstd, weight, _is_pow2(scale_format)), TILE_BLOCK, scale_format)
+
+
+def swiglu_quantize(gate: Tensor, up: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
+    """`quantize(silu(gate) * up)`, both [T, F] BF16."""
+    return Fp8Tensor(*swiglu.swiglu_quantize(gate, up, _is_pow2(scale_format)), ROW_BLOCK, scale_format)
+
+
+def swiglu_transposed(gate: Tensor, up: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
+    """The second result of `quantize_input(silu(gate) * up)`, made again from gate and up [T, F]."""
+    return Fp8Tensor(*swiglu.swiglu_transposed(gate, up, _is_pow2(scale_format)), TILE_BLOCK, scale_format)
+
+
+def swiglu_backward_quantize(grad: Tensor, gate: Tensor, up: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp8Tensor]:
+    """`quantize_gradient([dgate | dup])` [T, 2F] without the BF16 gradient, for grad, gate, up [T, F].
+
+    Raises:
+        ValueError: 128 does not divide F, so that the halves share no block grid; use `swiglu_backward` and quantise each.
+    """
+    if grad.shape[1] % GROUP:
+        raise ValueError(f"a fused gate/up gradient needs F divisible by 128, got {grad.shape[1]}; quantise the halves of swiglu_backward")
+    codes, scale, codes_t, scale_t = swiglu.swiglu_backward_quantize(grad, gate, up, _is_pow2(scale_format))
+    return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), Fp8Tensor(codes_t, scale_t, ROW_BLOCK, scale_format)
+
+
+def _is_pow2(scale_format: str, block: tuple[int, int] = ROW_BLOCK) -> bool:
+    check_format(block, scale_format)
+    return scale_format == "pow2"
