@@ -40,15 +40,17 @@ def convert_to_fp8(module: AnyModule, fp8: Fp8Config) -> AnyModule:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(f"fp8.high_precision: {pattern!r} matches no module; use names such as 'model.layers.0.mlp.down_proj'")
     heads = _heads(module)
-    for name, child in list(module.named_modules()):
+    layers: dict[nn.Module, Fp8Linear] = {}  # a layer used in two places stays one layer
+    for name, child in list(module.named_modules(remove_duplicate=False)):
         if type(child) is not nn.Linear or id(child.weight) in heads or name.rpartition(".")[2] == "lm_head":
             continue
         if any(fnmatchcase(name, pattern) for pattern in fp8.high_precision):
             continue
-        layer = Fp8Linear.from_linear(child, fp8.scale_format)
+        if child not in layers:
+            layers[child] = Fp8Linear.from_linear(child, fp8.scale_format)
         if child is module:
-            return cast(AnyModule, layer)
-        module.set_submodule(name, layer)
+            return cast(AnyModule, layers[child])
+        module.set_submodule(name, layers[child])
     return module
 
 

@@ -59,6 +59,14 @@ def test_a_single_linear_and_meta_parameters() -> None:
     assert model.layers[0].up_proj.weight.is_meta
 
 
+def test_a_layer_used_twice_stays_one_layer() -> None:
+    model = Model()
+    model.layers[1].up_proj = model.layers[0].up_proj
+    convert_to_fp8(model, Fp8Section())
+    assert isinstance(model.layers[0].up_proj, Fp8Linear)
+    assert model.layers[1].up_proj is model.layers[0].up_proj
+
+
 def test_sixteen_bit_models_get_fp32_masters() -> None:
     model = convert_to_fp8(Model().bfloat16(), Fp8Section())
     layer = model.layers[0].up_proj
