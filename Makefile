@@ -3,6 +3,7 @@
 #
 # PYTHON       the interpreter to build .venv with (3.11 or 3.12; the first of python3.12, python3.11, python3 that runs)
 # PIP_OPTIONS  options of pip for installing torch alone, to choose another build of it (the README says when)
+# TRITON       what the tests of the kernels run on, in Triton's interpreter, if torch brings none (empty: skip them)
 
 SHELL := /bin/bash
 VENV := .venv
@@ -12,6 +13,7 @@ CHECK := import sys, venv, ensurepip; assert (3, 11) <= sys.version_info[:2] <= 
 PYTHON ?= $(shell for name in python3.12 python3.11 python3; do \
 	"$$name" -c '$(CHECK)' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 PIP_OPTIONS ?=
+TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST_OPTIONS ?=
 
@@ -43,6 +45,7 @@ $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
+	test -z "$(TRITON)" || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps $(TRITON)
 	@touch $@
 
 clean:

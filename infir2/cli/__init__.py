@@ -21,8 +21,9 @@ VERBS = {
     "sft": ("recipe", "sft", "supervised fine-tuning on conversations"),
     "rl": ("recipe", "rl", "reinforcement learning with verified rewards"),
     "eval": ("recipe", "evaluate", "score a model on problems with known answers"),
+    "check": ("check", "check", "try everything a recipe needs, and train nothing"),
     "export": ("conversion", "export", "write Hugging Face directories: export hf|fp8 SRC --to DIR"),
-    "import": ("conversion", "import_", "read foreign weights: import fp8 SRC --to DIR"),
+    "import": ("conversion", "import_", "read foreign weights: import fp8|megatron SRC --to DIR"),
     "verify-weights": ("conversion", "verify_weights", "prove that an FP8 export holds the trainer's bytes"),
     "report": ("conversion", "report", "one HTML page about one or more runs"),
 }

@@ -54,9 +54,12 @@ def split_recipe_words(arguments: Sequence[str], verb: str) -> RecipeWords:
     return RecipeWords(tuple(paths), tuple(options), accept)
 
 
-def load_recipe(recipe_class: type[R], arguments: Sequence[str], verb: str) -> Loaded[R]:
-    """The checked recipe of a command line; says on stderr which environment variables took part."""
-    words = split_recipe_words(arguments, verb)
+def load_recipe(recipe_class: type[R], arguments: Sequence[str], verb: str, command: str = "") -> Loaded[R]:
+    """The recipe of a command line, checked for `verb`; says on stderr which environment variables took part.
+
+    `command` is the verb that was typed, if it is another one.
+    """
+    words = split_recipe_words(arguments, command or verb)
     loaded = load(recipe_class, words.paths, words.options, os.environ, verb)
     # Under torchrun every rank loads the recipe; one says so.
     if os.environ.get("RANK", "0") == "0":
@@ -69,11 +72,11 @@ def wants_help(arguments: Sequence[str]) -> bool:
     return any(word in ("-h", "--help") for word in arguments)
 
 
-def recipe_help(recipe_class: type[BaseModel], verb: str, meaning: str) -> str:
-    """The text of `infir2 VERB --help`."""
+def recipe_help(recipe_class: type[BaseModel], verb: str, meaning: str, words: str = "") -> str:
+    """The text of `infir2 VERB --help`; `words` are those of the usage line, the verb if empty."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     return (
-        f"usage: infir2 {verb} RECIPE.toml [MORE.toml ...] [--section.key=value ...] [--accept-changes]\n\n{meaning}\n\n"
+        f"usage: infir2 {words or verb} RECIPE.toml [MORE.toml ...] [--section.key=value ...] [--accept-changes]\n\n{meaning}\n\n"
         'Later files override earlier ones, options override files; a recipe may say extends = "base.toml". Values of options\n'
         "are TOML; text needs no quotes. Relative paths in a recipe are relative to the current directory.\n"
         "--accept-changes resumes a run although its recipe changed in a key that makes it a different run.\n"

@@ -27,16 +27,27 @@ def export(arguments: Sequence[str]) -> None:
 
 
 def import_(arguments: Sequence[str]) -> None:
-    """infir2 import fp8 SRC --to DIR"""
+    """infir2 import fp8|megatron SRC --to DIR"""
     parser = Parser(prog="infir2 import", description="Writes weights of another format as a BF16 Hugging Face directory.")
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="fp8", parser_class=Parser)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="fp8|megatron", parser_class=Parser)
     fp8 = kinds.add_parser("fp8", help="a block-wise FP8 Hugging Face directory")
     fp8.add_argument("source", type=Path, metavar="SRC", help="Hugging Face directory with weight_scale_inv tensors")
-    fp8.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory to write; it must not exist")
+    megatron = kinds.add_parser("megatron", help="a Megatron-core distributed checkpoint")
+    megatron.add_argument(
+        "source", type=Path, metavar="SRC", help="checkpoint directory (with metadata.json), or the run's with its tracker"
+    )
+    megatron.add_argument(
+        "--like", type=Path, metavar="HF_DIR", help="Hugging Face directory of the same model, for tokenizer and settings"
+    )
+    for kind in (fp8, megatron):
+        kind.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory to write; it must not exist")
     words = parser.parse_args(arguments)
-    from infir2.checkpoint import import_fp8
+    from infir2.checkpoint import import_fp8, import_megatron
 
-    import_fp8(words.source, words.to)
+    if words.kind == "fp8":
+        import_fp8(words.source, words.to)
+    else:
+        import_megatron(words.source, words.to, words.like)
 
 
 def verify_weights(arguments: Sequence[str]) -> None:

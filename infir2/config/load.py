@@ -150,6 +150,11 @@ def load(
     return Loaded(recipe, provenance, notes)
 
 
+def sections_in(paths: Sequence[str | Path]) -> set[str]:
+    """The sections that recipe files set, unchecked: what kind of recipe they are. Raises ConfigError."""
+    return {name for path in paths for _, table in _read_chain(Path(path)) for name in table}
+
+
 def _merge_environment(layers: _Layers, environ: Mapping[str, str]) -> tuple[str, ...]:
     notes = []
     for word in environment_words(layers.recipe_class, environ, str(layers.values.get("run", {}).get("dir", ""))):

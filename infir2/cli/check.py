@@ -1,0 +1,223 @@
+"""`infir2 check`: everything about a command that can be known to fail before it starts, in seconds, with nothing trained.
+
+Each check is one line: ok, warn, FAIL, or skip for want of an earlier one. Later checks run even if earlier ones
+failed, so that one call shows all there is to mend.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infir2.cli.arguments import load_recipe, recipe_help, split_recipe_words, wants_help
+from infir2.config import Loaded, check_resume, load
+from infir2.config.keys import flatten
+from infir2.config.load import sections_in
+from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
+from infir2.errors import CheckFailedError, ConfigError, UserError
+
+if TYPE_CHECKING:
+    from infir2.cli.check_model import ModelFacts
+    from infir2.data import ChatTokenizer
+
+RECIPES: dict[str, type[TrainRecipe] | type[EvalRecipe]] = {"cpt": TrainRecipe, "sft": TrainRecipe, "rl": RlRecipe, "eval": EvalRecipe}
+MIN_OPEN_FILES = 4096
+
+
+def check(arguments: Sequence[str]) -> None:
+    """infir2 check [cpt|sft|rl|eval] RECIPE.toml ...
+
+    Raises:
+        CheckFailedError: at least one check failed; the lines printed say which and what to do.
+    """
+    if wants_help(arguments):
+        meaning = (
+            "Tries everything that `infir2 cpt|sft|rl|eval` with this recipe needs, and trains nothing. The verb is guessed if left out."
+        )
+        print(recipe_help(RlRecipe, "check", meaning, words="check [cpt|sft|rl|eval]"))
+        return
+    verb, words = _verb(arguments)
+    preflight = Preflight(load_recipe(RECIPES[verb], words, verb, command="check"), verb)
+    failed = [name for name, function in preflight.checks() if not _report(name, function)]
+    if failed:
+        raise CheckFailedError(f"{len(failed)} of the checks failed ({', '.join(failed)}); the lines marked FAIL say what to do.")
+
+
+def _verb(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The verb named first, or the one whose sections the recipe has; the remaining words."""
+    if arguments and arguments[0] in RECIPES:
+        return arguments[0], arguments[1:]
+    words = split_recipe_words(arguments, "check")
+    sections = sections_in(words.paths)
+    if "rl" in sections:
+        return "rl", arguments
+    if sections and "schedule" not in sections:
+        return "eval", arguments
+    recipe = load(TrainRecipe, words.paths, words.options, os.environ).recipe
+    return "sft" if recipe.data.batch_samples or _first_row_is_conversation(recipe) else "cpt", arguments
+
+
+def _first_row_is_conversation(recipe: TrainRecipe) -> bool:
+    from infir2.data.sources import RowError, Source
+
+    section = recipe.data.sources[0]
+    try:
+        row = Source(section.path).read(0)
+    except (UserError, RowError):
+        return False  # the data check says what is wrong with it
+    return bool(section.solution_field) or "messages" in row
+
+
+def _report(name: str, function: Callable[[], str]) -> bool:
+    try:
+        text = function()
+        word, rest = ("warn", text.removeprefix("warn: ")) if text.startswith("warn: ") else ("ok", text)
+    except _NotTriedError as error:
+        word, rest = "skip", str(error)
+    except UserError as error:
+        word, rest = "FAIL", str(error)
+    print(f"{word:5} {name:10} {rest}", flush=True)
+    return word != "FAIL"
+
+
+class _NotTriedError(UserError):
+    """A check whose input an earlier, failed check was to give."""
+
+
+class Preflight:
+    """The checks of one recipe. Each returns what it found (`warn: ...` for a doubt) or raises a UserError."""
+
+    def __init__(self, loaded: Loaded[Any], verb: str) -> None:
+        self.loaded, self.verb = loaded, verb
+        self.recipe: TrainRecipe | EvalRecipe = loaded.recipe
+        self._tokenizer: ChatTokenizer | None = None
+        self._model: ModelFacts | None = None
+
+    def checks(self) -> list[tuple[str, Callable[[], str]]]:
+        """Name and function of each check that applies, in the order to run them."""
+        checks = [("recipe", self.resolved), ("tokenizer", self.tokenizer), ("data", self.data), ("model", self.model)]
+        if self.verb in ("rl", "eval"):
+            checks += [("verifier", self.verifier)]
+        if self.verb == "rl":
+            checks += [("engine", self.engine)]
+        if self.verb != "eval":
+            checks += [("memory", self.memory), ("run dir", self.run_dir), ("disk", self.disk)]
+        return [*checks, ("machine", self.machine)]
+
+    def resolved(self) -> str:
+        """Strict parsing is done by now; the digest tells whether two recipes resolve to the same values."""
+        digest = hashlib.sha256(json.dumps(flatten(self.recipe), sort_keys=True).encode()).hexdigest()
+        files = {origin for origin in self.loaded.provenance.values() if origin.startswith("file:")}
+        return f"infir2 {self.verb}, {len(self.loaded.provenance)} keys from {len(files)} files, sha256 of the values {digest[:12]}"
+
+    def tokenizer(self) -> str:
+        """Files, template, round trip; for conversations, that prompts are prefixes and the end token is trained."""
+        from infir2.cli.check_data import check_tokenizer
+        from infir2.train.build import open_tokenizer
+
+        configured = self.recipe.data.tokenizer if isinstance(self.recipe, TrainRecipe) else ""
+        self._tokenizer, directory = open_tokenizer(self.recipe.model, configured)
+        return f"{directory}: {check_tokenizer(self._tokenizer, chat=self.verb != 'cpt')}"
+
+    def data(self) -> str:
+        """Rows of each source through the same functions as in training."""
+        from infir2.cli.check_data import check_sources
+
+        if self._tokenizer is None:
+            raise _NotTriedError("needs the tokenizer")
+        return check_sources(self.recipe, self.verb, self._tokenizer)
+
+    def model(self) -> str:
+        """Every weight is there with the right shape; headers only, no weight is read."""
+        from infir2.cli.check_model import model_facts
+
+        self._model = model_facts(self.recipe.model, self._tokenizer.vocab_size if self._tokenizer else 1)
+        if self._tokenizer and self._tokenizer.vocab_size > self._model.config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {self._tokenizer.vocab_size} tokens and the model {self._model.config.vocab_size} rows; "
+                "set data.tokenizer to the model's own."
+            )
+        return self._model.describe()
+
+    def verifier(self) -> str:
+        """A right answer passes and a wrong one does not, through the worker processes."""
+        from infir2.verify import check_math
+
+        start = time.perf_counter()
+        right, wrong = check_math(r"\boxed{\sqrt{8}}", r"2\sqrt{2}"), check_math(r"\boxed{\sqrt{8}}", r"3\sqrt{2}")
+        if not right.correct or wrong.correct:
+            raise ConfigError(f"the answer checker does not work here ({right.reason}, {wrong.reason}: {right.detail}).")
+        return f"a right and a wrong answer are told apart ({time.perf_counter() - start:.1f} s with the start of a worker)"
+
+    def engine(self) -> str:
+        """The engine's model is there, in the trainer's scale format and shape."""
+        from infir2.cli.check_model import check_engine
+
+        assert isinstance(self.recipe, RlRecipe)
+        return check_engine(self.recipe, self._known_model())
+
+    def memory(self) -> str:
+        """An estimate of the peak against what the device has."""
+        from infir2.cli.check_model import check_memory
+
+        assert isinstance(self.recipe, TrainRecipe)
+        return check_memory(self.recipe, self._known_model())
+
+    def run_dir(self) -> str:
+        """Writable, renames work, no other job in it; what a resumed run would go on from."""
+        from infir2.checkpoint.lock import RunLock
+        from infir2.checkpoint.store import CHECKPOINTS, newest_checkpoint
+
+        path = Path(self.recipe.run.dir)
+        if not path.exists():
+            return f"{path} is new, {_try_rename(_existing_parent(path))}"
+        warnings: list[str] = []
+        _try_rename(path)
+        RunLock.acquire(path, warnings.append).release()
+        newest = newest_checkpoint(path / CHECKPOINTS, warnings.append)
+        if newest is not None:
+            warnings += check_resume(self.loaded, path / "recipe.toml")
+        found = f"{path} resumes after step {newest.step}" if newest else f"{path} has no checkpoint yet"
+        return f"warn: {found}; {'; '.join(warnings)}" if warnings else found
+
+    def disk(self) -> str:
+        """Room for the kept checkpoints and the one being written."""
+        from infir2.cli.check_model import check_disk
+
+        assert isinstance(self.recipe, TrainRecipe)
+        return check_disk(self.recipe, self._known_model(), _existing_parent(Path(self.recipe.run.dir)))
+
+    def machine(self) -> str:
+        """Cores and open files."""
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < MIN_OPEN_FILES:
+            return f"warn: only {soft} open files are allowed; run `ulimit -n {MIN_OPEN_FILES}` before a large run."
+        return f"{os.cpu_count()} cores, {soft} open files"
+
+    def _known_model(self) -> "ModelFacts":
+        if self._model is None:
+            raise _NotTriedError("needs the model")
+        return self._model
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
+def _try_rename(directory: Path) -> str:
+    """Publishes a file as checkpoints are published: written under another name, then renamed."""
+    before, after = directory / f".infir2-check-{os.getpid()}", directory / f".infir2-check-{os.getpid()}.renamed"
+    try:
+        before.mkdir()
+        (before / "file").write_text("x")
+        before.rename(after)
+        (after / "file").unlink()
+        after.rmdir()
+    except OSError as error:
+        raise ConfigError(f"run.dir: {directory} cannot be written to ({error.strerror}); choose another run.dir.") from None
+    return f"{directory} can be written to"

@@ -1,0 +1,110 @@
+"""The part of `infir2 check` that looks at text: tokenizer and rows."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from infir2.config.schema import EvalRecipe, RlRecipe, SourceSection, TrainRecipe
+from infir2.data import ChatTokenizer
+from infir2.data.chat import THINK_MARKERS
+from infir2.data.rows import Kind, conversation, document_text, open_source, problem
+from infir2.data.sources import RowError
+from infir2.data.types import Message
+from infir2.errors import ConfigError, DataError
+
+NUM_ROWS = 200
+PROBE: list[Message] = [{"role": "user", "content": "What is 2+3?"}, {"role": "assistant", "content": "It is 5."}]
+Measure = Callable[[dict[str, Any], SourceSection], tuple[list[str], int]]
+
+
+def check_tokenizer(tokenizer: ChatTokenizer, chat: bool) -> str:
+    """With `chat`: a prompt's tokens begin the conversation's, and an end token is trained last. Raises ConfigError."""
+    if chat:
+        tokenizer.require_chat()
+        sample, prompt = tokenizer.encode_conversation(PROBE), tokenizer.render(PROBE[:1], add_generation_prompt=True)
+        if sample.token_ids[: len(prompt)].tolist() != prompt:
+            raise ConfigError("the chat template renders a prompt differently once the answer follows; responses could not be aligned.")
+        if int(sample.token_ids[-1]) not in tokenizer.eos_ids or not sample.loss_mask[-1]:
+            raise ConfigError("the chat template does not end an answer with a stop token; a model trained so would never stop.")
+    return f"{tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint()[:12]}"
+
+
+def check_sources(recipe: TrainRecipe | EvalRecipe, verb: str, tokenizer: ChatTokenizer) -> str:
+    """Rows of every source of the recipe, spread over its length. Raises DataError for a source that would stop the run."""
+    kind: Kind = "documents" if verb == "cpt" else "messages" if verb == "sft" else "prompts"
+    system = recipe.evaluate.system_prompt if isinstance(recipe, EvalRecipe) else recipe.data.system_prompt
+    trained = _Rows(tokenizer, kind, system)
+    found: list[str] = []
+    if isinstance(recipe, TrainRecipe):
+        limit = recipe.rl.max_prompt_tokens if isinstance(recipe, RlRecipe) else recipe.data.sequence_tokens if kind == "messages" else 0
+        for section in (*recipe.data.sources, *recipe.data.validation_sources):
+            found.append(trained.check(section, limit, recipe.data.max_quarantined_fraction))
+    if isinstance(recipe, EvalRecipe | RlRecipe):
+        problems = _Rows(tokenizer, "prompts", recipe.evaluate.system_prompt)
+        found += [problems.check(section) for section in recipe.evaluate.problems]
+    return ("warn: " if trained.num_lossy else "") + "; ".join(found)
+
+
+def _measure(kind: Kind, tokenizer: ChatTokenizer, system_prompt: str) -> Measure:
+    """A function that gives the texts of a row and its number of tokens, and raises RowError for an unusable row."""
+
+    def document(row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
+        text = document_text(row, section)
+        return [text], len(tokenizer.encode_document(text))
+
+    def messages(row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
+        turns = conversation(row, section, system_prompt)
+        spoken = re.split("|".join(THINK_MARKERS), " ".join(turn["content"] for turn in turns))
+        return spoken, tokenizer.encode_conversation(turns).num_tokens
+
+    def prompt(row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
+        turns = problem(row, section, system_prompt)[0]
+        return [turn["content"] for turn in turns], len(tokenizer.render(turns, add_generation_prompt=True))
+
+    return {"documents": document, "messages": messages, "prompts": prompt}[kind]
+
+
+class _Rows:
+    """Tries rows of sources of one kind."""
+
+    def __init__(self, tokenizer: ChatTokenizer, kind: Kind, system_prompt: str) -> None:
+        self._tokenizer, self._kind, self._measure = tokenizer, kind, _measure(kind, tokenizer, system_prompt)
+        self.num_lossy = 0
+
+    def check(self, section: SourceSection, limit: int = 0, max_unusable: float = 0.0) -> str:
+        """Rows spread over the source: lengths in tokens, unusable rows, texts that do not survive encoding and decoding.
+
+        Raises DataError for more unusable rows than the share allowed, or no row within `limit` tokens (0: no limit).
+        """
+        source = open_source(section, self._kind)
+        rows = np.unique(np.linspace(0, len(source) - 1, min(NUM_ROWS, len(source))).astype(int)).tolist()
+        lengths: list[int] = []
+        reasons: Counter[str] = Counter()
+        example, num_lossy = "", 0
+        for row in rows:
+            try:
+                texts, length = self._measure(source.read(row), section)
+            except RowError as error:
+                reasons[error.reason] += 1
+                example = example or f"{source.origin(row)}: {error}"
+                continue
+            lengths.append(length)
+            num_lossy += any(self._tokenizer.decode(self._tokenizer.encode_text(text)) != text for text in texts)
+        counts = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+        unusable = f"{reasons.total()} of {len(rows)} rows tried are unusable ({counts}; {example})" if reasons else ""
+        if not lengths or reasons.total() > max_unusable * len(rows):
+            raise DataError(f"{section.path}: {unusable}; mend the rows, or raise data.max_quarantined_fraction.")
+        num_long = sum(length > limit for length in lengths) if limit else 0
+        if num_long == len(lengths):
+            raise DataError(f"{section.path}: every row tried is longer than {limit} tokens; raise the limit or name other data.")
+        self.num_lossy += num_lossy
+        low, median, high, longest = np.percentile(lengths, [0, 50, 99, 100]).astype(int)
+        return ", ".join(
+            [f"{section.path}: {len(source)} rows of {low}/{median}/{high}/{longest} tokens (min/median/99 %/max of {len(rows)} tried)"]
+            + [f"{num_long} longer than {limit}"] * bool(num_long)
+            + [f"{num_lossy} whose text changes in encoding and decoding"] * bool(num_lossy)
+            + [unusable] * bool(reasons)
+        )

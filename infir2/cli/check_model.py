@@ -1,0 +1,160 @@
+"""The part of `infir2 check` that looks at weights and sizes: model files, memory, disk, the engine's model."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from infir2.checkpoint import open_checkpoint
+from infir2.checkpoint.weights import file_scale_format, parameter_shapes
+from infir2.config.schema import ModelSection, RlRecipe, TrainRecipe
+from infir2.errors import CheckpointError, ConfigError
+from infir2.model import HfWeights, ModelConfig
+from infir2.model.files import read_json
+from infir2.model.hf import SCALE_SUFFIX
+from infir2.train.build import device_of, is_run
+
+GIB = 2**30
+PROCESS_BYTES = 450 * 2**20
+STATE_BYTES = 16  # of a parameter while training: FP32 master, gradient, two moments
+CHECKPOINT_BYTES = 12  # of a parameter in a checkpoint: master and moments
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the recipe's model is, from headers alone."""
+
+    config: ModelConfig
+    num_parameters: int
+    origin: str
+
+    def describe(self) -> str:
+        shape = f"{self.config.num_layers} layers of {self.config.hidden_size}"
+        return f"{self.origin}: {self.config.architecture}, {self.num_parameters / 1e6:,.1f} M parameters, {shape}"
+
+
+def model_facts(section: ModelSection, vocab_size: int) -> ModelFacts:
+    """The model that the recipe makes or loads. Raises CheckpointError for a missing or misshapen weight, ConfigError."""
+    if section.shape is not None:
+        config = ModelConfig.from_shape(section.shape, vocab_size)
+        return _facts(config, "made new")
+    path = Path(section.path)
+    if not path.exists():
+        raise ConfigError(f"model.path: {path} does not exist; run the stage that makes it, or mend the path.")
+    config, shapes = _stored_run(path) if is_run(path) else _stored_hf(path)
+    _compare(path, parameter_shapes(config.to_hf()), shapes)
+    return _facts(config, str(path))
+
+
+def _facts(config: ModelConfig, origin: str) -> ModelFacts:
+    shapes = parameter_shapes(config.to_hf())
+    return ModelFacts(config, sum(torch.Size(shape).numel() for shape in shapes.values()), origin)
+
+
+def _stored_run(path: Path) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
+    checkpoint = open_checkpoint(path)
+    tensors = checkpoint.tensors()
+    shapes = {name.removeprefix("parameters/"): tensors.shape(name) for name in tensors if name.startswith("parameters/")}
+    return ModelConfig.from_hf(checkpoint.state["model_config"]), shapes
+
+
+def _stored_hf(path: Path) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
+    files = HfWeights(path)
+    return ModelConfig.from_hf(read_json(path / "config.json")), {name: files.shape(name) for name in files.names()}
+
+
+def _compare(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise CheckpointError(f"{path}: {len(missing)} weights are missing, such as {missing[0]}; copy the model again.")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(f"{path}: {name} is {list(found[name])}, and its config calls for {list(shape)}; copy the model again.")
+
+
+def check_engine(recipe: RlRecipe, model: ModelFacts) -> str:
+    """The native engine's FP8 directory against the trainer's model. The bytes themselves are compared when the run starts."""
+    if recipe.rollout.engine != "native":
+        return f"warn: the {recipe.rollout.engine} server at {recipe.rollout.url} is asked when the run starts"
+    if not recipe.rollout.model:
+        raise ConfigError("rollout.model is empty; export the start of the run (infir2 export hf, infir2 export fp8) and name it.")
+    path = Path(recipe.rollout.model)
+    if not path.exists():
+        raise ConfigError(f"rollout.model: {path} does not exist; export the start of the run (infir2 export hf, infir2 export fp8).")
+    config, shapes = _stored_hf(path)
+    _compare(path, parameter_shapes(config.to_hf()), shapes)
+    if parameter_shapes(config.to_hf()) != parameter_shapes(model.config.to_hf()):
+        raise ConfigError(f"rollout.model: {path} is of another shape than {model.origin}; export the start of this run.")
+    if recipe.fp8.enabled and file_scale_format(path) != recipe.fp8.scale_format:
+        raise ConfigError(f"rollout.model: {path} has {file_scale_format(path)} scales, and fp8.scale_format is {recipe.fp8.scale_format}.")
+    return f"{path}: {sum(name.endswith(SCALE_SUFFIX) for name in shapes)} FP8 weights, shapes as the trainer's"
+
+
+def check_memory(recipe: TrainRecipe, model: ModelFacts) -> str:
+    """The peak of a step, estimated, against the device's memory. Raises ConfigError if it cannot fit."""
+    device = device_of(recipe.run)
+    parts = memory_parts(recipe, model, device.type)
+    total = sum(parts.values())
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _available_memory()
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    text = f"about {total / GIB:.2f} GiB ({listed}) of {there / GIB:.1f} GiB on {device.type}"
+    if total > there:
+        raise ConfigError(f"{text}; lower data.micro_batch_tokens or train.head_chunk_tokens, or set model.recompute = 'full'.")
+    return text
+
+
+def memory_parts(recipe: TrainRecipe, model: ModelFacts, device: str) -> dict[str, int]:
+    """Bytes by purpose: the states exactly, activations from the shapes of what a step keeps.
+
+    The emulation's share on a CPU is fitted: the sum was 5-20 % above the peak resident size of models of 3 to 60 M parameters.
+    """
+    config = model.config
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    attended = config.num_heads * config.head_dim
+    hp_bytes = 4 if recipe.model.compute_dtype == "float32" else 2
+    code_bytes = 1 if recipe.fp8.enabled else hp_bytes
+    # Kept for a block's backward: two residuals, q k v, the attention's output and its logsumexp, gate and up; the four
+    # Linears' inputs, as codes under FP8.
+    kept = hp_bytes * (2 * config.hidden_size + heads + attended + 2 * config.ffn_size) + 4 * config.num_heads
+    kept += code_bytes * (2 * config.hidden_size + attended + config.ffn_size)
+    per_token = config.num_layers * kept
+    if recipe.model.recompute == "full":
+        per_token = config.num_layers * hp_bytes * config.hidden_size + kept
+    logits = min(recipe.train.head_chunk_tokens, recipe.data.micro_batch_tokens) * config.vocab_size
+    parts = {
+        "weights and optimizer": STATE_BYTES * model.num_parameters,
+        "FP8 codes": model.num_parameters if recipe.fp8.enabled else 0,
+        "activations": recipe.data.micro_batch_tokens * per_token,
+        "logits": 2 * 4 * logits,
+    }
+    if device == "cpu":
+        # FP64 and FP32 values of every weight, FP64 intermediates of one block, the interpreter with its libraries.
+        intermediates = 8 * (12 * config.ffn_size + 8 * config.hidden_size)
+        parts["emulation"] = 12 * model.num_parameters + recipe.data.micro_batch_tokens * intermediates + PROCESS_BYTES
+    if isinstance(recipe, RlRecipe) and recipe.rollout.engine == "native":
+        slot_tokens = recipe.rl.max_prompt_tokens + recipe.rl.max_response_tokens
+        cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * hp_bytes
+        parts["engine"] = 2 * model.num_parameters + recipe.rollout.max_running_requests * slot_tokens * cache
+    return {name: size for name, size in parts.items() if size}
+
+
+def check_disk(recipe: TrainRecipe, model: ModelFacts, directory: Path) -> str:
+    """Free space against the kept checkpoints and the one being written."""
+    one = CHECKPOINT_BYTES * model.num_parameters
+    needed, free = (recipe.checkpoint.keep + 1) * one, shutil.disk_usage(directory).free
+    text = f"{free / GIB:.1f} GiB free, checkpoints of {one / GIB:.2f} GiB, {recipe.checkpoint.keep} kept and one being written"
+    if free < needed:
+        raise ConfigError(f"run.dir: {text}; free some space, or lower checkpoint.keep.")
+    return text
+
+
+def _available_memory() -> int:
+    """Bytes that a process could still get, of the machine's memory."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,178 @@
+"""`infir2 check`: what it finds before a run starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from infir2.cli import main
+from infir2.cli.check_model import memory_parts, model_facts
+from infir2.config import dump, load
+from infir2.config.schema import TrainRecipe
+from infir2.data.demo import make_demo_world
+
+RECIPE = """
+[run]
+dir = "{root}/run"
+device = "cpu"
+[model.shape]
+hidden_size = 64
+num_layers = 1
+num_heads = 2
+num_kv_heads = 1
+ffn_size = 128
+[data]
+tokenizer = "{world}/tokenizer"
+sequence_tokens = 128
+micro_batch_tokens = 256
+[schedule]
+learning_rate = 1e-3
+total_steps = 10
+"""
+CPT = '[[data.sources]]\npath = "{world}/cpt.jsonl"\n'
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("check") / "world"
+    make_demo_world(directory, 1)
+    return directory
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, world: Path) -> Path:
+    path = tmp_path / "x.toml"
+    path.write_text((RECIPE + CPT).format(root=tmp_path, world=world))
+    return path
+
+
+def check(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict[str, str]]:
+    """Exit code, and the line of each check without its name: {"data": "ok ..."}."""
+    code = main(["check", *(str(word) for word in words)])
+    output = capsys.readouterr()
+    lines = {line[6:16].strip(): f"{line[:5].strip()} {line[17:]}" for line in output.out.splitlines()}
+    assert (code != 0) == ("infir2: error:" in output.err), output.err
+    return code, lines
+
+
+def test_a_good_recipe_passes_and_nothing_is_made(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines = check(capsys, recipe, "--data.batch_sequences=2")
+    assert code == 0
+    assert list(lines) == ["recipe", "tokenizer", "data", "model", "memory", "run dir", "disk", "machine"]
+    assert all(line.startswith(("ok", "warn")) for line in lines.values())
+    assert "infir2 cpt" in lines["recipe"]
+    assert "(min/median/99 %/max of 200 tried)" in lines["data"]
+    assert sorted(path.name for path in recipe.parent.iterdir()) == ["x.toml"]
+
+
+def test_the_verb_follows_from_sections_and_rows(recipe: Path, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines = check(capsys, recipe, f"--data.sources.0.path={world}/sft1.jsonl", "--data.batch_sequences=2")
+    assert (code, lines["recipe"].split(",")[0]) == (0, "ok infir2 sft")
+    _, lines = check(capsys, "sft", recipe, "--data.batch_sequences=2")
+    assert "no field `messages`" in lines["data"]
+    evaluation = recipe.with_name("e.toml")
+    evaluation.write_text(f'[[evaluate.problems]]\npath = "{world}/heldout.jsonl"\n')
+    code, lines = check(capsys, evaluation, "--model.path=/nowhere/run")
+    assert lines["recipe"].startswith("ok infir2 eval")
+    assert lines["model"].startswith("FAIL model.path: /nowhere/run does not exist")
+
+
+def test_a_failed_check_is_named_and_what_hangs_on_it_is_skipped(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines = check(capsys, recipe, "--data.batch_sequences=2", "--data.tokenizer=/nowhere")
+    assert code == 1
+    assert lines["tokenizer"].startswith("FAIL data.tokenizer: /nowhere has no tokenizer.json")
+    assert lines["data"].startswith("skip")
+    assert lines["disk"].startswith("ok")
+
+
+def test_unusable_rows_are_counted_with_an_example(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": "1 + 1 = 2"}] * 97 + [{"text": ""}, {"text": None}, {"text": "3 + 4 = 7"}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [recipe, f"--data.sources.0.path={data}", "--data.batch_sequences=2"]
+    code, lines = check(capsys, *words)
+    assert code == 1
+    assert lines["data"].startswith(f"FAIL {data}: 2 of 100 rows tried are unusable (1 empty, 1 null_field; {data}:98:")
+    code, lines = check(capsys, *words, "--data.max_quarantined_fraction=0.02")
+    assert code == 0
+    assert "2 of 100 rows tried are unusable" in lines["data"]
+
+
+def test_text_that_the_tokenizer_loses_is_a_warning(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"text": "1 + 1 = 2"}) + "\n" + json.dumps({"text": "数学"}) + "\n")
+    code, lines = check(capsys, recipe, f"--data.sources.0.path={data}", "--data.batch_sequences=2")
+    assert code == 0
+    assert lines["data"].startswith("warn")
+    assert "1 whose text changes" in lines["data"]
+
+
+def test_a_run_directory_that_cannot_be_used(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").write_text("a file, not a directory")
+    code, lines = check(capsys, recipe, "--data.batch_sequences=2")
+    assert code == 1
+    assert lines["run dir"].startswith("FAIL run.dir:")
+
+
+def test_a_changed_recipe_is_seen_before_the_run_is(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from infir2.checkpoint import Store
+
+    options = ["--data.batch_sequences=2"]
+    with_run = tmp_path / "run"
+    store = Store(with_run)
+    store.save(7, {"parameters/w": torch.zeros(2)}, {})
+    store.close()
+    (with_run / "recipe.toml").write_text(dump(load(TrainRecipe, [recipe], options)))
+    code, lines = check(capsys, recipe, *options)
+    assert (code, lines["run dir"]) == (0, f"ok {with_run} resumes after step 7")
+    code, lines = check(capsys, recipe, *options, "--run.seed=2")
+    assert code == 1
+    assert "run.seed = 1236, and now it is 2" in lines["run dir"]
+    code, lines = check(capsys, recipe, *options, "--run.seed=2", "--accept-changes")
+    assert code == 0
+    assert lines["run dir"].startswith("warn")
+
+
+def test_a_model_too_large_for_the_machine_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [recipe, "--data.batch_sequences=2", "--model.shape.hidden_size=65536", "--model.shape.num_layers=200"]
+    code, lines = check(capsys, *words)
+    assert code == 1
+    assert "lower data.micro_batch_tokens" in lines["memory"]
+    assert lines["disk"].startswith("FAIL run.dir:")
+
+
+def test_memory_follows_the_keys_that_save_it(recipe: Path) -> None:
+    def activations(*options: str) -> dict[str, int]:
+        loaded = load(TrainRecipe, [recipe], ["--data.batch_sequences=2", "--model.shape.num_layers=8", *options]).recipe
+        return memory_parts(loaded, model_facts(loaded.model, 100), "cuda")
+
+    plain = activations()
+    assert activations("--model.recompute=full")["activations"] < plain["activations"] / 3
+    assert activations("--fp8.enabled=false")["activations"] > plain["activations"]
+    assert activations("--data.micro_batch_tokens=512")["activations"] == 2 * plain["activations"]
+    assert activations("--train.head_chunk_tokens=64")["logits"] == plain["logits"] // 4
+
+
+def test_damaged_model_files_are_found_without_reading_weights(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from infir2.model import Decoder, exported_weights, write_hf
+
+    loaded = load(TrainRecipe, [recipe], ["--data.batch_sequences=2"]).recipe
+    assert loaded.model.shape is not None
+    model = Decoder.from_shape(loaded.model.shape, vocab_size=200, seed=1)
+    write_hf(tmp_path / "hf", exported_weights(model), model.config.to_hf())
+    text = recipe.read_text()
+    recipe.write_text(text[: text.index("[model.shape]")] + text[text.index("[data]") :])
+    words = [recipe, "--data.batch_sequences=2", f"--model.path={tmp_path}/hf"]
+    code, lines = check(capsys, *words)
+    assert (code, lines["model"].split()[0]) == (0, "ok")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}, file)
+    code, lines = check(capsys, *words)
+    assert "1 weights are missing, such as model.norm.weight" in lines["model"]
+    save_file(tensors | {"model.norm.weight": torch.zeros(3)}, file)
+    code, lines = check(capsys, *words)
+    assert (code, "model.norm.weight is [3], and its config calls for [64]" in lines["model"]) == (1, True)
