@@ -137,6 +137,8 @@ def test_wrong_words_are_one_sentence_and_exit_2(recipe: str, capsys: pytest.Cap
         ("export fp8 m --to o", ("export_fp8", Path("m"), Path("o"), "pow2")),
         ("export fp8 m --to o --scale-format fp32", ("export_fp8", Path("m"), Path("o"), "fp32")),
         ("import fp8 m --to o", ("import_fp8", Path("m"), Path("o"))),
+        ("import megatron m --to o", ("import_megatron", Path("m"), Path("o"), None)),
+        ("import megatron m --to o --like h", ("import_megatron", Path("m"), Path("o"), Path("h"))),
         ("verify-weights runs/a m", ("verify_weights", Path("runs/a"), Path("m"))),
         ("data demo --to d --seed 4", ("make_demo_world", Path("d"), 4)),
         ("demo d --seed 4", ("run_demo", Path("d"), 4)),
@@ -146,7 +148,16 @@ def test_wrong_words_are_one_sentence_and_exit_2(recipe: str, capsys: pytest.Cap
     ],
 )
 def test_words_reach_their_function(words: str, call: tuple, replace: Callable[..., list[tuple]]) -> None:
-    functions = ("export_hf", "export_fp8", "import_fp8", "verify_weights", "make_demo_world", "run_demo", "write_report")
+    functions = (
+        "export_hf",
+        "export_fp8",
+        "import_fp8",
+        "import_megatron",
+        "verify_weights",
+        "make_demo_world",
+        "run_demo",
+        "write_report",
+    )
     calls = [replace(module, *functions) for module in ("infir2.checkpoint", "infir2.data.demo", "infir2.demo", "infir2.report")]
     assert main(words.split()) == 0
     assert [made for module_calls in calls for made in module_calls] == [call]
