@@ -14,8 +14,11 @@ from typing import Literal
 
 import numpy as np
 
+from infir2.report.text import compact, html_table, percent
+
 LEFT, TOP, BOTTOM, LABEL_GAP, CHARACTER = 46, 10, 34, 13, 6.3
 TABLE_ROWS = 12
+MARKED_POINTS = 30  # a line with at most so many points shows each as a dot
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Series:
     x: np.ndarray
     y: np.ndarray
     color: int = 0
-    style: Literal["line", "faint", "points"] = "line"
+    style: Literal["line", "dashed", "faint", "points"] = "line"
     half_width: np.ndarray | None = None  # of an interval, [n]
 
     @property
@@ -55,8 +58,12 @@ class Chart:
     marks: tuple[tuple[float, str], ...] = ()
     note: str = ""
 
+    @property
+    def drawable(self) -> bool:
+        return any(len(series.finite) for series in self.series)
+
     def text(self, value: float) -> str:
-        return percent(value) if self.percent else compact(value)
+        return percent(value, 2 if abs(value) < 0.01 else 1) if self.percent else compact(value)
 
 
 @dataclass(frozen=True)
@@ -77,30 +84,6 @@ class Axis:
 
     def at(self, value: float) -> float:
         return float(self.place(np.array([value]))[0])
-
-
-def compact(value: float) -> str:
-    """Up to four digits: 1.234, 12.3 k, 160 B, 2e-5."""
-    if not math.isfinite(value):
-        return "–"
-    size = abs(value)
-    for limit, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k")):
-        if size >= limit:
-            return f"{value / (1e3 if suffix == ' k' else limit):.3g}".replace("e+03", "000") + suffix
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if 0 < size < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")
-    return f"{value:.4g}".replace("-", "−")
-
-
-def percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %".replace("-", "−") if math.isfinite(value) else "–"
-
-
-def signed_percent(value: float) -> str:
-    return f"{100 * value:+.2f} %".replace("-", "−")
 
 
 def nice_step(span: float, count: int) -> float:
@@ -125,14 +108,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def smooth(y: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` values, shorter at the ends; NaN values count for nothing and stay NaN."""
+    """Centred mean over `window` (odd, at most len(y)) values, fewer at the ends; NaN counts for nothing and stays NaN."""
     good = np.isfinite(y)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(good, y, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(good)])
-    index = np.arange(len(y))
-    low, high = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, len(y))
-    result = (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1)
-    return np.where(good, result, np.nan)
+    sums, counts = (np.convolve(values, np.ones(window), "same") for values in (np.where(good, y, 0.0), good.astype(float)))
+    return np.where(good, sums / np.maximum(counts, 1), np.nan)
 
 
 def thin(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,13 +145,13 @@ def _y_axis(chart: Chart, top: float, bottom: float) -> tuple[Axis, list[float]]
         low, high = low - (abs(low) * 0.1 or 0.5) * (not chart.from_zero or low < 0), high + (abs(high) * 0.1 or 0.5)
     step = nice_step(high - low, 5)
     low, high = math.floor(low / step + 1e-6) * step, math.ceil(high / step - 1e-6) * step
-    return Axis(low, high, bottom, top), linear_ticks(low, high, 5)
+    return Axis(low, high, bottom, top), [low + index * step for index in range(round((high - low) / step) + 1)]
 
 
-def _tick_texts(ticks: Sequence[float], chart: Chart, log: bool) -> list[str]:
+def _tick_texts(ticks: Sequence[float], chart: Chart) -> list[str]:
     if chart.percent:
-        digits = 0 if log or len(ticks) < 2 else max(0, min(6, -math.floor(math.log10(100 * (ticks[1] - ticks[0])) + 1e-9)))
-        return [percent(tick, max(digits, 0 if not log or tick >= 0.01 else 2)) for tick in ticks]
+        digits = max(0, -math.floor(math.log10(100 * (ticks[1] - ticks[0])) + 1e-9)) if len(ticks) > 1 else 1
+        return [percent(tick, digits) for tick in ticks]
     return [compact(float(f"{tick:.6g}")) for tick in ticks]
 
 
@@ -191,65 +170,64 @@ def _spread(positions: list[float], top: float, bottom: float) -> list[float]:
 
 def _path(series: Series, x_axis: Axis, y_axis: Axis, points: int) -> str:
     x, y = thin(series.x, series.y, points)
-    if y_axis.log:
-        y = np.where(y > 0, y, np.nan)
-    good = np.isfinite(y)
-    px, py = x_axis.place(x), y_axis.place(np.where(good, y, y_axis.low))
+    good = np.isfinite(y) & ((y > 0) | (not y_axis.log))
+    px, py = x_axis.place(x), y_axis.place(np.where(good, y, y_axis.high))
+    dots = series.style == "points"
     parts = []
     for index in np.flatnonzero(good):
-        joined = series.style != "points" and index > 0 and good[index - 1]
-        alone = series.style == "points" or (not joined and not (index + 1 < len(good) and good[index + 1]))
+        joined = not dots and index > 0 and good[index - 1]
+        alone = dots or not (joined or good[index + 1 : index + 2].any())
         parts.append(f"{'L' if joined else 'M'}{px[index]:.1f} {py[index]:.1f}{'h0' if alone else ''}")
-    steps = np.diff(x[good].astype(np.int64), prepend=0)
-    whiskers = ""
+    steps = " ".join(f"{step:.0f}" for step in np.diff(x[good], prepend=0))
+    svg = (
+        f'<path class="{series.style} c{series.color}" d="{"".join(parts)}" data-label="{escape(series.label)}" '
+        f'data-x="{steps}" data-y="{" ".join(f"{value:.4g}" for value in y[good])}"/>'
+    )
+    if series.style == "line" and len(x) <= MARKED_POINTS:
+        svg += f'<path class="small points c{series.color}" d="{"".join(f"M{px[i]:.1f} {py[i]:.1f}h0" for i in np.flatnonzero(good))}"/>'
     if series.half_width is not None and len(x) == len(series.x):
         ends = [y_axis.place(np.clip(y + sign * series.half_width, y_axis.low, y_axis.high)) for sign in (-1, 1)]
         bars = [f"M{at:.1f} {low:.1f}V{high:.1f}" for at, low, high in zip(px, *ends, strict=True) if math.isfinite(low + high)]
-        whiskers = f'<path class="whisker c{series.color}" d="{"".join(bars)}"/>'
-    return whiskers + (
-        f'<path class="{series.style} c{series.color}" d="{"".join(parts)}" data-label="{escape(series.label)}" '
-        f'data-x="{" ".join(map(str, steps))}" data-y="{" ".join(f"{value:.4g}" for value in y[good])}"/>'
-    )
+        svg += f'<path class="whisker c{series.color}" d="{"".join(bars)}"/>'
+    return svg
 
 
 def _end_labels(chart: Chart) -> list[tuple[Series, str]]:
+    """The last value of every line, with its name where there are several."""
     lines = [series for series in chart.series if series.style != "faint" and len(series.finite)]
-    lines = [series for series in lines if series.style == "line"] or lines
-    several = len(lines) > 1
-    return [(series, (f"{series.label} " if several else "") + chart.text(float(series.finite[-1]))) for series in lines]
+    lines = [series for series in lines if series.style != "points"] or lines
+    return [(series, (f"{series.label} " if len(lines) > 1 else "") + chart.text(float(series.finite[-1]))) for series in lines]
 
 
 def line_svg(chart: Chart, width: int, height: int, points: int) -> str:
     """The SVG of a chart that has at least one finite value; `points` bounds the vertices of one line."""
     labels = _end_labels(chart)
-    right = width - 12 - CHARACTER * max((len(text) for _, text in labels), default=0)
-    bottom = height - BOTTOM
+    right, bottom = width - 12 - CHARACTER * max(len(text) for _, text in labels), height - BOTTOM
     y_axis, y_ticks = _y_axis(chart, TOP, bottom)
-    x_all = np.concatenate([series.x for series in chart.series])
-    low, high = float(x_all.min()), float(x_all.max())
+    steps = np.concatenate([series.x for series in chart.series])
+    low, high = float(steps.min()), float(steps.max())
     x_axis = Axis(low, high, LEFT + 4, right) if high > low else Axis(low - 1, high + 1, LEFT + 4, right)
     parts = []
-    for tick, text in zip(y_ticks, _tick_texts(y_ticks, chart, y_axis.log), strict=True):
+    for tick, text in zip(y_ticks, _tick_texts(y_ticks, chart), strict=True):
         y = y_axis.at(tick)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right:.1f}"/><text class="end" x="{LEFT - 6}" y="{y + 4:.1f}">{text}</text>')
-    x_ticks = [tick for tick in linear_ticks(x_axis.low, x_axis.high, max(2, int((right - LEFT) / 62))) if tick == int(tick)]
-    for tick in x_ticks or [low]:
+    x_ticks = linear_ticks(x_axis.low, x_axis.high, max(2, int((right - LEFT) / 62)))
+    for tick in [tick for tick in x_ticks if low <= tick <= high and tick == int(tick)] or [low]:
         x = x_axis.at(tick)
-        parts.append(f'<path class="tick" d="M{x:.1f} {bottom}v4"/><text class="mid" x="{x:.1f}" y="{bottom + 16}">{compact(tick)}</text>')
-    parts.append(
-        f'<path class="base" d="M{LEFT} {bottom}H{right:.1f}"/><text class="mid" x="{(LEFT + right) / 2:.1f}" y="{height - 4}">step</text>'
-    )
+        parts.append(f'<path class="base" d="M{x:.1f} {bottom}v4"/><text class="mid" x="{x:.1f}" y="{bottom + 16}">{compact(tick)}</text>')
+    parts.append(f'<path class="base" d="M{LEFT} {bottom}H{right:.1f}"/>')
+    parts.append(f'<text class="mid" x="{(LEFT + right) / 2:.1f}" y="{height - 4}">step</text>')
     for step, text in chart.marks[:200]:
         parts.append(f'<path class="mark" d="M{x_axis.at(step):.1f} {bottom}l-4 7h8z"><title>{escape(text)}</title></path>')
-    drawn = sorted(chart.series, key=lambda series: ("faint", "line", "points").index(series.style))
+    drawn = sorted(chart.series, key=lambda series: ("faint", "line", "dashed", "points").index(series.style))
     parts += [_path(series, x_axis, y_axis, points) for series in drawn if len(series.finite)]
-    ends = [y_axis.at(float(series.finite[-1])) if not y_axis.log or series.finite[-1] > 0 else bottom for series, _ in labels]
-    for (series, text), y in zip(labels, _spread(ends, TOP, bottom), strict=True):
+    ends = [float(series.finite[-1]) for series, _ in labels]
+    places = [y_axis.at(end) if end > 0 or not y_axis.log else bottom for end in ends]
+    for (series, text), y in zip(labels, _spread(places, TOP, bottom), strict=True):
         parts.append(f'<text class="f{series.color} label" x="{right + 6:.1f}" y="{y + 4:.1f}">{escape(text)}</text>')
-    area = f"{LEFT} {TOP} {right:.1f} {bottom}"
     return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(describe(chart))}" data-area="{area}" '
-        f'data-percent="{int(chart.percent)}">{"".join(parts)}</svg>'
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(describe(chart))}" '
+        f'data-area="{LEFT} {TOP} {right:.1f} {bottom}" data-percent="{int(chart.percent)}">{"".join(parts)}</svg>'
     )
 
 
@@ -268,61 +246,48 @@ def describe(chart: Chart) -> str:
     return f"{chart.title}{f' in {chart.unit}' if chart.unit else ''}: {'; '.join(parts)}"
 
 
-def figure(chart: Chart, points: int, wide: bool = False) -> str:
-    """Title, legend, SVG and table of a chart; a note instead of the SVG where there is no finite value.
+def figure(chart: Chart, points: int, wide_height: int = 0) -> str:
+    """Title, legend, SVG and table of values of a chart that has a finite value.
 
-    A wide chart is drawn a second time in a phone's proportions, since text shrinks with its viewBox.
+    A chart with `wide_height` is as wide as the page, and drawn a second time in a phone's proportions, since text shrinks
+    with its viewBox.
     """
     shown = [series for series in chart.series if series.style != "faint" and len(series.finite)]
-    unit = f" <small>{escape(chart.unit)}</small>" if chart.unit else ""
-    head = f"<h4>{escape(chart.title)}{unit}</h4>"
-    if not shown:
-        return f'<figure class="card">{head}<p class="note">No finite value.</p></figure>'
+    head = f"<h4>{escape(chart.title)}{f' <small>{escape(chart.unit)}</small>' if chart.unit else ''}</h4>"
     if len(shown) > 1:
-        keys = "".join(f'<span class="key {series.style} k{series.color}">{escape(series.label)}</span>' for series in shown)
-        head += f'<p class="keys">{keys}</p>'
-    if wide:
-        svg = f'<div class="wide">{line_svg(chart, 1080, 340, points)}</div><div class="narrow">{line_svg(chart, 360, 270, min(points, 200))}</div>'
-    else:
-        svg = line_svg(chart, 360, 220, points)
+        keys = (f'<span class="key {series.style} k{series.color}">{escape(series.label)}</span>' for series in shown)
+        head += f'<p class="keys">{"".join(keys)}</p>'
+    svg = line_svg(chart, 1080 if wide_height else 360, wide_height or 220, points)
+    if wide_height:
+        svg = f'<div class="wide">{svg}</div><div class="narrow">{line_svg(chart, 360, 270, min(points, 200))}</div>'
     note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
     return f'<figure class="card"><figcaption>{head}</figcaption>{svg}{note}{_value_table(chart, shown)}</figure>'
 
 
-def _value_table(chart: Chart, shown: list[Series]) -> str:
+def _value_table(chart: Chart, shown: Sequence[Series]) -> str:
+    """About a dozen steps with every line's value."""
     steps = np.unique(np.concatenate([series.x[np.isfinite(series.y)] for series in shown]))
     steps = steps[np.unique(np.linspace(0, len(steps) - 1, min(TABLE_ROWS, len(steps))).astype(int))]
-    head = "".join(f'<th scope="col">{escape(series.label)}</th>' for series in shown)
-    body = []
-    for step in steps:
-        cells = []
-        for series in shown:
-            at = series.y[series.x == step]
-            cells.append(f"<td>{chart.text(float(at[-1])) if len(at) else '–'}</td>")
-        body.append(f'<tr><th scope="row">{step:,.0f}</th>{"".join(cells)}</tr>')
-    return (
-        f'<details class="values"><summary>Values</summary><div class="scroll"><table><thead><tr><th scope="col">step</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div></details>"
-    )
+    values = [dict(zip(series.x, series.y, strict=True)) for series in shown]
+    rows = [[f"{step:,.0f}", *(chart.text(float(value.get(step, math.nan))) for value in values)] for step in steps]
+    table = html_table(["step", *(escape(series.label) for series in shown)], rows)
+    return f'<details class="values"><summary>Values</summary>{table}</details>'
 
 
 @dataclass(frozen=True)
 class IntervalRow:
-    """A point with the half-width of its interval and a second, hollow point; all fractions of 1, NaN where unknown."""
+    """A point with the half-width of its interval and a hollow second point; fractions of 1, NaN where unknown."""
 
     label: str
     value: float
     half_width: float
     other: float
-    color: int = 0
 
 
 def interval_svg(rows: Sequence[IntervalRow], title: str, other: str, width: int) -> str:
     """Rows of points with intervals on one axis from 0 to 100 %."""
-    left = 12 + CHARACTER * max(len(row.label) for row in rows)
-    right, pitch = width - 26.0, 34
-    bottom = TOP + pitch * len(rows)
-    axis = Axis(0.0, 1.0, left, right)
+    left, pitch = 12 + CHARACTER * 1.15 * max(len(row.label) for row in rows), 36
+    bottom, axis = TOP + pitch * len(rows), Axis(0.0, 1.0, left, width - 26.0)
     parts = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
         x = axis.at(tick)
@@ -330,20 +295,19 @@ def interval_svg(rows: Sequence[IntervalRow], title: str, other: str, width: int
             f'<path class="grid" d="M{x:.1f} {TOP}V{bottom}"/><text class="mid" x="{x:.1f}" y="{bottom + 16}">{percent(tick, 0)}</text>'
         )
     for index, row in enumerate(rows):
-        y = TOP + pitch * (index + 0.5)
+        y, x = TOP + pitch * (index + 0.6), axis.at(row.value)
         parts.append(f'<text class="end name" x="{left - 10:.1f}" y="{y + 4:.1f}">{escape(row.label)}</text>')
         if math.isfinite(row.other):
-            parts.append(
-                f'<circle class="hollow s{row.color}" cx="{axis.at(row.other):.1f}" cy="{y:.1f}" r="4.5"><title>{escape(other)} {percent(row.other)}</title></circle>'
-            )
+            tip = f"<title>{escape(f'{row.label}: {other} {percent(row.other)}')}</title>"
+            parts.append(f'<circle class="hollow c0" cx="{axis.at(row.other):.1f}" cy="{y:.1f}" r="4.5">{tip}</circle>')
         if not math.isfinite(row.value):
             continue
-        x = axis.at(row.value)
         if math.isfinite(row.half_width):
             low, high = axis.at(max(row.value - row.half_width, 0)), axis.at(min(row.value + row.half_width, 1))
-            parts.append(f'<path class="bar c{row.color}" d="M{low:.1f} {y - 5:.1f}v10m0 -5H{high:.1f}m0 -5v10"/>')
-        tip = f"{row.label}: {percent(row.value)} ± {percent(row.half_width)}"
-        parts.append(f'<circle class="dot f{row.color}" cx="{x:.1f}" cy="{y:.1f}" r="5.5"><title>{escape(tip)}</title></circle>')
-        parts.append(f'<text class="mid label f{row.color}" x="{x:.1f}" y="{y - 10:.1f}">{percent(row.value)}</text>')
-    text = f"{title}: " + "; ".join(f"{row.label} {percent(row.value)} ± {percent(row.half_width)}" for row in rows)
-    return f'<svg class="dots" viewBox="0 0 {width} {bottom + 24}" role="img" aria-label="{escape(text)}">{"".join(parts)}</svg>'
+            parts.append(f'<path class="bar c0" d="M{low:.1f} {y - 5:.1f}v10m0 -5H{high:.1f}m0 -5v10"/>')
+        tip = f"<title>{escape(f'{row.label}: {percent(row.value)} ± {percent(row.half_width)}')}</title>"
+        parts.append(f'<circle class="f0" cx="{x:.1f}" cy="{y:.1f}" r="5.5">{tip}</circle>')
+        parts.append(f'<text class="mid label f0" x="{x:.1f}" y="{y - 10:.1f}">{percent(row.value)}</text>')
+    text = "; ".join(f"{row.label} {percent(row.value)} ± {percent(row.half_width)}" for row in rows)
+    label = escape(f"{title}: {text}")
+    return f'<svg class="dots" viewBox="0 0 {width} {bottom + 24}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

@@ -1,17 +1,15 @@
-"""Run directories as data: metrics, samples, recipe and environment, with everything tolerated that a stopped run leaves.
+"""Run directories as data, with everything tolerated that a stopped run leaves.
 
-A run that was killed leaves a half-written last line; a diverged run has nulls or NaN in its lines. Reading never fails
-on these: bad lines are counted in `Run.notes`, of two lines for one step the later stands, and values that are not finite
-become NaN, which charts show as gaps.
-
-Units: `seconds` and `trained_tokens` of a train line are those of its own step; fractions are 0..1.
+A run that was killed leaves a half-written last line; a diverged run has nulls in its lines. Reading never fails on
+these: unreadable lines are counted in `Run.notes`, of two lines for one step the later stands, and values that are not
+finite become NaN, which charts show as gaps. `seconds` and `trained_tokens` of a train line are those of its own step.
 """
 
 import json
 import math
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,16 +17,16 @@ import numpy as np
 
 from infir2.errors import DataError
 
-SAMPLE_HEAD_BYTES = 1 << 20
-SAMPLE_TAIL_BYTES = 4 << 20
+SAMPLE_HEAD_BYTES, SAMPLE_TAIL_BYTES = 1 << 20, 4 << 20
 EVALUATION_PREFIX = "eval-"
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Table:
     """Lines of one kind, by step: `Table(rows)["loss"]` is float64 [rows], NaN where absent or not finite."""
 
-    rows: tuple[dict[str, Any], ...] = ()
+    rows: tuple[Row, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -46,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation line: avg@k with the half-width of its 95 % interval, as fractions of 1."""
+    """One evaluation line: avg@k with the half-width of its 95 % interval; fractions of 1, NaN or 0 where not recorded."""
 
     step: int
     avg_at_k: float
@@ -72,19 +70,19 @@ class SampleResponse:
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory. Missing files leave their field empty and a sentence in `notes`."""
+    """One run directory. A missing file leaves its field empty and a sentence in `notes`."""
 
     path: Path
     name: str
     train: Table
     validation: Table
     evaluations: tuple[Evaluation, ...]
-    events: tuple[dict[str, Any], ...]
+    events: tuple[Row, ...]
     samples: tuple[SampleResponse, ...]
-    recipe: dict[str, Any]
+    recipe: Row
     recipe_text: str
-    environment: dict[str, Any]
-    state: dict[str, Any]  # state.json of the newest checkpoint, with `kind` and `model_config`
+    environment: Row
+    state: Row  # state.json of the newest checkpoint, with `kind` and `model_config`
     notes: tuple[str, ...]
 
     @property
@@ -93,87 +91,79 @@ class Run:
 
     @property
     def fp8(self) -> bool | None:
-        """True or false as the recipe says, None without a recipe."""
-        section = self.recipe.get("fp8")
-        return bool(section.get("enabled", True)) if isinstance(section, dict) else (True if self.recipe else None)
+        """Whether the recipe trains in FP8; None without a recipe."""
+        return bool(self.recipe.get("fp8", {}).get("enabled", True)) if self.recipe else None
 
     @property
     def base(self) -> str:
         """The path that the run started from (a run directory, a checkpoint or a Hugging Face directory), or ''."""
-        for section, key in (("checkpoint", "branch_from"), ("model", "path")):
-            value = self.recipe.get(section, {}).get(key, "")
-            if isinstance(value, str) and value:
-                return value
-        return ""
+        return str(self.recipe.get("checkpoint", {}).get("branch_from") or self.recipe.get("model", {}).get("path") or "")
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.train.steps[-1] - self.train.steps[0]) + 1 if self.train else 0
 
     def starts_from(self, other: "Run") -> bool:
-        """Whether the base is `other`, one of its checkpoints or, by name, a copy of it elsewhere."""
+        """Whether the base is `other` or one of its checkpoints, by name: runs may have been moved since."""
         parts = Path(self.base).parts
-        if "checkpoints" in parts:
-            parts = parts[: parts.index("checkpoints")]
+        parts = parts[: parts.index("checkpoints")] if "checkpoints" in parts else parts
         return bool(parts) and parts[-1] == other.name
 
     def total(self, column: str) -> float:
-        """Sum of a train column over all steps; steps between logged ones count as their mean."""
+        """Sum of a train column over all steps; steps between logged ones count as the mean of those."""
         values = self.train[column]
-        values = values[np.isfinite(values)]
-        steps = self.train.steps
-        if not len(values):
-            return 0.0
-        spacing = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
-        return float(values.mean()) * (steps[-1] - steps[0] + spacing) * len(values) / len(steps)
+        return float(np.nansum(values)) / max(1, len(values)) * (self.num_steps if self.train else 0)
 
 
 def number(value: Any) -> float:
-    """A finite float, or NaN for anything else (None, text, Inf)."""
-    if isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, int | float):
-        return math.nan
+    """A finite float, or NaN for anything else (null, text, Infinity)."""
     try:
-        result = float(value)
+        result = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:
         return math.nan
     return result if math.isfinite(result) else math.nan
 
 
-def find_runs(run_dirs: Iterable[Path]) -> list[Path]:
-    """Directories with a metrics.jsonl; one without is taken as a whole recipe and stands for the runs just inside it.
+def read_runs(run_dirs: Iterable[Path]) -> list[Run]:
+    """Runs in the order given. A directory without a run of its own stands for the runs just inside it, bases first.
 
     Raises DataError for a path that is no directory or holds no run.
     """
-    found: list[Path] = []
-    for directory in (Path(path) for path in run_dirs):
-        if (directory / "metrics.jsonl").is_file() or (directory / "recipe.toml").is_file():
-            inside = [directory]
+    runs: dict[Path, Run] = {}
+    for directory in map(Path, run_dirs):
+        if any((directory / name).is_file() for name in ("metrics.jsonl", "recipe.toml")):
+            found = [read_run(directory)]
         else:
-            inside = sorted((path.parent for path in directory.glob("*/metrics.jsonl")), key=_first_written)
-        if not inside:
+            found = _bases_first([read_run(path.parent) for path in sorted(directory.glob("*/metrics.jsonl"))])
+        if not found:
             raise DataError(
-                f"{directory} holds no metrics.jsonl and no run directory with one; name a run directory or the directory of a recipe's runs"
+                f"{directory} holds no run (no metrics.jsonl in it or just below it); name run directories or the one around them"
             )
-        found += [path for path in inside if path not in found]
-    return found
+        runs |= {run.path.resolve(): run for run in found if run.path.resolve() not in runs}
+    return list(runs.values())
 
 
-def _first_written(run_dir: Path) -> tuple[float, str]:
-    """The recipe is written once, when the run starts; metrics go on being written."""
-    recipe = run_dir / "recipe.toml"
-    return ((recipe if recipe.exists() else run_dir / "metrics.jsonl").stat().st_mtime, run_dir.name)
+def _bases_first(runs: list[Run]) -> list[Run]:
+    ordered: list[Run] = []
+    while len(ordered) < len(runs):
+        left = [run for run in runs if run not in ordered]
+        ready = [run for run in left if not any(run.starts_from(other) for other in left if other is not run)]
+        ordered += ready or left
+    return ordered
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read one run directory; only a path that is no directory is an error (DataError)."""
-    if not run_dir.is_dir():
-        raise DataError(f"{run_dir} is not a directory; name a run directory")
+    """Read one run directory."""
     notes: list[str] = []
-    rows = _read_metrics(run_dir / "metrics.jsonl", notes)
+    rows = _read_lines(run_dir / "metrics.jsonl", notes)
     recipe_text = _read_text(run_dir / "recipe.toml", notes)
     try:
         recipe = tomllib.loads(recipe_text)
     except tomllib.TOMLDecodeError as error:
         recipe = {}
         notes.append(f"recipe.toml cannot be parsed ({error})")
+    samples = _read_lines(run_dir / "samples.jsonl", notes) if (run_dir / "samples.jsonl").exists() else []
+    checkpoints = {int(path.name[5:]): path for path in run_dir.glob("checkpoints/step-*") if path.name[5:].isdecimal()}
     return Run(
         path=run_dir,
         name=run_dir.resolve().name,
@@ -181,11 +171,11 @@ def read_run(run_dir: Path) -> Run:
         validation=_by_step(rows, "validation"),
         evaluations=tuple(_evaluation(row) for row in _by_step(rows, "evaluation").rows),
         events=tuple(row for row in rows if row.get("kind") == "event"),
-        samples=_read_samples(run_dir / "samples.jsonl", notes),
-        recipe=recipe,
+        samples=tuple(_sample(row) for row in samples),
+        recipe={name: value for name, value in recipe.items() if isinstance(value, dict)},
         recipe_text=recipe_text,
         environment=_read_json(run_dir / "environment.json", notes),
-        state=_newest_state(run_dir / "checkpoints"),
+        state=_read_json(checkpoints[max(checkpoints)] / "state.json", []) if checkpoints else {},
         notes=tuple(notes),
     )
 
@@ -198,110 +188,73 @@ def _read_text(path: Path, notes: list[str]) -> str:
         return ""
 
 
-def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+def _read_json(path: Path, notes: list[str]) -> Row:
     text = _read_text(path, notes)
     try:
         value = json.loads(text) if text else {}
     except ValueError:
-        notes.append(f"{path.name} cannot be parsed")
-        return {}
-    return value if isinstance(value, dict) else {}
+        value = None
+    if isinstance(value, dict):
+        return value
+    notes.append(f"{path.name} cannot be parsed")
+    return {}
 
 
-def _newest_state(checkpoints: Path) -> dict[str, Any]:
-    steps = {int(path.name[5:]): path for path in checkpoints.glob("step-*") if path.name[5:].isdecimal()}
-    return _read_json(steps[max(steps)] / "state.json", []) if steps else {}
-
-
-def _json_objects(lines: Iterable[bytes], bad: list[int]) -> Iterator[dict[str, Any]]:
-    """The lines that are JSON objects; the numbers (from 1) of those that are not go to `bad`."""
-    for index, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line.decode("utf-8", errors="replace"))
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            yield value
-        else:
-            bad.append(index)
-
-
-def _read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Rows in file order."""
-    bad: list[int] = []
-    rows: list[dict[str, Any]] = []
+def _read_lines(path: Path, notes: list[str]) -> list[Row]:
+    """The lines that are JSON objects, in file order; of a huge samples.jsonl only those at its two ends."""
+    rows, num_bad = [], 0
     try:
-        with path.open("rb") as lines:
-            rows += _json_objects(lines, bad)
+        with path.open("rb") as file:
+            whole = path.name == "metrics.jsonl" or path.stat().st_size <= SAMPLE_HEAD_BYTES + SAMPLE_TAIL_BYTES
+            for line in file if whole else _both_ends(file):
+                try:
+                    value = json.loads(line.decode("utf-8", errors="replace")) if line.strip() else {}
+                except (ValueError, RecursionError):
+                    value = None
+                if isinstance(value, dict):
+                    rows += [value] if value else []
+                else:
+                    num_bad += 1
     except OSError:
         notes.append(f"no {path.name}")
-    if bad:
-        notes.append(f"{path.name}: {len(bad)} unreadable {'line' if len(bad) == 1 else 'lines'} left out (line {bad[0]})")
+    if num_bad:
+        notes.append(f"{path.name}: {num_bad} unreadable {'line' if num_bad == 1 else 'lines'} left out")
     return rows
 
 
-def _by_step(rows: list[dict[str, Any]], kind: str) -> Table:
-    """The last line of each step, in the order of steps; a line without a step counts as step 0."""
+def _both_ends(file: BinaryIO) -> Iterator[bytes]:
+    yield from file.read(SAMPLE_HEAD_BYTES).split(b"\n")[:-1]
+    file.seek(-SAMPLE_TAIL_BYTES, 2)
+    yield from file.read().split(b"\n")[1:]
+
+
+def _by_step(rows: list[Row], kind: str) -> Table:
+    """The last line of each step, in the order of steps."""
     latest = {number(row.get("step", 0)): row for row in rows if row.get("kind") == kind}
     return Table(tuple(latest[step] for step in sorted(latest) if math.isfinite(step)))
 
 
-def _evaluation(row: dict[str, Any]) -> Evaluation:
+def _evaluation(row: Row) -> Evaluation:
     levels = row.get("by_difficulty")
-    return Evaluation(
-        step=_count(row.get("step")),
-        avg_at_k=number(row.get("avg_at_k")),
-        interval=number(row.get("interval")),
-        k=_count(row.get("k")),
-        pass_at_k=number(row.get("pass_at_k")),
-        num_problems=_count(row.get("num_problems")),
-        truncated_fraction=number(row.get("truncated_fraction")),
-        by_difficulty={str(level): number(value) for level, value in levels.items()} if isinstance(levels, dict) else {},
-    )
+    values: Row = {
+        field.name: _count(row, field.name) if field.type is int else number(row.get(field.name)) for field in fields(Evaluation)
+    }
+    values["by_difficulty"] = {str(level): number(value) for level, value in levels.items()} if isinstance(levels, dict) else {}
+    return Evaluation(**values)
 
 
-def _count(value: Any) -> int:
-    return int(value) if math.isfinite(number(value)) else 0
+def _count(row: Row, name: str) -> int:
+    value = number(row.get(name))
+    return int(value) if math.isfinite(value) else 0
 
 
-def _read_samples(path: Path, notes: list[str]) -> tuple[SampleResponse, ...]:
-    """Samples of the file's first and last bytes only: a long RL run writes gigabytes of responses."""
-    bad: list[int] = []
-    try:
-        with path.open("rb") as file:
-            rows = list(_json_objects(_first_and_last_lines(file, path.stat().st_size), bad))
-    except OSError:
-        return ()
-    if bad:
-        notes.append(f"{path.name}: {len(bad)} unreadable {'line' if len(bad) == 1 else 'lines'} left out")
-    return tuple(
-        SampleResponse(
-            step=_count(row.get("step")),
-            prompt=_conversation(row.get("prompt")),
-            response=_conversation(row.get("response")),
-            answer="" if row.get("answer") is None else str(row["answer"]),
-            reward=number(row.get("reward")),
-            truncated=bool(row.get("truncated")),
-        )
-        for row in rows
-    )
+def _sample(row: Row) -> SampleResponse:
+    prompt, response, answer = (_text(row.get(name)) for name in ("prompt", "response", "answer"))
+    return SampleResponse(_count(row, "step"), prompt, response, answer, number(row.get("reward")), bool(row.get("truncated")))
 
 
-def _first_and_last_lines(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """Whole lines of the first and last part of a file, all lines of a short one."""
-    if size <= SAMPLE_HEAD_BYTES + SAMPLE_TAIL_BYTES:
-        yield from file
-        return
-    yield from file.read(SAMPLE_HEAD_BYTES).split(b"\n")[:-1]
-    file.seek(size - SAMPLE_TAIL_BYTES)
-    yield from file.read(SAMPLE_TAIL_BYTES).split(b"\n")[1:]
-
-
-def _conversation(value: Any) -> str:
-    """Text of a prompt: a string, or chat messages."""
+def _text(value: Any) -> str:
+    """A string, or chat messages as one."""
     if isinstance(value, list):
-        parts = [(message.get("role", ""), message.get("content", "")) for message in value if isinstance(message, dict)]
-        return "\n".join(f"{role}: {content}" for role, content in parts)
+        return "\n".join(f"{item.get('role', '')}: {item.get('content', '')}" if isinstance(item, dict) else str(item) for item in value)
     return "" if value is None else str(value)

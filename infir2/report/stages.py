@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from infir2.report.chart import percent
-from infir2.report.read import EVALUATION_PREFIX, Evaluation, Run, find_runs, read_run
+from infir2.report.read import EVALUATION_PREFIX, Evaluation, Run, read_runs
+from infir2.report.text import minus, percent
 
 
 @dataclass(frozen=True)
@@ -27,26 +27,29 @@ class StageRow:
     change_interval: float
     compared_with: str
 
+    @property
+    def is_sure(self) -> bool:
+        """Whether the change is larger than its interval."""
+        return abs(self.change) > self.change_interval
+
 
 def stage_table(run_dirs: Iterable[Path]) -> list[StageRow]:
     """Rows in the order of the stages, for runs that were evaluated or have an `eval-NAME` directory that evaluated them."""
-    return stage_rows([read_run(path) for path in find_runs(run_dirs)])
+    return stage_rows(read_runs(run_dirs))
 
 
 def stage_rows(runs: Sequence[Run]) -> list[StageRow]:
     """As `stage_table`, from runs that are read already."""
-    trained = [run for run in runs if len(run.train)]
-    found: dict[str, tuple[int, Run, Evaluation]] = {}
-    for run in runs:
-        if not run.evaluations:
-            continue
-        subject = run if run in trained else _subject(run, trained)
+    trained = [run for run in runs if run.train]
+    found: dict[str, tuple[int, Run]] = {}
+    for run in (run for run in runs if run.evaluations):
+        subject = run if run.train else _subject(run, trained)
         stage = subject.name if subject else run.name.removeprefix(EVALUATION_PREFIX)
-        order = trained.index(subject) if subject else -1
-        if stage not in found or run not in trained:  # an evaluation of its own replaces the smaller one in the loop
-            found[stage] = (order, run, run.evaluations[-1])
+        if stage not in found or not run.train:  # an evaluation of its own replaces the smaller one in the loop
+            found[stage] = (trained.index(subject) if subject else -1, run)
     rows: list[StageRow] = []
-    for stage, (order, run, evaluation) in sorted(found.items(), key=lambda item: item[1][0]):
+    for stage, (order, run) in sorted(found.items(), key=lambda item: item[1][0]):
+        evaluation = run.evaluations[-1]
         before = _before(trained[order], trained, rows) if order >= 0 else None
         change = evaluation.avg_at_k - before.evaluation.avg_at_k if before else math.nan
         interval = math.hypot(evaluation.interval, before.evaluation.interval) if before else math.nan
@@ -61,31 +64,25 @@ def _subject(evaluation: Run, trained: Sequence[Run]) -> Run | None:
 
 
 def _before(run: Run, trained: Sequence[Run], rows: Sequence[StageRow]) -> StageRow | None:
-    """The evaluated stage that a run goes back to: the nearest ancestor with a row, else an evaluated base model.
-
-    A run without recipe is compared with the row above it.
-    """
-    by_stage = {row.stage: row for row in rows}
+    """The row of the nearest ancestor that was evaluated, else of a base model. Without recipes, the row above."""
     if not run.recipe:
         return rows[-1] if rows else None
-    seen = {run.name}
-    while True:
-        parent = next((other for other in trained if run.starts_from(other) and other.name not in seen), None)
-        if parent is None:
-            names = {other.name for other in trained}
-            return next((row for row in rows if row.stage not in names), None)
+    by_stage, seen = {row.stage: row for row in rows}, {run.name}
+    while parent := next((other for other in trained if run.starts_from(other) and other.name not in seen), None):
         if parent.name in by_stage:
             return by_stage[parent.name]
         seen.add(parent.name)
         run = parent
+    names = {other.name for other in trained}
+    return next((row for row in rows if row.stage not in names), None)
 
 
 def change_text(row: StageRow) -> str:
-    """'+21.0 ± 5.1 points', or a dash."""
+    """'+21.0 ± 5.1' in points of 1 %, or a dash."""
     if not math.isfinite(row.change):
         return "–"
     interval = f" ± {100 * row.change_interval:.1f}" if math.isfinite(row.change_interval) else ""
-    return f"{100 * row.change:+.1f}{interval} points".replace("-", "−")
+    return minus(f"{100 * row.change:+.1f}{interval}")
 
 
 def accuracy_text(evaluation: Evaluation) -> str:
@@ -98,12 +95,11 @@ def accuracy_text(evaluation: Evaluation) -> str:
 def render_stage_table(rows: Sequence[StageRow]) -> RichTable:
     """The rows for a terminal: `rich.print(render_stage_table(stage_table(run_dirs)))`."""
     table = RichTable(title="What improved", title_justify="left", caption="± is a 95 % interval", caption_justify="left")
-    table.add_column("stage", style="bold")
-    for heading in ("avg@k", "change", "pass@k", "truncated", "k", "problems"):
+    table.add_column("stage", style="bold", no_wrap=True)
+    for heading in ("avg@k", "change, points", "pass@k", "truncated", "k", "problems"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        sure = math.isfinite(row.change_interval) and abs(row.change) > row.change_interval
-        style = ("green" if row.change > 0 else "red") if sure else ""
+        style = ("green" if row.change > 0 else "red") if row.is_sure else ""
         evaluation = row.evaluation
         table.add_row(
             Text(row.stage),

@@ -57,7 +57,7 @@ def write(run_dir: Path, rows: list[dict[str, Any]], name: str = "metrics.jsonl"
 
 def train_rows(steps: int, start: float, end: float, seed: int, rate: float = 1e-3, offset: float = 0.0) -> list[dict[str, Any]]:
     """A falling loss with warm-up and decay of the learning rate; step steps//3 is skipped, with a null loss."""
-    noise, own = np.random.default_rng(seed), np.random.default_rng(seed + 100 * bool(offset))
+    noise, own = np.random.default_rng(seed), np.random.default_rng(seed + 100 + bool(offset))
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         done = step / steps
@@ -65,7 +65,7 @@ def train_rows(steps: int, start: float, end: float, seed: int, rate: float = 1e
         skipped = step == steps // 3 and not offset
         seconds = 0.42 + 0.02 * own.random()
         row = {"kind": "train", "step": step, "loss": None if skipped else loss, "learning_rate": rate * min(1, done * 20, (1.02 - done) * 5)}
-        row |= {"gradient_norm": None if skipped else 0.7 + 0.2 * noise.random() + 8 * math.exp(-80 * done), "trained_tokens": 4096}
+        row |= {"gradient_norm": None if skipped else 0.7 + 0.2 * own.random() + 8 * math.exp(-80 * done), "trained_tokens": 4096}
         rows.append(row | {"tokens_per_second": 4096 / seconds, "seconds": seconds, "skipped": skipped})
         if skipped:
             rows.append({"kind": "event", "step": step, "event": "non_finite", "detail": "loss nan, gradient norm inf; no parameter changed"})
