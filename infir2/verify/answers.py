@@ -8,14 +8,15 @@ import re
 MAX_ANSWER_CHARACTERS = 2000
 MAX_EXPONENT_DEPTH = 3
 MAX_FACTORIALS = 4
+MAX_OUTER_BRACES = 4
 
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
-_BOXED = re.compile(r"\\f?boxed\s*\{")
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\{([^{}\\]*)\}")
 _LETTER = re.compile(r"\(([A-Za-z])\)")
 _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
-_AROUND_POWER = re.compile(r"\s*(?:\^|\*\*)\s*")
+_AROUND_POWER = re.compile(r" ?(?:\^|\*\*) ?")
 _SIZE_OR_SPACE = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\(?= )")
 _EQUAL_SPELLINGS = (
     ("\\dfrac", "\\frac"),
@@ -48,7 +49,9 @@ def last_boxed(text: str) -> str | None:
     if end is None:
         return None
     content = text[start:end].strip()
-    while content.startswith("{") and _closing_brace(content, 1) == len(content) - 1:
+    for _ in range(MAX_OUTER_BRACES):
+        if not content.startswith("{") or _closing_brace(content, 1) != len(content) - 1:
+            break
         content = content[1:-1].strip()
     return content
 
@@ -86,7 +89,7 @@ def exponent_depth(text: str) -> int:
     """Height of the tallest tower of powers: `2^3` is 1, `5^5^5` and `5^{5^5}` are 2, `x^2y^3` is 1."""
     deepest, depth, previous = 0, 0, ""
     enclosing: list[int] = []
-    for character in _AROUND_POWER.sub("^", text):
+    for character in _AROUND_POWER.sub("^", " ".join(text.split())):
         if character == "^":
             depth += 1
             deepest = max(deepest, depth)
@@ -138,4 +141,6 @@ def quick_decision(reference: str, answer: str) -> bool | None:
     whole_reference, whole_answer = plain_integer(reference), plain_integer(answer)
     if whole_reference is not None and whole_answer is not None:
         return whole_reference == whole_answer
+    if (whole_reference is None) != (whole_answer is None) and "," in reference + answer:
+        return None  # "1,234" is a number, "1, 234" a list
     return True if normalise(reference) == normalise(answer) else None

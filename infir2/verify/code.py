@@ -23,6 +23,7 @@ from functools import *
 from heapq import *
 from bisect import *
 from math import *
+from builtins import *
 import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
 """
 
@@ -41,17 +42,18 @@ def run_code(program: str, tests: Sequence[dict[str, Any]], limits: Limits | Non
       called after `code` (HumanEval). Names that `setup` defines are the test's own and cannot be replaced by the program.
     Arguments and results cross by value, as plain Python values. Expected outputs and asserts never enter the program's jail.
 
-    `limits.seconds` is for each test. A broken jail is tried again once, then gets the reason "jail_error"; JailError is
-    raised when jails cannot be made here, or break in more than 1 % of the runs. Counts are in `outcomes`.
+    `limits.seconds` is for each test, `limits.total_seconds` for all of them. A broken jail is tried again once, then gets
+    the reason "jail_error"; JailError is raised when jails cannot be made here, or break in more than 1 % of the runs.
+    Counts are in `outcomes`.
     """
     if not tests:
         raise ValueError("run_code needs at least one test: a program without tests has no verdict")
     limits = limits or Limits()
     began = time.monotonic()
     with _places:
-        reason, detail = _attempt(program, tests, limits)
+        reason, detail = _Run(program, tests, limits).attempt()
         if reason == "jail_error":
-            reason, detail = _attempt(program, tests, limits)
+            reason, detail = _Run(program, tests, limits).attempt()
     with _outcomes_lock:
         outcomes[reason] += 1
         failures, total = outcomes["jail_error"], outcomes.total()
@@ -60,33 +62,79 @@ def run_code(program: str, tests: Sequence[dict[str, Any]], limits: Limits | Non
     return verdict(reason, detail=detail, seconds=time.monotonic() - began)
 
 
-def _attempt(program: str, tests: Sequence[dict[str, Any]], limits: Limits) -> tuple[Reason, str]:
-    calls = [test for test in tests if "fn_name" in test]
-    try:
-        for place, test in enumerate(tests):
-            if "fn_name" in test:
-                continue
-            reason, detail = _run_input(program, test, limits) if "input" in test else _run_asserts(program, test, limits)
+class _Run:
+    """One program against its tests. Methods return (reason, detail)."""
+
+    def __init__(self, program: str, tests: Sequence[dict[str, Any]], limits: Limits) -> None:
+        self.program, self.tests, self.limits = program, tests, limits
+        self.last = time.monotonic() + limits.total_seconds
+
+    def attempt(self) -> tuple[Reason, str]:
+        """The first failure, or ("ok", "")."""
+        calls = [test for test in self.tests if "fn_name" in test]
+        try:
+            for place, test in enumerate(self.tests):
+                if "fn_name" not in test:
+                    reason, detail = self._input(test) if "input" in test else self._asserts(test)
+                    if reason != "ok":
+                        return reason, f"test {place}: {detail}"
+            return self._calls(calls) if calls else ("ok", "")
+        except JailBrokenError as error:
+            return "jail_error", str(error)
+
+    def _deadline(self) -> float:
+        return min(time.monotonic() + self.limits.seconds, self.last)
+
+    def _input(self, test: dict[str, Any]) -> tuple[Reason, str]:
+        expected = str(test["output"])
+        with Cell(self.limits, stdin=str(test["input"]).encode()) as cell:
+            deadline = self._deadline()
+            cell.send({"mode": "script", "program": self.program})
+            output, code, stopped = cell.output(deadline, max(self.limits.output_bytes, 2 * len(expected.encode())))
+            if stopped == "timeout":
+                return "timeout", "the time was over"
+            if stopped:
+                return "wrong", "more output than allowed"
+            if code != 0:
+                return _ended(cell, code)
+        return ("ok", "") if same_output(output.decode(errors="replace"), expected) else ("wrong", "the output differs")
+
+    def _load(self, cell: Cell, prelude: str, deadline: float) -> tuple[Reason, str, list[str]]:
+        cell.send({"mode": "serve", "program": self.program, "prelude": prelude})
+        said = cell.receive(deadline)
+        if said == {}:
+            return "timeout", "the time was over while the program was loading", []
+        if said is None:
+            return "error", "the program ended before it could be called", []
+        names = said.get("names")
+        return ("ok", "", names) if isinstance(names, list) else (*_complaint(said), [])
+
+    def _calls(self, tests: Sequence[dict[str, Any]]) -> tuple[Reason, str]:
+        with Cell(self.limits) as cell:
+            reason, detail, _ = self._load(cell, PRELUDE, self._deadline())
+            for place, test in enumerate(tests):
+                if reason != "ok":
+                    break
+                reason, detail = _call(cell, test, self._deadline())
+                detail = f"call {place}: {detail}"
+        return reason, detail if reason != "ok" else ""
+
+    def _asserts(self, test: dict[str, Any]) -> tuple[Reason, str]:
+        with Cell(self.limits) as solution:
+            deadline = self._deadline()
+            reason, detail, names = self._load(solution, "", deadline)
             if reason != "ok":
-                return reason, f"test {place}: {detail}"
-        return _run_calls(program, calls, limits) if calls else ("ok", "")
-    except JailBrokenError as error:
-        return "jail_error", str(error)
-
-
-def _run_input(program: str, test: dict[str, Any], limits: Limits) -> tuple[Reason, str]:
-    expected = str(test["output"])
-    with Cell(limits, stdin=str(test["input"]).encode()) as cell:
-        deadline = time.monotonic() + limits.seconds
-        cell.send({"mode": "script", "program": program})
-        output, code, stopped = cell.output(deadline, max(limits.output_bytes, 2 * len(expected.encode())))
-        if stopped == "timeout":
-            return "timeout", f"stopped after {limits.seconds:g} s"
-        if stopped:
-            return "wrong", "more output than allowed"
-        if code != 0:
-            return _ended(cell, code)
-    return ("ok", "") if same_output(output.decode(errors="replace"), expected) else ("wrong", "the output differs")
+                return reason, detail
+            with Cell(self.limits, peer=solution.control) as examiner:
+                key = secrets.token_hex(8)
+                request = {"entry_point": test.get("entry_point", ""), "setup": test.get("setup", ""), "code": test["code"]}
+                examiner.send({"mode": "examine", "names": names, "key": key} | request)
+                said = examiner.receive(deadline)
+        if said == {}:
+            return "timeout", "the time was over"
+        if said is None or said.get("key") != key:
+            return "error", "the test ended without a verdict"
+        return said["outcome"], said["detail"]
 
 
 def _ended(cell: Cell, code: int | None) -> tuple[Reason, str]:
@@ -100,36 +148,13 @@ def _complaint(said: dict[str, Any]) -> tuple[Reason, str]:
     return ("oom" if said.get("error") == "MemoryError" else "error"), f"{said.get('error')}: {said.get('detail', '')}"
 
 
-def _load(cell: Cell, program: str, deadline: float, limits: Limits) -> tuple[Reason, str, dict[str, Any]]:
-    cell.send({"mode": "serve", "program": program})
-    said = cell.receive(deadline)
-    if said == {}:
-        return "timeout", f"the program's own statements took longer than {limits.seconds:g} s", {}
-    if said is None:
-        return "error", "the program ended before it could be called", {}
-    names = said.get("names")
-    return ("ok", "", names) if isinstance(names, dict) else (*_complaint(said), {})
-
-
-def _run_calls(program: str, tests: Sequence[dict[str, Any]], limits: Limits) -> tuple[Reason, str]:
-    with Cell(limits) as cell:
-        deadline = time.monotonic() + limits.seconds
-        reason, detail, _ = _load(cell, PRELUDE + program, deadline, limits)
-        for place, test in enumerate(tests):
-            if reason != "ok":
-                break
-            reason, detail = _call(cell, test, time.monotonic() + limits.seconds)
-            detail = f"call {place}: {detail}"
-    return reason, detail if reason != "ok" else ""
-
-
 def _call(cell: Cell, test: dict[str, Any], deadline: float) -> tuple[Reason, str]:
     key = secrets.token_hex(8)
     request = {"id": key, "target": ["name", test["fn_name"]], "arguments": encode(list(test["args"])), "options": encode({})}
     cell.send(request)
     said = cell.receive(deadline)
     if said == {}:
-        return "timeout", f"stopped after {cell.limits.seconds:g} s"
+        return "timeout", "the time was over"
     if said is None or said.get("id") != key:
         return "error", "the program ended, or answered out of turn"
     if "value" not in said:
@@ -141,24 +166,6 @@ def _call(cell: Cell, test: dict[str, Any], deadline: float) -> tuple[Reason, st
     return ("ok", "") if same_value(value, test["expected"]) else ("wrong", "the result differs")
 
 
-def _run_asserts(program: str, test: dict[str, Any], limits: Limits) -> tuple[Reason, str]:
-    with Cell(limits) as solution:
-        deadline = time.monotonic() + limits.seconds
-        reason, detail, names = _load(solution, program, deadline, limits)
-        if reason != "ok":
-            return reason, detail
-        with Cell(limits, peer=solution.control) as examiner:
-            key = secrets.token_hex(8)
-            request = {"entry_point": test.get("entry_point", ""), "setup": test.get("setup", ""), "code": test["code"]}
-            examiner.send({"mode": "examine", "names": names, "key": key} | request)
-            said = examiner.receive(deadline)
-    if said == {}:
-        return "timeout", f"stopped after {limits.seconds:g} s"
-    if said is None or said.get("key") != key:
-        return "error", "the test ended without a verdict"
-    return said["outcome"], said["detail"]
-
-
 def same_value(value: Any, expected: Any) -> bool:
     """Equality of plain values: tuples count as lists (expected values come from JSON), floats agree to 1e-9."""
     if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
@@ -167,7 +174,7 @@ def same_value(value: Any, expected: Any) -> bool:
         return value.keys() == expected.keys() and all(same_value(value[key], expected[key]) for key in expected)
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
-    if isinstance(value, float) and isinstance(expected, int | float):
+    if isinstance(value, float) and isinstance(expected, float):
         return value == expected or isclose(value, expected, rel_tol=1e-9, abs_tol=1e-12)
     return bool(value == expected)
 

@@ -1,7 +1,10 @@
 """Mathematical equality by the math-verify library. The only file that imports it; runs in worker processes only."""
 
 import logging
+import re
 from typing import Any
+
+_QUOTIENT = re.compile(r"\\[dt]?frac|\d\s*(?:/|\\div)\s*\d")
 
 
 def prepare() -> None:
@@ -20,16 +23,18 @@ def equivalent(reference: str, answer: str) -> bool:
 
     # Time limits of the library are off: it uses SIGALRM between bytecodes, which neither stops C code nor survives a broad except.
     gold, predicted = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer))
-    if not gold or not predicted or _repeats_the_question(gold[0], predicted[0]):
+    if not gold or not predicted or _repeats_the_question(gold[0], predicted[0], answer):
         return False
     return bool(verify(gold, predicted, timeout_seconds=None))
 
 
-def _repeats_the_question(gold: Any, predicted: Any) -> bool:
+def _repeats_the_question(gold: Any, predicted: Any, answer: str) -> bool:
     from sympy import Basic, Eq, Expr, Integer, Mul, Number, NumberSymbol, UnevaluatedExpr
 
     if not isinstance(gold, Integer):
         return False
+    if _QUOTIENT.search(answer):  # the parser has already divided it
+        return True
     if isinstance(predicted, Eq):
         predicted = predicted.rhs
     if not isinstance(predicted, Expr) or isinstance(predicted, Number | NumberSymbol):

@@ -10,6 +10,7 @@ import builtins
 import importlib
 import json
 import os
+import re
 import socket
 import sys
 import types
@@ -19,16 +20,17 @@ from typing import Any, BinaryIO
 from infir2.verify.plain import decode, encode
 from infir2.verify.walls import confine
 
-MAX_LINE_BYTES = 4 << 20
+MAX_LINE_BYTES = 4 << 20  # of one message
 
 
 def _say(channel: socket.socket, **message: Any) -> None:
     channel.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _run(program: str, name: str) -> dict[str, Any]:
+def _run(program: str, name: str, prelude: str = "") -> dict[str, Any]:
     module = types.ModuleType(name)
     sys.modules[name] = module
+    exec(prelude, module.__dict__)
     exec(compile(program, "<program>", "exec"), module.__dict__)
     return module.__dict__
 
@@ -41,7 +43,7 @@ def _script(channel: socket.socket, program: str) -> None:
         sys.exit(1)
 
 
-def _serve(channel: socket.socket, requests: BinaryIO, program: str) -> None:
+def _serve(channel: socket.socket, requests: BinaryIO, program: str, prelude: str) -> None:
     """Load the program, then answer calls of its functions (and of the objects they returned) by value."""
     kept: list[Any] = []
 
@@ -49,16 +51,14 @@ def _serve(channel: socket.socket, requests: BinaryIO, program: str) -> None:
         kept.append(value)
         return len(kept) - 1
 
-    def describe(value: Any) -> Any:
-        return ["module", value.__name__] if isinstance(value, types.ModuleType) else encode(value, keep)
-
     try:
-        names = _run(program, "solution")
-        _say(channel, names={name: describe(value) for name, value in names.items() if not name.startswith("__")})
+        names = _run(program, "solution", prelude)
+        _say(channel, names=list(names))
     except BaseException as error:
         return _say(channel, error=type(error).__name__, detail=str(error)[:200])
     tools: dict[str, Any] = {"getattr": getattr, "setattr": setattr, "len": len, "list": list, "str": str, "repr": repr, "bool": bool}
     tools["getitem"] = lambda container, key: container[key]
+    tools["name"] = lambda name: ("module", names[name].__name__) if isinstance(names[name], types.ModuleType) else ("value", names[name])
     for line in requests:
         request = json.loads(line)
         try:
@@ -119,8 +119,7 @@ def _examine(channel: socket.socket, peer: socket.socket, request: dict) -> None
         if reply.get("id") != key:
             raise ConnectionError("the program ended, or answered out of turn")
         if "error" in reply:
-            kind = getattr(builtins, str(reply["error"]), RuntimeError)
-            raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError)(reply.get("detail"))
+            raise _exception(str(reply["error"]))(reply.get("detail"))
         return decode(reply["value"], remote)
 
     def handle(value: Any) -> int:
@@ -135,9 +134,12 @@ def _examine(channel: socket.socket, peer: socket.socket, request: dict) -> None
     outcome, detail = "ok", ""
     try:
         exec(compile(request["setup"], "<setup>", "exec"), space)
-        _bind_names(space, request["names"], request["entry_point"], remote)
+        used = set(re.findall(r"[^\W\d]\w*", request["code"])).intersection(request["names"])
+        for name in used | {request["entry_point"]} - {""}:
+            if name == request["entry_point"] or not (name in space or hasattr(builtins, name)):
+                _bind(space, name, *ask(["tool", "name"], (name,), {}))
         exec(compile(request["code"], "<test>", "exec"), space)
-        if request["entry_point"]:
+        if request["entry_point"] and "check" in space:
             space["check"](space[request["entry_point"]])
     except AssertionError as error:
         outcome, detail = "wrong", f"AssertionError: {error}"
@@ -146,20 +148,24 @@ def _examine(channel: socket.socket, peer: socket.socket, request: dict) -> None
     _say(channel, key=request["key"], outcome=outcome, detail=detail[:200])
 
 
-def _bind_names(space: dict[str, Any], names: dict[str, Any], entry_point: str, remote: Callable[[int], Any]) -> None:
-    """Give the test the program's names, but never a stand-in for a builtin, a standard module or the test's own setup."""
-    for name, data in names.items():
-        if name != entry_point and (name in space or hasattr(builtins, name)):
-            continue
-        if isinstance(data, list) and data and data[0] == "module":
-            if data[1] in sys.stdlib_module_names:
-                space[name] = importlib.import_module(data[1])
-            continue
-        value = decode(data, remote)
-        if isinstance(value, Remote) and name in sys.stdlib_module_names:
-            space[name] = value.__call__  # a function of that name may be called, a fake module gives nothing
-        else:
-            space[name] = value
+def _exception(name: str) -> type[Exception]:
+    """The builtin exception of that name; not StopIteration, with which a program could cut a test's loop short."""
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, StopIteration | StopAsyncIteration):
+        return kind
+    return RuntimeError
+
+
+def _bind(space: dict[str, Any], name: str, kind: str, value: Any) -> None:
+    """Give the test one of the program's names. The caller keeps builtins and the setup's names out of its reach."""
+    if kind == "module":
+        # The real module: the program's own could say that everything is close to everything.
+        if value in sys.stdlib_module_names:
+            space[name] = importlib.import_module(value)
+    elif isinstance(value, Remote) and name in sys.stdlib_module_names:
+        space[name] = value.__call__  # a function of that name may be called, a fake module has nothing to give
+    else:
+        space[name] = value
 
 
 def main() -> None:
@@ -176,6 +182,6 @@ def main() -> None:
     if request["mode"] == "script":
         _script(channel, request["program"])
     elif request["mode"] == "serve":
-        _serve(channel, requests, request["program"])
+        _serve(channel, requests, request["program"], request["prelude"])
     else:
         _examine(channel, socket.socket(fileno=config["peer"]), request)

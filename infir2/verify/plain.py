@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 _CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset)
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, dict, *_CONTAINERS)}
 
 
 def encode(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
@@ -28,6 +29,8 @@ def encode(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
         return ["complex", [value.real, value.imag]]
     if issubclass(kind, bytes | bytearray):
         return ["bytes", bytes(value).hex()]
+    if kind is type and value in _TYPES.values():
+        return ["type", value.__name__]
     if keep is None:
         raise ValueError(f"a {kind.__name__} is no plain value")
     return ["remote", keep(value)]
@@ -46,6 +49,8 @@ def decode(data: Any, remote: Callable[[int], Any] | None = None) -> Any:
             return {decode(key, remote): decode(item, remote) for key, item in content}
         if kind == "remote" and remote is not None:
             return remote(int(content))
+        if kind == "type":
+            return _TYPES[content]
         return {"int": lambda: int(content, 16), "complex": lambda: complex(*content), "bytes": lambda: bytes.fromhex(content)}[kind]()
     except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"no plain value: {type(error).__name__}") from error

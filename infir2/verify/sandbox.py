@@ -6,6 +6,7 @@ Level "process": rlimits, an empty environment and a temporary directory, with y
 without namespaces and programs you trust, and is never chosen silently.
 """
 
+import glob
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +55,7 @@ class Limits:
     """What a program may use. `seconds` of wall clock for one test (an assert-style test, a call, or a run on one input)."""
 
     seconds: float = 6.0
+    total_seconds: float = 60.0
     memory_bytes: int = 1 << 30
     output_bytes: int = 64 << 10
     file_bytes: int = 16 << 20
@@ -70,7 +72,7 @@ class JailBrokenError(Exception):
 
 
 def libraries() -> list[str]:
-    """Directories that a jail shows read-only: the interpreter's standard library and the system's shared libraries."""
+    """Directories that a jail shows read-only (installed packages inside them are covered): standard and shared libraries."""
     wanted = [str(Path(os.__file__).resolve().parents[1]), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"]
     return sorted({path for path in wanted if os.path.isdir(path)})
 
@@ -93,51 +95,55 @@ class Cell:
     def __init__(self, limits: Limits, stdin: bytes = b"", peer: socket.socket | None = None) -> None:
         if sys.platform != "linux":
             raise JailError("programs can be checked on Linux only: its namespaces are the jail")
+        if limits.level == "process":
+            _warn_of_process_level()
         self.limits, self.received = limits, b""
-        self.control, inside = socket.socketpair()
-        self.status, status = os.pipe()
-        self.folder = tempfile.TemporaryDirectory(prefix="infir2-jail-") if limits.level == "process" else None
-        input_file = os.memfd_create("stdin")
         try:
-            if self.folder:
-                _warn_of_process_level()
-            os.truncate(input_file, 0)
-            with open(input_file, "wb", closefd=False) as file:
-                file.write(stdin)
-            os.lseek(input_file, 0, os.SEEK_SET)
-            self.process = self._start(inside, status, input_file, peer)
+            with ExitStack() as mine, ExitStack() as inside:
+                self._start(mine, inside, stdin, peer)
+                self._open = mine.pop_all()
         except OSError as error:
-            self.control.close()
-            os.close(self.status)
-            raise JailBrokenError(str(error)) from error
-        finally:
-            inside.close()
-            os.close(status)
-            os.close(input_file)
+            raise JailBrokenError(f"the jail did not start: {error}") from error
         try:
             self._await_ready()
         except BaseException:
             self.close()
             raise
 
-    def _start(self, inside: socket.socket, status: int, input_file: int, peer: socket.socket | None) -> "subprocess.Popen[bytes]":
+    def _start(self, mine: ExitStack, theirs: ExitStack, stdin: bytes, peer: socket.socket | None) -> None:
+        folder = mine.enter_context(tempfile.TemporaryDirectory(prefix="infir2-jail-")) if self.limits.level == "process" else "/"
+        self.control, control = socket.socketpair()
+        mine.enter_context(self.control)
+        theirs.enter_context(control)
+        self.status, status = os.pipe()
+        mine.callback(os.close, self.status)
+        theirs.callback(os.close, status)
+        input_file = os.memfd_create("stdin")
+        theirs.callback(os.close, input_file)
+        with open(input_file, "wb", closefd=False) as file:
+            file.write(stdin)
+        os.lseek(input_file, 0, os.SEEK_SET)
+        shown = libraries()
         config = asdict(self.limits) | {
-            "cpu_seconds": math.ceil(self.limits.seconds) + 60,  # a backstop: the parent's wall clock decides
-            "libraries": libraries(),
-            "control": inside.fileno(),
+            "cpu_seconds": math.ceil(self.limits.total_seconds) + 1,  # a backstop: the parent's wall clock decides
+            "libraries": shown,
+            "hidden": [path for place in shown for path in glob.glob(f"{place}/python3*/*-packages")],
+            "control": control.fileno(),
             "status": status,
             "peer": peer.fileno() if peer else -1,
         }
-        return subprocess.Popen(
+        self.process = subprocess.Popen(
             [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-c", _BOOT_TEXT, json.dumps(config)],
             stdin=input_file,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={"PATH": "/usr/bin:/bin"},
-            cwd=self.folder.name if self.folder else "/",
-            pass_fds=[inside.fileno(), status, *([peer.fileno()] if peer else [])],
+            cwd=folder,
+            pass_fds=[control.fileno(), status, *([peer.fileno()] if peer else [])],
             start_new_session=True,
         )
+        assert self.process.stdout is not None
+        mine.enter_context(self.process.stdout)
 
     def _await_ready(self) -> None:
         said = self.receive(time.monotonic() + START_SECONDS)
@@ -184,13 +190,15 @@ class Cell:
             events = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
             if not events:
                 return collected, None, "timeout"
-            chunk = b""
-            with suppress(BlockingIOError):
+            try:
                 chunk = os.read(source, max_bytes + 1)
+                ended = not chunk
+            except BlockingIOError:
+                chunk, ended = b"", False
             collected += chunk
             if len(collected) > max_bytes:
                 return collected, None, "output"
-            if source in events and not chunk:
+            if ended and source in events:
                 poll.unregister(source)
             if self.status in events and not chunk:
                 return collected, self.exit_code(), ""
@@ -212,12 +220,7 @@ class Cell:
             raise JailBrokenError("the jail did not end within 10 s") from error
         finally:
             kill_tree(self.process)
-            assert self.process.stdout is not None
-            self.process.stdout.close()
-            self.control.close()
-            os.close(self.status)
-            if self.folder:
-                self.folder.cleanup()
+            self._open.close()
 
     def __enter__(self) -> "Cell":
         return self

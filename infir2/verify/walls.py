@@ -49,23 +49,27 @@ def _bind(libc: ctypes.CDLL, source: str, target: str, flags: int) -> None:
     _call(libc, "mount", None, target, None, _BIND | _REMOUNT | same | flags, None)
 
 
-def _build_root(libc: ctypes.CDLL, libraries: list[str], file_bytes: int) -> None:
+def _build_root(libc: ctypes.CDLL, libraries: list[str], hidden: list[str], file_bytes: int) -> None:
     """Make a root of read-only libraries, /dev/null, /dev/urandom and a tmpfs of `file_bytes` at /tmp, and stay there."""
     _call(libc, "mount", None, "/", None, _REC | _PRIVATE, None)
-    base = "/proc"  # covered by the new root while it is built: the one directory that no library lives under
-    _call(libc, "mount", "tmpfs", base, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=0755")
+    top = "/proc"  # covered by the new root while it is built: the one directory that no library lives under
+    base = top + "/jail"
+    _call(libc, "mount", "tmpfs", top, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=0755")
     for path in libraries:
         _bind(libc, path, base + path, _RDONLY | _NOSUID | _NODEV)
-    for folder in ("/dev", "/old", "/tmp"):
-        os.makedirs(base + folder, exist_ok=True)
+    for path in hidden:
+        _call(libc, "mount", "tmpfs", base + path, "tmpfs", _RDONLY | _NOSUID | _NODEV, "size=4k")
+    for folder in (base + "/dev", base + "/tmp", top + "/old"):
+        os.makedirs(folder, exist_ok=True)
     for device in ("/dev/null", "/dev/urandom"):
         _bind(libc, device, base + device, _NOSUID)
     _call(libc, "mount", "tmpfs", base + "/tmp", "tmpfs", _NOSUID | _NODEV, f"size={file_bytes},mode=1777,nr_inodes=4096")
-    os.chdir(base)
+    os.chdir(top)
     _call(libc, "pivot_root", ".", "old")
-    os.chdir("/tmp")
     _call(libc, "umount2", "/old", _DETACH)
     _call(libc, "mount", None, "/", None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV, None)
+    os.chroot("/jail")  # the kernel denies user namespaces, and so new capabilities, to a process whose root is not its world's
+    os.chdir("/tmp")
 
 
 def _drop_privileges(libc: ctypes.CDLL, user: int) -> None:
@@ -114,7 +118,7 @@ def confine(config: dict) -> None:
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     if namespaces:
-        _build_root(libc, config["libraries"], config["file_bytes"])
+        _build_root(libc, config["libraries"], config["hidden"], config["file_bytes"])
         _drop_privileges(libc, user)
         libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of credentials clears it
     _set_limits(config)

@@ -1,0 +1,175 @@
+"""F17: a reward check that hangs, dies or litters costs its own item only, and leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infir2.errors import ConfigError
+from infir2.verify.pool import Outcome, Pool
+from infir2.verify.process import _living_descendants
+
+SECONDS = 2.0
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    before = set(_living_descendants(os.getpid()))
+    pool = Pool("poison_checks:check", size=4, memory_bytes=1 << 28)
+    yield pool
+    pool.close()
+    assert pool.process_ids() == []
+    assert set(_living_descendants(os.getpid())) <= before
+    assert zombies() == []
+
+
+def zombies() -> list[str]:
+    listing = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "stat=,args="], capture_output=True, text=True).stdout
+    return [line for line in listing.splitlines() if line.startswith("Z")]
+
+
+def one(pool: Pool, kind: str, value: object = None) -> Outcome:
+    return pool.run([(kind, value)], SECONDS, 60)[0]
+
+
+def gone(pids: list[int], within_seconds: float = 3.0) -> bool:
+    deadline = time.monotonic() + within_seconds
+    while any(_running(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_four_poison_items_among_64_cost_less_than_twice_the_time_limit(pool: Pool, tmp_path: Path) -> None:
+    pool.run([("good", i) for i in range(4)], SECONDS, 60)
+    poison = {3: "spin_in_c", 17: "swallow_exceptions", 18: "fork_and_hang", 40: "eat_memory"}
+    items = [(poison.get(i, "good"), str(tmp_path / "pids") if poison.get(i) == "fork_and_hang" else i) for i in range(64)]
+    began = time.monotonic()
+    outcomes = pool.run(items, SECONDS, 60)
+    assert time.monotonic() - began < 2 * SECONDS
+    assert {outcomes[i].reason for i in (3, 17, 18)} == {"timeout"}
+    assert outcomes[40].reason in ("oom", "timeout")
+    assert [(o.value, o.reason) for i, o in enumerate(outcomes) if i not in poison] == [(i, "") for i in range(64) if i not in poison]
+    daemons = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(daemons) == 5
+    assert gone(daemons)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "value"),
+    [
+        ("huge_output", "", "printed"),
+        ("delete_working_directory", "error", None),
+        ("leave_quietly", "killed", None),
+        ("crash", "killed", None),
+        ("eat_memory", "oom", None),
+        ("nonsense", "error", None),
+        ("huge_reply", "killed", None),
+    ],
+)
+def test_each_kind_of_failure_has_its_reason_and_the_next_item_is_fine(pool: Pool, kind: str, reason: str, value: object) -> None:
+    outcomes = pool.run([(kind, None), ("good", 1)], SECONDS, 60)
+    assert [(o.reason, o.value) for o in outcomes] == [(reason, value), ("", 1)]
+    assert (one(pool, "good", 2).value, one(pool, kind).reason) == (2, reason)
+
+
+def test_processes_left_by_a_check_that_returned_are_killed(pool: Pool, tmp_path: Path) -> None:
+    assert one(pool, "fork_and_return", str(tmp_path / "pids")).value == "done"
+    assert gone([int(pid) for pid in (tmp_path / "pids").read_text().split()])
+    assert one(pool, "good", 1).value == 1
+
+
+def test_a_batch_has_its_own_limit(pool: Pool) -> None:
+    pool.run([("good", i) for i in range(4)], SECONDS, 60)
+    began = time.monotonic()
+    outcomes = pool.run([("swallow_exceptions", None)] * 40 + [("good", 1)], 0.5, batch_seconds=1.0)
+    assert time.monotonic() - began < 2.0
+    assert {o.reason for o in outcomes[:40]} == {"timeout"}
+    assert len(outcomes) == 41
+
+
+def test_a_worker_killed_while_idle_is_replaced(pool: Pool) -> None:
+    pool.run([("good", i) for i in range(8)], SECONDS, 60)
+    for pid in pool.process_ids():
+        os.kill(pid, signal.SIGKILL)
+    assert gone(pool.process_ids())
+    assert [o.value for o in pool.run([("good", i) for i in range(8)], SECONDS, 60)] == list(range(8))
+
+
+def test_threads_share_the_pool(pool: Pool) -> None:
+    results: dict[int, list[object]] = {}
+
+    def work(n: int) -> None:
+        results[n] = [o.value for o in pool.run([("good", (n, i)) for i in range(20)], 10, 60)]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {n: [[n, i] for i in range(20)] for n in range(8)}
+
+
+def test_a_check_that_cannot_be_imported_is_the_users_error() -> None:
+    pool = Pool("no_such_module:check", size=2)
+    with pytest.raises(ConfigError, match="no_such_module"):
+        pool.run([("good", 1)], SECONDS, 60)
+    pool.close()
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_workers_die_with_a_parent_that_is_killed(busy: bool) -> None:
+    last = '[("swallow_exceptions", None)] * 2, 1.0' if busy else '[("good", 1)] * 2, 1.0'
+    program = f"""
+import json, sys, threading, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from infir2.verify.pool import Pool
+pool = Pool("poison_checks:check", size=2)
+pool.run([("good", 1)] * 20, 5.0, 60)
+thread = threading.Thread(target=pool.run, args=({last}, 60), daemon=True)
+thread.start()
+time.sleep(0.3)
+print(json.dumps(pool.process_ids()), flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = json.loads(parent.stdout.readline())
+    assert workers
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert gone(workers, within_seconds=5.0)
+
+
+def test_a_forked_child_neither_uses_nor_kills_its_parents_workers() -> None:
+    from infir2.verify.math import check_math, close_workers, shared_pool
+
+    assert check_math("\\boxed{1/2}", "0.5", seconds=20).correct
+    workers = shared_pool().process_ids()
+    child = os.fork()
+    if child == 0:
+        own = check_math("\\boxed{1/4}", "0.25", seconds=20).correct and not set(shared_pool().process_ids()) & set(workers)
+        close_workers()
+        os._exit(0 if own else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert shared_pool().process_ids() == workers
+    assert check_math("\\boxed{1/8}", "0.125", seconds=20).correct
+    close_workers()
+    assert gone(workers)
