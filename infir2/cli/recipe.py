@@ -36,9 +36,10 @@ def rl(arguments: Sequence[str]) -> None:
         print(recipe_help(RlRecipe, "rl", f"Trains a model on its own answers, rewarded when they are right (GRPO). {RESUME}"))
         return
     loaded = load_recipe(RlRecipe, arguments, "rl")
+    from infir2.evaluate.run import in_loop_evaluator
     from infir2.rl.run import run_rl
 
-    run_rl(loaded)
+    run_rl(loaded, in_loop_evaluator(loaded.recipe))
 
 
 def evaluate(arguments: Sequence[str]) -> None:

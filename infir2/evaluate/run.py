@@ -12,7 +12,7 @@ from infir2.config.resolved import dump
 from infir2.config.schema import EvalRecipe, EvaluateSection, RlRecipe
 from infir2.data import ChatTokenizer, Prompt, load_prompts
 from infir2.errors import ConfigError
-from infir2.evaluate.statistics import accuracy_by_group, mean_with_interval, pass_at_k
+from infir2.evaluate.statistics import average_at_k, by_difficulty, mean_pass_at_k
 from infir2.rollout.native import NativeEngine
 from infir2.rollout.types import Engine, Request, SamplingParams, sampling_key
 from infir2.train.build import build_model, open_tokenizer
@@ -125,15 +125,14 @@ def describe(scores: Evaluation) -> str:
 
 def _summary(problems: Sequence[Prompt], rows: list[dict[str, Any]], k: int) -> Evaluation:
     correct = [[row["reward"] for row in rows[i * k : (i + 1) * k]] for i in range(len(problems))]
-    average, interval = mean_with_interval([sum(scores) / k for scores in correct])
-    levels = [str(problem.difficulty) for problem in problems]
-    known = any(problem.difficulty is not None for problem in problems)
+    average = average_at_k(correct)
+    levels = by_difficulty(correct, [problem.difficulty for problem in problems])
     return Evaluation(
-        avg_at_k=average,
-        interval=interval,
+        avg_at_k=average.mean,
+        interval=average.interval,
         k=k,
-        pass_at_k=pass_at_k(correct, k),
+        pass_at_k=mean_pass_at_k(correct, k).mean,
         num_problems=len(problems),
-        truncated_fraction=sum(row["truncated"] for row in rows) / max(1, len(rows)),
-        by_difficulty=accuracy_by_group(correct, levels) if known else {},
+        truncated_fraction=sum(row["truncated"] for row in rows) / len(rows),
+        by_difficulty={level: estimate.mean for level, estimate in levels.items()},
     )

@@ -29,16 +29,19 @@ def run_training(loaded: Loaded, kind: str) -> None:
         schedule = complete_schedule(recipe, loader.steps_per_epoch)
         last_step = min(schedule.total_steps, recipe.train.stop_after_step or schedule.total_steps)
         done = session.start(trainer, last_step)
-        if session.checkpoint:
+        if session.checkpoint and session.checkpoint.state["kind"] == kind:
             loader.load_state_dict(session.checkpoint.state["loader"])
         description = {"model_config": model.config.to_hf(), "tokenizer_dir": str(tokenizer_dir), "fp8": recipe.fp8.model_dump()}
+        if not done:
+            session.validate(0, last_step, validation)
         for step in range(done + 1, last_step + 1):
             line, result = _one_step(trainer, loader, learning_rate(schedule, step))
             last = step == last_step
-            if validation and recipe.train.validate_every and (step % recipe.train.validate_every == 0 or last):
-                session.metrics.write("validation", step, validation_loss=trainer.mean_loss(validation))
+            session.validate(step, last_step, validation)
             state = description | {"loader": loader.state_dict(), "tokenizer_fingerprint": tokenizer.fingerprint()}
             session.finish_step(step, last, result, line, state)
+        if loader.quarantined:
+            session.event(last_step, "quarantined_rows", f"{loader.quarantined}; {session.dir}/quarantine.jsonl names each")
 
 
 def complete_schedule(recipe: TrainRecipe, steps_per_epoch: int | None) -> ScheduleSection:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,8 +17,8 @@ from infir2.checkpoint import Checkpoint, Store, open_checkpoint
 from infir2.config.load import Loaded
 from infir2.config.resolved import check_resume, dump
 from infir2.config.schema import TrainRecipe
+from infir2.data import Batch
 from infir2.errors import CheckpointError, ConfigError, NonFiniteError
-from infir2.faults import fault
 from infir2.train.metrics import MetricsWriter, StepProgress
 from infir2.train.signals import StopSignals
 from infir2.train.trainer import StepResult, Trainer
@@ -60,6 +61,7 @@ class Session:
     def start(self, trainer: Trainer, total_steps: int) -> int:
         """Load the checkpoint, if there is one, into the trainer. Returns the last step done."""
         self.trainer = trainer
+        torch.manual_seed(self.recipe.run.seed)
         done = 0
         if self.checkpoint:
             tensors = self.checkpoint.tensors()
@@ -71,9 +73,14 @@ class Session:
             self.progress.say(f"resumed from {self.checkpoint.path} (step {done})")
         return done
 
+    def validate(self, step: int, last_step: int, batches: Sequence[Batch]) -> None:
+        """Log the validation loss before the first step, every `train.validate_every` steps and at the end."""
+        every = self.recipe.train.validate_every
+        if batches and every and (step % every == 0 or step == last_step):
+            self.metrics.write("validation", step, validation_loss=self.trainer.mean_loss(batches))
+
     def finish_step(self, step: int, last: bool, result: StepResult, line: dict[str, Any], state: dict[str, Any]) -> None:
         """Log the step, count skipped ones, save when due, stop when asked to."""
-        fault("train.step")
         if step % self.recipe.train.log_every == 0 or last or result.skipped:
             self.metrics.write("train", step, **line)
         rate = f"loss {line['loss']:.4f} {line['tokens_per_second']:,.0f} tokens/s"

@@ -10,8 +10,9 @@ from torch import Tensor
 from infir2.config.schema import OptimizerSection
 from infir2.data import Batch
 from infir2.errors import CheckpointError
+from infir2.faults import fault
 from infir2.model import Decoder
-from infir2.numerics import token_logprobs
+from infir2.numerics import Fp8Linear, token_logprobs
 from infir2.train.losses import LossFunction, TokenScores
 from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
 
@@ -31,9 +32,14 @@ class StepResult:
 
 
 class Trainer:
-    """A model, its optimizer and the step. Masters, gradients and moments are FP32."""
+    """A model, its optimizer and the step. Masters, gradients and moments are FP32.
+
+    Raises CheckpointError for a model without masters.
+    """
 
     def __init__(self, model: Decoder, section: OptimizerSection, head_chunk_tokens: int) -> None:
+        if any(isinstance(layer, Fp8Linear) and layer.weight is None for layer in model.modules()):
+            raise CheckpointError("the model holds FP8 codes without masters: train from BF16 weights (infir2 import fp8 DIR --to NEW)")
         self.model = model
         self.optimizer = make_optimizer(model, section)
         self.clip_norm = section.clip_norm
@@ -41,6 +47,7 @@ class Trainer:
 
     def step(self, batches: Sequence[Batch], loss_function: LossFunction, learning_rate: float, *, temperature: float = 1.0) -> StepResult:
         """Forward and backward over all micro-batches, finite check, clip, AdamW."""
+        fault("train.step")
         self.model.train()
         num_tokens = sum(batch.num_trained_tokens for batch in batches)
         if num_tokens == 0:
@@ -107,6 +114,8 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
+        # fused AdamW writes the parameters without moving their version counters, which the FP8 codes hang on
+        torch.autograd.graph.increment_version(list(self.model.parameters()))
 
 
 @torch.no_grad()

@@ -1,0 +1,239 @@
+"""A real 135M-parameter model through the package on a CPU: parity, FP8 perplexity, CPT, SFT, export.
+
+    python bench/smollm2.py --model DIR --data DIR --out docs/results/smollm2.md [--quick]
+
+`--model` is a Hugging Face directory of SmolLM2-135M-Instruct; `--data` holds corpus/*.jsonl.gz (documents with `text`)
+and train/gsm8k_train.jsonl.gz, eval/gsm8k_test.jsonl.gz (`problem`, `solution`). Training goes through the `infir2` command
+with recipes/smollm2. About 10 minutes on 2 cores; `--quick` takes fewer tokens and steps. Exit code 1 if a bound does not hold.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from infir2.config.schema import DataSection, Fp8Section, SourceSection
+from infir2.data import Batch, load_tokenizer, validation_batches
+from infir2.model import Decoder
+from infir2.numerics import convert_to_fp8
+from infir2.rollout.native import NativeEngine
+from infir2.rollout.types import Request, SamplingParams
+from infir2.train.losses import TokenScores, next_token_loss
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "smollm2"
+PROMPTS = (
+    "The capital of France is",
+    "Photosynthesis is the process by which plants",
+    "In mathematics, a prime number is a number that",
+)
+PAGES = ("openstax_ccby", "python_docs", "public_domain_english", "openlogic")
+
+
+@dataclass
+class Result:
+    """Lines of the report, and the bounds that did not hold."""
+
+    lines: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.lines.append(text)
+
+    def check(self, holds: bool, text: str) -> None:
+        self.say(f"- {'holds' if holds else 'DOES NOT HOLD'}: {text}")
+        if not holds:
+            self.failures.append(text)
+
+
+def greedy_parity(model_dir: Path, result: Result, num_tokens: int) -> None:
+    """Our engine's greedy tokens in BF16 against transformers' (run in FP32 sums: FP32 activations on BF16 weights would differ)."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(model_dir)
+    theirs = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    ours = NativeEngine(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), max_running_requests=4)
+    prompts = [tokenizer.encode_text(text) for text in PROMPTS]
+    requests = [Request(str(i), ids, key=i) for i, ids in enumerate(prompts)]
+    completions = ours.generate(requests, SamplingParams(0.0, num_tokens, stop_ids=()))
+    for ids, completion in zip(prompts, completions, strict=True):
+        with torch.no_grad():
+            out = theirs.generate(torch.tensor([ids]), max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
+        expected = out[0, len(ids) :].tolist()
+        result.check(completion.token_ids == expected, f"{num_tokens} greedy tokens equal transformers': {tokenizer.decode(expected)!r}")
+
+
+def mean_loss(model: Decoder, batches: list[Batch]) -> float:
+    """Next-token loss per token."""
+    total = 0.0
+    for batch in batches:
+        rows = batch.loss_mask.nonzero().squeeze(1)
+        hidden = model.hidden_states(batch.token_ids, batch.positions, batch.cu_seqlens)[rows]
+        from infir2.numerics import token_logprobs
+
+        logprobs, _ = token_logprobs(hidden, model.head_weight, batch.labels[rows], chunk_tokens=512)
+        total += float(next_token_loss(TokenScores(logprobs))[0])
+    return total / sum(batch.num_trained_tokens for batch in batches)
+
+
+class EmulatedLinear(nn.Module):
+    """An FP8 Linear written without infir2: quantise and dequantise weight and input, then a plain FP32 product."""
+
+    def __init__(self, linear: nn.Linear, activations: bool) -> None:
+        super().__init__()
+        self.activations, self.bias = activations, linear.bias
+        self.weight = nn.Parameter(self._rounded(linear.weight.detach().float(), 128), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activations:
+            x = self._rounded(x.float().flatten(0, -2), 1).view(x.shape)
+        out = x.float() @ self.weight.t()
+        return (out if self.bias is None else out + self.bias.float()).bfloat16()
+
+    @staticmethod
+    def _rounded(x: Tensor, block: int) -> Tensor:
+        rows, columns = x.shape
+        out = torch.empty_like(x)
+        for r in range(0, rows, block if block > 1 else rows):
+            for c in range(0, columns, 128):
+                tile = x[r : r + block if block > 1 else rows, c : c + 128]
+                amax = tile.abs().amax() if block > 1 else tile.abs().amax(dim=1, keepdim=True)
+                scale = torch.exp2(torch.ceil(torch.log2(torch.where(amax == 0, torch.full_like(amax, 448.0), amax) / 448.0)))
+                codes = (tile / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+                out[r : r + block if block > 1 else rows, c : c + 128] = codes.float() * scale
+        return out
+
+
+def emulated_loss(model_dir: Path, batches: list[Batch], activations: bool) -> tuple[float, float]:
+    """transformers' own model in BF16, and with its Linears emulated: (loss BF16, loss FP8)."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+
+    def loss() -> float:
+        total, count = 0.0, 0
+        for batch in batches:
+            bounds = batch.cu_seqlens.tolist()
+            for start, end in zip(bounds, bounds[1:], strict=False):
+                ids = batch.token_ids[start:end][None]
+                with torch.no_grad():
+                    logits = model(ids).logits[0, :-1].double()
+                total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+                count += end - start - 1
+        return total / count
+
+    plain = loss()
+    for layer in model.model.layers:
+        for module in (layer.self_attn, layer.mlp):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, EmulatedLinear(child, activations))
+    return plain, loss()
+
+
+def perplexity(model_dir: Path, data: Path, result: Result, num_batches: int) -> None:
+    """FP8 against BF16 on pages of several kinds, and against an emulation on transformers' model."""
+    tokenizer = load_tokenizer(model_dir)
+    batches = []
+    for page in PAGES:
+        sources = (SourceSection(path=str(data / "corpus" / f"{page}.jsonl.gz")),)
+        section = DataSection(validation_sources=sources, sequence_tokens=1024, micro_batch_tokens=1024)
+        batches += validation_batches(section, "documents", tokenizer, num_batches)
+    tokens = sum(batch.num_trained_tokens for batch in batches)
+    losses = {}
+    with torch.no_grad():
+        for name, section in {
+            "BF16": Fp8Section(enabled=False),
+            "FP8 pow2": Fp8Section(scale_format="pow2"),
+            "FP8 fp32": Fp8Section(scale_format="fp32"),
+        }.items():
+            losses[name] = mean_loss(convert_to_fp8(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), section), batches)
+    result.say(
+        f"\nPerplexity over {tokens:,} tokens of {', '.join(PAGES)}:\n\n| weights and activations | perplexity | against BF16 |\n|---|---|---|"
+    )
+    rises = {name: 100 * math.expm1(loss - losses["BF16"]) for name, loss in losses.items()}
+    for name, loss in losses.items():
+        result.say(f"| {name} | {math.exp(loss):.3f} | {rises[name]:+.2f} % |")
+    plain, emulated = emulated_loss(model_dir, batches, activations=True)
+    rise = 100 * math.expm1(emulated - plain)
+    result.say(
+        f"| transformers BF16 | {math.exp(plain):.3f} | |\n| transformers, FP8 pow2 emulated independently | {math.exp(emulated):.3f} | {rise:+.2f} % |\n"
+    )
+    result.check(rises["FP8 pow2"] <= 4.0, "pow2 perplexity within 4 % of BF16's")
+    result.check(rises["FP8 fp32"] <= 4.0, "fp32 perplexity within 4 % of BF16's")
+    result.check(
+        abs(rises["FP8 pow2"] - rise) <= 0.3, f"within 0.3 points of the independent emulation ({rises['FP8 pow2']:.2f} % and {rise:.2f} %)"
+    )
+
+
+def train(verb: str, model_dir: Path, data: Path, work: Path, result: Result, steps: int) -> Path:
+    """Through the command, as a user would; the validation loss must fall."""
+    run = work / verb
+    if verb == "cpt":
+        sources = {"sources.0": "corpus/openstax_ccby.jsonl.gz", "validation_sources.0": "corpus/python_docs.jsonl.gz"}
+        sources["validation_sources.0"] = "corpus/openlogic.jsonl.gz"
+        extra = [f"--data.sources.1.path={data / 'corpus' / 'openlogic.jsonl.gz'}"]
+    else:
+        sources = {"sources.0": "train/gsm8k_train.jsonl.gz", "validation_sources.0": "eval/gsm8k_test.jsonl.gz"}
+        extra = []
+    words = [f"--data.{name}.path={data / path}" for name, path in sources.items()]
+    words += extra + [
+        f"--model.path={model_dir}",
+        f"--run.dir={run}",
+        f"--schedule.total_steps={steps}",
+        f"--checkpoint.save_every={steps}",
+    ]
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-m", "infir2", verb, str(RECIPES / f"{verb}.toml"), *words], check=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["validation_loss"] for line in lines if line["kind"] == "validation"]
+    seconds = time.monotonic() - start
+    shown = " -> ".join(f"{loss:.4f}" for loss in losses)
+    result.check(losses[-1] < losses[0], f"{steps} steps of {verb} in FP8 lower the validation loss: {shown} ({seconds:.0f} s)")
+    return run
+
+
+def exported_sentences(run: Path, work: Path, result: Result) -> None:
+    """The trained model, exported and reloaded by transformers, writes."""
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    subprocess.run([sys.executable, "-m", "infir2", "export", "hf", str(run), "--to", str(work / "hf")], check=True)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(work / "hf"), PreTrainedTokenizerFast.from_pretrained(work / "hf")
+    ids = tokenizer("The sun is a star. It", return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=40, do_sample=False)
+    text = tokenizer.decode(out[0], skip_special_tokens=True)
+    words = text.split()
+    result.check(len(words) > 15 and len(set(words)) > 10, f"reloaded by transformers, it writes: {text!r}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="fewer tokens and steps")
+    words = parser.parse_args()
+    result = Result()
+    result.say("# SmolLM2-135M-Instruct on a CPU\n\nWritten by `python bench/smollm2.py" + (" --quick" if words.quick else "") + "`.\n")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        greedy_parity(words.model, result, 8 if words.quick else 32)
+        perplexity(words.model, words.data, result, 1 if words.quick else 3)
+        for verb in ("cpt",) if words.quick else ("cpt", "sft"):
+            run = train(verb, words.model, words.data, work, result, 2 if words.quick else 20)
+        exported_sentences(run, work, result)
+    if words.out:
+        words.out.write_text("\n".join(result.lines) + "\n", encoding="utf-8")
+    return 1 if result.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Small runs of every stage for tests: a model of 20 k parameters on a slice of the demo's world, through the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infir2.checkpoint import open_checkpoint
+from infir2.cli import main
+from infir2.data.demo import DemoWorld, make_demo_world
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "demo"
+SHAPE = {"hidden_size": 40, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_size": 136}
+WORLD = DemoWorld(cpt_tokens=12_000, validation_documents=8, sft_rows=64, rl_rows=(24, 24), held_out_rows=12)
+
+
+def make_world(directory: Path) -> Path:
+    make_demo_world(directory, 7, WORLD)
+    return directory
+
+
+def options(world: Path, run: Path, stage: str, **values: Any) -> list[str]:
+    """Words after `infir2`: the demo's recipe of a stage, made small. A double underscore in a name stands for a dot."""
+    verb = stage.rstrip("12")
+    words = [verb, str(RECIPES / f"{stage}.toml"), f"--run.dir={run}", f"--data.tokenizer={world / 'tokenizer'}", "--run.threads=1"]
+    words.append(f"--data.sources.0.path={world / stage}.jsonl")
+    if verb == "cpt":
+        words.append(f"--data.validation_sources.0.path={world / 'cpt_validation.jsonl'}")
+        words += [f"--model.shape.{name}={value}" for name, value in SHAPE.items()]
+        words += ["--data.batch_sequences=2", "--schedule.warmup_steps=2", "--schedule.decay_steps=2"]
+    if verb == "sft":
+        words.append("--data.batch_samples=4")
+    if verb == "rl":
+        words += ["--rl.prompts_per_step=3", "--rl.over_sample_prompts=4", "--rl.group_size=4", "--rl.max_response_tokens=8"]
+    return words + [f"--{name.replace('__', '.')}={value}" for name, value in values.items()]
+
+
+def run(words: list[str]) -> None:
+    """Run one command in this process; it must succeed."""
+    code = main(words)
+    assert code == 0, f"infir2 {' '.join(words)} ended with {code}"
+
+
+def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def curve(run_dir: Path, *names: str) -> list[tuple[Any, ...]]:
+    """(step, value of each name) of every training step."""
+    return [(line["step"], *(line[name] for name in names)) for line in lines(run_dir, "train")]
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    """The newest checkpoints of two runs hold the same bits and the same data position."""
+    first, second = open_checkpoint(a), open_checkpoint(b)
+    assert first.step == second.step
+    assert first.state.get("loader") == second.state.get("loader")
+    assert first.state.get("cursor") == second.state.get("cursor")
+    left, right = first.tensors(), second.tensors()
+    assert set(left) == set(right)
+    for name in left:
+        assert torch.equal(left[name], right[name]), name

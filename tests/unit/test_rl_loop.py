@@ -1,0 +1,90 @@
+"""RL on a tiny model: the engine is the trainer to the last bit, stopping loses nothing, dynamic sampling ends."""
+
+from pathlib import Path
+
+import pytest
+from stages import assert_same_state, curve, lines, options, run
+
+import infir2.rl.sampler
+from infir2.cli import main
+from infir2.rl.groups import Response
+
+
+def reward_even_lengths(completions, texts, answers, rl):  # type: ignore[no-untyped-def]
+    """A reward that an untrained model earns in half of its answers."""
+    return [
+        Response(completion, text, sum(completion.token_ids) % 2 == 0, float(sum(completion.token_ids) % 2 == 0))
+        for completion, text in zip(completions, texts, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A little-trained model and its FP8 export."""
+    directory = tmp_path_factory.mktemp("start")
+    run(options(world, directory / "cpt", "cpt", schedule__total_steps=4))
+    run(["export", "hf", str(directory / "cpt"), "--to", str(directory / "hf")])
+    run(["export", "fp8", str(directory / "hf"), "--to", str(directory / "fp8")])
+    return directory
+
+
+def words(world: Path, start: Path, name: Path, **values: object) -> list[str]:
+    given = {"schedule__total_steps": 4, "checkpoint__save_every": 2, "schedule__learning_rate": 1e-3, "rl__mini_batches": 2}
+    given |= {"model__path": start / "cpt", "rollout__model": start / "fp8", **values}
+    return options(world, name, "rl1", **given)
+
+
+def test_the_engine_is_the_trainer_and_the_policy_moves(world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infir2.rl.sampler, "rate", reward_even_lengths)
+    run(words(world, start, tmp_path / "rl"))
+    trained = lines(tmp_path / "rl", "train")
+    assert [line["policy_version"] for line in trained] == [1, 2, 3, 4]
+    assert max(line["mismatch_mean"] for line in trained) <= 1e-7
+    assert max(line["mismatch_max"] for line in trained) <= 1e-4
+    assert all(line["trained_tokens"] > 0 and line["gradient_norm"] > 0 for line in trained)
+    assert sum(line["tis_capped_fraction"] for line in trained) == 0
+    assert (tmp_path / "rl" / "samples.jsonl").read_text().count("\n") >= 4
+
+
+def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
+    world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infir2.rl.sampler, "rate", reward_even_lengths)
+    run(words(world, start, tmp_path / "a"))
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    real = infir2.rl.sampler.GroupSampler.collect
+    calls = []
+
+    def collect_thrice(self, engine):  # type: ignore[no-untyped-def]
+        calls.append(engine.policy_version)
+        return die() if len(calls) == 4 else real(self, engine)
+
+    monkeypatch.setattr(infir2.rl.sampler.GroupSampler, "collect", collect_thrice)
+    with pytest.raises(Killed):
+        main(words(world, start, tmp_path / "b"))
+    assert calls == [0, 1, 2, 3]
+    monkeypatch.setattr(infir2.rl.sampler.GroupSampler, "collect", real)
+    run(words(world, start, tmp_path / "b"))
+    names = ("loss", "reward", "gradient_norm", "response_tokens", "groups_sampled", "policy_version")
+    assert curve(tmp_path / "b", *names) == curve(tmp_path / "a", *names)
+    assert_same_state(tmp_path / "b", tmp_path / "a")
+
+
+def test_equal_rewards_end_within_the_budget_and_change_nothing(world: Path, start: Path, tmp_path: Path) -> None:
+    """An untrained model is never right: no group has signal."""
+    run(words(world, start, tmp_path / "rl", schedule__total_steps=2))
+    trained = lines(tmp_path / "rl", "train")
+    assert [(line["groups_sampled"], line["groups_without_signal"], line["skipped"]) for line in trained] == [(4, 4, True)] * 2
+    assert {line["event"] for line in lines(tmp_path / "rl", "event")} == {"nothing_to_train"}
+
+
+def test_an_engine_with_other_weights_is_refused(world: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["export", "fp8", str(start / "hf"), "--to", str(tmp_path / "fp32"), "--scale-format", "fp32"])
+    assert main(words(world, start, tmp_path / "rl", rollout__model=tmp_path / "fp32")) == 1
+    assert "between the trainer and the rollout engine" in capsys.readouterr().err
