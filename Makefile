@@ -14,7 +14,7 @@ PYTHON ?= $(shell for name in python3.12 python3.11 python3; do \
 	"$$name" -c '$(CHECK)' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 PIP_OPTIONS ?=
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 -c constraints.txt
 PYTEST_OPTIONS ?=
 
 .PHONY: demo test lint venv clean

@@ -50,7 +50,7 @@ def split_recipe_words(arguments: Sequence[str], verb: str) -> RecipeWords:
         else:
             paths.append(word)
     if not paths and not options:
-        raise ConfigError(f"infir2 {verb} needs a recipe, such as `infir2 {verb} recipes/demo/{verb}.toml`; see `infir2 {verb} --help`.")
+        raise ConfigError(f"infir2 {verb} needs a recipe, such as one in recipes/demo; see `infir2 {verb} --help`.")
     return RecipeWords(tuple(paths), tuple(options), accept)
 
 

@@ -115,6 +115,16 @@ def _schedule(schedule: ScheduleSection, epochs: float) -> Iterator[Problem]:
         yield "schedule.warmup_steps", f"schedule.warmup_steps ({schedule.warmup_steps}) must not exceed schedule.total_steps ({total})."
     elif total and schedule.decay_steps > total:
         yield "schedule.decay_steps", f"schedule.decay_steps ({schedule.decay_steps}) must not exceed schedule.total_steps ({total})."
+    elif schedule.decay_from_step >= 0 and not schedule.decay_steps:
+        yield "schedule.decay_from_step", "schedule.decay_from_step needs schedule.decay_steps, the length of the decay."
+    elif total and schedule.decay_from_step + schedule.decay_steps > total:
+        yield (
+            "schedule.decay_from_step",
+            (
+                f"the decay would end at step {schedule.decay_from_step + schedule.decay_steps}, after schedule.total_steps ({total}); "
+                "set total_steps to the end of the decay."
+            ),
+        )
     elif total and schedule.decay_from_step < 0 and schedule.warmup_steps + schedule.decay_steps > total:
         yield "schedule.decay_steps", f"warm-up and decay together must not exceed schedule.total_steps ({total}); shorten one of them."
 

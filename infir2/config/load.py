@@ -96,8 +96,9 @@ class _Layers:
 
     def set_text(self, key: str, text: str, origin: str) -> None:
         """One value that arrives as text, from an option or the environment."""
-        kind = lookup(self.recipe_class, key)
-        value: Any = _parse_text(kind, text)
+        if text != text.encode("utf-8", "ignore").decode():
+            raise ConfigError(f"{_place(origin, key)}: the value is not valid UTF-8, and a recipe is text; rename what it names.")
+        value: Any = _parse_text(lookup(self.recipe_class, key), text)
         for name in reversed(key.split(".")):
             value = {name: value}
         self.merge(value, origin, key)
@@ -142,9 +143,9 @@ def load(
             raise ConfigError(f"option {option}: write it as --{key}=VALUE.")
         layers.set_text(key, text, "option")
     recipe = _validate(recipe_class, layers, _main_place(paths))
-    provenance = {key: _origin(layers.origins, key) for key in flatten(recipe)}
+    provenance = {key: layers.origins.get(key, "default") for key in flatten(recipe)}
     for key, sentence in problems(recipe, verb):
-        origin = _origin(layers.origins, key)
+        origin = layers.origins.get(key, "default")
         place = _main_place(paths) if origin == "default" else _place(origin, key)
         raise ConfigError(f"{place}: {sentence}")
     return Loaded(recipe, provenance, notes)
@@ -247,11 +248,6 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _origin(origins: Mapping[str, str], key: str) -> str:
-    """Where a key's value came from; a list that was given empty counts for the list."""
-    return origins.get(key, "default")
 
 
 def _place(origin: str, key: str = "") -> str:

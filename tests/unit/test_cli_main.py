@@ -110,7 +110,7 @@ def test_an_internal_error_has_its_traceback(recipe: str, replace: Callable[...,
     [
         (["sfft"], "sfft is not a verb; did you mean sft?"),
         (["--colour"], "--colour is not a verb; `infir2 --help` lists the verbs."),
-        (["sft"], "infir2 sft needs a recipe, such as `infir2 sft recipes/demo/sft.toml`; see `infir2 sft --help`."),
+        (["sft"], "infir2 sft needs a recipe, such as one in recipes/demo; see `infir2 sft --help`."),
         (
             ["sft", "x.toml", "--verbose"],
             "--verbose is not an option of infir2 sft; options are --section.key=value, see `infir2 sft --help`.",
