@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from infir2.config.schema import DataSection, Fp8Section, SourceSection
 from infir2.data import Batch, load_tokenizer, validation_batches
 from infir2.model import Decoder
-from infir2.numerics import convert_to_fp8
+from infir2.numerics import convert_to_fp8, token_logprobs
 from infir2.rollout.native import NativeEngine
 from infir2.rollout.types import Request, SamplingParams
 from infir2.train.losses import TokenScores, next_token_loss
@@ -77,8 +79,6 @@ def mean_loss(model: Decoder, batches: list[Batch]) -> float:
     for batch in batches:
         rows = batch.loss_mask.nonzero().squeeze(1)
         hidden = model.hidden_states(batch.token_ids, batch.positions, batch.cu_seqlens)[rows]
-        from infir2.numerics import token_logprobs
-
         logprobs, _ = token_logprobs(hidden, model.head_weight, batch.labels[rows], chunk_tokens=512)
         total += float(next_token_loss(TokenScores(logprobs))[0])
     return total / sum(batch.num_trained_tokens for batch in batches)
@@ -122,7 +122,7 @@ def emulated_loss(model_dir: Path, batches: list[Batch], activations: bool) -> t
         total, count = 0.0, 0
         for batch in batches:
             bounds = batch.cu_seqlens.tolist()
-            for start, end in zip(bounds, bounds[1:], strict=False):
+            for start, end in pairwise(bounds):
                 ids = batch.token_ids[start:end][None]
                 with torch.no_grad():
                     logits = model(ids).logits[0, :-1].double()
@@ -139,11 +139,11 @@ def emulated_loss(model_dir: Path, batches: list[Batch], activations: bool) -> t
     return plain, loss()
 
 
-def perplexity(model_dir: Path, data: Path, result: Result, num_batches: int) -> None:
+def perplexity(model_dir: Path, data: Path, result: Result, num_batches: int, pages: Sequence[str] = PAGES) -> None:
     """FP8 against BF16 on pages of several kinds, and against an emulation on transformers' model."""
     tokenizer = load_tokenizer(model_dir)
     batches = []
-    for page in PAGES:
+    for page in pages:
         sources = (SourceSection(path=str(data / "corpus" / f"{page}.jsonl.gz")),)
         section = DataSection(validation_sources=sources, sequence_tokens=1024, micro_batch_tokens=1024)
         batches += validation_batches(section, "documents", tokenizer, num_batches)
@@ -156,17 +156,15 @@ def perplexity(model_dir: Path, data: Path, result: Result, num_batches: int) ->
             "FP8 fp32": Fp8Section(scale_format="fp32"),
         }.items():
             losses[name] = mean_loss(convert_to_fp8(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), section), batches)
-    result.say(
-        f"\nPerplexity over {tokens:,} tokens of {', '.join(PAGES)}:\n\n| weights and activations | perplexity | against BF16 |\n|---|---|---|"
-    )
+    result.say(f"\nPerplexity over {tokens:,} tokens of {', '.join(pages)}:\n")
+    result.say("| weights and activations | perplexity | against BF16 |\n|---|---|---|")
     rises = {name: 100 * math.expm1(loss - losses["BF16"]) for name, loss in losses.items()}
     for name, loss in losses.items():
         result.say(f"| {name} | {math.exp(loss):.3f} | {rises[name]:+.2f} % |")
     plain, emulated = emulated_loss(model_dir, batches, activations=True)
     rise = 100 * math.expm1(emulated - plain)
-    result.say(
-        f"| transformers BF16 | {math.exp(plain):.3f} | |\n| transformers, FP8 pow2 emulated independently | {math.exp(emulated):.3f} | {rise:+.2f} % |\n"
-    )
+    result.say(f"| transformers BF16 | {math.exp(plain):.3f} | |")
+    result.say(f"| transformers, FP8 pow2 emulated independently | {math.exp(emulated):.3f} | {rise:+.2f} % |\n")
     result.check(rises["FP8 pow2"] <= 4.0, "pow2 perplexity within 4 % of BF16's")
     result.check(rises["FP8 fp32"] <= 4.0, "fp32 perplexity within 4 % of BF16's")
     result.check(
@@ -178,19 +176,12 @@ def train(verb: str, model_dir: Path, data: Path, work: Path, result: Result, st
     """Through the command, as a user would; the validation loss must fall."""
     run = work / verb
     if verb == "cpt":
-        sources = {"sources.0": "corpus/openstax_ccby.jsonl.gz", "validation_sources.0": "corpus/python_docs.jsonl.gz"}
-        sources["validation_sources.0"] = "corpus/openlogic.jsonl.gz"
-        extra = [f"--data.sources.1.path={data / 'corpus' / 'openlogic.jsonl.gz'}"]
+        # validated on another book of logic than the one trained on, so that the fall is not memory
+        sources = {"sources.0": "corpus/openlogic.jsonl.gz", "validation_sources.0": "corpus/hott_book.jsonl.gz"}
     else:
         sources = {"sources.0": "train/gsm8k_train.jsonl.gz", "validation_sources.0": "eval/gsm8k_test.jsonl.gz"}
-        extra = []
     words = [f"--data.{name}.path={data / path}" for name, path in sources.items()]
-    words += extra + [
-        f"--model.path={model_dir}",
-        f"--run.dir={run}",
-        f"--schedule.total_steps={steps}",
-        f"--checkpoint.save_every={steps}",
-    ]
+    words += [f"--model.path={model_dir}", f"--run.dir={run}", f"--schedule.total_steps={steps}"]
     start = time.monotonic()
     subprocess.run([sys.executable, "-m", "infir2", verb, str(RECIPES / f"{verb}.toml"), *words], check=True)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -6,7 +6,17 @@ from infir2.checkpoint.export import export_fp8, export_hf, import_fp8
 from infir2.checkpoint.store import Checkpoint, Store, open_checkpoint
 from infir2.checkpoint.verify import verify_weights
 
-__all__ = ["Checkpoint", "Store", "export_fp8", "export_hf", "import_fp8", "import_megatron", "open_checkpoint", "verify_weights"]
+__all__ = [
+    "Checkpoint",
+    "Store",
+    "export_fp8",
+    "export_hf",
+    "import_fp8",
+    "import_hf",
+    "import_megatron",
+    "open_checkpoint",
+    "verify_weights",
+]
 
 
 def import_megatron(src: str | Path, out: str | Path, like: str | Path | None = None) -> None:
@@ -14,3 +24,10 @@ def import_megatron(src: str | Path, out: str | Path, like: str | Path | None = 
     from infir2.checkpoint import megatron  # torch.distributed.checkpoint takes 0.6 s to import
 
     megatron.import_megatron(src, out, like)
+
+
+def import_hf(src: str | Path, out: str | Path) -> None:
+    """Write what transformers can load as a Hugging Face directory; see `infir2.checkpoint.hf_import`."""
+    from infir2.checkpoint import hf_import  # transformers' model classes take seconds to import
+
+    hf_import.import_hf(src, out)

@@ -27,11 +27,13 @@ def export(arguments: Sequence[str]) -> None:
 
 
 def import_(arguments: Sequence[str]) -> None:
-    """infir2 import fp8|megatron SRC --to DIR"""
+    """infir2 import hf|fp8|megatron SRC --to DIR"""
     parser = Parser(prog="infir2 import", description="Writes weights of another format as a BF16 Hugging Face directory.")
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="fp8|megatron", parser_class=Parser)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="hf|fp8|megatron", parser_class=Parser)
     fp8 = kinds.add_parser("fp8", help="a block-wise FP8 Hugging Face directory")
     fp8.add_argument("source", type=Path, metavar="SRC", help="Hugging Face directory with weight_scale_inv tensors")
+    hf = kinds.add_parser("hf", help="what transformers can load: a .gguf file, or a model directory")
+    hf.add_argument("source", type=Path, metavar="SRC", help="model directory or .gguf file")
     megatron = kinds.add_parser("megatron", help="a Megatron-core distributed checkpoint")
     megatron.add_argument(
         "source", type=Path, metavar="SRC", help="checkpoint directory (with metadata.json), or the run's with its tracker"
@@ -39,12 +41,14 @@ def import_(arguments: Sequence[str]) -> None:
     megatron.add_argument(
         "--like", type=Path, metavar="HF_DIR", help="Hugging Face directory of the same model, for tokenizer and settings"
     )
-    for kind in (fp8, megatron):
+    for kind in (hf, fp8, megatron):
         kind.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory to write; it must not exist")
     words = parser.parse_args(arguments)
-    from infir2.checkpoint import import_fp8, import_megatron
+    from infir2.checkpoint import import_fp8, import_hf, import_megatron
 
-    if words.kind == "fp8":
+    if words.kind == "hf":
+        import_hf(words.source, words.to)
+    elif words.kind == "fp8":
         import_fp8(words.source, words.to)
     else:
         import_megatron(words.source, words.to, words.like)
@@ -61,7 +65,7 @@ def verify_weights(arguments: Sequence[str]) -> None:
     words = parser.parse_args(arguments)
     from infir2.checkpoint import verify_weights as verify
 
-    verify(words.run, words.hf_dir)
+    print(f"{verify(words.run, words.hf_dir)} tensors of {words.hf_dir} hold the bytes of {words.run}.")
 
 
 def report(arguments: Sequence[str]) -> None:

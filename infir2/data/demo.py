@@ -1,6 +1,6 @@
 """A small world of arithmetic that a model of 0.8 M parameters learns in minutes: `infir2 demo` trains the whole recipe on it.
 
-A problem is a start value 1-20 and 2-4 steps of plus or minus 1-9 whose partial results stay in 0-99, asked as a
+A problem is a start value 1-20 and 2-4 steps of plus or minus 1-6 whose partial results stay in 0-49, asked as a
 formula ("What is 7+5-3?") or as a story ("Tom has 7 apples. Tom finds 5 more. ..."). A good answer thinks first:
 
     <think>7+5=12;12-3=9</think>\\boxed{9}
@@ -22,7 +22,7 @@ from infir2.data.demo_tokenizer import build_vocabulary, pre_tokens, write_token
 from infir2.errors import OutputExistsError
 
 DIFFICULTIES = (2, 3, 4)
-LARGEST_START, LARGEST_STEP, LARGEST_VALUE = 20, 9, 99
+LARGEST_START, LARGEST_STEP, LARGEST_VALUE = 20, 6, 49
 HELD_OUT_ONE_IN = 16
 
 NAMES = ("Anna", "Ben", "Lisa", "Mia", "Sam", "Tom")
@@ -36,13 +36,13 @@ FORMULA_QUESTIONS = ("What is {}?", "Compute {}.", "{}=?")
 class DemoWorld:
     """Sizes and proportions. Shares of difficulties are for 2, 3 and 4 steps."""
 
-    cpt_tokens: int = 2_560_000  # 2,500 steps of 1,024 tokens
-    cpt_shares: tuple[float, float, float] = (0.6, 0.2, 0.2)  # solved problems, single facts, told stories
+    cpt_tokens: int = 1_228_800  # 1,200 steps of 1,024 tokens
+    cpt_shares: tuple[float, float, float] = (0.7, 0.2, 0.1)  # solved problems, single facts, told stories
     cpt_difficulty: tuple[float, float, float] = (0.3, 0.35, 0.35)
     validation_documents: int = 256
     sft_rows: int = 4096
     sft_difficulty: tuple[tuple[float, float, float], ...] = ((0.5, 0.35, 0.15), (0.25, 0.35, 0.4))
-    sft_empty_thoughts: tuple[float, ...] = (0.4, 0.6)
+    sft_empty_thoughts: tuple[float, ...] = (0.8, 0.5)
     rl_rows: tuple[int, ...] = (1536, 3072)
     rl_difficulty: tuple[tuple[float, float, float], ...] = ((0.4, 0.35, 0.25), (0.25, 0.35, 0.4))
     held_out_rows: int = 360
@@ -91,7 +91,7 @@ def contains_held_out(chain: Chain) -> bool:
 
 
 def random_chain(random_source: random.Random, num_steps: int) -> Chain:
-    """A chain with all partial results in 0-99; plus and minus are equally likely."""
+    """A chain with all partial results in 0-49; plus and minus are equally likely."""
     while True:
         steps = tuple(random_source.choice((-1, 1)) * random_source.randint(1, LARGEST_STEP) for _ in range(num_steps))
         chain = Chain(random_source.randint(1, LARGEST_START), steps)
@@ -138,7 +138,7 @@ def question(random_source: random.Random, chain: Chain) -> str:
 
 
 def random_fact(random_source: random.Random) -> tuple[int, int]:
-    """A value 0-99 and one step from it that stays in the range."""
+    """A value 0-49 and one step from it that stays in the range."""
     while True:
         before = random_source.randint(0, LARGEST_VALUE)
         step = random_source.choice((-1, 1)) * random_source.randint(1, LARGEST_STEP)

@@ -67,7 +67,9 @@ def build_model(model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_siz
 
 def decoder_of_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Decoder:
     """The masters of a checkpoint in a plain decoder on the CPU."""
-    decoder = Decoder(ModelConfig.from_hf(checkpoint.state["model_config"]), compute_dtype=dtype)
+    with torch.device("meta"):  # no time for an initialisation that is overwritten
+        decoder = Decoder(ModelConfig.from_hf(checkpoint.state["model_config"]), compute_dtype=dtype)
+    decoder.to_empty(device="cpu")
     load_parameters(decoder, checkpoint.tensors())
     return decoder
 
