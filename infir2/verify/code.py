@@ -48,6 +48,9 @@ def run_code(program: str, tests: Sequence[dict[str, Any]], limits: Limits | Non
     """
     if not tests:
         raise ValueError("run_code needs at least one test: a program without tests has no verdict")
+    for place, test in enumerate(tests):
+        if not any(kind <= test.keys() for kind in ({"input", "output"}, {"fn_name", "args", "expected"}, {"code"})):
+            raise ValueError(f"test {place} needs input and output, or fn_name, args and expected, or code; it has {sorted(test)}")
     limits = limits or Limits()
     began = time.monotonic()
     with _places:
@@ -87,7 +90,7 @@ class _Run:
 
     def _input(self, test: dict[str, Any]) -> tuple[Reason, str]:
         expected = str(test["output"])
-        with Cell(self.limits, stdin=str(test["input"]).encode()) as cell:
+        with Cell(self.limits, stdin=str(test["input"]).encode(errors="replace")) as cell:
             deadline = self._deadline()
             cell.send({"mode": "script", "program": self.program})
             output, code, stopped = cell.output(deadline, max(self.limits.output_bytes, 2 * len(expected.encode())))

@@ -97,7 +97,7 @@ class Cell:
             raise JailError("programs can be checked on Linux only: its namespaces are the jail")
         if limits.level == "process":
             _warn_of_process_level()
-        self.limits, self.received = limits, b""
+        self.limits, self.received = limits, bytearray()
         try:
             with ExitStack() as mine, ExitStack() as inside:
                 self._start(mine, inside, stdin, peer)
@@ -160,8 +160,10 @@ class Cell:
 
     def receive(self, deadline: float, max_bytes: int = jail.MAX_LINE_BYTES) -> dict[str, Any] | None:
         """The next message, {} when the deadline (monotonic seconds) passed, None when the jail ended or sent no message."""
-        while b"\n" not in self.received:
-            self.control.settimeout(max(deadline - time.monotonic(), 1e-6))
+        complete = b"\n" in self.received
+        while not complete:
+            left = deadline - time.monotonic()
+            self.control.settimeout(max(left, 1e-6))
             try:
                 chunk = self.control.recv(1 << 16)
             except TimeoutError:
@@ -171,6 +173,9 @@ class Cell:
             self.received += chunk
             if not chunk or len(self.received) > max_bytes:
                 return None
+            complete = b"\n" in chunk
+            if left < 0 and not complete:  # a trickle of bytes is no way around the clock
+                return {}
         line, _, self.received = self.received.partition(b"\n")
         try:
             message = json.loads(line)
@@ -181,15 +186,16 @@ class Cell:
     def output(self, deadline: float, max_bytes: int) -> tuple[bytes, int | None, str]:
         """Standard output until the program ends: (bytes, exit code, ""), or (bytes so far, None, "timeout" | "output")."""
         assert self.process.stdout is not None
-        source, collected = self.process.stdout.fileno(), b""
+        source, collected = self.process.stdout.fileno(), bytearray()
         os.set_blocking(source, False)
         poll = select.poll()
         poll.register(source, select.POLLIN)
         poll.register(self.status, select.POLLIN)
         while True:
-            events = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-            if not events:
-                return collected, None, "timeout"
+            left = deadline - time.monotonic()
+            events = dict(poll.poll(max(0.0, left) * 1000))
+            if not events or left < 0:
+                return bytes(collected), None, "timeout"
             try:
                 chunk = os.read(source, max_bytes + 1)
                 ended = not chunk
@@ -197,11 +203,11 @@ class Cell:
                 chunk, ended = b"", False
             collected += chunk
             if len(collected) > max_bytes:
-                return collected, None, "output"
+                return bytes(collected), None, "output"
             if ended and source in events:
                 poll.unregister(source)
             if self.status in events and not chunk:
-                return collected, self.exit_code(), ""
+                return bytes(collected), self.exit_code(), ""
 
     def exit_code(self) -> int:
         """Exit code of the ended program, negative for a signal. JailBrokenError when its watcher died."""

