@@ -12,12 +12,12 @@ SAMPLES_PER_RUN, SAMPLE_CHARACTERS, RECIPE_CHARACTERS = 8, 6_000, 30_000
 
 
 def pick_samples(samples: Sequence[SampleResponse], count: int) -> list[SampleResponse]:
-    """A quarter from the first step, the others from the last; rewarded and unrewarded responses and prompts take turns."""
+    """A quarter from the first step, the others from the last ones; rewarded and unrewarded responses and prompts take turns."""
     steps = sorted({sample.step for sample in samples})
     first = [sample for sample in samples if sample.step == steps[0]] if len(steps) > 1 else []
     last = [sample for sample in samples if sample not in first]
     early = _varied(first, count // 4)
-    return early + _varied(sorted(last, key=lambda sample: sample.step)[-4 * count :], count - len(early))
+    return early + _varied(sorted(last, key=lambda sample: -sample.step)[: 2 * count], count - len(early))
 
 
 def _varied(samples: Sequence[SampleResponse], count: int) -> list[SampleResponse]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from infir2.report.text import compact, html_table, percent
 
-LEFT, TOP, BOTTOM, LABEL_GAP, CHARACTER = 46, 10, 34, 13, 6.3
+LEFT, TOP, BOTTOM, LABEL_GAP, CHARACTER = 46, 10, 34, 13, 7.0
 TABLE_ROWS = 12
 MARKED_POINTS = 30  # a line with at most so many points shows each as a dot
 
@@ -102,7 +102,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten; with 2 and 5 times them when the range is short."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if math.log10(high / low) < 2 else (1,)
-    every = max(1, math.ceil((last - first) / 6))
+    every = max(1, math.ceil((last - first) / 7))
     ticks = [factor * 10.0**power for power in range(first, last + 1, every) for factor in factors]
     return [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
 
@@ -142,7 +142,7 @@ def _y_axis(chart: Chart, top: float, bottom: float) -> tuple[Axis, list[float]]
     if chart.from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
     if high - low < 1e-9 * max(abs(high), abs(low), 1e-12):
-        low, high = low - (abs(low) * 0.1 or 0.5) * (not chart.from_zero or low < 0), high + (abs(high) * 0.1 or 0.5)
+        low, high = low - 0.1 * abs(low), high + (0.1 * abs(high) or 1.0)
     step = nice_step(high - low, 5)
     low, high = math.floor(low / step + 1e-6) * step, math.ceil(high / step - 1e-6) * step
     return Axis(low, high, bottom, top), [low + index * step for index in range(round((high - low) / step) + 1)]
@@ -183,7 +183,7 @@ def _path(series: Series, x_axis: Axis, y_axis: Axis, points: int) -> str:
         f'<path class="{series.style} c{series.color}" d="{"".join(parts)}" data-label="{escape(series.label)}" '
         f'data-x="{steps}" data-y="{" ".join(f"{value:.4g}" for value in y[good])}"/>'
     )
-    if series.style == "line" and len(x) <= MARKED_POINTS:
+    if series.style in ("line", "dashed") and len(x) <= MARKED_POINTS:
         svg += f'<path class="small points c{series.color}" d="{"".join(f"M{px[i]:.1f} {py[i]:.1f}h0" for i in np.flatnonzero(good))}"/>'
     if series.half_width is not None and len(x) == len(series.x):
         ends = [y_axis.place(np.clip(y + sign * series.half_width, y_axis.low, y_axis.high)) for sign in (-1, 1)]
@@ -286,7 +286,7 @@ class IntervalRow:
 
 def interval_svg(rows: Sequence[IntervalRow], title: str, other: str, width: int) -> str:
     """Rows of points with intervals on one axis from 0 to 100 %."""
-    left, pitch = 12 + CHARACTER * 1.15 * max(len(row.label) for row in rows), 36
+    left, pitch = 18 + CHARACTER * max(len(row.label) for row in rows), 36
     bottom, axis = TOP + pitch * len(rows), Axis(0.0, 1.0, left, width - 26.0)
     parts = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
@@ -296,7 +296,7 @@ def interval_svg(rows: Sequence[IntervalRow], title: str, other: str, width: int
         )
     for index, row in enumerate(rows):
         y, x = TOP + pitch * (index + 0.6), axis.at(row.value)
-        parts.append(f'<text class="end name" x="{left - 10:.1f}" y="{y + 4:.1f}">{escape(row.label)}</text>')
+        parts.append(f'<text class="end name" x="{left - 16:.1f}" y="{y + 4:.1f}">{escape(row.label)}</text>')
         if math.isfinite(row.other):
             tip = f"<title>{escape(f'{row.label}: {other} {percent(row.other)}')}</title>"
             parts.append(f'<circle class="hollow c0" cx="{axis.at(row.other):.1f}" cy="{y:.1f}" r="4.5">{tip}</circle>')

@@ -9,7 +9,7 @@ import numpy as np
 
 from infir2.report.chart import Chart, Series, figure, smooth
 from infir2.report.read import Run, Table
-from infir2.report.text import compact, counted, percent
+from infir2.report.text import counted, percent
 
 FP8, BF16, VALIDATION = 0, 1, 2  # colours
 
@@ -66,9 +66,9 @@ def final_difference(fp8: Run, bf16: Run) -> Difference | None:
     return None
 
 
-def curve(table: Table, column: str, label: str, color: int = 0, raw: bool = True, twin: bool = False) -> list[Series]:
+def curve(table: Table, column: str, label: str, color: int = 0, raw: bool = True, dashed: bool = False) -> list[Series]:
     """The smoothed column over the single steps; only these when not `raw` or when the run is too short to smooth."""
-    style: Literal["line", "dashed"] = "dashed" if twin else "line"
+    style: Literal["line", "dashed"] = "dashed" if dashed else "line"
     x, y, width = table.steps, table[column], window(table)
     if not raw or width < 3:
         return [Series(label, x, y, color, style)]
@@ -77,7 +77,7 @@ def curve(table: Table, column: str, label: str, color: int = 0, raw: bool = Tru
 
 def _loss_series(run: Run, twin: Run | None) -> tuple[Series, ...]:
     names = ("FP8", "BF16") if twin else ("training", "")
-    series = curve(run.train, "loss", names[0], FP8) + (curve(twin.train, "loss", names[1], BF16, twin=True) if twin else [])
+    series = curve(run.train, "loss", names[0], FP8) + (curve(twin.train, "loss", names[1], BF16, dashed=True) if twin else [])
     points = [(twin, "BF16 validation", BF16), (run, "FP8 validation", FP8)] if twin else [(run, "validation", VALIDATION)]
     for source, label, color in points:
         if source and source.validation.has("validation_loss"):
@@ -94,7 +94,7 @@ def precision_section(fp8: Run, bf16: Run, points: int) -> str:
     html, width = f"<h3>{escape(fp8.name)}</h3>", window(fp8.train)
     final = final_difference(fp8, bf16)
     if final:
-        values = f"{final.what} {compact(final.fp8)} in FP8, {compact(final.bf16)} in BF16"
+        values = f"{final.what} {final.fp8:.4f} in FP8, {final.bf16:.4f} in BF16"
         html += f'<p class="facts">At step {final.step}: {values}, <b>{final.text}</b>.</p>'
     note = f"Lines are means over {width} steps, faint lines the single steps." if width > 1 else ""
     loss = Chart(f"Loss of {fp8.name} and {bf16.name}", _loss_series(fp8, bf16), "nats per token", marks=_marks(fp8), note=note)
@@ -110,16 +110,17 @@ def precision_section(fp8: Run, bf16: Run, points: int) -> str:
 
 
 def run_charts(run: Run, twin: Run | None, points: int) -> str:
-    """Every chart that the run has data for; a BF16 twin's curves are drawn beside the run's own."""
+    """Every chart that the run has data for; a BF16 twin's curves are drawn beside the run's own, their losses elsewhere."""
     loss = Chart("Loss", _loss_series(run, None), "policy loss" if run.is_rl else "nats per token", marks=_marks(run))
     rate = Chart("Learning rate", tuple(curve(run.train, "learning_rate", "learning rate", raw=False)), from_zero=True)
-    charts = [*_rl_charts(run), loss, rate] if run.is_rl else [loss, rate]
+    charts = [*_rl_charts(run), loss, rate] if run.is_rl else [rate]
     for column, title, unit in (("gradient_norm", "Gradient norm", "before clipping"), ("tokens_per_second", "Throughput", "tokens/s")):
         series = curve(run.train, column, "FP8" if twin else title.lower(), FP8)
-        series += curve(twin.train, column, "BF16", BF16, twin=True) if twin else []
+        series += curve(twin.train, column, "BF16", BF16, dashed=True) if twin else []
         speed = column == "tokens_per_second"
         charts.append(Chart(title, tuple(series), unit, "linear" if speed else "auto", from_zero=speed))
-    return "".join(figure(chart, points) for chart in charts if chart.drawable)
+    first = figure(loss, 2 * points, wide_height=250) if loss.drawable and not run.is_rl and not twin else ""
+    return f'{first}<div class="grid-3">{"".join(figure(chart, points) for chart in charts if chart.drawable)}</div>'
 
 
 def _rl_charts(run: Run) -> list[Chart]:
@@ -127,7 +128,9 @@ def _rl_charts(run: Run) -> list[Chart]:
 
     def lines(*columns: tuple[str, str], raw: bool = True) -> tuple[Series, ...]:
         present = [(column, label) for column, label in columns if table.has(column)]
-        return tuple(series for color, (column, label) in enumerate(present) for series in curve(table, column, label, color, raw))
+        return tuple(
+            series for color, (column, label) in enumerate(present) for series in curve(table, column, label, color, raw, dashed=color == 1)
+        )
 
     steps, average, half, passed = np.array([(e.step, e.avg_at_k, e.interval, e.pass_at_k) for e in run.evaluations]).reshape(-1, 4).T
     return [

@@ -161,13 +161,13 @@ def _run(run: Run, twin: Run | None, points: int) -> str:
     num_skipped = int(np.nansum(run.train["skipped"]))
     facts += [f"{counted(num_skipped, 'step')} skipped"] if num_skipped else []
     head = f'<h3>{escape(run.name)}</h3><p class="facts">{escape(" · ".join(facts))}</p>'
-    return f'{head}<div class="grid-3">{run_charts(run, twin, points)}</div>{_events(run)}'
+    return head + run_charts(run, twin, points) + _events(run)
 
 
 def _events(run: Run) -> str:
     events = run.events[-EVENTS_SHOWN:]
     if not events:
-        return '<p class="note">No events.</p>'
+        return ""
     rows = [[escape(str(event.get(name, "–"))[:400]) for name in ("step", "event", "detail")] for event in events]
     summary = counted(len(run.events), "event") + (f", the last {len(events)}" if len(events) < len(run.events) else "")
     return f"<details><summary>{summary}</summary>{html_table(('step', 'event', 'detail'), rows, text_columns=3)}</details>"

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 
 def compact(value: float) -> str:
-    """Four digits at most: 1.234, 1,234, 12.34 k, 160 B, 2e−5; a dash for NaN."""
+    """Four digits at most, three below 1: 0.123, 1.234, 1,234, 12.34 k, 160 B, 2e−5; a dash for NaN."""
     if not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -17,7 +17,7 @@ def compact(value: float) -> str:
     if 0 < size < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return minus(f"{float(mantissa):g}e{int(exponent)}")
-    return minus(f"{value:.4g}")
+    return minus(f"{value:.4g}" if size >= 1 else f"{value:.3g}")
 
 
 def minus(text: str) -> str:

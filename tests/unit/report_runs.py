@@ -52,7 +52,7 @@ def describe(run_dir: Path, kind: str, base: str = "", fp8: bool = True, rate: f
 
 def write(run_dir: Path, rows: list[dict[str, Any]], name: str = "metrics.jsonl") -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    (run_dir / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def train_rows(steps: int, start: float, end: float, seed: int, rate: float = 1e-3, offset: float = 0.0) -> list[dict[str, Any]]:
@@ -64,11 +64,18 @@ def train_rows(steps: int, start: float, end: float, seed: int, rate: float = 1e
         loss = end + (start - end) * math.exp(-6 * done) + 0.04 * noise.normal() + 0.004 * own.normal() + offset
         skipped = step == steps // 3 and not offset
         seconds = 0.42 + 0.02 * own.random()
-        row = {"kind": "train", "step": step, "loss": None if skipped else loss, "learning_rate": rate * min(1, done * 20, (1.02 - done) * 5)}
+        row = {
+            "kind": "train",
+            "step": step,
+            "loss": None if skipped else loss,
+            "learning_rate": rate * min(1, done * 20, (1.02 - done) * 5),
+        }
         row |= {"gradient_norm": None if skipped else 0.7 + 0.2 * own.random() + 8 * math.exp(-80 * done), "trained_tokens": 4096}
         rows.append(row | {"tokens_per_second": 4096 / seconds, "seconds": seconds, "skipped": skipped})
         if skipped:
-            rows.append({"kind": "event", "step": step, "event": "non_finite", "detail": "loss nan, gradient norm inf; no parameter changed"})
+            rows.append(
+                {"kind": "event", "step": step, "event": "non_finite", "detail": "loss nan, gradient norm inf; no parameter changed"}
+            )
         if step % 25 == 0 or step == steps:
             rows.append({"kind": "validation", "step": step, "validation_loss": end + (start - end) * math.exp(-6 * done) + offset + 0.02})
     return rows
@@ -80,12 +87,32 @@ def rl_rows(steps: int, low: float, high: float, seed: int) -> list[dict[str, An
     for step in range(1, steps + 1):
         done = 1 - math.exp(-3 * step / steps)
         reward = low + (high - low) * done + 0.05 * noise.normal()
-        row = {"kind": "train", "step": step, "loss": 0.01 * noise.normal(), "learning_rate": 1e-5, "gradient_norm": 0.3 + 0.1 * noise.random()}
-        row |= {"trained_tokens": 9000, "tokens_per_second": 900 + 60 * noise.normal(), "seconds": 9.7, "skipped": False, "policy_version": step}
+        row = {
+            "kind": "train",
+            "step": step,
+            "loss": 0.01 * noise.normal(),
+            "learning_rate": 1e-5,
+            "gradient_norm": 0.3 + 0.1 * noise.random(),
+        }
+        row |= {
+            "trained_tokens": 9000,
+            "tokens_per_second": 900 + 60 * noise.normal(),
+            "seconds": 9.7,
+            "skipped": False,
+            "policy_version": step,
+        }
         row |= {"reward": reward, "response_tokens": 60 + 45 * done + 4 * noise.normal(), "truncated_fraction": max(0.0, 0.12 - 0.1 * done)}
-        row |= {"entropy": 0.9 - 0.5 * done + 0.02 * noise.normal(), "clip_fraction": 0.002 * noise.random(), "tis_capped_fraction": 0.0004 * noise.random()}
+        row |= {
+            "entropy": 0.9 - 0.5 * done + 0.02 * noise.normal(),
+            "clip_fraction": 0.002 * noise.random(),
+            "tis_capped_fraction": 0.0004 * noise.random(),
+        }
         row |= {"mismatch_kl": 10 ** (-5 + 0.2 * noise.normal()), "mismatch_mean": 10 ** (-2.6 + 0.1 * noise.normal())}
-        row |= {"mismatch_max": 10 ** (-0.5 + 0.2 * noise.normal()), "groups_sampled": 24 + int(noise.integers(9)), "groups_without_signal": int(8 + 10 * done)}
+        row |= {
+            "mismatch_max": 10 ** (-0.5 + 0.2 * noise.normal()),
+            "groups_sampled": 24 + int(noise.integers(9)),
+            "groups_without_signal": int(8 + 10 * done),
+        }
         rows.append(row)
         if step % 10 == 0:
             rows.append(evaluation(step, low + (high - low) * done, half=0.05, problems=64))
@@ -115,7 +142,9 @@ def demo_recipe(root: Path) -> Path:
     for index, (name, low, high) in enumerate((("rl1", 0.42, 0.66), ("rl2", 0.64, 0.78))):
         run_dir = describe(root / name, "rl", base, rate=1e-5)
         write(run_dir, rl_rows(60, low, high, 10 + index))
-        rows = [sample(step, float(row % 3 != 0), prompt=f"{QUESTION} ({row})", truncated=row == 4) for step in (1, 30, 60) for row in range(8)]
+        rows = [
+            sample(step, float(row % 3 != 0), prompt=f"{QUESTION} ({row})", truncated=row == 4) for step in (1, 30, 60) for row in range(8)
+        ]
         write(run_dir, rows, "samples.jsonl")
         base = str(run_dir)
     for name, accuracy in (("cpt", 0.031), ("sft1", 0.29), ("sft2", 0.43), ("rl1", 0.655), ("rl2", 0.782)):
