@@ -1,4 +1,5 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
+# mypy: disable-error-code="no-untyped-def"
 """Quantisers of a matrix in memory, as operators that eager mode and torch.compile both call without a graph break.
 
 Every operator takes `pow2` for the scale format and returns plain tensors; `infir2.numerics.kernels` wraps them. Bytes

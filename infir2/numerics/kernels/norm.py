@@ -1,4 +1,5 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
+# mypy: disable-error-code="no-untyped-def"
 """RMSNorm fused with the quantiser behind it, its backward, and the plain BF16 norm for layers that stay in BF16.
 
 Semantics, of which `infir2.numerics.rms_norm` is the reference (it sums in FP64, these in FP32):

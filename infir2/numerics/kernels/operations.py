@@ -44,7 +44,7 @@ def transpose(t: Fp8Tensor) -> Fp8Tensor:
         return Fp8Tensor(codes, t.scale.t().contiguous(), TILE_BLOCK, t.scale_format)
     if t.scale_format != "pow2":
         raise ValueError('1x128 codes with "fp32" scales cannot be transposed exactly; use quantize(x.T, (128, 128), "fp32")')
-    return Fp8Tensor(*matrix.transpose_rows(t.codes, t.scale), TILE_BLOCK, "pow2")
+    return _fp8(matrix.transpose_rows(t.codes, t.scale), TILE_BLOCK, "pow2")
 
 
 def quantize_gradient(grad: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp8Tensor]:
@@ -76,17 +76,17 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, scale_format: str =
 
 def rms_norm_transposed(x: Tensor, rstd: Tensor, weight: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
     """The second result of `quantize_input(rms_norm(x))`, made again from x [T, D] and rstd."""
-    return Fp8Tensor(*norm.rms_norm_transposed(x, rstd, weight, _is_pow2(scale_format)), TILE_BLOCK, scale_format)
+    return _fp8(norm.rms_norm_transposed(x, rstd, weight, _is_pow2(scale_format)), TILE_BLOCK, scale_format)
 
 
 def swiglu_quantize(gate: Tensor, up: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
     """`quantize(silu(gate) * up)`, both [T, F] BF16."""
-    return Fp8Tensor(*swiglu.swiglu_quantize(gate, up, _is_pow2(scale_format)), ROW_BLOCK, scale_format)
+    return _fp8(swiglu.swiglu_quantize(gate, up, _is_pow2(scale_format)), ROW_BLOCK, scale_format)
 
 
 def swiglu_transposed(gate: Tensor, up: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
     """The second result of `quantize_input(silu(gate) * up)`, made again from gate and up [T, F]."""
-    return Fp8Tensor(*swiglu.swiglu_transposed(gate, up, _is_pow2(scale_format)), TILE_BLOCK, scale_format)
+    return _fp8(swiglu.swiglu_transposed(gate, up, _is_pow2(scale_format)), TILE_BLOCK, scale_format)
 
 
 def swiglu_backward_quantize(grad: Tensor, gate: Tensor, up: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp8Tensor]:
@@ -99,6 +99,10 @@ def swiglu_backward_quantize(grad: Tensor, gate: Tensor, up: Tensor, scale_forma
         raise ValueError(f"a fused gate/up gradient needs F divisible by 128, got {grad.shape[1]}; quantise the halves of swiglu_backward")
     codes, scale, codes_t, scale_t = swiglu.swiglu_backward_quantize(grad, gate, up, _is_pow2(scale_format))
     return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), Fp8Tensor(codes_t, scale_t, ROW_BLOCK, scale_format)
+
+
+def _fp8(parts: tuple[Tensor, Tensor], block: tuple[int, int], scale_format: str) -> Fp8Tensor:
+    return Fp8Tensor(parts[0], parts[1], block, scale_format)
 
 
 def _is_pow2(scale_format: str, block: tuple[int, int] = ROW_BLOCK) -> bool:

@@ -1,4 +1,5 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
+# mypy: disable-error-code="no-untyped-def"
 """SwiGLU fused with the quantiser behind it, its backward fused with the gradient quantisers, and the plain BF16 pair.
 
 Semantics, of which `infir2.numerics.swiglu` is the reference (its forward is FP64, these are FP32):

@@ -1,4 +1,5 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
+# mypy: disable-error-code="no-untyped-def"
 """Device functions that read and write one tile: the memory layouts that all kernels share.
 
 Layouts. Codes are row-major. Scales of 1x128 blocks, [R, ceil(C / 128)], lie with strides (1, R), the layout of both

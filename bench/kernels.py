@@ -1,0 +1,349 @@
+"""FP8 kernels and GEMMs on one GPU: bits against the reference, then speed against the floor, in one command.
+
+    python bench/kernels.py --out kernels.json [--sections bits,quantisers,...]
+
+Floors. A quantiser moves bytes: per BF16 value it reads 2 and writes 1 per layout (`BYTES` has each kernel's count; scales
+add 4/128 per layout and are counted), so its floor is bytes / measured copy bandwidth, and its share of the copy bandwidth is
+the figure of merit (goal: 0.90 from 100 M elements on, 0.75 at 25 M). A GEMM does 2 M N K operations. For a layer's linears,
+forward and backward, the floor is the sum of the GEMMs alone at the best backend's rate. Times are medians of
+triton.testing.do_bench, which clears the L2 cache before each call; data is random.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.testing import do_bench
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import kernel_cases as cases
+from layer import MODELS, Layer
+
+from infir2.numerics import gemm_backends
+from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
+from infir2.numerics.kernels import matrix, norm, operations, swiglu
+from infir2.numerics.measure import relative_error
+
+FORMATS = ("pow2", "fp32")
+SIZES = {"25M": (6144, 4096), "100M": (24576, 4096), "150M": (36864, 4096)}
+SCALE = 4 / 128
+# Bytes per value of x (of y = silu(gate) * up for the last five), reads + writes.
+BYTES = {
+    "rows": 3 + SCALE,
+    "gradient": 4 + 2 * SCALE,
+    "input": 4 + SCALE,
+    "transpose": 2 + SCALE,
+    "weight, one way": 5,
+    "weight, both ways": 6,
+    "norm": 4,
+    "norm quantize": 3 + SCALE,
+    "norm transposed": 3,
+    "norm backward": 6,
+    "swiglu": 6,
+    "swiglu quantize": 5 + SCALE,
+    "swiglu transposed": 5,
+    "swiglu backward": 10,
+    "swiglu backward quantize": 10 + 4 * SCALE,
+}
+PLAIN = ("transpose", "norm", "norm backward", "swiglu", "swiglu backward")  # no scale format
+
+
+def milliseconds(call: Callable[[], Any], rep: int = 40) -> float:
+    """Median time of a call."""
+    return float(do_bench(call, warmup=10, rep=rep, return_mode="median"))
+
+
+def random(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Gaussian values on the GPU."""
+    return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16).to(dtype)
+
+
+def fp8(rows: int, columns: int, block: tuple[int, int]) -> Fp8Tensor:
+    """A random quantised matrix."""
+    return operations.quantize(random(rows, columns), block)
+
+
+def product(a: Fp8Tensor, b: Fp8Tensor, dtype: torch.dtype = torch.bfloat16, backend: str | None = None) -> Tensor:
+    """`gemm_nt` of two quantised matrices."""
+    return gemm_backends.gemm_nt(a.codes, a.scale, b.codes, b.scale, a.block, b.block, dtype, backend)
+
+
+def bits(results: dict[str, Any]) -> None:
+    """Every kernel against the reference on the CPU; prints what differs."""
+    wrong = 0
+    shapes = [(257, 576), (512, 1536), (8, 18944)]
+    for name, (kernel, reference) in [*cases.CONVERSIONS.items(), *cases.FUSED.items()]:
+        fused = name in cases.FUSED
+        count = 0
+        for shape in shapes if not fused else [(257, 640), (512, 1536)]:
+            for make in (cases.gaussian,) if fused else (cases.gaussian, cases.hostile):
+                x = make(*shape)
+                for scale_format in FORMATS:
+                    found = kernel(x.cuda(), scale_format)
+                    # The reference of a fused quantiser takes the BF16 result of the GPU's own producer.
+                    expected = reference(x.cuda() if fused else x, scale_format)
+                    count += sum(cases.mismatches(f, e) for f, e in zip(found, expected, strict=True))
+        results[name] = count
+        wrong += count
+    for columns in (576, 1536, 3584):
+        for name, (found, expected) in cases.producer_results(cases.gaussian(512, columns).cuda()).items():
+            results[f"{name} {columns}: error"] = relative_error(expected, found.cpu())
+            results[f"{name} {columns}: differing"] = (found.cpu() != expected).double().mean().item()
+    print(f"bits: {wrong} mismatches", {name: n for name, n in results.items() if isinstance(n, int) and n})
+    worst = max((v, k) for k, v in results.items() if k.endswith("error"))
+    print(f"producers against FP64: worst error {worst[0]:.2e} ({worst[1]})")
+
+
+def copy_bandwidth(results: dict[str, Any]) -> None:
+    """Device-to-device copy, bytes read + written; TB/s."""
+    for name, (rows, columns) in SIZES.items():
+        source = random(rows, columns)
+        target = torch.empty_like(source)
+        results[name] = 2 * source.nbytes / milliseconds(lambda t=target, s=source: t.copy_(s)) / 1e9
+    print("copy TB/s:", {name: round(value, 2) for name, value in results.items()})
+
+
+def calls(rows: int, columns: int, pow2: bool) -> dict[str, Callable[[], Any]]:
+    """Every kernel on random data of one size."""
+    x, other = random(rows, columns), random(rows, columns)
+    pair = random(rows, 2 * columns)
+    gate, up = pair[:, :columns], pair[:, columns:]
+    weight = torch.ones(columns, device="cuda")
+    master = random(rows, columns, torch.float32)
+    _, rstd = norm.rms_norm(x, weight, 1e-6)
+    codes, scale = matrix.quantize_rows(x, True)
+    return {
+        "rows": lambda: matrix.quantize_rows(x, pow2),
+        "gradient": lambda: matrix.quantize_rows_and_columns(x, pow2),
+        "input": lambda: matrix.quantize_rows_and_tiles(x, pow2),
+        "transpose": lambda: matrix.transpose_rows(codes, scale),
+        "weight, one way": lambda: matrix.quantize_tiles(master, pow2, True),
+        "weight, both ways": lambda: matrix.quantize_tiles_both_ways(master, pow2, True),
+        "norm": lambda: norm.rms_norm(x, weight, 1e-6),
+        "norm quantize": lambda: norm.rms_norm_quantize(x, weight, 1e-6, pow2),
+        "norm transposed": lambda: norm.rms_norm_transposed(x, rstd, weight, pow2),
+        "norm backward": lambda: norm.rms_norm_backward(other, x, rstd, weight),
+        "swiglu": lambda: swiglu.swiglu(gate, up),
+        "swiglu quantize": lambda: swiglu.swiglu_quantize(gate, up, pow2),
+        "swiglu transposed": lambda: swiglu.swiglu_transposed(gate, up, pow2),
+        "swiglu backward": lambda: swiglu.swiglu_backward(x, gate, up),
+        "swiglu backward quantize": lambda: swiglu.swiglu_backward_quantize(x, gate, up, pow2),
+    }
+
+
+def share(name: str, rows: int, columns: int, time_ms: float, copy: float) -> float:
+    """Bytes a kernel must move over the time it took, as a share of the copy bandwidth [TB/s]."""
+    return BYTES[name] * rows * columns / time_ms / 1e9 / copy
+
+
+def quantisers(results: dict[str, Any], copy: dict[str, float]) -> None:
+    """Share of the copy bandwidth of every kernel at three sizes, and at the models' widths for the norms."""
+    peak = max(copy.values())
+    for scale_format in FORMATS:
+        for size, (rows, columns) in SIZES.items():
+            for name, call in calls(rows, columns, scale_format == "pow2").items():
+                if scale_format == "pow2" or name not in PLAIN:
+                    results[f"{name} {scale_format} {size}"] = share(name, rows, columns, milliseconds(call), peak)
+            torch.cuda.empty_cache()
+    for rows, columns in ((16384, 1536), (8192, 3584)):
+        for name, call in calls(rows, columns, True).items():
+            results[f"{name} pow2 {rows}x{columns}"] = share(name, rows, columns, milliseconds(call), peak)
+    sizes = [*SIZES, "16384x1536", "8192x3584"]
+    print(f"share of copy bandwidth ({peak:.2f} TB/s); floor 1.00\n{'':32s}" + "".join(f"{size:>11s}" for size in sizes))
+    for name in BYTES:
+        for scale_format in FORMATS:
+            row = [results.get(f"{name} {scale_format} {size}") for size in sizes]
+            if any(row):
+                print(f"{name + ' ' + scale_format:32s}" + "".join(f"{'' if v is None else f'{v:.2f}':>11s}" for v in row))
+
+
+def gemms(results: dict[str, Any]) -> None:
+    """TFLOP/s of every GEMM of both models' layers, by backend."""
+    backends = ("bf16", "cublas", "deepgemm", "cublas 128x1", "cublas 1x1", "deepgemm 1x1")
+    print(f"GEMM TFLOP/s\n{'':44s}" + "".join(f"{name:>14s}" for name in backends))
+    for model, (tokens, linears) in MODELS.items():
+        for linear, (n, k) in linears.items():
+            for kind, (m_, n_, k_) in {"out": (tokens, n, k), "grad_x": (tokens, k, n), "grad_W": (n, k, tokens)}.items():
+                rates = {name: 2e-9 * m_ * n_ * k_ / t for name, t in gemm_times(m_, n_, k_, kind).items()}
+                results[f"{model} {linear} {kind}"] = rates
+                columns = "".join(f"{rates.get(name, 0):>14.0f}" for name in backends)
+                print(f"{model + ' ' + linear + ' ' + kind:24s} {f'{m_}x{n_}x{k_}':>19s}{columns}")
+        torch.cuda.empty_cache()
+
+
+def gemm_times(m: int, n: int, k: int, kind: str) -> dict[str, float]:
+    """Milliseconds by backend of one GEMM [m, k] x [n, k].T."""
+    out = torch.float32 if kind == "grad_W" else torch.bfloat16
+    x, w = random(m, k), random(n, k)
+    a, b = fp8(m, k, ROW_BLOCK), fp8(n, k, TILE_BLOCK)
+    if kind == "grad_W":  # BF16 reads both operands along the tokens, where they lie
+        x, w = random(k, m).t(), random(k, n).t()
+    times = {"bf16": milliseconds(lambda: x @ w.t()), "cublas": milliseconds(lambda: product(a, b, out, "cublas"))}
+    if "deepgemm" in gemm_backends.candidates(_operand(a), _operand(b), out):
+        times["deepgemm"] = milliseconds(lambda: product(a, b, out, "deepgemm"))
+    if kind == "grad_W":
+        rows_b, tiles_a = fp8(n, k, ROW_BLOCK), fp8(m, k, TILE_BLOCK)
+        times["cublas 1x1"] = milliseconds(lambda: product(a, rows_b, out, "cublas"))
+        times["cublas 128x1"] = milliseconds(lambda: product(tiles_a, rows_b, out, "cublas"))
+        if gemm_backends.deep_gemm() is not None:
+            times["deepgemm 1x1"] = milliseconds(lambda: product(a, rows_b, out, "deepgemm"))
+    return times
+
+
+def _operand(t: Fp8Tensor) -> gemm_backends.Operand:
+    return gemm_backends.Operand(t.codes, t.scale, t.block[0])
+
+
+def gemm_correctness(results: dict[str, Any]) -> None:
+    """Every backend against the emulation, on whole, padded and tail shapes."""
+    shapes = [(256, 512, 1024), (100, 200, 576), (33, 48, 72), (16, 8960, 1536), (128, 1536, 8960), (7, 5, 3), (2000, 576, 1536)]
+    pairs = [(ROW_BLOCK, TILE_BLOCK), (TILE_BLOCK, ROW_BLOCK), (ROW_BLOCK, ROW_BLOCK)]
+    worst = (0.0, "")
+    for m, n, k in shapes:
+        for a_block, b_block in pairs:
+            for dtype in (torch.bfloat16, torch.float32):
+                a, b = fp8(m, k, a_block), fp8(n, k, b_block)
+                expected = product(a, b, torch.float32, "emulation")
+                for backend in gemm_backends.candidates(_operand(a), _operand(b), dtype):
+                    name = f"{backend} {m}x{n}x{k} {a_block[0]}x{b_block[0]} {dtype}"
+                    try:
+                        results[name] = relative_error(expected, product(a, b, dtype, backend))
+                    except Exception as error:
+                        results[name] = f"{type(error).__name__}: {str(error)[:300]}"
+                        print(f"  {name}: {results[name][:160]}")
+                        continue
+                    worst = max(worst, (results[name], name)) if "bfloat16" not in name else worst
+    print(f"GEMMs against emulation: worst FP32 error {worst[0]:.2e} ({worst[1]})")
+
+
+def layers(results: dict[str, Any]) -> None:
+    """All linears of one decoder layer, forward + backward: ratio of BF16's time to ours."""
+    for model, (tokens, linears) in MODELS.items():
+        layer = Layer(tokens, linears)
+        times = {name: milliseconds(call, rep=200) for name, call in layer.variants().items()}
+        times["weights quantised"] = milliseconds(layer.quantize_weights)
+        plain, fused = times["bf16 linears"], times["fp8 fused"] - (times["bf16 with producers"] - times["bf16 linears"])
+        ratios = {
+            "quantisers apart": plain / times["fp8 linears"],
+            "fused producers": plain / fused,
+            "GEMMs alone (floor)": plain / times["fp8 GEMMs alone"],
+            "forward alone": times["bf16 forward"] / times["fp8 forward"],
+            "layer without attention": times["bf16 with producers"] / times["fp8 fused"],
+        }
+        results[model] = {"milliseconds": times, "ratios": ratios}
+        print(f"{model}, {tokens} tokens, ms:", {k: round(v, 3) for k, v in times.items()})
+        print(f"{model}: BF16 / FP8:", {k: round(v, 3) for k, v in ratios.items()})
+        del layer
+        torch.cuda.empty_cache()
+
+
+def host(results: dict[str, Any]) -> None:
+    """Host time per call of an operator, microseconds (hidden while the GPU has more to do than that)."""
+    x = random(128, 128)
+    a, b = fp8(128, 128, ROW_BLOCK), fp8(128, 128, TILE_BLOCK)
+    for name, call in {"rows": lambda: matrix.quantize_rows(x, True), "gemm": lambda: product(a, b), "bf16 mm": lambda: x @ x}.items():
+        times = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(100):
+                call()
+            times.append((time.perf_counter() - start) * 1e4)
+        results[name] = statistics.median(times)
+    print("host microseconds per call:", {k: round(v, 1) for k, v in results.items()})
+
+
+TUNED = {
+    "rows": (matrix.ROWS_CONFIG, [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 2), (16, 4), (32, 4), (64, 4), (64, 8), (128, 8))]),
+    "gradient": (matrix.TILE_CONFIG, [{"num_warps": 4}, {"num_warps": 8}, {"num_warps": 8, "maxnreg": 128}, {"num_warps": 16}]),
+    "input": (matrix.TILE_CONFIG, [{"num_warps": 4}, {"num_warps": 8}, {"num_warps": 8, "maxnreg": 96}, {"num_warps": 16}]),
+    "transpose": (matrix.TILE_CONFIG, [{"num_warps": 4}, {"num_warps": 8}, {"num_warps": 16}]),
+    "swiglu quantize": (matrix.ROWS_CONFIG, [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 4), (32, 4), (32, 8), (64, 8))]),
+    "swiglu backward": (swiglu.BACKWARD_CONFIG, [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 4), (32, 4), (32, 8))]),
+    "swiglu backward quantize": (
+        swiglu.BACKWARD_QUANTIZE_CONFIG,
+        [{"num_warps": 8}, {"num_warps": 8, "maxnreg": 128}, {"num_warps": 16}, {"num_warps": 16, "maxnreg": 64}],
+    ),
+    "norm quantize": (norm.FORWARD_CONFIG, [{"values": v, "num_warps": w} for v, w in ((4096, 4), (8192, 4), (8192, 8), (16384, 8))]),
+    "norm backward": (
+        norm.BACKWARD_CONFIG,
+        [
+            {"values": v, "num_warps": w, "programs_per_processor": p}
+            for v, w, p in ((4096, 4, 8), (4096, 8, 4), (8192, 8, 4), (8192, 8, 8))
+        ],
+    ),
+}
+
+
+def tune(results: dict[str, Any], copy: dict[str, float]) -> None:
+    """Share of the copy bandwidth by launch configuration, both formats, at 150 M and 25 M elements."""
+    peak = max(copy.values())
+    for name, (config, variants) in TUNED.items():
+        before = dict(config)
+        for variant in variants:
+            config.clear()
+            config.update(variant)
+            row = {}
+            for scale_format in FORMATS if name in ("rows", "gradient") else ("pow2",):
+                for size in ("150M", "25M"):
+                    call = calls(*SIZES[size], scale_format == "pow2")[name]
+                    row[f"{scale_format} {size}"] = share(name, *SIZES[size], milliseconds(call, 20), peak)
+            results[f"{name} {variant}"] = row
+            print(f"{name:26s} {variant!s:72s}", {k: round(v, 2) for k, v in row.items()})
+        config.clear()
+        config.update(before)
+
+
+def environment() -> dict[str, str]:
+    """What the figures depend on."""
+    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0],
+            "deepgemm": str(getattr(gemm_backends.deep_gemm(), "__version__", gemm_backends.deep_gemm() is not None))}  # fmt: skip
+
+
+def main() -> None:
+    """Run the sections; an error in one is printed and recorded, and the others still run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the raw numbers")
+    parser.add_argument("--sections", default="bits,gemm_correctness,quantisers,gemms,layers,host,tune", help="comma-separated")
+    arguments = parser.parse_args()
+    report: dict[str, Any] = {"environment": environment(), "command": sys.argv, "seconds": {}, "copy": {}}
+    print(report["environment"])
+    torch.manual_seed(0)
+    copy_bandwidth(report["copy"])
+    sections: dict[str, Callable[[dict[str, Any]], None]] = {
+        "bits": bits,
+        "gemm_correctness": gemm_correctness,
+        "quantisers": lambda results: quantisers(results, report["copy"]),
+        "gemms": gemms,
+        "layers": layers,
+        "host": host,
+        "tune": lambda results: tune(results, report["copy"]),
+    }
+    for name in arguments.sections.split(","):
+        start = time.perf_counter()
+        print(f"== {name}", flush=True)
+        report[name] = {}
+        try:
+            sections[name](report[name])
+        except Exception:
+            report[name]["error"] = traceback.format_exc()
+            print("".join(traceback.format_exc().splitlines(keepends=True)[-6:]))
+        report["seconds"][name] = time.perf_counter() - start
+        arguments.out.write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
+        torch.cuda.empty_cache()
+    print("seconds:", {name: round(value) for name, value in report["seconds"].items()})
+
+
+if __name__ == "__main__":
+    main()

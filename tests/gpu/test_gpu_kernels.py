@@ -1,0 +1,110 @@
+"""Kernels and GEMMs on a GPU: the reference's bits, every backend against emulation, one graph for the compiler."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (pip install 'infir2[gpu]')")
+import kernel_cases as cases
+
+from infir2.numerics import gemm_backends
+from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
+from infir2.numerics.kernels import usable
+from infir2.numerics.measure import relative_error
+from infir2.numerics.reference import quantize_reference
+
+converts = torch.cuda.is_available() and usable(torch.device("cuda"))
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not converts, reason="needs an NVIDIA GPU from sm_89 on")]
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or gemm_backends.missing_block_scaling(torch.device("cuda")) is not None,
+    reason="block-scaled FP8 GEMMs need a Hopper GPU",
+)
+FORMATS = ("pow2", "fp32")
+PAIRS = [(ROW_BLOCK, TILE_BLOCK), (TILE_BLOCK, ROW_BLOCK), (ROW_BLOCK, ROW_BLOCK)]
+
+
+@pytest.mark.parametrize("name", cases.CONVERSIONS)
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("shape", [(1, 1), (0, 130), (131, 1000), (257, 576), (1024, 1536)])
+@pytest.mark.parametrize("make", [cases.gaussian, cases.hostile])
+def test_conversions_have_the_reference_s_bits(make, name: str, scale_format: str, shape: tuple[int, int]) -> None:
+    kernel, reference = cases.CONVERSIONS[name]
+    x = make(*shape)
+    for found, expected in zip(kernel(x.cuda(), scale_format), reference(x, scale_format), strict=True):
+        assert cases.mismatches(found, expected) == 0
+
+
+@pytest.mark.parametrize("name", cases.FUSED)
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("shape", [(0, 128), (131, 640), (512, 3584)])
+def test_fused_quantisers_have_the_bits_of_quantising_the_bf16_result(name: str, scale_format: str, shape: tuple[int, int]) -> None:
+    kernel, reference = cases.FUSED[name]
+    x = cases.gaussian(*shape).cuda()
+    for found, expected in zip(kernel(x, scale_format), reference(x, scale_format), strict=True):
+        assert cases.mismatches(found, expected) == 0
+
+
+@pytest.mark.parametrize("columns", [576, 1536, 8192])
+def test_producers_round_the_fp64_definition_up_to_its_last_bit(columns: int) -> None:
+    for name, (found, expected) in cases.producer_results(cases.gaussian(300, columns).cuda()).items():
+        found = found.cpu()
+        assert relative_error(expected, found) < (1e-5 if found.dtype == torch.float32 else 3e-4), name
+        if found.dtype == torch.bfloat16:
+            assert (found != expected).double().mean() < 0.01, name
+
+
+def random_operand(rows: int, columns: int, block: tuple[int, int], scale_format: str = "pow2") -> Fp8Tensor:
+    t = quantize_reference(cases.gaussian(rows, columns), block, scale_format)
+    return Fp8Tensor(t.codes.cuda(), t.scale.cuda(), block, scale_format)
+
+
+@needs_hopper
+@pytest.mark.parametrize("blocks", PAIRS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(256, 512, 1024), (100, 200, 576), (33, 48, 72), (7, 5, 3), (64, 1536, 8960)])
+def test_every_gemm_backend_agrees_with_emulation(blocks, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    a, b = random_operand(m, k, blocks[0]), random_operand(n, k, blocks[1])
+    arguments = (a.codes, a.scale, b.codes, b.scale, a.block, b.block)
+    expected = gemm_backends.gemm_nt(*arguments, torch.float32, backend="emulation")
+    operands = (gemm_backends.Operand(a.codes, a.scale, a.block[0]), gemm_backends.Operand(b.codes, b.scale, b.block[0]))
+    for backend in gemm_backends.candidates(*operands, dtype):
+        found = gemm_backends.gemm_nt(*arguments, dtype, backend=backend)
+        assert found.dtype == dtype
+        assert relative_error(expected, found) < (3e-3 if dtype == torch.bfloat16 else 2e-4), backend
+
+
+@needs_hopper
+def test_gemm_ignores_what_lies_in_the_padding_of_tile_scales() -> None:
+    a, b = random_operand(128, 640, ROW_BLOCK), random_operand(256, 640, TILE_BLOCK)
+    wide = torch.full((2, 8), torch.nan, device="cuda")
+    wide[:, :5] = b.scale
+    expected = gemm_backends.gemm_nt(a.codes, a.scale, b.codes, b.scale, a.block, b.block, torch.float32)
+    found = gemm_backends.gemm_nt(a.codes, a.scale, b.codes, wide[:, :5], a.block, b.block, torch.float32)
+    assert torch.equal(expected, found)
+
+
+@needs_hopper
+def test_choices_are_measured_once_and_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFIR2_CACHE_DIR", str(tmp_path))
+    gemm_backends.choices.cache_clear()
+    monkeypatch.setattr(gemm_backends, "candidates", lambda a, b, dtype: ("cublas", "emulation"))
+    a, b = random_operand(256, 512, ROW_BLOCK), random_operand(256, 512, TILE_BLOCK)
+    gemm_backends.gemm_nt(a.codes, a.scale, b.codes, b.scale, a.block, b.block)
+    gemm_backends.choices.cache_clear()
+    monkeypatch.setattr(gemm_backends, "_milliseconds", lambda *_: pytest.fail("measured again"))
+    gemm_backends.gemm_nt(a.codes, a.scale, b.codes, b.scale, a.block, b.block)
+    gemm_backends.choices.cache_clear()
+
+
+@needs_hopper
+def test_compiled_linear_is_one_graph_with_the_same_bits() -> None:
+    from infir2.numerics.kernels import matrix
+
+    weight = random_operand(256, 512, TILE_BLOCK)
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        codes, scale = matrix.quantize_rows(x * 2, True)
+        return gemm_backends.gemm_nt(codes, scale, weight.codes, weight.scale, ROW_BLOCK, TILE_BLOCK, torch.bfloat16, "cublas") + 1
+
+    x = cases.gaussian(384, 512).cuda()
+    assert torch.equal(torch.compile(linear, fullgraph=True)(x), linear(x))

@@ -1,0 +1,173 @@
+"""What the kernels are compared on, shared by the interpreter's tests, the GPU's tests and bench/kernels.py.
+
+`CONVERSIONS` and `FUSED` map a name to two functions of (x, scale_format): the kernel's results and the reference's, lists
+of `Fp8Tensor` that must agree bit for bit. For a fused producer the reference quantises the BF16 result of the same
+producer without the quantiser; `PRODUCERS` compares that one with the FP64 definition, within the last bit.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from infir2.numerics import ops
+from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
+from infir2.numerics.kernels import operations as kernels
+from infir2.numerics.reference import quantize_reference, transpose_reference
+
+EPS = 1e-6
+Check = tuple[Callable[[Tensor, str], list[Fp8Tensor]], Callable[[Tensor, str], list[Fp8Tensor]]]
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """BF16 activations [rows, columns] whose tokens differ in magnitude by factors of e**2."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator) * torch.exp(2 * torch.randn(rows, 1, generator=generator))
+    return x.bfloat16()
+
+
+def hostile(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """BF16 [rows, columns] with every kind of block that a scale or a cast can get wrong, row after row."""
+    x = gaussian(rows, columns, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    tie = torch.randint(8, 16, (columns,), generator=generator).float() + 0.5  # halfway between two codes
+    patterns = [
+        lambda row: row.zero_(),
+        lambda row: row.zero_().neg_(),  # minus zero
+        lambda row: row[columns // 2 :].fill_(torch.nan),
+        lambda row: row[-1:].fill_(-torch.inf),
+        lambda row: row.mul_(2.0**-120),  # scales at the smallest exponent, values subnormal
+        lambda row: row.mul_(2.0**-133),
+        lambda row: row.fill_(2.0**-133),
+        lambda row: row.copy_(torch.sign(row) * 3.3895313892515355e38),  # the largest BF16
+        lambda row: row.copy_(1.75 * torch.exp2(torch.randint(-30, 30, (columns,), generator=generator).float())),
+        lambda row: row.copy_(tie * torch.sign(row)),
+        lambda row: row[:1].fill_(30000.0),  # one outlier: the rest lands in the subnormals
+        lambda row: row.mul_(1e-30),
+        lambda row: row.copy_(torch.linspace(-448, 448, columns)),
+    ]
+    for index in range(rows):
+        choice = index % (2 * len(patterns))
+        if choice < len(patterns):
+            patterns[choice](x[index])
+    return x
+
+
+def mismatches(found: Fp8Tensor, expected: Fp8Tensor) -> int:
+    """Number of code bytes and scales that differ; NaN scales are equal to each other."""
+    assert (found.shape, found.block, found.scale_format) == (expected.shape, expected.block, expected.scale_format)
+    codes = (found.codes.cpu().view(torch.uint8) != expected.codes.cpu().view(torch.uint8)).sum()
+    a, b = found.scale.cpu(), expected.scale.cpu()
+    return int(codes + (~((a == b) | (a.isnan() & b.isnan()))).sum())
+
+
+def second_layout(x: Tensor, scale_format: str) -> Fp8Tensor:
+    """The weight gradient's operand as the reference defines it."""
+    if scale_format == "pow2":
+        return transpose_reference(quantize_reference(x))
+    return quantize_reference(x.t(), TILE_BLOCK, scale_format)
+
+
+def _weight_reference(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
+    w = quantize_reference(_master(x).bfloat16(), TILE_BLOCK, scale_format)
+    return [w, transpose_reference(w)]
+
+
+def _master(x: Tensor) -> Tensor:
+    """FP32 values between BF16 ones, ties included."""
+    return (x.float().view(torch.int32) + 0x7FFF + torch.arange(x.shape[1], device=x.device, dtype=torch.int32) % 3).view(torch.float32)
+
+
+def norm_weight(x: Tensor) -> Tensor:
+    """FP32 norm weight [C] around one."""
+    return 1 + 0.3 * torch.sin(torch.arange(x.shape[1], device=x.device, dtype=torch.float32))
+
+
+def gate_and_up(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Halves [R, C] of one [R, 2C] matrix, made from x."""
+    fused = torch.cat([x * 0.5, x.flip(0).roll(3, 1)], dim=1)
+    return fused[:, : x.shape[1]], fused[:, x.shape[1] :]
+
+
+def upstream(x: Tensor) -> Tensor:
+    """An output gradient [R, C] made from x."""
+    return x.roll(1, 0) * 2.0**-7
+
+
+CONVERSIONS: dict[str, Check] = {
+    "rows": (lambda x, f: [kernels.quantize(x, ROW_BLOCK, f)], lambda x, f: [quantize_reference(x, ROW_BLOCK, f)]),
+    "tiles": (lambda x, f: [kernels.quantize(x, TILE_BLOCK, f)], lambda x, f: [quantize_reference(x, TILE_BLOCK, f)]),
+    "gradient": (
+        lambda x, f: list(kernels.quantize_gradient(x, f)),
+        lambda x, f: [quantize_reference(x, ROW_BLOCK, f), quantize_reference(x.t(), ROW_BLOCK, f)],
+    ),
+    "input": (lambda x, f: list(kernels.quantize_input(x, f)), lambda x, f: [quantize_reference(x, ROW_BLOCK, f), second_layout(x, f)]),
+    "weight": (lambda x, f: list(kernels.quantize_weight(_master(x), f)), _weight_reference),
+    "transpose rows": (
+        lambda x, f: [kernels.transpose(kernels.quantize(x, ROW_BLOCK, "pow2"))],
+        lambda x, f: [transpose_reference(quantize_reference(x, ROW_BLOCK, "pow2"))],
+    ),
+    "transpose tiles": (
+        lambda x, f: [kernels.transpose(kernels.quantize(x, TILE_BLOCK, f))],
+        lambda x, f: [transpose_reference(quantize_reference(x, TILE_BLOCK, f))],
+    ),
+}
+
+
+def _norm(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
+    weight = norm_weight(x)
+    rows, rstd = kernels.rms_norm_quantize(x, weight, EPS, scale_format)
+    return [rows, kernels.rms_norm_transposed(x, rstd, weight, scale_format)]
+
+
+def _norm_expected(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
+    y, _ = kernels.rms_norm(x, norm_weight(x), EPS)
+    return [quantize_reference(y, ROW_BLOCK, scale_format), second_layout(y, scale_format)]
+
+
+def _swiglu(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
+    gate, up = gate_and_up(x)
+    return [kernels.swiglu_quantize(gate, up, scale_format), kernels.swiglu_transposed(gate, up, scale_format)]
+
+
+def _swiglu_expected(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
+    y = kernels.swiglu_product(*gate_and_up(x))
+    return [quantize_reference(y, ROW_BLOCK, scale_format), second_layout(y, scale_format)]
+
+
+def _swiglu_backward(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
+    return list(kernels.swiglu_backward_quantize(upstream(x), *gate_and_up(x), scale_format))
+
+
+def _swiglu_backward_expected(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
+    grad = kernels.swiglu_backward(upstream(x), *gate_and_up(x))
+    return [quantize_reference(grad, ROW_BLOCK, scale_format), quantize_reference(grad.t(), ROW_BLOCK, scale_format)]
+
+
+FUSED: dict[str, Check] = {
+    "norm": (_norm, _norm_expected),
+    "swiglu": (_swiglu, _swiglu_expected),
+    "swiglu backward": (_swiglu_backward, _swiglu_backward_expected),  # C must be a multiple of 128
+}
+
+
+def producer_results(x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name -> (kernel's result, definition's result) of the producers and their backwards on finite x [R, C] BF16."""
+    weight = norm_weight(x)
+    gate, up = gate_and_up(x)
+    grad = upstream(x)
+    y, rstd = kernels.rms_norm(x, weight, EPS)
+    grad_x, grad_weight = kernels.rms_norm_backward(grad, x, rstd, weight)
+    grads = kernels.swiglu_backward(grad, gate, up)
+    leaves = [t.detach().cpu().clone().requires_grad_() for t in (x, weight, gate, up)]
+    normed, product = ops.rms_norm(leaves[0], leaves[1], EPS), ops.swiglu(leaves[2], leaves[3])
+    torch.autograd.backward([normed, product], [grad.cpu(), grad.cpu()])
+    gradients = [leaf.grad for leaf in leaves]
+    assert all(g is not None for g in gradients)
+    return {
+        "norm": (y, normed.detach()),
+        "norm backward": (grad_x, gradients[0]),
+        "norm weight": (grad_weight, gradients[1]),
+        "swiglu": (kernels.swiglu_product(gate, up), product.detach()),
+        "swiglu backward": (grads, torch.cat([gradients[2], gradients[3]], dim=1)),
+    }
