@@ -208,7 +208,7 @@ class _Batch:
             return
         if worker.ready and worker.index is not None:
             self._finish(worker, reply if reply is not None else {"reason": "killed", "detail": "its process died"})
-            if reply is None or reply.get("unclean"):
+            if reply is None or reply.get("unclean") or reply.get("reason") == "oom":
                 worker.kill()
         elif reply is not None and "ready" in reply:
             worker.ready = True
