@@ -137,6 +137,7 @@ def test_wrong_words_are_one_sentence_and_exit_2(recipe: str, capsys: pytest.Cap
         ("export fp8 m --to o", ("export_fp8", Path("m"), Path("o"), "pow2")),
         ("export fp8 m --to o --scale-format fp32", ("export_fp8", Path("m"), Path("o"), "fp32")),
         ("import fp8 m --to o", ("import_fp8", Path("m"), Path("o"))),
+        ("import hf m.gguf --to o", ("import_hf", Path("m.gguf"), Path("o"))),
         ("import megatron m --to o", ("import_megatron", Path("m"), Path("o"), None)),
         ("import megatron m --to o --like h", ("import_megatron", Path("m"), Path("o"), Path("h"))),
         ("verify-weights runs/a m", ("verify_weights", Path("runs/a"), Path("m"))),
