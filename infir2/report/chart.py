@@ -19,6 +19,7 @@ from infir2.report.text import compact, html_table, percent
 LEFT, TOP, BOTTOM, LABEL_GAP, CHARACTER = 46, 10, 34, 13, 7.0
 TABLE_ROWS = 12
 MARKED_POINTS = 30  # a line with at most so many points shows each as a dot
+FLATTENED = 8  # largest value over the median from which an auto axis is logarithmic
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of several lines over one x. `scale` auto takes the logarithm when outliers would flatten the rest."""
+    """A chart of several lines over one x. `scale` auto takes the logarithm when the largest values would flatten the rest."""
 
     title: str
     series: tuple[Series, ...]
@@ -61,6 +62,17 @@ class Chart:
     @property
     def drawable(self) -> bool:
         return any(len(series.finite) for series in self.series)
+
+    @property
+    def reach(self) -> np.ndarray:
+        return np.concatenate([series.reach for series in self.series])
+
+    @property
+    def is_log(self) -> bool:
+        values = self.reach
+        if self.scale == "auto":
+            return bool((values > 0).all() and values.max() > FLATTENED * np.median(values))
+        return self.scale == "log" and bool((values > 0).any())
 
     def text(self, value: float) -> str:
         return percent(value, 2 if abs(value) < 0.01 else 1) if self.percent else compact(value)
@@ -130,14 +142,11 @@ def thin(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndar
 
 
 def _y_axis(chart: Chart, top: float, bottom: float) -> tuple[Axis, list[float]]:
-    values = np.concatenate([series.reach for series in chart.series])
-    positive = values[values > 0]
-    log = chart.scale == "log" or (chart.scale == "auto" and len(positive) == len(values) and values.max() > 30 * np.median(values))
-    if log and len(positive):
-        low, high = float(positive.min()), float(positive.max())
-        if high < 3 * low:
-            low, high = low / 2, high * 2
-        return Axis(low * 0.85, high * 1.15, bottom, top, log=True), log_ticks(low * 0.85, high * 1.15)
+    values = chart.reach
+    if chart.is_log:
+        low, high = float(values[values > 0].min()), float(values.max())
+        low, high = (0.85 * low, 1.15 * high) if high > 3 * low else (low / 2, 2 * high)
+        return Axis(low, high, bottom, top, log=True), log_ticks(low, high)
     low, high = float(values.min()), float(values.max())
     if chart.from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -253,7 +262,8 @@ def figure(chart: Chart, points: int, wide_height: int = 0) -> str:
     with its viewBox.
     """
     shown = [series for series in chart.series if series.style != "faint" and len(series.finite)]
-    head = f"<h4>{escape(chart.title)}{f' <small>{escape(chart.unit)}</small>' if chart.unit else ''}</h4>"
+    unit = ", ".join(filter(None, (chart.unit, "log scale" if chart.is_log else "")))
+    head = f"<h4>{escape(chart.title)} <small>{escape(unit)}</small></h4>"
     if len(shown) > 1:
         keys = (f'<span class="key {series.style} k{series.color}">{escape(series.label)}</span>' for series in shown)
         head += f'<p class="keys">{"".join(keys)}</p>'

@@ -61,8 +61,8 @@ def final_difference(fp8: Run, bf16: Run) -> Difference | None:
         values = np.stack([left[column][a], right[column][b]]) if len(steps) else np.empty((2, 0))
         last = np.flatnonzero(np.isfinite(values).all(axis=0))[-count:]
         if len(last):
-            mean = values[:, last].mean(axis=1)
-            return Difference(what, int(steps[last[-1]]), float(mean[0]), float(mean[1]))
+            ours, theirs = values[:, last].mean(axis=1)
+            return Difference(what, int(steps[last[-1]]), float(ours), float(theirs)) if theirs else None
     return None
 
 
@@ -97,7 +97,7 @@ def precision_section(fp8: Run, bf16: Run, points: int) -> str:
         values = f"{final.what} {final.fp8:.4f} in FP8, {final.bf16:.4f} in BF16"
         html += f'<p class="facts">At step {final.step}: {values}, <b>{final.text}</b>.</p>'
     note = f"Lines are means over {width} steps, faint lines the single steps." if width > 1 else ""
-    loss = Chart(f"Loss of {fp8.name} and {bf16.name}", _loss_series(fp8, bf16), "nats per token", marks=_marks(fp8), note=note)
+    loss = Chart(f"Loss of {fp8.name} and {bf16.name}", _loss_series(fp8, bf16), "nats per token", "auto", marks=_marks(fp8), note=note)
     steps, left, right = np.intersect1d(fp8.train.steps, bf16.train.steps, return_indices=True)
     ours, theirs = fp8.train["loss"][left], bf16.train["loss"][right]
     ratio = np.divide(ours - theirs, theirs, out=np.full_like(ours, np.nan), where=theirs != 0)
@@ -111,7 +111,7 @@ def precision_section(fp8: Run, bf16: Run, points: int) -> str:
 
 def run_charts(run: Run, twin: Run | None, points: int) -> str:
     """Every chart that the run has data for; a BF16 twin's curves are drawn beside the run's own, their losses elsewhere."""
-    loss = Chart("Loss", _loss_series(run, None), "policy loss" if run.is_rl else "nats per token", marks=_marks(run))
+    loss = Chart("Loss", _loss_series(run, None), "policy loss" if run.is_rl else "nats per token", "auto", marks=_marks(run))
     rate = Chart("Learning rate", tuple(curve(run.train, "learning_rate", "learning rate", raw=False)), from_zero=True)
     charts = [*_rl_charts(run), loss, rate] if run.is_rl else [rate]
     for column, title, unit in (("gradient_norm", "Gradient norm", "before clipping"), ("tokens_per_second", "Throughput", "tokens/s")):
@@ -153,7 +153,7 @@ def _rl_charts(run: Run) -> list[Chart]:
         Chart(
             "Rollout against trainer",
             lines(("mismatch_kl", "KL"), ("mismatch_mean", "mean"), ("mismatch_max", "max"), raw=False),
-            "KL; |log-prob difference|",
+            "KL, |Δ log-prob|",
             "log",
         ),
         Chart("Groups", lines(("groups_sampled", "all"), ("groups_without_signal", "no signal")), "in a step", from_zero=True),

@@ -24,7 +24,7 @@ from infir2.report.read import Run, read_runs
 from infir2.report.stages import StageRow, accuracy_text, change_text, stage_rows
 from infir2.report.text import compact, counted, duration, html_table, percent
 
-POINT_BUDGET, LINES_PER_RUN = 36_000, 20  # vertices on a page, about 25 bytes each, and drawn lines that share them
+POINT_BUDGET, LINES_PER_RUN = 30_000, 20  # vertices on a page, about 25 bytes each, and drawn lines that share them
 EVENTS_SHOWN = 40
 
 

@@ -8,8 +8,9 @@ finite become NaN, which charts show as gaps. `seconds` and `trained_tokens` of 
 import json
 import math
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,19 +28,22 @@ class Table:
     """Lines of one kind, by step: `Table(rows)["loss"]` is float64 [rows], NaN where absent or not finite."""
 
     rows: tuple[Row, ...] = ()
+    columns: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return np.array([number(row.get(name)) for row in self.rows], dtype=np.float64)
+        if name not in self.columns:
+            self.columns[name] = np.array([number(row.get(name)) for row in self.rows], dtype=np.float64)
+        return self.columns[name]
 
     @property
     def steps(self) -> np.ndarray:
         return self["step"]
 
     def has(self, name: str) -> bool:
-        return any(math.isfinite(number(row.get(name))) for row in self.rows)
+        return bool(np.isfinite(self[name]).any())
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ class Run:
         """Whether the base is `other` or one of its checkpoints, by name: runs may have been moved since."""
         parts = Path(self.base).parts
         parts = parts[: parts.index("checkpoints")] if "checkpoints" in parts else parts
-        return bool(parts) and parts[-1] == other.name
+        own = Path(other.name).parts
+        return parts[-len(own) :] == own
 
     def total(self, column: str) -> float:
         """Sum of a train column over all steps; steps between logged ones count as the mean of those."""
@@ -127,6 +132,7 @@ def number(value: Any) -> float:
 def read_runs(run_dirs: Iterable[Path]) -> list[Run]:
     """Runs in the order given. A directory without a run of its own stands for the runs just inside it, bases first.
 
+    Runs that have one name get the name of the directory around them too.
     Raises DataError for a path that is no directory or holds no run.
     """
     runs: dict[Path, Run] = {}
@@ -140,7 +146,8 @@ def read_runs(run_dirs: Iterable[Path]) -> list[Run]:
                 f"{directory} holds no run (no metrics.jsonl in it or just below it); name run directories or the one around them"
             )
         runs |= {run.path.resolve(): run for run in found if run.path.resolve() not in runs}
-    return list(runs.values())
+    names = Counter(run.name for run in runs.values())
+    return [run if names[run.name] == 1 else replace(run, name=f"{path.parent.name}/{run.name}") for path, run in runs.items()]
 
 
 def _bases_first(runs: list[Run]) -> list[Run]:
@@ -236,9 +243,8 @@ def _by_step(rows: list[Row], kind: str) -> Table:
 
 def _evaluation(row: Row) -> Evaluation:
     levels = row.get("by_difficulty")
-    values: Row = {
-        field.name: _count(row, field.name) if field.type is int else number(row.get(field.name)) for field in fields(Evaluation)
-    }
+    values: Row = {name: _count(row, name) for name in ("step", "k", "num_problems")}
+    values |= {name: number(row.get(name)) for name in ("avg_at_k", "interval", "pass_at_k", "truncated_fraction")}
     values["by_difficulty"] = {str(level): number(value) for level, value in levels.items()} if isinstance(levels, dict) else {}
     return Evaluation(**values)
 

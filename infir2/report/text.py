@@ -53,4 +53,6 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns:
 
     names = (f'<th scope="col"{" class=num" if index >= text_columns else ""}>{name}</th>' for index, name in enumerate(head))
     body = (f"<tr>{''.join(cell(index, html) for index, html in enumerate(row))}</tr>" for row in rows)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{"".join(names)}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    kind = ' class="text"' if text_columns > 1 else ""
+    table = f"<table{kind}><thead><tr>{''.join(names)}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'

@@ -70,6 +70,16 @@ def test_a_checkpoint_is_a_base_too(tmp_path: Path) -> None:
     assert not stable.starts_from(decay)
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for side in ("a", "b"):
+        write(describe(tmp_path / side / "cpt", "cpt"), train_rows(2, 2.0, 1.0, 0))
+        write(describe(tmp_path / side / "sft", "sft", base=str(tmp_path / side / "cpt")), train_rows(2, 2.0, 1.0, 0))
+    runs = read_runs([tmp_path / "a", tmp_path / "b", tmp_path / "a"])
+    assert [run.name for run in runs] == ["a/cpt", "a/sft", "b/cpt", "b/sft"]
+    assert runs[3].starts_from(runs[2])
+    assert not runs[3].starts_from(runs[0])
+
+
 def test_a_path_without_runs_is_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no run"):
         read_runs([tmp_path])
