@@ -153,6 +153,7 @@ def test_words_reach_their_function(words: str, call: tuple, replace: Callable[.
         "export_hf",
         "export_fp8",
         "import_fp8",
+        "import_hf",
         "import_megatron",
         "verify_weights",
         "make_demo_world",
