@@ -31,10 +31,10 @@ from infir2.rollout.types import Request, SamplingParams
 from infir2.train.losses import TokenScores, next_token_loss
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "smollm2"
-PROMPTS = (
-    "The capital of France is",
-    "Photosynthesis is the process by which plants",
-    "In mathematics, a prime number is a number that",
+QUESTIONS = (
+    "What is the capital of France?",
+    "Explain photosynthesis in one sentence.",
+    "What is a prime number?",
 )
 PAGES = ("openstax_ccby", "python_docs", "public_domain_english", "openlogic")
 
@@ -63,7 +63,7 @@ def greedy_parity(model_dir: Path, result: Result, num_tokens: int) -> None:
     tokenizer = load_tokenizer(model_dir)
     theirs = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     ours = NativeEngine(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), max_running_requests=4)
-    prompts = [tokenizer.encode_text(text) for text in PROMPTS]
+    prompts = [tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True) for text in QUESTIONS]
     requests = [Request(str(i), ids, key=i) for i, ids in enumerate(prompts)]
     completions = ours.generate(requests, SamplingParams(0.0, num_tokens, stop_ids=()))
     for ids, completion in zip(prompts, completions, strict=True):

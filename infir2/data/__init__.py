@@ -3,6 +3,7 @@
 from infir2.data.chat import ChatTokenizer, load_tokenizer
 from infir2.data.loader import Loader, load_prompts, validation_batches
 from infir2.data.packing import pack_sequences
+from infir2.data.streams import TrainingKind
 from infir2.data.types import Batch, Message, Prompt, Sample
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Message",
     "Prompt",
     "Sample",
+    "TrainingKind",
     "load_prompts",
     "load_tokenizer",
     "pack_sequences",

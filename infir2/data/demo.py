@@ -1,4 +1,4 @@
-"""A small world of arithmetic that a model of 0.8 M parameters learns in minutes: `infir2 demo` trains the whole recipe on it.
+"""A small world of arithmetic that a model of 1 M parameters learns in minutes: `infir2 demo` trains the whole recipe on it.
 
 A problem is a start value 1-20 and 2-4 steps of plus or minus 1-6 whose partial results stay in 0-49, asked as a
 formula ("What is 7+5-3?") or as a story ("Tom has 7 apples. Tom finds 5 more. ..."). A good answer thinks first:
@@ -37,12 +37,12 @@ class DemoWorld:
     """Sizes and proportions. Shares of difficulties are for 2, 3 and 4 steps."""
 
     cpt_tokens: int = 1_228_800  # 1,200 steps of 1,024 tokens
-    cpt_shares: tuple[float, float, float] = (0.7, 0.2, 0.1)  # solved problems, single facts, told stories
+    cpt_shares: tuple[float, float, float] = (0.85, 0.1, 0.05)  # solved problems, single facts, told stories
     cpt_difficulty: tuple[float, float, float] = (0.3, 0.35, 0.35)
     validation_documents: int = 256
     sft_rows: int = 4096
     sft_difficulty: tuple[tuple[float, float, float], ...] = ((0.5, 0.35, 0.15), (0.25, 0.35, 0.4))
-    sft_empty_thoughts: tuple[float, ...] = (0.8, 0.5)
+    sft_empty_thoughts: tuple[float, ...] = (0.65, 0.4)
     rl_rows: tuple[int, ...] = (1536, 3072)
     rl_difficulty: tuple[tuple[float, float, float], ...] = ((0.4, 0.35, 0.25), (0.25, 0.35, 0.4))
     held_out_rows: int = 360

@@ -6,7 +6,7 @@ from typing import Any
 
 from infir2.config.load import Loaded
 from infir2.config.schema import ScheduleSection, TrainRecipe
-from infir2.data import Loader, validation_batches
+from infir2.data import Loader, TrainingKind, validation_batches
 from infir2.errors import ConfigError
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.losses import next_token_loss
@@ -14,7 +14,7 @@ from infir2.train.schedules import learning_rate
 from infir2.train.session import Session
 from infir2.train.trainer import Trainer
 
-DATA_KIND = {"cpt": "documents", "sft": "messages"}
+DATA_KIND: dict[str, TrainingKind] = {"cpt": "documents", "sft": "messages"}
 
 
 def run_training(loaded: Loaded, kind: str) -> None:

@@ -95,9 +95,9 @@ def test_hard_answers_are_refused_and_real_ones_are_not() -> None:
 
 def test_a_hostile_response_takes_linear_time() -> None:
     began = time.process_time()
-    assert extract_answer("\\boxed{" * 200_000) is None
-    assert len(extract_answer("\\boxed{" + "{" * 200_000 + "}" * 200_000 + "}") or "") > 300_000
-    for text in ("^" * 200_000, "5^" * 200_000, "{" * 200_000 + "^", " " * 200_000 + "x", "1," * 200_000, "\\text{" * 100_000):
+    assert extract_answer("\\boxed{" * 60_000) is None
+    assert len(extract_answer("\\boxed{" + "{" * 60_000 + "}" * 60_000 + "}") or "") > 100_000
+    for text in ("^" * 60_000, "5^" * 60_000, "{" * 60_000 + "^", " " * 60_000 + "x", "1," * 60_000, "\\text{" * 30_000):
         extract_answer("\\boxed{" + text + "}")
         exponent_depth(text)
         quick_decision("1", text)

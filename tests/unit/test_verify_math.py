@@ -27,14 +27,14 @@ def boxed(answer: str) -> str:
 
 
 def test_math500_answers_equal_themselves_in_the_library_and_outside() -> None:
-    references = answers("math500.jsonl")[::2]
+    references = answers("math500.jsonl")[::4]
     outcomes = shared_pool().run([(answer, answer) for answer in references], item_seconds=20, batch_seconds=120)
     assert sum(outcome.value is True for outcome in outcomes) >= 0.99 * len(references)
     assert all(verdict.reason == "ok" for verdict in check_math_batch([(boxed(answer), answer) for answer in references]))
 
 
 def test_math500_answers_differ_from_perturbed_ones() -> None:
-    references = answers("math500.jsonl")[1::4]
+    references = answers("math500.jsonl")[1::6]
     verdicts = check_math_batch([(boxed("7" + answer), answer) for answer in references], item_seconds=20)
     assert [v.answer for v in verdicts if v.reason != "wrong"] == []
 
