@@ -108,7 +108,7 @@ def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 @pytest.mark.parametrize(("program", "tests"), [cheat[1:] for cheat in CHEATS], ids=[cheat[0] for cheat in CHEATS])
 def test_cheats_score_nothing(program: str, tests: list[dict[str, Any]]) -> None:
-    verdict = run_code(program, tests, Limits(seconds=1.0))
+    verdict = run_code(program, tests, Limits(seconds=2.0))
     assert not verdict.correct
     assert verdict.reason != "jail_error", verdict
 
