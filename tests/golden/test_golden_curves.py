@@ -21,8 +21,10 @@ GOLDEN = Path(__file__).with_name("curves.json")
 
 def machine() -> str:
     """What the bits depend on."""
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return f"{model.partition(':')[2].strip()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {platform.machine()}"
+    wanted = ("model name", "cpu family", "model", "stepping")
+    found = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line)
+    processor = ", ".join(value.strip() for name, value in found.items() if name.strip() in wanted)
+    return f"{processor}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {platform.machine()}"
 
 
 def reward_by_parity(completions, texts, answers, rl):  # type: ignore[no-untyped-def]
