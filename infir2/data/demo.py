@@ -36,7 +36,7 @@ FORMULA_QUESTIONS = ("What is {}?", "Compute {}.", "{}=?")
 class DemoWorld:
     """Sizes and proportions. Shares of difficulties are for 2, 3 and 4 steps."""
 
-    cpt_tokens: int = 1_228_800  # 1,200 steps of 1,024 tokens
+    cpt_tokens: int = 1_638_400  # 1,600 steps of 1,024 tokens
     cpt_shares: tuple[float, float, float] = (0.85, 0.1, 0.05)  # solved problems, single facts, told stories
     cpt_difficulty: tuple[float, float, float] = (0.3, 0.35, 0.35)
     validation_documents: int = 256
