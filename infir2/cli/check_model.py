@@ -76,8 +76,6 @@ def _compare(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, 
 
 def check_engine(recipe: RlRecipe, model: ModelFacts) -> str:
     """The native engine's FP8 directory against the trainer's model. The bytes themselves are compared when the run starts."""
-    if recipe.rollout.engine != "native":
-        return f"warn: the {recipe.rollout.engine} server at {recipe.rollout.url} is asked when the run starts"
     if not recipe.rollout.model:
         raise ConfigError("rollout.model is empty; export the start of the run (infir2 export hf, infir2 export fp8) and name it.")
     path = Path(recipe.rollout.model)
@@ -133,7 +131,7 @@ def memory_parts(recipe: TrainRecipe, model: ModelFacts, device: str) -> dict[st
         # FP64 and FP32 values of every weight, FP64 intermediates of one block, the interpreter with its libraries.
         intermediates = 8 * (12 * config.ffn_size + 8 * config.hidden_size)
         parts["emulation"] = 12 * model.num_parameters + recipe.data.micro_batch_tokens * intermediates + PROCESS_BYTES
-    if isinstance(recipe, RlRecipe) and recipe.rollout.engine == "native":
+    if isinstance(recipe, RlRecipe):
         slot_tokens = recipe.rl.max_prompt_tokens + recipe.rl.max_response_tokens
         cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * hp_bytes
         parts["engine"] = 2 * model.num_parameters + recipe.rollout.max_running_requests * slot_tokens * cache

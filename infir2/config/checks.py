@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from infir2.config.schema import EvalRecipe, ModelSection, RlRecipe, RolloutSection, ScheduleSection, TrainRecipe
+from infir2.config.schema import EvalRecipe, ModelSection, RlRecipe, ScheduleSection, TrainRecipe
 
 Problem = tuple[str, str]
 
@@ -18,7 +18,6 @@ def problems(recipe: BaseModel, verb: str = "") -> Iterator[Problem]:
         yield from _training(recipe, verb)
     if isinstance(recipe, RlRecipe):
         yield from _rl(recipe)
-        yield from _rollout(recipe.rollout)
     if isinstance(recipe, EvalRecipe):
         if not recipe.model.path:
             yield "model.path", "model.path is missing; name the Hugging Face or run directory to score."
@@ -27,7 +26,8 @@ def problems(recipe: BaseModel, verb: str = "") -> Iterator[Problem]:
                 "model.shape.hidden_size",
                 "[model.shape] makes a new model, and a new model has nothing to score; set model.path instead.",
             )
-        yield from _rollout(recipe.rollout)
+        if recipe.rollout.model:
+            yield "rollout.model", "rollout.model is for RL; an evaluation scores model.path."
         if not recipe.evaluate.problems:
             yield "evaluate.problems", "evaluate.problems is empty; name at least one file of problems."
 
@@ -143,8 +143,3 @@ def _rl(recipe: RlRecipe) -> Iterator[Problem]:
             "rl.overlong_buffer_tokens",
             (f"rl.overlong_buffer_tokens ({rl.overlong_buffer_tokens}) must not exceed rl.max_response_tokens ({rl.max_response_tokens})."),
         )
-
-
-def _rollout(rollout: RolloutSection) -> Iterator[Problem]:
-    if rollout.engine != "native" and not rollout.url:
-        yield "rollout.url", f'rollout.url is missing; engine = "{rollout.engine}" needs the base URL of its server.'

@@ -148,9 +148,7 @@ class RlSection(Section):
 
 
 class RolloutSection(Section):
-    engine: Literal["native", "sglang", "vllm"] = Field("native", description="what generates")
     model: str = Field("", description="exported FP8 Hugging Face directory that the engine loads (HF_CHECKPOINT)")
-    url: str = Field("", description="sglang, vllm: base URL of the server")
     max_running_requests: int = Field(128, gt=0, description="sequences that generate at the same time in one engine")
 
 

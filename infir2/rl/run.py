@@ -52,7 +52,6 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
                 evaluate(engine, step, session)
             state = description | {"cursor": sampler.cursor, "tokenizer_fingerprint": tokenizer.fingerprint()}
             session.finish_step(step, last, result, line, state)
-        engine.close()
 
 
 def _one_step(

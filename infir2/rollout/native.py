@@ -84,9 +84,6 @@ class NativeEngine:
         """sha256 of each weight's bytes by exported name."""
         return weights_digest(exported_fp8_weights(self.model))
 
-    def close(self) -> None:
-        """Nothing to close: the engine lives in this process."""
-
     def _admit(self, requests: Sequence[Request], waiting: list[int], free: list[int]) -> list[_Running]:
         admitted, tokens = list[_Running](), 0
         while waiting and free and (not admitted or tokens + len(requests[waiting[-1]].token_ids) <= PREFILL_TOKENS):

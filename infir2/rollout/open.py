@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from infir2.config.schema import RlRecipe
-from infir2.errors import CheckFailedError
+from infir2.errors import CheckFailedError, ConfigError
 from infir2.model import Decoder
 from infir2.model.hf import exported_fp8_weights, weights_digest
 from infir2.rollout.native import NativeEngine
@@ -16,6 +16,8 @@ def open_engine(recipe: RlRecipe, model: Decoder, policy_version: int) -> Engine
     A resumed run (`policy_version` > 0) sends the trainer's weights first: the exported file is older.
     Raises CheckFailedError naming the first weight that differs.
     """
+    if not recipe.rollout.model:
+        raise ConfigError("rollout.model is empty: name the FP8 export of model.path (infir2 export hf, infir2 export fp8)")
     engine = NativeEngine.from_hf(
         Path(recipe.rollout.model), recipe.rollout.max_running_requests, model.compute_dtype, model.head_weight.device
     )

@@ -62,8 +62,6 @@ class Engine(Protocol):
         """sha256 of each weight's bytes by exported name."""
         ...
 
-    def close(self) -> None: ...
-
 
 def sampling_key(seed: int, prompt_id: str, sample: int, policy_version: int) -> int:
     """64-bit key: randomness is a function of (seed, prompt, sample, policy_version) alone, so that a redone rollout repeats."""

@@ -216,7 +216,6 @@ def test_cpt_refuses_a_batch_of_samples(recipe: str) -> None:
         ("--rl.over_sample_prompts=1", "rl.over_sample_prompts"),
         ("--rl.mini_batches=1000", "rl.mini_batches"),
         ("--rl.overlong_buffer_tokens=9000", "rl.overlong_buffer_tokens"),
-        ("--rollout.engine=sglang", "rollout.url"),
     ],
 )
 def test_combinations_of_rl(recipe: str, option: str, key: str) -> None:

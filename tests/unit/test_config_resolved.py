@@ -64,7 +64,7 @@ def test_what_decides_the_numbers_is_not_safe() -> None:
     unsafe = {name for name in names if not is_safe(name)}
     assert {"run.seed", "data.tokenizer", "data.sources.0.weight", "model.path", "model.shape.num_layers", "fp8.enabled"} <= unsafe
     assert {"schedule.learning_rate", "optimizer.beta1", "rl.temperature", "data.batch_samples", "data.sequence_tokens"} <= unsafe
-    assert not {"train.stop_after_step", "checkpoint.keep", "evaluate.samples", "rollout.url", "data.micro_batch_tokens"} & unsafe
+    assert not {"train.stop_after_step", "checkpoint.keep", "evaluate.samples", "data.micro_batch_tokens"} & unsafe
 
 
 def test_resume_refuses_a_different_run_and_names_both_values(loaded: Loaded[TrainRecipe]) -> None:
