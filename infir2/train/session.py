@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -145,12 +146,9 @@ class Session:
 
 def describe_environment() -> dict[str, Any]:
     """Software and machine of this process, for environment.json."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    ).stdout.strip()
     return {
         "infir2": __version__,
-        "commit": commit,
+        "commit": _commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -160,3 +158,11 @@ def describe_environment() -> dict[str, Any]:
         "command": sys.argv,
         "variables": {name: os.environ[name] for name in _PARENT_VARIABLES if name in os.environ},
     }
+
+
+def _commit() -> str:
+    """The checkout's commit; empty where there is no git or no checkout."""
+    if shutil.which("git") is None:
+        return ""
+    here = Path(__file__).parent
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=here).stdout.strip()
