@@ -26,8 +26,6 @@ from infir2.config.schema import DataSection, Fp8Section, SourceSection
 from infir2.data import Batch, load_tokenizer, validation_batches
 from infir2.model import Decoder
 from infir2.numerics import convert_to_fp8, token_logprobs
-from infir2.rollout.native import NativeEngine
-from infir2.rollout.types import Request, SamplingParams
 from infir2.train.losses import TokenScores, next_token_loss
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "smollm2"
@@ -57,20 +55,27 @@ class Result:
 
 
 def greedy_parity(model_dir: Path, result: Result, num_tokens: int) -> None:
-    """Our engine's greedy tokens in BF16 against transformers' (run in FP32 sums: FP32 activations on BF16 weights would differ)."""
+    """Our greedy choice in BF16 at every token of transformers' greedy continuation in BF16.
+
+    transformers rounds its logits to BF16, whose spacing at 16-32 is 0.125, so a difference counts as a tie when we rate its
+    token within two spacings of our best; ties are told.
+    """
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(model_dir)
     theirs = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
-    ours = NativeEngine(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), max_running_requests=4)
-    prompts = [tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True) for text in QUESTIONS]
-    requests = [Request(str(i), ids, key=i) for i, ids in enumerate(prompts)]
-    completions = ours.generate(requests, SamplingParams(0.0, num_tokens, stop_ids=()))
-    for ids, completion in zip(prompts, completions, strict=True):
+    ours = Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16)
+    for question in QUESTIONS:
+        prompt = tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True)
         with torch.no_grad():
-            out = theirs.generate(torch.tensor([ids]), max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
-        expected = out[0, len(ids) :].tolist()
-        result.check(completion.token_ids == expected, f"{num_tokens} greedy tokens equal transformers': {tokenizer.decode(expected)!r}")
+            out = theirs.generate(torch.tensor([prompt]), max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)[0]
+            logits = ours(out[:-1], torch.arange(len(out) - 1), torch.tensor([0, len(out) - 1]))[len(prompt) - 1 :]
+        expected = out[len(prompt) :]
+        gaps = logits.amax(-1) - logits.gather(1, expected[:, None]).squeeze(1)
+        ties = int((gaps > 0).sum())
+        text = f"{num_tokens - ties} of {num_tokens} greedy tokens equal transformers'"
+        text += f", {ties} of them a tie within {float(gaps.max()):.3f}" if ties else ""
+        result.check(float(gaps.max()) <= 0.25, f"{text}: {tokenizer.decode(expected.tolist())!r}")
 
 
 def mean_loss(model: Decoder, batches: list[Batch]) -> float:
