@@ -37,11 +37,14 @@ def reward_by_parity(completions, texts, answers, rl):  # type: ignore[no-untype
 def found(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[float]]]:
     """(loss, gradient norm) of every step of a small CPT, SFT and RL run."""
     runs = tmp_path_factory.mktemp("golden")
-    run(options(world, runs / "cpt", "cpt", schedule__total_steps=12))
-    run(options(world, runs / "sft", "sft1", model__path=runs / "cpt", train__epochs=0.5))
+    # rates are told here, so that tuning the demo moves no golden curve
+    run(options(world, runs / "cpt", "cpt", schedule__total_steps=12, schedule__learning_rate=3e-3, schedule__final_learning_rate=3e-4))
+    rates = {"schedule__learning_rate": 1e-3, "schedule__final_learning_rate": 1e-4}
+    run(options(world, runs / "sft", "sft1", model__path=runs / "cpt", train__epochs=0.5, **rates))
     run(["export", "hf", str(runs / "sft"), "--to", str(runs / "hf")])
     run(["export", "fp8", str(runs / "hf"), "--to", str(runs / "fp8")])
     words = options(world, runs / "rl", "rl1", model__path=runs / "sft", rollout__model=runs / "fp8", schedule__total_steps=4)
+    words.append("--schedule.learning_rate=1e-4")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(infir2.rl.sampler, "rate", reward_by_parity)
         run(words)
