@@ -104,7 +104,7 @@ class _Run:
 
     def _load(self, cell: Cell, prelude: str, deadline: float) -> tuple[Reason, str, list[str]]:
         cell.send({"mode": "serve", "program": self.program, "prelude": prelude})
-        said = cell.receive(deadline)
+        said = cell.channel.receive(deadline)
         if said == {}:
             return "timeout", "the time was over while the program was loading", []
         if said is None:
@@ -128,11 +128,11 @@ class _Run:
             reason, detail, names = self._load(solution, "", deadline)
             if reason != "ok":
                 return reason, detail
-            with Cell(self.limits, peer=solution.control) as examiner:
+            with Cell(self.limits, peer=solution.channel.socket) as examiner:
                 key = secrets.token_hex(8)
                 request = {"entry_point": test.get("entry_point", ""), "setup": test.get("setup", ""), "code": test["code"]}
                 examiner.send({"mode": "examine", "names": names, "key": key} | request)
-                said = examiner.receive(deadline)
+                said = examiner.channel.receive(deadline)
         if said == {}:
             return "timeout", "the time was over"
         if said is None or said.get("key") != key:
@@ -144,7 +144,7 @@ def _ended(cell: Cell, code: int | None) -> tuple[Reason, str]:
     """Why a program ended early, from its own last words (they choose among reasons that all score 0)."""
     if code is not None and code < 0:
         return "killed", f"ended by signal {-code}"
-    return _complaint(cell.receive(time.monotonic() + 0.1) or {"error": f"exit code {code}"})
+    return _complaint(cell.channel.receive(time.monotonic() + 0.1) or {"error": f"exit code {code}"})
 
 
 def _complaint(said: dict[str, Any]) -> tuple[Reason, str]:
@@ -155,7 +155,7 @@ def _call(cell: Cell, test: dict[str, Any], deadline: float) -> tuple[Reason, st
     key = secrets.token_hex(8)
     request = {"id": key, "target": ["name", test["fn_name"]], "arguments": encode(list(test["args"])), "options": encode({})}
     cell.send(request)
-    said = cell.receive(deadline)
+    said = cell.channel.receive(deadline)
     if said == {}:
         return "timeout", "the time was over"
     if said is None or said.get("id") != key:

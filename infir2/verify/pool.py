@@ -5,25 +5,22 @@ start on first use, live until the pool is closed, and are replaced after a kill
 an idle worker sees its input end and a busy one is ended by the kernel's timer (worker.py).
 """
 
-import json
 import os
-import select
+import queue
+import socket
 import subprocess
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infir2.errors import ConfigError
-from infir2.verify.process import kill_tree
+from infir2.verify.process import Channel, kill_tree
 
-START_SECONDS = 120.0
-MAX_REPLY_BYTES = 1 << 20
+START_SECONDS, START_ATTEMPTS = 120.0, 3
 
 
 @dataclass(frozen=True)
@@ -37,72 +34,27 @@ class Outcome:
 
 
 class _Worker:
-    """One process and the item that it works on. `index` is the item's place in the batch, None without one."""
+    """One process, and the socket that is its standard input and our way to it."""
 
     def __init__(self, function: str, memory_bytes: int) -> None:
-        self.arguments = [sys.executable, "-P", "-m", "infir2.verify.worker", function, str(memory_bytes)]
-        self.process: subprocess.Popen[bytes] | None = None
-        self.ready = False
-        self.index: int | None = None
-        self.began = 0.0
-        self.deadline = 0.0
-        self.received = b""
-
-    def start(self) -> None:
         root = str(Path(__file__).resolve().parents[2])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *(place for place in sys.path if place)])}
-        self.process = subprocess.Popen(
-            self.arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True, bufsize=0
-        )
-        self.ready, self.index, self.received = False, None, b""
-        self.deadline = time.monotonic() + START_SECONDS
-
-    def send(self, index: int, arguments: Sequence[Any], seconds: float) -> None:
-        assert self.process is not None
-        assert self.process.stdin is not None
-        assert self.ready
-        self.index, self.began = index, time.monotonic()
-        self.deadline = self.began + seconds
-        with suppress(BrokenPipeError):  # seen as the end of its replies
-            self.process.stdin.write(json.dumps({"arguments": list(arguments), "seconds": seconds}).encode() + b"\n")
-
-    def fileno(self) -> int:
-        assert self.process is not None
-        assert self.process.stdout is not None
-        return self.process.stdout.fileno()
-
-    def receive(self) -> dict | None:
-        """One reply, {} while there is only part of one, None when the worker has ended or talks nonsense."""
-        chunk = os.read(self.fileno(), 1 << 16)
-        self.received += chunk
-        if not chunk or len(self.received) > MAX_REPLY_BYTES:
-            return None
-        line, newline, rest = self.received.partition(b"\n")
-        if not newline:
-            return {}
-        self.received = rest
-        try:
-            reply = json.loads(line)
-        except ValueError:
-            return None
-        return reply if isinstance(reply, dict) and reply else None
-
-    def alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        ours, theirs = socket.socketpair()
+        self.channel = Channel(ours)
+        words = [sys.executable, "-P", "-m", "infir2.verify.worker", function, str(memory_bytes)]
+        with theirs:
+            self.process = subprocess.Popen(
+                words, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment, start_new_session=True
+            )
 
     def kill(self) -> None:
-        if self.process is not None:
-            kill_tree(self.process)
-            self.forget()
+        kill_tree(self.process)
+        self.channel.socket.close()
 
     def forget(self) -> None:
-        """Close the pipes without touching the process (which may belong to the parent of this fork)."""
-        if self.process is not None:
-            for pipe in (self.process.stdin, self.process.stdout):
-                assert pipe is not None
-                pipe.close()
-            self.process.returncode = self.process.returncode if self.process.returncode is not None else 0
-        self.process, self.ready, self.index = None, False, None
+        """Let go of a process that belongs to the parent of this fork."""
+        self.channel.socket.close()
+        self.process.returncode = 0
 
 
 class Pool:
@@ -112,132 +64,82 @@ class Pool:
     """
 
     def __init__(self, function: str, size: int, memory_bytes: int = 1 << 30) -> None:
-        self._idle = [_Worker(function, memory_bytes) for _ in range(size)]
-        self._workers = list(self._idle)
-        self._condition = threading.Condition()
-        self._closed = False
+        self._function, self._size, self._memory_bytes = function, size, memory_bytes
+        self._workers: set[_Worker] = set()
+        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()  # the warmest first; None may be started
+        for _ in range(size):
+            self._idle.put(None)
 
     def run(self, items: Sequence[Sequence[Any]], item_seconds: float, batch_seconds: float) -> list[Outcome]:
         """Outcomes in the order of `items` (argument lists). An item over its time, or not begun in the batch's, is a timeout.
 
         Raises ConfigError when workers cannot start.
         """
-        if not items:
-            return []
-        workers = self._acquire(len(items))
-        batch = _Batch(items, item_seconds, time.monotonic() + batch_seconds)
-        try:
-            while batch.unfinished:
-                batch.advance(workers)
-        finally:
-            for worker in workers:
-                if worker.index is not None:
-                    worker.kill()
-            self._release(workers)
-        return [outcome for outcome in batch.outcomes if outcome is not None]
+        last = time.monotonic() + batch_seconds
+        with ThreadPoolExecutor(max_workers=self._size) as threads:
+            checks = [threads.submit(self._check, item, item_seconds, last) for item in items]
+            try:
+                return [check.result() for check in checks]
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
 
     def process_ids(self) -> list[int]:
         """Ids of the living workers."""
-        return [worker.process.pid for worker in self._workers if worker.process is not None and worker.alive()]
+        return [worker.process.pid for worker in self._workers if worker.process.poll() is None]
 
     def close(self) -> None:
-        """Kill and reap every worker; batches of other threads get 5 s to end first."""
-        with self._condition:
-            self._closed = True
-            self._condition.notify_all()
-            self._condition.wait_for(lambda: len(self._idle) == len(self._workers), timeout=5.0)
-        for worker in self._workers:
-            worker.kill()
+        """Kill and reap every worker; a check that is under way in another thread gets the reason "killed"."""
+        for worker in list(self._workers):
+            self._kill(worker)
 
     def forget(self) -> None:
         """Drop the workers without killing them: for a forked child, whose parent goes on using them."""
         for worker in self._workers:
             worker.forget()
 
-    def _acquire(self, wanted: int) -> list[_Worker]:
-        with self._condition:
-            self._condition.wait_for(lambda: bool(self._idle) or self._closed)
-            assert not self._closed, "the pool is closed"
-            self._idle.sort(key=lambda worker: not worker.ready)
-            taken, self._idle = self._idle[:wanted], self._idle[wanted:]
-            return taken
+    def _check(self, arguments: Sequence[Any], seconds: float, last: float) -> Outcome:
+        """One item, in a thread of its own: wait for a worker, ask it, and kill it unless it is as good as before."""
+        try:
+            worker = self._idle.get(timeout=max(0.0, last - time.monotonic()))
+        except queue.Empty:
+            return Outcome(reason="timeout", detail="the batch's time was over")
+        try:
+            if worker is None or worker.process.poll() is not None:
+                worker = self._started(worker, last)
+            began = time.monotonic()
+            if worker is None or began >= last:
+                return Outcome(reason="timeout", detail="the batch's time was over")
+            worker.channel.send({"arguments": list(arguments), "seconds": seconds}, seconds)
+            reply = worker.channel.receive(min(began + seconds, last))
+            taken = time.monotonic() - began
+            if not reply or reply.get("unclean") or reply.get("reason") == "oom":
+                self._kill(worker)
+                worker = None
+            if reply == {}:
+                return Outcome(reason="timeout", detail=f"stopped after {taken:.1f} s", seconds=taken)
+            reply = reply or {"reason": "killed", "detail": "its process died"}
+            return Outcome(reply.get("value"), reply.get("reason", ""), reply.get("detail", ""), taken)
+        finally:
+            self._idle.put(worker)
 
-    def _release(self, workers: list[_Worker]) -> None:
-        with self._condition:
-            self._idle += workers
-            self._condition.notify_all()
+    def _started(self, dead: _Worker | None, last: float) -> _Worker | None:
+        """A new worker, ready to be asked; None when the batch's time is over before it is."""
+        if dead is not None:
+            self._kill(dead)
+        why = ""
+        for _ in range(START_ATTEMPTS):
+            worker = _Worker(self._function, self._memory_bytes)
+            self._workers.add(worker)
+            said = worker.channel.receive(min(time.monotonic() + START_SECONDS, last))
+            if said and "ready" in said:
+                return worker
+            self._kill(worker)
+            if time.monotonic() >= last:
+                return None
+            why = f"not ready within {START_SECONDS:.0f} s" if said == {} else (said or {}).get("failed", "ended before it was ready")
+        raise ConfigError(f"the process that checks answers cannot start ({why}); reinstall infir2 with its dependencies")
 
-
-class _Batch:
-    """The items of one call to `Pool.run`."""
-
-    def __init__(self, items: Sequence[Sequence[Any]], item_seconds: float, deadline: float) -> None:
-        self.items, self.item_seconds, self.deadline = items, item_seconds, deadline
-        self.waiting = deque(range(len(items)))
-        self.outcomes: list[Outcome | None] = [None] * len(items)
-        self.unfinished = len(items)
-        self.failed_starts = 0
-
-    def advance(self, workers: list[_Worker]) -> None:
-        """Hand out items, wait for the next reply or deadline, and take what has come."""
-        for worker in workers:
-            if self.waiting and worker.index is None:
-                self._occupy(worker)
-        busy = [worker for worker in workers if worker.index is not None or (worker.process is not None and not worker.ready)]
-        now = time.monotonic()
-        wait = max(0.0, min([self.deadline, *(worker.deadline for worker in busy)]) - now)
-        poll = select.poll()
-        by_descriptor = {worker.fileno(): worker for worker in busy}
-        for descriptor in by_descriptor:
-            poll.register(descriptor, select.POLLIN)
-        for descriptor, _ in poll.poll(wait * 1000 + 1):
-            self._take(by_descriptor[descriptor])
-        self._expire(busy)
-
-    def _occupy(self, worker: _Worker) -> None:
-        if not worker.alive():
-            worker.kill()
-            worker.start()
-        elif worker.ready:
-            index = self.waiting.popleft()
-            worker.send(index, self.items[index], self.item_seconds)
-
-    def _take(self, worker: _Worker) -> None:
-        reply = worker.receive()
-        if reply == {}:
-            return
-        if worker.ready and worker.index is not None:
-            self._finish(worker, reply if reply is not None else {"reason": "killed", "detail": "its process died"})
-            if reply is None or reply.get("unclean") or reply.get("reason") == "oom":
-                worker.kill()
-        elif reply is not None and "ready" in reply:
-            worker.ready = True
-        else:
-            self._failed_start(worker, reply["failed"] if reply else "it ended before it was ready")
-
-    def _expire(self, busy: list[_Worker]) -> None:
-        now = time.monotonic()
-        for worker in busy:
-            if worker.index is not None and now >= min(worker.deadline, self.deadline):
-                self._finish(worker, {"reason": "timeout", "detail": f"stopped after {now - worker.began:.1f} s"})
-                worker.kill()
-            elif worker.process is not None and not worker.ready and now >= worker.deadline:
-                self._failed_start(worker, f"it was not ready within {START_SECONDS:.0f} s")
-        while self.waiting and now >= self.deadline:
-            self._record(self.waiting.popleft(), Outcome(reason="timeout", detail="the batch's time was over"))
-
-    def _failed_start(self, worker: _Worker, why: str) -> None:
+    def _kill(self, worker: _Worker) -> None:
         worker.kill()
-        self.failed_starts += 1
-        if self.failed_starts >= 3:
-            raise ConfigError(f"the process that checks answers cannot start ({why}); reinstall infir2 with its dependencies")
-
-    def _finish(self, worker: _Worker, reply: dict) -> None:
-        assert worker.index is not None
-        seconds = time.monotonic() - worker.began
-        self._record(worker.index, Outcome(reply.get("value"), reply.get("reason", ""), reply.get("detail", ""), seconds))
-        worker.index = None
-
-    def _record(self, index: int, outcome: Outcome) -> None:
-        self.outcomes[index] = outcome
-        self.unfinished -= 1
+        self._workers.discard(worker)

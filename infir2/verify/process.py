@@ -1,12 +1,56 @@
-"""Kill a process together with everything it started, and leave no zombie."""
+"""Talking to another process with deadlines, and killing it together with everything it started."""
 
 import ctypes
+import json
 import os
 import signal
+import socket
 import subprocess
+import time
 from contextlib import suppress
+from typing import Any
 
+MAX_MESSAGE_BYTES = 4 << 20
 _PR_SET_CHILD_SUBREAPER = 36
+
+
+class Channel:
+    """JSON objects, one a line, over a socket. What the other side says is not trusted."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.socket = end
+        self._received = bytearray()
+
+    def send(self, message: dict[str, Any], seconds: float) -> None:
+        """One message. A peer that has ended, or does not read for so long, is noticed by `receive`."""
+        self.socket.settimeout(seconds)
+        with suppress(OSError):
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self, deadline: float) -> dict[str, Any] | None:
+        """The next message, {} when the deadline (monotonic seconds) passed, None when the peer ended or sent no message."""
+        complete = b"\n" in self._received
+        while not complete:
+            left = deadline - time.monotonic()
+            self.socket.settimeout(max(left, 1e-6))
+            try:
+                chunk = self.socket.recv(1 << 16)
+            except TimeoutError:
+                return {}
+            except OSError:
+                return None
+            self._received += chunk
+            if not chunk or len(self._received) > MAX_MESSAGE_BYTES:
+                return None
+            complete = b"\n" in chunk
+            if left < 0 and not complete:  # a trickle of bytes is no way around the clock
+                return {}
+        line, _, self._received = self._received.partition(b"\n")
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        return message if isinstance(message, dict) and message else None
 
 
 def adopt_orphans() -> None:
@@ -21,32 +65,27 @@ def kill_tree(process: "subprocess.Popen[bytes]") -> None:
     between the look and the kill.
     """
     if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGSTOP)
+        process.send_signal(signal.SIGSTOP)
         for _ in range(100):  # a fork bomb grows while it is killed; every round leaves less of it
-            descendants = _living_descendants(process.pid)
+            descendants = living_descendants(process.pid)
             if not descendants:
                 break
             for pid in descendants:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
+        process.kill()
     process.wait()
 
 
-def _living_descendants(ancestor: int) -> list[int]:
+def living_descendants(ancestor: int) -> list[int]:
+    """Ids of the processes below `ancestor` that are no zombies."""
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
+    for entry in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError, IndexError), open(f"/proc/{entry}/stat", "rb") as stat:
             state, parent = stat.read().rpartition(b")")[2].split()[:2]
             if state not in (b"Z", b"X"):
                 children.setdefault(int(parent), []).append(int(entry))
-    found, todo = [], [ancestor]
-    while todo:
-        for child in children.get(todo.pop(), []):
-            found.append(child)
-            todo.append(child)
-    return found
+    found = [ancestor]
+    for process in found:  # grows while it is walked
+        found += children.get(process, [])
+    return found[1:]

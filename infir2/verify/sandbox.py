@@ -17,14 +17,14 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from infir2.errors import ConfigError
 from infir2.verify import jail, plain, walls
-from infir2.verify.process import kill_tree
+from infir2.verify.process import Channel, kill_tree
 
 START_SECONDS = 30.0
 
@@ -77,14 +77,6 @@ def libraries() -> list[str]:
     return sorted({path for path in wanted if os.path.isdir(path)})
 
 
-def _warn_of_process_level() -> None:
-    warnings.warn(
-        "level 'process' runs programs with your own rights: no protection of files and network",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
 class Cell:
     """One jailed interpreter, ready for one request. A context manager; leaving it ends and reaps every process inside.
 
@@ -96,8 +88,9 @@ class Cell:
         if sys.platform != "linux":
             raise JailError("programs can be checked on Linux only: its namespaces are the jail")
         if limits.level == "process":
-            _warn_of_process_level()
-        self.limits, self.received = limits, bytearray()
+            sentence = "level 'process' runs programs with your own rights: no protection of files and network"
+            warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+        self.limits = limits
         try:
             with ExitStack() as mine, ExitStack() as inside:
                 self._start(mine, inside, stdin, peer)
@@ -112,8 +105,8 @@ class Cell:
 
     def _start(self, mine: ExitStack, theirs: ExitStack, stdin: bytes, peer: socket.socket | None) -> None:
         folder = mine.enter_context(tempfile.TemporaryDirectory(prefix="infir2-jail-")) if self.limits.level == "process" else "/"
-        self.control, control = socket.socketpair()
-        mine.enter_context(self.control)
+        ours, control = socket.socketpair()
+        self.channel = Channel(mine.enter_context(ours))
         theirs.enter_context(control)
         self.status, status = os.pipe()
         mine.callback(os.close, self.status)
@@ -146,42 +139,15 @@ class Cell:
         mine.enter_context(self.process.stdout)
 
     def _await_ready(self) -> None:
-        said = self.receive(time.monotonic() + START_SECONDS)
+        said = self.channel.receive(time.monotonic() + START_SECONDS)
         if said and "jail" in said:
             raise JailError(f"this machine refuses a jail of level '{self.limits.level}' ({said['jail']}): {_REMEDY}")
         if not said or "ready" not in said:
             raise JailBrokenError("the jail did not start")
 
     def send(self, message: dict[str, Any]) -> None:
-        """One request. A jail that has ended is noticed by `receive`."""
-        self.control.settimeout(self.limits.seconds)
-        with suppress(OSError):
-            self.control.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self, deadline: float, max_bytes: int = jail.MAX_LINE_BYTES) -> dict[str, Any] | None:
-        """The next message, {} when the deadline (monotonic seconds) passed, None when the jail ended or sent no message."""
-        complete = b"\n" in self.received
-        while not complete:
-            left = deadline - time.monotonic()
-            self.control.settimeout(max(left, 1e-6))
-            try:
-                chunk = self.control.recv(1 << 16)
-            except TimeoutError:
-                return {}
-            except OSError:
-                return None
-            self.received += chunk
-            if not chunk or len(self.received) > max_bytes:
-                return None
-            complete = b"\n" in chunk
-            if left < 0 and not complete:  # a trickle of bytes is no way around the clock
-                return {}
-        line, _, self.received = self.received.partition(b"\n")
-        try:
-            message = json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-        return message if isinstance(message, dict) and message else None
+        """One request; the answer comes through `channel`."""
+        self.channel.send(message, self.limits.seconds)
 
     def output(self, deadline: float, max_bytes: int) -> tuple[bytes, int | None, str]:
         """Standard output until the program ends: (bytes, exit code, ""), or (bytes so far, None, "timeout" | "output")."""

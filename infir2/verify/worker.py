@@ -9,17 +9,22 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from importlib import import_module
-from typing import BinaryIO
+from typing import Any
 
-from infir2.verify.process import adopt_orphans
+from infir2.verify.process import Channel, adopt_orphans
+
+SEND_SECONDS, IDLE_SECONDS = 60.0, 7 * 86_400.0  # a worker that nobody asks for a week ends; the pool starts another
 
 
 def main() -> None:
-    """Serve until standard input ends. The protocol keeps private descriptors: what a check prints goes nowhere."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    """Serve until the channel ends. It is standard input no longer: what a check reads or prints goes nowhere."""
+    channel = Channel(socket.socket(fileno=os.dup(0)))
     name, memory_bytes = sys.argv[1], int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -30,28 +35,28 @@ def main() -> None:
         module = import_module(module_name)
         if prepare := getattr(module, "prepare", None):
             prepare()
+        function = getattr(module, function_name)
     except Exception as error:
-        _reply(replies, {"failed": f"{type(error).__name__}: {error}"})
-        return
+        return channel.send({"failed": f"{type(error).__name__}: {error}"}, SEND_SECONDS)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
     if memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    _reply(replies, {"ready": True})
-    for line in requests:
-        answer = _answer(getattr(module, function_name), json.loads(line))
-        _reply(replies, answer | {"unclean": _has_children()})
+    channel.send({"ready": True}, SEND_SECONDS)
+    while request := channel.receive(time.monotonic() + IDLE_SECONDS):
+        channel.send(_answer(function, request) | {"unclean": _has_children()}, SEND_SECONDS)
     os.killpg(0, signal.SIGKILL)  # the parent is gone; so is whatever a check left running in this session
 
 
-def _answer(function: object, request: dict) -> dict:
+def _answer(function: Callable[..., Any], request: dict[str, Any]) -> dict[str, Any]:
     # The kernel's own clock: SIGALRM's default action ends this process even if the parent died and C code never returns.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 1.0)
     try:
-        assert callable(function)
-        return {"value": function(*request["arguments"])}
+        value = function(*request["arguments"])
+        json.dumps(value)  # raises for what cannot be sent
+        return {"value": value}
     except MemoryError as error:
         return {"reason": "oom", "detail": str(error)}
     except BaseException as error:
@@ -73,14 +78,6 @@ def _leave_the_file_system() -> None:
     place = tempfile.mkdtemp()
     os.chdir(place)
     os.rmdir(place)
-
-
-def _reply(replies: BinaryIO, message: dict) -> None:
-    try:
-        line = json.dumps(message)
-    except (TypeError, ValueError) as error:
-        line = json.dumps({"reason": "error", "detail": f"the check returned what JSON cannot hold: {error}"[:300]})
-    replies.write(line.encode() + b"\n")
 
 
 if __name__ == "__main__":

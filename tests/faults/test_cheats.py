@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from infir2.verify import Limits, run_code
-from infir2.verify.process import _living_descendants
+from infir2.verify.process import living_descendants
 
 STDIN = [{"input": "20 22\n", "output": "42"}]
 CALL = [{"fn_name": "f", "args": [20, 22], "expected": 42}, {"fn_name": "f", "args": [[1]], "expected": [1]}]
@@ -100,9 +100,9 @@ CHEATS: list[tuple[str, str, list[dict[str, Any]]]] = [
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = set(_living_descendants(os.getpid()))
+    before = set(living_descendants(os.getpid()))
     yield
-    assert set(_living_descendants(os.getpid())) <= before
+    assert set(living_descendants(os.getpid())) <= before
     assert list(tmp_path.iterdir()) == []
 
 

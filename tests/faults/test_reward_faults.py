@@ -14,7 +14,7 @@ import pytest
 
 from infir2.errors import ConfigError
 from infir2.verify.pool import Outcome, Pool
-from infir2.verify.process import _living_descendants
+from infir2.verify.process import living_descendants
 
 SECONDS = 2.0
 
@@ -22,12 +22,12 @@ SECONDS = 2.0
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    before = set(_living_descendants(os.getpid()))
+    before = set(living_descendants(os.getpid()))
     pool = Pool("poison_checks:check", size=4, memory_bytes=1 << 28)
     yield pool
     pool.close()
     assert pool.process_ids() == []
-    assert set(_living_descendants(os.getpid())) <= before
+    assert set(living_descendants(os.getpid())) <= before
     assert zombies() == []
 
 
