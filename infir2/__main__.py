@@ -1,7 +1,6 @@
-"""`python -m infir2` is the `infir2` command."""
-
 import sys
 
 from infir2.cli import main
+from infir2.launch.ranks import run_rank
 
-sys.exit(main())
+sys.exit(run_rank(main))

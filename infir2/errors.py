@@ -47,6 +47,14 @@ class NonFiniteError(UserError):
     exit_code = 17
 
 
+class LaunchedError(UserError):
+    """A launched command ended badly; carries the worst rank's exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"the worst rank ended with code {code}; its message is above")
+        self.exit_code = code
+
+
 class Preempted(UserError):
     """SIGTERM arrived: the state is saved, the same command goes on from it."""
 

@@ -1,7 +1,7 @@
 """The `infir2` command: finds the verb, runs it, turns what happened into an exit code.
 
 0 done, 1 a check did not hold, 2 configuration or an output that exists, 3 checkpoint, 4 data, 17 non-finite training,
-70 internal error, 75 preempted (saved), 130 Ctrl-C. No verb's code, and no torch, is imported before the verb is known.
+70 internal error, 71 a rank died, 75 preempted (saved), 130 Ctrl-C. No verb's code, and no torch, is imported before the verb is known.
 """
 
 import difflib
@@ -21,10 +21,12 @@ VERBS = {
     "sft": ("recipe", "sft", "supervised fine-tuning on conversations"),
     "rl": ("recipe", "rl", "reinforcement learning with verified rewards"),
     "eval": ("recipe", "evaluate", "score a model on problems with known answers"),
+    "launch": ("launch", "launch", "cpt, sft, rl or eval on many processes and nodes: launch torchrun|ray|slurm -- VERB ..."),
     "check": ("check", "check", "try everything a recipe needs, and train nothing"),
     "export": ("conversion", "export", "write Hugging Face directories: export hf|fp8 SRC --to DIR"),
     "import": ("conversion", "import_", "read foreign weights: import fp8|megatron SRC --to DIR"),
     "verify-weights": ("conversion", "verify_weights", "prove that an FP8 export holds the trainer's bytes"),
+    "tokenize": ("conversion", "tokenize", "text to Megatron's .bin/.idx files: tokenize SOURCE... --tokenizer DIR --out PREFIX"),
     "report": ("conversion", "report", "one HTML page about one or more runs"),
 }
 

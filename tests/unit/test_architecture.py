@@ -14,6 +14,7 @@ PACKAGE = ROOT / "infir2"
 FLOORS = {
     "errors": 0,
     "faults": 0,
+    "compat": 0,
     "numerics": 0,
     "model": 1,
     "verify": 1,
@@ -94,7 +95,7 @@ def test_no_circles_between_modules() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("package", ["infir2.config", "infir2.verify", "infir2.cli", "infir2.cli.recipe", "infir2.cli.check"])
+@pytest.mark.parametrize("package", ["infir2.config", "infir2.verify", "infir2.cli", "infir2.cli.recipe", "infir2.cli.check", "infir2.cli.launch"])
 def test_imports_without_torch(package: str) -> None:
     code = f"import sys, {package}; print(sorted({{'torch', 'transformers', 'pyarrow', 'tensorboard'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -1,0 +1,108 @@
+"""How the code of every rank reaches the one who launched it, and a signal every rank.
+
+torchrun returns 1 whatever its workers ended with, and gives them 30 seconds after SIGTERM. So each rank leaves a file with
+its pid and one with its exit code in the launcher's directory, and the launcher signals the ranks themselves:
+
+    LAUNCH_DIR/HOST-PID/attempt-0/{rank-0.pid, rank-0.code, ...}    LAUNCH_DIR/HOST-PID/stop
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+VARIABLE = "INFIR2_RANKS_DIR"
+STOP = "stop"
+DIED = 71  # a rank that left no code was killed
+PREEMPTED, INTERRUPTED = 75, 130
+# From mild to bad. Any other code names a cause, and outranks its echo on other ranks (70, 71 of a broken collective).
+_MILD_TO_BAD = (0, PREEMPTED, INTERRUPTED, DIED, 70)
+RESTARTED = (70, DIED)
+_PR_SET_PDEATHSIG = 1
+
+
+def worst_code(codes: Iterable[int]) -> int:
+    """The code that says most about what went wrong. Example: [75, 71, 2] -> 2; no codes at all -> 71."""
+    return max(codes, key=lambda code: (_MILD_TO_BAD.index(code) if code in _MILD_TO_BAD else len(_MILD_TO_BAD), code), default=DIED)
+
+
+def die_with_parent() -> None:
+    """SIGKILL this process when its parent ends, so that no rank outlives its launcher and keeps the run's lock (Linux)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def attempt_dirs(place: Path) -> list[Path]:
+    """Attempts of one launcher, oldest first."""
+    return sorted(place.glob("attempt-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
+def codes_of(attempt: Path) -> dict[int, int]:
+    """{rank: code} of the ranks that started; 71 for one without a code."""
+    started = [int(path.stem.partition("-")[2]) for path in attempt.glob("rank-*.pid")]
+    return {rank: _read_code(attempt / f"rank-{rank}.code") for rank in sorted(started)}
+
+
+def gathered_code(directory: Path) -> int:
+    """The worst code of the last attempt of every launcher that wrote into a shared directory."""
+    last = [attempts[-1] for place in directory.iterdir() if (attempts := attempt_dirs(place))] if directory.is_dir() else []
+    return worst_code(code for attempt in last for code in codes_of(attempt).values())
+
+
+def signal_ranks(place: Path, number: int) -> None:
+    """Ask every rank of the newest attempt to stop; those that have not started yet will not."""
+    (place / STOP).touch()
+    for path in (attempt_dirs(place) or [place])[-1].glob("rank-*.pid"):
+        if not path.with_suffix(".code").exists():
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int(path.read_text()), number)
+
+
+def run_rank(main: Callable[[], int]) -> int:
+    """`main()`; under `infir2 launch`, its code is left for the launcher.
+
+    A code that a restart cannot better (an orderly stop, bad data, a wrong recipe) is 0 for torchrun, which would restart and
+    add a traceback; only between nodes it is needed to tell the others. A rank restarted after such a code ends with it at once.
+    """
+    directory = os.environ.get(VARIABLE)
+    if not directory:
+        return main()
+    die_with_parent()
+    rank, restart = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    place = Path(directory)
+    attempt = place / f"attempt-{restart}"
+    attempt.mkdir(exist_ok=True)
+
+    def leave(code: int) -> int:
+        _write(attempt / f"rank-{rank}.code", str(code))
+        one_node = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+        return 0 if code in (PREEMPTED, INTERRUPTED) or (one_node and code not in RESTARTED) else code
+
+    # until main has its own handlers there is nothing to save
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(leave(PREEMPTED)))
+    _write(attempt / f"rank-{rank}.pid", str(os.getpid()))
+    before = worst_code(codes_of(place / f"attempt-{restart - 1}").values()) if restart else DIED
+    if before not in RESTARTED:
+        return leave(before)
+    return leave(PREEMPTED if (place / STOP).exists() else main())
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _read_code(path: Path) -> int:
+    try:
+        return int(re.sub(r"\D", "", path.read_text()))
+    except (OSError, ValueError):
+        return DIED
+
+
+if __name__ == "__main__":  # what a batch script ends with: python -m infir2.launch.ranks DIR
+    sys.exit(gathered_code(Path(sys.argv[1])))

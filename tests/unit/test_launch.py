@@ -1,0 +1,159 @@
+"""`infir2 launch`: what would run, what runs under torchrun, and whose exit code comes out."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from stages import curve, options, run
+
+from infir2.cli import main
+from infir2.launch import ranks
+from infir2.launch.torchrun import default_ranks
+
+LAUNCH = [sys.executable, "-m", "infir2", "launch"]
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "INFIR2_FAULTS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def dry(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["launch", words[0], "--dry-run", *words[1:]]) == 0
+    return capsys.readouterr().out
+
+
+def test_torchrun_on_one_node_and_on_many(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    one = shlex.split(dry(capsys, "torchrun", "--gpus-per-node", "8", "--", "sft", "a b.toml", "--run.seed=1"))
+    assert one[1:4] == ["-m", "torch.distributed.run", "--standalone"]
+    assert one[4:] == ["--nproc-per-node=8", "--max-restarts=3", "-m", "infir2", "sft", "a b.toml", "--run.seed=1"]
+    assert main(["launch", "torchrun", "--nodes", "2", "--", "cpt", "a.toml"]) == 2
+    assert "MASTER_ADDR" in capsys.readouterr().err
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    many = dry(capsys, "torchrun", "--nodes", "2", "--gpus-per-node", "4", "--", "cpt", "a.toml")
+    assert "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=10.0.0.1:29400" in many
+
+
+def test_what_cannot_be_launched_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, sentence in [
+        (["torchrun", "--", "export", "hf"], "one of cpt, sft, rl, eval"),
+        (["torchrun", "--nodes", "0", "--", "cpt"], "0 is not a number of at least 1"),
+        (["torchrun", "--gpus-per-node", "2", "--", "eval", "a.toml"], "one process"),
+        (["mpirun", "--", "cpt"], "invalid choice"),
+    ]:
+        assert main(["launch", *words]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_the_slurm_script_is_a_shell_script_that_requeues_itself(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    script = dry(capsys, "slurm", "--nodes", "2", "--gpus-per-node", "8", "--sbatch=--partition=h100", "--", "sft", "my recipe.toml")
+    for line in ("--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=1", "--requeue", "--signal=TERM@300", "--partition=h100"):
+        assert f"#SBATCH {line}" in script
+    assert "-- sft 'my recipe.toml'" in script
+    assert "scontrol requeue" in script
+    path = tmp_path / "job.sh"
+    path.write_text(script)
+    assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+    assert "--gpus-per-node=" not in dry(capsys, "slurm", "--cpu", "--", "cpt", "a.toml")
+
+
+def test_ray_names_bundles_and_the_command_of_a_node(capsys: pytest.CaptureFixture[str]) -> None:
+    text = dry(capsys, "ray", "--nodes", "4", "--gpus-per-node", "8", "--cpus-per-rank", "4", "--", "rl", "a.toml")
+    assert "4 bundles of {'CPU': 32.0, 'GPU': 8.0}, STRICT_SPREAD" in text
+    assert text.rstrip().endswith("--endpoint HOST:PORT --run-id infir2 --local-address HOST -- rl a.toml")
+
+
+def test_the_ranks_of_a_node_are_its_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
+    assert default_ranks() == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert default_ranks() == 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "worst"), [([0, 0], 0), ([0, 75], 75), ([75, 71, 75], 71), ([71, 70], 70), ([71, 2, 70], 2), ([75, 17, 17], 17), ([], 71)]
+)
+def test_the_worst_code_is_the_cause_and_not_its_echo(codes: list[int], worst: int) -> None:
+    assert ranks.worst_code(codes) == worst
+
+
+def test_codes_of_several_launchers_come_together_and_only_the_last_attempt_counts(tmp_path: Path) -> None:
+    def rank(place: str, attempt: int, number: int, code: int | None) -> None:
+        directory = tmp_path / place / f"attempt-{attempt}"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"rank-{number}.pid").write_text("1")
+        if code is not None:
+            (directory / f"rank-{number}.code").write_text(str(code))
+
+    rank("n1-7", 0, 0, 17)
+    rank("n1-7", 10, 0, 0)
+    rank("n2-8", 0, 1, 75)
+    assert ranks.gathered_code(tmp_path) == 75
+    rank("n2-8", 0, 2, None)
+    assert ranks.gathered_code(tmp_path) == 71
+    assert subprocess.run([sys.executable, "-m", "infir2.launch.ranks", str(tmp_path)]).returncode == 71
+    assert ranks.gathered_code(tmp_path / "absent") == 71
+
+
+def start(words: list[str], *launch: str, **variables: str) -> "subprocess.Popen[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.Popen([*LAUNCH, "torchrun", *launch, "--", *words], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(world: Path, tmp_path: Path) -> None:
+    def words(name: str) -> list[str]:
+        return options(world, tmp_path / name, "cpt", schedule__total_steps=6, checkpoint__save_every=2, train__validate_every=0)
+
+    run(words("undisturbed"))
+    process = start(words("killed"), "--max-restarts", "1", INFIR2_FAULTS="train.step:5")  # the second life does 2 steps
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "resumed from" in errors
+    assert curve(tmp_path / "killed", "loss", "gradient_norm") == curve(tmp_path / "undisturbed", "loss", "gradient_norm")
+    process = start([*words("dead"), "--run.seed=3"], "--max-restarts", "0", INFIR2_FAULTS="train.step:2")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 71
+    assert errors.rstrip().endswith("the worst rank ended with code 71; its message is above")
+
+
+def test_sigterm_to_the_launcher_saves_and_ends_with_75(world: Path, tmp_path: Path) -> None:
+    words = options(world, tmp_path / "cpt", "cpt", schedule__total_steps=100000, checkpoint__save_every=100000, train__validate_every=0)
+    process = start(words)
+    wait_until(lambda: (tmp_path / "cpt" / "metrics.jsonl").exists() and len(curve(tmp_path / "cpt", "loss")) > 1, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "is saved" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_wrong_recipe_is_said_once_and_not_tried_again(world: Path, tmp_path: Path) -> None:
+    _, errors = (process := start(options(world, tmp_path / "cpt", "cpt", schedule__total_step=6))).communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.count("did you mean schedule.total_steps?") == 1
+    assert "Traceback" not in errors
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(world: Path, tmp_path: Path) -> None:
+    words = options(world, tmp_path / "cpt", "cpt", schedule__total_steps=100000, checkpoint__save_every=100000, train__validate_every=0)
+    process = start(words)
+    lock = tmp_path / "cpt" / ".lock"
+    wait_until(lambda: lock.exists() and '"pid"' in lock.read_text() and (tmp_path / "cpt" / "metrics.jsonl").exists(), process)
+    process.kill()
+    process.communicate()
+    run([*words, "--train.stop_after_step=1"])  # refused while a rank holds the lock
