@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from infir2.config.resolved import dump
 from infir2.config.schema import EvalRecipe, EvaluateSection, RlRecipe
 from infir2.data import ChatTokenizer, Prompt, load_prompts
 from infir2.errors import ConfigError
-from infir2.evaluate.statistics import average_at_k, by_difficulty, mean_pass_at_k
+from infir2.evaluate.statistics import Evaluation, average_at_k, by_difficulty, mean_pass_at_k
 from infir2.rollout.native import NativeEngine
 from infir2.rollout.types import Engine, Request, SamplingParams, sampling_key
 from infir2.train.build import build_model, open_tokenizer
@@ -21,19 +21,6 @@ from infir2.train.session import Session, describe_environment
 from infir2.verify import check_math_batch
 
 SAMPLE_ROWS = 24  # responses written to samples.jsonl
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of one evaluation; `interval` is the half-width of the 95 % interval, clustered by problem."""
-
-    avg_at_k: float
-    interval: float
-    k: int
-    pass_at_k: float
-    num_problems: int
-    truncated_fraction: float
-    by_difficulty: dict[str, float]
 
 
 def evaluate_problems(

@@ -21,26 +21,37 @@ class Estimate:
     interval: float
     num_problems: int
 
-    @property
-    def low(self) -> float:
-        return self.mean - self.interval
 
-    @property
-    def high(self) -> float:
-        return self.mean + self.interval
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one evaluation, fractions of 1; `interval` is the half-width of the 95 % interval of avg@k, clustered by problem."""
+
+    avg_at_k: float
+    interval: float
+    k: int
+    pass_at_k: float
+    num_problems: int
+    truncated_fraction: float
+    by_difficulty: dict[str, float]
 
 
 def clustered_mean(problem_means: Sequence[float]) -> Estimate:
-    """Mean of per-problem means m_i with half-width 1.96 * s / sqrt(n), s = sqrt(sum (m_i - mean)^2 / (n - 1)).
+    """Mean of per-problem means m_i in [0, 1], half-width 1.96 * s / sqrt(n), s = sqrt(sum (m_i - mean)^2 / (n - 1)).
 
-    One problem gives an infinite interval. Raises ValueError without problems.
+    All 0 or all 1 is not certainty: the half-width is then Wilson's bound z^2 / (n + z^2). One problem gives an infinite
+    interval. Raises ValueError without problems.
     """
     values = np.asarray(problem_means, dtype=np.float64)
     if values.size == 0:
         raise ValueError("no problems to score: the list of problems is empty")
-    if values.size == 1:
-        return Estimate(float(values[0]), math.inf, 1)
-    return Estimate(float(values.mean()), float(NORMAL_95 * values.std(ddof=1) / math.sqrt(values.size)), int(values.size))
+    mean, n = float(values.mean()), values.size
+    if n == 1:
+        interval = math.inf
+    elif mean in (0.0, 1.0):
+        interval = NORMAL_95**2 / (n + NORMAL_95**2)
+    else:
+        interval = float(NORMAL_95 * values.std(ddof=1) / math.sqrt(n))
+    return Estimate(mean, interval, n)
 
 
 def average_at_k(scores: Sequence[Sequence[float]]) -> Estimate:
@@ -68,12 +79,6 @@ def mean_pass_at_k(scores: Sequence[Sequence[float]], k: int) -> Estimate:
     return clustered_mean([pass_at_k(len(samples), sum(score > 0 for score in samples), k) for samples in scores])
 
 
-def truncated_fraction(truncated: Sequence[Sequence[bool]]) -> float:
-    """Share of all samples that hit the token limit, in [0, 1]. Raises ValueError without samples."""
-    flags = [flag for samples in truncated for flag in samples]
-    return _mean(flags)
-
-
 def by_difficulty(scores: Sequence[Sequence[float]], difficulties: Sequence[int | None]) -> dict[str, Estimate]:
     """avg@k of each difficulty, easiest first; problems without one come last under "unknown"."""
     if len(scores) != len(difficulties):
@@ -84,17 +89,6 @@ def by_difficulty(scores: Sequence[Sequence[float]], difficulties: Sequence[int 
         "unknown" if level is None else str(level): average_at_k([s for s, d in zip(scores, difficulties, strict=True) if d == level])
         for level in levels
     }
-
-
-def paired_difference(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Estimate:
-    """Mean of after - before over the same problems in the same order, with the interval of the paired differences.
-
-    Pairing removes the spread of the problems' difficulty, which both sides share; the numbers of samples may differ.
-    `low > 0` is "rises by more than its interval"; `low <= 0 <= high` is "no difference shown" (BF16 against FP8).
-    """
-    if len(before) != len(after):
-        raise ValueError(f"a paired difference needs the same problems on both sides, got {len(before)} and {len(after)}")
-    return clustered_mean([_mean(b) - _mean(a) for a, b in zip(before, after, strict=True)])
 
 
 def _mean(values: Sequence[float] | Sequence[bool]) -> float:

@@ -1,46 +1,42 @@
 """The parts of the page that are text: sample responses, configuration, environment, commands."""
 
+import itertools
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from infir2.report.read import Run, SampleResponse
+from infir2.report.read import Row, Run
 from infir2.report.text import compact, html_table
 
 SAMPLES_PER_RUN, SAMPLE_CHARACTERS, RECIPE_CHARACTERS = 8, 6_000, 30_000
 
 
-def pick_samples(samples: Sequence[SampleResponse], count: int) -> list[SampleResponse]:
-    """A quarter from the first step, the others from the last ones; rewarded and unrewarded responses and prompts take turns."""
-    steps = sorted({sample.step for sample in samples})
-    first = [sample for sample in samples if sample.step == steps[0]] if len(steps) > 1 else []
-    last = [sample for sample in samples if sample not in first]
-    early = _varied(first, count // 4)
-    return early + _varied(sorted(last, key=lambda sample: -sample.step)[: 2 * count], count - len(early))
+def pick_samples(samples: Sequence[Row], count: int) -> list[Row]:
+    """A quarter from the first step, the others from the last ones; rewarded and unrewarded responses take turns."""
+    first = min((sample["step"] for sample in samples), default=0)
+    early = _by_turns([sample for sample in samples if sample["step"] == first], count // 4)
+    late = _by_turns(sorted(samples, key=lambda sample: -sample["step"])[: 2 * count], count)
+    chosen = early + [sample for sample in late if sample not in early]
+    return sorted(chosen[:count], key=lambda sample: sample["step"])
 
 
-def _varied(samples: Sequence[SampleResponse], count: int) -> list[SampleResponse]:
-    left, taken = list(samples), list[SampleResponse]()
-    while left and len(taken) < count:
-
-        def likeness(sample: SampleResponse) -> int:
-            return sum((sample.reward > 0) == (old.reward > 0) for old in taken) + 2 * sum(sample.prompt == old.prompt for old in taken)
-
-        taken.append(left.pop(left.index(min(left, key=likeness))))
-    return sorted(taken, key=lambda sample: sample.step)
+def _by_turns(samples: Sequence[Row], count: int) -> list[Row]:
+    rewarded, others = ([sample for sample in samples if (sample["reward"] > 0) is good] for good in (True, False))
+    turns = (sample for pair in itertools.zip_longest(rewarded, others) for sample in pair if sample)
+    return list(itertools.islice(turns, count))
 
 
 def samples_html(run: Run) -> str:
     """Responses that open on a click."""
     items = []
-    for sample in pick_samples(run.samples, SAMPLES_PER_RUN) if run.samples else ():
-        badges = f'<span class="badge {"good" if sample.reward > 0 else "bad"}">reward {compact(sample.reward)}</span>'
-        badges += '<span class="badge">truncated</span>' if sample.truncated else ""
-        step = f'<span class="step">step {sample.step}</span>' if run.train else ""
-        question = escape(" ".join(sample.prompt.split())[:160])
-        parts = (("Prompt", sample.prompt), ("Response", sample.response), ("Expected answer", sample.answer))
-        body = "".join(f"<dt>{name}</dt><dd><pre>{_long(text)}</pre></dd>" for name, text in parts)
+    for sample in pick_samples(run.samples, SAMPLES_PER_RUN):
+        badges = f'<span class="badge {"good" if sample["reward"] > 0 else "bad"}">reward {compact(sample["reward"])}</span>'
+        badges += '<span class="badge">truncated</span>' if sample.get("truncated") else ""
+        step = f'<span class="step">step {sample["step"]:.0f}</span>' if run.train else ""
+        question = escape(" ".join(str(sample.get("prompt")).split())[:160])
+        parts = (("Prompt", "prompt"), ("Response", "response"), ("Expected answer", "answer"))
+        body = "".join(f"<dt>{title}</dt><dd><pre>{_long(str(sample.get(name, '')))}</pre></dd>" for title, name in parts)
         summary = f'<summary>{step}{badges}<span class="question">{question}</span></summary>'
         items.append(f'<details class="sample">{summary}<dl>{body}</dl></details>')
     return f"<h3>{escape(run.name)}</h3>{''.join(items)}" if items else ""

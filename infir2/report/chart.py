@@ -211,6 +211,7 @@ def _end_labels(chart: Chart) -> list[tuple[Series, str]]:
 def line_svg(chart: Chart, width: int, height: int, points: int) -> str:
     """The SVG of a chart that has at least one finite value; `points` bounds the vertices of one line."""
     labels = _end_labels(chart)
+    values = ", ".join(text for _, text in labels)  # the table below has them all
     right, bottom = width - 12 - CHARACTER * max(len(text) for _, text in labels), height - BOTTOM
     y_axis, y_ticks = _y_axis(chart, TOP, bottom)
     steps = np.concatenate([series.x for series in chart.series])
@@ -235,24 +236,9 @@ def line_svg(chart: Chart, width: int, height: int, points: int) -> str:
     for (series, text), y in zip(labels, _spread(places, TOP, bottom), strict=True):
         parts.append(f'<text class="f{series.color} label" x="{right + 6:.1f}" y="{y + 4:.1f}">{escape(text)}</text>')
     return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(describe(chart))}" '
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(f"{chart.title}: {values}")}" '
         f'data-area="{LEFT} {TOP} {right:.1f} {bottom}" data-percent="{int(chart.percent)}">{"".join(parts)}</svg>'
     )
-
-
-def describe(chart: Chart) -> str:
-    """The chart in one sentence, for screen readers."""
-    parts = []
-    for series in chart.series:
-        good = np.isfinite(series.y)
-        if series.style == "faint" or not good.any():
-            continue
-        x, y = series.x[good], series.y[good]
-        parts.append(
-            f"{series.label} from {chart.text(y[0])} at step {x[0]:.0f} to {chart.text(y[-1])} at step {x[-1]:.0f}, "
-            f"lowest {chart.text(y.min())}, highest {chart.text(y.max())}"
-        )
-    return f"{chart.title}{f' in {chart.unit}' if chart.unit else ''}: {'; '.join(parts)}"
 
 
 def figure(chart: Chart, points: int, wide_height: int = 0) -> str:

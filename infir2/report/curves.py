@@ -132,30 +132,18 @@ def _rl_charts(run: Run) -> list[Chart]:
             series for color, (column, label) in enumerate(present) for series in curve(table, column, label, color, raw, dashed=color == 1)
         )
 
-    steps, average, half, passed = np.array([(e.step, e.avg_at_k, e.interval, e.pass_at_k) for e in run.evaluations]).reshape(-1, 4).T
+    capped = lines(("clip_fraction", "clip"), ("tis_capped_fraction", "TIS"))
+    mismatch = lines(("mismatch_kl", "KL"), ("mismatch_mean", "mean"), ("mismatch_max", "max"), raw=False)
+    scores = run.evaluations
+    average = Series("avg@k", scores.steps, scores["avg_at_k"], 0, half_width=scores["interval"])
     return [
         Chart("Reward", lines(("reward", "reward")), "mean of a step", from_zero=True),
-        Chart(
-            "Evaluation in the loop",
-            (Series("avg@k", steps, average, 0, half_width=half), Series("pass@k", steps, passed, 2)),
-            percent=True,
-        ),
+        Chart("Evaluation in the loop", (average, Series("pass@k", scores.steps, scores["pass_at_k"], 2)), percent=True),
         Chart("Response length", lines(("response_tokens", "length")), "tokens, mean", from_zero=True),
         Chart("Truncated responses", lines(("truncated_fraction", "truncated")), percent=True, from_zero=True),
         Chart("Entropy", lines(("entropy", "entropy")), "nats per token", from_zero=True),
-        Chart(
-            "Clipped and capped",
-            lines(("clip_fraction", "clip"), ("tis_capped_fraction", "TIS")),
-            "of tokens",
-            percent=True,
-            from_zero=True,
-        ),
-        Chart(
-            "Rollout against trainer",
-            lines(("mismatch_kl", "KL"), ("mismatch_mean", "mean"), ("mismatch_max", "max"), raw=False),
-            "KL, |Δ log-prob|",
-            "log",
-        ),
+        Chart("Clipped and capped", capped, "of tokens", percent=True, from_zero=True),
+        Chart("Rollout against trainer", mismatch, "KL, |Δ log-prob|", "log"),
         Chart("Groups", lines(("groups_sampled", "all"), ("groups_without_signal", "no signal")), "in a step", from_zero=True),
         Chart("Time of a step", lines(("seconds", "all"), ("rollout_seconds", "rollout")), "seconds", from_zero=True),
     ]

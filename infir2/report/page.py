@@ -21,7 +21,7 @@ from infir2.report.appendix import commands_html, environment_html, recipe_html,
 from infir2.report.chart import IntervalRow, interval_svg
 from infir2.report.curves import final_difference, precision_section, run_charts, twins
 from infir2.report.read import Run, read_runs
-from infir2.report.stages import StageRow, accuracy_text, change_text, stage_rows
+from infir2.report.stages import CHANGE, HEADINGS, StageRow, accuracy_text, stage_rows
 from infir2.report.text import compact, counted, duration, html_table, percent
 
 POINT_BUDGET, LINES_PER_RUN = 30_000, 20  # vertices on a page, about 25 bytes each, and drawn lines that share them
@@ -130,14 +130,13 @@ def _accuracy(rows: Sequence[StageRow]) -> str:
     keys = '<p class="keys"><span class="key points k0">avg@k with 95 % interval</span><span class="key ring k0">pass@k</span></p>'
     body = []
     for row in rows:
-        result = row.evaluation
-        change = f"<b>{change_text(row)}</b>" if row.is_sure else change_text(row)
-        change += f" <small>from {escape(row.compared_with)}</small>" if row.compared_with else ""
-        rates = (percent(result.pass_at_k), percent(result.truncated_fraction))
-        body.append([escape(row.stage), accuracy_text(result), change, *rates, str(result.k or "–"), str(result.num_problems or "–")])
+        cells = [escape(cell) for cell in row.cells]
+        cells[CHANGE] = f"<b>{cells[CHANGE]}</b>" if row.is_sure else cells[CHANGE]
+        cells[CHANGE] += f" <small>from {escape(row.compared_with)}</small>" if row.compared_with else ""
+        body.append(cells)
     return (
         f'<figure class="card"><figcaption><h4>Accuracy on held-out problems</h4>{keys}</figcaption>{charts}</figure>'
-        f"{html_table(('stage', 'avg@k', 'change, points', 'pass@k', 'truncated', 'k', 'problems'), body)}"
+        f"{html_table(HEADINGS, body)}"
         '<p class="note">± is the half-width of a 95 % interval. A change in bold is larger than its interval.</p>'
         f"{_difficulty(rows)}"
     )

@@ -9,7 +9,7 @@ import json
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from infir2.errors import DataError
+from infir2.evaluate.statistics import Evaluation
 
 SAMPLE_HEAD_BYTES, SAMPLE_TAIL_BYTES = 1 << 20, 4 << 20
 EVALUATION_PREFIX = "eval-"
@@ -47,32 +48,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """One evaluation line: avg@k with the half-width of its 95 % interval; fractions of 1, NaN or 0 where not recorded."""
-
-    step: int
-    avg_at_k: float
-    interval: float
-    k: int
-    pass_at_k: float
-    num_problems: int
-    truncated_fraction: float
-    by_difficulty: dict[str, float]
-
-
-@dataclass(frozen=True)
-class SampleResponse:
-    """One sampled response, such as SampleResponse(40, "What is 2+3?", "... \\boxed{5}", "5", 1.0, False)."""
-
-    step: int
-    prompt: str
-    response: str
-    answer: str
-    reward: float
-    truncated: bool
-
-
-@dataclass(frozen=True)
 class Run:
     """One run directory. A missing file leaves its field empty and a sentence in `notes`."""
 
@@ -80,9 +55,9 @@ class Run:
     name: str
     train: Table
     validation: Table
-    evaluations: tuple[Evaluation, ...]
+    evaluations: Table
     events: tuple[Row, ...]
-    samples: tuple[SampleResponse, ...]
+    samples: tuple[Row, ...]  # of samples.jsonl
     recipe: Row
     recipe_text: str
     environment: Row
@@ -102,6 +77,19 @@ class Run:
     def base(self) -> str:
         """The path that the run started from (a run directory, a checkpoint or a Hugging Face directory), or ''."""
         return str(self.recipe.get("checkpoint", {}).get("branch_from") or self.recipe.get("model", {}).get("path") or "")
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The last evaluation; NaN or 0 where a line lacks something."""
+        if not self.evaluations:
+            return None
+        row = self.evaluations.rows[-1]
+        rates = (number(row.get(name)) for name in ("avg_at_k", "interval", "pass_at_k", "truncated_fraction"))
+        average, interval, passed, truncated = rates
+        k, num_problems = (int(np.nan_to_num(number(row.get(name)))) for name in ("k", "num_problems"))
+        levels = row.get("by_difficulty")
+        by_difficulty = {str(level): number(value) for level, value in levels.items()} if isinstance(levels, dict) else {}
+        return Evaluation(average, interval, k, passed, num_problems, truncated, by_difficulty)
 
     @property
     def num_steps(self) -> int:
@@ -163,12 +151,7 @@ def read_run(run_dir: Path) -> Run:
     """Read one run directory."""
     notes: list[str] = []
     rows = _read_lines(run_dir / "metrics.jsonl", notes)
-    recipe_text = _read_text(run_dir / "recipe.toml", notes)
-    try:
-        recipe = tomllib.loads(recipe_text)
-    except tomllib.TOMLDecodeError as error:
-        recipe = {}
-        notes.append(f"recipe.toml cannot be parsed ({error})")
+    recipe_text, recipe = _read_file(run_dir / "recipe.toml", tomllib.loads, notes)
     samples = _read_lines(run_dir / "samples.jsonl", notes) if (run_dir / "samples.jsonl").exists() else []
     checkpoints = {int(path.name[5:]): path for path in run_dir.glob("checkpoints/step-*") if path.name[5:].isdecimal()}
     return Run(
@@ -176,35 +159,33 @@ def read_run(run_dir: Path) -> Run:
         name=run_dir.resolve().name,
         train=_by_step(rows, "train"),
         validation=_by_step(rows, "validation"),
-        evaluations=tuple(_evaluation(row) for row in _by_step(rows, "evaluation").rows),
+        evaluations=_by_step(rows, "evaluation"),
         events=tuple(row for row in rows if row.get("kind") == "event"),
-        samples=tuple(_sample(row) for row in samples),
+        samples=tuple(row | {name: number(row.get(name, 0)) for name in ("step", "reward")} for row in samples),
         recipe={name: value for name, value in recipe.items() if isinstance(value, dict)},
         recipe_text=recipe_text,
-        environment=_read_json(run_dir / "environment.json", notes),
-        state=_read_json(checkpoints[max(checkpoints)] / "state.json", []) if checkpoints else {},
+        environment=_read_file(run_dir / "environment.json", json.loads, notes)[1],
+        state=_read_file(checkpoints[max(checkpoints)] / "state.json", json.loads, [])[1] if checkpoints else {},
         notes=tuple(notes),
     )
 
 
-def _read_text(path: Path, notes: list[str]) -> str:
+def _read_file(path: Path, parse: Callable[[str], Any], notes: list[str]) -> tuple[str, Row]:
+    """A file's text and the table that it holds; '' and {} where there is none."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         notes.append(f"no {path.name}")
-        return ""
-
-
-def _read_json(path: Path, notes: list[str]) -> Row:
-    text = _read_text(path, notes)
+        return "", {}
     try:
-        value = json.loads(text) if text else {}
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
-        return value
-    notes.append(f"{path.name} cannot be parsed")
-    return {}
+        value = parse(text)
+    except ValueError as error:
+        notes.append(f"{path.name} cannot be parsed ({error})")
+        return text, {}
+    if not isinstance(value, dict):
+        notes.append(f"{path.name} cannot be parsed (it holds no table)")
+        return text, {}
+    return text, value
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[Row]:
@@ -213,13 +194,13 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
     try:
         with path.open("rb") as file:
             whole = path.name == "metrics.jsonl" or path.stat().st_size <= SAMPLE_HEAD_BYTES + SAMPLE_TAIL_BYTES
-            for line in file if whole else _both_ends(file):
+            for line in filter(bytes.strip, file if whole else _both_ends(file)):
                 try:
-                    value = json.loads(line.decode("utf-8", errors="replace")) if line.strip() else {}
+                    value = json.loads(line.decode("utf-8", errors="replace"))
                 except (ValueError, RecursionError):
                     value = None
                 if isinstance(value, dict):
-                    rows += [value] if value else []
+                    rows.append(value)
                 else:
                     num_bad += 1
     except OSError:
@@ -239,28 +220,3 @@ def _by_step(rows: list[Row], kind: str) -> Table:
     """The last line of each step, in the order of steps."""
     latest = {number(row.get("step", 0)): row for row in rows if row.get("kind") == kind}
     return Table(tuple(latest[step] for step in sorted(latest) if math.isfinite(step)))
-
-
-def _evaluation(row: Row) -> Evaluation:
-    levels = row.get("by_difficulty")
-    values: Row = {name: _count(row, name) for name in ("step", "k", "num_problems")}
-    values |= {name: number(row.get(name)) for name in ("avg_at_k", "interval", "pass_at_k", "truncated_fraction")}
-    values["by_difficulty"] = {str(level): number(value) for level, value in levels.items()} if isinstance(levels, dict) else {}
-    return Evaluation(**values)
-
-
-def _count(row: Row, name: str) -> int:
-    value = number(row.get(name))
-    return int(value) if math.isfinite(value) else 0
-
-
-def _sample(row: Row) -> SampleResponse:
-    prompt, response, answer = (_text(row.get(name)) for name in ("prompt", "response", "answer"))
-    return SampleResponse(_count(row, "step"), prompt, response, answer, number(row.get("reward")), bool(row.get("truncated")))
-
-
-def _text(value: Any) -> str:
-    """A string, or chat messages as one."""
-    if isinstance(value, list):
-        return "\n".join(f"{item.get('role', '')}: {item.get('content', '')}" if isinstance(item, dict) else str(item) for item in value)
-    return "" if value is None else str(value)

@@ -8,8 +8,12 @@ from pathlib import Path
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from infir2.report.read import EVALUATION_PREFIX, Evaluation, Run, read_runs
+from infir2.evaluate.statistics import Evaluation
+from infir2.report.read import EVALUATION_PREFIX, Run, read_runs
 from infir2.report.text import minus, percent
+
+HEADINGS = ("stage", "avg@k", "change, points", "pass@k", "truncated", "k", "problems")
+CHANGE = HEADINGS.index("change, points")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,15 @@ class StageRow:
         """Whether the change is larger than its interval."""
         return abs(self.change) > self.change_interval
 
+    @property
+    def cells(self) -> list[str]:
+        """The row as text under HEADINGS: '61.2 ± 3.9 %', '+21.0 ± 5.1' in points of 1 %, ..."""
+        result = self.evaluation
+        interval = f" ± {100 * self.change_interval:.1f}" if math.isfinite(self.change_interval) else ""
+        change = minus(f"{100 * self.change:+.1f}{interval}") if math.isfinite(self.change) else "–"
+        rates = (percent(result.pass_at_k), percent(result.truncated_fraction))
+        return [self.stage, accuracy_text(result), change, *rates, str(result.k or "–"), str(result.num_problems or "–")]
+
 
 def stage_table(run_dirs: Iterable[Path]) -> list[StageRow]:
     """Rows in the order of the stages, for runs that were evaluated or have an `eval-NAME` directory that evaluated them."""
@@ -42,14 +55,15 @@ def stage_rows(runs: Sequence[Run]) -> list[StageRow]:
     """As `stage_table`, from runs that are read already."""
     trained = [run for run in runs if run.train]
     found: dict[str, tuple[int, Run]] = {}
-    for run in (run for run in runs if run.evaluations):
+    for run in (run for run in runs if run.evaluation):
         subject = run if run.train else _subject(run, trained)
         stage = subject.name if subject else run.name.removeprefix(EVALUATION_PREFIX)
         if stage not in found or not run.train:  # an evaluation of its own replaces the smaller one in the loop
             found[stage] = (trained.index(subject) if subject else -1, run)
     rows: list[StageRow] = []
     for stage, (order, run) in sorted(found.items(), key=lambda item: item[1][0]):
-        evaluation = run.evaluations[-1]
+        evaluation = run.evaluation
+        assert evaluation is not None
         before = _before(trained[order], trained, rows) if order >= 0 else None
         change = evaluation.avg_at_k - before.evaluation.avg_at_k if before else math.nan
         interval = math.hypot(evaluation.interval, before.evaluation.interval) if before else math.nan
@@ -77,14 +91,6 @@ def _before(run: Run, trained: Sequence[Run], rows: Sequence[StageRow]) -> Stage
     return next((row for row in rows if row.stage not in names), None)
 
 
-def change_text(row: StageRow) -> str:
-    """'+21.0 ± 5.1' in points of 1 %, or a dash."""
-    if not math.isfinite(row.change):
-        return "–"
-    interval = f" ± {100 * row.change_interval:.1f}" if math.isfinite(row.change_interval) else ""
-    return minus(f"{100 * row.change:+.1f}{interval}")
-
-
 def accuracy_text(evaluation: Evaluation) -> str:
     """'61.2 ± 3.9 %'."""
     if not math.isfinite(evaluation.interval):
@@ -95,19 +101,9 @@ def accuracy_text(evaluation: Evaluation) -> str:
 def render_stage_table(rows: Sequence[StageRow]) -> RichTable:
     """The rows for a terminal: `rich.print(render_stage_table(stage_table(run_dirs)))`."""
     table = RichTable(title="What improved", title_justify="left", caption="± is a 95 % interval", caption_justify="left")
-    table.add_column("stage", style="bold", no_wrap=True)
-    for heading in ("avg@k", "change, points", "pass@k", "truncated", "k", "problems"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right", no_wrap=True)
     for row in rows:
         style = ("green" if row.change > 0 else "red") if row.is_sure else ""
-        evaluation = row.evaluation
-        table.add_row(
-            Text(row.stage),
-            accuracy_text(evaluation),
-            Text(change_text(row), style),
-            percent(evaluation.pass_at_k),
-            percent(evaluation.truncated_fraction),
-            str(evaluation.k or "–"),
-            str(evaluation.num_problems or "–"),
-        )
+        table.add_row(*(Text(cell, style if index == CHANGE else "") for index, cell in enumerate(row.cells)))
     return table

@@ -14,7 +14,7 @@ from infir2.report import render_stage_table, stage_table, write_report
 from infir2.report.appendix import pick_samples
 from infir2.report.curves import final_difference, twins
 from infir2.report.page import parameter_count
-from infir2.report.read import SampleResponse, read_run, read_runs
+from infir2.report.read import read_run, read_runs
 
 VOID = {"meta", "path", "circle"}
 
@@ -178,12 +178,13 @@ def test_the_terminal_table_fits_eighty_columns(recipe: Path, capsys: pytest.Cap
 
 
 def test_picked_samples_come_from_first_and_last_steps_and_vary() -> None:
-    rows = [SampleResponse(step, f"q{index}", "", "", float(index == 3), False) for step in range(1, 51) for index in range(4)]
+    rows = [sample(step, float(index == 3), prompt=f"q{index}") for step in range(1, 51) for index in range(4)]
     picked = pick_samples(rows, 8)
-    assert [row.step for row in picked[:2]] == [1, 1]
-    assert {row.reward for row in picked[:2]} == {0.0, 1.0}
-    assert min(row.step for row in picked[2:]) > 40
-    assert {row.reward for row in picked[2:]} == {0.0, 1.0}
+    assert [row["step"] for row in picked[:2]] == [1, 1]
+    assert {row["reward"] for row in picked[:2]} == {0.0, 1.0}
+    assert min(row["step"] for row in picked[2:]) > 40
+    assert {row["reward"] for row in picked[2:]} == {0.0, 1.0}
+    assert pick_samples([], 8) == []
 
 
 def test_parameter_counts_are_those_of_the_decoder() -> None:

@@ -42,18 +42,11 @@ def test_a_huge_samples_file_is_read_at_both_ends(tmp_path: Path, monkeypatch: p
     write(tmp_path, [sample(step, 1.0) for step in range(1, 2001)], "samples.jsonl")
     monkeypatch.setattr(read, "SAMPLE_HEAD_BYTES", 2_000)
     monkeypatch.setattr(read, "SAMPLE_TAIL_BYTES", 3_000)
-    steps = [row.step for row in read_run(tmp_path).samples]
+    steps = [row["step"] for row in read_run(tmp_path).samples]
     assert steps[0] == 1
     assert steps[-1] == 2000
     assert 5 < len(steps) < 30
     assert not any("samples" in note for note in read_run(tmp_path).notes)
-
-
-def test_prompts_may_be_chat_messages(tmp_path: Path) -> None:
-    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
-    write(tmp_path, [sample(1, 1.0, prompt=prompt, answer=4)], "samples.jsonl")
-    row = read_run(tmp_path).samples[0]
-    assert (row.prompt, row.answer) == ("system: Be brief.\nuser: 2+2?", "4")
 
 
 def test_a_directory_of_runs_is_read_bases_first(tmp_path: Path) -> None:
@@ -87,9 +80,11 @@ def test_a_path_without_runs_is_the_users_error(tmp_path: Path) -> None:
 
 def test_an_evaluation_line_with_little_in_it(tmp_path: Path) -> None:
     write(tmp_path, [evaluation(3, 0.5), {"kind": "evaluation", "step": 4, "avg_at_k": None, "by_difficulty": None}])
-    first, second = read_run(tmp_path).evaluations
-    assert (first.k, first.num_problems, first.by_difficulty["1"]) == (4, 200, pytest.approx(0.7))
-    assert (second.step, second.k, second.by_difficulty) == (4, 0, {})
+    run = read_run(tmp_path)
+    assert run.evaluations["avg_at_k"][0] == 0.5
+    second = run.evaluation
+    assert second is not None
+    assert (second.k, second.by_difficulty) == (0, {})
     assert np.isnan(second.avg_at_k)
 
 
