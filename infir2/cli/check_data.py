@@ -10,7 +10,7 @@ import numpy as np
 from infir2.config.schema import EvalRecipe, RlRecipe, SourceSection, TrainRecipe
 from infir2.data import ChatTokenizer
 from infir2.data.chat import THINK_MARKERS
-from infir2.data.rows import Kind, conversation, document_text, open_source, problem
+from infir2.data.rows import Kind, check_made_with, conversation, document_text, document_tokens, open_source, problem
 from infir2.data.sources import RowError
 from infir2.data.types import Message
 from infir2.errors import ConfigError, DataError
@@ -52,8 +52,8 @@ def _measure(kind: Kind, tokenizer: ChatTokenizer, system_prompt: str) -> Measur
     """A function that gives the texts of a row and its number of tokens, and raises RowError for an unusable row."""
 
     def document(row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
-        text = document_text(row, section)
-        return [text], len(tokenizer.encode_document(text))
+        texts = [] if "token_ids" in row else [document_text(row, section)]
+        return texts, len(document_tokens(row, section, tokenizer))
 
     def messages(row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
         turns = conversation(row, section, system_prompt)
@@ -80,6 +80,7 @@ class _Rows:
         Raises DataError for more unusable rows than the share allowed, or no row within `limit` tokens (0: no limit).
         """
         source = open_source(section, self._kind)
+        check_made_with(source, self._tokenizer)
         rows = np.unique(np.linspace(0, len(source) - 1, min(NUM_ROWS, len(source))).astype(int)).tolist()
         lengths: list[int] = []
         reasons: Counter[str] = Counter()

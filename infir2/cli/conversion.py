@@ -1,9 +1,10 @@
-"""Verbs between formats: export, import, verify-weights; and report."""
+"""Verbs between formats: export, import, verify-weights, tokenize; and report."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
+from infir2.errors import ConfigError
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -66,6 +67,33 @@ def verify_weights(arguments: Sequence[str]) -> None:
     from infir2.checkpoint import verify_weights as verify
 
     print(f"{verify(words.run, words.hf_dir)} tensors of {words.hf_dir} hold the bytes of {words.run}.")
+
+
+def tokenize(arguments: Sequence[str]) -> None:
+    """infir2 tokenize SOURCES --tokenizer DIR --out PREFIX"""
+    parser = Parser(
+        prog="infir2 tokenize",
+        description="Writes documents as a Megatron indexed data set, PREFIX.bin and PREFIX.idx. Interrupted, it goes on where it was.",
+    )
+    parser.add_argument("sources", type=Path, nargs="+", metavar="SOURCE", help=".jsonl, .jsonl.gz, .parquet or .txt file, or a directory")
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="directory with tokenizer.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="path of the files to write, without .bin")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per CPU)")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="field with the text (default text)")
+    parser.add_argument(
+        "--max-quarantined-fraction", type=float, default=0.01, metavar="X", help="stop above this share of unusable rows (default 0.01)"
+    )
+    words = parser.parse_args(arguments)
+    if words.workers < 0:
+        raise ConfigError(f"--workers {words.workers}: give the number of processes, or 0 for one per CPU.")
+    from infir2.data.tokenize import tokenize as write
+
+    done = write(words.sources, words.tokenizer, words.out, words.workers, words.text_field, words.max_quarantined_fraction)
+    print(
+        f"{words.out}.bin: {done.tokens:,} tokens in {done.documents:,} documents"
+        + f", {done.chunks_kept} chunks kept of an earlier run" * bool(done.chunks_kept)
+        + f", {done.quarantined} rows left out, listed in {words.out}.quarantine.jsonl" * bool(done.quarantined)
+    )
 
 
 def report(arguments: Sequence[str]) -> None:

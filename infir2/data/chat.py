@@ -7,6 +7,7 @@ template's: they are the model's own markers. Between control tokens, the text o
 one piece, as an inference engine does.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -23,6 +24,7 @@ from infir2.data.types import Message, Sample
 from infir2.errors import ConfigError
 
 THINK_MARKERS = ("<think>", "</think>")
+SAMPLE = "It's 1,234.5 in ``x = {'a': [0x1F]}\n\t  return``;  naïve Größe 数学 текст 👩‍🔬 $\\frac{1}{2}$ <|im_end|>\r\n "
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 PLACEHOLDER = re.compile("\U000f0000([0-9]+)\U000f0001")
 PROBE: list[Message] = [{"role": "user", "content": "What is 2+3?"}, {"role": "assistant", "content": "2+3=5"}]
@@ -116,6 +118,12 @@ class ChatTokenizer:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    @functools.cached_property
+    def document_fingerprint(self) -> str:
+        """sha256 of what decides how a document becomes tokens: the vocabulary, how it cuts a sample of text, the end token."""
+        parts = [sorted(self._plain.get_vocab().items()), self.encode_text(SAMPLE), self.document_end_id]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     def require_chat(self) -> None:
         """Raise ConfigError unless there is a chat template."""
         if not self._hf.chat_template:
@@ -125,7 +133,16 @@ class ChatTokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Plain text; a marker spelled in it never becomes a control token."""
-        token_ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return self._without_control(text, self._plain.encode(text, add_special_tokens=False).ids)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_document` of each; faster, and in several threads unless TOKENIZERS_PARALLELISM=false."""
+        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        pairs = zip(texts, encodings, strict=True)
+        return [[*self._without_control(text, encoding.ids), self.document_end_id] for text, encoding in pairs]
+
+    def _without_control(self, text: str, token_ids: list[int]) -> list[int]:
+        """`token_ids` of `text`, or others without control tokens."""
         if self._control_ids.isdisjoint(token_ids):
             return token_ids
         # a vocabulary that holds its markers as ordinary words: cut each marker behind its first character

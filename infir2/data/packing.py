@@ -85,7 +85,7 @@ def pack(samples: Sequence[Sample], members: Sequence[int]) -> Batch:
     """The samples named by `members`, one after another. Nothing named: one masked token of the first sample."""
     if not members:
         blank = Sample(samples[0].token_ids[:1], np.zeros(1, dtype=np.bool_), extras={k: v[:1] for k, v in samples[0].extras.items()})
-        return replace(pack([blank], [0]), sample_indices=())
+        return replace(pack([blank], [0]), sample_indices=(), origins=())
     chosen = [samples[place] for place in members]
     lengths = np.array([sample.num_tokens for sample in chosen])
     token_ids = np.concatenate([sample.token_ids for sample in chosen]).astype(np.int64)
@@ -101,6 +101,7 @@ def pack(samples: Sequence[Sample], members: Sequence[int]) -> Batch:
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         extras={name: torch.from_numpy(values) for name, values in extras.items()},
         sample_indices=tuple(members),
+        origins=tuple(sample.origin for sample in chosen),
     )
 
 

@@ -5,7 +5,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from infir2.config.schema import SourceSection
+from infir2.data.chat import ChatTokenizer
+from infir2.data.indexed import IndexedDocuments
 from infir2.data.sources import RowError, Source
 from infir2.data.types import Message
 from infir2.errors import DataError
@@ -22,6 +26,8 @@ def open_source(section: SourceSection, kind: Kind) -> Source:
     fields = _fields(section, kind)
     source = Source(section.path, {*fields, "difficulty"})
     for file in source.files:
+        if isinstance(file, IndexedDocuments) and kind != "documents":
+            raise DataError(f"{file.path} holds tokens of documents, which only `infir2 cpt` trains on: name a file with {kind}.")
         missing = [field for field in fields if file.fields and field not in file.fields]
         if missing == ["messages"]:
             hint = "convert it, or set prompt_field and solution_field of the source"
@@ -35,6 +41,25 @@ def open_source(section: SourceSection, kind: Kind) -> Source:
 def document_text(row: dict[str, Any], section: SourceSection) -> str:
     """The text of a document. Raises RowError."""
     return _text(row, section.text_field)
+
+
+def document_tokens(row: dict[str, Any], section: SourceSection, tokenizer: ChatTokenizer) -> np.ndarray:
+    """Tokens int32 [n] of a document with its end: of its text, or those an indexed file holds. Raises RowError."""
+    if "token_ids" not in row:
+        return np.asarray(tokenizer.encode_document(document_text(row, section)), dtype=np.int32)
+    token_ids: np.ndarray = row["token_ids"]
+    if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < tokenizer.vocab_size:
+        raise RowError("bad_token", f"tokens {token_ids.min()} to {token_ids.max()}, and the tokenizer has {tokenizer.vocab_size}")
+    ended = len(token_ids) and int(token_ids[-1]) in tokenizer.eos_ids
+    return np.append(token_ids, [] if ended else [tokenizer.document_end_id]).astype(np.int32)
+
+
+def check_made_with(source: Source, tokenizer: ChatTokenizer) -> None:
+    """Raise DataError for an indexed file that says it was made with another tokenizer."""
+    for file in source.files:
+        if isinstance(file, IndexedDocuments) and file.about.get("tokenizer") not in (None, tokenizer.document_fingerprint):
+            where = tokenizer.directory
+            raise DataError(f"{file.path} was made with another tokenizer than {where}: set data.tokenizer to that one, or tokenise again.")
 
 
 def conversation(row: dict[str, Any], section: SourceSection, system_prompt: str = "") -> list[Message]:

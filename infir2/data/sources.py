@@ -1,7 +1,7 @@
-"""Rows of JSON Lines and Parquet files, by index. Reads nothing but what is asked for.
+"""Rows of JSON Lines, Parquet, text and indexed token files, by index. Reads nothing but what is asked for.
 
 A plain .jsonl is memory-mapped with one byte offset per line. A .jsonl.gz is unpacked, and the needed columns of a
-.parquet are written as Arrow, into a temporary file that is mapped in the same way.
+.parquet are written as Arrow, into a temporary file that is mapped in the same way. A .txt file is one row.
 """
 
 import bisect
@@ -17,9 +17,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from infir2.data.indexed import IndexedDocuments, is_indexed
 from infir2.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".idx")
 FIRST_ROWS = 20
 CHUNK_BYTES = 1 << 26
 GZIP_MAGIC = b"\x1f\x8b"
@@ -121,7 +122,8 @@ class ParquetRows:
                     for batch in parquet.iter_batches(columns=names):
                         writer.write_batch(batch.select(names).cast(schema))
                 file.flush()
-                self._batches = pa.ipc.open_file(pa.memory_map(file.name))  # the mapping outlives the file's name
+                options = pa.ipc.IpcReadOptions(use_threads=False)  # `infir2 tokenize` reads in forked processes
+                self._batches = pa.ipc.open_file(pa.memory_map(file.name), options=options)  # the mapping outlives the file's name
                 self.num_bytes = Path(file.name).stat().st_size
         except (pa.ArrowException, OSError) as error:
             raise DataError(
@@ -144,12 +146,30 @@ class ParquetRows:
             raise RowError("bad_utf8", "a text of the row is not UTF-8") from None
 
 
+class TextFile:
+    """A .txt file: one row, `{"text": all of it}`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.num_bytes, self.fields = path, path.stat().st_size, frozenset({"text"})
+        if not self.num_bytes:
+            raise DataError(f"{path} is empty: fill it, or take it out of the sources.")
+
+    def __len__(self) -> int:
+        return 1
+
+    def read(self, index: int) -> dict[str, Any]:
+        try:
+            return {"text": self.path.read_text(encoding="utf-8-sig")}
+        except UnicodeDecodeError as error:
+            raise RowError("bad_utf8", f"byte {error.start} of the file is not UTF-8") from None
+
+
 class Source:
     """All rows of a path of the recipe: one file, or a directory's files in the order of their names."""
 
     def __init__(self, path: str | Path, columns: Collection[str] = ()) -> None:
         self.path = Path(path)
-        self.files: list[Rows] = [_open_file(file, columns) for file in _files(self.path)]
+        self.files: list[Rows] = [_open_file(file, columns) for file in _files(self.path, columns)]
         self._ends = list(itertools.accumulate(len(file) for file in self.files))
 
     def __len__(self) -> int:
@@ -180,15 +200,16 @@ class Source:
         return self.files[number], self._ends[number - 1] if number else 0
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, columns: Collection[str]) -> list[Path]:
+    if path.is_file() or is_indexed(path):
+        return [path]
     if not path.exists():
         raise DataError(f"data source {path} does not exist: mend the path in the recipe.")
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
-    if not files:
-        raise DataError(f"directory {path} has no {', '.join(SUFFIXES)} file: mend the path in the recipe.")
-    return files
+    for suffixes in (SUFFIXES, (".txt",) if "text" in columns else ()):  # beside other files, a .txt is a licence or a remark
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())
+        if files:
+            return files
+    raise DataError(f"directory {path} has no {', '.join(SUFFIXES)} file: mend the path in the recipe.")
 
 
 def _open_file(path: Path, columns: Collection[str]) -> Rows:
@@ -197,9 +218,13 @@ def _open_file(path: Path, columns: Collection[str]) -> Rows:
             return JsonLines(path)
         if path.suffix == ".parquet":
             return ParquetRows(path, columns)
+        if is_indexed(path):
+            return IndexedDocuments(path)
+        if path.suffix == ".txt":
+            return TextFile(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}): mend the file or the path in the recipe.") from None
-    raise DataError(f"{path} is of an unknown kind: a source is a {', '.join(SUFFIXES)} file or a directory of them.")
+    raise DataError(f"{path} is of an unknown kind: a source is a {', '.join((*SUFFIXES, '.txt'))} file or a directory of them.")
 
 
 def _unpacked(path: Path) -> Any:

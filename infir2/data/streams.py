@@ -9,7 +9,7 @@ from infir2.config.schema import DataSection, SourceSection
 from infir2.data.chat import ChatTokenizer
 from infir2.data.mixture import Mixture, permuted
 from infir2.data.packing import best_fit_decreasing
-from infir2.data.rows import Quarantine, conversation, document_text, open_source
+from infir2.data.rows import Quarantine, check_made_with, conversation, document_tokens, open_source
 from infir2.data.sources import RowError
 from infir2.data.types import Sample
 from infir2.errors import DataError
@@ -43,6 +43,8 @@ class SampleStream:
     ) -> None:
         self._sections, self._section, self._kind, self._tokenizer = sources, section, kind, tokenizer
         self.sources = [open_source(source, kind) for source in sources]
+        for opened in self.sources:
+            check_made_with(opened, tokenizer)
         shares = [source.weight for source in sources]
         if kind == "documents":
             shares = [share * len(source) / source.num_bytes for share, source in zip(shares, self.sources, strict=True)]
@@ -66,7 +68,7 @@ class SampleStream:
         section, origin = self._sections[source], self.sources[source].origin(row)
         content = self.sources[source].read(row)
         if self._kind == "documents":
-            token_ids = np.asarray(self._tokenizer.encode_document(document_text(content, section)), dtype=np.int32)
+            token_ids = document_tokens(content, section, self._tokenizer)
             if len(token_ids) < 2:
                 raise RowError("empty", "the text has no token")
             return Sample(token_ids, np.arange(len(token_ids)) > 0, origin)

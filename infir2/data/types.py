@@ -43,6 +43,8 @@ class Batch:
     extras: dict[str, Tensor] = field(default_factory=dict)  # each [T]
     sample_indices: tuple[int, ...] = ()  # [B], places of the sequences in the list that was packed; () for a filler
 
+    origins: tuple[str, ...] = ()  # [B], file:line of each sequence
+
     @property
     def num_trained_tokens(self) -> int:
         return int(self.loss_mask.sum())
