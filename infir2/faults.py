@@ -2,7 +2,8 @@
 
 `INFIR2_FAULTS` is a comma-separated list of `point:n[:action]`: at the n-th passing of `point` (counted from 1 in this
 process) do `action`. Actions: `kill` (default; SIGKILL to this process, nothing can clean up), `term` (SIGTERM, as a
-scheduler that preempts), `enospc` (OSError as from a full disk). Example: `INFIR2_FAULTS=save.after_shard:2,train.step:7:term`.
+scheduler that preempts), `enospc` (OSError as from a full disk), `nan` (the value at hand becomes NaN).
+Example: `INFIR2_FAULTS=save.after_shard:2,train.step:7:term`.
 """
 
 import errno
@@ -22,9 +23,13 @@ POINTS = (
     "save.before_rename",  # the checkpoint is complete under its temporary name
     "save.after_rename",  # published, older ones not yet removed
     "save.during_retention",  # an old checkpoint is taken out of sight, its files not yet deleted
+    "train.start",  # model and data are loaded, no step is done
     "train.step",  # the trainer is about to begin an optimizer step
+    "train.loss",  # a micro-batch's loss is there
+    "rollout.group",  # all responses to a prompt are there, not yet written down
+    "evaluate",  # a response of an evaluation is there
 )
-ACTIONS = ("kill", "term", "enospc")
+ACTIONS = ("kill", "term", "enospc", "nan")
 
 _passings: Counter[str] = Counter()
 
@@ -46,11 +51,11 @@ def parse_faults(text: str) -> dict[tuple[str, int], str]:
     return faults
 
 
-def fault(point: str) -> None:
-    """Pass the named point; acts only where `INFIR2_FAULTS` says so. OSError(ENOSPC) for the action `enospc`."""
+def fault(point: str) -> bool:
+    """Pass the named point; acts only where `INFIR2_FAULTS` says so. OSError(ENOSPC) for `enospc`, True for `nan`."""
     text = os.environ.get(VARIABLE)
     if not text:
-        return
+        return False
     faults = parse_faults(text)
     assert point in POINTS, f"fault point {point!r} is missing from POINTS"
     _passings[point] += 1
@@ -61,3 +66,4 @@ def fault(point: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     elif action == "enospc":
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (injected at {point})")
+    return action == "nan"

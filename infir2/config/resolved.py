@@ -25,6 +25,7 @@ SAFE_KEYS = (
     "train.validate_every",
     "train.validation_batches",
     "train.skip_nonfinite_steps",
+    "train.on_spike",
     "train.head_chunk_tokens",
     "train.log_every",
     "checkpoint",

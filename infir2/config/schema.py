@@ -113,6 +113,9 @@ class TrainSection(Section):
     skip_nonfinite_steps: int = Field(
         3, ge=1, description="stop (exit 17) after this many steps in a row with a non-finite loss or gradient; each such step is skipped"
     )
+    on_spike: Literal["continue", "stop"] = Field(
+        "continue", description="after 4 steps in a row whose loss is twice the mean of the last 100 (cpt, sft): go on, or end the run"
+    )
     head_chunk_tokens: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
     log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
 
@@ -120,6 +123,7 @@ class TrainSection(Section):
 class CheckpointSection(Section):
     save_every: int = Field(1000, gt=0, description="steps between checkpoints; the last step is always saved")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    background: bool = Field(True, description="save while training goes on, from a copy of masters and moments in host memory")
     on_save_error: Literal["stop", "warn"] = Field("stop", description="after a failed save: end the run, or go on and try again")
     branch_from: str = Field(
         "",

@@ -3,7 +3,10 @@
 import json
 import math
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _PLAIN_INTERVAL_SECONDS = 15.0
+_MOST_WAITING = 1_000_000  # TensorBoard values not yet written; a disk that hangs does not hold up the steps
+_CLOSE_SECONDS = 5.0
 
 
 class MetricsWriter:
@@ -25,9 +30,12 @@ class MetricsWriter:
         for path in (self.path, self._samples):
             _drop_lines_after(path, resumed_step)
         self._file = self.path.open("a", encoding="utf-8")
-        from torch.utils.tensorboard.writer import SummaryWriter  # slow import, only runs need it
+        self._view = TensorBoardView(run_dir, resumed_step)
 
-        self._events = SummaryWriter(str(run_dir), purge_step=resumed_step + 1 if resumed_step else None)
+    def values(self, kind: str, name: str) -> list[tuple[int, Any]]:
+        """(step, value) of every line of a kind that has the name."""
+        found = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        return [(line["step"], line[name]) for line in found if line["kind"] == kind and line.get(name) is not None]
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line; non-finite numbers become null, because JSON has none."""
@@ -36,7 +44,7 @@ class MetricsWriter:
         self._file.flush()
         for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+                self._view.add(f"{kind}/{name}", value, step)
 
     def write_samples(self, rows: list[dict[str, Any]]) -> None:
         """Readable responses beside the numbers: samples.jsonl."""
@@ -45,7 +53,42 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
+        self._view.close()
+
+
+class TensorBoardView:
+    """TensorBoard events beside the record. Whatever happens to them, a run neither stops nor waits for them."""
+
+    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+        self._writer: Any = None
+        from torch.utils.tensorboard.writer import SummaryWriter  # slow import, only runs need it
+
+        with self._forgiving():
+            self._writer = SummaryWriter(str(run_dir), purge_step=resumed_step + 1 if resumed_step else None, max_queue=_MOST_WAITING)
+
+    def add(self, name: str, value: float, step: int) -> None:
+        if self._writer is not None:
+            with self._forgiving():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is waiting, for a few seconds at most."""
+        if self._writer is not None:
+            closing = threading.Thread(target=self._close, daemon=True)
+            closing.start()
+            closing.join(_CLOSE_SECONDS)
+
+    def _close(self) -> None:
+        with self._forgiving():
+            self._writer.close()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # any library's, of a view that nothing depends on
+            self._writer = None
+            print(f"infir2: no TensorBoard events from here on ({error}); metrics.jsonl is complete", file=sys.stderr)
 
 
 class StepProgress:

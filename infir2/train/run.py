@@ -2,17 +2,18 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from infir2.config.load import Loaded
 from infir2.config.schema import ScheduleSection, TrainRecipe
-from infir2.data import Loader, TrainingKind, validation_batches
+from infir2.data import Batch, Loader, TrainingKind, validation_batches
 from infir2.errors import ConfigError
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.losses import next_token_loss
 from infir2.train.schedules import learning_rate
 from infir2.train.session import Session
-from infir2.train.trainer import Trainer
+from infir2.train.trainer import StepResult, Trainer
 
 DATA_KIND: dict[str, TrainingKind] = {"cpt": "documents", "sft": "messages"}
 
@@ -35,11 +36,12 @@ def run_training(loaded: Loaded, kind: str) -> None:
         if not done:
             session.validate(0, last_step, validation)
         for step in range(done + 1, last_step + 1):
-            line, result = _one_step(trainer, loader, learning_rate(schedule, step))
+            batches = loader.next_step()
+            line, result = _one_step(trainer, batches, learning_rate(schedule, step))
             last = step == last_step
             session.validate(step, last_step, validation)
             state = description | {"loader": loader.state_dict(), "tokenizer_fingerprint": tokenizer.fingerprint()}
-            session.finish_step(step, last, result, line, state)
+            session.finish_step(step, last, result, line, state, batches)
         if loader.quarantined:
             session.event(last_step, "quarantined_rows", f"{loader.quarantined}; {session.dir}/quarantine.jsonl names each")
 
@@ -54,9 +56,8 @@ def complete_schedule(recipe: TrainRecipe, steps_per_epoch: int | None) -> Sched
     return schedule.model_copy(update={"total_steps": max(1, math.ceil(recipe.train.epochs * steps_per_epoch))})
 
 
-def _one_step(trainer: Trainer, loader: Loader, rate: float) -> tuple[dict[str, Any], Any]:
+def _one_step(trainer: Trainer, batches: Sequence[Batch], rate: float) -> tuple[dict[str, Any], StepResult]:
     start = time.monotonic()
-    batches = loader.next_step()
     result = trainer.step(batches, next_token_loss, rate)
     seconds = time.monotonic() - start
     line = {

@@ -1,12 +1,14 @@
 """What every run has, whatever it trains: a run directory with one owner, its record, its checkpoints, its orderly end."""
 
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,13 +17,16 @@ import torch
 
 from infir2 import __version__
 from infir2.checkpoint import Checkpoint, Store, open_checkpoint
+from infir2.checkpoint.background import BackgroundSaver
 from infir2.config.load import Loaded
 from infir2.config.resolved import check_resume, dump
 from infir2.config.schema import TrainRecipe
 from infir2.data import Batch
-from infir2.errors import CheckpointError, ConfigError, NonFiniteError
+from infir2.errors import CheckFailedError, CheckpointError, ConfigError, NonFiniteError
+from infir2.faults import fault
 from infir2.train.metrics import MetricsWriter, StepProgress
 from infir2.train.signals import StopSignals
+from infir2.train.spikes import PATIENCE, SpikeMonitor
 from infir2.train.trainer import StepResult, Trainer
 
 _PARENT_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
@@ -45,18 +50,26 @@ class Session:
             torch.set_num_threads(recipe.run.threads)
         self._failures_in_a_row = 0
         self._saved_step = 0
+        self._last: tuple[int, dict[str, Any]] = (0, {})  # the last step done, and its state
+        self._saver: BackgroundSaver | None = None
+        self._saving: tuple[int, Future[None]] | None = None
 
     def __enter__(self) -> "Session":
+        self.signals = StopSignals().__enter__()
         self.store = Store(self.dir, keep=self.recipe.checkpoint.keep, warn=lambda text: print(f"{self.kind}: {text}", file=sys.stderr))
         try:
             self.checkpoint = self._starting_point()
             self._write_description()
         except BaseException:
             self.store.close()
+            self.signals.__exit__()
             raise
-        self.signals = StopSignals().__enter__()
         self._saved_step = self.checkpoint.step if self.checkpoint else 0
+        self._last = (self._saved_step, {})
         self.metrics = MetricsWriter(self.dir, self._saved_step)
+        self._spikes = SpikeMonitor()
+        for _, loss in self.metrics.values("train", "loss"):
+            self._spikes.add(loss)
         return self
 
     def start(self, trainer: Trainer, total_steps: int) -> int:
@@ -72,6 +85,11 @@ class Session:
         self.progress = StepProgress(self.kind, total_steps, done)
         if self.checkpoint:
             self.progress.say(f"resumed from {self.checkpoint.path} (step {done})")
+        if self.recipe.checkpoint.background:
+            self._saver = BackgroundSaver(self.store.save)
+            trainer.before_update = self._saver.await_copy
+        fault("train.start")
+        self.stop_if_asked()
         return done
 
     def validate(self, step: int, last_step: int, batches: Sequence[Batch]) -> None:
@@ -80,29 +98,64 @@ class Session:
         if batches and every and (step % every == 0 or step == last_step):
             self.metrics.write("validation", step, validation_loss=self.trainer.mean_loss(batches))
 
-    def finish_step(self, step: int, last: bool, result: StepResult, line: dict[str, Any], state: dict[str, Any]) -> None:
-        """Log the step, count skipped ones, save when due, stop when asked to."""
+    def finish_step(
+        self, step: int, last: bool, result: StepResult, line: dict[str, Any], state: dict[str, Any], batches: Sequence[Batch] = ()
+    ) -> None:
+        """Log the step, count skipped ones, save when due, stop when asked to. `batches`: to name rows that made a loss non-finite."""
+        self._last = (step, state)
         if step % self.recipe.train.log_every == 0 or last or result.skipped:
             self.metrics.write("train", step, **line)
         rate = f"loss {line['loss']:.4f} {line['tokens_per_second']:,.0f} tokens/s"
         self.progress.update(step, rate)
-        self._count_skipped(step, result)
-        if step % self.recipe.checkpoint.save_every == 0 or last or self.signals.received is not None:
+        self._count_skipped(step, result, batches)
+        self._watch(step, result)
+        self._settle(wait=False)
+        if step % self.recipe.checkpoint.save_every == 0 or last:
             self.save(step, state)
-        if self.signals.received is not None and not last:
-            raise self.signals.error(f"step {self._saved_step} is saved in {self.dir}")
+        if last:
+            self._settle()
+        else:
+            self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """After SIGTERM or Ctrl-C: save the last step done and raise. Callable wherever no parameter has changed since then."""
+        if self.signals.received is None:
+            return
+        step, state = self._last
+        self._settle()
+        if step > self._saved_step:
+            self.save(step, state)
+            self._settle()
+        raise self.signals.error(f"step {self._saved_step} is saved in {self.dir}" if self._saved_step else "there was nothing to save yet")
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Publish a checkpoint. With on_save_error = warn, a failed save is an event and training goes on."""
+        """Begin a checkpoint, after the one before is there; without `checkpoint.background`, finish it too."""
+        self._settle()
         tensors = self.trainer.tensors() | {"rng/torch": torch.get_rng_state()}
+        if self._saver:
+            self._saving = (step, self._saver.start(step, tensors, state | {"kind": self.kind}))
+            return
+        done: Future[None] = Future()
+        self._saving = (step, done)
         try:
             self.store.save(step, tensors, state | {"kind": self.kind})
+            done.set_result(None)
+        except CheckpointError as error:
+            done.set_exception(error)
+        self._settle()
+
+    def _settle(self, wait: bool = True) -> None:
+        """The end of the save in flight. With on_save_error = warn, a failed one is an event and training goes on."""
+        if self._saving is None or not (wait or self._saving[1].done()):
+            return
+        (step, future), self._saving = self._saving, None
+        try:
+            future.result()
+            self._saved_step = step
         except CheckpointError as error:
             if self.recipe.checkpoint.on_save_error == "stop":
                 raise
             self.event(step, "save_failed", str(error))
-            return
-        self._saved_step = step
 
     def event(self, step: int, name: str, detail: str) -> None:
         self.metrics.write("event", step, event=name, detail=detail)
@@ -110,12 +163,29 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.signals.__exit__()
+        if self._saver:
+            self._saver.close()
+        if self._saving and (failure := self._saving[1].exception()):  # another error ends the run: this one is only told
+            print(f"{self.kind}: {failure}", file=sys.stderr)
         if hasattr(self, "progress"):
             self.progress.close()
         self.metrics.close()
         self.store.close()
 
-    def _count_skipped(self, step: int, result: StepResult) -> None:
+    def _watch(self, step: int, result: StepResult) -> None:
+        """Spikes of a loss that has a level; a policy loss swings around 0."""
+        if self.kind == "rl" or not math.isfinite(result.loss):
+            return
+        in_a_row = self._spikes.add(result.loss)
+        if in_a_row in (1, PATIENCE):
+            self.event(step, "loss_spike", f"loss {result.loss:.4g}, mean before {self._spikes.mean:.4g}, {in_a_row} in a row")
+        if in_a_row >= PATIENCE and self.recipe.train.on_spike == "stop":
+            raise CheckFailedError(
+                f"stopped at step {step}: the loss was over twice its mean {in_a_row} steps in a row; "
+                f"the newest checkpoint is step {self._saved_step}; go on from it or an older one with other data or a lower rate"
+            )
+
+    def _count_skipped(self, step: int, result: StepResult, batches: Sequence[Batch]) -> None:
         if not result.skipped:
             self._failures_in_a_row = 0
             return
@@ -123,7 +193,8 @@ class Session:
             self.event(step, "nothing_to_train", "the step had no trained token; no parameter changed")
             return
         self._failures_in_a_row += 1
-        self.event(step, "non_finite", f"loss {result.loss}, gradient norm {result.gradient_norm}; no parameter changed")
+        rows = ", ".join(origin for batch in batches for origin in batch.origins)
+        self.event(step, "non_finite", f"loss {result.loss}, gradient norm {result.gradient_norm}; no parameter changed; rows {rows}")
         if self._failures_in_a_row >= self.recipe.train.skip_nonfinite_steps:
             raise NonFiniteError(
                 f"stopped at step {step}: loss or gradient was not finite {self._failures_in_a_row} steps in a row; "

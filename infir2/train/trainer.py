@@ -1,7 +1,8 @@
 """The one step loop's inside: micro-batches in, one optimizer step out. CPT, SFT and the policy update differ in data and loss only."""
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,6 +45,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, section)
         self.clip_norm = section.clip_norm
         self.head_chunk_tokens = head_chunk_tokens
+        self.before_update: Callable[[], None] = lambda: None  # a save in the background may still be copying
 
     def step(self, batches: Sequence[Batch], loss_function: LossFunction, learning_rate: float, *, temperature: float = 1.0) -> StepResult:
         """Forward and backward over all micro-batches, finite check, clip, AdamW."""
@@ -58,6 +60,8 @@ class Trainer:
             if batch.num_trained_tokens == 0:
                 continue
             loss, metrics = loss_function(self.score(batch, temperature, with_entropy=bool(batch.extras)))
+            if fault("train.loss"):
+                loss = loss * math.nan
             (loss / num_tokens).backward()
             loss_sum += loss.detach()
             for name, value in metrics.items():
@@ -110,6 +114,7 @@ class Trainer:
         return self.model.head_weight.device
 
     def _update(self, norm: Tensor, learning_rate: float) -> None:
+        self.before_update()
         if self.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
         set_learning_rate(self.optimizer, learning_rate)
