@@ -264,23 +264,31 @@ def host(results: dict[str, Any]) -> None:
     print("host microseconds per call:", {k: round(v, 1) for k, v in results.items()})
 
 
+def _warps(*pairs: tuple[int, int | None]) -> list[dict[str, int]]:
+    """Launch configurations from (warps, most registers per thread)."""
+    return [{"num_warps": warps} | ({"maxnreg": registers} if registers else {}) for warps, registers in pairs]
+
+
+TILES = _warps((4, None), (8, None), (4, 168), (4, 128), (8, 128), (8, 96), (8, 80))
 TUNED = {
-    "rows": (matrix.ROWS_CONFIG, [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 2), (16, 4), (32, 4), (64, 4), (64, 8), (128, 8))]),
-    "gradient": (matrix.TILE_CONFIG, [{"num_warps": 4}, {"num_warps": 8}, {"num_warps": 8, "maxnreg": 128}, {"num_warps": 16}]),
-    "input": (matrix.TILE_CONFIG, [{"num_warps": 4}, {"num_warps": 8}, {"num_warps": 8, "maxnreg": 96}, {"num_warps": 16}]),
-    "transpose": (matrix.TILE_CONFIG, [{"num_warps": 4}, {"num_warps": 8}, {"num_warps": 16}]),
-    "swiglu quantize": (matrix.ROWS_CONFIG, [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 4), (32, 4), (32, 8), (64, 8))]),
-    "swiglu backward": (swiglu.BACKWARD_CONFIG, [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 4), (32, 4), (32, 8))]),
-    "swiglu backward quantize": (
-        swiglu.BACKWARD_QUANTIZE_CONFIG,
-        [{"num_warps": 8}, {"num_warps": 8, "maxnreg": 128}, {"num_warps": 16}, {"num_warps": 16, "maxnreg": 64}],
+    "rows": (matrix.ROWS_CONFIG, [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 2), (16, 4), (64, 4))]),
+    "gradient": (matrix.TILE_CONFIG, TILES),
+    "input": (matrix.TILE_CONFIG, TILES),
+    "transpose": (matrix.TILE_CONFIG, _warps((4, None), (8, None), (8, 128), (8, 64), (16, 64))),
+    "weight, both ways": (matrix.TILE_CONFIG, _warps((4, None), (8, None), (8, 128))),
+    "norm transposed": (matrix.TILE_CONFIG, TILES),
+    "swiglu transposed": (matrix.TILE_CONFIG, TILES),
+    "swiglu quantize": (matrix.ROWS_CONFIG, [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 4), (32, 4), (64, 8))]),
+    "swiglu backward quantize": (swiglu.BACKWARD_QUANTIZE_CONFIG, TILES),
+    "norm quantize": (
+        norm.FORWARD_CONFIG,
+        [{"values": v, "num_warps": w} for v, w in ((1024, 1), (2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 8))],
     ),
-    "norm quantize": (norm.FORWARD_CONFIG, [{"values": v, "num_warps": w} for v, w in ((4096, 4), (8192, 4), (8192, 8), (16384, 8))]),
     "norm backward": (
         norm.BACKWARD_CONFIG,
         [
             {"values": v, "num_warps": w, "programs_per_processor": p}
-            for v, w, p in ((4096, 4, 8), (4096, 8, 4), (8192, 8, 4), (8192, 8, 8))
+            for v, w, p in ((2048, 2, 16), (2048, 4, 8), (4096, 4, 8), (4096, 4, 16), (4096, 8, 8))
         ],
     ),
 }

@@ -10,9 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from infir2.numerics import ops
+from infir2.numerics import apply_rope, ops
 from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
 from infir2.numerics.kernels import operations as kernels
+from infir2.numerics.kernels import rope as rope_kernels
+from infir2.numerics.kernels import softmax as softmax_kernels
 from infir2.numerics.reference import quantize_reference, transpose_reference
 
 EPS = 1e-6
@@ -102,7 +104,11 @@ CONVERSIONS: dict[str, Check] = {
         lambda x, f: [quantize_reference(x, ROW_BLOCK, f), quantize_reference(x.t(), ROW_BLOCK, f)],
     ),
     "input": (lambda x, f: list(kernels.quantize_input(x, f)), lambda x, f: [quantize_reference(x, ROW_BLOCK, f), second_layout(x, f)]),
-    "weight": (lambda x, f: list(kernels.quantize_weight(_master(x), f)), _weight_reference),
+    "weight": (
+        lambda x, f: [kernels.quantize_weight(_master(x), f), kernels.transpose(kernels.quantize_weight(_master(x), f))],
+        _weight_reference,
+    ),
+    "second layout alone": (lambda x, f: [kernels.quantize_transposed(x, f)], lambda x, f: [second_layout(x, f)]),
     "transpose rows": (
         lambda x, f: [kernels.transpose(kernels.quantize(x, ROW_BLOCK, "pow2"))],
         lambda x, f: [transpose_reference(quantize_reference(x, ROW_BLOCK, "pow2"))],
@@ -157,17 +163,58 @@ def producer_results(x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     gate, up = gate_and_up(x)
     grad = upstream(x)
     y, rstd = kernels.rms_norm(x, weight, EPS)
-    grad_x, grad_weight = kernels.rms_norm_backward(grad, x, rstd, weight)
+    grad_x, grad_weight = kernels.rms_norm_backward(grad, x, rstd, weight, None)
     grads = kernels.swiglu_backward(grad, gate, up)
     leaves = [t.detach().cpu().clone().requires_grad_() for t in (x, weight, gate, up)]
     normed, product = ops.rms_norm(leaves[0], leaves[1], EPS), ops.swiglu(leaves[2], leaves[3])
     torch.autograd.backward([normed, product], [grad.cpu(), grad.cpu()])
     gradients = [leaf.grad for leaf in leaves]
     assert all(g is not None for g in gradients)
+    residual = upstream(grad)
+    with_residual, _ = kernels.rms_norm_backward(grad, x, rstd, weight, residual)
     return {
         "norm": (y, normed.detach()),
+        "norm backward and residual": (with_residual, grad_x.cpu() + residual.cpu()),
         "norm backward": (grad_x, gradients[0]),
         "norm weight": (grad_weight, gradients[1]),
         "swiglu": (kernels.swiglu_product(gate, up), product.detach()),
         "swiglu backward": (grads, torch.cat([gradients[2], gradients[3]], dim=1)),
+    }
+
+
+def rope_results(tokens: int, q_heads: int, k_heads: int, size: int, device: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name -> (kernel's result, definition's result) of bias + rotation and of the rotation back."""
+    heads = q_heads + 2 * k_heads
+    fused = gaussian(tokens, heads * size).to(device)
+    bias = torch.linspace(-1, 1, heads * size, device=device)
+    angles = torch.arange(tokens, device=device)[:, None, None] * torch.linspace(1, 0.01, size // 2, device=device)
+    cos, sin = angles.cos(), angles.sin()
+    q, k, v = fused.view(tokens, heads, size).split([q_heads, k_heads, k_heads], dim=1)
+    biased = fused + bias.bfloat16()
+    expected = [apply_rope(t, cos, sin) for t in biased.view(tokens, heads, size).split([q_heads, k_heads, k_heads], dim=1)[:2]]
+    found = rope_kernels.rope(q, k, v, bias, cos, sin, False)
+    back = rope_kernels.rope(q.contiguous(), k.contiguous(), v, None, cos, sin, True)
+    expected_back = [apply_rope(t, cos, -sin) for t in (q, k)]
+    return {
+        "rope": (found, torch.cat([*expected, biased.view(tokens, heads, size)[:, q_heads + k_heads :]], dim=1).flatten(1)),
+        "rope back": (back, torch.cat([*expected_back, v], dim=1).flatten(1)),
+    }
+
+
+def softmax_results(rows: int, columns: int, temperature: float, device: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name -> (kernel's result, FP64 result) of the head's softmax and its backward."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, columns, generator=generator).mul_(5).to(device)
+    labels = torch.randint(0, columns, (rows,), generator=generator).to(device)
+    grad = torch.randn(rows, generator=generator).to(device)
+    logprobs, normalizer, entropy = softmax_kernels.label_logprobs(logits, labels, temperature, True)
+    exact = logits.double().div(temperature).log_softmax(dim=1)
+    one_hot = torch.nn.functional.one_hot(labels, columns)
+    return {
+        "log-probabilities": (logprobs, exact.gather(1, labels[:, None]).squeeze(1)),
+        "entropy": (entropy, -(exact.exp() * exact).sum(dim=1)),
+        "gradient": (
+            softmax_kernels.label_logprobs_backward(logits, labels, normalizer, grad, temperature),
+            grad[:, None] / temperature * (one_hot - exact.exp()),
+        ),
     }

@@ -12,23 +12,23 @@ Shapes: T packed tokens, N query heads, G key heads, H head size; n sequences of
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from infir2.model.packing import Packing, Rectangle
+from infir2.model.varlen import Varlen, varlen_attention
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing | Varlen) -> Tensor:
     """Attention of q [T, N, H] to k, v [T, G, H], causal within each sequence of `packing`; returns [T, N, H] in q's dtype.
 
-    Any device; on CUDA with BF16 the fused kernels of torch run, everything else takes the FP64 reference.
+    A `Packing` takes the FP64 reference, on any device; a `Varlen` the fastest library there is.
     """
+    if isinstance(packing, Varlen):
+        return varlen_attention(q, k, v, packing)
     assert q.shape[0] == k.shape[0] == v.shape[0] == packing.num_tokens, "packing belongs to another stream"
     if not packing.num_tokens:
         return torch.zeros_like(q)
-    if q.is_cuda and q.dtype != torch.float32:
-        return fused_attention(q, k, v, packing)
     out: Tensor = _ReferenceAttention.apply(q, k, v, packing)
     return out
 
@@ -138,15 +138,3 @@ def _backward_rectangle(tensors: list[Tensor], chunk: int) -> tuple[Tensor, Tens
         part = torch.bmm(grad_scores, keys[:, :end]).mul_(scale)
         grad_q[:, :, :, start:end] = part.view(n, groups, ratio, end - start, size)
     return grad_q, grad_k, grad_v
-
-
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """The same attention by torch's kernels, a rectangle at a time: faster on a GPU, and rounded as those kernels round."""
-    outs = []
-    for rectangle in packing.rectangles:
-        n, length = rectangle.shape
-        rows = rectangle.rows.flatten()
-        q_r, k_r, v_r = (x.index_select(0, rows).view(n, length, x.shape[1], -1).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q_r, k_r, v_r, is_causal=True, enable_gqa=True)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs).index_select(0, packing.unpad)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,10 +20,13 @@ from infir2.model.files import read_json
 from infir2.model.hf import load_directory
 from infir2.model.kv_cache import CacheView, KvCache, cached_attention, view_cache
 from infir2.model.packing import Packing, plan_packing
-from infir2.model.rope import apply_rope, rope_tables
-from infir2.numerics import RMSNorm, head_logits, linear, norm_linear, swiglu_linear
+from infir2.model.rope import rope_tables
+from infir2.model.varlen import Varlen, plan_varlen
+from infir2.numerics import Memory, RMSNorm, add_linear, apply_rope, attention_inputs, feed_forward, head_logits
+from infir2.numerics.formats import GROUP
+from infir2.numerics.kernels import usable
 
-Context = Packing | CacheView
+Context = Packing | Varlen | CacheView
 Rope = tuple[Tensor, Tensor]
 
 
@@ -38,15 +42,19 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, norm: RMSNorm, rope: Rope, context: Context) -> Tensor:
-        """o(attention(rope(q), rope(k), v)) of norm(x), [T, D] -> [T, D]."""
-        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in norm_linear(x, norm, (self.q_proj, self.k_proj, self.v_proj)))
-        q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
+    def forward(self, x: Tensor, norm: RMSNorm, rope: Rope, context: Context, memory: Memory) -> Tensor:
+        """x + o(attention(rope(q), rope(k), v)) of norm(x), [T, D] -> [T, D]."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if isinstance(self.q_norm, RMSNorm):  # a norm stands between the projection and the rotation
+            x, q, k, v = attention_inputs(x, norm, layers, self.head_dim, None, memory)
+            q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
+        else:
+            x, q, k, v = attention_inputs(x, norm, layers, self.head_dim, rope, memory)
         if isinstance(context, CacheView):
             out = cached_attention(q, k, v, context, self.layer)
         else:
             out = attention(q, k, v, context)
-        return linear(out.flatten(1), (self.o_proj,))[0]
+        return add_linear(x, out.flatten(1), self.o_proj, memory)
 
 
 class FeedForward(nn.Module):
@@ -56,10 +64,9 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, config.mlp_bias)
         self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """down(silu(gate) * up) of norm(x), [T, D] -> [T, D]."""
-        gate, up = norm_linear(x, norm, (self.gate_proj, self.up_proj))
-        return swiglu_linear(gate, up, self.down_proj)
+    def forward(self, x: Tensor, norm: RMSNorm, memory: Memory) -> Tensor:
+        """x + down(silu(gate) * up) of norm(x), [T, D] -> [T, D]."""
+        return feed_forward(x, norm, self.gate_proj, self.up_proj, self.down_proj, memory)
 
 
 class Block(nn.Module):
@@ -70,9 +77,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: Rope, context: Context) -> Tensor:
-        x = x + self.self_attn(x, self.input_layernorm, rope, context)
-        return x + self.mlp(x, self.post_attention_layernorm)
+    def forward(self, x: Tensor, rope: Rope, context: Context, memory: Memory) -> Tensor:
+        x = self.self_attn(x, self.input_layernorm, rope, context, memory)
+        return self.mlp(x, self.post_attention_layernorm, memory)
 
 
 class Backbone(nn.Module):
@@ -95,13 +102,14 @@ class Decoder(nn.Module):
         config: its shape.
         compute_dtype: dtype of activations, BF16 or FP32; masters are FP32 either way.
         recompute: "full" keeps only each block's input and runs its forward again in the backward.
+        memory: what a block keeps for its backward otherwise.
     """
 
     def __init__(
         self, config: ModelConfig, compute_dtype: torch.dtype = torch.bfloat16, recompute: Literal["none", "full"] = "none"
     ) -> None:
         super().__init__()
-        self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
+        self.config, self.compute_dtype, self.recompute, self.memory = config, compute_dtype, recompute, Memory()
         self.model = Backbone(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -171,8 +179,17 @@ class Decoder(nn.Module):
             sizes = f"{token_ids.numel()} token_ids, {positions.numel()} positions, cu_seqlens up to {int(cu_seqlens[-1])}"
             raise ValueError(f"token_ids, positions and cu_seqlens must describe the same tokens; got {sizes}")
         context: Context
-        if cache is None:
-            context = plan_packing(cu_seqlens, self.config.num_heads, self.config.num_kv_heads * self.config.head_dim)
+        num_tokens = token_ids.numel()
+        if cache is None and self._on_kernels(token_ids):
+            # Padding to whole blocks, as a sequence of its own, spares every GEMM of the backward a padded copy.
+            padding = -num_tokens % GROUP
+            token_ids, positions = F.pad(token_ids, (0, padding)), F.pad(positions, (0, padding))
+            lengths = [*cu_seqlens.diff().tolist(), padding]
+            context = plan_varlen(tuple(length for length in lengths if length), token_ids.device)
+        elif cache is None:
+            context = plan_packing(
+                cu_seqlens, self.config.num_heads, self.config.num_kv_heads * self.config.head_dim, device=token_ids.device
+            )
         else:
             assert slots is not None, "a cache needs slots"
             context = view_cache(cache, slots, positions, cu_seqlens, self.config.num_heads)
@@ -182,7 +199,10 @@ class Decoder(nn.Module):
             rope = rope_tables(self.config, positions)
             for block in self.model.layers:
                 if self.recompute == "full" and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rope, context, use_reentrant=False, preserve_rng_state=False)
+                    x = checkpoint(block, x, rope, context, self.memory, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    x = block(x, rope, context)
-            return self.model.norm(x)
+                    x = block(x, rope, context, self.memory)
+            return self.model.norm(x[:num_tokens])
+
+    def _on_kernels(self, token_ids: Tensor) -> bool:
+        return self.compute_dtype == torch.bfloat16 and usable(token_ids.device)

@@ -47,18 +47,24 @@ class Packing:
     num_tokens: int
 
 
-def plan_packing(cu_seqlens: Tensor, num_heads: int, key_width: int, key_lengths: Sequence[int] | None = None) -> Packing:
+def plan_packing(
+    cu_seqlens: Tensor,
+    num_heads: int,
+    key_width: int,
+    key_lengths: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> Packing:
     """Lay out the sequences of `cu_seqlens` [B+1] for attention with `num_heads` query heads and `key_width` = G * H.
 
     `key_lengths` says how many keys each sequence's queries look at (default: its own length, causal); with a KV cache
-    it is longer. Sequences of zero tokens take no part.
+    it is longer. Sequences of zero tokens take no part. The indices lie on `device` (default: where cu_seqlens is).
     """
     bounds = cu_seqlens.tolist()
     assert bounds[0] == 0, "cu_seqlens starts at 0"
     lengths = [end - start for start, end in pairwise(bounds)]
     assert all(length >= 0 for length in lengths), "cu_seqlens does not decrease"
     keys = lengths if key_lengths is None else list(key_lengths)
-    device = cu_seqlens.device
+    device = device or cu_seqlens.device
     rectangles, order = [], []
     for members in _groups(lengths, keys, num_heads, key_width):
         longest = lengths[members[0]]

@@ -1,8 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864) with Llama 3's frequency scaling.
 
 Angles, cosines and sines are computed in FP64 from the token's position and rounded once to FP32, so they do not depend
-on how many positions are asked for at a time. The rotation is written as separate multiplications and additions, each
-rounded to FP32 by IEEE rules: a fused multiply-add would give other bits in the tail of a vector loop than in its body.
+on how many positions are asked for at a time. The rotation itself is `infir2.numerics.apply_rope`.
 """
 
 import functools
@@ -34,9 +33,3 @@ def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]
     frequencies = inverse_frequencies(config).to(positions.device)
     angles = positions.to(torch.float64)[:, None, None] * frequencies
     return angles.cos().float(), angles.sin().float()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the heads of `x` [T, N, H] (first half against second half, as in transformers) and keep its dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -60,8 +60,10 @@ def input_for_backward(x: Tensor, codes: Fp8Tensor) -> Fp8Tensor:
 def fp32_product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
     """`a @ b` [M, N] FP32 with FP32 sums, for two matrices of one dtype; added to `total` in place where that is given."""
     if a.is_cuda and a.dtype != torch.float32:
-        product = torch.mm(a, b, out_dtype=torch.float32)
-        return product if total is None else total.add_(product)
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    a, b = a.float(), b.float()
     return a @ b if total is None else total.addmm_(a, b)
 
 

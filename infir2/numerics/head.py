@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from infir2.numerics import fused
+from infir2.numerics.gemm import fp32_product
 from infir2.numerics.operands import rounded
 
 
@@ -18,6 +20,8 @@ def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
 
     All T x V values exist at once: for sampling and tests. Training takes `token_logprobs`.
     """
+    if fused.serves(hidden) and not (torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)):
+        return fp32_product(hidden, rounded(head_weight, torch.bfloat16, torch.bfloat16).t())
     work = _work_dtype(hidden)
     if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
         return (hidden.to(work) @ head_weight.to(hidden.dtype).to(work).t()).float()
@@ -66,6 +70,19 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
         normalizer = torch.empty_like(logprobs)
         entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
+        ctx.save_for_backward(hidden, head_weight, labels, normalizer)
+        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        ctx.mark_non_differentiable(entropy)
+        if fused.serves(hidden):
+            bf16 = rounded(head_weight, torch.bfloat16, torch.bfloat16).t()
+            for start in range(0, num_tokens, chunk_tokens):
+                chunk = slice(start, start + chunk_tokens)
+                logits = fp32_product(hidden[chunk], bf16)
+                results = fused.kernels().label_logprobs(logits, labels[chunk], temperature, with_entropy)
+                logprobs[chunk], normalizer[chunk] = results[:2]
+                if with_entropy:
+                    entropy[chunk] = results[2]
+            return logprobs, entropy
         work = _work_dtype(hidden)
         weight = rounded(head_weight, hidden.dtype, work).t()
         for start in range(0, num_tokens, chunk_tokens):
@@ -78,9 +95,6 @@ class _TokenLogprobs(torch.autograd.Function):
             if with_entropy:
                 logits.sub_(log_sum[:, None])
                 entropy[chunk] = -logits.exp().mul_(logits).sum(dim=-1)
-        ctx.save_for_backward(hidden, head_weight, labels, normalizer)
-        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
-        ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
@@ -91,6 +105,9 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(head_weight.shape, dtype=torch.float32, device=head_weight.device) if need_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
+            if fused.serves(hidden):
+                _backward_on_gpu(ctx, grad, grad_hidden, grad_weight)
+                return grad_hidden, grad_weight, None, None, None, None
             weight = rounded(head_weight, hidden.dtype, torch.float32)
             for start in range(0, hidden.shape[0], ctx.chunk_tokens):
                 chunk = slice(start, start + ctx.chunk_tokens)
@@ -104,6 +121,24 @@ class _TokenLogprobs(torch.autograd.Function):
                 if grad_weight is not None:
                     grad_weight.addmm_(grad_logits.t(), x)
         return grad_hidden, None if grad_weight is None else grad_weight.to(head_weight.dtype), None, None, None, None
+
+
+def _backward_on_gpu(ctx: Any, grad: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> None:
+    """Fill the gradients: logits again in FP32, their gradient in BF16, products summed in FP32."""
+    hidden, head_weight, labels, normalizer = ctx.saved_tensors
+    weight = rounded(head_weight, torch.bfloat16, torch.bfloat16)
+    for start in range(0, hidden.shape[0], ctx.chunk_tokens):
+        chunk = slice(start, start + ctx.chunk_tokens)
+        x = hidden[chunk]
+        logits = fp32_product(x, weight.t())
+        grad_logits = fused.kernels().label_logprobs_backward(
+            logits, labels[chunk], normalizer[chunk], grad[chunk].contiguous(), ctx.temperature
+        )
+        del logits
+        if grad_hidden is not None:
+            torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+        if grad_weight is not None:
+            fp32_product(grad_logits.t(), x, grad_weight)
 
 
 def _work_dtype(hidden: Tensor) -> torch.dtype:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from infir2.numerics import gemm
+from infir2.numerics import fused, gemm
 from infir2.numerics.formats import E4M3, TILE_BLOCK, Fp8Tensor, check_format, scale_shape
 from infir2.numerics.operands import once_per_version, rounded
-from infir2.numerics.quantize import dequantize, quantize
+from infir2.numerics.quantize import dequantize, quantize_weight
 
 _PLAIN = ""  # stands among the scale formats for "not quantised"
 
@@ -107,7 +107,7 @@ class Fp8Linear(nn.Linear):
         if self.weight is None:
             return Fp8Tensor(self.code_bytes.view(E4M3), self.scale_bytes.view(torch.float32), TILE_BLOCK, self.scale_format)
         self.quantizations += 1
-        return quantize(self.weight.detach().to(torch.bfloat16), TILE_BLOCK, self.scale_format)
+        return quantize_weight(self.weight, self.scale_format)
 
 
 def linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
@@ -120,6 +120,8 @@ def linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return linear(x.to(torch.get_autocast_dtype(device)), layers)
+    if fused.serves(x):
+        return fused.linear(x, layers)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
         return _SharedInput.apply(tuple(layers), x, *parameters)

@@ -5,7 +5,7 @@ A version ends when autograd's counter moves (optimizer step, `copy_`, `load_sta
 whoever does that calls `forget(weight)`.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +44,9 @@ def once_per_version(tensor: Tensor, key: Hashable, make: Callable[[], Made]) ->
 
     `make` must depend on nothing but the tensor and the key. What it returns must not refer to the tensor object.
     """
+    given = getattr(tensor, "made", None)  # a weight gathered as codes has no master to make anything from
+    if given is not None:
+        return given[key] if key in given else make()
     if tensor.is_inference():  # such tensors count no versions
         return make()
     version = _versions.get(tensor)
@@ -53,6 +56,25 @@ def once_per_version(tensor: Tensor, key: Hashable, make: Callable[[], Made]) ->
         with torch.inference_mode(False), torch.no_grad():  # what is made outlives an inference block
             version.made[key] = make()
     return version.made[key]
+
+
+def once_per_versions(tensors: Sequence[Tensor], key: Hashable, make: Callable[[], Made]) -> Made:
+    """`make()` once for this combination of versions of several tensors, such as weights that are read as one matrix."""
+    versions = tuple(once_per_version(tensor, "version", object) for tensor in tensors)
+    held = once_per_version(tensors[0], (key, len(tensors)), dict[tuple[object, ...], Any])
+    if versions not in held:
+        held.clear()
+        with torch.inference_mode(False), torch.no_grad():
+            held[versions] = make()
+    made: Made = held[versions]
+    return made
+
+
+def replace_made(tensor: Tensor, key: Hashable, made: Any) -> None:
+    """Put an equal object in the place of what `once_per_version` holds, such as a view of memory that is held anyway."""
+    version = _versions.get(tensor)
+    if version is not None and version.is_of(tensor):
+        version.made[key] = made
 
 
 def forget(tensor: Tensor) -> None:

@@ -1,12 +1,15 @@
 """Quantise, dequantise, transpose: the public entry, which checks its input and counts non-finite blocks.
 
-The arithmetic is in `reference`; this is the seam where a device's kernels take over.
+The arithmetic is in `reference`; on a GPU the kernels, with the same bits.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from infir2.numerics.formats import ROW_BLOCK, Fp8Tensor, check_format
+from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
+from infir2.numerics.kernels import usable
 from infir2.numerics.reference import dequantize_reference, quantize_reference, transpose_reference
 
 _INPUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -64,7 +67,17 @@ def quantize(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = 
     if x.ndim != 2 or x.dtype not in _INPUT_DTYPES:
         raise ValueError(f"quantize takes a BF16, FP32 or FP16 matrix [R, C]; got {x.dtype} {list(x.shape)}")
     with torch.no_grad():
-        result = quantize_reference(x, block, scale_format)
+        result: Fp8Tensor = _kernels().quantize(x, block, scale_format) if usable(x.device) else quantize_reference(x, block, scale_format)
+    nonfinite_blocks.add(result.scale)
+    return result
+
+
+def quantize_weight(master: Tensor, scale_format: str) -> Fp8Tensor:
+    """128x128 blocks of the BF16-rounded master [N, K]: the one definition of a weight's bytes."""
+    if not usable(master.device):
+        return quantize(master.detach().to(torch.bfloat16), TILE_BLOCK, scale_format)
+    with torch.no_grad():
+        result: Fp8Tensor = _kernels().quantize_weight(master.detach(), scale_format)
     nonfinite_blocks.add(result.scale)
     return result
 
@@ -76,4 +89,12 @@ def dequantize(t: Fp8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def transpose(t: Fp8Tensor) -> Fp8Tensor:
     """Fp8Tensor of the transposed matrix in 128x128 blocks, from the codes alone; ValueError for 1x128 "fp32"."""
-    return transpose_reference(t)
+    result: Fp8Tensor = _kernels().transpose(t) if usable(t.codes.device) else transpose_reference(t)
+    return result
+
+
+def _kernels() -> Any:
+    """Imported at the first use: triton need not be there."""
+    from infir2.numerics.kernels import operations
+
+    return operations

@@ -48,6 +48,12 @@ def quantize_reference(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_form
     return Fp8Tensor(from_tiles(codes, rows, columns), scale, block, scale_format)
 
 
+def encode_rows(x: Tensor, scale: Tensor) -> Tensor:
+    """Codes [R, C] of x by given scales [R, C / 128], one per row and group of columns: a part of a block whose scale is known."""
+    scaled = as_tiles(x.float(), 1) / scale[:, None, :, None]
+    return from_tiles(_encode(scaled.clamp_(-E4M3_MAX, E4M3_MAX), torch.isnan(scale)), *x.shape)
+
+
 def dequantize_reference(t: Fp8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """`codes * scale` [R, C]: an exact product for FP64; otherwise the FP32 product, rounded to `dtype`."""
     rows, columns = t.shape

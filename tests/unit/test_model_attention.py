@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from infir2.model import packing
-from infir2.model.attention import attention, fused_attention
+from infir2.model.attention import attention
 from infir2.model.packing import plan_packing
+from infir2.model.varlen import plan_varlen
 
 LENGTHS = [7, 1, 40, 0, 23, 300, 33, 2]
 
@@ -64,12 +65,13 @@ def test_gradients_are_those_of_textbook_attention(kv_heads: int, budget: int, m
         torch.testing.assert_close(grad, wanted.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_fused_path_computes_the_same_attention() -> None:
-    q, k, v, cu_seqlens = stream(LENGTHS, torch.float32)
+@pytest.mark.parametrize("lengths", [LENGTHS, [6, 6, 6]])
+def test_the_libraries_compute_the_same_attention(lengths: list[int]) -> None:
+    q, k, v, cu_seqlens = stream(lengths, torch.float32)
     results = []
-    for function in (attention, fused_attention):
+    for layout in (plan(cu_seqlens), plan_varlen(tuple(n for n in lengths if n), torch.device("cpu"))):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = function(*inputs, plan(cu_seqlens))
+        out = attention(*inputs, layout)
         results.append([out, *torch.autograd.grad(out, inputs, q)])
     for reference, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, reference, rtol=1e-5, atol=1e-5)

@@ -87,7 +87,7 @@ def quotient(x, scale):
         q = dividend * inverse
         q = tl.fma(tl.fma(-q, divisor, dividend), inverse, q)
         q = tl.fma(tl.fma(-q, divisor, dividend), inverse, q)
-        return tl.where(x == 0.0, x, q)  # the corrections lose the sign of -0
+        return tl.where((x == 0.0) & (scale == scale), x, q)  # the corrections lose the sign of -0
 
 
 @triton.jit

@@ -4,7 +4,7 @@
 
 Every operator takes `pow2` for the scale format and returns plain tensors; `infir2.numerics.kernels` wraps them. Bytes
 moved per value of a BF16 matrix, which bounds each of them: rows 3, rows and columns 4, rows and transposed tiles 4,
-transposed tiles from codes 2, FP32 weight in one layout 5, in both 6.
+transposed tiles from codes 2, FP32 weight 5.
 """
 
 import torch
@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from infir2.numerics.formats import E4M3, GROUP
-from infir2.numerics.kernels.codec import rescale_tile, round_to_bf16
+from infir2.numerics.kernels.codec import decode, rescale_tile, round_to_bf16
 from infir2.numerics.kernels.tiles import (
     load_tile,
     load_values,
+    quantize_rows_of,
     quantize_tile_of,
     store_tile,
     tile_of_program,
@@ -26,8 +27,10 @@ from infir2.numerics.kernels.tiles import (
     write_transposed_tile,
 )
 
-# Chosen by bench/kernels.py on an H100: rows of a tile and warps of a program.
-ROWS_CONFIG = {"BLOCK_ROWS": 64, "num_warps": 4}
+# Chosen by bench/kernels.py on an H100: rows of a tile, warps of a program, registers of a thread (docs/results).
+ROWS_CONFIG = {"BLOCK_ROWS": 32, "num_warps": 4}
+GRADIENT_CONFIG = {"num_warps": 8, "maxnreg": 128}
+INPUT_CONFIG = {"num_warps": 8, "maxnreg": 96}
 TILE_CONFIG = {"num_warps": 8}
 
 
@@ -48,11 +51,14 @@ def _rows_and_columns_kernel(x_ptr, codes_ptr, scale_ptr, codes_t_ptr, scale_t_p
 
 @triton.jit
 def _rows_and_tiles_kernel(
-    x_ptr, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, rows, columns, x_stride, scale_t_stride, POW2: tl.constexpr
+    x_ptr, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, rows, columns, x_stride, scale_t_stride, POW2: tl.constexpr, ROWS: tl.constexpr
 ):
     first_row, group = tile_of_program(rows, columns, 128)
     values = load_values(x_ptr, first_row, group, rows, columns, x_stride, 128)
-    codes, scale = write_rows(values, codes_ptr, scale_ptr, first_row, group, rows, columns, columns, POW2, 128)
+    if ROWS:
+        codes, scale = write_rows(values, codes_ptr, scale_ptr, first_row, group, rows, columns, columns, POW2, 128)
+    else:
+        codes, scale = quantize_rows_of(values, POW2)
     write_second_layout(values, codes, scale, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, scale_t_stride, POW2)
 
 
@@ -68,21 +74,14 @@ def _transpose_kernel(codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, rows, colu
 
 
 @triton.jit
-def _tiles_kernel(
-    x_ptr,
-    codes_ptr,
-    scale_ptr,
-    codes_t_ptr,
-    scale_t_ptr,
-    rows,
-    columns,
-    x_stride,
-    scale_stride,
-    scale_t_stride,
-    POW2: tl.constexpr,
-    ROUND_TO_BF16: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
+def _transpose_bytes_kernel(codes_ptr, codes_t_ptr, rows, columns):
+    first_row, group = tile_of_program(rows, columns, 128)
+    codes = load_tile(codes_ptr, first_row, group, rows, columns, columns, 128)
+    store_tile(codes_t_ptr, tl.trans(codes), group * 128, first_row, columns, rows, rows, 128, 128)
+
+
+@triton.jit
+def _tiles_kernel(x_ptr, codes_ptr, scale_ptr, rows, columns, x_stride, scale_stride, POW2: tl.constexpr, ROUND_TO_BF16: tl.constexpr):
     first_row, group = tile_of_program(rows, columns, 128)
     values = load_values(x_ptr, first_row, group, rows, columns, x_stride, 128)
     if ROUND_TO_BF16:
@@ -90,8 +89,16 @@ def _tiles_kernel(
     codes, scale = quantize_tile_of(values, POW2)
     store_tile(codes_ptr, codes, first_row, group * 128, rows, columns, columns, 128, 128)
     tl.store(scale_ptr + (first_row // 128).to(tl.int64) * scale_stride + group, scale)
-    if TRANSPOSED:
-        write_transposed_tile(codes, scale, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, scale_t_stride)
+
+
+@triton.jit
+def _dequantize_kernel(codes_ptr, scale_ptr, out_ptr, rows, columns, scale_row_stride, scale_group_stride, BLOCK_ROWS: tl.constexpr):
+    first_row, group = tile_of_program(rows, columns, BLOCK_ROWS)
+    codes = load_tile(codes_ptr, first_row, group, rows, columns, columns, BLOCK_ROWS)
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    scale_at = scale_ptr + group.to(tl.int64) * scale_group_stride + row.to(tl.int64) * scale_row_stride
+    values = round_to_bf16(decode(codes) * tl.load(scale_at, mask=row < rows, other=0.0)[:, None])
+    store_tile(out_ptr, values.to(out_ptr.dtype.element_ty), first_row, group * 128, rows, columns, columns, BLOCK_ROWS, 128)
 
 
 def groups(size: int) -> int:
@@ -152,7 +159,7 @@ def quantize_rows_and_columns(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Te
     if rows:
         grid = (groups(rows) * groups(columns),)
         _rows_and_columns_kernel[grid](
-            x, as_bytes(codes), scale, as_bytes(codes_t), scale_t, rows, columns, x.stride(0), POW2=pow2, **TILE_CONFIG
+            x, as_bytes(codes), scale, as_bytes(codes_t), scale_t, rows, columns, x.stride(0), POW2=pow2, **GRADIENT_CONFIG
         )
     return codes, scale, codes_t, scale_t
 
@@ -171,14 +178,9 @@ def _fake_quantize_rows_and_columns(x: Tensor, pow2: bool) -> tuple[Tensor, Tens
 @torch.library.custom_op("infir2::quantize_rows_and_tiles", mutates_args=())
 def quantize_rows_and_tiles(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """1x128 blocks of x [R, C] and 128x128 blocks of x.T from one read; "pow2": the latter as `transpose` gives them."""
-    rows, columns = x.shape
     x = rows_contiguous(x)
     codes, scale, codes_t, scale_t = _fake_quantize_rows_and_tiles(x, pow2)
-    if rows:
-        grid = (groups(rows) * groups(columns),)
-        _rows_and_tiles_kernel[grid](
-            x, as_bytes(codes), scale, as_bytes(codes_t), scale_t, rows, columns, x.stride(0), scale_t.stride(0), POW2=pow2, **TILE_CONFIG
-        )
+    _launch_rows_and_tiles(x, codes, scale, codes_t, scale_t, pow2, True)
     return codes, scale, codes_t, scale_t
 
 
@@ -187,6 +189,64 @@ def _fake_quantize_rows_and_tiles(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor
     rows, columns = x.shape
     codes, scale = _fake_quantize_rows(x, pow2)
     return codes, scale, empty_codes(x, columns, rows), empty_tile_scales(x, columns, rows)
+
+
+@torch.library.custom_op("infir2::quantize_transposed", mutates_args=())
+def quantize_transposed(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    """The second layout of `quantize_rows_and_tiles` alone: (codes_t [C, R], scale_t)."""
+    x = rows_contiguous(x)
+    codes_t, scale_t = _fake_quantize_transposed(x, pow2)
+    _launch_rows_and_tiles(x, codes_t, scale_t, codes_t, scale_t, pow2, False)
+    return codes_t, scale_t
+
+
+@quantize_transposed.register_fake
+def _fake_quantize_transposed(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    return empty_codes(x, columns, rows), empty_tile_scales(x, columns, rows)
+
+
+def _launch_rows_and_tiles(x: Tensor, codes: Tensor, scale: Tensor, codes_t: Tensor, scale_t: Tensor, pow2: bool, with_rows: bool) -> None:
+    rows, columns = x.shape
+    if rows:
+        _rows_and_tiles_kernel[(groups(rows) * groups(columns),)](
+            x, as_bytes(codes), scale, as_bytes(codes_t), scale_t, rows, columns, x.stride(0), scale_t.stride(0), POW2=pow2, ROWS=with_rows,
+            **INPUT_CONFIG,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("infir2::dequantize_rows", mutates_args=())
+def dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
+    """BF16 values [R, C] of 1x128 codes."""
+    rows, columns = codes.shape
+    codes = codes.contiguous()
+    out = _fake_dequantize_rows(codes, scale)
+    if rows:
+        grid = (triton.cdiv(rows, ROWS_CONFIG["BLOCK_ROWS"]) * groups(columns),)
+        _dequantize_kernel[grid](as_bytes(codes), scale, out, rows, columns, scale.stride(0), scale.stride(1), **ROWS_CONFIG)
+    return out
+
+
+@dequantize_rows.register_fake
+def _fake_dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+
+
+@torch.library.custom_op("infir2::transpose_bytes", mutates_args=())
+def transpose_bytes(codes: Tensor) -> Tensor:
+    """Codes [C, R] of the transposed matrix, contiguous."""
+    rows, columns = codes.shape
+    codes = codes.contiguous()
+    codes_t = _fake_transpose_bytes(codes)
+    if rows:
+        grid = (groups(rows) * groups(columns),)
+        _transpose_bytes_kernel[grid](as_bytes(codes), as_bytes(codes_t), rows, columns, num_warps=4)
+    return codes_t
+
+
+@transpose_bytes.register_fake
+def _fake_transpose_bytes(codes: Tensor) -> Tensor:
+    return empty_codes(codes, codes.shape[1], codes.shape[0])
 
 
 @torch.library.custom_op("infir2::transpose_rows", mutates_args=())
@@ -213,7 +273,12 @@ def quantize_tiles(x: Tensor, pow2: bool, round_to_bf16: bool) -> tuple[Tensor, 
     """128x128 blocks of x [R, C], rounded to BF16 first on request: (codes, scale)."""
     x = rows_contiguous(x)
     codes, scale = _fake_quantize_tiles(x, pow2, round_to_bf16)
-    _launch_tiles(x, codes, scale, None, None, pow2, round_to_bf16)
+    rows, columns = x.shape
+    if rows:
+        _tiles_kernel[(groups(rows) * groups(columns),)](
+            x, as_bytes(codes), scale, rows, columns, x.stride(0), scale.stride(0), POW2=pow2,
+            ROUND_TO_BF16=round_to_bf16 and x.dtype == torch.float32, **TILE_CONFIG,
+        )  # fmt: skip
     return codes, scale
 
 
@@ -221,43 +286,3 @@ def quantize_tiles(x: Tensor, pow2: bool, round_to_bf16: bool) -> tuple[Tensor, 
 def _fake_quantize_tiles(x: Tensor, pow2: bool, round_to_bf16: bool) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     return empty_codes(x, rows, columns), empty_tile_scales(x, rows, columns)
-
-
-@torch.library.custom_op("infir2::quantize_tiles_both_ways", mutates_args=())
-def quantize_tiles_both_ways(x: Tensor, pow2: bool, round_to_bf16: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize_tiles` that also writes the transposed matrix from the same read: (codes, scale, codes_t, scale_t)."""
-    x = rows_contiguous(x)
-    codes, scale, codes_t, scale_t = _fake_quantize_tiles_both_ways(x, pow2, round_to_bf16)
-    _launch_tiles(x, codes, scale, codes_t, scale_t, pow2, round_to_bf16)
-    return codes, scale, codes_t, scale_t
-
-
-@quantize_tiles_both_ways.register_fake
-def _fake_quantize_tiles_both_ways(x: Tensor, pow2: bool, round_to_bf16: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, columns = x.shape
-    codes, scale = _fake_quantize_tiles(x, pow2, round_to_bf16)
-    return codes, scale, empty_codes(x, columns, rows), empty_tile_scales(x, columns, rows)
-
-
-def _launch_tiles(
-    x: Tensor, codes: Tensor, scale: Tensor, codes_t: Tensor | None, scale_t: Tensor | None, pow2: bool, round_to_bf16: bool
-) -> None:
-    rows, columns = x.shape
-    if not rows:
-        return
-    _tiles_kernel[(groups(rows) * groups(columns),)](
-        x,
-        as_bytes(codes),
-        scale,
-        as_bytes(codes if codes_t is None else codes_t),
-        scale if scale_t is None else scale_t,
-        rows,
-        columns,
-        x.stride(0),
-        scale.stride(0),
-        0 if scale_t is None else scale_t.stride(0),
-        POW2=pow2,
-        ROUND_TO_BF16=round_to_bf16 and x.dtype == torch.float32,
-        TRANSPOSED=codes_t is not None,
-        **TILE_CONFIG,
-    )

@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from infir2.numerics.kernels.codec import GROUP, block_scale, encode, magnitude_bits, round_to_bf16, to_float32
-from infir2.numerics.kernels.matrix import TILE_CONFIG, as_bytes, empty_codes, empty_row_scales, empty_tile_scales, groups, rows_contiguous
+from infir2.numerics.kernels.matrix import as_bytes, empty_codes, empty_row_scales, empty_tile_scales, groups, rows_contiguous
 from infir2.numerics.kernels.tiles import load_values, quantize_rows_of, tile_of_program, write_second_layout
 
 # Values that one program holds at a time, and its warps; chosen by bench/kernels.py on an H100.
-FORWARD_CONFIG = {"values": 8192, "num_warps": 4}
-BACKWARD_CONFIG = {"values": 8192, "num_warps": 8, "programs_per_processor": 4}
+FORWARD_CONFIG = {"values": 2048, "num_warps": 4}
+BACKWARD_CONFIG = {"values": 4096, "num_warps": 8, "programs_per_processor": 8}
+TRANSPOSED_CONFIG = {"num_warps": 8, "maxnreg": 80}
 _INTERPRETED_PROGRAMS = 3
 
 
@@ -67,8 +68,8 @@ def _transposed_kernel(x_ptr, rstd_ptr, weight_ptr, codes_t_ptr, scale_t_ptr, ro
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr, x_ptr, rstd_ptr, weight_ptr, grad_x_ptr, partial_ptr, rows, columns, grad_stride, x_stride, rows_per_program,
-    R: tl.constexpr, C: tl.constexpr
+    grad_ptr, x_ptr, rstd_ptr, weight_ptr, residual_ptr, grad_x_ptr, partial_ptr, rows, columns, grad_stride, x_stride, residual_stride,
+    rows_per_program, HAS_RESIDUAL: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     pid = tl.program_id(0)
     column = tl.arange(0, C)
@@ -87,6 +88,9 @@ def _backward_kernel(
         mean = tl.sum(scaled * normed, axis=1) / columns
         grad_weight += tl.sum(grad * normed, axis=0)
         grad_x = round_to_bf16((scaled - normed * mean[:, None]) * rstd)
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + wide * residual_stride + column[None, :], mask=inside, other=0)
+            grad_x = round_to_bf16(grad_x + to_float32(residual))
         tl.store(grad_x_ptr + wide * columns + column[None, :], grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
     tl.store(partial_ptr + pid.to(tl.int64) * columns + column, grad_weight, mask=column < columns)
 
@@ -101,10 +105,11 @@ def _launch_forward(x: Tensor, weight: Tensor, eps: float, out: Tensor, scale: T
     rows, columns = x.shape
     if not rows:
         return
+    # Without fused multiply-adds the quantised and the BF16 variant of the kernel sum alike, to the last bit.
     tile_rows, wide = _forward_shape(columns)
     _forward_kernel[(triton.cdiv(rows, tile_rows),)](
         x, weight, out, scale, rstd, rows, columns, x.stride(0), eps, POW2=pow2, QUANTIZE=quantize, R=tile_rows, G=wide,
-        num_warps=FORWARD_CONFIG["num_warps"],
+        num_warps=FORWARD_CONFIG["num_warps"], enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -153,7 +158,7 @@ def rms_norm_transposed(x: Tensor, rstd: Tensor, weight: Tensor, pow2: bool) -> 
     if rows:
         grid = (groups(rows) * groups(columns),)
         _transposed_kernel[grid](
-            x, rstd, weight, as_bytes(codes_t), scale_t, rows, columns, x.stride(0), scale_t.stride(0), POW2=pow2, **TILE_CONFIG
+            x, rstd, weight, as_bytes(codes_t), scale_t, rows, columns, x.stride(0), scale_t.stride(0), POW2=pow2, **TRANSPOSED_CONFIG
         )
     return codes_t, scale_t
 
@@ -165,11 +170,15 @@ def _fake_rms_norm_transposed(x: Tensor, rstd: Tensor, weight: Tensor, pow2: boo
 
 
 @torch.library.custom_op("infir2::rms_norm_backward", mutates_args=())
-def rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(grad_x [T, D] BF16, grad_weight [D] float32) for grad and x [T, D] BF16; run to run the same bits on one GPU."""
+def rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(grad_x [T, D] BF16, grad_weight [D] float32) for grad and x [T, D] BF16; run to run the same bits on one GPU.
+
+    `residual` [T, D] BF16, the gradient that x gets from elsewhere, is added to grad_x as autograd would add it.
+    """
     rows, columns = x.shape
     grad, x = rows_contiguous(grad), rows_contiguous(x)
-    grad_x, grad_weight = _fake_rms_norm_backward(grad, x, rstd, weight)
+    residual = None if residual is None else rows_contiguous(residual)
+    grad_x, grad_weight = _fake_rms_norm_backward(grad, x, rstd, weight, residual)
     if not rows:
         return grad_x, grad_weight.zero_()
     wide = triton.next_power_of_2(columns)
@@ -179,14 +188,15 @@ def rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> 
     programs = triton.cdiv(rows, rows_per_program)
     partial = torch.empty((programs, columns), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
-        grad, x, rstd, weight, grad_x, partial, rows, columns, grad.stride(0), x.stride(0), rows_per_program, R=tile_rows, C=wide,
+        grad, x, rstd, weight, grad if residual is None else residual, grad_x, partial, rows, columns, grad.stride(0), x.stride(0),
+        0 if residual is None else residual.stride(0), rows_per_program, HAS_RESIDUAL=residual is not None, R=tile_rows, C=wide,
         num_warps=BACKWARD_CONFIG["num_warps"],
     )  # fmt: skip
     return grad_x, torch.sum(partial, dim=0, out=grad_weight)
 
 
 @rms_norm_backward.register_fake
-def _fake_rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     grad_x = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     return grad_x, torch.empty((columns,), dtype=torch.float32, device=x.device)

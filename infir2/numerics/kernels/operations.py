@@ -9,18 +9,26 @@ from torch import Tensor
 from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
 from infir2.numerics.kernels import matrix, norm, swiglu
 from infir2.numerics.kernels.norm import rms_norm, rms_norm_backward
+from infir2.numerics.kernels.rope import rope
+from infir2.numerics.kernels.softmax import label_logprobs, label_logprobs_backward
 from infir2.numerics.kernels.swiglu import swiglu as swiglu_product
 from infir2.numerics.kernels.swiglu import swiglu_backward
+from infir2.numerics.reference import quantize_reference, transpose_reference
 
 __all__ = [
+    "dequantize",
+    "label_logprobs",
+    "label_logprobs_backward",
     "quantize",
     "quantize_gradient",
     "quantize_input",
+    "quantize_transposed",
     "quantize_weight",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_quantize",
     "rms_norm_transposed",
+    "rope",
     "swiglu_backward",
     "swiglu_backward_quantize",
     "swiglu_product",
@@ -40,11 +48,17 @@ def quantize(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = 
 def transpose(t: Fp8Tensor) -> Fp8Tensor:
     """The transposed matrix [C, R] in 128x128 blocks, from the codes; ValueError for 1x128 "fp32"."""
     if t.block == TILE_BLOCK:
-        codes = matrix.as_bytes(t.codes).t().contiguous().view(t.codes.dtype)
-        return Fp8Tensor(codes, t.scale.t().contiguous(), TILE_BLOCK, t.scale_format)
+        scale = matrix.empty_tile_scales(t.codes, t.shape[1], t.shape[0]).copy_(t.scale.t())
+        return Fp8Tensor(matrix.transpose_bytes(t.codes), scale, TILE_BLOCK, t.scale_format)
     if t.scale_format != "pow2":
         raise ValueError('1x128 codes with "fp32" scales cannot be transposed exactly; use quantize(x.T, (128, 128), "fp32")')
     return _fp8(matrix.transpose_rows(t.codes, t.scale), TILE_BLOCK, "pow2")
+
+
+def dequantize(t: Fp8Tensor) -> Tensor:
+    """BF16 values [R, C] of 1x128 blocks."""
+    assert t.block == ROW_BLOCK
+    return matrix.dequantize_rows(t.codes, t.scale)
 
 
 def quantize_gradient(grad: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp8Tensor]:
@@ -58,14 +72,21 @@ def quantize_input(x: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp
 
     The second is `transpose(quantize(x))` for "pow2" and `quantize(x.T, (128, 128), "fp32")` for "fp32".
     """
+    if x.shape[1] == 1:  # Triton 3.6 folds a row stride of 1 into wrong addresses in this kernel; the reference takes its place
+        rows = quantize_reference(x, ROW_BLOCK, scale_format)
+        return rows, transpose_reference(rows) if scale_format == "pow2" else quantize_reference(x.t(), TILE_BLOCK, scale_format)
     codes, scale, codes_t, scale_t = matrix.quantize_rows_and_tiles(x, _is_pow2(scale_format))
     return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), Fp8Tensor(codes_t, scale_t, TILE_BLOCK, scale_format)
 
 
-def quantize_weight(master: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp8Tensor]:
-    """128x128 blocks of the BF16-rounded master [N, K] and of its transpose (same blocks), from one read."""
-    codes, scale, codes_t, scale_t = matrix.quantize_tiles_both_ways(master, _is_pow2(scale_format), True)
-    return Fp8Tensor(codes, scale, TILE_BLOCK, scale_format), Fp8Tensor(codes_t, scale_t, TILE_BLOCK, scale_format)
+def quantize_transposed(x: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
+    """The second result of `quantize_input` alone, for an x [T, K] that something else keeps anyway."""
+    return _fp8(matrix.quantize_transposed(x, _is_pow2(scale_format)), TILE_BLOCK, scale_format)
+
+
+def quantize_weight(master: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
+    """128x128 blocks of the BF16-rounded master [N, K]."""
+    return _fp8(matrix.quantize_tiles(master, _is_pow2(scale_format), True), TILE_BLOCK, scale_format)
 
 
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, scale_format: str = "pow2") -> tuple[Fp8Tensor, Tensor]:

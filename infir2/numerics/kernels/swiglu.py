@@ -21,7 +21,6 @@ from torch import Tensor
 from infir2.numerics.kernels.codec import GROUP, round_to_bf16
 from infir2.numerics.kernels.matrix import (
     ROWS_CONFIG,
-    TILE_CONFIG,
     as_bytes,
     empty_codes,
     empty_row_scales,
@@ -41,7 +40,8 @@ from infir2.numerics.kernels.tiles import (
 
 # Chosen by bench/kernels.py on an H100.
 BACKWARD_CONFIG = {"BLOCK_ROWS": 16, "num_warps": 4}
-BACKWARD_QUANTIZE_CONFIG = {"num_warps": 16}
+BACKWARD_QUANTIZE_CONFIG = {"num_warps": 8, "maxnreg": 128}
+TRANSPOSED_CONFIG = {"num_warps": 8, "maxnreg": 80}
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def swiglu_transposed(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Ten
         gate, up = rows_contiguous(gate), rows_contiguous(up)
         grid = (groups(rows) * groups(columns),)
         strides = (gate.stride(0), up.stride(0), scale_t.stride(0))
-        _transposed_kernel[grid](gate, up, as_bytes(codes_t), scale_t, rows, columns, *strides, POW2=pow2, **TILE_CONFIG)
+        _transposed_kernel[grid](gate, up, as_bytes(codes_t), scale_t, rows, columns, *strides, POW2=pow2, **TRANSPOSED_CONFIG)
     return codes_t, scale_t
 
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
 
 from infir2.numerics.formats import Fp8Tensor
-from infir2.numerics.kernels import matrix, norm, operations, swiglu
+from infir2.numerics.kernels import matrix, norm, operations, rope, softmax, swiglu
 from infir2.numerics.kernels.operations import quantize, swiglu_backward_quantize, transpose
 from infir2.numerics.measure import relative_error
 from infir2.numerics.reference import block_scale, quantize_reference, transpose_reference
@@ -46,6 +46,18 @@ def test_producers_round_the_fp64_definition_up_to_its_last_bit() -> None:
         differing = (found != expected).double().mean().item()
         assert relative_error(expected, found) < (1e-5 if found.dtype == torch.float32 else 2e-4), name
         assert found.dtype == torch.float32 or differing < 0.01, (name, differing)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 1, 32), (70, 4, 2, 48)])
+def test_rope_is_the_reference_s_after_a_rounded_bias(shape: tuple[int, int, int, int]) -> None:
+    for name, (found, expected) in cases.rope_results(*shape, "cpu").items():
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize(("shape", "temperature"), [((3, 100), 1.0), ((5, 9000), 0.7)])
+def test_softmax_of_the_head_agrees_with_fp64(shape: tuple[int, int], temperature: float) -> None:
+    for name, (found, expected) in cases.softmax_results(*shape, temperature, "cpu").items():
+        assert relative_error(expected, found.double()) < (3e-3 if found.dtype == torch.bfloat16 else 1e-5), name
 
 
 def test_strided_input_is_read_in_place() -> None:
@@ -88,7 +100,7 @@ def test_norm_weight_gradient_is_the_same_every_time() -> None:
     x, grad = cases.gaussian(64, 256), cases.gaussian(64, 256, seed=5)
     weight = cases.norm_weight(x)
     _, rstd = operations.rms_norm(x, weight, cases.EPS)
-    first, second = (operations.rms_norm_backward(grad, x, rstd, weight)[1] for _ in range(2))
+    first, second = (operations.rms_norm_backward(grad, x, rstd, weight, None)[1] for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -101,22 +113,27 @@ def operator_calls() -> dict[str, tuple]:
     weight, gate, up = cases.norm_weight(x), *cases.gate_and_up(x)
     codes, scale = matrix.quantize_rows(x, True)
     rstd = torch.ones(6)
+    heads, angles, logits, labels = x.view(6, 2, 128), torch.ones(6, 1, 64), x.float(), torch.arange(6)
     return {
         "rows": (matrix.quantize_rows, (x, True)),
         "rows and columns": (matrix.quantize_rows_and_columns, (x, True)),
         "rows and tiles": (matrix.quantize_rows_and_tiles, (x, True)),
         "transpose": (matrix.transpose_rows, (codes, scale)),
         "tiles": (matrix.quantize_tiles, (x, True, True)),
-        "tiles both ways": (matrix.quantize_tiles_both_ways, (x, True, True)),
+        "second layout alone": (matrix.quantize_transposed, (x, True)),
+        "bytes transposed": (matrix.transpose_bytes, (codes,)),
         "norm": (norm.rms_norm, (x, weight, 1e-6)),
         "norm quantize": (norm.rms_norm_quantize, (x, weight, 1e-6, True)),
         "norm transposed": (norm.rms_norm_transposed, (x, rstd, weight, True)),
-        "norm backward": (norm.rms_norm_backward, (x, x, rstd, weight)),
+        "norm backward": (norm.rms_norm_backward, (x, x, rstd, weight, None)),
         "swiglu": (swiglu.swiglu, (gate, up)),
         "swiglu quantize": (swiglu.swiglu_quantize, (gate, up, True)),
         "swiglu transposed": (swiglu.swiglu_transposed, (gate, up, True)),
         "swiglu backward": (swiglu.swiglu_backward, (x, gate, up)),
         "swiglu backward quantize": (swiglu.swiglu_backward_quantize, (x, gate, up, True)),
+        "rope": (rope.rope, (heads, heads, heads, None, angles, angles, True)),
+        "log-probabilities": (softmax.label_logprobs, (logits, labels, 0.5, True)),
+        "gradient of logits": (softmax.label_logprobs_backward, (logits, labels, rstd, rstd, 0.5)),
     }
 
 
