@@ -30,6 +30,11 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines, FP32 [T, 1, H/2] each, for `positions` [T]."""
-    frequencies = inverse_frequencies(config).to(positions.device)
+    frequencies = _frequencies_on(config, positions.device)
     angles = positions.to(torch.float64)[:, None, None] * frequencies
     return angles.cos().float(), angles.sin().float()
+
+
+@functools.lru_cache(maxsize=8)
+def _frequencies_on(config: ModelConfig, device: torch.device) -> Tensor:
+    return inverse_frequencies(config).to(device)

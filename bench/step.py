@@ -1,0 +1,269 @@
+"""A whole training step on one GPU, our FP8 against our BF16 and against public stacks, with random weights of the true shapes.
+
+    python bench/step.py --out step.json [--cases 1.5B-8k,7B-8k,...] [--profile] [--peer]
+
+Both of ours are the same code: fused norm, SwiGLU, RoPE, head and residual gradients, the same attention, FP32 masters,
+gradients and AdamW states; FP8 differs in the Linears' operands alone. Times are medians of CUDA events over whole steps;
+`activations` is what the forward leaves allocated. TFLOP/s counts 6 x parameters x tokens (all but the input embedding)
+plus causal attention (half the square) of forward and backward; what is recomputed is not counted. `--peer` runs Hugging
+Face's model with Liger's kernels and cuDNN attention, BF16 weights and states, in a process of its own.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infir2.config.schema import Fp8Section, OptimizerSection, ShapeSection
+from infir2.model import Decoder, ModelConfig
+from infir2.numerics import Fp8Linear, Memory, convert_to_fp8, forget, gemm_backends, token_logprobs
+from infir2.train.optimizer import make_optimizer
+
+_KEYS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "vocab_size", "tie_embeddings")
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.5B": dict(zip(_KEYS, (1536, 28, 12, 2, 8960, 151936, True), strict=True)),
+    "7B": dict(zip(_KEYS, (3584, 28, 28, 4, 18944, 152064, False), strict=True)),
+}
+PLAIN = Memory()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    model: str
+    sequences: int
+    length: int
+    fp8: bool
+    memory: Memory = PLAIN
+    recompute: str = "none"
+    layers: int = 28
+    optimizer: bool = True
+    scale_format: str = "pow2"
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+SAVED = Memory(pre_activations="fp8")
+LEAN = Memory(recompute="selective", pre_activations="fp8")
+SELECTIVE = Memory(recompute="selective")
+CASES: dict[str, dict[str, Case]] = {
+    "1.5B-8k": {
+        "BF16": Case("1.5B", 2, 8192, False),
+        "FP8": Case("1.5B", 2, 8192, True),
+        "FP8, gate/up in FP8": Case("1.5B", 2, 8192, True, SAVED),
+        "BF16, selective recompute": Case("1.5B", 2, 8192, False, SELECTIVE),
+        "FP8, selective recompute": Case("1.5B", 2, 8192, True, SELECTIVE),
+        "FP8, gate/up in FP8, selective recompute": Case("1.5B", 2, 8192, True, LEAN),
+        "FP8, fp32 scales": Case("1.5B", 2, 8192, True, scale_format="fp32"),
+    },
+    "1.5B-32k": {"BF16": Case("1.5B", 1, 32768, False, recompute="full"), "FP8": Case("1.5B", 1, 32768, True, recompute="full")},
+    "7B-8k": {
+        "BF16": Case("7B", 1, 8192, False, layers=14, optimizer=False),
+        "FP8": Case("7B", 1, 8192, True, layers=14, optimizer=False),
+    },
+}
+
+
+class Step:
+    """A model with random weights and what one optimizer step does with it."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        shape = ShapeSection(**{**SHAPES[case.model], "num_layers": case.layers})
+        with torch.device("meta"):
+            model = Decoder(ModelConfig.from_shape(shape, shape.vocab_size))
+        model.to_empty(device="cuda")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(0, 0.02) if parameter.ndim == 2 else parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        model.memory, model.recompute = case.memory, case.recompute
+        self.model = convert_to_fp8(model, Fp8Section(enabled=case.fp8, scale_format=case.scale_format))
+        self.optimizer = make_optimizer(self.model, OptimizerSection()) if case.optimizer else None
+        self.ids = torch.randint(0, shape.vocab_size, (case.tokens,), device="cuda")
+        self.positions = torch.arange(case.length, device="cuda").repeat(case.sequences)
+        self.bounds = torch.arange(0, case.tokens + 1, case.length)
+        self.activations = 0
+
+    def forward(self) -> torch.Tensor:
+        before = torch.cuda.memory_allocated()
+        hidden = self.model.hidden_states(self.ids, self.positions, self.bounds)
+        self.activations = torch.cuda.memory_allocated() - before
+        logprobs, _ = token_logprobs(hidden, self.model.head_weight, self.ids.roll(-1), chunk_tokens=2048)
+        return -logprobs.mean()
+
+    def update(self) -> None:
+        parameters = list(self.model.parameters())
+        if self.optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            self.optimizer.step()
+        torch.autograd.graph.increment_version(parameters)
+        for parameter in parameters:
+            parameter.grad = None
+
+    def quantise(self) -> None:
+        """What the first forward and backward after an update do once: both layouts of every weight."""
+        for layer in self.model.modules():
+            if isinstance(layer, Fp8Linear):
+                forget(layer.weight)
+        self._touch()
+
+    def _touch(self) -> None:
+        from infir2.numerics.fused import stack
+
+        for block in self.model.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            for layers in (
+                (attention.q_proj, attention.k_proj, attention.v_proj),
+                (attention.o_proj,),
+                (mlp.gate_proj, mlp.up_proj),
+                (mlp.down_proj,),
+            ):
+                whole = stack(layers)
+                assert whole is not None
+                whole.operand_t(self.case.memory.keep_transposed_weights)
+
+
+def measure(case: Case, steps: int) -> dict[str, float]:
+    """Medians over `steps` steps; milliseconds, GiB, TFLOP/s."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = Step(case)
+    marks: list[list[torch.cuda.Event]] = []
+    for index in range(steps + 3):
+        if index == 2:
+            torch.cuda.reset_peak_memory_stats()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        events[0].record()
+        loss = step.forward()
+        events[1].record()
+        loss.backward()
+        events[2].record()
+        del loss
+        step.update()
+        events[3].record()
+        marks.append(events)
+    torch.cuda.synchronize()
+    spans = [[a.elapsed_time(b) for a, b in itertools.pairwise(events)] for events in marks[3:]]
+    forward, backward, update = (statistics.median(span[i] for span in spans) for i in range(3))
+    result = {"forward": forward, "backward": backward, "update": update, "total": statistics.median(sum(span) for span in spans)}
+    result |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "activations_gib": step.activations / 2**30}
+    result |= {"tflops": flops(case) / (forward + backward) / 1e9, "tokens_per_second": case.tokens / result["total"] * 1e3}
+    if case.fp8:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step.quantise()
+        torch.cuda.synchronize()
+        result["weights_quantised"] = (time.perf_counter() - start) * 1e3
+    return result
+
+
+def flops(case: Case) -> float:
+    """Operations of forward and backward."""
+    s = SHAPES[case.model]
+    d, f, n, g = s["hidden_size"], s["ffn_size"], s["num_heads"], s["num_kv_heads"]
+    head = d // n
+    layer = d * (n + 2 * g) * head + n * head * d + 3 * d * f
+    parameters = case.layers * layer + s["vocab_size"] * d
+    return 6.0 * parameters * case.tokens + 6.0 * case.layers * case.tokens * case.length * n * head
+
+
+def profile(case: Case) -> list[tuple[str, float, int]]:
+    """The kernels of one forward and backward: (name, milliseconds, calls), the longest first."""
+    step = Step(case)
+    for _ in range(2):
+        step.forward().backward()
+        step.update()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        step.forward().backward()
+        torch.cuda.synchronize()
+    rows = [(e.key[:90], e.self_device_time_total / 1e3, e.count) for e in trace.key_averages()]
+    return sorted(rows, key=lambda row: -row[1])[:34]
+
+
+PEER = """
+import json, statistics, sys, torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+apply_liger_kernel_to_qwen2()
+s = json.loads(sys.argv[1])
+config = Qwen2Config(hidden_size=s["hidden_size"], num_hidden_layers=s["num_layers"], num_attention_heads=s["num_heads"],
+    num_key_value_heads=s["num_kv_heads"], intermediate_size=s["ffn_size"], vocab_size=s["vocab_size"],
+    tie_word_embeddings=s["tie_embeddings"], attn_implementation="sdpa", use_cache=False)
+torch.set_default_dtype(torch.bfloat16)
+with torch.device("cuda"):
+    model = Qwen2ForCausalLM(config)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+ids = torch.randint(0, s["vocab_size"], (s["sequences"], s["length"]), device="cuda")
+totals = []
+for index in range(8):
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        model(input_ids=ids, labels=ids).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    events[1].record()
+    totals.append(events)
+torch.cuda.synchronize()
+total = statistics.median(a.elapsed_time(b) for a, b in totals[3:])
+print(json.dumps({"total": total, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}))
+"""
+
+
+def peer(model: str, sequences: int, length: int) -> dict[str, Any]:
+    """Hugging Face with Liger's kernels on the same shape."""
+    arguments = json.dumps({**SHAPES[model], "sequences": sequences, "length": length})
+    done = subprocess.run([sys.executable, "-c", PEER, arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"error": done.stderr[-600:]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Print the table as it grows and write the raw numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the raw numbers")
+    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument("--profile", action="store_true", help="also the kernels of one step of 1.5B-8k")
+    parser.add_argument("--peer", action="store_true", help="also Hugging Face + Liger")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": sys.argv}
+    report["deepgemm"] = gemm_backends.deep_gemm() is not None
+    if arguments.peer:
+        report["peer"] = peer("1.5B", 2, 8192)
+        print("Hugging Face + Liger, 1.5B-8k:", report["peer"], flush=True)
+    for name in arguments.cases.split(","):
+        for label, case in CASES[name].items():
+            try:
+                report[f"{name} {label}"] = row = measure(case, arguments.steps)
+            except torch.OutOfMemoryError as error:
+                report[f"{name} {label}"] = {"error": str(error)[:200]}
+                print(f"{name} {label}: out of memory", flush=True)
+                continue
+            print(f"{name} {label:42s}", {key: round(value, 2) for key, value in row.items()}, flush=True)
+            arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if arguments.profile:
+        for label in ("FP8", "BF16"):
+            report[f"profile {label}"] = rows = profile(CASES["1.5B-8k"][label])
+            print(label, *(f"{ms:8.2f} ms {count:4d} {key}" for key, ms, count in rows), sep="\n", flush=True)
+    arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
