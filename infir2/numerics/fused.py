@@ -176,7 +176,7 @@ class _AddLinear(torch.autograd.Function):
         rows, columns = _gradient(grad, layers.scale_format)
         weights = _weight_gradients(ctx, 5, layers, columns, x_t, grad)
         grad_x = product(rows, layers.operand_t(ctx.memory.keep_transposed_weights), transposed=True) if ctx.needs_input_grad[1] else None
-        return grad, grad_x, None, None, None, *weights
+        return grad if ctx.needs_input_grad[0] else None, grad_x, None, None, None, *weights
 
 
 class _FeedForward(torch.autograd.Function):
