@@ -13,8 +13,9 @@ from infir2.config.schema import EvalRecipe, EvaluateSection, RlRecipe
 from infir2.data import ChatTokenizer, Prompt, load_prompts
 from infir2.errors import ConfigError
 from infir2.evaluate.statistics import Evaluation, average_at_k, by_difficulty, mean_pass_at_k
+from infir2.faults import fault
 from infir2.rollout.native import NativeEngine
-from infir2.rollout.types import Engine, Request, SamplingParams, sampling_key
+from infir2.rollout.types import Completion, Engine, Request, SamplingParams, sampling_key
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.metrics import MetricsWriter
 from infir2.train.session import Session, describe_environment
@@ -24,10 +25,20 @@ SAMPLE_ROWS = 24  # responses written to samples.jsonl
 
 
 def evaluate_problems(
-    engine: Engine, tokenizer: ChatTokenizer, problems: Sequence[Prompt], section: EvaluateSection, seed: int
+    engine: Engine,
+    tokenizer: ChatTokenizer,
+    problems: Sequence[Prompt],
+    section: EvaluateSection,
+    seed: int,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Scores, and a row per response (prompt, response, answer, correct, truncated)."""
+    """Scores, and a row per response (prompt, response, answer, correct, truncated). `check_stop` may raise after any response."""
     k = section.samples
+
+    def on_finished(_index: int, _completion: Completion) -> None:
+        fault("evaluate")
+        check_stop()
+
     requests = [
         Request(f"{problem.id}/{i}", ids, sampling_key(seed, problem.id, i, engine.policy_version))
         for problem in problems
@@ -35,7 +46,7 @@ def evaluate_problems(
         for i in range(k)
     ]
     params = SamplingParams(section.temperature, section.max_response_tokens, tokenizer.eos_ids, section.top_p)
-    completions = engine.generate(requests, params)
+    completions = engine.generate(requests, params, on_finished)
     texts = [section.response_prefix + tokenizer.decode(completion.token_ids) for completion in completions]
     owners = [problem for problem in problems for _ in range(k)]
     verdicts = check_math_batch([(text, owner.answer) for text, owner in zip(texts, owners, strict=True)])
@@ -88,7 +99,7 @@ def in_loop_evaluator(recipe: RlRecipe) -> Callable[[Engine, int, Session], None
     problems = open_problems(recipe.evaluate)
 
     def evaluate(engine: Engine, step: int, session: Session) -> None:
-        scores, _ = evaluate_problems(engine, tokenizer, problems, recipe.evaluate, recipe.run.seed)
+        scores, _ = evaluate_problems(engine, tokenizer, problems, recipe.evaluate, recipe.run.seed, session.stop_if_asked)
         session.metrics.write("evaluation", step, **asdict(scores))
         session.progress.say(f"step {step}: {describe(scores)}")
 

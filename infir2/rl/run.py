@@ -13,6 +13,7 @@ from infir2.data import Batch, load_prompts, pack_sequences
 from infir2.errors import CheckFailedError
 from infir2.model.hf import exported_fp8_weights
 from infir2.rl.groups import Group, training_samples
+from infir2.rl.journal import Journal
 from infir2.rl.policy_loss import PolicyLoss
 from infir2.rl.sampler import Collected, GroupSampler
 from infir2.rollout.open import assert_same_weights, open_engine
@@ -39,30 +40,39 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
         trainer = Trainer(model, recipe.optimizer, recipe.train.head_chunk_tokens)
         done = session.start(trainer, recipe.schedule.total_steps)
         cursor = session.checkpoint.state["cursor"] if session.checkpoint else 0
-        engine = open_engine(recipe, model, policy_version=done)
-        sampler = GroupSampler(prompts, tokenizer, recipe.rl, recipe.run.seed, cursor)
+        engine, weights = open_engine(recipe, model, policy_version=done)
+        journal = Journal(session.dir)
+        sampler = GroupSampler(prompts, tokenizer, recipe.rl, recipe.run.seed, journal, cursor, session.stop_if_asked)
         if sampler.num_too_long:
             session.event(done, "prompts_too_long", f"{sampler.num_too_long} prompts dropped")
         description = {"model_config": model.config.to_hf(), "tokenizer_dir": str(tokenizer_dir), "fp8": recipe.fp8.model_dump()}
-        for step in range(done + 1, recipe.schedule.total_steps + 1):
-            line, result, collected = _one_step(recipe, trainer, engine, sampler, step)
-            session.metrics.write_samples(_readable(collected, step))
-            last = step == recipe.schedule.total_steps
-            if evaluate and recipe.rl.evaluate_every and (step % recipe.rl.evaluate_every == 0 or last):
+        total = recipe.schedule.total_steps
+
+        def evaluate_if_due(step: int) -> None:
+            if evaluate and recipe.rl.evaluate_every and step and (step % recipe.rl.evaluate_every == 0 or step == total):
                 evaluate(engine, step, session)
+
+        if done not in dict(session.metrics.values("evaluation", "avg_at_k")):  # the run was stopped in it
+            evaluate_if_due(done)
+        for step in range(done + 1, total + 1):
+            journal.open(step, session.saved_step)
+            line, result, collected, weights = _one_step(recipe, trainer, engine, sampler, step, weights)
+            session.metrics.write_samples(_readable(collected, step))
             state = description | {"cursor": sampler.cursor, "tokenizer_fingerprint": tokenizer.fingerprint()}
-            session.finish_step(step, last, result, line, state)
+            session.finish_step(step, step == total, result, line, state)
+            evaluate_if_due(step)
 
 
 def _one_step(
-    recipe: RlRecipe, trainer: Trainer, engine: Engine, sampler: GroupSampler, step: int
-) -> tuple[dict[str, Any], StepResult, Collected]:
+    recipe: RlRecipe, trainer: Trainer, engine: Engine, sampler: GroupSampler, step: int, weights: str
+) -> tuple[dict[str, Any], StepResult, Collected, str]:
+    """`weights` is a digest of the engine's; the last value is that of its new ones."""
     start = time.monotonic()
-    collected = sampler.collect(engine)
+    collected = sampler.collect(engine, weights)
     generated = time.monotonic()
     results, mismatch = update_policy(recipe, trainer, collected.trained, learning_rate(recipe.schedule, step))
     engine.update_weights(exported_fp8_weights(trainer.model), policy_version=step)
-    assert_same_weights(trainer.model, engine)
+    weights = assert_same_weights(trainer.model, engine)
     result = _combined(results)
     responses = [response for group in collected.groups for response in group.responses]
     num_tokens = sum(len(response.completion.token_ids) for response in responses)
@@ -83,7 +93,7 @@ def _one_step(
         "groups_without_signal": sum(not group.has_signal for group in collected.groups),
         "policy_version": engine.policy_version,
     }
-    return line | mismatch | result.metrics, result, collected
+    return line | mismatch | result.metrics, result, collected, weights
 
 
 def update_policy(recipe: RlRecipe, trainer: Trainer, groups: Sequence[Group], rate: float) -> tuple[list[StepResult], dict[str, float]]:

@@ -1,5 +1,8 @@
 """Dynamic sampling: draw prompts until enough groups have rewards that differ, within a budget."""
 
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,9 +10,11 @@ import numpy as np
 from infir2.config.schema import RlSection
 from infir2.data import ChatTokenizer, Prompt
 from infir2.errors import DataError
-from infir2.rl.groups import Group
+from infir2.faults import fault
+from infir2.rl.groups import Group, Response
+from infir2.rl.journal import Journal
 from infir2.rl.rewards import rate
-from infir2.rollout.types import Engine, Request, SamplingParams, sampling_key
+from infir2.rollout.types import Completion, Engine, Request, SamplingParams, sampling_key
 
 
 @dataclass
@@ -25,10 +30,24 @@ class Collected:
 
 
 class GroupSampler:
-    """Walks over the prompts in a seeded order, epoch after epoch. Its whole state is `cursor`, the number of prompts drawn."""
+    """Walks over the prompts in a seeded order, epoch after epoch. Its whole state is `cursor`, the number of prompts drawn.
 
-    def __init__(self, prompts: list[Prompt], tokenizer: ChatTokenizer, rl: RlSection, seed: int, cursor: int = 0) -> None:
-        self._tokenizer, self._rl, self._seed = tokenizer, rl, seed
+    A group is checked and written to the `journal` in a thread as soon as its last response is there; one that is in the journal
+    is not sampled again. `check_stop` is called after every response, and may raise.
+    """
+
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        tokenizer: ChatTokenizer,
+        rl: RlSection,
+        seed: int,
+        journal: Journal,
+        cursor: int = 0,
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._tokenizer, self._rl, self._seed, self._journal, self._check_stop = tokenizer, rl, seed, journal, check_stop
+        self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-verify")
         self.cursor = cursor
         rendered = [(prompt, tokenizer.render(prompt.messages, add_generation_prompt=True)) for prompt in prompts]
         self._prompts = [(prompt, ids) for prompt, ids in rendered if len(ids) <= rl.max_prompt_tokens]
@@ -36,32 +55,58 @@ class GroupSampler:
         if not self._prompts:
             raise DataError(f"no prompt has at most {rl.max_prompt_tokens} tokens: raise rl.max_prompt_tokens or mend data.sources")
 
-    def collect(self, engine: Engine) -> Collected:
-        """At most `over_sample_prompts` prompts, in rounds of `prompts_per_step`, until that many groups have signal."""
+    def collect(self, engine: Engine, weights: str) -> Collected:
+        """At most `over_sample_prompts` prompts, in rounds of `prompts_per_step`, until that many groups have signal.
+
+        `weights` is a digest of the engine's.
+        """
         collected, drawn = Collected(), 0
         while len(collected.trained) < self._rl.prompts_per_step and drawn < self._rl.over_sample_prompts:
             count = min(self._rl.prompts_per_step, self._rl.over_sample_prompts - drawn)
             drawn += count
-            for group in self._sample(engine, count):
+            for group in self._sample(engine, weights, count):
                 wanted = group.has_signal and len(collected.trained) < self._rl.prompts_per_step
                 (collected.trained if wanted else collected.without_signal).append(group)
         return collected
 
-    def _sample(self, engine: Engine, count: int) -> list[Group]:
+    def _sample(self, engine: Engine, weights: str, count: int) -> list[Group]:
         drawn = [self._prompt(self.cursor + i) for i in range(count)]
         self.cursor += count
-        requests = [
-            Request(f"{key}/{i}", ids, sampling_key(self._seed, key, i, engine.policy_version))
-            for key, _, ids in drawn
-            for i in range(self._rl.group_size)
-        ]
-        params = SamplingParams(self._rl.temperature, self._rl.max_response_tokens, self._tokenizer.eos_ids)
-        completions = engine.generate(requests, params)
-        texts = [self._tokenizer.decode(completion.token_ids) for completion in completions]
-        answers = [prompt.answer for _, prompt, _ in drawn for _ in range(self._rl.group_size)]
-        responses = rate(completions, texts, answers, self._rl)
+        keys = [self._journal_key(name, ids, weights) for name, _, ids in drawn]
+        missing = [i for i, key in enumerate(keys) if self._journal.get(key) is None]
         size = self._rl.group_size
-        return [Group(prompt, ids, responses[i * size : (i + 1) * size]) for i, (_, prompt, ids) in enumerate(drawn)]
+        requests = [
+            Request(f"{drawn[i][0]}/{sample}", drawn[i][2], sampling_key(self._seed, drawn[i][0], sample, engine.policy_version))
+            for i in missing
+            for sample in range(size)
+        ]
+        parts: dict[int, dict[int, Completion]] = {i: {} for i in missing}
+        checks: dict[int, Future[list[Response]]] = {}
+
+        def on_finished(index: int, completion: Completion) -> None:
+            i = missing[index // size]
+            parts[i][index % size] = completion
+            if len(parts[i]) == size:
+                checks[i] = self._checker.submit(self._finish, keys[i], [parts[i][n] for n in range(size)], drawn[i][1].answer)
+            self._check_stop()
+
+        params = SamplingParams(self._rl.temperature, self._rl.max_response_tokens, self._tokenizer.eos_ids)
+        engine.generate(requests, params, on_finished)
+        responses = [checks[i].result() if i in checks else self._journal.get(key) for i, key in enumerate(keys)]
+        return [Group(prompt, ids, found or []) for (_, prompt, ids), found in zip(drawn, responses, strict=True)]
+
+    def _finish(self, key: str, completions: list[Completion], answer: str) -> list[Response]:
+        """Check a group and write it down."""
+        fault("rollout.group")
+        texts = [self._tokenizer.decode(completion.token_ids) for completion in completions]
+        responses = rate(completions, texts, [answer] * len(completions), self._rl)
+        self._journal.add(key, responses)
+        return responses
+
+    def _journal_key(self, name: str, ids: list[int], weights: str) -> str:
+        """Of everything that a group's responses, log-probabilities and rewards depend on."""
+        text = f"{self._seed}/{name}/{ids}/{weights}/{self._rl.model_dump_json()}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _prompt(self, position: int) -> tuple[str, Prompt, list[int]]:
         epoch, index = divmod(position, len(self._prompts))

@@ -4,7 +4,7 @@ It runs the exported weights (FP8 codes, no masters). On a CPU a token's log-pro
 because every forward sum is in FP64 (docs/numerics.md): batch, chunk and cache do not matter.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from infir2.model import Decoder, KvCache
 from infir2.model.hf import exported_fp8_weights, load_weights, weights_digest
 from infir2.numerics import head_logits
 from infir2.rollout.sampling import sample, uniforms
-from infir2.rollout.types import Completion, Request, SamplingParams
+from infir2.rollout.types import Completion, Request, SamplingParams, ignore
 
 PREFILL_TOKENS = 4096  # prompt tokens in one forward pass, so that memory stays bounded
 
@@ -51,7 +51,9 @@ class NativeEngine:
         return cls(Decoder.from_hf(directory, compute_dtype=compute_dtype).to(device), max_running_requests)
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, on_finished: Callable[[int, Completion], None] = ignore
+    ) -> list[Completion]:
         """One completion per request, in order. A freed slot is taken by the next waiting request at once."""
         if not requests:
             return []
@@ -72,6 +74,7 @@ class NativeEngine:
                 running.remove(sequence)
                 free.append(sequence.slot)
                 completions[sequence.index] = self._complete(sequence, params)
+                on_finished(sequence.index, completions[sequence.index])
         return [completions[i] for i in range(len(requests))]
 
     @torch.inference_mode()

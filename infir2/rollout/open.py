@@ -1,5 +1,6 @@
 """Opening the engine a recipe names, and proving that it holds the trainer's weights."""
 
+import hashlib
 from pathlib import Path
 
 from infir2.config.schema import RlRecipe
@@ -10,9 +11,10 @@ from infir2.rollout.native import NativeEngine
 from infir2.rollout.types import Engine
 
 
-def open_engine(recipe: RlRecipe, model: Decoder, policy_version: int) -> Engine:
+def open_engine(recipe: RlRecipe, model: Decoder, policy_version: int) -> tuple[Engine, str]:
     """The engine of `rollout.model`; its bytes are compared with the trainer's before anything is generated.
 
+    Returns the engine and a digest of its weights.
     A resumed run (`policy_version` > 0) sends the trainer's weights first: the exported file is older.
     Raises CheckFailedError naming the first weight that differs.
     """
@@ -23,12 +25,11 @@ def open_engine(recipe: RlRecipe, model: Decoder, policy_version: int) -> Engine
     )
     if policy_version > 0:
         engine.update_weights(exported_fp8_weights(model), policy_version)
-    assert_same_weights(model, engine)
-    return engine
+    return engine, assert_same_weights(model, engine)
 
 
-def assert_same_weights(model: Decoder, engine: Engine) -> None:
-    """Raises CheckFailedError unless trainer and engine hold the same bytes under the same names."""
+def assert_same_weights(model: Decoder, engine: Engine) -> str:
+    """One digest of the weights. Raises CheckFailedError unless trainer and engine hold the same bytes under the same names."""
     ours, theirs = weights_digest(exported_fp8_weights(model)), engine.weights_digest()
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
@@ -37,3 +38,4 @@ def assert_same_weights(model: Decoder, engine: Engine) -> None:
                 f"{name} {state} between the trainer and the rollout engine: export the trainer's start again "
                 "(infir2 export hf, infir2 export fp8) with the same fp8.scale_format and fp8.high_precision"
             )
+    return hashlib.sha256(repr(sorted(ours.items())).encode()).hexdigest()

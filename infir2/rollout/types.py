@@ -1,7 +1,7 @@
 """What goes into an engine and what comes out. Tokens in, tokens out: sampled text is never rendered again."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -45,13 +45,19 @@ class Completion:
     policy_version: int
 
 
+def ignore(_index: int, _completion: Completion) -> None:
+    """For a caller that waits for all completions."""
+
+
 class Engine(Protocol):
     """Generates with one version of the weights at a time."""
 
     policy_version: int
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
-        """One completion per request, in the order of the requests."""
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, on_finished: Callable[[int, Completion], None] = ignore
+    ) -> list[Completion]:
+        """One completion per request, in the order of the requests. `on_finished` hears of each, with its request's place, as it ends."""
         ...
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:

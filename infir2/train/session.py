@@ -49,7 +49,7 @@ class Session:
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         self._failures_in_a_row = 0
-        self._saved_step = 0
+        self.saved_step = 0  # of the newest checkpoint
         self._last: tuple[int, dict[str, Any]] = (0, {})  # the last step done, and its state
         self._saver: BackgroundSaver | None = None
         self._saving: tuple[int, Future[None]] | None = None
@@ -64,9 +64,9 @@ class Session:
             self.store.close()
             self.signals.__exit__()
             raise
-        self._saved_step = self.checkpoint.step if self.checkpoint else 0
-        self._last = (self._saved_step, {})
-        self.metrics = MetricsWriter(self.dir, self._saved_step)
+        self.saved_step = self.checkpoint.step if self.checkpoint else 0
+        self._last = (self.saved_step, {})
+        self.metrics = MetricsWriter(self.dir, self.saved_step)
         self._spikes = SpikeMonitor()
         for _, loss in self.metrics.values("train", "loss"):
             self._spikes.add(loss)
@@ -123,10 +123,10 @@ class Session:
             return
         step, state = self._last
         self._settle()
-        if step > self._saved_step:
+        if step > self.saved_step:
             self.save(step, state)
             self._settle()
-        raise self.signals.error(f"step {self._saved_step} is saved in {self.dir}" if self._saved_step else "there was nothing to save yet")
+        raise self.signals.error(f"step {self.saved_step} is saved in {self.dir}" if self.saved_step else "there was nothing to save yet")
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Begin a checkpoint, after the one before is there; without `checkpoint.background`, finish it too."""
@@ -151,7 +151,7 @@ class Session:
         (step, future), self._saving = self._saving, None
         try:
             future.result()
-            self._saved_step = step
+            self.saved_step = step
         except CheckpointError as error:
             if self.recipe.checkpoint.on_save_error == "stop":
                 raise
@@ -182,7 +182,7 @@ class Session:
         if in_a_row >= PATIENCE and self.recipe.train.on_spike == "stop":
             raise CheckFailedError(
                 f"stopped at step {step}: the loss was over twice its mean {in_a_row} steps in a row; "
-                f"the newest checkpoint is step {self._saved_step}; go on from it or an older one with other data or a lower rate"
+                f"the newest checkpoint is step {self.saved_step}; go on from it or an older one with other data or a lower rate"
             )
 
     def _count_skipped(self, step: int, result: StepResult, batches: Sequence[Batch]) -> None:
@@ -198,7 +198,7 @@ class Session:
         if self._failures_in_a_row >= self.recipe.train.skip_nonfinite_steps:
             raise NonFiniteError(
                 f"stopped at step {step}: loss or gradient was not finite {self._failures_in_a_row} steps in a row; "
-                f"{self.dir}/metrics.jsonl names them, the newest checkpoint is step {self._saved_step}"
+                f"{self.dir}/metrics.jsonl names them, the newest checkpoint is step {self.saved_step}"
             )
 
     def _starting_point(self) -> Checkpoint | None:

@@ -1,5 +1,6 @@
 """RL on a tiny model: the engine is the trainer to the last bit, stopping loses nothing, dynamic sampling ends."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from stages import assert_same_state, curve, lines, options, run
 import infir2.rl.sampler
 from infir2.cli import main
 from infir2.rl.groups import Response
+from infir2.rollout.native import NativeEngine
+from infir2.rollout.types import ignore
 
 
 def reward_even_lengths(completions, texts, answers, rl):  # type: ignore[no-untyped-def]
@@ -61,9 +64,9 @@ def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
     real = infir2.rl.sampler.GroupSampler.collect
     calls = []
 
-    def collect_thrice(self, engine):  # type: ignore[no-untyped-def]
+    def collect_thrice(self, engine, weights):  # type: ignore[no-untyped-def]
         calls.append(engine.policy_version)
-        return die() if len(calls) == 4 else real(self, engine)
+        return die() if len(calls) == 4 else real(self, engine, weights)
 
     monkeypatch.setattr(infir2.rl.sampler.GroupSampler, "collect", collect_thrice)
     with pytest.raises(Killed):
@@ -74,6 +77,51 @@ def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
     names = ("loss", "reward", "gradient_norm", "response_tokens", "groups_sampled", "policy_version")
     assert curve(tmp_path / "b", *names) == curve(tmp_path / "a", *names)
     assert_same_state(tmp_path / "b", tmp_path / "a")
+
+
+def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
+    world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in step 4 after three responses' groups: the resumed run asks the engine for the others only, and ends the same."""
+    asked: list[list[str]] = []
+    real = NativeEngine.generate
+
+    def generate(self, requests, params, on_finished=ignore):  # type: ignore[no-untyped-def]
+        asked.append([request.id for request in requests])
+        return real(self, requests, params, on_finished)
+
+    monkeypatch.setattr(NativeEngine, "generate", generate)
+    monkeypatch.setattr(infir2.rl.sampler, "rate", reward_even_lengths)
+    run(words(world, start, tmp_path / "a"))
+    calls_of_a, all_requests = len(asked), set().union(*asked[-2:])
+
+    class Killed(BaseException):
+        pass
+
+    finish, done = infir2.rl.sampler.GroupSampler._finish, []
+
+    def finish_or_die(self, key, completions, answer):  # type: ignore[no-untyped-def]
+        if completions[0].policy_version == 3 and len(done) == 2:
+            raise Killed
+        done.extend([key] * (completions[0].policy_version == 3))
+        return finish(self, key, completions, answer)
+
+    monkeypatch.setattr(infir2.rl.sampler.GroupSampler, "_finish", finish_or_die)
+    with pytest.raises(Killed):
+        main(words(world, start, tmp_path / "b"))
+    monkeypatch.setattr(infir2.rl.sampler.GroupSampler, "_finish", finish)
+    kept = tmp_path / "b" / "rollouts" / "step-4.jsonl"
+    assert kept.read_text().count("\n") == 2
+    kept.write_text(kept.read_text() + '{"key": "cut by the ki')
+    asked.clear()
+    run(words(world, start, tmp_path / "b"))
+    step_4 = set().union(*asked) & all_requests
+    assert len(asked) < calls_of_a
+    assert len(all_requests) - len(step_4) == 2 * 4  # two groups of four responses were not sampled again
+    names = ("loss", "reward", "gradient_norm", "response_tokens", "groups_sampled", "policy_version", "mismatch_max")
+    assert curve(tmp_path / "b", *names) == curve(tmp_path / "a", *names)
+    assert_same_state(tmp_path / "b", tmp_path / "a")
+    assert [json.loads(line)["key"] for line in kept.read_text().splitlines()][:2] == done[:2]
 
 
 def test_equal_rewards_end_within_the_budget_and_change_nothing(world: Path, start: Path, tmp_path: Path) -> None:
