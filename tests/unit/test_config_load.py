@@ -135,7 +135,7 @@ def test_an_option_can_give_the_whole_list(recipe: str) -> None:
         ),
         ("--run.seed", "option --run.seed: write it as --run.seed=VALUE."),
         ("--run=3", "option --run: run is a section, so write [run] and keys under it, not a single value."),
-        ("--data.batch_sequences=2", "x.toml: data.batch_sequences and data.batch_samples are both set; keep one and set the other to 0."),
+        ("--data.batch_sequences=2", "option --data.batch_sequences: data.batch_sequences and data.batch_samples are both set; keep one and set the other to 0."),
     ],
 )
 def test_mistakes_get_one_sentence(recipe: str, option: str, sentence: str) -> None:
@@ -216,12 +216,17 @@ def test_cpt_refuses_a_batch_of_samples(recipe: str) -> None:
         ("--rl.over_sample_prompts=1", "rl.over_sample_prompts"),
         ("--rl.mini_batches=1000", "rl.mini_batches"),
         ("--rl.overlong_buffer_tokens=9000", "rl.overlong_buffer_tokens"),
+        ("--data.batch_samples=4", r"data\.batch_samples is not used by RL.*; remove it\.$"),
+        ("--data.batch_sequences=4", "data.batch_sequences is not used by RL"),
+        ("--data.validation_sources.0.path=v.jsonl", "data.validation_sources is not used by RL"),
+        ("--train.epochs=1", "train.epochs is not used by RL"),
     ],
 )
 def test_combinations_of_rl(recipe: str, option: str, key: str) -> None:
-    assert load(RlRecipe, [recipe]).recipe.rl.group_size == 16
+    options = ["--data.batch_samples=0"]  # of the SFT recipe
+    assert load(RlRecipe, [recipe], options).recipe.rl.group_size == 16
     with pytest.raises(ConfigError, match=key):
-        load(RlRecipe, [recipe], [option])
+        load(RlRecipe, [recipe], [*options, option])
 
 
 def test_evaluation_needs_a_model_and_problems(recipe: str) -> None:

@@ -51,7 +51,7 @@ def test_weights_and_tokenizer_from_two_places(recipe: str) -> None:
 
 def test_rl_words(recipe: str) -> None:
     environ = {"HF_CHECKPOINT": "hf-fp8", "REF_LOAD": "runs/sft", "ROLLOUT_MAX_RESPONSE_LEN": "16384"}
-    loaded = load(RlRecipe, [recipe], [], environ).recipe
+    loaded = load(RlRecipe, [recipe], ["--data.batch_samples=0"], environ).recipe
     assert (loaded.rollout.model, loaded.model.path, loaded.rl.max_response_tokens) == ("hf-fp8", "runs/sft", 16384)
 
 
