@@ -6,7 +6,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
 
+from infir2.numerics import adamw
 from infir2.numerics.formats import Fp8Tensor
+from infir2.numerics.kernels import adamw as adamw_kernels
 from infir2.numerics.kernels import matrix, norm, operations, rope, softmax, swiglu
 from infir2.numerics.kernels.operations import quantize, swiglu_backward_quantize, transpose
 from infir2.numerics.measure import relative_error
@@ -58,6 +60,25 @@ def test_rope_is_the_reference_s_after_a_rounded_bias(shape: tuple[int, int, int
 def test_softmax_of_the_head_agrees_with_fp64(shape: tuple[int, int], temperature: float) -> None:
     for name, (found, expected) in cases.softmax_results(*shape, temperature, "cpu").items():
         assert relative_error(expected, found.double()) < (3e-3 if found.dtype == torch.bfloat16 else 1e-5), name
+
+
+@pytest.mark.parametrize("states", ["fp32", "bf16", "fp8"])
+def test_adamw_s_kernel_is_the_reference(states: str) -> None:
+    results = []
+    for update in (adamw.adamw_, adamw_on_kernels):
+        p, generator = cases.gaussian(37, 53).float(), torch.Generator().manual_seed(1)
+        moments = [*adamw.new_moment(p, states, "cpu"), *adamw.new_moment(p, states, "cpu")]
+        for step in range(1, 5):
+            grad = torch.randn(37, 53, generator=generator) * torch.exp(2 * torch.randn(37, 1, generator=generator))
+            update(p, grad, *moments, adamw.Hyper(step, 1e-2, 0.9, 0.95, 1e-8, 0.1))
+        results.append([p, *(moment for moment in moments if moment is not None)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def adamw_on_kernels(p, grad, m, m_scale, v, v_scale, hyper: adamw.Hyper) -> None:
+    numbers = (hyper.step, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.decay, *hyper.corrections)
+    adamw_kernels.adamw_(p, grad, m, m_scale, v, v_scale, numbers)
 
 
 def test_strided_input_is_read_in_place() -> None:

@@ -1,0 +1,101 @@
+"""One AdamW update of a parameter whose moments are FP32, BF16 or 8-bit: FP8 codes with one power-of-two scale per 128 values.
+
+8-bit: the first moment m and the root of the second, sqrt(v), whose range fits E4M3 (2**18 from smallest to largest). Codes
+are rounded up with the probability of the remainder: to nearest, a value that decays by less than half a step would never
+change (beta2 = 0.95 moves sqrt(v) by 2.5 %, half a step of E4M3 is 3 to 6 %). The noise is a hash of position and step, so
+that a resumed run continues bit for bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infir2.numerics.formats import E4M3, GROUP
+from infir2.numerics.kernels import usable
+from infir2.numerics.reference import block_scale, decode
+
+_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Numbers of one update. Example: `Hyper(step=1, lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1)`."""
+
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+
+    @property
+    def corrections(self) -> tuple[float, float]:
+        """1 - beta ** step of both moments."""
+        return 1 - self.beta1**self.step, 1 - self.beta2**self.step
+
+
+def new_moment(parameter: Tensor, states: str, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+    """A zero moment of `parameter` and its scales ("fp8" only); states: "fp32", "bf16" or "fp8"; pinned where device is "cpu"."""
+    pinned = torch.cuda.is_available() and torch.device(device).type == "cpu"
+    if states != "fp8":
+        dtype = torch.float32 if states == "fp32" else torch.bfloat16
+        return torch.zeros(parameter.shape, dtype=dtype, device=device, pin_memory=pinned), None
+    codes = torch.zeros(parameter.shape, dtype=torch.uint8, device=device, pin_memory=pinned)
+    return codes, torch.ones(-(-parameter.numel() // GROUP), device=device, pin_memory=pinned)
+
+
+@torch.no_grad()
+def adamw_(p: Tensor, grad: Tensor, m: Tensor, m_scale: Tensor | None, v: Tensor, v_scale: Tensor | None, hyper: Hyper) -> None:
+    """Update p (FP32, contiguous), m, v and their scales in place. grad: FP32 or BF16."""
+    grad = grad.contiguous()
+    if usable(p.device):
+        from infir2.numerics.kernels import adamw
+
+        numbers = (hyper.step, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.decay, *hyper.corrections)
+        adamw.adamw_(p, grad, m, m_scale, v, v_scale, numbers)
+        return
+    g, first, root_or_second = grad.float(), _values(m, m_scale), _values(v, v_scale)
+    second = root_or_second if v_scale is None else root_or_second.square()
+    first = first * hyper.beta1 + g * (1 - hyper.beta1)
+    second = second * hyper.beta2 + g * g * (1 - hyper.beta2)
+    correction1, correction2 = hyper.corrections
+    p.mul_(1 - hyper.lr * hyper.decay).sub_(hyper.lr * (first / correction1) / ((second / correction2).sqrt() + hyper.eps))
+    _store(m, m_scale, first, hyper.step)
+    _store(v, v_scale, second if v_scale is None else second.sqrt(), hyper.step)
+
+
+def _values(moment: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return moment.float()
+    values = decode(moment.view(E4M3).flatten(), torch.float32)
+    return (_groups(values) * scale[:, None]).flatten()[: moment.numel()].view(moment.shape)
+
+
+def _store(moment: Tensor, scale: Tensor | None, values: Tensor, step: int) -> None:
+    if scale is None:
+        moment.copy_(values)
+        return
+    groups = _groups(values.flatten())
+    scale.copy_(block_scale(groups.abs().amax(dim=1), "pow2"))
+    scaled = groups / scale[:, None]
+    bits = scaled.abs().view(torch.int32)
+    noise = _noise(groups.numel(), step, groups.device).view(groups.shape)
+    normal = ((bits + noise) & -(1 << 20)).view(torch.float32)
+    subnormal = (scaled.abs() * 512 + noise.float() * 2.0**-20).floor() * 2.0**-9
+    magnitude = torch.where(bits < 0x3C800000, subnormal, normal).clamp_max(448.0)
+    codes = torch.where(scaled < 0, -magnitude, magnitude).to(E4M3).view(torch.uint8)
+    moment.copy_(codes.flatten()[: moment.numel()].view(moment.shape))
+
+
+def _groups(flat: Tensor) -> Tensor:
+    return F.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
+
+
+def _noise(size: int, step: int, device: torch.device) -> Tensor:
+    """20 bits per position, int32: the hash of `kernels.adamw`."""
+    x = (torch.arange(size, dtype=torch.int64, device=device) * 0x9E3779B1 + step * 0x85EBCA77) & _MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return ((x ^ (x >> 16)) & 0xFFFFF).to(torch.int32)
