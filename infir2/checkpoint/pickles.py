@@ -13,25 +13,17 @@ import torch
 
 from infir2.errors import CheckpointError
 
+_DCP = "torch.distributed.checkpoint"
+_DCP_METADATA = "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties"
 _REAL = {
-    ("collections", "OrderedDict"),
-    ("argparse", "Namespace"),
-    ("pathlib", "PosixPath"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.metadata", "Metadata"),
-    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.planner", "SavePlan"),
-    ("torch.distributed.checkpoint.planner", "WriteItem"),
-    ("torch.distributed.checkpoint.planner", "WriteItemType"),
-    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    "collections": {"OrderedDict"},
+    "argparse": {"Namespace"},
+    "pathlib": {"PosixPath"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    f"{_DCP}.metadata": {*_DCP_METADATA.split(), "_MEM_FORMAT_ENCODING"},
+    f"{_DCP}.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    f"{_DCP}.filesystem": {"_StorageInfo"},
 }
 _INERT_PACKAGES = ("megatron", "transformer_engine", "numpy")
 _INERT = {("torch._utils", "_rebuild_tensor_v2"), ("torch.storage", "UntypedStorage"), ("_codecs", "encode"), ("signal", "Signals")}
@@ -64,7 +56,7 @@ class AllowListUnpickler(pickle.Unpickler):
         self._origin = origin
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _REAL:
+        if name in _REAL.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,39 +54,28 @@ class PlainReader:
     """The tensors of a Hugging Face directory, straight from safetensors and numpy."""
 
     def __init__(self, directory: Path) -> None:
+        self._file_of: dict[str, Path] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._file_of |= dict.fromkeys(file.keys(), path)
         index = directory / "model.safetensors.index.json"
-        if index.exists():
-            self._file_of = json.loads(index.read_bytes())["weight_map"]
-            present = {name for file in set(self._file_of.values()) for name in self._names(directory / file)}
-            if present != set(self._file_of):
-                raise CheckFailedError(f"{index}: does not list the tensors that its files hold; the export is not consistent.")
-        else:
-            self._file_of = dict.fromkeys(self._names(directory / "model.safetensors"), "model.safetensors")
-        self._directory = directory
-
-    @staticmethod
-    def _names(path: Path) -> list[str]:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
+        if index.exists() and json.loads(index.read_bytes())["weight_map"] != {name: path.name for name, path in self._file_of.items()}:
+            raise CheckFailedError(f"{index}: does not list the tensors that its files hold; the export is not consistent.")
 
     def names(self) -> set[str]:
         return set(self._file_of)
 
     def read(self, name: str) -> Tensor:
-        with safe_open(self._directory / self._file_of[name], framework="pt") as file:
+        with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
     def values(self, name: str, quantized: bool) -> Tensor:
         """FP32 values [N, K]; FP8 codes looked up in the table and multiplied by their block's scale."""
         tensor = self.read(name)
-        return _table_values(tensor, self.read(name + SCALE_SUFFIX)).float() if quantized else tensor.float()
-
-
-def _table_values(codes: Tensor, scale: Tensor) -> Tensor:
-    """FP64 values [N, K] of E4M3 codes and scales [ceil(N/128), ceil(K/128)]."""
-    rows, columns = codes.shape
-    values = E4M3_VALUES[codes.view(torch.uint8).numpy()]
-    return torch.from_numpy(values * _expand(scale, rows, columns))
+        if not quantized:
+            return tensor.float()
+        values = E4M3_VALUES[tensor.view(torch.uint8).numpy()] * _expand(self.read(name + SCALE_SUFFIX), *tensor.shape)
+        return torch.from_numpy(values).float()
 
 
 def _expand(scale: Tensor, rows: int, columns: int) -> np.ndarray:
@@ -203,12 +192,8 @@ def _check_transformers_loader(out: Path, values: dict[str, Tensor]) -> None:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    for name, value in _differences(dict(model.named_parameters()), values):
-        raise CheckFailedError(f"self-check: transformers' FP8 loader reads '{name}' otherwise (largest difference {value:.3g}).")
-
-
-def _differences(loaded: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[tuple[str, float]]:
+    loaded = dict(model.named_parameters())
     for name, value in values.items():
         difference = (loaded[name].detach().float() - value).abs().max().item()
         if not difference <= 2**-8 * value.abs().max().item():  # it may round to BF16 on the way
-            yield name, difference
+            raise CheckFailedError(f"self-check: transformers' FP8 loader reads '{name}' otherwise (largest difference {difference:.3g}).")

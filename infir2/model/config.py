@@ -91,22 +91,14 @@ class ModelConfig:
             raise ConfigError(
                 f"model.shape.num_heads = {shape.num_heads} does not divide hidden_size = {shape.hidden_size}; set model.shape.head_dim"
             )
-        return cls(
-            architecture=shape.architecture,
-            vocab_size=rows,
-            hidden_size=shape.hidden_size,
-            num_layers=shape.num_layers,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim or shape.hidden_size // shape.num_heads,
-            ffn_size=shape.ffn_size,
-            rms_eps=shape.rms_eps,
-            rope_theta=shape.rope_theta,
-            tie_embeddings=shape.tie_embeddings,
-            qkv_bias=shape.architecture == "qwen2",
-            qk_norm=shape.architecture == "qwen3",
-            max_positions=shape.max_positions,
-        )
+        same_name = {entry.name for entry in fields(cls)} & ShapeSection.model_fields.keys()
+        derived = {
+            "vocab_size": rows,
+            "head_dim": shape.head_dim or shape.hidden_size // shape.num_heads,
+            "qkv_bias": shape.architecture == "qwen2",
+            "qk_norm": shape.architecture == "qwen3",
+        }
+        return cls(**shape.model_dump(include=same_name) | derived)
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "ModelConfig":
