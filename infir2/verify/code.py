@@ -12,7 +12,7 @@ from typing import Any
 
 from infir2.verify.plain import decode, encode
 from infir2.verify.sandbox import Cell, JailBrokenError, JailError, Limits
-from infir2.verify.verdict import Reason, Verdict, verdict
+from infir2.verify.verdict import Reason, Verdict
 
 # What the usual judges import in front of a solution.
 PRELUDE = """\
@@ -62,7 +62,7 @@ def run_code(program: str, tests: Sequence[dict[str, Any]], limits: Limits | Non
         failures, total = outcomes["jail_error"], outcomes.total()
     if failures > max(3, total // 100):
         raise JailError(f"{failures} of {total} jails broke down (last: {detail}); look at this machine's memory and processes")
-    return verdict(reason, detail=detail, seconds=time.monotonic() - began)
+    return Verdict(reason, detail=detail, seconds=time.monotonic() - began)
 
 
 class _Run:

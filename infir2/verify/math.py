@@ -3,13 +3,12 @@
 import atexit
 import os
 import threading
-import time
 from collections.abc import Sequence
 from typing import cast
 
 from infir2.verify.answers import extract_answer, quick_decision, reference_text, too_hard
-from infir2.verify.pool import Outcome, Pool
-from infir2.verify.verdict import Reason, Verdict, verdict
+from infir2.verify.pool import Pool
+from infir2.verify.verdict import Reason, Verdict
 
 ITEM_SECONDS = 5.0
 BATCH_SECONDS = 600.0
@@ -38,29 +37,24 @@ def check_math_batch(
     Items that are not begun within `batch_seconds` get the reason "timeout".
     """
     verdicts = [_decide_here(response, answer) for response, answer in pairs]
-    open_places = [place for place, found in enumerate(verdicts) if found is None]
-    items = [(reference_text(pairs[place][1]), extract_answer(pairs[place][0])) for place in open_places]
-    if items:
-        for place, item, outcome in zip(open_places, items, shared_pool().run(items, item_seconds, batch_seconds), strict=True):
-            verdicts[place] = _from_outcome(item[1] or "", outcome)
+    places = [place for place, found in enumerate(verdicts) if found is None]
+    items = [(reference_text(pairs[place][1]), extract_answer(pairs[place][0]) or "") for place in places]
+    outcomes = shared_pool().run(items, item_seconds, batch_seconds) if items else []
+    for place, (_, found), outcome in zip(places, items, outcomes, strict=True):
+        reason = cast(Reason, outcome.reason or ("ok" if outcome.value is True else "wrong"))
+        verdicts[place] = Verdict(reason, found, outcome.detail, outcome.seconds)
     return cast(list[Verdict], verdicts)
 
 
 def _decide_here(response: str, answer: str) -> Verdict | None:
-    began = time.perf_counter()
     found = extract_answer(response)
     if found is None:
-        return verdict("no_answer", seconds=time.perf_counter() - began)
+        return Verdict("no_answer")
     if len(found) <= 10 * len(answer) + 1000 and (same := quick_decision(reference_text(answer), found)) is not None:
-        return verdict("ok" if same else "wrong", found, seconds=time.perf_counter() - began)
+        return Verdict("ok" if same else "wrong", found)
     if problem := too_hard(found):
-        return verdict("wrong", found[:100], problem, time.perf_counter() - began)
+        return Verdict("wrong", found[:100], problem)
     return None
-
-
-def _from_outcome(found: str, outcome: Outcome) -> Verdict:
-    reason = cast(Reason, outcome.reason or ("ok" if outcome.value is True else "wrong"))
-    return verdict(reason, found, outcome.detail, outcome.seconds)
 
 
 def shared_pool() -> Pool:
