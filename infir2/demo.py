@@ -31,6 +31,19 @@ class Stage:
     done: Path | None = None
     needs: str = ""  # beside the main lane: the main stage to wait for
 
+    @property
+    def is_done(self) -> bool:
+        return self.done is not None and self.done.exists()
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "infir2", *self.words]
+
+    def failure(self, code: int, where: str) -> UserError:
+        error = UserError(f"the demo stopped: stage {self.name} ended with code {code}, {where}; the same command goes on from there")
+        error.exit_code = code if code > 0 else 70
+        return error
+
 
 def run_demo(directory: Path, seed: int) -> None:
     """Runs every stage under `directory`, prints what improved and where the report is."""
@@ -44,11 +57,12 @@ def run_demo(directory: Path, seed: int) -> None:
     beside = SideLane(side, directory / "logs")
     try:
         for stage in main:
-            if stage.done and stage.done.exists():
+            if stage.is_done:
                 console.print(f"{stage.name}: done before, {stage.done}")
             else:
                 console.rule(f"{stage.name}   [dim]infir2 {' '.join(stage.words[:2])} ...[/dim]", align="left")
-                _run(stage)
+                if code := subprocess.run(stage.command, check=False).returncode:
+                    raise stage.failure(code, "its message is above")
             beside.after(stage.name)
         console.rule("waiting for the comparisons beside", align="left")
         beside.finish()
@@ -100,22 +114,6 @@ def _evaluate(name: str, directory: Path, seed: int) -> Stage:
     return Stage(f"eval-{name}", words, out / "metrics.jsonl", needs=name)
 
 
-def _command(stage: Stage) -> list[str]:
-    return [sys.executable, "-m", "infir2", *stage.words]
-
-
-def _run(stage: Stage) -> None:
-    code = subprocess.run(_command(stage), check=False).returncode
-    if code:
-        raise _failure(stage, code, "its message is above")
-
-
-def _failure(stage: Stage, code: int, where: str) -> UserError:
-    error = UserError(f"the demo stopped: stage {stage.name} ended with code {code}, {where}; the same command goes on from there")
-    error.exit_code = code if code > 0 else 70
-    return error
-
-
 class SideLane:
     """Runs its stages one at a time beside the main lane, each once the main stage it needs is done; output goes to log files."""
 
@@ -129,7 +127,7 @@ class SideLane:
     def after(self, name: str) -> None:
         """The main stage `name` is done: what needs it may run."""
         for stage in self._stages:
-            if stage.needs == name and not (stage.done and stage.done.exists()):
+            if stage.needs == name and not stage.is_done:
                 self._results.append(self._worker.submit(self._run, stage))
 
     def finish(self) -> None:
@@ -149,7 +147,7 @@ class SideLane:
             return
         path = self._logs / f"{stage.name}.log"
         with path.open("wb") as log:
-            self._process = subprocess.Popen(_command(stage), stdout=log, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(stage.command, stdout=log, stderr=subprocess.STDOUT)
             code = self._process.wait()
         if code and not self._stopped:
-            raise _failure(stage, code, f"its message is in {path}")
+            raise stage.failure(code, f"its message is in {path}")

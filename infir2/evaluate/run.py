@@ -124,13 +124,12 @@ def describe(scores: Evaluation) -> str:
 def _summary(problems: Sequence[Prompt], rows: list[dict[str, Any]], k: int) -> Evaluation:
     correct = [[row["reward"] for row in rows[i * k : (i + 1) * k]] for i in range(len(problems))]
     average = average_at_k(correct)
-    levels = by_difficulty(correct, [problem.difficulty for problem in problems])
     return Evaluation(
         avg_at_k=average.mean,
         interval=average.interval,
         k=k,
-        pass_at_k=mean_pass_at_k(correct, k).mean,
+        pass_at_k=mean_pass_at_k(correct, k),
         num_problems=len(problems),
         truncated_fraction=sum(row["truncated"] for row in rows) / len(rows),
-        by_difficulty={level: estimate.mean for level, estimate in levels.items()},
+        by_difficulty=by_difficulty(correct, [problem.difficulty for problem in problems]),
     )

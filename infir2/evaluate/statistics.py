@@ -7,19 +7,18 @@ not the answer, is the unit of chance: every interval here is clustered by probl
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 NORMAL_95 = 1.959963984540054
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with the half-width of its 95 % confidence interval: `mean` +- `interval`; n is the number of problems."""
+class Estimate(NamedTuple):
+    """A mean with the half-width of its 95 % confidence interval: `mean` +- `interval`."""
 
     mean: float
     interval: float
-    num_problems: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def clustered_mean(problem_means: Sequence[float]) -> Estimate:
         interval = NORMAL_95**2 / (n + NORMAL_95**2)
     else:
         interval = float(NORMAL_95 * values.std(ddof=1) / math.sqrt(n))
-    return Estimate(mean, interval, n)
+    return Estimate(mean, interval)
 
 
 def average_at_k(scores: Sequence[Sequence[float]]) -> Estimate:
@@ -74,21 +73,16 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1))
 
 
-def mean_pass_at_k(scores: Sequence[Sequence[float]], k: int) -> Estimate:
-    """pass@k averaged over problems, with its clustered interval. A sample is correct when its score is greater than 0."""
-    return clustered_mean([pass_at_k(len(samples), sum(score > 0 for score in samples), k) for samples in scores])
+def mean_pass_at_k(scores: Sequence[Sequence[float]], k: int) -> float:
+    """pass@k averaged over problems. A sample is correct when its score is greater than 0."""
+    return _mean([pass_at_k(len(samples), sum(score > 0 for score in samples), k) for samples in scores])
 
 
-def by_difficulty(scores: Sequence[Sequence[float]], difficulties: Sequence[int | None]) -> dict[str, Estimate]:
+def by_difficulty(scores: Sequence[Sequence[float]], difficulties: Sequence[int | None]) -> dict[str, float]:
     """avg@k of each difficulty, easiest first; problems without one come last under "unknown"."""
-    if len(scores) != len(difficulties):
-        raise ValueError(f"{len(scores)} problems but {len(difficulties)} difficulties")
-    known = sorted({difficulty for difficulty in difficulties if difficulty is not None})
-    levels: list[int | None] = [*known, *([None] if None in difficulties else [])]
-    return {
-        "unknown" if level is None else str(level): average_at_k([s for s, d in zip(scores, difficulties, strict=True) if d == level])
-        for level in levels
-    }
+    levels = sorted(set(difficulties), key=lambda level: (level is None, level or 0))
+    by_level = {level: [s for s, d in zip(scores, difficulties, strict=True) if d == level] for level in levels}
+    return {"unknown" if level is None else str(level): average_at_k(own).mean for level, own in by_level.items()}
 
 
 def _mean(values: Sequence[float] | Sequence[bool]) -> float:

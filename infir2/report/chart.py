@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -270,8 +270,7 @@ def _value_table(chart: Chart, shown: Sequence[Series]) -> str:
     return f'<details class="values"><summary>Values</summary>{table}</details>'
 
 
-@dataclass(frozen=True)
-class IntervalRow:
+class IntervalRow(NamedTuple):
     """A point with the half-width of its interval and a hollow second point; fractions of 1, NaN where unknown."""
 
     label: str
