@@ -45,15 +45,11 @@ def group_advantages(rewards: list[float], normalise_deviation: bool) -> np.ndar
 def training_samples(group: Group, normalise_deviation: bool) -> list[Sample]:
     """Token sequences whose response tokens are trained, with advantage and rollout_logprobs for each."""
     advantages = group_advantages([response.reward for response in group.responses], normalise_deviation)
-    return [
-        _sample(group, response.completion, advantage) for response, advantage in zip(group.responses, advantages.tolist(), strict=True)
-    ]
-
-
-def _sample(group: Group, completion: Completion, advantage: float) -> Sample:
-    num_prompt = len(group.prompt_token_ids)
-    token_ids = np.array([*group.prompt_token_ids, *completion.token_ids], dtype=np.int32)
-    rollout_logprobs = np.zeros(len(token_ids), dtype=np.float32)
-    rollout_logprobs[num_prompt:] = completion.rollout_logprobs
-    extras = {"advantages": np.full(len(token_ids), advantage, dtype=np.float32), "rollout_logprobs": rollout_logprobs}
-    return Sample(token_ids, np.arange(len(token_ids)) >= num_prompt, group.prompt.origin, extras)
+    num_prompt, samples = len(group.prompt_token_ids), []
+    for response, advantage in zip(group.responses, advantages, strict=True):
+        token_ids = np.array([*group.prompt_token_ids, *response.completion.token_ids], dtype=np.int32)
+        rollout_logprobs = np.zeros(len(token_ids), dtype=np.float32)
+        rollout_logprobs[num_prompt:] = response.completion.rollout_logprobs
+        extras = {"advantages": np.full(len(token_ids), advantage, dtype=np.float32), "rollout_logprobs": rollout_logprobs}
+        samples.append(Sample(token_ids, np.arange(len(token_ids)) >= num_prompt, group.prompt.origin, extras))
+    return samples
