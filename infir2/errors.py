@@ -6,13 +6,19 @@ key, file or row and says what to do.
 
 
 class UserError(Exception):
-    """Something the user can mend. Base of all errors that are shown without a traceback."""
+    """Something the user can mend. Base of all errors that are shown without a traceback.
+
+    `told_by_first`: every rank raises it, so rank 0 alone need say it.
+    """
 
     exit_code = 2
+    told_by_first = False
 
 
 class ConfigError(UserError):
     """A recipe, an option or an environment variable that cannot be used."""
+
+    told_by_first = True
 
 
 class OutputExistsError(UserError):
@@ -53,6 +59,12 @@ class LaunchedError(UserError):
     def __init__(self, code: int) -> None:
         super().__init__(f"the worst rank ended with code {code}; its message is above")
         self.exit_code = code
+
+
+class RankError(UserError):
+    """A process of a run of several died, hung or failed; the others cannot go on."""
+
+    exit_code = 71
 
 
 class Preempted(UserError):

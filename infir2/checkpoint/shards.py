@@ -1,6 +1,8 @@
 """Tensor files of a checkpoint: safetensors written as a stream and read lazily.
 
-One tensor is in host memory at a time, each byte is hashed on its way out, and every file is synced before the next.
+Several processes write their parts into files of their own; an index says where each part lies in its whole tensor, so that
+any number of processes, one too, can read any part of it back. One tensor is in host memory at a time, each byte is hashed on
+its way out, and every file is synced before the next.
 Format: 8 bytes little-endian header length, JSON header padded with spaces to 8 bytes, the tensors' bytes without gaps.
 """
 
@@ -9,16 +11,17 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from infir2.checkpoint.manifest import FileEntry
-from infir2.errors import CheckpointCorruptError
+from infir2.errors import CheckpointCorruptError, CheckpointError
 
 SHARD_BYTES = 2**30
+INDEX = "index.json"
 _WRITE_BYTES = 2**26
 
 _DTYPE_NAMES = {
@@ -39,6 +42,21 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+class Place(NamedTuple):
+    """Where a process's part of a tensor lies in the whole.
+
+    Example: rows 128 to 255 of a [512, 64] weight: `Place(shape=(512, 64), offset=(128, 0), size=(128, 64), owned=True)`.
+    """
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    owned: bool = True  # of all processes with this part, the one that saves it
+
+
+WHOLE_NUMBER = Place((), (), ())
 
 
 class HashedFile:
@@ -130,31 +148,83 @@ def split_shards(tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) 
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors of several safetensors files by name, read from the disk when asked for.
+    """Tensors of several safetensors files by name, read from the disk when asked for, put together from parts where needed.
 
     Example: `LazyTensors([dir / "tensors-00000.safetensors"])["parameters/model.norm.weight"]`.
+    `index`: {name: {"shape": [R, C], "parts": [{"file": name, "offset": [r, c]}, ...]}} of the tensors that lie in parts.
     """
 
-    def __init__(self, paths: list[Path]) -> None:
-        self._files = {}
+    def __init__(self, paths: list[Path], index: Mapping[str, Any] | None = None) -> None:
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._parts: dict[str, list[tuple[Any, tuple[int, ...]]]] = {}  # name -> (file, offset of its part)
+        files = {}
         for path in paths:
             try:
-                handle = safe_open(path, framework="pt", device="cpu")
+                files[path.name] = handle = safe_open(path, framework="pt", device="cpu")
                 names = handle.keys()
             except (SafetensorError, OSError) as error:
                 raise CheckpointCorruptError(f"{path}: is not a readable safetensors file ({error}).") from error
             for name in names:
-                self._files[name] = handle
+                self._shapes[name] = tuple(handle.get_slice(name).get_shape())
+                self._parts[name] = [(handle, (0,) * len(self._shapes[name]))]
+        for name, entry in (index or {}).items():
+            self._shapes[name] = tuple(entry["shape"])
+            self._parts[name] = [(files[part["file"]], tuple(part["offset"])) for part in entry["parts"]]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        shape = self._shapes[name]
+        return self.part(name, Place(shape, (0,) * len(shape), shape))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._parts)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._parts)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor without reading it."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._shapes[name]
+
+    def part(self, name: str, place: Place) -> Tensor:
+        """The rectangle of a tensor that `place` names; only its bytes are read. CheckpointCorruptError if parts are missing."""
+        pieces = self._parts[name]
+        if len(pieces) == 1 and place.size == self._shapes[name]:
+            return pieces[0][0].get_tensor(name)
+        result, found = None, 0
+        for handle, offset in pieces:
+            piece = handle.get_slice(name)
+            starts = [max(a, b) for a, b in zip(place.offset, offset, strict=True)]
+            ends = [min(a + n, b + m) for a, n, b, m in zip(place.offset, place.size, offset, piece.get_shape(), strict=True)]
+            if any(start >= end for start, end in zip(starts, ends, strict=True)):
+                continue
+            values = piece[tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, offset, strict=True))]
+            if result is None:
+                result = values.new_empty(place.size)
+            result[tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, place.offset, strict=True))] = values
+            found += values.numel()
+        if found != torch.Size(place.size).numel():
+            raise CheckpointCorruptError(f"'{name}': its parts cover {found} of the {torch.Size(place.size).numel()} values asked for.")
+        return torch.empty(place.size) if result is None else result
+
+
+def read_part(tensors: Mapping[str, Tensor], name: str, place: Place) -> Tensor:
+    """This process's part of a whole tensor. CheckpointError if there is none of that name and shape."""
+    if name not in tensors:
+        raise CheckpointError(f"the checkpoint has no {name}: it was saved by a model with other parameters.")
+    shape = tensors.shape(name) if isinstance(tensors, LazyTensors) else tuple(tensors[name].shape)
+    if shape != place.shape:
+        raise CheckpointError(f"the checkpoint has {name} of shape {list(shape)}, and the model needs {list(place.shape)}.")
+    if isinstance(tensors, LazyTensors):
+        return tensors.part(name, place)
+    return tensors[name][tuple(slice(start, start + size) for start, size in zip(place.offset, place.size, strict=True))]
+
+
+def make_index(written: list[dict[str, str]], places: list[Mapping[str, Place]]) -> dict[str, Any]:
+    """The index of tensors in parts. `written`: per rank, {name: file}; `places`: per rank, {name: place}."""
+    index: dict[str, Any] = {}
+    for files, own in zip(written, places, strict=True):
+        for name, place in own.items():
+            if name in files:
+                entry = index.setdefault(name, {"shape": place.shape, "parts": []})
+                entry["parts"].append({"file": files[name], "offset": place.offset})
+    return index

@@ -4,6 +4,9 @@ A checkpoint is written under a temporary name, every file synced, the manifest 
 by one rename. `step-N` therefore is whole or does not exist, and nothing published is ever written to again.
 
     runs/cpt/checkpoints/step-20/{tensors-00000.safetensors, ..., state.json, manifest.json}
+
+Several processes write `tensors-RANK-00000.safetensors` each into the same directory, and rank 0 an `index.json` of the parts
+(`shards.LazyTensors`); what a reader sees does not depend on who wrote it.
 """
 
 import contextlib
@@ -28,9 +31,10 @@ from torch import Tensor
 from infir2.checkpoint.lock import RunLock
 from infir2.checkpoint.manifest import MANIFEST, FileEntry, encode_manifest, verify_directory
 from infir2.checkpoint.progress import byte_progress
-from infir2.checkpoint.shards import LazyTensors, split_shards, write_file, write_shard
+from infir2.checkpoint.shards import INDEX, LazyTensors, Place, make_index, split_shards, write_file, write_shard
 from infir2.errors import CheckpointCorruptError, CheckpointError
 from infir2.faults import fault
+from infir2.parallel.team import Team
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
@@ -61,7 +65,8 @@ class Checkpoint:
 
     def tensors(self) -> LazyTensors:
         """The tensors by name; each is read from its file when asked for."""
-        return LazyTensors([self.path / name for name in sorted(self.files) if name.endswith(".safetensors")])
+        index = json.loads((self.path / INDEX).read_bytes()) if INDEX in self.files else None
+        return LazyTensors([self.path / name for name in sorted(self.files) if name.endswith(".safetensors")], index)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -135,20 +140,23 @@ class Store:
     """Writes, keeps and finds the checkpoints of one run directory.
 
     `keep`: newest checkpoints kept. `warn` hears one sentence for everything skipped, removed or taken over.
-    `exclusive`: take the run directory's lock and clear away what dead saves left (the one writer: rank 0); with False
-    the store only reads. OutputExistsError when another job holds the directory.
+    Rank 0 of `team` takes the run directory's lock and clears away what dead saves left (OutputExistsError when another job
+    holds the directory); every rank calls `save` at the same point, and all succeed or all raise.
+    `places`: where the tensors that a rank has a part of lie in the whole (none in one process).
     Example: `Store("runs/cpt", keep=2).save(20, {"parameters/model.norm.weight": weight}, {"step": 20})`.
     """
 
-    def __init__(self, run_dir: str | Path, keep: int = 2, warn: Warn = _log_warning, exclusive: bool = True) -> None:
+    def __init__(self, run_dir: str | Path, keep: int = 2, warn: Warn = _log_warning, team: Team | None = None) -> None:
         assert keep >= 1
+        self.team = team or Team()
+        self.places: Mapping[str, Place] = {}
         self.run_dir = Path(run_dir)
         self.directory = self.run_dir / CHECKPOINTS
         self._keep = keep
         self._warn = warn
         self._corrupt: set[int] = set()
         self._close: weakref.finalize | None = None
-        if exclusive:
+        if self.team.is_first:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -174,70 +182,96 @@ class Store:
         cannot be written, after one retry (for which all older checkpoints but the newest good one are removed if the
         disk is full).
         """
-        assert self._close is not None, "only an exclusive store saves"
-        assert self._close.alive, "the store is closed"
+        assert self._close is None or self._close.alive, "the store is closed"
         payload = json.dumps(dict(state)).encode()
         target = self.directory / f"step-{step}"
-        try:
-            return load_checkpoint(target).path
-        except CheckpointCorruptError as error:
-            if target.exists():
-                self._warn(f"{error} A new checkpoint takes its place.")
+        if self.team.first(lambda: self._is_whole(target)):
+            return target
         try:
             self._publish(target, step, tensors, payload)
         except OSError as error:
             self._warn(f"saving step {step} failed ({error.strerror}, errno {error.errno}); trying once more.")
             try:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    self._make_room()
+                    self.team.first(self._make_room)
                 self._publish(target, step, tensors, payload)
             except OSError as again:
                 raise self._failure(f"step {step} could not be saved", again) from again
-        try:
-            self._retain(step)
-        except OSError as error:  # the new checkpoint is safe; too many old ones are no reason to stop
-            self._warn(f"{self.directory}: an old checkpoint could not be removed ({error.strerror}, errno {error.errno}).")
+        self.team.first(lambda: self._retain(step))
         return target
+
+    def _is_whole(self, target: Path) -> bool:
+        try:
+            load_checkpoint(target)
+        except CheckpointCorruptError as error:
+            if target.exists():
+                self._warn(f"{error} A new checkpoint takes its place.")
+            return False
+        return True
 
     def _failure(self, what: str, error: OSError) -> CheckpointError:
         reason = f"{error.strerror}, errno {error.errno} {errno.errorcode.get(error.errno or 0, '')}".rstrip()
         return CheckpointError(f"{self.directory}: {what} ({reason}); free space or make it writable, then run the same command again.")
 
     def _publish(self, target: Path, step: int, tensors: Mapping[str, Tensor], payload: bytes) -> None:
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        free = shutil.disk_usage(self.directory).free
-        if free < num_bytes + len(payload):
-            raise OSError(errno.ENOSPC, f"{num_bytes + len(payload)} bytes needed, {free} free")
-        temporary = self._temporary(step)
+        mine = {name: tensor for name, tensor in tensors.items() if self._is_mine(name)}
+        num_bytes = sum(self.team.gather(sum(tensor.numel() * tensor.element_size() for tensor in mine.values())))
+        temporary = self.team.first(lambda: self._new_directory(step, num_bytes + len(payload)))
         try:
-            temporary.mkdir()
-            self._write(temporary, step, tensors, payload, num_bytes)
-            if target.exists():
-                os.rename(target, self.directory / f"corrupt-step-{step}-{secrets.token_hex(4)}")
-            fault("save.before_rename")
-            os.rename(temporary, target)
+            files, held = self.team.together(lambda: self._write_tensors(temporary, mine, step))
+            everything = self.team.gather((files, held, self.places))
+            self.team.first(lambda: self._finish(temporary, target, step, payload, everything))
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if self.team.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+    def _is_mine(self, name: str) -> bool:
+        place = self.places.get(name)
+        return place.owned if place else self.team.is_first
+
+    def _new_directory(self, step: int, num_bytes: int) -> Path:
+        free = shutil.disk_usage(self.directory).free
+        if free < num_bytes:
+            raise OSError(errno.ENOSPC, f"{num_bytes} bytes needed, {free} free")
+        temporary = self._temporary(step)
+        temporary.mkdir()
+        return temporary
+
+    def _write_tensors(self, directory: Path, tensors: Mapping[str, Tensor], step: int) -> tuple[dict[str, FileEntry], dict[str, str]]:
+        """Write this rank's tensors. Returns the files' entries, and in which file each tensor is."""
+        files, held = {}, {}
+        prefix = f"tensors-{self.team.rank:05d}-" if self.places else "tensors-"
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        with byte_progress(f"saving step {step}", num_bytes if self.team.is_first else 0) as on_bytes:
+            for index, shard in enumerate(split_shards(tensors)):
+                fault("save.before_shard")
+                name = f"{prefix}{index:05d}.safetensors"
+                files[name] = write_shard(directory / name, shard, on_bytes)
+                held.update(dict.fromkeys(shard, name))
+                fault("save.after_shard")
+        return files, held
+
+    def _finish(self, temporary: Path, target: Path, step: int, payload: bytes, everything: list[Any]) -> None:
+        """What rank 0 adds to the files of all ranks, and the rename that publishes them."""
+        files = {name: entry for entries, _, _ in everything for name, entry in entries.items()}
+        if self.places:
+            index = make_index([held for _, held, _ in everything], [places for _, _, places in everything])
+            files[INDEX] = write_file(temporary / INDEX, json.dumps(index).encode())
+        files[STATE] = write_file(temporary / STATE, payload)
+        fault("save.before_manifest")
+        write_file(temporary / MANIFEST, encode_manifest(step, files))
+        _sync_directory(temporary)
+        if target.exists():
+            os.rename(target, self.directory / f"corrupt-step-{step}-{secrets.token_hex(4)}")
+        fault("save.before_rename")
+        os.rename(temporary, target)
         self._corrupt.discard(step)
         try:
             _sync_directory(self.directory)
         except OSError as error:  # published and whole; only a power cut in the next seconds could undo the rename
             self._warn(f"{self.directory}: could not be synced after publishing step {step} ({error.strerror}, errno {error.errno}).")
         fault("save.after_rename")
-
-    def _write(self, directory: Path, step: int, tensors: Mapping[str, Tensor], payload: bytes, num_bytes: int) -> None:
-        files = {}
-        with byte_progress(f"saving step {step}", num_bytes) as on_bytes:
-            for index, shard in enumerate(split_shards(tensors)):
-                fault("save.before_shard")
-                name = f"tensors-{index:05d}.safetensors"
-                files[name] = write_shard(directory / name, shard, on_bytes)
-                fault("save.after_shard")
-        files[STATE] = write_file(directory / STATE, payload)
-        fault("save.before_manifest")
-        write_file(directory / MANIFEST, encode_manifest(step, files))
-        _sync_directory(directory)
 
     def _temporary(self, step: int) -> Path:
         return self.directory / f".tmp-step-{step}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -251,6 +285,12 @@ class Store:
 
     def _retain(self, newest: int) -> None:
         """Keep the one just published and the newest `keep - 1` good ones; set damaged ones aside until they are old too."""
+        try:
+            self._thin_out(newest)
+        except OSError as error:  # the new checkpoint is safe; too many old ones are no reason to stop
+            self._warn(f"{self.directory}: an old checkpoint could not be removed ({error.strerror}, errno {error.errno}).")
+
+    def _thin_out(self, newest: int) -> None:
         for step in sorted(self._corrupt & set(published_steps(self.directory))):
             os.rename(self.directory / f"step-{step}", self.directory / f"corrupt-step-{step}-{secrets.token_hex(4)}")
         self._corrupt.clear()

@@ -23,8 +23,8 @@ VERBS = {
     "eval": ("recipe", "evaluate", "score a model on problems with known answers"),
     "launch": ("launch", "launch", "cpt, sft, rl or eval on many processes and nodes: launch torchrun|ray|slurm -- VERB ..."),
     "check": ("check", "check", "try everything a recipe needs, and train nothing"),
-    "export": ("conversion", "export", "write Hugging Face directories: export hf|fp8 SRC --to DIR"),
-    "import": ("conversion", "import_", "read foreign weights: import fp8|megatron SRC --to DIR"),
+    "export": ("conversion", "export", "write what others load: export hf|fp8|megatron SRC --to DIR"),
+    "import": ("conversion", "import_", "read foreign weights: import hf|fp8|megatron SRC --to DIR"),
     "verify-weights": ("conversion", "verify_weights", "prove that an FP8 export holds the trainer's bytes"),
     "tokenize": ("conversion", "tokenize", "text to Megatron's .bin/.idx files: tokenize SOURCE... --tokenizer DIR --out PREFIX"),
     "report": ("conversion", "report", "one HTML page about one or more runs"),
@@ -45,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _dispatch(arguments)
         sys.stdout.flush()
         return 0
-    except (Preempted, Interrupted) as stop:
-        return _say(str(stop), stop.exit_code)
     except UserError as error:
+        if error.told_by_first and os.environ.get("RANK", "0") != "0":
+            return error.exit_code
+        if isinstance(error, Preempted | Interrupted):
+            return _say(str(error), error.exit_code)
         return _say(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
         return _say("interrupted.", Interrupted.exit_code)

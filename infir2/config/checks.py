@@ -34,6 +34,8 @@ def _training(recipe: TrainRecipe) -> list[Rule]:
         *_model(model),
         (bool(model.shape) and not data.tokenizer, "data.tokenizer", "is missing; a model made from model.shape brings none of its own."),
         (not data.sources, "data.sources", "is empty; name at least one file of training data."),
+        (recipe.parallel.pp != 1, "parallel.pp", "must be 1: there is no pipeline parallelism; use parallel.tp and parallel.dp instead."),
+        (recipe.parallel.dp == 0, "parallel.dp", "must be -1 (all ranks that are left) or at least 1."),
         *_schedule(recipe.schedule, recipe.train.epochs),
     ]
 

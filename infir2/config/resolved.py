@@ -29,6 +29,7 @@ SAFE_KEYS = (
     "train.head_chunk_tokens",
     "train.log_every",
     "checkpoint",
+    "parallel",
     "rl.max_mismatch_kl",
     "rl.evaluate_every",
     "rollout",

@@ -45,12 +45,20 @@ class ModelSection(Section):
     path: str = Field("", description="start from this: a Hugging Face directory, or a run directory (newest checkpoint's weights)")
     shape: ShapeSection | None = Field(None, description="make a new model of this shape instead of loading one")
     compute_dtype: ComputeDtype = Field("bfloat16", description="dtype of activations; masters, reductions and logits are FP32")
-    recompute: Literal["none", "full"] = Field("none", description="recompute each block's forward in the backward to save memory")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="made again in the backward to save memory; selective: norms and SwiGLU products (GPU), full: whole blocks"
+    )
+    pre_activations: Literal["bfloat16", "fp8"] = Field(
+        "bfloat16", description="kept of gate and up for the backward; fp8: half the bytes, gradients of rounded values"
+    )
 
 
 class Fp8Section(Section):
     enabled: bool = Field(True, description="FP8 in the Linears of the decoder blocks; false trains the same model in BF16")
     scale_format: ScaleFormat = Field("pow2", description="pow2: scales rounded up to powers of two; fp32: amax/448")
+    keep_transposed: bool = Field(
+        True, description="keep both layouts of FP8 weights between steps (GPU); false: a byte per weight less, a transpose per backward"
+    )
     high_precision: tuple[str, ...] = Field(
         (), description="glob patterns of exported module names kept in BF16, such as 'model.layers.0.*'"
     )
@@ -89,6 +97,9 @@ class OptimizerSection(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices (not of norms and biases)")
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm bound (0: no clipping)")
+    states: Literal["fp32", "bf16", "fp8"] = Field("fp32", description="format of AdamW's moments; fp8: 8 bits, a scale per 128 values")
+    offload: bool = Field(False, description="keep AdamW's moments in the host's memory")
+    gradients: Literal["fp32", "bf16"] = Field("fp32", description="dtype of gradient buffers; masters and clipping stay FP32")
 
 
 class ScheduleSection(Section):
@@ -167,6 +178,17 @@ class EvaluateSection(Section):
     response_prefix: str = Field("", description="text that the assistant's turn starts with, such as '<think>\\n'")
 
 
+class ParallelSection(Section):
+    """Sizes of the process mesh; their product is the number of processes. docs/parallel.md says how to choose."""
+
+    dp: int = Field(-1, ge=-1, description="ranks that read different data and shard the weights (-1: all that are left)")
+    dp_replicate: int = Field(1, ge=1, description="copies of the sharded model, such as one per node (HSDP)")
+    tp: int = Field(1, ge=1, description="ranks that share every layer (tensor and sequence parallelism)")
+    cp: int = Field(1, ge=1, description="ranks that share the tokens of a micro-batch (context parallelism)")
+    pp: int = Field(1, ge=1, description="only 1: there is no pipeline parallelism")
+    timeout_seconds: float = Field(600.0, gt=0, description="a rank without a sign of life for so long ends the run (exit 71)")
+
+
 class TrainRecipe(Section):
     """A recipe of `infir2 cpt` or `infir2 sft`."""
 
@@ -178,6 +200,7 @@ class TrainRecipe(Section):
     schedule: ScheduleSection = Field()
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    parallel: ParallelSection = ParallelSection()
 
 
 class RlRecipe(TrainRecipe):

@@ -142,7 +142,7 @@ def _combined(results: Sequence[StepResult]) -> StepResult:
     """The mini-batches' results as one, weighted by tokens."""
     tokens = sum(result.trained_tokens for result in results)
     if not tokens:
-        return StepResult(loss=float("nan"), gradient_norm=0.0, trained_tokens=0, skipped=True)
+        return StepResult(loss=float("nan"), gradient_norm=0.0, trained_tokens=0, tokens=0, skipped=True)
 
     def mean(values: list[float]) -> float:
         return sum(v * r.trained_tokens for v, r in zip(values, results, strict=True)) / tokens
@@ -151,6 +151,7 @@ def _combined(results: Sequence[StepResult]) -> StepResult:
         loss=mean([r.loss for r in results]),
         gradient_norm=mean([r.gradient_norm for r in results]),
         trained_tokens=tokens,
+        tokens=sum(result.tokens for result in results),
         skipped=any(r.skipped for r in results),
         metrics={name: mean([r.metrics[name] for r in results]) for name in results[0].metrics},
     )

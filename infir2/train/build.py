@@ -10,7 +10,9 @@ from infir2.config.schema import Fp8Section, ModelSection, RunSection
 from infir2.data import ChatTokenizer, load_tokenizer
 from infir2.errors import ConfigError
 from infir2.model import Decoder, ModelConfig
-from infir2.numerics import convert_to_fp8
+from infir2.model.files import read_json
+from infir2.numerics import Memory, convert_to_fp8
+from infir2.parallel.sharded import alone
 from infir2.train.trainer import load_parameters
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -50,6 +52,14 @@ def tokenizer_dir(model: ModelSection, configured: str = "") -> Path:
     return Path(open_checkpoint(path).state["tokenizer_dir"]) if is_run(path) else path
 
 
+def planned_config(model: ModelSection) -> ModelConfig:
+    """The shape of the model that a recipe names, from headers alone; the vocabulary of a new one may still grow."""
+    if model.shape is not None:
+        return ModelConfig.from_shape(model.shape, vocab_size=model.shape.vocab_size or 1)
+    path = Path(model.path)
+    return ModelConfig.from_hf(open_checkpoint(path).state["model_config"] if is_run(path) else read_json(path / "config.json"))
+
+
 def build_model(model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_size: int) -> Decoder:
     """FP32 masters on the run's device, FP8 Linears where the recipe wants them. Errors: ConfigError, CheckpointError."""
     dtype = getattr(torch, model.compute_dtype)
@@ -61,7 +71,12 @@ def build_model(model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_siz
         decoder = decoder_of_checkpoint(open_checkpoint(Path(model.path)), dtype)
     else:
         decoder = Decoder.from_hf(Path(model.path), compute_dtype=dtype)
-    decoder.recompute = model.recompute
+    decoder.recompute = "full" if model.recompute == "full" else "none"
+    decoder.memory = Memory(
+        recompute="selective" if model.recompute == "selective" else "none",
+        pre_activations="fp8" if model.pre_activations == "fp8" else "bf16",
+        keep_transposed_weights=fp8.keep_transposed,
+    )
     return convert_to_fp8(decoder.to(device_of(run)), fp8)
 
 
@@ -70,7 +85,7 @@ def decoder_of_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Decoder
     with torch.device("meta"):  # no time for an initialisation that is overwritten
         decoder = Decoder(ModelConfig.from_hf(checkpoint.state["model_config"]), compute_dtype=dtype)
     decoder.to_empty(device="cpu")
-    load_parameters(decoder, checkpoint.tensors())
+    load_parameters(decoder, checkpoint.tensors(), alone(decoder).places)
     return decoder
 
 

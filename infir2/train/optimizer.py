@@ -1,22 +1,37 @@
-"""AdamW on FP32 masters (torch's own), with decoupled decay of matrices only."""
+"""AdamW on FP32 masters with decoupled decay of matrices only: torch's own, or one with smaller or offloaded moments."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from infir2.checkpoint.shards import WHOLE_NUMBER, Place, read_part
 from infir2.config.schema import OptimizerSection
-from infir2.errors import CheckpointError
+from infir2.errors import ConfigError
+from infir2.parallel.fsdp import local_tensor
+from infir2.train.compact import CompactAdamW
 
-_STATE_NAMES = ("exp_avg", "exp_avg_sq", "step")
 
+def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+    """AdamW over the model's parameters; norms, biases and other vectors are not decayed.
 
-def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
-    """AdamW over the model's parameters; norms, biases and other vectors are not decayed."""
+    Raises ConfigError for moments or gradients other than FP32 on a sharded model.
+    """
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(section.beta1, section.beta2), eps=section.eps, fused=True)
+    betas = (section.beta1, section.beta2)
+    if section.states == "fp32" and section.gradients == "fp32" and not section.offload:
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=section.eps, fused=True)
+    if any(isinstance(p, DTensor) for p in matrices):
+        raise ConfigError(
+            "optimizer.states, .offload and .gradients other than the defaults need one process; leave them out or run on one GPU"
+        )
+    if section.gradients == "bf16":
+        for parameter in (*matrices, *vectors):
+            parameter.grad_dtype = torch.bfloat16
+    return CompactAdamW(groups, betas, section.eps, section.states, section.offload)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -30,18 +45,24 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         f"optimizer/{name}/{key}": optimizer.state[parameter][key]
         for name, parameter in model.named_parameters()
         if parameter in optimizer.state
-        for key in _STATE_NAMES
+        for key in optimizer.state[parameter]
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`. Raises CheckpointError when a parameter's moments are missing."""
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], places: Mapping[str, Place]
+) -> None:
+    """Inverse of `optimizer_tensors`, from whole tensors. Raises CheckpointError when a parameter's moments are missing."""
     if not any(name.startswith("optimizer/") for name in tensors):
         return
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        keys = {key: f"optimizer/{name}/{key}" for key in _STATE_NAMES}
-        if missing := [key for key in keys.values() if key not in tensors]:
-            raise CheckpointError(f"the checkpoint has no {missing[0]}: it was saved by a model with other parameters")
-        optimizer.state[parameter] = {key: tensors[stored].to(parameter.device) for key, stored in keys.items()}
+        if isinstance(optimizer, CompactAdamW):
+            optimizer.load_state(parameter, {key: tensors.get(f"optimizer/{name}/{key}") for key in optimizer.new_state(parameter)})
+            continue
+        moments = {key: torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+        for key, moment in moments.items():
+            local_tensor(moment).copy_(read_part(tensors, f"optimizer/{name}/{key}", places[name]))
+        step = read_part(tensors, f"optimizer/{name}/step", WHOLE_NUMBER)
+        optimizer.state[parameter] = {**moments, "step": step.to(parameter.device)}

@@ -9,6 +9,7 @@ from infir2.config.load import Loaded
 from infir2.config.schema import ScheduleSection, TrainRecipe
 from infir2.data import Batch, Loader, TrainingKind, validation_batches
 from infir2.errors import ConfigError
+from infir2.parallel.sharded import Sharded
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.losses import next_token_loss
 from infir2.train.schedules import learning_rate
@@ -23,10 +24,12 @@ def run_training(loaded: Loaded, kind: str) -> None:
     with Session(loaded, kind) as session:
         recipe = session.recipe
         tokenizer, tokenizer_dir = open_tokenizer(recipe.model, recipe.data.tokenizer)
-        loader = Loader(recipe.data, DATA_KIND[kind], tokenizer, seed=recipe.run.seed, quarantine=session.dir / "quarantine.jsonl")
-        validation = validation_batches(recipe.data, DATA_KIND[kind], tokenizer, recipe.train.validation_batches)
+        place = (session.layout.data_rank, session.layout.sizes.num_data)
+        quarantine = session.dir / "quarantine.jsonl" if session.team.is_first else None
+        loader = Loader(recipe.data, DATA_KIND[kind], tokenizer, recipe.run.seed, *place, quarantine=quarantine)
+        validation = validation_batches(recipe.data, DATA_KIND[kind], tokenizer, recipe.train.validation_batches, *place)
         model = build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size)
-        trainer = Trainer(model, recipe.optimizer, recipe.train.head_chunk_tokens)
+        trainer = Trainer(model, recipe.optimizer, recipe.train.head_chunk_tokens, Sharded(model, session.layout))
         schedule = complete_schedule(recipe, loader.steps_per_epoch)
         last_step = min(schedule.total_steps, recipe.train.stop_after_step or schedule.total_steps)
         done = session.start(trainer, last_step)
@@ -36,6 +39,7 @@ def run_training(loaded: Loaded, kind: str) -> None:
         if not done:
             session.validate(0, last_step, validation)
         for step in range(done + 1, last_step + 1):
+            session.beat(f"step {step}")
             batches = loader.next_step()
             line, result = _one_step(trainer, batches, learning_rate(schedule, step))
             last = step == last_step
@@ -65,7 +69,7 @@ def _one_step(trainer: Trainer, batches: Sequence[Batch], rate: float) -> tuple[
         "learning_rate": rate,
         "gradient_norm": result.gradient_norm,
         "trained_tokens": result.trained_tokens,
-        "tokens_per_second": sum(len(batch.token_ids) for batch in batches) / seconds,
+        "tokens_per_second": result.tokens / seconds,
         "seconds": seconds,
         "skipped": result.skipped,
     }

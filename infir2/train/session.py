@@ -7,7 +7,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +23,12 @@ from infir2.config.load import Loaded
 from infir2.config.resolved import check_resume, dump
 from infir2.config.schema import TrainRecipe
 from infir2.data import Batch
-from infir2.errors import CheckFailedError, CheckpointError, ConfigError, NonFiniteError
+from infir2.errors import CheckFailedError, CheckpointError, ConfigError, NonFiniteError, RankError, UserError
 from infir2.faults import fault
+from infir2.parallel.mesh import Layout, check_model, plan_sizes
+from infir2.parallel.team import end_team, start_team
+from infir2.parallel.watch import Watchdog
+from infir2.train.build import device_of, planned_config
 from infir2.train.metrics import MetricsWriter, StepProgress
 from infir2.train.signals import StopSignals
 from infir2.train.spikes import PATIENCE, SpikeMonitor
@@ -32,11 +37,23 @@ from infir2.train.trainer import StepResult, Trainer
 _PARENT_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
 
 
+class _Silent:
+    """Stands for the writer and the progress bar on ranks that show nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **values: None
+
+
+SILENT: Any = _Silent()
+
+
 class Session:
-    """The run directory while a command works in it.
+    """The run directory while a command works in it, on one process or several.
 
     `with Session(loaded, "cpt") as session:` takes the directory's lock, checks that a resumed recipe is the same one,
-    and finds the newest good checkpoint; `finish_step` logs, saves when due, and raises at a stop signal.
+    and finds the newest good checkpoint; `finish_step` logs, saves when due, and raises at a stop signal. Of several processes,
+    rank 0 alone locks, logs and decides; every one calls every method at the same point.
+    Raises ConfigError before any process group starts when sizes in `[parallel]` cannot work.
     """
 
     def __init__(self, loaded: Loaded, kind: str) -> None:
@@ -48,6 +65,10 @@ class Session:
         self._loaded = loaded
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
+        self._sizes = plan_sizes(recipe.parallel, int(os.environ.get("WORLD_SIZE", "1")))
+        if self._sizes.tp > 1:
+            check_model(self._sizes, planned_config(recipe.model), recipe.fp8.enabled)
+        self._agreed_signal: int | None = None
         self._failures_in_a_row = 0
         self.saved_step = 0  # of the newest checkpoint
         self._last: tuple[int, dict[str, Any]] = (0, {})  # the last step done, and its state
@@ -56,19 +77,24 @@ class Session:
 
     def __enter__(self) -> "Session":
         self.signals = StopSignals().__enter__()
-        self.store = Store(self.dir, keep=self.recipe.checkpoint.keep, warn=lambda text: print(f"{self.kind}: {text}", file=sys.stderr))
+        device, timeout = device_of(self.recipe.run), self.recipe.parallel.timeout_seconds
+        self.team = start_team(device, timeout)
+        self.watch = Watchdog(self.team.rank, timeout) if self.team.size > 1 else None
+        self.layout = Layout(self._sizes, self.team, device)
+        own_channel = self.team.fork()  # a save in the background talks while training does
+        self.store = self.team.together(lambda: Store(self.dir, self.recipe.checkpoint.keep, self._warn, own_channel))
         try:
-            self.checkpoint = self._starting_point()
-            self._write_description()
+            self.checkpoint = self.team.first(self._starting_point)
+            self.team.first(self._write_description)
         except BaseException:
             self.store.close()
             self.signals.__exit__()
             raise
         self.saved_step = self.checkpoint.step if self.checkpoint else 0
         self._last = (self.saved_step, {})
-        self.metrics = MetricsWriter(self.dir, self.saved_step)
+        self.metrics = MetricsWriter(self.dir, self.saved_step) if self.team.is_first else SILENT
         self._spikes = SpikeMonitor()
-        for _, loss in self.metrics.values("train", "loss"):
+        for _, loss in self.team.first(lambda: self.metrics.values("train", "loss")):
             self._spikes.add(loss)
         return self
 
@@ -82,7 +108,10 @@ class Session:
             trainer.load_tensors(tensors)
             torch.set_rng_state(tensors["rng/torch"])
             done = self.checkpoint.step
-        self.progress = StepProgress(self.kind, total_steps, done)
+        self.progress = StepProgress(self.kind, total_steps, done) if self.team.is_first else SILENT
+        self.store.places = trainer.places()
+        trainer.pending_signal = lambda: self.signals.received
+        self.beat("the first step")
         if self.checkpoint:
             self.progress.say(f"resumed from {self.checkpoint.path} (step {done})")
         if self.recipe.checkpoint.background:
@@ -96,6 +125,7 @@ class Session:
         """Log the validation loss before the first step, every `train.validate_every` steps and at the end."""
         every = self.recipe.train.validate_every
         if batches and every and (step % every == 0 or step == last_step):
+            self.beat(f"the validation after step {step}")
             self.metrics.write("validation", step, validation_loss=self.trainer.mean_loss(batches))
 
     def finish_step(
@@ -103,13 +133,16 @@ class Session:
     ) -> None:
         """Log the step, count skipped ones, save when due, stop when asked to. `batches`: to name rows that made a loss non-finite."""
         self._last = (step, state)
+        self._agreed_signal = result.signal
+        self.beat(f"the end of step {step}")
         if step % self.recipe.train.log_every == 0 or last or result.skipped:
             self.metrics.write("train", step, **line)
         rate = f"loss {line['loss']:.4f} {line['tokens_per_second']:,.0f} tokens/s"
         self.progress.update(step, rate)
         self._count_skipped(step, result, batches)
         self._watch(step, result)
-        self._settle(wait=False)
+        if self.team.size == 1:  # several ranks hear of a failed save together, at the next one
+            self._settle(wait=False)
         if step % self.recipe.checkpoint.save_every == 0 or last:
             self.save(step, state)
         if last:
@@ -119,8 +152,9 @@ class Session:
 
     def stop_if_asked(self) -> None:
         """After SIGTERM or Ctrl-C: save the last step done and raise. Callable wherever no parameter has changed since then."""
-        if self.signals.received is None:
+        if (self.signals.received if self.team.size == 1 else self._agreed_signal) is None:
             return
+        self.signals.received = self._agreed_signal or self.signals.received
         step, state = self._last
         self._settle()
         if step > self.saved_step:
@@ -161,6 +195,11 @@ class Session:
         self.metrics.write("event", step, event=name, detail=detail)
         self.progress.say(f"step {step}: {name}: {detail}")
 
+    def beat(self, phase: str) -> None:
+        """A sign of life of this rank, and what begins."""
+        if self.watch:
+            self.watch.beat(phase)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.signals.__exit__()
         if self._saver:
@@ -171,6 +210,17 @@ class Session:
             self.progress.close()
         self.metrics.close()
         self.store.close()
+        if self.watch:
+            self.watch.close()
+            if error is not None and not isinstance(error, UserError | KeyboardInterrupt):
+                traceback.print_exception(error)
+                raise RankError(f"rank {self.team.rank} failed in {self.watch.phase}: {type(error).__name__}, see above") from error
+        if error is None:
+            end_team()
+
+    def _warn(self, text: str) -> None:
+        if self.team.is_first:
+            print(f"{self.kind}: {text}", file=sys.stderr)
 
     def _watch(self, step: int, result: StepResult) -> None:
         """Spikes of a loss that has a level; a policy loss swings around 0."""
@@ -196,10 +246,12 @@ class Session:
         rows = ", ".join(origin for batch in batches for origin in batch.origins)
         self.event(step, "non_finite", f"loss {result.loss}, gradient norm {result.gradient_norm}; no parameter changed; rows {rows}")
         if self._failures_in_a_row >= self.recipe.train.skip_nonfinite_steps:
-            raise NonFiniteError(
+            failure = NonFiniteError(
                 f"stopped at step {step}: loss or gradient was not finite {self._failures_in_a_row} steps in a row; "
                 f"{self.dir}/metrics.jsonl names them, the newest checkpoint is step {self.saved_step}"
             )
+            failure.told_by_first = True
+            raise failure
 
     def _starting_point(self) -> Checkpoint | None:
         newest = self.store.newest()

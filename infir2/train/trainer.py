@@ -1,6 +1,7 @@
 """The one step loop's inside: micro-batches in, one optimizer step out. CPT, SFT and the policy update differ in data and loss only."""
 
 import math
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,12 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from infir2.checkpoint.shards import Place, read_part
 from infir2.config.schema import OptimizerSection
 from infir2.data import Batch
 from infir2.errors import CheckpointError
 from infir2.faults import fault
 from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, token_logprobs
+from infir2.parallel.fsdp import local_tensor, weights_changed
+from infir2.parallel.sharded import Sharded, alone
 from infir2.train.losses import LossFunction, TokenScores
 from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
 
@@ -22,65 +26,113 @@ from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optim
 class StepResult:
     """What one optimizer step did.
 
-    Example: `StepResult(loss=2.31, gradient_norm=0.8, trained_tokens=1003, skipped=False)`.
+    Example: `StepResult(loss=2.31, gradient_norm=0.8, trained_tokens=1003, tokens=2048, skipped=False)`.
     """
 
     loss: float  # mean over the step's trained tokens
     gradient_norm: float  # global, before clipping
     trained_tokens: int
+    tokens: int  # in the step's micro-batches, trained or not
     skipped: bool  # True: non-finite loss or gradient, or nothing to train; no parameter changed
     metrics: dict[str, float] = field(default_factory=dict)  # the loss function's metrics, means over trained tokens
+    signal: int | None = None  # a stop signal that some rank has received
 
 
 class Trainer:
     """A model, its optimizer and the step. Masters, gradients and moments are FP32.
 
+    `sharded` is the model laid out over several processes; each calls every method at the same point, with its own batches,
+    as many as every other. `pending_signal` tells of a stop signal here, so that all ranks hear of it in the same step.
     Raises CheckpointError for a model without masters.
     """
 
-    def __init__(self, model: Decoder, section: OptimizerSection, head_chunk_tokens: int) -> None:
+    def __init__(self, model: Decoder, section: OptimizerSection, head_chunk_tokens: int, sharded: Sharded | None = None) -> None:
         if any(isinstance(layer, Fp8Linear) and layer.weight is None for layer in model.modules()):
             raise CheckpointError("the model holds FP8 codes without masters: train from BF16 weights (infir2 import fp8 DIR --to NEW)")
         self.model = model
+        self.sharded = sharded or alone(model)
         self.optimizer = make_optimizer(model, section)
         self.clip_norm = section.clip_norm
         self.head_chunk_tokens = head_chunk_tokens
+        self.pending_signal: Callable[[], int | None] = lambda: None
         self.before_update: Callable[[], None] = lambda: None  # a save in the background may still be copying
 
     def step(self, batches: Sequence[Batch], loss_function: LossFunction, learning_rate: float, *, temperature: float = 1.0) -> StepResult:
-        """Forward and backward over all micro-batches, finite check, clip, AdamW."""
+        """Forward and backward over all micro-batches, one reduction of what was measured, finite check, clip, AdamW."""
         fault("train.step")
         self.model.train()
-        num_tokens = sum(batch.num_trained_tokens for batch in batches)
-        if num_tokens == 0:
-            return StepResult(loss=float("nan"), gradient_norm=0.0, trained_tokens=0, skipped=True)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self._device))
-        for batch in batches:
-            if batch.num_trained_tokens == 0:
+        local = [self.sharded.local(batch) for batch in batches]
+        num_tokens = self._number(sum(batch.num_trained_tokens for batch in local))
+        self.sharded.total(num_tokens)
+        loss_sum = self._number(0)
+        sums: dict[str, Tensor] = defaultdict(lambda: self._number(0))
+        for number, batch in enumerate(local, 1):
+            # with several ranks, a batch that trains nothing has to take part in the collectives
+            if batch.num_trained_tokens == 0 and self.sharded.team.size == 1:
                 continue
-            loss, metrics = loss_function(self.score(batch, temperature, with_entropy=bool(batch.extras)))
+            self.sharded.before_backward(last=number == len(local))
+            loss, metrics = loss_function(self._score(batch, temperature, with_entropy=bool(batch.extras)))
             if fault("train.loss"):
                 loss = loss * math.nan
-            (loss / num_tokens).backward()
+            (loss / num_tokens.clamp(min=1)).backward()
             loss_sum += loss.detach()
             for name, value in metrics.items():
                 sums[name] += value.detach()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        finite = bool(torch.isfinite(loss_sum) & torch.isfinite(norm))
-        if finite:
-            self._update(norm, learning_rate)
+        self.sharded.finish_gradients()
+        tokens = self._number(sum(len(batch.token_ids) for batch in batches) if self.sharded.layout.is_data_leader else 0)
+        stops = [self._number(self.pending_signal() == number) for number in (signal.SIGTERM, signal.SIGINT)]
+        measured = self.sharded.total(torch.stack([self.sharded.squared_norm(), loss_sum, tokens, *stops, *sums.values()]))
+        result = _result(measured.tolist(), int(num_tokens.item()), list(sums))
+        if not result.skipped:
+            self._update(measured[0].sqrt().float(), learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(
-            loss=loss_sum.item() / num_tokens,
-            gradient_norm=norm.item(),
-            trained_tokens=num_tokens,
-            skipped=not finite,
-            metrics={name: value.item() / num_tokens for name, value in sums.items()},
-        )
+        return result
 
     def score(self, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False) -> TokenScores:
-        """Log-probabilities of the batch's trained tokens, in stream order. Only their rows reach the head."""
+        """Log-probabilities of the batch's trained tokens that this rank scores, in stream order, without gradients to come."""
+        scores = self._score(self.sharded.local(batch), temperature, with_entropy)
+        self.sharded.release()
+        return scores
+
+    @torch.no_grad()
+    def mean_loss(self, batches: Sequence[Batch]) -> float:
+        """Next-token loss over all ranks' batches, a mean per trained token; nothing is trained."""
+        self.model.eval()
+        sums = torch.stack([self._number(0), self._number(0)])
+        for batch in batches:
+            if batch.num_trained_tokens or self.sharded.team.size > 1:
+                logprobs = self.score(batch).logprobs
+                sums -= torch.stack([logprobs.sum(dtype=torch.float64), self._number(-len(logprobs))])
+        loss_sum, num_tokens = self.sharded.total(sums).tolist()
+        return loss_sum / max(1, num_tokens)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a bit-equal continuation needs, by name: this rank's part of the FP32 masters and moments."""
+        parameters = {f"parameters/{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        tensors = parameters | optimizer_tensors(self.model, self.optimizer)
+        return {name: local_tensor(tensor) for name, tensor in tensors.items()}
+
+    def places(self) -> dict[str, Place]:
+        """Where each of `tensors` that has a part on several ranks lies in the whole; empty in one process."""
+        if self.sharded.team.size == 1:
+            return {}
+        names = ("parameters/{}", "optimizer/{}/exp_avg", "optimizer/{}/exp_avg_sq")
+        return {form.format(name): place for name, place in self.sharded.places.items() for form in names}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of whole tensors, named as `tensors` names them. CheckpointError on a missing or misshapen one."""
+        load_parameters(self.model, tensors, self.sharded.places)
+        load_optimizer_tensors(self.model, self.optimizer, tensors, self.sharded.places)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.head_weight.device
+
+    def _number(self, value: float) -> Tensor:
+        return torch.tensor(float(value), dtype=torch.float64, device=self._device)
+
+    def _score(self, batch: Batch, temperature: float, with_entropy: bool = False) -> TokenScores:
+        """Only the rows of trained tokens reach the head."""
         rows = batch.loss_mask.nonzero().squeeze(1).to(self._device)
         hidden = self.model.hidden_states(
             batch.token_ids.to(self._device), batch.positions.to(self._device), batch.cu_seqlens.to(self._device)
@@ -91,44 +143,38 @@ class Trainer:
         )
         return TokenScores(logprobs, entropy, {name: value.to(self._device)[rows] for name, value in batch.extras.items()})
 
-    @torch.no_grad()
-    def mean_loss(self, batches: Sequence[Batch]) -> float:
-        """Next-token loss over batches, a mean per trained token; nothing is trained."""
-        self.model.eval()
-        num_tokens = sum(batch.num_trained_tokens for batch in batches)
-        total = sum(-self.score(batch).logprobs.sum(dtype=torch.float64).item() for batch in batches if batch.num_trained_tokens)
-        return total / max(1, num_tokens)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything a bit-equal continuation needs, by name: FP32 masters and moments."""
-        parameters = {f"parameters/{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
-        return parameters | optimizer_tensors(self.model, self.optimizer)
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `tensors`. Raises CheckpointError on a missing or misshapen parameter."""
-        load_parameters(self.model, tensors)
-        load_optimizer_tensors(self.model, self.optimizer, tensors)
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.head_weight.device
-
     def _update(self, norm: Tensor, learning_rate: float) -> None:
         self.before_update()
         if self.clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
+            # as torch.nn.utils.clip_grads_with_norm_, on the local parts
+            torch._foreach_mul_(self.sharded.gradients(), torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0))
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         # fused AdamW writes the parameters without moving their version counters, which the FP8 codes hang on
-        torch.autograd.graph.increment_version(list(self.model.parameters()))
+        weights_changed(self.model)
+
+
+def _result(measured: list[float], num_tokens: int, names: list[str]) -> StepResult:
+    """From the sums over all ranks: squared gradient norm, loss, tokens, signals, the loss function's metrics."""
+    square, loss_sum, tokens, terminations, interruptions, *sums = measured
+    if num_tokens == 0:
+        loss, norm, skipped = math.nan, 0.0, True
+    else:
+        loss, norm = loss_sum / num_tokens, math.sqrt(square)
+        skipped = not (math.isfinite(loss_sum) and math.isfinite(norm))
+    return StepResult(
+        loss=loss,
+        gradient_norm=norm,
+        trained_tokens=num_tokens,
+        tokens=int(tokens),
+        skipped=skipped,
+        metrics={name: value / max(1, num_tokens) for name, value in zip(names, sums, strict=True)},
+        signal=signal.SIGTERM if terminations else signal.SIGINT if interruptions else None,
+    )
 
 
 @torch.no_grad()
-def load_parameters(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
-    """Copy 'parameters/NAME' of a checkpoint into the model's FP32 masters."""
+def load_parameters(model: Decoder, tensors: Mapping[str, Tensor], places: Mapping[str, Place]) -> None:
+    """Copy this rank's part of each 'parameters/NAME' of a checkpoint into the model's FP32 masters."""
     for name, parameter in model.named_parameters():
-        stored = tensors.get(f"parameters/{name}")
-        if stored is None or stored.shape != parameter.shape:
-            found = "nothing" if stored is None else f"shape {tuple(stored.shape)}"
-            raise CheckpointError(f"the checkpoint has {found} for {name}, the model needs {tuple(parameter.shape)}")
-        parameter.copy_(stored)
+        local_tensor(parameter).copy_(read_part(tensors, f"parameters/{name}", places[name]))

@@ -1,0 +1,182 @@
+"""FSDP2 whose FP8 weights travel as FP8: each rank sends the codes of its rows, one byte per weight.
+
+The codes of a weight are those of the whole BF16-rounded master (docs/numerics.md). A shard's rows need not end where a
+128x128 block does, so once per version of the weights the largest magnitudes of all blocks are reduced over the shards, in
+one collective for the whole model (four bytes per block: 1/8192 of a BF16 weight). From then on every rank knows every scale,
+and an all-gather moves codes alone. Other parameters travel in the dtype that the operations round them to, and arrive as
+FP32, so that gradients stay FP32 from the operation to the optimizer.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infir2.numerics import Fp8Linear
+from infir2.numerics.formats import E4M3, GROUP, TILE_BLOCK, Fp8Tensor, scale_shape
+from infir2.numerics.operands import forget
+from infir2.numerics.quantize import nonfinite_blocks
+from infir2.numerics.reference import as_tiles, block_scale, encode_rows
+
+
+def shard_module(root: Any, blocks: Iterable[Any], mesh: Any, wire_dtype: torch.dtype = torch.float32, forward: str = "forward") -> None:
+    """Shard `root` over `mesh` (1-D, or replicas x shards), in place; each of `blocks` is gathered and freed as one.
+
+    Works on any module: FP8 weights are gathered as codes, the rest in `wire_dtype`: FP32, or what every operation rounds
+    it to anyway. `forward` names the method of `root` that is called.
+    Gradients are summed over the mesh, not averaged. Give the optimizer the parameters as they are afterwards;
+    after a step of a fused optimizer, which moves no version counter, call `weights_changed(root)`.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # slow import, only several processes need it
+
+    for module in (*blocks, root):
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    shards = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim == 2 else mesh
+    if forward != "forward":
+        register_fsdp_forward_method(root, forward)
+    gather = Fp8Gather(shards.get_group())
+    for module in root.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            rows = -(-parameter.shape[0] // shards.size())
+            first = min(shards.get_local_rank() * rows, parameter.shape[0])
+            local = parameter._local_tensor  # the tensor that FSDP2 asks for its extension
+            part: _Shard
+            if isinstance(module, Fp8Linear) and name == "weight":
+                part = _Fp8Shard(local, parameter.shape, rows, first, module, gather)
+                gather.weights.append(part)
+            else:
+                part = _PlainShard(local, parameter.shape, rows, wire_dtype)
+            local.fsdp_pre_all_gather, local.fsdp_post_all_gather = part.before, part.after
+
+
+def weights_changed(root: nn.Module) -> None:
+    """Tell what hangs on the weights' versions that an optimizer wrote them, sharded or not."""
+    torch.autograd.graph.increment_version([local_tensor(parameter) for parameter in root.parameters()])
+
+
+def local_tensor(parameter: Tensor) -> Tensor:
+    """This rank's part of a sharded parameter or gradient; any other tensor itself."""
+    return getattr(parameter, "_local_tensor", parameter)
+
+
+class GatheredWeight(Tensor):
+    """An FP32 weight [N, K] in name: autograd and FSDP2 see its shape and dtype; its memory is the codes.
+
+    `made` holds what `operands.once_per_version` would make from a master, above all the FP8 codes.
+    """
+
+    made: dict[Any, Any]
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, fp8: Fp8Tensor) -> "GatheredWeight":
+        weight = torch.Tensor._make_wrapper_subclass(cls, fp8.shape, dtype=torch.float32, device=fp8.codes.device)
+        weight.made = {("fp8", fp8.scale_format): fp8}
+        return weight
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.as_strided.default, torch.ops.aten.alias.default):
+            alias = cls(args[0].fp8)
+            alias.made = args[0].made
+            return alias
+        raise NotImplementedError(f"{function} on a gathered FP8 weight: only FP8 operations read it")
+
+    @property
+    def fp8(self) -> Fp8Tensor:
+        return next(iter(self.made.values()))
+
+
+class _Shard:
+    """What FSDP2 calls before and after it gathers a parameter of `shape`; `rows` are a full shard's, the last may have fewer."""
+
+    def __init__(self, local: Tensor, shape: torch.Size, rows: int) -> None:
+        self.local, self.shape, self.rows = local, shape, rows
+
+    def padded(self, part: Tensor) -> Tensor:
+        missing = self.rows - part.shape[0]
+        return F.pad(part, (0, 0) * (part.ndim - 1) + (0, missing)) if missing else part
+
+
+class _PlainShard(_Shard):
+    def __init__(self, local: Tensor, shape: torch.Size, rows: int, wire_dtype: torch.dtype) -> None:
+        super().__init__(local, shape, rows)
+        self.wire_dtype = wire_dtype
+
+    def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], None]:
+        return (self.padded(self.local.to(self.wire_dtype)),), None
+
+    def after(self, outputs: Sequence[Tensor], _: None, dtype: torch.dtype, *, out: Tensor | None = None) -> Any:
+        if out is None:
+            if outputs[0].dtype == dtype:
+                return outputs[0], ()
+            whole = outputs[0].to(dtype)
+            return whole, (whole,)
+        if outputs[0].dtype != out.dtype:
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(out):
+                out.copy_(outputs[0][: self.shape[0]])
+        forget(out)  # FSDP2 refills the same memory without moving its version
+        return None
+
+
+class _Fp8Shard(_Shard):
+    """Rows [first, first + n) of an FP8 weight; their codes are made by `gather` for all weights at once."""
+
+    codes: Tensor  # uint8 [rows, K]
+    scale: Tensor  # float32 of the whole weight
+
+    def __init__(self, local: Tensor, shape: torch.Size, rows: int, first: int, layer: Fp8Linear, gather: "Fp8Gather") -> None:
+        super().__init__(local, shape, rows)
+        self.layer, self.gather = layer, gather
+        self.version = -1
+        self.blocks = torch.arange(first, first + local.shape[0], device=local.device) // GROUP  # each row's row of scales
+
+    def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+        if self.version != self.local._version:
+            self.gather.quantize()
+        return (self.codes,), self.scale
+
+    def after(self, outputs: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, *, out: Any = None) -> Any:
+        whole = GatheredWeight(Fp8Tensor(outputs[0][: self.shape[0]].view(E4M3), scale, TILE_BLOCK, self.layer.scale_format))
+        if out is None:
+            return whole, ()
+        out.made = whole.made
+        return None
+
+    def largest(self) -> Tensor:
+        """Largest magnitude of this shard's part of each block, FP32 [N / 128, K / 128]; Inf for a NaN, which MAX could lose."""
+        shape = scale_shape(self.shape[0], self.shape[1], TILE_BLOCK)
+        by_row = as_tiles(self._rounded(), 1).abs().amax(dim=3).squeeze(1).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        return by_row.new_zeros(shape).scatter_reduce_(0, self.blocks[:, None].expand_as(by_row), by_row, "amax")
+
+    def encode(self, largest: Tensor) -> None:
+        self.scale = block_scale(largest, self.layer.scale_format)
+        self.codes = self.padded(encode_rows(self._rounded(), self.scale[self.blocks]).view(torch.uint8))
+        self.version = self.local._version
+        self.layer.quantizations += 1
+        nonfinite_blocks.add(self.scale)
+
+    def _rounded(self) -> Tensor:
+        return self.local.detach().to(torch.bfloat16).float()
+
+
+class Fp8Gather:
+    """All FP8 weights of a model that are sharded over `group`."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.weights: list[_Fp8Shard] = []
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Make the codes of every shard, after one reduction of the blocks' largest magnitudes."""
+        parts = [weight.largest() for weight in self.weights]
+        flat = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(flat, dist.ReduceOp.MAX, group=self.group)
+        for weight, part, reduced in zip(self.weights, parts, flat.split([part.numel() for part in parts]), strict=True):
+            weight.encode(reduced.view_as(part))

@@ -1,0 +1,98 @@
+"""The processes of one run: who they are, and the few words they exchange outside of tensors.
+
+A `Team` of one does nothing and needs no process group, so callers never ask how many there are.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from infir2.errors import UserError
+
+Value = TypeVar("Value")
+
+
+class Team:
+    """Rank and size of this process's run, and objects passed between its ranks over gloo.
+
+    Example: `team.first(lambda: read_newest())` runs on rank 0 and gives every rank its result, or its UserError.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.rank, self.size = rank, size
+        self._group = group
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def fork(self) -> "Team":
+        """The same ranks over a channel of their own, for another thread. Every rank calls this at the same point."""
+        return Team(self.rank, self.size, dist.new_group(backend="gloo")) if self.size > 1 else self
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every rank's value, by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def first(self, work: Callable[[], Value]) -> Value:
+        """`work()` of rank 0, on every rank. Raises its UserError or OSError on every rank."""
+        if self.size == 1:
+            return work()
+        box: list[Any] = [None]
+        if self.is_first:
+            try:
+                box = [(work(), None)]
+            except (UserError, OSError) as error:
+                box = [(None, error)]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        value, failure = box[0]
+        if failure is not None:
+            if isinstance(failure, UserError):
+                failure.told_by_first = True
+            raise failure
+        return value
+
+    def together(self, work: Callable[[], Value]) -> Value:
+        """`work()` on every rank; where one raises a UserError or an OSError, every rank raises (its own, else the first)."""
+        if self.size == 1:
+            return work()
+        value, mine = None, None
+        try:
+            value = work()
+        except (UserError, OSError) as error:
+            mine = error
+        errors = [error for error in self.gather(mine) if error is not None]
+        if errors:
+            if mine is None and isinstance(errors[0], UserError):
+                errors[0].told_by_first = True
+            raise mine or errors[0]
+        return value  # type: ignore[return-value]
+
+
+def start_team(device: torch.device, timeout_seconds: float) -> Team:
+    """This process's team, from the variables that torchrun sets; without them, or with one process, a team of one.
+
+    A collective that waits longer than `timeout_seconds` for a rank raises. Call `end_team` when done.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Team()
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    return Team(dist.get_rank(), size, dist.new_group(backend="gloo"))
+
+
+def end_team() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
