@@ -11,6 +11,7 @@ __all__ = [
     "Store",
     "export_fp8",
     "export_hf",
+    "export_megatron",
     "import_fp8",
     "import_hf",
     "import_megatron",
@@ -24,6 +25,13 @@ def import_megatron(src: str | Path, out: str | Path, like: str | Path | None = 
     from infir2.checkpoint import megatron  # torch.distributed.checkpoint takes 0.6 s to import
 
     megatron.import_megatron(src, out, like)
+
+
+def export_megatron(src: str | Path, out: str | Path) -> None:
+    """Write weights as a Megatron-core checkpoint; see `infir2.checkpoint.megatron_export`."""
+    from infir2.checkpoint import megatron_export
+
+    megatron_export.export_megatron(src, out)
 
 
 def import_hf(src: str | Path, out: str | Path) -> None:

@@ -6,11 +6,13 @@ Keys, for L layers stacked in a leading dimension or each under its number:
     decoder.layers[.i].self_attention.linear_qkv.weight [G * (N/G + 2) * H, D]: per group N/G queries, one key, one value
     decoder.layers[.i].self_attention.linear_proj.weight [D, N * H]          decoder.final_layernorm.weight [D]
 
-Rotary embedding needs no permutation. `_extra_state` and the optimizer are left behind.
+Rotary embedding needs no permutation. `_extra_state` and the optimizer are left behind. A torch distributed checkpoint whose keys
+are Hugging Face's names, with any prefix, is read too.
 """
 
+import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +21,37 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from infir2.checkpoint.export import complete_config
+from infir2.checkpoint.export import SHARD_BYTES, complete_config
 from infir2.checkpoint.pickles import read_pickle, read_torch_save
 from infir2.checkpoint.progress import byte_progress
 from infir2.checkpoint.weights import parameter_shapes
 from infir2.errors import CheckpointError, ConfigError, OutputExistsError
 from infir2.model import ModelConfig
-from infir2.model.files import read_json, write_hf
+from infir2.model.files import all_finite, read_json, write_hf
 
 EMBEDDING, HEAD, FINAL_NORM = "embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"
-_LAYERS = "decoder.layers."
+LAYERS = "decoder.layers."
+HF_EMBEDDING, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NORMS = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm", "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm"}
 _NORMS |= {"input_layernorm.weight": "input_layernorm", "pre_mlp_layernorm.weight": "post_attention_layernorm"}
 _PLAIN = {"self_attention.linear_proj": "self_attn.o_proj", "mlp.linear_fc2": "mlp.down_proj"}
+_USUAL = {
+    "use_rope_scaling": False,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "apply_layernorm_1p": False,
+}
 _HEAD_NORMS = {"self_attention.q_layernorm.weight": "self_attn.q_norm", "self_attention.k_layernorm.weight": "self_attn.k_norm"}
 
 
 def import_megatron(src: str | Path, out: str | Path, like: str | Path | None = None, say: Callable[[str], None] = print) -> None:
-    """Write a Megatron-core checkpoint (`torch_dist`, any tensor-parallel size) as a Hugging Face directory.
+    """Write a Megatron-core checkpoint (`torch_dist`, any tensor-parallel size), or a plain torch one, as a Hugging Face directory.
 
     src: an `iter_*` directory, or the one above it with `latest_checkpointed_iteration.txt`. like: Hugging Face directory
     of the same shape, which gives config.json and the tokenizer; without it the shape comes from the arguments that
@@ -52,12 +65,12 @@ def import_megatron(src: str | Path, out: str | Path, like: str | Path | None = 
         raise OutputExistsError(f"{out}: exists already; name a directory that does not, nothing was written.")
     checkpoint = MegatronCheckpoint(find_iteration(Path(src)))
     config = read_json(like / "config.json") if like else config_of_arguments(checkpoint)
-    config = config | {"tie_word_embeddings": HEAD not in checkpoint.shapes}
+    config = config | {"tie_word_embeddings": checkpoint.is_tied(bool(config.get("tie_word_embeddings")))}
     shapes = parameter_shapes(config)
     config = complete_config(config, checkpoint.dtype)
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
     with byte_progress(f"importing {out.name}", total) as on_numbers:
-        write_hf(out, _converted(checkpoint, ModelConfig.from_hf(config), shapes, on_numbers), config, side_files_from=like)
+        write_hf(out, _converted(checkpoint, ModelConfig.from_hf(config), shapes, on_numbers), config, like, SHARD_BYTES)
     say(f"{out}: {len(shapes)} tensors from {checkpoint.path}.")
 
 
@@ -85,36 +98,64 @@ class MegatronCheckpoint:
             for key, entry in self._reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        self._entries = tensors
         self.shapes = {key: tuple(entry.size) for key, entry in tensors.items()}
         self._file_bytes = sum(file.stat().st_size for file in path.glob("*.distcp"))
-        self._dtypes = {key: entry.properties.dtype for key, entry in tensors.items()}
-        if EMBEDDING not in tensors:
-            raise CheckpointError(f"{path}: has no '{EMBEDDING}'; it is not a checkpoint of a Megatron-core GPT model.")
+        named = [key for key in tensors if key.endswith(HF_EMBEDDING) and "optim" not in key]
+        self.hf_prefix = min(named, key=len).removesuffix(HF_EMBEDDING) if named and EMBEDDING not in tensors else None
+        if EMBEDDING not in tensors and self.hf_prefix is None:
+            raise CheckpointError(f"{path}: has no '{EMBEDDING}' nor '{HF_EMBEDDING}'; it is not a checkpoint of a Qwen or Llama model.")
 
     @property
     def dtype(self) -> str:
         """dtype of the weights, as config.json writes it."""
-        return str(self._dtypes[EMBEDDING]).removeprefix("torch.")
+        embedding = EMBEDDING if self.hf_prefix is None else self.hf_prefix + HF_EMBEDDING
+        return str(self._entries[embedding].properties.dtype).removeprefix("torch.")
 
-    def read(self, key: str) -> Tensor:
-        if key not in self.shapes:
+    def is_tied(self, wanted: bool) -> bool:
+        """Whether embedding and output layer are one; `wanted`: what the config says, for a head that is stored twice."""
+        if self.hf_prefix is None:
+            return HEAD not in self.shapes
+        head = self.hf_prefix + HF_HEAD
+        return head not in self.shapes or (wanted and torch.equal(self.read(head), self.read(self.hf_prefix + HF_EMBEDDING)))
+
+    def read(self, key: str, layer: int | None = None) -> Tensor:
+        """A tensor, or one layer of a tensor that stacks them."""
+        if key not in self._entries:
             raise CheckpointError(f"{self.path}: has no tensor '{key}', which the model's config calls for.")
-        num_bytes = torch.Size(self.shapes[key]).numel() * self._dtypes[key].itemsize
+        entry = self._entries[key]
+        num_bytes = entry.size.numel() * entry.properties.dtype.itemsize
         if num_bytes > self._file_bytes:
             raise CheckpointError(f"{self.path}: tensor '{key}' claims {num_bytes} bytes, more than all its files hold; it is refused.")
-        tensor = torch.empty(self.shapes[key], dtype=self._dtypes[key])
+        first, rows = (0, entry.size[:1]) if layer is None else (layer, (1,))
+        chunk = ChunkStorageMetadata(torch.Size((first, *[0] * len(entry.size))[: len(entry.size)]), torch.Size((*rows, *entry.size[1:])))
+        tensor = torch.empty(chunk.sizes, dtype=entry.properties.dtype)
         try:
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch remarks that no process group runs
-                dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+                dcp.load({key: tensor}, storage_reader=self._reader, planner=_OneChunk(key, entry, chunk, tensor), no_dist=True)
         except (dcp.api.CheckpointException, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor '{key}' cannot be read ({error}); a shard file is damaged or missing.") from error
-        return tensor
+        return tensor if layer is None else tensor[0]
 
     def arguments(self) -> dict[str, Any]:
         """Megatron's own command-line arguments, from common.pt; empty if it has none."""
         common = read_torch_save(self.path / "common.pt") if (self.path / "common.pt").is_file() else {}
         arguments = common.get("args") if isinstance(common, dict) else None
         return dict(vars(arguments)) if arguments is not None else {}
+
+
+class _OneChunk(dcp.DefaultLoadPlanner):
+    """Reads one rectangle of one stored tensor."""
+
+    def __init__(self, key: str, entry: TensorStorageMetadata, chunk: ChunkStorageMetadata, tensor: Tensor) -> None:
+        super().__init__()
+        self._items, self._tensor = create_read_items_for_chunk_list(key, entry, [chunk]), tensor
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan(self._items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._tensor
 
 
 class _SafeReader(FileSystemReader):
@@ -151,6 +192,9 @@ def config_of_arguments(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
         raise ConfigError(
             f"{checkpoint.path}: common.pt does not give the shape (no {missing[0]}); name a Hugging Face directory with --like."
         )
+    unusual = [name for name, usual in _USUAL.items() if arguments.get(name, usual) not in (usual, None)]
+    if unusual:
+        raise ConfigError(f"{checkpoint.path}: was trained with Megatron's --{unusual[0].replace('_', '-')}; name a directory with --like.")
     grouped = arguments.get("group_query_attention")
     qk_norm, qkv_bias = bool(arguments.get("qk_layernorm")), bool(arguments.get("add_qkv_bias"))
     return ModelConfig(
@@ -177,18 +221,18 @@ def _converted(
     """Every parameter under its Hugging Face name; raises for what is left over, missing, misshapen or not finite."""
     known = set(shapes)
     _refuse_foreign(checkpoint)
-    for name, tensor in _all_tensors(checkpoint, config):
+    for name, tensor in _all_tensors(checkpoint, config, shapes):
         if name not in known:
             raise CheckpointError(
                 f"{checkpoint.path}: '{name}' is not in a {config.architecture} model of this config; give another --like."
             )
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in (HF_EMBEDDING, HF_HEAD):
             tensor = tensor[: shapes[name][0]]
         if tuple(tensor.shape) != shapes[name]:
             raise CheckpointError(
                 f"{checkpoint.path}: '{name}' is {list(tensor.shape)}, not {list(shapes[name])} as the config says; give another --like."
             )
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise CheckpointError(f"{checkpoint.path}: '{name}' holds NaN or Inf; go back to an older checkpoint.")
         known.discard(name)
         yield name, tensor.contiguous()
@@ -197,27 +241,31 @@ def _converted(
         raise CheckpointError(f"{checkpoint.path}: has nothing for '{name}', which the config calls for; give another --like.")
 
 
-def _all_tensors(checkpoint: MegatronCheckpoint, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    yield "model.embed_tokens.weight", checkpoint.read(EMBEDDING)
-    stacked = sorted({key.removeprefix(_LAYERS) for key in _layer_keys(checkpoint) if not key[len(_LAYERS)].isdigit()})
+def _all_tensors(checkpoint: MegatronCheckpoint, config: ModelConfig, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    if checkpoint.hf_prefix is not None:
+        for name in names:
+            yield name, checkpoint.read(checkpoint.hf_prefix + name)
+        return
+    yield HF_EMBEDDING, checkpoint.read(EMBEDDING)
+    stacked = sorted({key.removeprefix(LAYERS) for key in _layer_keys(checkpoint) if not key[len(LAYERS)].isdigit()})
     for suffix in stacked:
-        rows = checkpoint.read(_LAYERS + suffix)
-        if rows.shape[0] != config.num_layers:
+        num_layers = checkpoint.shapes[LAYERS + suffix][0]
+        if num_layers != config.num_layers:
             raise CheckpointError(
-                f"{checkpoint.path}: has {rows.shape[0]} layers, not {config.num_layers} as the config says; give another --like."
+                f"{checkpoint.path}: has {num_layers} layers, not {config.num_layers} as the config says; give another --like."
             )
-        for layer in range(config.num_layers):
-            yield from _layer_tensors(f"model.layers.{layer}.", suffix, rows[layer], config)
-    for key in sorted(key for key in _layer_keys(checkpoint) if key[len(_LAYERS)].isdigit()):
-        layer_text, _, suffix = key.removeprefix(_LAYERS).partition(".")
+    for layer, suffix in itertools.product(range(config.num_layers), stacked):
+        yield from _layer_tensors(f"model.layers.{layer}.", suffix, checkpoint.read(LAYERS + suffix, layer), config)
+    for key in sorted(key for key in _layer_keys(checkpoint) if key[len(LAYERS)].isdigit()):
+        layer_text, _, suffix = key.removeprefix(LAYERS).partition(".")
         yield from _layer_tensors(f"model.layers.{layer_text}.", suffix, checkpoint.read(key), config)
     yield "model.norm.weight", checkpoint.read(FINAL_NORM)
     if HEAD in checkpoint.shapes:
-        yield "lm_head.weight", checkpoint.read(HEAD)
+        yield HF_HEAD, checkpoint.read(HEAD)
 
 
 def _layer_keys(checkpoint: MegatronCheckpoint) -> list[str]:
-    return [key for key in checkpoint.shapes if key.startswith(_LAYERS) and "._extra_state" not in key]
+    return [key for key in checkpoint.shapes if key.startswith(LAYERS) and "._extra_state" not in key]
 
 
 def _layer_tensors(prefix: str, suffix: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -240,12 +288,12 @@ def _layer_tensors(prefix: str, suffix: str, tensor: Tensor, config: ModelConfig
         yield f"{prefix}{_PLAIN[module]}.{kind}", tensor
     else:
         raise CheckpointError(
-            f"Megatron's tensor '{_LAYERS}{suffix}' belongs to no Qwen2, Qwen3 or Llama model, which are all that is supported."
+            f"Megatron's tensor '{LAYERS}{suffix}' belongs to no Qwen2, Qwen3 or Llama model, which are all that is supported."
         )
 
 
 def _refuse_foreign(checkpoint: MegatronCheckpoint) -> None:
     for key in checkpoint.shapes:
-        ours = key in (EMBEDDING, HEAD, FINAL_NORM) or key.startswith(_LAYERS) or "_extra_state" in key
+        ours = key in (EMBEDDING, HEAD, FINAL_NORM) or key.startswith(LAYERS) or "_extra_state" in key
         if key.startswith(("decoder.", "embedding.", "output_layer.")) and not ours:
             raise CheckpointError(f"Megatron's tensor '{key}' belongs to no Qwen2, Qwen3 or Llama model, which are all that is supported.")

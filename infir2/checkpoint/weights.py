@@ -16,7 +16,7 @@ from infir2.checkpoint.store import open_checkpoint
 from infir2.config.schema import Fp8Section
 from infir2.errors import CheckpointError
 from infir2.model import Decoder, ModelConfig
-from infir2.model.files import HfWeights, read_json
+from infir2.model.files import HfWeights, all_finite, read_json
 from infir2.model.hf import SCALE_SUFFIX
 from infir2.numerics import Fp8Linear, Fp8Tensor, convert_to_fp8, dequantize
 
@@ -70,17 +70,21 @@ class Weights:
         tensor = self.tensors[name]
         if tuple(tensor.shape) != self.shapes[name]:
             raise CheckpointError(f"{self.origin}: '{name}' is {list(tensor.shape)}, not {list(self.shapes[name])} as its config says.")
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise CheckpointError(f"{self.origin}: '{name}' holds NaN or Inf and is not exported; go back to an older checkpoint.")
         return tensor
 
     def bf16(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight rounded to BF16, in the model's order: the one source of FP8 codes and of BF16 exports."""
         for name in self.shapes:
-            tensor = self.read(name).to(torch.bfloat16)
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{self.origin}: '{name}' has values beyond the range of BF16; such a model is not exported.")
-            yield name, tensor
+            yield name, self.read_bf16(name)
+
+    def read_bf16(self, name: str) -> Tensor:
+        """One weight rounded to BF16; raises as `read`."""
+        tensor = self.read(name).to(torch.bfloat16)
+        if not all_finite(tensor):
+            raise CheckpointError(f"{self.origin}: '{name}' has values beyond the range of BF16; such a model is not exported.")
+        return tensor
 
     @property
     def num_bf16_bytes(self) -> int:

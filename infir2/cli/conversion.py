@@ -8,21 +8,25 @@ from infir2.errors import ConfigError
 
 
 def export(arguments: Sequence[str]) -> None:
-    """infir2 export hf RUN --to DIR | infir2 export fp8 HF_DIR --to DIR"""
-    parser = Parser(prog="infir2 export", description="Writes a model as a Hugging Face directory that other software loads.")
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="hf|fp8", parser_class=Parser)
+    """infir2 export hf RUN --to DIR | export fp8 HF_DIR --to DIR | export megatron RUN_OR_HF_DIR --to DIR"""
+    parser = Parser(prog="infir2 export", description="Writes a model in a form that other software loads.")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="hf|fp8|megatron", parser_class=Parser)
     hf = kinds.add_parser("hf", help="a checkpoint's weights in BF16")
     hf.add_argument("source", type=Path, metavar="RUN", help="run directory (newest checkpoint) or a checkpoint in it")
     fp8 = kinds.add_parser("fp8", help="a BF16 Hugging Face directory in block-wise FP8")
     fp8.add_argument("source", type=Path, metavar="HF_DIR", help="Hugging Face directory in BF16")
     fp8.add_argument("--scale-format", choices=("pow2", "fp32"), default="pow2", help="as in training, fp8.scale_format (default pow2)")
-    for kind in (hf, fp8):
+    megatron = kinds.add_parser("megatron", help="BF16 weights as a Megatron-core torch_dist checkpoint")
+    megatron.add_argument("source", type=Path, metavar="SRC", help="run directory, a checkpoint in it, or a BF16 Hugging Face directory")
+    for kind in (hf, fp8, megatron):
         kind.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory to write; it must not exist")
     words = parser.parse_args(arguments)
-    from infir2.checkpoint import export_fp8, export_hf
+    from infir2.checkpoint import export_fp8, export_hf, export_megatron
 
     if words.kind == "hf":
         export_hf(words.source, words.to)
+    elif words.kind == "megatron":
+        export_megatron(words.source, words.to)
     else:
         export_fp8(words.source, words.to, words.scale_format)
 
@@ -35,7 +39,7 @@ def import_(arguments: Sequence[str]) -> None:
     fp8.add_argument("source", type=Path, metavar="SRC", help="Hugging Face directory with weight_scale_inv tensors")
     hf = kinds.add_parser("hf", help="what transformers can load: a .gguf file, or a model directory")
     hf.add_argument("source", type=Path, metavar="SRC", help="model directory or .gguf file")
-    megatron = kinds.add_parser("megatron", help="a Megatron-core distributed checkpoint")
+    megatron = kinds.add_parser("megatron", help="a Megatron-core checkpoint, or a torch distributed one with Hugging Face's names")
     megatron.add_argument(
         "source", type=Path, metavar="SRC", help="checkpoint directory (with metadata.json), or the run's with its tracker"
     )

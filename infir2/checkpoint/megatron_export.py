@@ -1,0 +1,182 @@
+"""Our weights as a Megatron-core `torch_dist` checkpoint, which `dist_checkpointing.load` reads into a GPTModel.
+
+Layers are stacked in a leading dimension, one chunk per layer, so that memory holds one layer's matrix. `megatron.py` has the
+keys. Modules' `_extra_state` entries, which a GPTModel asks for, are written empty.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from infir2.checkpoint.megatron import EMBEDDING, FINAL_NORM, HEAD, LAYERS
+from infir2.checkpoint.progress import byte_progress
+from infir2.checkpoint.weights import Weights, hf_weights, run_weights
+from infir2.errors import CheckpointError, OutputExistsError
+from infir2.model import ModelConfig
+
+_QKV = [f"self_attn.{part}_proj" for part in "qkv"]
+_LAYER = {
+    "self_attention.linear_qkv.layer_norm_weight": ["input_layernorm.weight"],
+    "self_attention.linear_qkv.weight": [f"{name}.weight" for name in _QKV],
+    "self_attention.linear_qkv.bias": [f"{name}.bias" for name in _QKV],
+    "self_attention.q_layernorm.weight": ["self_attn.q_norm.weight"],
+    "self_attention.k_layernorm.weight": ["self_attn.k_norm.weight"],
+    "self_attention.linear_proj.weight": ["self_attn.o_proj.weight"],
+    "self_attention.linear_proj.bias": ["self_attn.o_proj.bias"],
+    "mlp.linear_fc1.layer_norm_weight": ["post_attention_layernorm.weight"],
+    "mlp.linear_fc1.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "mlp.linear_fc1.bias": ["mlp.gate_proj.bias", "mlp.up_proj.bias"],
+    "mlp.linear_fc2.weight": ["mlp.down_proj.weight"],
+    "mlp.linear_fc2.bias": ["mlp.down_proj.bias"],
+}
+_EXTRA_STATES = [f"self_attention.{name}" for name in ("linear_qkv", "core_attention", "linear_proj")] + [
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+]
+_METADATA = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What is written at one time: Hugging Face tensors `names` as (a layer of) Megatron's tensor `key` of `shape`."""
+
+    key: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]  # of this piece, without the leading dimension of layers
+    layer: int = -1  # -1: not stacked
+
+
+def export_megatron(src: str | Path, out: str | Path) -> None:
+    """Write a run's weights (newest checkpoint, or the one named) or a BF16 Hugging Face directory as `torch_dist`, in BF16.
+
+    `out` gets the `release` directory and the tracker file that Megatron's `--load` expects. Raises OutputExistsError,
+    CheckpointError (bad source, full disk); nothing is left at `out` then.
+    """
+    src, out = Path(src), Path(out)
+    if out.exists():
+        raise OutputExistsError(f"{out}: exists already; name a directory that does not, nothing was written.")
+    weights = hf_weights(src, quantized=False) if (src / "config.json").is_file() else run_weights(src)
+    config = ModelConfig.from_hf(weights.config)
+    work = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:12]}")
+    try:
+        _write(work / "release", weights, config)
+        (work / "latest_checkpointed_iteration.txt").write_text("release\n")
+        work.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written ({error.strerror or error}); make room or choose another place.") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(directory: Path, weights: Weights, config: ModelConfig) -> None:
+    directory.mkdir(parents=True)
+    with byte_progress(f"exporting {directory.parent.name}", weights.num_bf16_bytes) as on_bytes, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch remarks that no process group runs
+        planner = _Planner(list(_pieces(weights.shapes, config.num_layers)), weights, config, on_bytes)
+        try:
+            dcp.save({}, storage_writer=dcp.FileSystemWriter(directory), planner=planner, no_dist=True)
+        except dcp.api.CheckpointException as error:
+            raise error.failures[0][0] from None
+    torch.save({"iteration": 0, "checkpoint_version": 3.0, "args": _arguments(config)}, directory / "common.pt")
+    (directory / "metadata.json").write_text(json.dumps(_METADATA))
+
+
+def _pieces(shapes: dict[str, tuple[int, ...]], num_layers: int) -> Iterator[_Piece]:
+    left = set(shapes)
+    for key, name in ((EMBEDDING, "model.embed_tokens.weight"), (FINAL_NORM, "model.norm.weight"), (HEAD, "lm_head.weight")):
+        if name in left:  # a tied model has no head
+            left.discard(name)
+            yield _Piece(key, (name,), shapes[name])
+    for layer in range(num_layers):
+        for suffix, parts in _LAYER.items():
+            names = tuple(f"model.layers.{layer}.{part}" for part in parts)
+            if left.issuperset(names):
+                left.difference_update(names)
+                rows = sum(shapes[name][0] for name in names)
+                yield _Piece(LAYERS + suffix, names, (rows, *shapes[names[0]][1:]), layer)
+    assert not left, f"no place in Megatron for {sorted(left)}"
+
+
+class _Planner(dcp.DefaultSavePlanner):
+    """Plans one write per piece and makes each piece when it is written."""
+
+    def __init__(self, pieces: list[_Piece], weights: Weights, config: ModelConfig, on_bytes: Callable[[int], None]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._weights, self._config, self._on_bytes = weights, config, on_bytes
+        self._pieces = {self._index(piece): piece for piece in pieces}
+
+    def create_local_plan(self) -> SavePlan:
+        items = [self._item(index, piece) for index, piece in self._pieces.items()]
+        layers = self._config.num_layers
+        for module in _EXTRA_STATES:
+            for layer in range(layers):
+                index = MetadataIndex(f"{LAYERS}{module}._extra_state/shard_{layer}_{layers}")
+                items.append(WriteItem(index, WriteItemType.BYTE_IO))
+        return SavePlan(items)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            nothing = io.BytesIO()
+            torch.save([None], nothing)  # a list of the shards of one rank
+            return nothing
+        piece = self._pieces[write_item.index]
+        tensors = [self._weights.read_bf16(name) for name in piece.names]
+        if "linear_qkv." in piece.key and len(tensors) == 3:  # per group its queries, its key, its value
+            groups = self._config.num_kv_heads
+            tensors = [torch.cat([part.reshape(groups, -1, *part.shape[1:]) for part in tensors], dim=1)]
+        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        self._on_bytes(2 * whole.numel())
+        return whole.reshape(piece.shape if piece.layer < 0 else (1, *piece.shape))
+
+    @staticmethod
+    def _index(piece: _Piece) -> MetadataIndex:
+        offsets = (0,) * len(piece.shape) if piece.layer < 0 else (piece.layer, *(0 for _ in piece.shape))
+        return MetadataIndex(piece.key, torch.Size(offsets))
+
+    def _item(self, index: MetadataIndex, piece: _Piece) -> WriteItem:
+        stacked = piece.layer >= 0
+        sizes = torch.Size((1, *piece.shape) if stacked else piece.shape)
+        size = torch.Size((self._config.num_layers, *piece.shape) if stacked else piece.shape)
+        assert index.offset is not None
+        data = TensorWriteData(ChunkStorageMetadata(index.offset, sizes), TensorProperties(dtype=torch.bfloat16), size)
+        return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+
+def _arguments(config: ModelConfig) -> argparse.Namespace:
+    """Megatron's own words for the shape, which it compares with those of the command that loads."""
+    values: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_size,
+        "num_attention_heads": config.num_heads,
+        "group_query_attention": True,
+        "num_query_groups": config.num_kv_heads,
+        "kv_channels": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "norm_epsilon": config.rms_eps,
+        "normalization": "RMSNorm",
+        "rotary_base": config.rope_theta,
+        "position_embedding_type": "rope",
+        "add_position_embedding": False,
+        "use_rope_scaling": config.rope_scaling is not None,
+        "add_bias_linear": config.mlp_bias,
+        "add_qkv_bias": config.qkv_bias,
+        "qk_layernorm": config.qk_norm,
+        "swiglu": True,
+        "untie_embeddings_and_output_weights": not config.tie_embeddings,
+        "padded_vocab_size": config.vocab_size,
+    }
+    return argparse.Namespace(**values)
