@@ -44,8 +44,8 @@ BYTES = {
     "gradient": 4 + 2 * SCALE,
     "input": 4 + SCALE,
     "transpose": 2 + SCALE,
-    "weight, one way": 5,
-    "weight, both ways": 6,
+    "weight": 5,
+    "transpose bytes": 2,
     "norm": 4,
     "norm quantize": 3 + SCALE,
     "norm transposed": 3,
@@ -56,7 +56,7 @@ BYTES = {
     "swiglu backward": 10,
     "swiglu backward quantize": 10 + 4 * SCALE,
 }
-PLAIN = ("transpose", "norm", "norm backward", "swiglu", "swiglu backward")  # no scale format
+PLAIN = ("transpose", "transpose bytes", "norm", "norm backward", "swiglu", "swiglu backward")  # no scale format
 
 
 def milliseconds(call: Callable[[], Any], rep: int = 40) -> float:
@@ -128,12 +128,12 @@ def calls(rows: int, columns: int, pow2: bool) -> dict[str, Callable[[], Any]]:
         "gradient": lambda: matrix.quantize_rows_and_columns(x, pow2),
         "input": lambda: matrix.quantize_rows_and_tiles(x, pow2),
         "transpose": lambda: matrix.transpose_rows(codes, scale),
-        "weight, one way": lambda: matrix.quantize_tiles(master, pow2, True),
-        "weight, both ways": lambda: matrix.quantize_tiles_both_ways(master, pow2, True),
+        "weight": lambda: matrix.quantize_tiles(master, pow2, True),
+        "transpose bytes": lambda: matrix.transpose_bytes(codes),
         "norm": lambda: norm.rms_norm(x, weight, 1e-6),
         "norm quantize": lambda: norm.rms_norm_quantize(x, weight, 1e-6, pow2),
         "norm transposed": lambda: norm.rms_norm_transposed(x, rstd, weight, pow2),
-        "norm backward": lambda: norm.rms_norm_backward(other, x, rstd, weight),
+        "norm backward": lambda: norm.rms_norm_backward(other, x, rstd, weight, None),
         "swiglu": lambda: swiglu.swiglu(gate, up),
         "swiglu quantize": lambda: swiglu.swiglu_quantize(gate, up, pow2),
         "swiglu transposed": lambda: swiglu.swiglu_transposed(gate, up, pow2),
@@ -272,14 +272,13 @@ def _warps(*pairs: tuple[int, int | None]) -> list[dict[str, int]]:
 TILES = _warps((4, None), (8, None), (4, 168), (4, 128), (8, 128), (8, 96), (8, 80))
 TUNED = {
     "rows": (matrix.ROWS_CONFIG, [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 2), (16, 4), (64, 4))]),
-    "gradient": (matrix.TILE_CONFIG, TILES),
-    "input": (matrix.TILE_CONFIG, TILES),
+    "gradient": (matrix.GRADIENT_CONFIG, TILES),
+    "input": (matrix.INPUT_CONFIG, TILES),
     "transpose": (matrix.TILE_CONFIG, _warps((4, None), (8, None), (8, 128), (8, 64), (16, 64))),
-    "weight, both ways": (matrix.TILE_CONFIG, _warps((4, None), (8, None), (8, 128))),
-    "norm transposed": (matrix.TILE_CONFIG, TILES),
-    "swiglu transposed": (matrix.TILE_CONFIG, TILES),
+    "norm transposed": (norm.TRANSPOSED_CONFIG, TILES),
+    "swiglu transposed": (swiglu.TRANSPOSED_CONFIG, TILES),
     "swiglu quantize": (matrix.ROWS_CONFIG, [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 4), (32, 4), (64, 8))]),
-    "swiglu backward quantize": (swiglu.BACKWARD_QUANTIZE_CONFIG, TILES),
+    "swiglu backward quantize": (swiglu.BACKWARD_QUANTIZE_CONFIG, [*TILES, *_warps((8, 168), (8, 144), (16, 128), (16, 96))]),
     "norm quantize": (
         norm.FORWARD_CONFIG,
         [{"values": v, "num_warps": w} for v, w in ((1024, 1), (2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 8))],
@@ -294,10 +293,11 @@ TUNED = {
 }
 
 
-def tune(results: dict[str, Any], copy: dict[str, float]) -> None:
+def tune(results: dict[str, Any], copy: dict[str, float], names: list[str]) -> None:
     """Share of the copy bandwidth by launch configuration, both formats, at 150 M and 25 M elements."""
     peak = max(copy.values())
-    for name, (config, variants) in TUNED.items():
+    for name in names:
+        config, variants = TUNED[name]
         before = dict(config)
         for variant in variants:
             config.clear()
@@ -323,6 +323,7 @@ def main() -> None:
     """Run the sections; an error in one is printed and recorded, and the others still run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the raw numbers")
+    parser.add_argument("--tune", default="", help="only these kernels in the section `tune`, comma-separated")
     parser.add_argument("--sections", default="bits,gemm_correctness,quantisers,gemms,layers,host,tune", help="comma-separated")
     arguments = parser.parse_args()
     report: dict[str, Any] = {"environment": environment(), "command": sys.argv, "seconds": {}, "copy": {}}
@@ -336,7 +337,7 @@ def main() -> None:
         "gemms": gemms,
         "layers": layers,
         "host": host,
-        "tune": lambda results: tune(results, report["copy"]),
+        "tune": lambda results: tune(results, report["copy"], arguments.tune.split(",") if arguments.tune else list(TUNED)),
     }
     for name in arguments.sections.split(","):
         start = time.perf_counter()

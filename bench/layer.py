@@ -47,7 +47,10 @@ class Layer:
 
     def quantize_weights(self) -> None:
         """Both layouts of every weight from its FP32 master: once per optimizer step."""
-        self.quantized = {name: fp8.quantize_weight(master) for name, master in self.masters.items()}
+        self.quantized = {}
+        for name, master in self.masters.items():
+            codes = fp8.quantize_weight(master)
+            self.quantized[name] = (codes, fp8.transpose(codes))
 
     def variants(self) -> dict[str, Callable[[], Any]]:
         """What is timed, by name."""
@@ -93,10 +96,10 @@ class Layer:
         y @ self.weights["down"].t()
         grad_y = self._bf16_backward("down", y, self.gradients["down"])
         grad_second = self._bf16_backward("gate_up", second, fp8.swiglu_backward(grad_y, self.gate, self.up))
-        fp8.rms_norm_backward(grad_second, hidden, second_rstd, self.norm_weight)
+        fp8.rms_norm_backward(grad_second, hidden, second_rstd, self.norm_weight, None)
         self._bf16_backward("o", self.inputs["o"], self.gradients["o"])
         grad_normed = self._bf16_backward("qkv", normed, self.gradients["qkv"])
-        fp8.rms_norm_backward(grad_normed, hidden, rstd, self.norm_weight)
+        fp8.rms_norm_backward(grad_normed, hidden, rstd, self.norm_weight, None)
 
     def fp8_layer(self) -> None:
         """The same in FP8, quantisers fused into norm, SwiGLU and SwiGLU's backward."""
@@ -112,10 +115,10 @@ class Layer:
         grad_y = self._fp8_backward("down", fp8.transpose(y), *fp8.quantize_gradient(self.gradients["down"]))
         gradient = fp8.swiglu_backward_quantize(grad_y, self.gate, self.up)
         grad_second = self._fp8_backward("gate_up", fp8.transpose(second), *gradient)
-        fp8.rms_norm_backward(grad_second, hidden, second_rstd, self.norm_weight)
+        fp8.rms_norm_backward(grad_second, hidden, second_rstd, self.norm_weight, None)
         self._fp8_backward("o", attended_t, *fp8.quantize_gradient(self.gradients["o"]))
         grad_normed = self._fp8_backward("qkv", fp8.transpose(normed), *fp8.quantize_gradient(self.gradients["qkv"]))
-        fp8.rms_norm_backward(grad_normed, hidden, rstd, self.norm_weight)
+        fp8.rms_norm_backward(grad_normed, hidden, rstd, self.norm_weight, None)
 
     def _bf16_backward(self, name: str, x: Tensor, grad: Tensor) -> Tensor:
         grad.t() @ x

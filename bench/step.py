@@ -22,10 +22,20 @@ from typing import Any
 
 import torch
 
-from infir2.config.schema import Fp8Section, OptimizerSection, ShapeSection
+from infir2.config.schema import (
+    DataSection,
+    Fp8Section,
+    ModelSection,
+    OptimizerSection,
+    ScheduleSection,
+    ShapeSection,
+    TrainRecipe,
+    TrainSection,
+)
 from infir2.model import Decoder, ModelConfig
 from infir2.numerics import Fp8Linear, Memory, convert_to_fp8, forget, gemm_backends, token_logprobs
-from infir2.train.optimizer import make_optimizer
+from infir2.train.ledger import gpu_ledger
+from infir2.train.optimizer import make_optimizer, set_learning_rate
 
 _KEYS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "vocab_size", "tie_embeddings")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -48,15 +58,34 @@ class Case:
     layers: int = 28
     optimizer: bool = True
     scale_format: str = "pow2"
+    states: str = "fp32"
+    gradients: str = "fp32"
+    head_chunk_tokens: int = 2048
 
     @property
     def tokens(self) -> int:
         return self.sequences * self.length
 
+    def recipe(self) -> TrainRecipe:
+        """The keys that a user would set for this line."""
+        memory = self.memory
+        recompute = "full" if self.recompute == "full" else memory.recompute
+        pre = "fp8" if memory.pre_activations == "fp8" else "bfloat16"
+        return TrainRecipe(
+            model=ModelSection(recompute=recompute, pre_activations=pre),
+            fp8=Fp8Section(enabled=self.fp8, scale_format=self.scale_format, keep_transposed=memory.keep_transposed_weights),
+            data=DataSection(micro_batch_tokens=self.tokens),
+            optimizer=OptimizerSection(states=self.states, gradients=self.gradients),
+            schedule=ScheduleSection(learning_rate=1e-5),
+            train=TrainSection(head_chunk_tokens=self.head_chunk_tokens),
+        )
+
 
 SAVED = Memory(pre_activations="fp8")
 LEAN = Memory(recompute="selective", pre_activations="fp8")
 SELECTIVE = Memory(recompute="selective")
+LEANEST = Memory(recompute="selective", pre_activations="fp8", keep_transposed_weights=False)
+BEST = {"states": "fp8", "gradients": "bf16", "head_chunk_tokens": 1024}
 CASES: dict[str, dict[str, Case]] = {
     "1.5B-8k": {
         "BF16": Case("1.5B", 2, 8192, False),
@@ -65,6 +94,7 @@ CASES: dict[str, dict[str, Case]] = {
         "BF16, selective recompute": Case("1.5B", 2, 8192, False, SELECTIVE),
         "FP8, selective recompute": Case("1.5B", 2, 8192, True, SELECTIVE),
         "FP8, gate/up in FP8, selective recompute": Case("1.5B", 2, 8192, True, LEAN),
+        "FP8, least memory without full recompute": Case("1.5B", 2, 8192, True, LEANEST, **BEST),
         "FP8, fp32 scales": Case("1.5B", 2, 8192, True, scale_format="fp32"),
     },
     "1.5B-32k": {"BF16": Case("1.5B", 1, 32768, False, recompute="full"), "FP8": Case("1.5B", 1, 32768, True, recompute="full")},
@@ -88,18 +118,23 @@ class Step:
             for name, parameter in model.named_parameters():
                 parameter.normal_(0, 0.02) if parameter.ndim == 2 else parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         model.memory, model.recompute = case.memory, case.recompute
-        self.model = convert_to_fp8(model, Fp8Section(enabled=case.fp8, scale_format=case.scale_format))
-        self.optimizer = make_optimizer(self.model, OptimizerSection()) if case.optimizer else None
+        recipe = case.recipe()
+        self.model = convert_to_fp8(model, recipe.fp8)
+        self.optimizer = make_optimizer(self.model, recipe.optimizer) if case.optimizer else None
         self.ids = torch.randint(0, shape.vocab_size, (case.tokens,), device="cuda")
         self.positions = torch.arange(case.length, device="cuda").repeat(case.sequences)
         self.bounds = torch.arange(0, case.tokens + 1, case.length)
         self.activations = 0
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, measure_activations: bool = False) -> torch.Tensor:
+        if measure_activations:  # the FP8 copies of the weights are made before, so that they do not count
+            self._touch()
         before = torch.cuda.memory_allocated()
         hidden = self.model.hidden_states(self.ids, self.positions, self.bounds)
-        self.activations = torch.cuda.memory_allocated() - before
-        logprobs, _ = token_logprobs(hidden, self.model.head_weight, self.ids.roll(-1), chunk_tokens=2048)
+        if measure_activations:
+            self.activations = torch.cuda.memory_allocated() - before
+        chunk = self.case.head_chunk_tokens
+        logprobs, _ = token_logprobs(hidden, self.model.head_weight, self.ids.roll(-1), chunk_tokens=chunk, uniform_gradient=True)
         return -logprobs.mean()
 
     def update(self) -> None:
@@ -131,6 +166,7 @@ class Step:
             ):
                 whole = stack(layers)
                 assert whole is not None
+                whole.operand()
                 whole.operand_t(self.case.memory.keep_transposed_weights)
 
 
@@ -145,7 +181,7 @@ def measure(case: Case, steps: int) -> dict[str, float]:
             torch.cuda.reset_peak_memory_stats()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
         events[0].record()
-        loss = step.forward()
+        loss = step.forward(measure_activations=index == 1)
         events[1].record()
         loss.backward()
         events[2].record()
@@ -158,6 +194,8 @@ def measure(case: Case, steps: int) -> dict[str, float]:
     forward, backward, update = (statistics.median(span[i] for span in spans) for i in range(3))
     result = {"forward": forward, "backward": backward, "update": update, "total": statistics.median(sum(span) for span in spans)}
     result |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "activations_gib": step.activations / 2**30}
+    ledger = gpu_ledger(step.model.config, case.recipe())
+    result |= {"ledger_gib": sum(ledger.values()) / 2**30, **{f"ledger {name}": size / 2**30 for name, size in ledger.items()}}
     result |= {"tflops": flops(case) / (forward + backward) / 1e9, "tokens_per_second": case.tokens / result["total"] * 1e3}
     if case.fp8:
         torch.cuda.synchronize()
@@ -176,6 +214,29 @@ def flops(case: Case) -> float:
     layer = d * (n + 2 * g) * head + n * head * d + 3 * d * f
     parameters = case.layers * layer + s["vocab_size"] * d
     return 6.0 * parameters * case.tokens + 6.0 * case.layers * case.tokens * case.length * n * head
+
+
+def train_7b(text: Path, steps: int) -> dict[str, Any]:
+    """All parameters of 7B on one GPU, 8,192 bytes of text a step (a byte is a token): losses and the peak.
+
+    FP32 masters and clipping; 8-bit moments, BF16 gradients, full recompute, one layout of the FP8 weights.
+    """
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = Step(Case("7B", 1, 8192, True, Memory(keep_transposed_weights=False), recompute="full", **BEST))
+    assert step.optimizer is not None
+    data = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
+    losses, times = [], []
+    for index in range(steps):
+        set_learning_rate(step.optimizer, 1e-4 * min(1.0, (index + 1) / 5))
+        step.ids = data[index * 8192 : (index + 1) * 8192].cuda()
+        start = time.perf_counter()
+        loss = step.forward()
+        loss.backward()
+        step.update()
+        losses.append(loss.item())
+        times.append(time.perf_counter() - start)
+    return {"losses": losses, "seconds_per_step": statistics.median(times[2:]), "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def profile(case: Case) -> list[tuple[str, float, int]]:
@@ -240,6 +301,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--profile", action="store_true", help="also the kernels of one step of 1.5B-8k")
+    parser.add_argument("--train-7b", type=Path, metavar="TEXT", help="also 20 steps of 7B, all parameters, on this text")
     parser.add_argument("--peer", action="store_true", help="also Hugging Face + Liger")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -256,8 +318,11 @@ def main() -> None:
                 report[f"{name} {label}"] = {"error": str(error)[:200]}
                 print(f"{name} {label}: out of memory", flush=True)
                 continue
-            print(f"{name} {label:42s}", {key: round(value, 2) for key, value in row.items()}, flush=True)
+            print(f"{name} {label:42s}", {k: round(v, 2) for k, v in row.items() if not k.startswith("ledger ")}, flush=True)
             arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if arguments.train_7b:
+        report["7B, all parameters"] = row = train_7b(arguments.train_7b, 20)
+        print("7B, all parameters on one GPU:", row, flush=True)
     if arguments.profile:
         for label in ("FP8", "BF16"):
             report[f"profile {label}"] = rows = profile(CASES["1.5B-8k"][label])

@@ -187,12 +187,13 @@ class _FeedForward(torch.autograd.Function):
         gate, up = pre.chunk(2, dim=1)
         y: Operand = kernels().swiglu_quantize(gate, up, down.scale_format) if down.scale_format else kernels().swiglu_product(gate, up)
         out = product(y, down.operand(), add=x)
-        kept_pre: Operand = kernels().quantize(pre) if memory.pre_activations == "fp8" else pre
+        small = memory.pre_activations == "fp8"
+        kept_pre: Operand = kernels().quantize(pre) if small else pre
         kept_normed = normed if memory.keeps_norms(gate_up.scale_format) else None
         kept_y = None
         if memory.keeps_products():  # "fp32" codes cannot be transposed: the second layout is kept instead
             kept_y = kernels().swiglu_transposed(gate, up, "fp32") if down.scale_format == "fp32" else y
-        parts = [_tensors(kept) for kept in (kept_pre, kept_normed, kept_y)]
+        parts = [_tensors(kept_pre, small), _tensors(kept_normed), _tensors(kept_y, small)]
         ctx.save_for_backward(x, weight, rstd, *(t for part in parts for t in part))
         ctx.counts = [len(part) for part in parts]
         ctx.gate_up, ctx.down, ctx.memory, ctx.eps = gate_up, down, memory, eps
@@ -205,7 +206,7 @@ class _FeedForward(torch.autograd.Function):
         pre_count, normed_count, _ = ctx.counts
         kept_normed, kept_y = rest[pre_count : pre_count + normed_count], rest[pre_count + normed_count :]
         gate_up, down, keep = ctx.gate_up, ctx.down, ctx.memory.keep_transposed_weights
-        pre = rest[0] if pre_count == 1 else kernels().dequantize(Fp8Tensor(rest[0], rest[1], ROW_BLOCK, "pow2"))
+        pre = rest[0] if pre_count == 1 else kernels().dequantize(_restored(rest[0], rest[1], ROW_BLOCK, "pow2"))
         gate, up = pre.chunk(2, dim=1)
         rows, columns = _gradient(grad, down.scale_format)
         down_weights = _weight_gradients(
@@ -258,9 +259,9 @@ def _product_t(gate: Tensor, up: Tensor, kept: Sequence[Tensor], scale_format: s
     if not scale_format:
         return kept[0] if kept else kernels().swiglu_product(gate, up)
     if kept and scale_format == "fp32":
-        return Fp8Tensor(kept[0], kept[1], TILE_BLOCK, scale_format)
+        return _restored(kept[0], kept[1], TILE_BLOCK, scale_format)
     if kept:
-        return kernels().transpose(Fp8Tensor(kept[0], kept[1], ROW_BLOCK, scale_format))
+        return kernels().transpose(_restored(kept[0], kept[1], ROW_BLOCK, scale_format))
     return kernels().swiglu_transposed(gate, up, scale_format)
 
 
@@ -322,10 +323,20 @@ def _identity(layer: nn.Linear) -> Tensor:
     return layer.weight if layer.weight is not None else layer.code_bytes
 
 
-def _tensors(kept: Operand | None) -> tuple[Tensor, ...]:
-    if kept is None:
-        return ()
-    return (kept.codes, kept.scale) if isinstance(kept, Fp8Tensor) else (kept,)
+def _tensors(kept: Operand | None, small: bool = False) -> tuple[Tensor, ...]:
+    """What is saved for the backward; `small`: of a power-of-two scale only the exponent, one byte instead of four."""
+    if kept is None or isinstance(kept, Tensor):
+        return () if kept is None else (kept,)
+    if small and kept.scale_format == "pow2":
+        return kept.codes, (kept.scale.view(torch.int32) >> 23).to(torch.uint8)
+    return kept.codes, kept.scale
+
+
+def _restored(codes: Tensor, scale: Tensor, block: tuple[int, int], scale_format: str) -> Fp8Tensor:
+    """The inverse of `_tensors`; the exponent of a NaN comes back as Inf, which spoils the products as well."""
+    if scale.dtype == torch.uint8:
+        scale = (scale.to(torch.int32) << 23).view(torch.float32)
+    return Fp8Tensor(codes, scale, block, scale_format)
 
 
 def kernels() -> Any:

@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from infir2.errors import ConfigError
 from infir2.numerics.formats import BLOCKS, GROUP, TILE_BLOCK
+from infir2.numerics.kernels.operator import operator
 
 BACKENDS = ("cublas", "deepgemm", "emulation")
 _ALIGNMENT = 16
@@ -66,6 +67,7 @@ class Operand:
         return self.codes.float() * scale
 
 
+@cache
 def missing_block_scaling(device: torch.device) -> str | None:
     """Why this device has no block-scaled FP8 GEMM, as the end of a sentence; None where it has one."""
     if device.type != "cuda":
@@ -109,7 +111,7 @@ def gemm_nt(
     return _gemm_nt(a_codes, a_scale, b_codes, b_scale, a_block[0], b_block[0], out_dtype, chosen)
 
 
-@torch.library.custom_op("infir2::gemm_nt", mutates_args=())
+@operator("infir2::gemm_nt")
 def _gemm_nt(
     a_codes: Tensor, a_scale: Tensor, b_codes: Tensor, b_scale: Tensor, a_rows: int, b_rows: int, out_dtype: torch.dtype, backend: str
 ) -> Tensor:
@@ -138,7 +140,9 @@ def candidates(a: Operand, b: Operand, out_dtype: torch.dtype) -> tuple[str, ...
     """Backends that can multiply these operands on their device, the safe choice first; emulation only where alone."""
     if missing_block_scaling(a.codes.device) or a.block_rows == b.block_rows == TILE_BLOCK[0]:
         return ("emulation",)
-    if a.block_rows == 1 and (b.block_rows == 1) == (out_dtype == torch.float32) and deep_gemm() is not None:
+    # DeepGEMM's tiles: shapes that do not fill one are not compiled.
+    filled = a.codes.shape[0] >= 64 and b.codes.shape[0] % 64 == 0 and a.codes.shape[1] % GROUP == 0
+    if filled and a.block_rows == 1 and (b.block_rows == 1) == (out_dtype == torch.float32) and deep_gemm() is not None:
         return ("cublas", "deepgemm")
     return ("cublas",)
 
@@ -171,7 +175,8 @@ def _cublas_scale(operand: Operand) -> Tensor:
     """1x128: strides (1, R). 128x128: transposed, [K / 128 padded to a multiple of 4, R / 128], strides (1, that)."""
     scale = operand.scale
     if operand.block_rows == 1:
-        return scale if scale.stride() == (1, scale.shape[0]) else scale.t().contiguous().t()
+        strides = (1, scale.shape[0])
+        return scale if scale.stride() == strides else torch.empty_strided(scale.shape, strides, device=scale.device).copy_(scale)
     blocks, num_groups = scale.shape
     wide = -(-num_groups // 4) * 4
     fits = scale.storage_offset() + blocks * wide <= scale.untyped_storage().nbytes() // scale.element_size()
@@ -250,12 +255,19 @@ def _rounded(size: int) -> int:
     return -(-size // step) * step
 
 
+_chosen: dict[Hashable, str] = {}  # by exact shape, in this process: a look-up that costs no string
+
+
 def _fastest(a: Operand, b: Operand, out_dtype: torch.dtype, usable: tuple[str, ...]) -> str:
     if torch.are_deterministic_algorithms_enabled():
         return usable[0]
+    at_hand = (a.codes.device, a.codes.shape, b.codes.shape, a.block_rows, b.block_rows, out_dtype, usable)
+    if at_hand in _chosen:
+        return _chosen[at_hand]
     known, key = choices(torch.cuda.get_device_name(a.codes.device)), shape_key(a, b, out_dtype)
     chosen = known.get(key)
     if chosen in usable:
+        _chosen[at_hand] = chosen
         return chosen
     if torch.cuda.is_current_stream_capturing():  # timing would break the capture
         return usable[0]

@@ -35,6 +35,7 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int = 2048,
     with_entropy: bool = False,
+    uniform_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each token's label under `softmax(logits / temperature)`.
 
@@ -45,6 +46,8 @@ def token_logprobs(
         temperature: > 0.
         chunk_tokens: tokens whose logits exist at one time.
         with_entropy: also return the entropy of each distribution, nats.
+        uniform_gradient: the loss is a plain sum, so that every log-probability gets the same gradient. On a GPU the
+            gradients are then made while the logits are there, instead of from logits made again in the backward.
 
     Returns:
         (log-probabilities [T] FP32, differentiable in hidden and head_weight; entropy [T] FP32 without gradient, or None).
@@ -57,6 +60,8 @@ def token_logprobs(
         raise ValueError(f"token_logprobs takes hidden [T, D], head_weight [V, D], labels [T]; got {found}")
     if not temperature > 0 or chunk_tokens < 1:
         raise ValueError(f"temperature must be > 0 and chunk_tokens >= 1; got {temperature} and {chunk_tokens}")
+    if uniform_gradient and fused.serves(hidden) and hidden.shape[0] and torch.is_grad_enabled():
+        return _SummedLogprobs.apply(hidden, head_weight, labels, temperature, chunk_tokens), None
     logprobs, entropy = _TokenLogprobs.apply(hidden, head_weight, labels, temperature, chunk_tokens, with_entropy)
     return logprobs, entropy if with_entropy else None
 
@@ -123,6 +128,39 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(head_weight.dtype), None, None, None, None
 
 
+class _SummedLogprobs(torch.autograd.Function):
+    """Log-probabilities whose gradients are all alike: made for a gradient of one, scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, temperature: float, chunk_tokens: int) -> Tensor:
+        weight = rounded(head_weight, torch.bfloat16, torch.bfloat16)
+        logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        ones = torch.ones_like(logprobs)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros(head_weight.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[1] else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            logits = fp32_product(hidden[chunk], weight.t())
+            logprobs[chunk], normalizer, _ = fused.kernels().label_logprobs(logits, labels[chunk], temperature, False)
+            grad_logits = fused.kernels().label_logprobs_backward(logits, labels[chunk], normalizer, ones[chunk], temperature)
+            _add_products(grad_logits, hidden[chunk], weight, None if grad_hidden is None else grad_hidden[chunk], grad_weight)
+        ctx.grads = (grad_hidden, grad_weight)  # no inputs or outputs, and needed once: not for save_for_backward
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        return *(None if part is None else part.mul_(grad[0]) for part in grads), None, None, None
+
+
+def _add_products(grad_logits: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None) -> None:
+    if grad_x is not None:
+        torch.mm(grad_logits, weight, out=grad_x)
+    if grad_weight is not None:
+        fp32_product(grad_logits.t(), x, grad_weight)
+
+
 def _backward_on_gpu(ctx: Any, grad: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> None:
     """Fill the gradients: logits again in FP32, their gradient in BF16, products summed in FP32."""
     hidden, head_weight, labels, normalizer = ctx.saved_tensors
@@ -135,10 +173,7 @@ def _backward_on_gpu(ctx: Any, grad: Tensor, grad_hidden: Tensor | None, grad_we
             logits, labels[chunk], normalizer[chunk], grad[chunk].contiguous(), ctx.temperature
         )
         del logits
-        if grad_hidden is not None:
-            torch.mm(grad_logits, weight, out=grad_hidden[chunk])
-        if grad_weight is not None:
-            fp32_product(grad_logits.t(), x, grad_weight)
+        _add_products(grad_logits, x, weight, None if grad_hidden is None else grad_hidden[chunk], grad_weight)
 
 
 def _work_dtype(hidden: Tensor) -> torch.dtype:

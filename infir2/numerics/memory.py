@@ -23,5 +23,5 @@ class Memory:
         return self.recompute == "none" and scale_format != "fp32"
 
     def keeps_products(self) -> bool:
-        """Whether silu(gate) * up is kept; it must be where gate and up are rounded, for no exact one could be made again."""
-        return self.recompute == "none" or self.pre_activations == "fp8"
+        """Whether silu(gate) * up is kept. What is made again from gate and up in FP8 is the product of the rounded values."""
+        return self.recompute == "none"

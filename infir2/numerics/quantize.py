@@ -12,6 +12,7 @@ from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_form
 from infir2.numerics.kernels import usable
 from infir2.numerics.reference import dequantize_reference, quantize_reference, transpose_reference
 
+_SMALL, _TOGETHER = 1 << 16, 256
 _INPUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
@@ -23,11 +24,24 @@ class NonFiniteBlocks:
 
     def __init__(self) -> None:
         self._counts: dict[torch.device, Tensor] = {}
+        self._waiting: list[Tensor] = []
 
     def add(self, scale: Tensor) -> None:
         """Count the NaN scales in `scale` (float32, any shape)."""
         if scale.is_meta:
             return
+        if scale.is_cuda and scale.numel() < _SMALL:  # a weight's: counted many at a time, for a launch costs more than the count
+            self._waiting.append(scale)
+            if len(self._waiting) < _TOGETHER:
+                return
+            scale = self._take_waiting()
+        self._add(scale)
+
+    def _take_waiting(self) -> Tensor:
+        waiting, self._waiting = self._waiting, []
+        return torch.cat([scale.flatten() for scale in waiting])
+
+    def _add(self, scale: Tensor) -> None:
         count = self._counts.get(scale.device)
         if count is None:
             with torch.inference_mode(False):  # a tensor born in inference mode could not count outside it
@@ -36,10 +50,13 @@ class NonFiniteBlocks:
 
     def read(self) -> int:
         """Blocks counted since the start or the last `reset`; waits for the devices that counted."""
+        if self._waiting:
+            self._add(self._take_waiting())
         return sum(int(count.item()) for count in self._counts.values())
 
     def reset(self) -> None:
         """Start again from zero."""
+        self._waiting.clear()
         for count in self._counts.values():
             count.zero_()
 

@@ -7,7 +7,7 @@ working memory comes on top. Checked against the allocator by bench/step.py (doc
 from infir2.config.schema import TrainRecipe
 from infir2.model import ModelConfig
 
-_SCALE = 4 / 128  # bytes of a 1x128 scale per code
+_SCALE, _EXPONENT = 4 / 128, 1 / 128  # bytes of a 1x128 scale per code, and of its exponent alone
 
 
 def gpu_ledger(config: ModelConfig, recipe: TrainRecipe) -> dict[str, int]:
@@ -51,8 +51,9 @@ def layer_bytes(config: ModelConfig, recipe: TrainRecipe) -> tuple[int, int]:
     attended = config.num_heads * config.head_dim
     code = 1 + _SCALE if fp8.enabled else 2
     selective = model.recompute == "selective"
-    pre = 2 * f * (1 + _SCALE if model.pre_activations == "fp8" else 2)
-    product = 0 if selective and model.pre_activations == "bfloat16" else f * code
+    small = model.pre_activations == "fp8"
+    pre = 2 * f * (1 + _EXPONENT if small else 2)
+    product = 0 if selective else f * (1 + _EXPONENT if small and fp8.enabled and fp8.scale_format == "pow2" else code)
     norms = 0 if selective or (fp8.enabled and fp8.scale_format == "fp32") else 2 * d * code
     kept = 2 * (2 * d) + 2 * heads + 2 * attended + 4 * config.num_heads + 8 + norms + pre + product
     # grad_y, [dgate | dup] in both layouts, the product's second layout, the stream's gradients

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from infir2.numerics.formats import E4M3, GROUP
 from infir2.numerics.kernels.codec import decode, rescale_tile, round_to_bf16
+from infir2.numerics.kernels.operator import operator
 from infir2.numerics.kernels.tiles import (
     load_tile,
     load_values,
@@ -132,7 +133,7 @@ def as_bytes(codes: Tensor) -> Tensor:
     return codes.view(torch.uint8)
 
 
-@torch.library.custom_op("infir2::quantize_rows", mutates_args=())
+@operator("infir2::quantize_rows")
 def quantize_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     """1x128 blocks of x [R, C]: (codes [R, C], scale [R, ceil(C / 128)])."""
     rows, columns = x.shape
@@ -150,7 +151,7 @@ def _fake_quantize_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     return empty_codes(x, rows, columns), empty_row_scales(x, rows, groups(columns))
 
 
-@torch.library.custom_op("infir2::quantize_rows_and_columns", mutates_args=())
+@operator("infir2::quantize_rows_and_columns")
 def quantize_rows_and_columns(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """1x128 blocks of x [R, C] and of x.T [C, R] from one read: (codes, scale, codes_t, scale_t)."""
     rows, columns = x.shape
@@ -175,7 +176,7 @@ def _fake_quantize_rows_and_columns(x: Tensor, pow2: bool) -> tuple[Tensor, Tens
     )
 
 
-@torch.library.custom_op("infir2::quantize_rows_and_tiles", mutates_args=())
+@operator("infir2::quantize_rows_and_tiles")
 def quantize_rows_and_tiles(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """1x128 blocks of x [R, C] and 128x128 blocks of x.T from one read; "pow2": the latter as `transpose` gives them."""
     x = rows_contiguous(x)
@@ -191,7 +192,7 @@ def _fake_quantize_rows_and_tiles(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor
     return codes, scale, empty_codes(x, columns, rows), empty_tile_scales(x, columns, rows)
 
 
-@torch.library.custom_op("infir2::quantize_transposed", mutates_args=())
+@operator("infir2::quantize_transposed")
 def quantize_transposed(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     """The second layout of `quantize_rows_and_tiles` alone: (codes_t [C, R], scale_t)."""
     x = rows_contiguous(x)
@@ -215,7 +216,7 @@ def _launch_rows_and_tiles(x: Tensor, codes: Tensor, scale: Tensor, codes_t: Ten
         )  # fmt: skip
 
 
-@torch.library.custom_op("infir2::dequantize_rows", mutates_args=())
+@operator("infir2::dequantize_rows")
 def dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
     """BF16 values [R, C] of 1x128 codes."""
     rows, columns = codes.shape
@@ -232,7 +233,7 @@ def _fake_dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
 
 
-@torch.library.custom_op("infir2::transpose_bytes", mutates_args=())
+@operator("infir2::transpose_bytes")
 def transpose_bytes(codes: Tensor) -> Tensor:
     """Codes [C, R] of the transposed matrix, contiguous."""
     rows, columns = codes.shape
@@ -249,7 +250,7 @@ def _fake_transpose_bytes(codes: Tensor) -> Tensor:
     return empty_codes(codes, codes.shape[1], codes.shape[0])
 
 
-@torch.library.custom_op("infir2::transpose_rows", mutates_args=())
+@operator("infir2::transpose_rows")
 def transpose_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """128x128 blocks of the transposed matrix from 1x128 "pow2" codes [R, C]: (codes_t [C, R], scale_t)."""
     rows, columns = codes.shape
@@ -268,7 +269,7 @@ def _fake_transpose_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return empty_codes(codes, columns, rows), empty_tile_scales(codes, columns, rows)
 
 
-@torch.library.custom_op("infir2::quantize_tiles", mutates_args=())
+@operator("infir2::quantize_tiles")
 def quantize_tiles(x: Tensor, pow2: bool, round_to_bf16: bool) -> tuple[Tensor, Tensor]:
     """128x128 blocks of x [R, C], rounded to BF16 first on request: (codes, scale)."""
     x = rows_contiguous(x)

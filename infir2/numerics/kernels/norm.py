@@ -19,6 +19,7 @@ from torch import Tensor
 
 from infir2.numerics.kernels.codec import GROUP, block_scale, encode, magnitude_bits, round_to_bf16, to_float32
 from infir2.numerics.kernels.matrix import as_bytes, empty_codes, empty_row_scales, empty_tile_scales, groups, rows_contiguous
+from infir2.numerics.kernels.operator import operator
 from infir2.numerics.kernels.tiles import load_values, quantize_rows_of, tile_of_program, write_second_layout
 
 # Values that one program holds at a time, and its warps; chosen by bench/kernels.py on an H100.
@@ -113,7 +114,7 @@ def _launch_forward(x: Tensor, weight: Tensor, eps: float, out: Tensor, scale: T
     )  # fmt: skip
 
 
-@torch.library.custom_op("infir2::rms_norm_quantize", mutates_args=())
+@operator("infir2::rms_norm_quantize")
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, pow2: bool) -> tuple[Tensor, Tensor, Tensor]:
     """1x128 blocks of the normed x [T, D] BF16: (codes [T, D], scale [T, ceil(D / 128)], rstd [T] float32)."""
     x = rows_contiguous(x)
@@ -129,7 +130,7 @@ def _fake_rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, pow2: bool) -
     return empty_codes(x, rows, columns), empty_row_scales(x, rows, groups(columns)), rstd
 
 
-@torch.library.custom_op("infir2::rms_norm", mutates_args=())
+@operator("infir2::rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normed x [T, D] in BF16 and rstd [T] float32."""
     x = rows_contiguous(x)
@@ -145,7 +146,7 @@ def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tenso
     return y, torch.empty((rows,), dtype=torch.float32, device=x.device)
 
 
-@torch.library.custom_op("infir2::rms_norm_transposed", mutates_args=())
+@operator("infir2::rms_norm_transposed")
 def rms_norm_transposed(x: Tensor, rstd: Tensor, weight: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     """128x128 blocks of the transposed normed x, made again from x [T, D] and rstd [T]: (codes_t [D, T], scale_t).
 
@@ -169,7 +170,7 @@ def _fake_rms_norm_transposed(x: Tensor, rstd: Tensor, weight: Tensor, pow2: boo
     return empty_codes(x, columns, rows), empty_tile_scales(x, columns, rows)
 
 
-@torch.library.custom_op("infir2::rms_norm_backward", mutates_args=())
+@operator("infir2::rms_norm_backward")
 def rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """(grad_x [T, D] BF16, grad_weight [D] float32) for grad and x [T, D] BF16; run to run the same bits on one GPU.
 

@@ -6,12 +6,12 @@
 is added to the BF16 product and rounded first, as a linear layer of its own would round it.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from infir2.numerics.kernels.codec import round_to_bf16, to_float32
+from infir2.numerics.kernels.operator import operator
 
 _TOKENS = 32
 
@@ -56,7 +56,7 @@ def _rope_kernel(
     tl.store(target + HALF, round_to_bf16(second).to(kind), mask=inside)
 
 
-@torch.library.custom_op("infir2::rope", mutates_args=())
+@operator("infir2::rope")
 def rope(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """Heads of q [T, N, H], k and v [T, G, H] BF16 in one matrix [T, (N + 2 G) H], plus bias, q and k rotated.
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infir2.numerics.kernels.codec import round_to_bf16
+from infir2.numerics.kernels.operator import operator
 
 _CONFIG = {"WIDE": 4096, "num_warps": 8}
 
@@ -56,7 +57,7 @@ def _backward_kernel(logits_ptr, labels_ptr, normalizer_ptr, grad_ptr, out_ptr, 
     tl.store(out_ptr + row * columns + lane, round_to_bf16(grad).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("infir2::label_logprobs", mutates_args=())
+@operator("infir2::label_logprobs")
 def label_logprobs(logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probability of the label, log-sum-exp, entropy), FP32 [T] each, of softmax(logits [T, V] FP32 / temperature)."""
     logprobs, normalizer, entropy = _fake_label_logprobs(logits, labels, temperature, with_entropy)
@@ -73,7 +74,7 @@ def _fake_label_logprobs(logits: Tensor, labels: Tensor, temperature: float, wit
     return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows if with_entropy else 0)
 
 
-@torch.library.custom_op("infir2::label_logprobs_backward", mutates_args=())
+@operator("infir2::label_logprobs_backward")
 def label_logprobs_backward(logits: Tensor, labels: Tensor, normalizer: Tensor, grad: Tensor, temperature: float) -> Tensor:
     """Gradient of the logits [T, V] in BF16, for the gradient [T] of the labels' log-probabilities."""
     out = _fake_label_logprobs_backward(logits, labels, normalizer, grad, temperature)

@@ -28,6 +28,7 @@ from infir2.numerics.kernels.matrix import (
     groups,
     rows_contiguous,
 )
+from infir2.numerics.kernels.operator import operator
 from infir2.numerics.kernels.tiles import (
     load_values,
     quantize_rows_of,
@@ -148,7 +149,7 @@ def _launch_forward(gate: Tensor, up: Tensor, out: Tensor, scale: Tensor, pow2: 
     _forward_kernel[grid](gate, up, out, scale, rows, columns, gate.stride(0), up.stride(0), POW2=pow2, QUANTIZE=quantize, **ROWS_CONFIG)
 
 
-@torch.library.custom_op("infir2::swiglu_quantize", mutates_args=())
+@operator("infir2::swiglu_quantize")
 def swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     """1x128 blocks of silu(gate) * up, both [T, F] BF16: (codes [T, F], scale [T, ceil(F / 128)])."""
     codes, scale = _fake_swiglu_quantize(gate, up, pow2)
@@ -162,7 +163,7 @@ def _fake_swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor,
     return empty_codes(gate, rows, columns), empty_row_scales(gate, rows, groups(columns))
 
 
-@torch.library.custom_op("infir2::swiglu", mutates_args=())
+@operator("infir2::swiglu")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up [T, F] in BF16."""
     out = _fake_swiglu(gate, up)
@@ -175,7 +176,7 @@ def _fake_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.empty(tuple(gate.shape), dtype=gate.dtype, device=gate.device)
 
 
-@torch.library.custom_op("infir2::swiglu_transposed", mutates_args=())
+@operator("infir2::swiglu_transposed")
 def swiglu_transposed(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     """128x128 blocks of the transposed product, made again from gate and up [T, F]: (codes_t [F, T], scale_t).
 
@@ -197,7 +198,7 @@ def _fake_swiglu_transposed(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tenso
     return empty_codes(gate, columns, rows), empty_tile_scales(gate, columns, rows)
 
 
-@torch.library.custom_op("infir2::swiglu_backward_quantize", mutates_args=())
+@operator("infir2::swiglu_backward_quantize")
 def swiglu_backward_quantize(grad: Tensor, gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantised gradient [dgate | dup] for grad, gate, up [T, F] BF16, as g and as g.T.
 
@@ -227,7 +228,7 @@ def _fake_swiglu_backward_quantize(grad: Tensor, gate: Tensor, up: Tensor, pow2:
     )
 
 
-@torch.library.custom_op("infir2::swiglu_backward", mutates_args=())
+@operator("infir2::swiglu_backward")
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """Gradient [dgate | dup] [T, 2F] in BF16 for grad, gate, up [T, F]."""
     rows, columns = grad.shape
