@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from infir2.checkpoint.progress import byte_progress
@@ -23,10 +25,11 @@ from infir2.checkpoint.weights import (
     run_weights,
 )
 from infir2.config.schema import Fp8Section
-from infir2.errors import OutputExistsError
+from infir2.errors import CheckpointError, OutputExistsError
 from infir2.model import ModelConfig
-from infir2.model.hf import SCALE_SUFFIX, quantization_config, write_hf
-from infir2.numerics import quantize
+from infir2.model.files import SCALES_FILE
+from infir2.model.hf import SCALE_SUFFIX, HfWeights, quantization_config, write_hf
+from infir2.numerics import Fp8Tensor, quantize
 
 SHARD_BYTES = 2**30  # a shard is gathered in memory before it is written
 
@@ -60,16 +63,22 @@ def export_fp8(src: str | Path, out: str | Path, scale_format: str = "pow2", hig
     # scales for activations too, as training does.
     section = quantization_config(meta_decoder(weights.config, fp8))
     config = complete_config(weights.config) | {"quantization_config": section}
-    _write(weights, out, _fp8_tensors(weights, names, scale_format), config, "quantising")
+    _write(weights, out, _fp8_tensors(weights, names, scale_format, _imported_scales(Path(src), scale_format)), config, "quantising")
     check_export(weights, out, names, say)
 
 
 def import_fp8(src: str | Path, out: str | Path) -> None:
-    """Write a block-wise FP8 Hugging Face directory as a BF16 one. With power-of-two scales no value changes."""
+    """Write a block-wise FP8 Hugging Face directory as a BF16 one.
+
+    With power-of-two scales no value changes, and `out` keeps the scales in a side file, from which `export_fp8` makes the
+    same bytes again: a block whose largest code is 224 would otherwise come back with half its scale and twice its codes.
+    """
     src = Path(src)
-    file_scale_format(src)
+    is_pow2 = file_scale_format(src) == "pow2"
     weights = hf_weights(src, quantized=True)
-    _write(weights, Path(out), weights.bf16(), complete_config(weights.config), "dequantising")
+    files = HfWeights(src)
+    scales = {name: files.read(name).float() for name in files.names() if is_pow2 and name.endswith(SCALE_SUFFIX)}
+    _write(weights, Path(out), weights.bf16(), complete_config(weights.config), "dequantising", scales)
 
 
 def complete_config(config: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
@@ -78,21 +87,49 @@ def complete_config(config: dict[str, Any], dtype: str = "bfloat16") -> dict[str
     return config | {key: written[key] for key in ("dtype", "torch_dtype", "rope_theta", "rope_parameters", "rope_scaling")}
 
 
-def _fp8_tensors(weights: Weights, names: set[str], scale_format: str) -> Iterator[tuple[str, Tensor]]:
+def _imported_scales(src: Path, scale_format: str) -> dict[str, Tensor]:
+    """Scales that `import_fp8` left beside the weights, of use for pow2 only; CheckpointError for a damaged file."""
+    if scale_format != "pow2" or not (src / SCALES_FILE).is_file():
+        return {}
+    try:
+        return load_file(src / SCALES_FILE)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{src / SCALES_FILE}: is not readable ({error}); remove it, values will not change.") from error
+
+
+def _quantized(tensor: Tensor, scale: Tensor | None, scale_format: str) -> Fp8Tensor:
+    """`tensor` [N, K] in FP8: at the `scale` it was imported with where that holds every value exactly, else by the rule."""
+    ours = quantize(tensor, BLOCK, scale_format)
+    if scale is None or scale.shape != ours.scale.shape or not bool((scale.isfinite() & (scale > 0)).all()):
+        return ours
+    steps = scale.repeat_interleave(128, 0)[: tensor.shape[0]].repeat_interleave(128, 1)[:, : tensor.shape[1]]
+    codes = (tensor.float() / steps).clamp(-448, 448).to(torch.float8_e4m3fn)
+    exact = torch.equal(codes.float() * steps, tensor.float())
+    return Fp8Tensor(codes, scale, BLOCK, "pow2") if exact else ours
+
+
+def _fp8_tensors(weights: Weights, names: set[str], scale_format: str, scales: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in weights.bf16():
         if name not in names:
             yield name, tensor
             continue
-        quantized = quantize(tensor, BLOCK, scale_format)
+        quantized = _quantized(tensor, scales.get(name + SCALE_SUFFIX), scale_format)
         yield name, quantized.codes
         yield name + SCALE_SUFFIX, quantized.scale
 
 
-def _write(weights: Weights, out: Path, tensors: Iterator[tuple[str, Tensor]], config: dict[str, Any], doing: str) -> None:
+def _write(
+    weights: Weights,
+    out: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    config: dict[str, Any],
+    doing: str,
+    scales: dict[str, Tensor] | None = None,
+) -> None:
     if out.exists():
         raise OutputExistsError(f"{out}: exists already; name a directory that does not, nothing was written.")
     with byte_progress(f"{doing} {out.name}", weights.num_bf16_bytes) as on_bytes:
-        write_hf(out, _counted(tensors, on_bytes), config, weights.side_files, max_shard_bytes=SHARD_BYTES)
+        write_hf(out, _counted(tensors, on_bytes), config, weights.side_files, SHARD_BYTES, scales)
 
 
 def _counted(tensors: Iterator[tuple[str, Tensor]], on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infir2.checkpoint.export import SHARD_BYTES, complete_config
+from infir2.checkpoint.weights import hf_weights
 from infir2.errors import CheckpointError, OutputExistsError
 from infir2.model import Decoder, ModelConfig
+from infir2.model.files import read_json
 from infir2.model.hf import exported_weights, load_weights, write_hf
 
 
@@ -18,13 +21,18 @@ def import_hf(src: str | Path, out: str | Path) -> None:
     """Load `src`, a model directory or a .gguf file, with transformers, and write weights (BF16), configuration and tokenizer to `out`.
 
     No code of the model's runs (`trust_remote_code` stays off). Raises CheckpointError for what transformers cannot load
-    or our decoder does not implement, OutputExistsError.
+    or our decoder does not implement, OutputExistsError. A directory of safetensors is streamed; for the rest, transformers
+    holds the whole model in memory.
     """
     src, out = Path(src), Path(out)
     if out.exists():
         raise OutputExistsError(f"{out} already exists; remove it or choose another output")
     if not src.exists():
         raise CheckpointError(f"{src} does not exist; give a model directory or a .gguf file")
+    if (src / "config.json").is_file() and list(src.glob("*.safetensors")) and "quantization_config" not in read_json(src / "config.json"):
+        weights = hf_weights(src, quantized=False)  # ours to read, tensor by tensor
+        write_hf(out, weights.bf16(), complete_config(weights.config), src, SHARD_BYTES)
+        return
     directory, options = (src.parent, {"gguf_file": src.name}) if src.suffix == ".gguf" else (src, {})
     with _one_sentence(src):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +48,7 @@ def import_hf(src: str | Path, out: str | Path) -> None:
         tokenizer.save_pretrained(side_files)
         with contextlib.suppress(OSError, ValueError):  # a model without generation settings
             theirs.generation_config.save_pretrained(side_files)
-        write_hf(out, exported_weights(model), model.config.to_hf(), side_files)
+        write_hf(out, exported_weights(model), model.config.to_hf(), side_files, SHARD_BYTES)
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:

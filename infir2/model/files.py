@@ -22,6 +22,7 @@ from torch import Tensor
 from infir2.errors import CheckpointError, OutputExistsError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SCALES_FILE = "fp8_scales.st"  # safetensors under a name that no engine loads as weights
 SIDE_FILES = (
     "tokenizer*.json",
     "*.model",
@@ -153,10 +154,11 @@ def write_hf(
     config: dict[str, Any],
     side_files_from: str | Path | None = None,
     max_shard_bytes: int = 5 * 2**30,
+    scales: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model directory: shards of at most `max_shard_bytes` (one larger tensor gets its own), config, side files.
 
-    Tokenizer, chat template and generation config are copied from `side_files_from`. Nothing has the final name before
+    Tokenizer, chat template and generation config are copied from `side_files_from`; `scales` go to SCALES_FILE. Nothing has the final name before
     everything is on disk. Raises OutputExistsError if `directory` exists, CheckpointError for a non-finite or repeated
     tensor and for a disk that refuses the data.
     """
@@ -169,6 +171,8 @@ def write_hf(
         _write_shards(work, tensors, max_shard_bytes)
         if side_files_from is not None:
             _copy_side_files(Path(side_files_from), work)
+        if scales:
+            save_file(scales, work / SCALES_FILE)
         _write_json(work / "config.json", config)
         for path in (*work.iterdir(), work):
             _sync(path)
