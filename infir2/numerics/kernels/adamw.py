@@ -40,7 +40,7 @@ def _encode(x, scale, noise):
     return cast_to_e4m3(tl.where(scaled < 0, -magnitude, magnitude))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])  # the first step is 1, which would become a constant without a type
 def _adamw_kernel(
     p_ptr, g_ptr, m_ptr, m_scale_ptr, v_ptr, v_scale_ptr, size, groups, step, lr, beta1, beta2, eps, decay, correction1, correction2,
     FP8: tl.constexpr, ROWS: tl.constexpr
