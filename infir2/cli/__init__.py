@@ -7,9 +7,13 @@
 import difflib
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 from infir2.errors import ConfigError, Interrupted, Preempted, UserError
 
@@ -75,7 +79,17 @@ def _dispatch(arguments: list[str]) -> None:
         near = difflib.get_close_matches(verb, VERBS, 1)
         raise ConfigError(f"{verb} is not a verb; " + (f"did you mean {near[0]}?" if near else "`infir2 --help` lists the verbs."))
     module, function, _ = VERBS[verb]
-    getattr(importlib.import_module(f"infir2.cli.{module}"), function)(rest)
+    stoppable = module == "recipe" and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _stop_early) if stoppable else None  # until the run has its own handler
+    try:
+        getattr(importlib.import_module(f"infir2.cli.{module}"), function)(rest)
+    finally:
+        if stoppable:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop_early(_number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(_say("stopped before the first step; there was nothing to save.", Preempted.exit_code))
 
 
 def _usage() -> str:

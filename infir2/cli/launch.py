@@ -6,16 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pydantic import BaseModel
-
 from infir2.cli.arguments import Parser
-from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
+from infir2.cli.recipe import KINDS
 from infir2.config.variables import variables_of
 from infir2.errors import Interrupted, LaunchedError, Preempted
 from infir2.launch import ray, slurm
 from infir2.launch.torchrun import Layout, check_words, default_endpoint, default_ranks, run_torchrun, torchrun_command
 
-_RECIPES: dict[str, type[BaseModel]] = {"cpt": TrainRecipe, "sft": TrainRecipe, "rl": RlRecipe, "eval": EvalRecipe}
 _ABOUT = (
     "Starts a training verb on many processes and nodes, and ends with the worst rank's exit code. SIGTERM and Ctrl-C reach every "
     "rank: they save, and the same command goes on. Example: infir2 launch torchrun --gpus-per-node 8 -- sft RECIPE.toml"
@@ -93,7 +90,7 @@ def _ray(layout: Layout, verb: list[str], words: argparse.Namespace) -> int:
     if words.dry_run:
         command = [sys.executable, *ray.node_command(replace(layout, endpoint="HOST:PORT", local_address="HOST"), verb)]
         return _print(f"# {layout.nodes} bundles of {ray.bundle(layout)}, {ray.strategy(layout)}; in each:\n{shlex.join(command)}")
-    return ray.run_ray(layout, verb, list(variables_of(_RECIPES[verb[0]])))
+    return ray.run_ray(layout, verb, list(variables_of(KINDS[verb[0]][0])))
 
 
 def _print(text: str) -> int:

@@ -69,7 +69,7 @@ def run_rank(main: Callable[[], int]) -> int:
     add a traceback; only between nodes it is needed to tell the others. A rank restarted after such a code ends with it at once.
     """
     directory = os.environ.get(VARIABLE)
-    if not directory:
+    if not directory or "TORCHELASTIC_RESTART_COUNT" not in os.environ:  # not one of torchrun's
         return main()
     die_with_parent()
     rank, restart = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -88,7 +88,10 @@ def run_rank(main: Callable[[], int]) -> int:
     before = worst_code(codes_of(place / f"attempt-{restart - 1}").values()) if restart else DIED
     if before not in RESTARTED:
         return leave(before)
-    return leave(PREEMPTED if (place / STOP).exists() else main())
+    try:
+        return leave(PREEMPTED if (place / STOP).exists() else main())
+    except SystemExit as stop:  # SIGTERM before the run had its own handler
+        return leave(stop.code if isinstance(stop.code, int) else DIED)
 
 
 def _write(path: Path, text: str) -> None:

@@ -86,9 +86,9 @@ def run_torchrun(layout: Layout, words: Sequence[str]) -> int:
         try:
             process = subprocess.Popen(
                 torchrun_command(layout, words),
-                env=os.environ | {ranks.VARIABLE: str(place)},
+                env=os.environ | {ranks.VARIABLE: str(place), "PET_SIGNALS_TO_HANDLE": "SIGQUIT"},
                 start_new_session=True,  # a Ctrl-C reaches the ranks once, through `forward`
-                preexec_fn=ranks.die_with_parent,
+                preexec_fn=_before_torchrun,
             )
             _wait(process, place)
         finally:
@@ -100,6 +100,12 @@ def run_torchrun(layout: Layout, words: Sequence[str]) -> int:
             ended = ", ".join(f"rank {rank}: {'killed' if each == ranks.DIED else each}" for rank, each in codes.items())
             print(f"infir2 launch: {ended or 'no rank started'}", file=sys.stderr)
         return code
+
+
+def _before_torchrun() -> None:
+    """SLURM signals every process of a step; torchrun would kill the ranks in the middle of a long save."""
+    ranks.die_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _wait(process: subprocess.Popen[bytes], place: Path) -> None:

@@ -2,11 +2,10 @@
 
 import json
 import math
+import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _PLAIN_INTERVAL_SECONDS = 15.0
-_MOST_WAITING = 1_000_000  # TensorBoard values not yet written; a disk that hangs does not hold up the steps
 _CLOSE_SECONDS = 5.0
 
 
@@ -56,38 +54,41 @@ class MetricsWriter:
         self._view.close()
 
 
+class _Silent:
+    """Stands for a MetricsWriter and a StepProgress on every rank but the first: hears everything, says nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_arguments, **_values: None
+
+
+SILENT: Any = _Silent()
+
+
 class TensorBoardView:
-    """TensorBoard events beside the record. Whatever happens to them, a run neither stops nor waits for them."""
+    """TensorBoard events beside the record, written by a thread: whatever happens to them, a run neither stops nor waits."""
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
-        self._writer: Any = None
-        from torch.utils.tensorboard.writer import SummaryWriter  # slow import, only runs need it
-
-        with self._forgiving():
-            self._writer = SummaryWriter(str(run_dir), purge_step=resumed_step + 1 if resumed_step else None, max_queue=_MOST_WAITING)
+        self._waiting: queue.SimpleQueue[tuple[str, float, int] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, args=(run_dir, resumed_step), daemon=True)
+        self._thread.start()
 
     def add(self, name: str, value: float, step: int) -> None:
-        if self._writer is not None:
-            with self._forgiving():
-                self._writer.add_scalar(name, value, step)
+        self._waiting.put((name, value, step))
 
     def close(self) -> None:
         """Write what is waiting, for a few seconds at most."""
-        if self._writer is not None:
-            closing = threading.Thread(target=self._close, daemon=True)
-            closing.start()
-            closing.join(_CLOSE_SECONDS)
+        self._waiting.put(None)
+        self._thread.join(_CLOSE_SECONDS)
 
-    def _close(self) -> None:
-        with self._forgiving():
-            self._writer.close()
-
-    @contextmanager
-    def _forgiving(self) -> Iterator[None]:
+    def _run(self, run_dir: Path, resumed_step: int) -> None:
         try:
-            yield
-        except Exception as error:  # any library's, of a view that nothing depends on
-            self._writer = None
+            from torch.utils.tensorboard.writer import SummaryWriter  # slow import, only runs need it
+
+            writer = SummaryWriter(str(run_dir), purge_step=resumed_step + 1 if resumed_step else None)
+            for item in iter(self._waiting.get, None):
+                writer.add_scalar(*item)
+            writer.close()
+        except Exception as error:  # of any library
             print(f"infir2: no TensorBoard events from here on ({error}); metrics.jsonl is complete", file=sys.stderr)
 
 

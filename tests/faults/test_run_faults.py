@@ -1,0 +1,359 @@
+"""Fault table F3, F4, F7-F10, F13, F15, F26, F27 through the command a user types, in one process; and a few random kills."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from campaign import Campaign
+from stages import SHAPE, assert_same_state, curve, lines, options, run
+
+from infir2 import faults
+from infir2.checkpoint import open_checkpoint
+from infir2.cli import main
+from infir2.data import Loader
+from infir2.train.spikes import SpikeMonitor
+
+
+@pytest.fixture(autouse=True)
+def passings_from_nought(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_passings", Counter())
+
+
+def cpt(world: Path, directory: Path, **values: object) -> list[str]:
+    return options(
+        world, directory, "cpt", **{"schedule__total_steps": 8, "checkpoint__save_every": 2, "train__validate_every": 0, **values}
+    )
+
+
+def infir2(words: list[str], **variables: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run([sys.executable, "-m", "infir2", *words], env=environment, stderr=subprocess.PIPE, text=True, timeout=240)
+
+
+def events(run_dir: Path) -> list[tuple[int, str]]:
+    return [(event["step"], event["event"]) for event in lines(run_dir, "event")]
+
+
+def checkpoint(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return dict(open_checkpoint(run_dir / "checkpoints" / f"step-{step}").tensors())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "cpt"
+    run(cpt(world, directory))
+    return directory
+
+
+def test_three_random_kills_change_nothing(tmp_path: Path) -> None:
+    campaign = Campaign(tmp_path, seed=7)
+    campaign.prepare()
+    for kind in ("cpt", "sft", "rl"):
+        campaign.kill_run(kind, 1)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_f3_a_save_that_fails_twice_stops_the_run_or_is_told(
+    world: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], background: str
+) -> None:
+    monkeypatch.setenv("INFIR2_FAULTS", "save.before_manifest:2:enospc,save.before_manifest:3:enospc")
+    words = cpt(world, tmp_path / "stop", checkpoint__background=background)
+    assert main(words) == 3
+    assert "step 4 could not be saved" in capsys.readouterr().err
+    assert open_checkpoint(tmp_path / "stop").step == 2
+    monkeypatch.setattr(faults, "_passings", Counter())
+    run(cpt(world, tmp_path / "warn", checkpoint__background=background, checkpoint__on_save_error="warn"))
+    ((step, name),) = events(tmp_path / "warn")
+    assert (step, name) == (4, "save_failed")
+    monkeypatch.delenv("INFIR2_FAULTS")
+    run(words)
+    for name in ("stop", "warn"):
+        assert curve(tmp_path / name, "loss") == curve(undisturbed, "loss")
+        assert_same_state(tmp_path / name, undisturbed)
+
+
+def test_f4_a_directory_that_vanishes_is_an_error_with_its_errno(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Loader.next_step
+    taken: list[int] = []
+
+    def vanish(self: Loader) -> list:
+        taken.append(1)
+        if len(taken) == 4:
+            (tmp_path / "run" / "checkpoints").rename(tmp_path / "gone")
+        return real(self)
+
+    monkeypatch.setattr(Loader, "next_step", vanish)
+    stopped = main(cpt(world, tmp_path / "run", checkpoint__background="false"))
+    assert stopped == 3
+    assert (tmp_path / "gone" / "step-2").is_dir()
+
+
+def test_a_background_save_holds_the_weights_of_its_step(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy is slow, the next update waits for it: the published bytes are those of a save that stopped everything."""
+    real = torch.Tensor.copy_
+    waited = []
+
+    def slow_copy(self: torch.Tensor, *arguments: object, **values: object) -> torch.Tensor:
+        if threading.current_thread().name.startswith("infir2-save"):
+            waited.append(time.sleep(0.002))
+        return real(self, *arguments, **values)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.Tensor, "copy_", slow_copy)
+    run(cpt(world, tmp_path / "a", checkpoint__keep=9))
+    monkeypatch.undo()
+    assert waited
+    run(cpt(world, tmp_path / "b", checkpoint__keep=9, checkpoint__background="false"))
+    for step in (2, 4, 6, 8):
+        ours, theirs = checkpoint(tmp_path / "a", step), checkpoint(tmp_path / "b", step)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("--data.tokenizer={copy}", "data.tokenizer"),
+        ("--data.sources.0.weight=2.0", "data.sources.0.weight = 1.0, and now it is 2.0"),
+        ("--run.seed=9", "run.seed = 1236, and now it is 9"),
+        ("--model.shape.ffn_size=128", "model.shape.ffn_size = 136, and now it is 128"),
+    ],
+)
+def test_f7_a_recipe_that_makes_another_run_is_refused(
+    world: Path, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str], change: str, sentence: str
+) -> None:
+    before = sorted((undisturbed / "checkpoints").iterdir())
+    assert main([*cpt(world, undisturbed), change.format(copy=tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "--accept-changes" in error
+    assert sorted((undisturbed / "checkpoints").iterdir()) == before
+
+
+def test_f7_changes_that_do_not_change_the_numbers_are_printed_and_taken(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = cpt(world, tmp_path / "run")
+    run([*words, "--train.stop_after_step=4"])
+    run([*words, "--data.micro_batch_tokens=1024"])
+    assert "resumed with data.micro_batch_tokens = 1024 (was 2048)" in capsys.readouterr().err
+    assert [step for step, _ in curve(tmp_path / "run", "loss")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(("point", "saved"), [("train.start:1", 0), ("train.step:6", 6)])
+def test_f8_sigterm_in_start_up_and_in_a_step(world: Path, tmp_path: Path, undisturbed: Path, point: str, saved: int) -> None:
+    words = cpt(world, tmp_path / "run", checkpoint__save_every=100)
+    stopped = infir2(words, INFIR2_FAULTS=f"{point}:term")
+    assert stopped.returncode == 75, stopped.stderr
+    assert ("there was nothing to save yet" if saved == 0 else f"step {saved} is saved") in stopped.stderr
+    run(words)
+    assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
+    assert_same_state(tmp_path / "run", undisturbed)
+
+
+@pytest.fixture(scope="module")
+def rl_words(world: Path, undisturbed: Path) -> list[str]:
+    """An RL run with evaluations, whose directory is still to be named."""
+    directory = undisturbed.parent
+    run(["export", "hf", str(undisturbed), "--to", str(directory / "hf")])
+    run(["export", "fp8", str(directory / "hf"), "--to", str(directory / "fp8")])
+    words = options(world, directory, "rl1", schedule__total_steps=3, checkpoint__save_every=100, rl__evaluate_every=2)
+    words += [
+        f"--model.path={undisturbed}",
+        f"--rollout.model={directory / 'fp8'}",
+        f"--evaluate.problems.0.path={world / 'heldout.jsonl'}",
+    ]
+    return [*words, "--evaluate.max_response_tokens=8", "--evaluate.samples=1", "--evaluate.max_problems=6"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_rl(rl_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("rl") / "run"
+    run([*rl_words, f"--run.dir={directory}"])
+    return directory
+
+
+@pytest.mark.parametrize(("point", "saved"), [("rollout.group:2", 0), ("rollout.group:10", 2), ("evaluate:2", 2)])
+def test_f8_sigterm_in_a_rollout_and_in_an_evaluation(
+    rl_words: list[str], undisturbed_rl: Path, tmp_path: Path, point: str, saved: int
+) -> None:
+    """It stops there, not after the step; the finished steps are saved, the evaluation is made up for."""
+    words = [*rl_words, f"--run.dir={tmp_path / 'run'}"]
+    stopped = infir2(words, INFIR2_FAULTS=f"{point}:term")
+    assert stopped.returncode == 75, stopped.stderr
+    assert ("there was nothing to save yet" if saved == 0 else f"step {saved} is saved") in stopped.stderr
+    assert len(curve(tmp_path / "run", "reward")) == saved
+    run(words)
+    names = ("reward", "response_tokens", "groups_sampled", "policy_version")
+    assert curve(tmp_path / "run", *names) == curve(undisturbed_rl, *names)
+    scores = [[(line["step"], line["truncated_fraction"]) for line in lines(d, "evaluation")] for d in (tmp_path / "run", undisturbed_rl)]
+    assert [step for step, _ in scores[0]] == [2, 3]
+    assert scores[0] == scores[1]
+    assert_same_state(tmp_path / "run", undisturbed_rl)
+
+
+def test_f8_sigterm_before_there_is_a_run(world: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-X", "importtime", "-m", "infir2", *cpt(world, tmp_path / "run")], stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    for line in process.stderr:  # torch is being imported: the run directory does not exist yet
+        if b"torch._utils" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert b"there was nothing to save" in rest
+    assert not (tmp_path / "run").exists()
+
+
+def test_f9_a_nan_changes_nothing_and_three_in_a_row_stop_the_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("INFIR2_FAULTS", "train.loss:2:nan,train.loss:4:nan,train.loss:5:nan,train.loss:6:nan")
+    assert main(cpt(world, tmp_path / "run", checkpoint__save_every=1, checkpoint__keep=9)) == 17
+    assert "stopped at step 6: loss or gradient was not finite 3 steps in a row" in capsys.readouterr().err
+    assert events(tmp_path / "run") == [(step, "non_finite") for step in (2, 4, 5, 6)]
+    assert "cpt.jsonl:" in lines(tmp_path / "run", "event")[0]["detail"]  # the rows of the batch
+    first, second, third = (checkpoint(tmp_path / "run", step) for step in (1, 2, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(second[name], third[name]) for name in first)
+
+
+def test_f10_a_loss_spike_is_an_event_or_the_end(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five steps whose loss is tenfold, with a stop in between: the window is read back from the record."""
+    import infir2.train.run
+
+    real = infir2.train.run.next_token_loss
+    calls: list[int] = []
+
+    def tenfold(scores):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        loss, metrics = real(scores)
+        return loss * (10 if 14 <= len(calls) <= 18 else 1), metrics
+
+    monkeypatch.setattr(infir2.train.run, "next_token_loss", tenfold)
+
+    def words(name: str) -> list[str]:
+        return cpt(world, tmp_path / name, schedule__total_steps=20, data__batch_sequences=1)
+
+    run([*words("run"), "--train.stop_after_step=15"])
+    run(words("run"))
+    assert events(tmp_path / "run") == [(14, "loss_spike"), (17, "loss_spike")]
+    calls.clear()
+    assert main([*words("stop"), "--train.on_spike=stop"]) == 1
+    assert "stopped at step 17" in capsys.readouterr().err
+    assert open_checkpoint(tmp_path / "stop").step == 16
+
+
+def test_f10_the_window_does_not_follow_the_spike() -> None:
+    monitor = SpikeMonitor()
+    assert [monitor.add(2.0) for _ in range(20)] == [0] * 20
+    assert [monitor.add(20.0) for _ in range(5)] == [1, 2, 3, 4, 5]
+    assert monitor.mean == 2.0
+    assert monitor.add(2.1) == 0
+
+
+def sft(world: Path, tmp_path: Path, rows: list[dict], **values: object) -> list[str]:
+    """An SFT run of a new model on these rows."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = options(world, tmp_path / "run", "sft1", train__validate_every=0, **values)
+    words += [f"--data.sources.0.path={tmp_path / 'rows.jsonl'}", "--model.path=", "--data.max_quarantined_fraction=0.5"]
+    return words + [f"--model.shape.{name}={value}" for name, value in SHAPE.items()]
+
+
+def test_f13_a_dataset_shorter_than_one_step_wraps(world: Path, tmp_path: Path) -> None:
+    """Three rows, four samples a step: two epochs are two steps, and each trains four samples."""
+    rows = [json.loads(line) for line in (world / "sft1.jsonl").read_text().splitlines()[:3]]
+    run(sft(world, tmp_path, rows, train__epochs=2.0))
+    trained = lines(tmp_path / "run", "train")
+    assert [line["step"] for line in trained] == [1, 2]
+    assert all(line["trained_tokens"] > 0 and not line["skipped"] for line in trained)
+
+
+@pytest.mark.parametrize(("policy", "counted"), [("drop", {"too_long": 2}), ("truncate", {})])
+def test_f15_rows_that_are_too_long_follow_the_recipe(world: Path, tmp_path: Path, policy: str, counted: dict[str, int]) -> None:
+    rows = [json.loads(line) for line in (world / "sft1.jsonl").read_text().splitlines()[:6]]
+    for row in rows[:2]:
+        row["messages"][0]["content"] = " ".join([row["messages"][0]["content"]] * 30)
+    words = sft(world, tmp_path, rows, schedule__total_steps=3, data__too_long=policy)
+    run([*words, "--data.sequence_tokens=128", "--data.micro_batch_tokens=256"])
+    path = tmp_path / "run" / "quarantine.jsonl"
+    assert Counter(json.loads(line)["reason"] for line in (path.read_text().splitlines() if path.exists() else [])) == counted
+    assert all(line["trained_tokens"] > 0 and not line["skipped"] for line in lines(tmp_path / "run", "train"))
+
+
+def test_f15_a_step_without_a_trained_token_is_skipped_and_counted(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Loader.next_step
+    taken: list[int] = []
+
+    def masked(self: Loader) -> list:
+        taken.append(1)
+        batches = real(self)
+        return [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)) for batch in batches] if len(taken) == 3 else batches
+
+    monkeypatch.setattr(Loader, "next_step", masked)
+    run(cpt(world, tmp_path / "run", checkpoint__save_every=1, checkpoint__keep=9))
+    assert events(tmp_path / "run") == [(3, "nothing_to_train")]
+    before, after = checkpoint(tmp_path / "run", 2), checkpoint(tmp_path / "run", 3)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("fault", ["raises", "hangs"])
+def test_f26_a_broken_view_neither_stops_nor_delays_the_run(
+    world: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """TensorBoard's files cannot be written: the record is complete, no step waits."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    freed, tried = threading.Event(), threading.Event()
+
+    def write(*_: object) -> None:
+        tried.set()
+        if fault == "raises":
+            raise OSError(28, "No space left on device")
+        freed.wait()
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    monkeypatch.setattr("infir2.train.metrics._CLOSE_SECONDS", 1.0)
+    try:
+        run(cpt(world, tmp_path / "run"))
+        assert tried.wait(10)
+    finally:
+        freed.set()
+    assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
+
+
+def test_f27_a_clock_that_jumps_changes_no_timer(world: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = time.time, []
+
+    def jumping() -> float:
+        calls.append(1)
+        return real() + (-1 if len(calls) % 2 else 1) * 365 * 86400
+
+    monkeypatch.setattr(time, "time", jumping)
+    words = cpt(world, tmp_path / "run")
+    run([*words, "--train.stop_after_step=4"])
+    run(words)
+    assert calls
+    assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
+    assert all(0 < line["seconds"] < 60 and line["tokens_per_second"] > 0 for line in lines(tmp_path / "run", "train"))
+
+
+def test_f27_few_open_files_are_a_warning(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        assert main(["check", *cpt(world, tmp_path / "run")]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "only 512 open files are allowed; run `ulimit -n 4096`" in capsys.readouterr().out
