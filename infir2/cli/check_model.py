@@ -15,6 +15,7 @@ from infir2.model import HfWeights, ModelConfig
 from infir2.model.files import read_json
 from infir2.model.hf import SCALE_SUFFIX
 from infir2.train.build import device_of, is_run
+from infir2.train.ledger import gpu_ledger
 
 GIB = 2**30
 PROCESS_BYTES = 450 * 2**20
@@ -104,11 +105,13 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts) -> str:
 
 
 def memory_parts(recipe: TrainRecipe, model: ModelFacts, device: str) -> dict[str, int]:
-    """Bytes by purpose: the states exactly, activations from the shapes of what a step keeps.
+    """Bytes by purpose: the states exactly, activations from the shapes of what a step keeps (on a GPU: `gpu_ledger`).
 
     The emulation's share on a CPU is fitted: the sum was 5-20 % above the peak resident size of models of 3 to 60 M parameters.
     """
     config = model.config
+    if device == "cuda":
+        return gpu_ledger(config, recipe) | _engine_parts(recipe, model)
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     attended = config.num_heads * config.head_dim
     hp_bytes = 4 if recipe.model.compute_dtype == "float32" else 2
@@ -127,15 +130,19 @@ def memory_parts(recipe: TrainRecipe, model: ModelFacts, device: str) -> dict[st
         "activations": recipe.data.micro_batch_tokens * per_token,
         "logits": 2 * 4 * logits,
     }
-    if device == "cpu":
-        # FP64 and FP32 values of every weight, FP64 intermediates of one block, the interpreter with its libraries.
-        intermediates = 8 * (12 * config.ffn_size + 8 * config.hidden_size)
-        parts["emulation"] = 12 * model.num_parameters + recipe.data.micro_batch_tokens * intermediates + PROCESS_BYTES
-    if isinstance(recipe, RlRecipe):
-        slot_tokens = recipe.rl.max_prompt_tokens + recipe.rl.max_response_tokens
-        cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * hp_bytes
-        parts["engine"] = 2 * model.num_parameters + recipe.rollout.max_running_requests * slot_tokens * cache
-    return {name: size for name, size in parts.items() if size}
+    # FP64 and FP32 values of every weight, FP64 intermediates of one block, the interpreter with its libraries.
+    intermediates = 8 * (12 * config.ffn_size + 8 * config.hidden_size)
+    parts["emulation"] = 12 * model.num_parameters + recipe.data.micro_batch_tokens * intermediates + PROCESS_BYTES
+    return {name: size for name, size in parts.items() if size} | _engine_parts(recipe, model)
+
+
+def _engine_parts(recipe: TrainRecipe, model: ModelFacts) -> dict[str, int]:
+    if not isinstance(recipe, RlRecipe):
+        return {}
+    config, hp_bytes = model.config, 4 if recipe.model.compute_dtype == "float32" else 2
+    slot_tokens = recipe.rl.max_prompt_tokens + recipe.rl.max_response_tokens
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * hp_bytes
+    return {"engine": 2 * model.num_parameters + recipe.rollout.max_running_requests * slot_tokens * cache}
 
 
 def check_disk(recipe: TrainRecipe, model: ModelFacts, directory: Path) -> str:

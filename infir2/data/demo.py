@@ -39,7 +39,7 @@ class DemoWorld:
     cpt_tokens: int = 1_638_400  # 1,600 steps of 1,024 tokens
     cpt_shares: tuple[float, float, float] = (0.85, 0.1, 0.05)  # solved problems, single facts, told stories
     cpt_difficulty: tuple[float, float, float] = (0.3, 0.35, 0.35)
-    validation_documents: int = 256
+    validation_documents: int = 1024
     sft_rows: int = 4096
     sft_difficulty: tuple[tuple[float, float, float], ...] = ((0.5, 0.35, 0.15), (0.25, 0.35, 0.4))
     sft_empty_thoughts: tuple[float, ...] = (0.65, 0.4)

@@ -35,7 +35,7 @@ def gpu_ledger(config: ModelConfig, recipe: TrainRecipe) -> dict[str, int]:
         "optimizer": int(moments * total),
     }
     if end > start:
-        return parts | {"gradients": gradient * total, "working memory": tokens * working}
+        return parts | {"gradients": gradient * total, "activations": 0, "head and working memory": tokens * working}
     return parts | {
         "gradients": gradient * head,
         "activations": activations + tokens * config.hidden_size * 6,  # the stream, the final norm's output, the head's gradient

@@ -151,7 +151,9 @@ def test_memory_follows_the_keys_that_save_it(recipe: Path) -> None:
     assert activations("--model.recompute=full")["activations"] < plain["activations"] / 3
     assert activations("--fp8.enabled=false")["activations"] > plain["activations"]
     assert activations("--data.micro_batch_tokens=512")["activations"] == 2 * plain["activations"]
-    assert activations("--train.head_chunk_tokens=64")["logits"] == plain["logits"] // 4
+    assert activations("--optimizer.states=fp8")["optimizer"] < plain["optimizer"] / 3
+    wide = [activations(f"--train.head_chunk_tokens={chunk}", "--model.shape.vocab_size=150000") for chunk in (64, 256)]
+    assert wide[0]["head and working memory"] == wide[1]["head and working memory"] // 4
 
 
 def test_damaged_model_files_are_found_without_reading_weights(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,89 @@
+"""AdamW with small or offloaded moments: the update of torch's AdamW, within what the format of the moments allows."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from infir2.config.schema import OptimizerSection
+from infir2.errors import CheckpointError
+from infir2.numerics.adamw import Hyper, adamw_, new_moment
+from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+
+
+def model() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(53, 37)
+
+
+def trained(section: OptimizerSection, steps: int = 20) -> tuple[nn.Linear, torch.optim.Optimizer]:
+    layer = model()
+    optimizer = make_optimizer(layer, section)
+    run(layer, optimizer, range(steps))
+    return layer, optimizer
+
+
+def run(layer: nn.Linear, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+        for parameter in layer.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.grad_dtype)
+        optimizer.step()
+
+
+CASES = [
+    ({"offload": True}, 1e-6),
+    ({"states": "bf16"}, 0.01),
+    ({"states": "fp8"}, 0.15),
+    ({"states": "fp8", "offload": True}, 0.15),
+    ({"gradients": "bf16"}, 0.01),
+]
+
+
+@pytest.mark.parametrize(("keys", "bound"), CASES)
+def test_updates_are_torch_s_within_the_format_s_error(keys: dict, bound: float) -> None:
+    expected, found, start = trained(OptimizerSection())[0], trained(OptimizerSection(**keys))[0], model()
+    for wanted, got, before in zip(expected.parameters(), found.parameters(), start.parameters(), strict=True):
+        assert (got - wanted).norm() < bound * (wanted - before).norm()
+
+
+@pytest.mark.parametrize("states", ["bf16", "fp8"])
+def test_a_resumed_run_continues_bit_for_bit(states: str) -> None:
+    section = OptimizerSection(states=states)
+    whole = trained(section, 20)[0]
+    first, optimizer = trained(section, 9)
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(first, optimizer).items()}
+    second = model()
+    second.load_state_dict(first.state_dict())
+    again = make_optimizer(second, section)
+    load_optimizer_tensors(second, again, saved, {})
+    run(second, again, range(9, 20))
+    assert torch.equal(second.weight, whole.weight)
+
+
+def test_moments_of_another_format_are_refused() -> None:
+    first, optimizer = trained(OptimizerSection(states="bf16"), 1)
+    other = model()
+    with pytest.raises(CheckpointError, match="fp8"):
+        load_optimizer_tensors(other, make_optimizer(other, OptimizerSection(states="fp8")), optimizer_tensors(first, optimizer), {})
+
+
+def test_8_bit_moments_take_two_bytes_per_parameter() -> None:
+    layer, optimizer = trained(OptimizerSection(states="fp8"), 1)
+    moments = {name: value for name, value in optimizer_tensors(layer, optimizer).items() if name.startswith("optimizer/weight/exp")}
+    assert sum(t.nbytes for t in moments.values()) < 2.1 * layer.weight.numel()
+
+
+def test_a_moment_that_decays_by_less_than_half_a_step_still_decays() -> None:
+    """sqrt(v) falls by 2.5 % a step, less than half a step of E4M3: rounding to nearest would hold it for ever."""
+    p = torch.zeros(4, 128)
+    (m, m_scale), (v, v_scale) = new_moment(p, "fp8", "cpu"), new_moment(p, "fp8", "cpu")
+    root: list[Tensor] = []
+    for step in range(1, 121):
+        grad = torch.ones(4, 128) if step <= 60 else torch.zeros(4, 128)
+        adamw_(p, grad, m, m_scale, v, v_scale, Hyper(step, 0.0, 0.9, 0.95, 1e-8, 0.0))
+        assert v_scale is not None
+        root.append(v.view(torch.float8_e4m3fn).float() * v_scale[:, None])
+    assert root[59].mean() == pytest.approx((1 - 0.95**60) ** 0.5, rel=0.02)
+    assert root[119].mean() == pytest.approx((1 - 0.95**60) ** 0.5 * 0.95**30, rel=0.08)
