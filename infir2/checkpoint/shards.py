@@ -55,6 +55,11 @@ class Place(NamedTuple):
     size: tuple[int, ...]
     owned: bool = True  # of all processes with this part, the one that saves it
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The part as an index of the whole."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.size, strict=True))
+
 
 WHOLE_NUMBER = Place((), (), ())
 
@@ -216,7 +221,7 @@ def read_part(tensors: Mapping[str, Tensor], name: str, place: Place) -> Tensor:
         raise CheckpointError(f"the checkpoint has {name} of shape {list(shape)}, and the model needs {list(place.shape)}.")
     if isinstance(tensors, LazyTensors):
         return tensors.part(name, place)
-    return tensors[name][tuple(slice(start, start + size) for start, size in zip(place.offset, place.size, strict=True))]
+    return tensors[name][place.slices]
 
 
 def make_index(written: list[dict[str, str]], places: list[Mapping[str, Place]]) -> dict[str, Any]:

@@ -162,6 +162,15 @@ class Decoder(nn.Module):
         """Logits FP32 [T, V] of token_ids [T] at positions [T], causal within each of the B sequences of cu_seqlens [B+1]."""
         return head_logits(self.hidden_states(token_ids, positions, cu_seqlens), self.head_weight)
 
+    def plan_attention(self, cu_seqlens: Tensor, device: torch.device) -> Packing | Varlen:
+        """The layout of sequences that `attention` takes on a device, for parts of a stream."""
+        if device.type == "cuda" and self.compute_dtype == torch.bfloat16:
+            return plan_varlen(tuple(length for length in cu_seqlens.diff().tolist() if length), device)
+        return self._plan_packing(cu_seqlens, device)
+
+    def _plan_packing(self, cu_seqlens: Tensor, device: torch.device) -> Packing:
+        return plan_packing(cu_seqlens, self.config.num_heads, self.config.num_kv_heads * self.config.head_dim, device=device)
+
     def hidden_states(
         self,
         token_ids: Tensor,
@@ -187,9 +196,7 @@ class Decoder(nn.Module):
             lengths = [*cu_seqlens.diff().tolist(), padding]
             context = plan_varlen(tuple(length for length in lengths if length), token_ids.device)
         elif cache is None:
-            context = plan_packing(
-                cu_seqlens, self.config.num_heads, self.config.num_kv_heads * self.config.head_dim, device=token_ids.device
-            )
+            context = self._plan_packing(cu_seqlens, token_ids.device)
         else:
             assert slots is not None, "a cache needs slots"
             context = view_cache(cache, slots, positions, cu_seqlens, self.config.num_heads)

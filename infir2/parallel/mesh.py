@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from infir2.config.schema import ParallelSection
 from infir2.errors import ConfigError
+from infir2.numerics.formats import GROUP
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from infir2.model import ModelConfig
     from infir2.parallel.team import Team
 
-GROUP = 128  # columns of a weight that share a scale
 MAX_TP = 64
 
 
@@ -105,6 +105,18 @@ def tp_problem(config: "ModelConfig", tp: int, fp8: bool) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class Split:
+    """How tensor parallelism divides a parameter: part `index` of `count` along `dim`; `group` has the ranks with the same part."""
+
+    dim: int = 0
+    index: int = 0
+    count: int = 1
+    copies: int = 1
+    first: bool = True  # of the copies
+    group: Any = None
+
+
 class Layout:
     """This process's place in the mesh, and the groups it talks to. Every rank constructs it at the same point.
 
@@ -126,6 +138,21 @@ class Layout:
         self.cp_group: Any = None
         if team.size > 1:
             self._make_groups()
+
+    def tp_share(self, x: Any) -> Any:
+        """This rank's rows of x, of which the tensor-parallel ranks hold equal shares."""
+        rows = len(x) // self.sizes.tp
+        return x[self.tp_rank * rows : (self.tp_rank + 1) * rows]
+
+    def neighbours(self, size: int) -> Any:
+        """Group of `size` adjacent tensor-parallel ranks; None for one. Every rank calls this at the same point."""
+        if size == 1:
+            return None
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device.type, (self.sizes.world // size, size), mesh_dim_names=("sets", "members"))[
+            "members"
+        ].get_group()
 
     @property
     def is_data_leader(self) -> bool:

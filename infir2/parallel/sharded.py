@@ -3,8 +3,9 @@
 With one process everything here does nothing, so the trainer has one path.
 """
 
+import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,21 +16,12 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from infir2.checkpoint.shards import Place
 from infir2.data import Batch
 from infir2.model import Decoder
+from infir2.numerics.formats import GROUP
+from infir2.parallel.context import ContextParallel, pad_batch
 from infir2.parallel.fsdp import local_tensor, shard_module
-from infir2.parallel.mesh import Layout, Sizes
+from infir2.parallel.mesh import Layout, Sizes, Split
 from infir2.parallel.team import Team
-
-
-@dataclass(frozen=True)
-class Split:
-    """How tensor parallelism divides a parameter: part `index` of `count` along `dim`; `group` has the ranks with the same part."""
-
-    dim: int = 0
-    index: int = 0
-    count: int = 1
-    copies: int = 1
-    first: bool = True  # of the copies
-    group: Any = None
+from infir2.parallel.tensor import share_blocks, split_layers
 
 
 class Sharded:
@@ -39,23 +31,32 @@ class Sharded:
         self.model, self.layout, self.team = model, layout, layout.team
         self.splits: dict[str, Split] = {}
         self._fsdp: Any = model  # what FSDP2 makes of the model has more methods
-        self._context = None
-        if layout.sizes.tp > 1:
-            from infir2.parallel.tensor import split_layers
-
-            self.splits = split_layers(model, layout)
+        self._context: ContextParallel | None = None
         if layout.sizes.cp > 1:
-            from infir2.parallel.context import ContextParallel
-
-            self._context = ContextParallel(model, layout)
+            self._context = ContextParallel(layout, model.plan_attention)
+        if layout.sizes.tp > 1:
+            self.splits = split_layers(model, layout)
+        if layout.sizes.tp * layout.sizes.cp > 1:
+            share_blocks(model, layout, self._context)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if layout.shard_mesh is not None:
             shard_module(model, model.model.layers, layout.shard_mesh, model.compute_dtype, forward="hidden_states")
         self.places = {name: self._place(name, shape) for name, shape in shapes.items()}
 
     def local(self, batch: Batch) -> Batch:
-        """What this rank computes of a micro-batch: `token_ids` that it attends with, `labels` and masks of the rows it scores."""
-        return batch
+        """What this rank computes of a micro-batch: `token_ids` that it attends with, `labels` and masks of the rows it scores.
+
+        With context parallelism, the forward of this batch has to come before the next `local`.
+        """
+        if self._context:
+            batch = self._context.split(pad_batch(batch, self._context.multiple))
+        elif self.layout.sizes.tp > 1:
+            batch = pad_batch(batch, math.lcm(GROUP, self.layout.sizes.tp))
+        if self.layout.sizes.tp == 1:
+            return batch
+        share = self.layout.tp_share
+        extras = {name: share(values) for name, values in batch.extras.items()}
+        return replace(batch, labels=share(batch.labels), loss_mask=share(batch.loss_mask), extras=extras)
 
     def before_backward(self, last: bool) -> None:
         """Replicas exchange gradients after the last micro-batch of a step; shards after each, in FP32."""

@@ -61,17 +61,16 @@ class Trainer:
         """Forward and backward over all micro-batches, one reduction of what was measured, finite check, clip, AdamW."""
         fault("train.step")
         self.model.train()
-        local = [self.sharded.local(batch) for batch in batches]
-        num_tokens = self._number(sum(batch.num_trained_tokens for batch in local))
-        self.sharded.total(num_tokens)
+        counts = self.sharded.layout.is_data_leader  # what ranks with the same data do not count twice
+        num_tokens = self.sharded.total(self._number(counts * sum(batch.num_trained_tokens for batch in batches)))
         loss_sum = self._number(0)
         sums: dict[str, Tensor] = defaultdict(lambda: self._number(0))
-        for number, batch in enumerate(local, 1):
+        for number, batch in enumerate(batches, 1):
             # with several ranks, a batch that trains nothing has to take part in the collectives
             if batch.num_trained_tokens == 0 and self.sharded.team.size == 1:
                 continue
-            self.sharded.before_backward(last=number == len(local))
-            loss, metrics = loss_function(self._score(batch, temperature, with_entropy=bool(batch.extras)))
+            self.sharded.before_backward(last=number == len(batches))
+            loss, metrics = loss_function(self._score(self.sharded.local(batch), temperature, with_entropy=bool(batch.extras)))
             if fault("train.loss"):
                 loss = loss * math.nan
             (loss / num_tokens.clamp(min=1)).backward()
@@ -79,7 +78,7 @@ class Trainer:
             for name, value in metrics.items():
                 sums[name] += value.detach()
         self.sharded.finish_gradients()
-        tokens = self._number(sum(len(batch.token_ids) for batch in batches) if self.sharded.layout.is_data_leader else 0)
+        tokens = self._number(counts * sum(len(batch.token_ids) for batch in batches))
         stops = [self._number(self.pending_signal() == number) for number in (signal.SIGTERM, signal.SIGINT)]
         measured = self.sharded.total(torch.stack([self.sharded.squared_norm(), loss_sum, tokens, *stops, *sums.values()]))
         result = _result(measured.tolist(), int(num_tokens.item()), list(sums))
@@ -134,12 +133,17 @@ class Trainer:
     def _score(self, batch: Batch, temperature: float, with_entropy: bool = False) -> TokenScores:
         """Only the rows of trained tokens reach the head."""
         rows = batch.loss_mask.nonzero().squeeze(1).to(self._device)
-        hidden = self.model.hidden_states(
-            batch.token_ids.to(self._device), batch.positions.to(self._device), batch.cu_seqlens.to(self._device)
-        )
+        # cu_seqlens stay on the host, which lays out the attention: asking a GPU for them would wait for it.
+        hidden = self.model.hidden_states(batch.token_ids.to(self._device), batch.positions.to(self._device), batch.cu_seqlens)
         labels = batch.labels.to(self._device)[rows]
         logprobs, entropy = token_logprobs(
-            hidden[rows], self.model.head_weight, labels, temperature, self.head_chunk_tokens, with_entropy=with_entropy
+            hidden[rows],
+            self.model.head_weight,
+            labels,
+            temperature,
+            self.head_chunk_tokens,
+            with_entropy=with_entropy,
+            uniform_gradient=not batch.extras,  # next_token_loss is a sum; a policy loss weighs every token by its extras
         )
         return TokenScores(logprobs, entropy, {name: value.to(self._device)[rows] for name, value in batch.extras.items()})
 

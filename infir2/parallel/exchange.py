@@ -1,0 +1,73 @@
+"""Differentiable exchanges of tokens between ranks. Gradients are sums over ranks, added in FP32 and rounded once.
+
+torch.distributed.nn.functional is not used: on gloo its all_gather gives wrong gradients for permuted ones (torch 2.13).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from infir2.compat import all_gather_single, reduce_scatter_single
+from infir2.numerics.formats import E4M3, ROW_BLOCK, Fp8Tensor
+from infir2.numerics.quantize import dequantize, quantize
+
+
+def gather_rows(x: Tensor, group: Any) -> Tensor:
+    """x [t, ...] of every rank, by rank: [size * t, ...]."""
+    return _GatherRows.apply(x, group, False)
+
+
+def gather_rows_fp8(x: Tensor, group: Any) -> Tensor:
+    """As `gather_rows` for x [t, D], which travels as 1x128 "pow2" codes and arrives as their values: quantising those again
+    changes nothing. The gradient passes through."""
+    return _GatherRows.apply(x, group, True)
+
+
+def sum_rows(x: Tensor, group: Any) -> Tensor:
+    """The sum over ranks of x [size * t, D]; this rank's [t, D] of it."""
+    return _SumRows.apply(x, group)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, as_codes: bool) -> Tensor:
+        ctx.group = group
+        if not as_codes:
+            return _gather(x, group)
+        codes = quantize(x, ROW_BLOCK)
+        sent = torch.cat((codes.codes.view(torch.uint8), codes.scale.view(torch.uint8)), dim=1)
+        columns = x.shape[1]
+        got = _gather(sent, group)
+        gathered = Fp8Tensor(
+            got[:, :columns].contiguous().view(E4M3), got[:, columns:].contiguous().view(torch.float32), ROW_BLOCK, codes.scale_format
+        )
+        return dequantize(gathered, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _sum(grad, ctx.group), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad, ctx.group), None
+
+
+def _gather(x: Tensor, group: Any) -> Tensor:
+    out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
+    all_gather_single(out, x.contiguous(), group=group)
+    return out
+
+
+def _sum(x: Tensor, group: Any) -> Tensor:
+    out = torch.empty((x.shape[0] // dist.get_world_size(group), *x.shape[1:]), dtype=torch.float32, device=x.device)
+    reduce_scatter_single(out, x.float().contiguous(), group=group)
+    return out.to(x.dtype)

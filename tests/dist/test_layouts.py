@@ -1,0 +1,71 @@
+"""Every layout of processes against one process on the same data: loss, gradients, the bytes of FP8 weights, what is sent."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+TWO = {"fsdp": "1,2,1,1", "copies": "2,1,1,1", "tp": "1,1,1,2", "cp": "1,1,2,1", "tp-repeated": "1,1,1,2"}
+FOUR = {"hsdp": "2,2,1,1", "tp-fsdp": "1,2,1,2", "tp-cp": "1,1,2,2"}
+Found = dict[str, list[dict[str, Any]]]
+
+
+def torchrun(num_processes: int, *words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def run(directory: Path, num_processes: int, layouts: dict[str, str]) -> Found:
+    out = directory / "found.json"
+    done = torchrun(num_processes, str(HERE / "layouts.py"), str(out), *(f"{name}={sizes}" for name, sizes in layouts.items()))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return run(tmp_path_factory.mktemp("two"), 2, TWO) | run(tmp_path_factory.mktemp("four"), 4, FOUR)
+
+
+@pytest.mark.parametrize("name", [*TWO, *FOUR])
+def test_without_fp8_loss_and_gradients_are_those_of_one_process(found: Found, name: str) -> None:
+    for rank in found[name]:
+        assert rank["tokens"]
+        assert rank["loss"] < 1e-5
+        assert rank["norm"] < 1e-5
+        assert rank["gradient"] < 1e-5
+
+
+@pytest.mark.parametrize("name", [*TWO, *FOUR])
+def test_with_fp8_the_weights_are_the_same_bytes_and_the_step_the_same(found: Found, name: str) -> None:
+    splits_tokens = "tp" in name or "cp" in name
+    for rank in found[f"{name}-fp8"]:
+        assert rank["codes"]
+        assert rank["quantised"] == [1], "a weight is quantised once per step, whatever the number of micro-batches"
+        assert rank["tokens"]
+        assert rank["loss"] < (1e-3 if splits_tokens else 1e-6)
+        assert rank["decibels"] > (25 if splits_tokens else 100)
+        assert rank["validation"] == found[f"{name}-fp8"][0]["validation"]
+
+
+def test_number_of_collectives_in_a_step(found: Found) -> None:
+    """Two micro-batches a rank: gathers of root and two blocks, again in the backward but for the root; one reduction each.
+    Beside them the number of tokens, the metrics and, with FP8, the largest magnitudes of the weights' blocks."""
+    for name, all_reduces in (("fsdp", 2), ("fsdp-fp8", 3)):
+        assert sorted(found[name][0]["collectives"].values()) == sorted([all_reduces, 2 * (3 + 2), 2 * 3])
+    assert found["copies-fp8"][0]["collectives"] == {"all_reduce": 3 + 3}, "copies exchange gradients after the last micro-batch alone"
+
+
+def test_any_module_with_fp8_layers_can_be_sharded(found: Found) -> None:
+    for rank in found["transformers"]:
+        sharded_first, plain_first, sharded_second, plain_second = rank["losses"]
+        assert sharded_first == pytest.approx(plain_first, abs=1e-6)
+        assert sharded_second == pytest.approx(plain_second, abs=1e-4)
+        assert sharded_second < sharded_first - 0.1, "the second step saw the first one's weights"
+        assert rank["quantised"] == [2]
