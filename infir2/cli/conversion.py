@@ -60,17 +60,22 @@ def import_(arguments: Sequence[str]) -> None:
 
 
 def verify_weights(arguments: Sequence[str]) -> None:
-    """infir2 verify-weights RUN HF_FP8_DIR"""
+    """infir2 verify-weights RUN HF_FP8_DIR [--engine URL]"""
     parser = Parser(
         prog="infir2 verify-weights",
         description="Compares the FP8 weights of a checkpoint with those of an export, byte by byte; exit code 1 if they differ.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory (newest checkpoint) or a checkpoint in it")
     parser.add_argument("hf_dir", type=Path, metavar="HF_FP8_DIR", help="what `infir2 export fp8` wrote")
+    parser.add_argument("--engine", metavar="URL", help="also compare a server's greedy tokens (OpenAI API; key in INFIR2_ENGINE_KEY)")
     words = parser.parse_args(arguments)
     from infir2.checkpoint import verify_weights as verify
 
     print(f"{verify(words.run, words.hf_dir)} tensors of {words.hf_dir} hold the bytes of {words.run}.")
+    if words.engine:
+        from infir2.rollout.remote_check import check_engine
+
+        print(check_engine(words.engine, words.hf_dir))
 
 
 def tokenize(arguments: Sequence[str]) -> None:

@@ -73,6 +73,7 @@ class SourceSection(Section):
     solution_field: str = Field(
         "", description="messages made from question and solution: the field with the solution (empty: rows have `messages`)"
     )
+    thought_field: str = Field("", description="with solution_field: the field with the thought, put between <think> and </think>")
 
 
 class DataSection(Section):

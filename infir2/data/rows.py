@@ -66,6 +66,8 @@ def conversation(row: dict[str, Any], section: SourceSection, system_prompt: str
     """The messages to train on, ending with the last assistant turn: nothing after it is a target. Raises RowError."""
     if section.solution_field:
         question, solution = _text(row, section.prompt_field), _text(row, section.solution_field)
+        if section.thought_field:
+            solution = f"<think>\n{_text(row, section.thought_field)}\n</think>\n\n{solution}"
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
     else:
         messages = _messages(row, "messages")
@@ -137,7 +139,8 @@ def _fields(section: SourceSection, kind: Kind) -> list[str]:
         return [section.text_field]
     if kind == "prompts":
         return [section.prompt_field, section.answer_field]
-    return [section.prompt_field, section.solution_field] if section.solution_field else ["messages"]
+    fields = (section.prompt_field, section.solution_field, section.thought_field)
+    return [field for field in fields if field] if section.solution_field else ["messages"]
 
 
 def _present(row: dict[str, Any], field: str) -> Any:

@@ -158,8 +158,8 @@ def write_hf(
 ) -> None:
     """Write a model directory: shards of at most `max_shard_bytes` (one larger tensor gets its own), config, side files.
 
-    Tokenizer, chat template and generation config are copied from `side_files_from`; `scales` go to SCALES_FILE. Nothing has the final name before
-    everything is on disk. Raises OutputExistsError if `directory` exists, CheckpointError for a non-finite or repeated
+    Tokenizer, chat template and generation config are copied from `side_files_from`; `scales` go to SCALES_FILE. Nothing has the
+    final name before everything is on disk. Raises OutputExistsError if `directory` exists, CheckpointError for a non-finite or repeated
     tensor and for a disk that refuses the data.
     """
     target = Path(directory)

@@ -168,11 +168,11 @@ def test_a_run_trains_from_tokens(world, tmp_path):
     assert main(["tokenize", str(world / "cpt.jsonl"), "--tokenizer", str(world / "tokenizer"), "--out", str(tmp_path / "tokens/cpt")]) == 0
     losses = []
     for name, source in (("text", world / "cpt.jsonl"), ("tokens", tmp_path / "tokens")):
-        options = [f"--run.dir={tmp_path / name}", f"--data.sources.0.path={source}", f"--data.tokenizer={world / 'tokenizer'}"]
+        options = [f"--run.dir={tmp_path / f'run-{name}'}", f"--data.sources.0.path={source}", f"--data.tokenizer={world / 'tokenizer'}"]
         options += ["--schedule.total_steps=2", "--schedule.decay_steps=0", "--schedule.warmup_steps=0", "--data.validation_sources=[]"]
         recipe = Path(__file__).parents[2] / "recipes/demo/cpt.toml"
         assert main(["cpt", str(recipe), *options]) == 0
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (tmp_path / f"run-{name}" / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 2
