@@ -127,7 +127,9 @@ def _norm(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
 
 
 def _norm_expected(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
-    y, _ = kernels.rms_norm(x, norm_weight(x), EPS)
+    # With the kernel's own rstd, an FP32 sum in no fixed order (`producer_results` holds it to the FP64 one).
+    _, rstd = kernels.rms_norm_quantize(x, norm_weight(x), EPS, scale_format)
+    y = (x.float() * rstd[:, None] * norm_weight(x).bfloat16().float()).bfloat16()
     return [quantize_reference(y, ROW_BLOCK, scale_format), second_layout(y, scale_format)]
 
 
@@ -174,6 +176,7 @@ def producer_results(x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     with_residual, _ = kernels.rms_norm_backward(grad, x, rstd, weight, residual)
     return {
         "norm": (y, normed.detach()),
+        "reciprocal root mean square": (rstd, x.cpu().double().square().mean(dim=1).add(EPS).rsqrt().float()),
         "norm backward and residual": (with_residual, grad_x.cpu() + residual.cpu()),
         "norm backward": (grad_x, gradients[0]),
         "norm weight": (grad_weight, gradients[1]),
