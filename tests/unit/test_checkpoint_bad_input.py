@@ -1,0 +1,55 @@
+"""Conversions that cannot be done, through the command: one sentence, the right exit code, nothing left behind."""
+
+import json
+import resource
+import struct
+import subprocess
+import sys
+
+import pytest
+from test_checkpoint_export import make_decoder, make_run  # noqa: F401 (a fixture)
+
+from infir2.checkpoint import export_hf
+from infir2.cli import main
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def huge_header(path):
+    path.write_bytes(struct.pack("<Q", 2**62) + path.read_bytes()[8:])
+
+
+def escape(path):
+    weights = {"model.norm.weight": "../secret.safetensors"}
+    (path.parent / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+@pytest.mark.parametrize(("damage", "sentence"), [(cut, "safetensors"), (huge_header, "safetensors"), (escape, "../secret")])
+@pytest.mark.parametrize("kind", ["fp8", "megatron"])
+def test_bad_weights_are_exit_3(tmp_path, make_run, capsys, damage, sentence, kind):  # noqa: F811
+    export_hf(make_run(make_decoder()), tmp_path / "hf")
+    damage(tmp_path / "hf/model.safetensors")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert main(["export", kind, str(tmp_path / "hf"), "--to", str(tmp_path / "out")]) == 3
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.startswith("infir2: error: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["hf", "fp8", "megatron"])
+def test_a_full_disk_is_exit_3_and_leaves_nothing(tmp_path, make_run, kind):  # noqa: F811
+    """A limit on the size of a file stands in for the disk."""
+    run = make_run(make_decoder())
+    export_hf(run, tmp_path / "bf16")
+    source = tmp_path / "bf16" if kind == "fp8" else run
+    before = sorted(path.name for path in tmp_path.iterdir())
+    command = [sys.executable, "-m", "infir2", "export", kind, str(source), "--to", str(tmp_path / "out")]
+    limit = (50_000, 50_000)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert done.returncode == 3, done.stderr
+    assert "cannot be written" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
