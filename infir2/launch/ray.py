@@ -141,9 +141,14 @@ class _Driver:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         room = bundle(self._layout)
-        actor = ray.remote(Node).options(num_cpus=room["CPU"], num_gpus=room.get("GPU", 0), max_restarts=0)
         self._nodes = [
-            actor.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)).remote()
+            ray.remote(Node)
+            .options(
+                num_cpus=room["CPU"],
+                num_gpus=room.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            )
+            .remote()
             for index in range(self._layout.nodes)
         ]
         try:
