@@ -136,6 +136,7 @@ def test_wrong_words_are_one_sentence_and_exit_2(recipe: str, capsys: pytest.Cap
         ("export hf runs/a --to o", ("export_hf", Path("runs/a"), Path("o"))),
         ("export fp8 m --to o", ("export_fp8", Path("m"), Path("o"), "pow2")),
         ("export fp8 m --to o --scale-format fp32", ("export_fp8", Path("m"), Path("o"), "fp32")),
+        ("export megatron m --to o", ("export_megatron", Path("m"), Path("o"))),
         ("import fp8 m --to o", ("import_fp8", Path("m"), Path("o"))),
         ("import hf m.gguf --to o", ("import_hf", Path("m.gguf"), Path("o"))),
         ("import megatron m --to o", ("import_megatron", Path("m"), Path("o"), None)),
@@ -152,6 +153,7 @@ def test_words_reach_their_function(words: str, call: tuple, replace: Callable[.
     functions = (
         "export_hf",
         "export_fp8",
+        "export_megatron",
         "import_fp8",
         "import_hf",
         "import_megatron",
