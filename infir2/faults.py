@@ -2,7 +2,7 @@
 
 `INFIR2_FAULTS` is a comma-separated list of `point:n[:action]`: at the n-th passing of `point` (counted from 1 in this
 process) do `action`. Actions: `kill` (default; SIGKILL to this process, nothing can clean up), `term` (SIGTERM, as a
-scheduler that preempts), `enospc` (OSError as from a full disk), `nan` (the value at hand becomes NaN).
+scheduler that preempts), `enospc` (OSError as from a full disk), `nan` (the value at hand becomes NaN), `hang` (sleep for ever).
 Example: `INFIR2_FAULTS=save.after_shard:2,train.step:7:term`.
 """
 
@@ -10,6 +10,7 @@ import errno
 import functools
 import os
 import signal
+import time
 from collections import Counter
 
 from infir2.errors import ConfigError
@@ -29,7 +30,7 @@ POINTS = (
     "rollout.group",  # all responses to a prompt are there, not yet written down
     "evaluate",  # a response of an evaluation is there
 )
-ACTIONS = ("kill", "term", "enospc", "nan")
+ACTIONS = ("kill", "term", "enospc", "nan", "hang")
 
 _passings: Counter[str] = Counter()
 
@@ -66,4 +67,6 @@ def fault(point: str) -> bool:
         os.kill(os.getpid(), signal.SIGTERM)
     elif action == "enospc":
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (injected at {point})")
+    elif action == "hang":
+        time.sleep(1e6)
     return action == "nan"

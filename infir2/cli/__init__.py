@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         if error.told_by_first and os.environ.get("RANK", "0") != "0":
+            time.sleep(2.0)  # the first rank to end makes torchrun end the others: let rank 0 say it
             return error.exit_code
         if isinstance(error, Preempted | Interrupted):
             return _say(str(error), error.exit_code)

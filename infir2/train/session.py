@@ -66,6 +66,8 @@ class Session:
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         self._sizes = plan_sizes(recipe.parallel, int(os.environ.get("WORLD_SIZE", "1")))
+        if kind == "rl" and self._sizes.world > 1:
+            raise ConfigError("infir2 rl trains in one process: start it without torchrun, or with one rank per job")
         if self._sizes.tp > 1:
             check_model(self._sizes, planned_config(recipe.model), recipe.fp8.enabled)
         self._agreed_signal: int | None = None

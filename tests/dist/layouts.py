@@ -110,7 +110,8 @@ def compare(team: Team, sizes: Sizes, fp8: bool, kv_heads: int) -> dict[str, Any
     first = dict(counts)
     quantised = {layer.quantizations for layer in model.modules() if isinstance(layer, Fp8Linear)}
     places = {name: place.slices for name, place in sharded.places.items()}
-    parts = [(gradients[name], wanted[name][places[name]]) for name in gradients if gradients[name].numel()]
+    named = [name for name in gradients if gradients[name].numel()]
+    parts = [(gradients[name], wanted[name][places[name]]) for name in named]
     same = []
     for name, got in seen.items():
         split = sharded.splits.get(f"{name}.weight")
@@ -121,12 +122,9 @@ def compare(team: Team, sizes: Sizes, fp8: bool, kv_heads: int) -> dict[str, Any
         "norm": abs(result.gradient_norm / expected.gradient_norm - 1),
         "tokens": result.trained_tokens == expected.trained_tokens and result.tokens == expected.tokens,
         "gradient": max(((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in parts),
+        "decibels": decibels(torch.cat([a.flatten() for a, _ in parts]), torch.cat([b.flatten() for _, b in parts])),
         # a key's bias moves all scores of a query nearly alike: its gradient is a sum of terms that cancel, and the rest is noise
-        "decibels": min(
-            decibels(gradients[name], wanted[name][places[name]])
-            for name in gradients
-            if gradients[name].numel() and not name.endswith("k_proj.bias")
-        ),
+        "worst": min(decibels(a, b) for (a, b), name in zip(parts, named, strict=True) if not name.endswith("k_proj.bias")),
         "codes": len(same) == len(codes) and all(same),
         "quantised": sorted(quantised),
         "collectives": first,
