@@ -1,5 +1,6 @@
 # make demo   the whole recipe on a tiny model, on a CPU
 # make test   every test that needs no GPU;  make lint   style and types;  make clean   remove what make made, except runs/
+# make test-faults   30 kills at random moments (half an hour);  make test-cluster   real Ray and, as root with its packages, real SLURM
 #
 # PYTHON       the interpreter to build .venv with (3.11 or 3.12; the first of python3.12, python3.11, python3 that runs)
 # PIP_OPTIONS  options of pip for installing torch alone, to choose another build of it (the README says when)
@@ -17,13 +18,19 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 -c constraints.txt
 PYTEST_OPTIONS ?=
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test test-faults test-cluster lint venv clean
 
 demo: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/infir2 demo
 
 test: $(VENV)/.installed-test $(VENV)/.smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_OPTIONS)
+
+test-faults: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --kills 30 --to docs/results/faults.md
+
+test-cluster: $(VENV)/ray/.installed
+	INFIR2_CLUSTER=1 INFIR2_RAY_BIN=$(abspath $(VENV)/ray/bin) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/cluster $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -46,6 +53,14 @@ $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
 	test -z "$(TRITON)" || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps $(TRITON)
+	@touch $@
+
+# Ray in an environment of its own that also sees this one's packages.
+$(VENV)/ray/.installed: $(VENV)/.installed-test
+	$(BIN)/python -m venv --clear $(VENV)/ray
+	$(VENV)/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[default]>=2.50,<3'
+	$(VENV)/ray/bin/python -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/parent.pth", "w").write("import site; \
+	site.addsitedir(\"$(abspath $(VENV))/lib/python" + sysconfig.get_python_version() + "/site-packages\")")'
 	@touch $@
 
 # A real 135M-parameter model for the tests (93 MB, Apache-2.0, GGUF in a Python package); without it those tests skip.

@@ -100,7 +100,7 @@ class Preflight:
         """Name and function of each check that applies, in the order to run them."""
         checks = [("recipe", self.resolved), ("tokenizer", self.tokenizer), ("data", self.data), ("model", self.model)]
         if self.verb in ("rl", "eval"):
-            checks += [("verifier", self.verifier)]
+            checks += [("verifier", self.verifier), ("jail", self.jail)]
         if self.verb == "rl":
             checks += [("engine", self.engine)]
         if self.verb != "eval":
@@ -151,6 +151,21 @@ class Preflight:
         if not right.correct or wrong.correct:
             raise ConfigError(f"the answer checker does not work here ({right.reason}, {wrong.reason}: {right.detail}).")
         return f"a right and a wrong answer are told apart ({time.perf_counter() - start:.1f} s with the start of a worker)"
+
+    def jail(self) -> str:
+        """In the jail an honest program passes, a cheat and an endless loop do not. Only rewards for programs need one."""
+        from infir2.verify import JailError, Limits, run_code
+
+        tests = [{"fn_name": "double", "args": [4], "expected": 8}]
+        honest, cheat, loop = "return 2 * x", "import os; os._exit(0)", "while True: pass"
+        start = time.perf_counter()
+        try:
+            found = [run_code(f"def double(x):\n    {body}", tests, Limits(seconds=1.0)).reason for body in (honest, cheat, loop)]
+        except JailError as error:
+            return f"warn: {error}"
+        if found[0] != "ok" or found[1] == "ok" or found[2] != "timeout":
+            raise ConfigError(f"the jail does not work here: an honest program gave {found[0]}, a cheat {found[1]}, a loop {found[2]}.")
+        return f"honest {found[0]}, cheat {found[1]}, endless loop {found[2]} ({time.perf_counter() - start:.1f} s)"
 
     def engine(self) -> str:
         """The engine's model is there, in the trainer's scale format and shape."""

@@ -16,7 +16,8 @@ from stages import assert_same_state, curve, options, run
 NODES = Path(__file__).parent / "slurm_nodes.sh"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or any(shutil.which(name) is None for name in NEEDED), reason=f"needs root and {', '.join(NEEDED)}"
+    os.environ.get("INFIR2_CLUSTER") != "1" or os.geteuid() != 0 or any(shutil.which(name) is None for name in NEEDED),
+    reason=f"needs make test-cluster, root and {', '.join(NEEDED)}",
 )
 INFIR2 = f"{shlex.quote(sys.executable)} -m infir2"
 

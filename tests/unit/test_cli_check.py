@@ -178,3 +178,25 @@ def test_damaged_model_files_are_found_without_reading_weights(recipe: Path, tmp
     save_file(tensors | {"model.norm.weight": torch.zeros(3)}, file)
     code, lines = check(capsys, *words)
     assert (code, "model.norm.weight is [3], and its config calls for [64]" in lines["model"]) == (1, True)
+
+
+def test_the_jail_is_tried_for_rl_and_a_broken_one_is_said(
+    recipe: Path, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import infir2.verify
+    from infir2.verify import JailError, Verdict
+
+    words = ["rl", recipe, f"--data.sources.0.path={world}/rl1.jsonl", "--rollout.model=/nowhere"]
+    monkeypatch.setattr(infir2.verify, "run_code", lambda *_: Verdict("ok"))
+    _, lines = check(capsys, *words)
+    assert lines["jail"].startswith("FAIL the jail does not work here: an honest program gave ok, a cheat ok")
+
+    def refuse(*_: object) -> Verdict:
+        raise JailError("this machine refuses a jail")
+
+    monkeypatch.setattr(infir2.verify, "run_code", refuse)
+    _, lines = check(capsys, *words)
+    assert lines["jail"] == "warn this machine refuses a jail"
+    monkeypatch.undo()
+    _, lines = check(capsys, *words)
+    assert lines["jail"].startswith(("ok honest ok, cheat error, endless loop timeout", "warn this machine refuses"))
