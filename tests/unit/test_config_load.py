@@ -135,7 +135,10 @@ def test_an_option_can_give_the_whole_list(recipe: str) -> None:
         ),
         ("--run.seed", "option --run.seed: write it as --run.seed=VALUE."),
         ("--run=3", "option --run: run is a section, so write [run] and keys under it, not a single value."),
-        ("--data.batch_sequences=2", "option --data.batch_sequences: data.batch_sequences and data.batch_samples are both set; keep one and set the other to 0."),
+        (
+            "--data.batch_sequences=2",
+            "option --data.batch_sequences: data.batch_sequences and data.batch_samples are both set; keep one and set the other to 0.",
+        ),
     ],
 )
 def test_mistakes_get_one_sentence(recipe: str, option: str, sentence: str) -> None:
