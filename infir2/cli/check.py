@@ -104,7 +104,7 @@ class Preflight:
         if self.verb == "rl":
             checks += [("engine", self.engine)]
         if self.verb != "eval":
-            checks += [("memory", self.memory), ("run dir", self.run_dir), ("disk", self.disk)]
+            checks += [("parallel", self.parallel), ("memory", self.memory), ("run dir", self.run_dir), ("disk", self.disk)]
         return [*checks, ("machine", self.machine)]
 
     def resolved(self) -> str:
@@ -173,6 +173,17 @@ class Preflight:
 
         assert isinstance(self.recipe, RlRecipe)
         return check_engine(self.recipe, self._known_model())
+
+    def parallel(self) -> str:
+        """Whether the model can be divided as `[parallel]` says."""
+        from infir2.parallel.mesh import Sizes, check_model
+
+        assert isinstance(self.recipe, TrainRecipe)
+        section = self.recipe.parallel
+        sizes = Sizes(section.dp_replicate, max(1, section.dp), section.cp, section.tp)
+        check_model(sizes, self._known_model().config, self.recipe.fp8.enabled)
+        number = f"a multiple of {sizes.world}" if section.dp == -1 else str(sizes.world)
+        return f"for {number} processes" if sizes.world > 1 else "for any number of processes" if section.dp == -1 else "for one process"
 
     def memory(self) -> str:
         """An estimate of the peak against what the device has."""

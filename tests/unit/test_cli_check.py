@@ -59,7 +59,7 @@ def check(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict
 def test_a_good_recipe_passes_and_nothing_is_made(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = check(capsys, recipe, "--data.batch_sequences=2")
     assert code == 0
-    assert list(lines) == ["recipe", "tokenizer", "data", "model", "memory", "run dir", "disk", "machine"]
+    assert list(lines) == ["recipe", "tokenizer", "data", "model", "parallel", "memory", "run dir", "disk", "machine"]
     assert all(line.startswith(("ok", "warn")) for line in lines.values())
     assert "infir2 cpt" in lines["recipe"]
     assert "(min/median/99 %/max of 200 tried)" in lines["data"]

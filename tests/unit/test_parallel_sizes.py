@@ -1,0 +1,61 @@
+"""Sizes of the mesh: what multiplies, what is refused with which fix, and which part of the stream a rank attends with."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from infir2.config.schema import ParallelSection
+from infir2.errors import ConfigError
+from infir2.model import ModelConfig
+from infir2.parallel.context import Cut, attend_to_prefix, cuts_of, rows_of
+from infir2.parallel.mesh import Sizes, check_model, plan_sizes
+
+QWEN_1_5B = ModelConfig(
+    "qwen2", vocab_size=100, hidden_size=1536, num_layers=1, num_heads=12, num_kv_heads=2, head_dim=128, ffn_size=8960, qkv_bias=True
+)
+
+
+def test_dp_fills_what_is_left() -> None:
+    sizes = plan_sizes(ParallelSection(tp=2, cp=2, dp_replicate=2), world_size=24)
+    assert sizes == Sizes(dp_replicate=2, dp=3, cp=2, tp=2)
+    assert (sizes.num_data, sizes.num_shards) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("section", "world", "fix"),
+    [
+        (ParallelSection(tp=3), 8, "start 9 processes"),
+        (ParallelSection(dp=4, tp=4), 8, "needs 16 processes and this run has 8; start 16, or set parallel.dp = -1"),
+    ],
+)
+def test_sizes_that_do_not_multiply_are_refused_with_the_fix(section: ParallelSection, world: int, fix: str) -> None:
+    with pytest.raises(ConfigError, match=fix):
+        plan_sizes(section, world)
+
+
+def test_tensor_parallel_sizes_that_the_model_does_not_take() -> None:
+    for tp in (1, 2):
+        check_model(Sizes(tp=tp), QWEN_1_5B, fp8=True)
+    with pytest.raises(ConfigError, match="does not divide the 12 query heads; the nearest sizes that work for this model: 2"):
+        check_model(Sizes(tp=8), QWEN_1_5B, fp8=True)
+    with pytest.raises(ConfigError, match="down_proj would be 2240 wide"):
+        check_model(Sizes(tp=4), QWEN_1_5B, fp8=True)
+    check_model(Sizes(tp=4), QWEN_1_5B, fp8=False)  # two ranks hold each key/value head
+    check_model(Sizes(tp=4), replace(QWEN_1_5B, ffn_size=9216), fp8=True)
+
+
+def test_every_row_is_held_once_and_a_cut_document_finds_its_keys() -> None:
+    assert torch.cat([rows_of(rank, 2, 16) for rank in range(2)]).sort().values.tolist() == list(range(16))
+    assert rows_of(0, 2, 16).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    bounds = [0, 6, 16]
+    assert cuts_of(0, 2, bounds) == ([0, 4, 8], [Cut(4, 8, 6, 16)])
+    assert cuts_of(1, 2, bounds) == ([0, 2, 4, 8], [Cut(0, 2, 0, 6), Cut(4, 8, 6, 12)])
+
+
+def test_the_end_of_a_sequence_attends_as_in_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(600, heads, 16, generator=generator) for heads in (4, 2, 2))
+    whole = attend_to_prefix(q, k, v)
+    torch.testing.assert_close(attend_to_prefix(q[250:], k, v), whole[250:], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(attend_to_prefix(q[:300], k[:300], v[:300]), whole[:300], rtol=1e-6, atol=1e-6)
