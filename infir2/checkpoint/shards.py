@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,14 +71,19 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(max_workers=1)  # both let go of the interpreter's lock: hash and write at once
         self._size = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
+        hashing = self._hasher.submit(self._hash.update, data)
+        try:
+            self._file.write(data)
+        finally:
+            hashing.result()
         self._size += len(data)
 
     def close(self) -> FileEntry:
+        self._hasher.shutdown()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -85,6 +91,7 @@ class HashedFile:
 
     def abandon(self) -> None:
         """Close without caring for the content: the caller is about to remove the file."""
+        self._hasher.shutdown()
         try:
             self._file.close()
         except OSError:

@@ -53,7 +53,7 @@ def test_sft_and_rl_survive_a_dead_rank_and_a_dead_node(world: Path, start: Path
     script = f"""
     INFIR2_FAULTS=train.step:18 {LAUNCH} --max-restarts 2 -- {shlex.join(sft("sft"))}; echo "code $?"
     {LAUNCH} -- {shlex.join(rl("rl"))} & waiting=$!
-    until grep -q '"step": 3' rl/metrics.jsonl 2>/dev/null; do sleep 0.1; done
+    until grep -qs '"step": 3' rl/metrics.jsonl || ! kill -0 $waiting; do sleep 0.1; done
     kill -9 $(pgrep -f '^ray::Node')  # the node's actor, and by the kernel all that it started
     wait $waiting; echo "code $?"
     """
@@ -61,7 +61,7 @@ def test_sft_and_rl_survive_a_dead_rank_and_a_dead_node(world: Path, start: Path
     result = on_ray(script, tmp_path)
     said = result.stdout + result.stderr
     assert result.stdout.count("code 0") == 2, said
-    assert said.count("restarts left, from the newest checkpoint") == 2, said
+    assert said.count("restarts left, from the newest checkpoint") == 3, said  # the fault strikes at the 18th step of two lives
     assert "resumed from" in said  # the ranks' words reach the driver
     for kind in ("sft", "rl"):
         assert curve(tmp_path / kind, "loss", "gradient_norm") == curve(tmp_path / f"{kind}-undisturbed", "loss", "gradient_norm")
@@ -70,7 +70,7 @@ def test_sft_and_rl_survive_a_dead_rank_and_a_dead_node(world: Path, start: Path
 
 
 def test_ray_job_submit_runs_a_recipe_and_a_wrong_one_is_said(world: Path, tmp_path: Path) -> None:
-    words = options(world, tmp_path / "run", "cpt", schedule__total_steps=3, train__validate_every=0)
+    words = options(world, tmp_path / "run", "cpt", schedule__total_steps=5, train__validate_every=0)
     (tmp_path / "empty").mkdir()
     submit = f"env -u RAY_ADDRESS {shlex.quote(str(RAY))} job submit --working-dir empty -- {LAUNCH}"
     script = f"""
@@ -81,4 +81,4 @@ def test_ray_job_submit_runs_a_recipe_and_a_wrong_one_is_said(world: Path, tmp_p
     assert "code 0" in result.stdout, result.stdout + result.stderr
     assert "code 1" in result.stdout  # Ray's own code for a failed job
     assert "did you mean run.seed" in result.stdout + result.stderr
-    assert [step for step, _ in curve(tmp_path / "run", "loss")] == [1, 2, 3]
+    assert [step for step, _ in curve(tmp_path / "run", "loss")] == [1, 2, 3, 4, 5]
