@@ -116,8 +116,8 @@ def large(directory: Path, billions: float) -> list[str]:
     store.close()
     disk = (before + after) / 2
     return [
-        f"{billions:g} B: {num_bytes / GIB:.1f} GiB, saved at {rate:.3f} GiB/s; plain sequential writes beside it {before:.3f} and {after:.3f} GiB/s: "
-        f"**{rate / disk:.2f} of the disk**.",
+        f"{billions:g} B: {num_bytes / GIB:.1f} GiB, saved at {rate:.3f} GiB/s; plain sequential writes beside it {before:.3f} "
+        f"and {after:.3f} GiB/s: **{rate / disk:.2f} of the disk**.",
         f"Resume (every byte verified, then read into place): {seconds:.1f} s.",
     ]
 

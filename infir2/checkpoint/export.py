@@ -43,7 +43,7 @@ def export_hf(src: str | Path, out: str | Path) -> None:
     cases nothing is left at `out`.
     """
     weights = run_weights(Path(src))
-    _write(weights, Path(out), weights.bf16(), complete_config(weights.config), "exporting")
+    write_with_progress(weights, Path(out), weights.bf16(), complete_config(weights.config), "exporting")
 
 
 def export_fp8(src: str | Path, out: str | Path, scale_format: str = "pow2", high_precision: Iterable[str] = (), say: Say = print) -> None:
@@ -63,7 +63,7 @@ def export_fp8(src: str | Path, out: str | Path, scale_format: str = "pow2", hig
     # scales for activations too, as training does.
     section = quantization_config(meta_decoder(weights.config, fp8))
     config = complete_config(weights.config) | {"quantization_config": section}
-    _write(weights, out, _fp8_tensors(weights, names, scale_format, _imported_scales(Path(src), scale_format)), config, "quantising")
+    write_with_progress(weights, out, _fp8_tensors(weights, names, scale_format, _imported_scales(Path(src), scale_format)), config, "quantising")
     check_export(weights, out, names, say)
 
 
@@ -78,7 +78,7 @@ def import_fp8(src: str | Path, out: str | Path) -> None:
     weights = hf_weights(src, quantized=True)
     files = HfWeights(src)
     scales = {name: files.read(name).float() for name in files.names() if is_pow2 and name.endswith(SCALE_SUFFIX)}
-    _write(weights, Path(out), weights.bf16(), complete_config(weights.config), "dequantising", scales)
+    write_with_progress(weights, Path(out), weights.bf16(), complete_config(weights.config), "dequantising", scales)
 
 
 def complete_config(config: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _fp8_tensors(weights: Weights, names: set[str], scale_format: str, scales: d
         yield name + SCALE_SUFFIX, quantized.scale
 
 
-def _write(
+def write_with_progress(
     weights: Weights,
     out: Path,
     tensors: Iterator[tuple[str, Tensor]],
@@ -126,6 +126,7 @@ def _write(
     doing: str,
     scales: dict[str, Tensor] | None = None,
 ) -> None:
+    """`write_hf` under a progress bar that says `doing`. Raises OutputExistsError."""
     if out.exists():
         raise OutputExistsError(f"{out}: exists already; name a directory that does not, nothing was written.")
     with byte_progress(f"{doing} {out.name}", weights.num_bf16_bytes) as on_bytes:

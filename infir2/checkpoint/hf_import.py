@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infir2.checkpoint.export import SHARD_BYTES, complete_config
+from infir2.checkpoint.export import SHARD_BYTES, complete_config, write_with_progress
 from infir2.checkpoint.weights import hf_weights
 from infir2.errors import CheckpointError, OutputExistsError
 from infir2.model import Decoder, ModelConfig
@@ -31,7 +31,7 @@ def import_hf(src: str | Path, out: str | Path) -> None:
         raise CheckpointError(f"{src} does not exist; give a model directory or a .gguf file")
     if (src / "config.json").is_file() and list(src.glob("*.safetensors")) and "quantization_config" not in read_json(src / "config.json"):
         weights = hf_weights(src, quantized=False)  # ours to read, tensor by tensor
-        write_hf(out, weights.bf16(), complete_config(weights.config), src, SHARD_BYTES)
+        write_with_progress(weights, out, weights.bf16(), complete_config(weights.config), "importing")
         return
     directory, options = (src.parent, {"gguf_file": src.name}) if src.suffix == ".gguf" else (src, {})
     with _one_sentence(src):
