@@ -63,7 +63,8 @@ def export_fp8(src: str | Path, out: str | Path, scale_format: str = "pow2", hig
     # scales for activations too, as training does.
     section = quantization_config(meta_decoder(weights.config, fp8))
     config = complete_config(weights.config) | {"quantization_config": section}
-    write_with_progress(weights, out, _fp8_tensors(weights, names, scale_format, _imported_scales(Path(src), scale_format)), config, "quantising")
+    tensors = _fp8_tensors(weights, names, scale_format, _imported_scales(Path(src), scale_format))
+    write_with_progress(weights, out, tensors, config, "quantising")
     check_export(weights, out, names, say)
 
 
