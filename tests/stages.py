@@ -62,3 +62,11 @@ def assert_same_state(a: Path, b: Path) -> None:
     assert set(left) == set(right)
     for name in left:
         assert torch.equal(left[name], right[name]), name
+
+
+def make_rl_start(world: Path, directory: Path) -> Path:
+    """A little-trained model (`cpt`) and its exports (`hf`, `fp8`) in `directory`."""
+    run(options(world, directory / "cpt", "cpt", schedule__total_steps=4))
+    run(["export", "hf", str(directory / "cpt"), "--to", str(directory / "hf")])
+    run(["export", "fp8", str(directory / "hf"), "--to", str(directory / "fp8")])
+    return directory

@@ -85,7 +85,7 @@ class GatheredWeight(Tensor):
             alias = cls(args[0].fp8)
             alias.made = args[0].made
             return alias
-        raise NotImplementedError(f"{function} on a gathered FP8 weight: only FP8 operations read it")
+        raise TypeError(f"a gathered FP8 weight has codes and no values: only FP8 operations read it, not {function}")
 
     @property
     def fp8(self) -> Fp8Tensor:

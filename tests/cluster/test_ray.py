@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stages import assert_same_state, curve, options, run
+from stages import assert_same_state, curve, make_rl_start, options, run
 
 RAY = Path(os.environ.get("INFIR2_RAY_BIN") or "/nonexistent") / "ray"
 pytestmark = pytest.mark.skipif(
@@ -33,11 +33,7 @@ def on_ray(script: str, directory: Path) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture(scope="module")
 def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("start")
-    run(options(world, directory / "cpt", "cpt", schedule__total_steps=4))
-    run(["export", "hf", str(directory / "cpt"), "--to", str(directory / "hf")])
-    run(["export", "fp8", str(directory / "hf"), "--to", str(directory / "fp8")])
-    return directory
+    return make_rl_start(world, tmp_path_factory.mktemp("start"))
 
 
 def test_sft_and_rl_survive_a_dead_rank_and_a_dead_node(world: Path, start: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from stages import assert_same_state, curve, lines, options, run
+from stages import assert_same_state, curve, lines, make_rl_start, options, run
 
 import infir2.rl.sampler
 from infir2.cli import main
@@ -24,11 +24,7 @@ def reward_even_lengths(completions, texts, answers, rl):  # type: ignore[no-unt
 @pytest.fixture(scope="module")
 def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A little-trained model and its FP8 export."""
-    directory = tmp_path_factory.mktemp("start")
-    run(options(world, directory / "cpt", "cpt", schedule__total_steps=4))
-    run(["export", "hf", str(directory / "cpt"), "--to", str(directory / "hf")])
-    run(["export", "fp8", str(directory / "hf"), "--to", str(directory / "fp8")])
-    return directory
+    return make_rl_start(world, tmp_path_factory.mktemp("start"))
 
 
 def words(world: Path, start: Path, name: Path, **values: object) -> list[str]:
