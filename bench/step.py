@@ -35,7 +35,7 @@ from infir2.config.schema import (
 from infir2.model import Decoder, ModelConfig
 from infir2.numerics import Fp8Linear, Memory, convert_to_fp8, forget, gemm_backends, token_logprobs
 from infir2.train.ledger import gpu_ledger
-from infir2.train.optimizer import make_optimizer, set_learning_rate
+from infir2.train.optimizer import make_optimizer, update
 
 _KEYS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "vocab_size", "tie_embeddings")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -137,11 +137,12 @@ class Step:
         logprobs, _ = token_logprobs(hidden, self.model.head_weight, self.ids.roll(-1), chunk_tokens=chunk, uniform_gradient=True)
         return -logprobs.mean()
 
-    def update(self) -> None:
+    def update(self, learning_rate: float = 0.0) -> None:
         parameters = list(self.model.parameters())
         if self.optimizer is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            self.optimizer.step()
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            update(self.optimizer, gradients, learning_rate, torch.clamp(1.0 / (norm + 1e-6), max=1.0))
         torch.autograd.graph.increment_version(parameters)
         for parameter in parameters:
             parameter.grad = None
@@ -228,12 +229,11 @@ def train_7b(text: Path, steps: int) -> dict[str, Any]:
     data = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
     losses, times = [], []
     for index in range(steps):
-        set_learning_rate(step.optimizer, 1e-4 * min(1.0, (index + 1) / 5))
         step.ids = data[index * 8192 : (index + 1) * 8192].cuda()
         start = time.perf_counter()
         loss = step.forward()
         loss.backward()
-        step.update()
+        step.update(1e-4 * min(1.0, (index + 1) / 5))
         losses.append(loss.item())
         times.append(time.perf_counter() - start)
     return {"losses": losses, "seconds_per_step": statistics.median(times[2:]), "peak_gib": torch.cuda.max_memory_allocated() / 2**30}

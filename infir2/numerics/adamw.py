@@ -1,4 +1,4 @@
-"""One AdamW update of a parameter whose moments are FP32, BF16 or 8-bit: FP8 codes with one power-of-two scale per 128 values.
+"""One AdamW update of parameters whose moments are FP32, BF16 or 8-bit: FP8 codes with one power-of-two scale per 128 values.
 
 8-bit: the first moment m and the root of the second, sqrt(v), whose range fits E4M3 (2**18 from smallest to largest). Codes
 are rounded up with the probability of the remainder: to nearest, a value that decays by less than half a step would never
@@ -6,6 +6,7 @@ change (beta2 = 0.95 moves sqrt(v) by 2.5 %, half a step of E4M3 is 3 to 6 %). T
 that a resumed run continues bit for bit.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,16 @@ class Hyper:
         return 1 - self.beta1**self.step, 1 - self.beta2**self.step
 
 
+@dataclass(frozen=True)
+class Moments:
+    """A parameter's moments m and v, with "fp8" also their scales per 128 values, float32 [ceil(size / 128)]."""
+
+    m: Tensor
+    v: Tensor
+    m_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
 def new_moment(parameter: Tensor, states: str, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
     """A zero moment of `parameter` and its scales ("fp8" only); states: "fp32", "bf16" or "fp8"; pinned where device is "cpu"."""
     pinned = torch.cuda.is_available() and torch.device(device).type == "cpu"
@@ -47,23 +58,31 @@ def new_moment(parameter: Tensor, states: str, device: torch.device | str) -> tu
 
 
 @torch.no_grad()
-def adamw_(p: Tensor, grad: Tensor, m: Tensor, m_scale: Tensor | None, v: Tensor, v_scale: Tensor | None, hyper: Hyper) -> None:
-    """Update p (FP32, contiguous), m, v and their scales in place. grad: FP32 or BF16."""
-    grad = grad.contiguous()
-    if usable(p.device):
+def adamw_(parameters: Sequence[Tensor], gradients: Sequence[Tensor], moments: Sequence[Moments], hyper: Hyper, clip: Tensor) -> None:
+    """Update parameters (FP32, contiguous, on one device) and their moments in place.
+
+    gradients: FP32 or BF16, all alike; `clip` [] float32 multiplies them.
+    """
+    gradients = [gradient.contiguous() for gradient in gradients]
+    if parameters and usable(parameters[0].device):
         from infir2.numerics.kernels import adamw
 
-        numbers = (hyper.step, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.decay, *hyper.corrections)
-        adamw.adamw_(p, grad, m, m_scale, v, v_scale, numbers)
+        tensors = [(p, g, s.m, s.m_scale, s.v, s.v_scale) for p, g, s in zip(parameters, gradients, moments, strict=True)]
+        adamw.adamw_(tensors, clip, hyper.step, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.decay, *hyper.corrections)
         return
-    g, first, root_or_second = grad.float(), _values(m, m_scale), _values(v, v_scale)
-    second = root_or_second if v_scale is None else root_or_second.square()
+    for parameter, gradient, state in zip(parameters, gradients, moments, strict=True):
+        _update(parameter, gradient.float() * clip, state, hyper)
+
+
+def _update(p: Tensor, g: Tensor, state: Moments, hyper: Hyper) -> None:
+    first, root_or_second = _values(state.m, state.m_scale), _values(state.v, state.v_scale)
+    second = root_or_second if state.v_scale is None else root_or_second.square()
     first = first * hyper.beta1 + g * (1 - hyper.beta1)
     second = second * hyper.beta2 + g * g * (1 - hyper.beta2)
     correction1, correction2 = hyper.corrections
     p.mul_(1 - hyper.lr * hyper.decay).sub_(hyper.lr * (first / correction1) / ((second / correction2).sqrt() + hyper.eps))
-    _store(m, m_scale, first, hyper.step)
-    _store(v, v_scale, second if v_scale is None else second.sqrt(), hyper.step)
+    _store(state.m, state.m_scale, first, hyper.step)
+    _store(state.v, state.v_scale, second if state.v_scale is None else second.sqrt(), hyper.step)
 
 
 def _values(moment: Tensor, scale: Tensor | None) -> Tensor:

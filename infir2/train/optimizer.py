@@ -1,4 +1,4 @@
-"""AdamW on FP32 masters with decoupled decay of matrices only: torch's own, or one with smaller or offloaded moments."""
+"""AdamW on FP32 masters with decoupled decay of matrices only: torch's own on a CPU, ours on a GPU and for smaller moments."""
 
 from collections.abc import Mapping
 
@@ -8,9 +8,10 @@ from torch.distributed.tensor import DTensor
 
 from infir2.checkpoint.shards import WHOLE_NUMBER, Place, read_part
 from infir2.config.schema import OptimizerSection
-from infir2.errors import ConfigError
+from infir2.errors import CheckpointError, ConfigError
+from infir2.numerics.kernels import usable
 from infir2.parallel.fsdp import local_tensor
-from infir2.train.compact import CompactAdamW
+from infir2.train.adamw import AdamW
 
 
 def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
@@ -23,20 +24,27 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
     groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (section.beta1, section.beta2)
     if section.states == "fp32" and section.gradients == "fp32" and not section.offload:
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=section.eps, fused=True)
-    if any(isinstance(p, DTensor) for p in matrices):
+        if not usable(matrices[0].device):
+            return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=section.eps, fused=True)
+    elif any(isinstance(p, DTensor) for p in matrices):
         raise ConfigError(
             "optimizer.states, .offload and .gradients other than the defaults need one process; leave them out or run on one GPU"
         )
     if section.gradients == "bf16":
         for parameter in (*matrices, *vectors):
             parameter.grad_dtype = torch.bfloat16
-    return CompactAdamW(groups, betas, section.eps, section.states, section.offload)
+    return AdamW(groups, betas, section.eps, section.states, section.offload)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+def update(optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_rate: float, clip: Tensor | None) -> None:
+    """One step with `gradients`, this rank's parts of all parameters', multiplied by `clip` [] if it is given."""
+    if isinstance(optimizer, AdamW):
+        optimizer.clip = clip
+    elif clip is not None:
+        torch._foreach_mul_(gradients, clip)
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = learning_rate
+    optimizer.step()
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -58,11 +66,25 @@ def load_optimizer_tensors(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if isinstance(optimizer, CompactAdamW):
-            optimizer.load_state(parameter, {key: tensors.get(f"optimizer/{name}/{key}") for key in optimizer.new_state(parameter)})
+        if isinstance(optimizer, AdamW):
+            state = optimizer.new_state(parameter)
+            for key, moment in state.items():
+                _fill(moment, f"optimizer/{name}/{key}", tensors, places.get(name), optimizer.states)
+            optimizer.state[parameter] = state
             continue
         moments = {key: torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
         for key, moment in moments.items():
             local_tensor(moment).copy_(read_part(tensors, f"optimizer/{name}/{key}", places[name]))
         step = read_part(tensors, f"optimizer/{name}/step", WHOLE_NUMBER)
         optimizer.state[parameter] = {**moments, "step": step.to(parameter.device)}
+
+
+def _fill(moment: Tensor, name: str, tensors: Mapping[str, Tensor], place: Place | None, states: str) -> None:
+    """Read this rank's part of a moment; `step` and the scales of 8-bit moments are whole."""
+    whole = Place(tuple(moment.shape), (0,) * moment.ndim, tuple(moment.shape))
+    found = read_part(tensors, name, place if place and place.size == moment.shape else whole) if name in tensors else None
+    if found is None or found.dtype != moment.dtype:
+        raise CheckpointError(
+            f"the checkpoint's AdamW moments are not in optimizer.states = {states!r}; resume with the format it was saved in"
+        )
+    moment.copy_(found)

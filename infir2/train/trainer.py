@@ -19,7 +19,7 @@ from infir2.numerics import Fp8Linear, token_logprobs
 from infir2.parallel.fsdp import local_tensor, weights_changed
 from infir2.parallel.sharded import Sharded, alone
 from infir2.train.losses import LossFunction, TokenScores
-from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
+from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, update
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,10 @@ class Trainer:
 
     def _update(self, norm: Tensor, learning_rate: float) -> None:
         self.before_update()
-        if self.clip_norm > 0:
-            # as torch.nn.utils.clip_grads_with_norm_, on the local parts
-            torch._foreach_mul_(self.sharded.gradients(), torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0))
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
-        # fused AdamW writes the parameters without moving their version counters, which the FP8 codes hang on
+        # as torch.nn.utils.clip_grads_with_norm_
+        clip = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0) if self.clip_norm > 0 else None
+        update(self.optimizer, self.sharded.gradients(), learning_rate, clip)
+        # AdamW writes the parameters without moving their version counters, which the FP8 codes hang on
         weights_changed(self.model)
 
 

@@ -140,7 +140,7 @@ def repository_texts() -> Iterator[tuple[Path, str]]:
     folders = [
         path for path in ROOT.iterdir() if path.is_dir() and path.name not in ("runs", "data", "build") and path.suffix != ".egg-info"
     ]
-    files = [path for path in ROOT.iterdir() if path.is_file()]
+    files = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # a worktree has a file of that name
     for folder in folders:
         if not folder.name.startswith(".") or folder.name == ".ci":
             files += [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]

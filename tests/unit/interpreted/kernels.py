@@ -67,20 +67,30 @@ def test_softmax_of_the_head_agrees_with_fp64(shape: tuple[int, int], temperatur
 @pytest.mark.parametrize("states", ["fp32", "bf16", "fp8"])
 def test_adamw_s_kernel_is_the_reference(states: str) -> None:
     results = []
+    shapes, clip = [(37, 53), (6, 128), (1, 3)], torch.tensor(0.7)
     for update in (adamw.adamw_, adamw_on_kernels):
-        p, generator = cases.gaussian(37, 53).float(), torch.Generator().manual_seed(1)
-        moments = [*adamw.new_moment(p, states, "cpu"), *adamw.new_moment(p, states, "cpu")]
+        parameters = [cases.gaussian(*shape).float() for shape in shapes]
+        moments = [adamw.Moments(m, v, *scales) for p in parameters for m, v, *scales in [new_moments(p, states)]]
+        generator = torch.Generator().manual_seed(1)
         for step in range(1, 5):
-            grad = torch.randn(37, 53, generator=generator) * torch.exp(2 * torch.randn(37, 1, generator=generator))
-            update(p, grad, *moments, adamw.Hyper(step, 1e-2, 0.9, 0.95, 1e-8, 0.1))
-        results.append([p, *(moment for moment in moments if moment is not None)])
+            gradients = [
+                torch.randn(p.shape, generator=generator) * torch.exp(2 * torch.randn((), generator=generator)) for p in parameters
+            ]
+            update(parameters, gradients, moments, adamw.Hyper(step, 1e-2, 0.9, 0.95, 1e-8, 0.1), clip)
+        results.append([*parameters, *(t for state in moments for t in vars(state).values() if t is not None)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
-def adamw_on_kernels(p, grad, m, m_scale, v, v_scale, hyper: adamw.Hyper) -> None:
+def new_moments(p: torch.Tensor, states: str) -> list[torch.Tensor | None]:
+    (m, m_scale), (v, v_scale) = adamw.new_moment(p, states, "cpu"), adamw.new_moment(p, states, "cpu")
+    return [m, v, m_scale, v_scale]
+
+
+def adamw_on_kernels(parameters, gradients, moments, hyper: adamw.Hyper, clip: torch.Tensor) -> None:
+    tensors = [(p, g, s.m, s.m_scale, s.v, s.v_scale) for p, g, s in zip(parameters, gradients, moments, strict=True)]
     numbers = (hyper.step, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.decay, *hyper.corrections)
-    adamw_kernels.adamw_(p, grad, m, m_scale, v, v_scale, numbers)
+    adamw_kernels.adamw_(tensors, clip, *numbers)
 
 
 def decoder_results(on_kernels: bool, scale_format: str, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:

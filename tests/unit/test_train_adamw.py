@@ -1,4 +1,4 @@
-"""AdamW with small or offloaded moments: the update of torch's AdamW, within what the format of the moments allows."""
+"""AdamW with clipping inside, small or offloaded moments: the update of torch's AdamW, within what the format of the moments allows."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from infir2.config.schema import OptimizerSection
 from infir2.errors import CheckpointError
-from infir2.numerics.adamw import Hyper, adamw_, new_moment
-from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from infir2.numerics.adamw import Hyper, Moments, adamw_, new_moment
+from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, update
 
 
 def model() -> nn.Linear:
@@ -82,8 +82,25 @@ def test_a_moment_that_decays_by_less_than_half_a_step_still_decays() -> None:
     root: list[Tensor] = []
     for step in range(1, 121):
         grad = torch.ones(4, 128) if step <= 60 else torch.zeros(4, 128)
-        adamw_(p, grad, m, m_scale, v, v_scale, Hyper(step, 0.0, 0.9, 0.95, 1e-8, 0.0))
+        adamw_([p], [grad], [Moments(m, v, m_scale, v_scale)], Hyper(step, 0.0, 0.9, 0.95, 1e-8, 0.0), torch.ones(()))
         assert v_scale is not None
         root.append(v.view(torch.float8_e4m3fn).float() * v_scale[:, None])
     assert root[59].mean() == pytest.approx((1 - 0.95**60) ** 0.5, rel=0.02)
     assert root[119].mean() == pytest.approx((1 - 0.95**60) ** 0.5 * 0.95**30, rel=0.08)
+
+
+@pytest.mark.parametrize("states", ["fp32", "bf16"])
+def test_clipping_scales_the_gradients_of_one_step(states: str) -> None:
+    results = []
+    for factor, clip in ((0.25, None), (1.0, torch.tensor(0.25))):
+        layer = model()
+        optimizer = make_optimizer(layer, OptimizerSection(states=states))
+        for _ in range(2):
+            for parameter in layer.parameters():
+                parameter.grad = (
+                    factor * torch.ones_like(parameter) * torch.arange(1.0, 1 + len(parameter)).view(-1, *[1] * (parameter.ndim - 1))
+                )
+            update(optimizer, [p.grad for p in layer.parameters() if p.grad is not None], 1e-2, clip)
+        results.append(layer)
+    assert torch.equal(results[0].weight, results[1].weight)
+    assert not torch.equal(results[0].weight, model().weight)
