@@ -6,9 +6,8 @@ from functools import cache
 import torch.distributed as dist
 from torch import Tensor
 
-# 2.13 renamed the collectives on one tensor and deprecates the old names; before, only those exist.
+# 2.13 renamed the collectives on one tensor and deprecates the old name; before, only that exists.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def varlen_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:

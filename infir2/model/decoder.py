@@ -42,14 +42,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_eps) if config.qk_norm else nn.Identity()
 
+    def inputs(self, x: Tensor, norm: RMSNorm, rope: Rope, memory: Memory) -> tuple[Tensor, ...]:
+        """x, and the rotated heads q, k and v of norm(x)."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if not isinstance(self.q_norm, RMSNorm):
+            return attention_inputs(x, norm, layers, self.head_dim, rope, memory)
+        x, q, k, v = attention_inputs(x, norm, layers, self.head_dim, None, memory)  # a norm stands before the rotation
+        return x, apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope), v
+
     def forward(self, x: Tensor, norm: RMSNorm, rope: Rope, context: Context, memory: Memory) -> Tensor:
         """x + o(attention(rope(q), rope(k), v)) of norm(x), [T, D] -> [T, D]."""
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        if isinstance(self.q_norm, RMSNorm):  # a norm stands between the projection and the rotation
-            x, q, k, v = attention_inputs(x, norm, layers, self.head_dim, None, memory)
-            q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
-        else:
-            x, q, k, v = attention_inputs(x, norm, layers, self.head_dim, rope, memory)
+        x, q, k, v = self.inputs(x, norm, rope, memory)
         if isinstance(context, CacheView):
             out = cached_attention(q, k, v, context, self.layer)
         else:

@@ -23,7 +23,7 @@ from infir2.numerics.gemm import fp32_product
 from infir2.numerics.gemm_backends import gemm_nt
 from infir2.numerics.kernels import usable
 from infir2.numerics.memory import Memory
-from infir2.numerics.operands import once_per_versions, replace_made
+from infir2.numerics.operands import once_per_versions, replace_made, rounded
 
 Operand = Tensor | Fp8Tensor  # BF16, or codes
 
@@ -53,8 +53,9 @@ class Stack:
         """FP32 [N]; None where no layer has one."""
         if all(layer.bias is None for layer in self.layers):
             return None
+        device = self.layers[0].weight.device
         return torch.cat(
-            [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in self.layers]
+            [torch.zeros(layer.out_features, device=device) if layer.bias is None else layer.bias.detach() for layer in self.layers]
         )
 
     def operand(self) -> Operand:
@@ -305,8 +306,12 @@ def _stacked_codes(layers: tuple[nn.Linear, ...]) -> Fp8Tensor:
 
 
 def _stacked_values(layers: tuple[nn.Linear, ...]) -> Tensor:
+    first = layers[0].weight
+    if len(layers) == 1 and hasattr(first, "made"):  # gathered in BF16
+        return rounded(first, torch.bfloat16, torch.bfloat16)
+
     def make() -> Tensor:
-        whole = layers[0].weight.new_empty((sum(layer.out_features for layer in layers), layers[0].in_features), dtype=torch.bfloat16)
+        whole = torch.empty((sum(layer.out_features for layer in layers), first.shape[1]), dtype=torch.bfloat16, device=first.device)
         for part, layer in zip(whole.split([layer.out_features for layer in layers]), layers, strict=True):
             part.copy_(layer.weight.detach())
         return whole

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
+from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
 from infir2.numerics.kernels import usable
-from infir2.numerics.reference import dequantize_reference, quantize_reference, transpose_reference
+from infir2.numerics.reference import dequantize_reference, encode_rows, quantize_reference, transpose_reference
 
 _SMALL, _TOGETHER = 1 << 16, 256
 _INPUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -97,6 +97,15 @@ def quantize_weight(master: Tensor, scale_format: str) -> Fp8Tensor:
         result: Fp8Tensor = _kernels().quantize_weight(master.detach(), scale_format)
     nonfinite_blocks.add(result.scale)
     return result
+
+
+def encode_part(master: Tensor, first: int, scale: Tensor, scale_format: str) -> Tensor:
+    """Codes of rows [first, first + R) of a weight, master [R, K], by the scales [N / 128, K / 128] of the whole weight."""
+    if usable(master.device):
+        codes: Tensor = _kernels().encode_part(master, first, scale, scale_format)
+        return codes
+    blocks = torch.arange(first, first + master.shape[0], device=master.device) // GROUP
+    return encode_rows(master.to(torch.bfloat16).float(), scale[blocks])
 
 
 def dequantize(t: Fp8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

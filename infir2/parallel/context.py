@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from infir2.data import Batch
 from infir2.model.attention import attention
-from infir2.parallel.exchange import gather_rows
+from infir2.parallel.exchange import gather_rows, to_device
 from infir2.parallel.mesh import Layout
 
 CHUNK_MULTIPLE = 128  # tokens: FP8 tiles of the weight gradient begin where those of one process do
@@ -94,13 +94,12 @@ class ContextParallel:
         local, self._cuts = cuts_of(self.rank, self.size, bounds)
         self._any_cut = any(cuts_of(rank, self.size, bounds)[1] for rank in range(self.size))
         held = torch.cat([rows_of(rank, self.size, num_tokens) for rank in range(self.size)])
-        self._order = held.argsort().to(self._device)  # where the gathered keys have each row of the stream
+        self._order = to_device(held.argsort(), self._device)  # where the gathered keys have each row of the stream
         inside = torch.ones(len(rows), dtype=torch.bool)
         for cut in self._cuts:
             inside[cut.start : cut.end] = False
-        self._inside = inside.nonzero().squeeze(1).to(self._device)
-        pieces = [self._inside, *(torch.arange(cut.start, cut.end, device=self._device) for cut in self._cuts)]
-        self._restore = torch.cat(pieces).argsort()
+        pieces = [inside.nonzero().squeeze(1), *(torch.arange(cut.start, cut.end) for cut in self._cuts)]
+        self._inside, self._restore = (to_device(x, self._device) for x in (pieces[0], torch.cat(pieces).argsort()))
         lengths = [end - start for start, end in pairwise(local) if inside[start]]
         self._packing = self._plan(torch.tensor([0, *lengths]).cumsum(0).int(), self._device)
         return replace(

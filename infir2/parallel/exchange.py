@@ -9,9 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infir2.compat import all_gather_single, reduce_scatter_single
+from infir2.compat import all_gather_single
 from infir2.numerics.formats import E4M3, ROW_BLOCK, Fp8Tensor
 from infir2.numerics.quantize import dequantize, quantize
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`, by a copy that the host does not wait for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
 def gather_rows(x: Tensor, group: Any) -> Tensor:
@@ -68,6 +73,6 @@ def _gather(x: Tensor, group: Any) -> Tensor:
 
 
 def _sum(x: Tensor, group: Any) -> Tensor:
-    out = torch.empty((x.shape[0] // dist.get_world_size(group), *x.shape[1:]), dtype=torch.float32, device=x.device)
-    reduce_scatter_single(out, x.float().contiguous(), group=group)
-    return out.to(x.dtype)
+    parts = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(parts, x.contiguous(), group=group)  # not reduce-scatter, which would round on the way or send FP32
+    return parts.unflatten(0, (dist.get_world_size(group), -1)).sum(0, dtype=torch.float32).to(x.dtype)

@@ -3,8 +3,8 @@
 The codes of a weight are those of the whole BF16-rounded master (docs/numerics.md). A shard's rows need not end where a
 128x128 block does, so once per version of the weights the largest magnitudes of all blocks are reduced over the shards, in
 one collective for the whole model (four bytes per block: 1/8192 of a BF16 weight). From then on every rank knows every scale,
-and an all-gather moves codes alone. Other parameters travel in the dtype that the operations round them to, and arrive as
-FP32, so that gradients stay FP32 from the operation to the optimizer.
+and an all-gather moves codes alone. Other parameters travel in the dtype that the operations round them to. All are FP32 to
+autograd, so that gradients stay FP32 from the operation to the optimizer; no matrix is ever made FP32 again.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,12 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from infir2.numerics import Fp8Linear
 from infir2.numerics.formats import E4M3, GROUP, TILE_BLOCK, Fp8Tensor, scale_shape
 from infir2.numerics.operands import forget
-from infir2.numerics.quantize import nonfinite_blocks
-from infir2.numerics.reference import as_tiles, block_scale, encode_rows
+from infir2.numerics.quantize import encode_part, nonfinite_blocks
+from infir2.numerics.reference import as_tiles, block_scale
+
+_BF16_VALUES = ("rounded", torch.bfloat16, torch.bfloat16)  # where `operands.rounded` looks
 
 
 def shard_module(root: Any, blocks: Iterable[Any], mesh: Any, wire_dtype: torch.dtype = torch.float32, forward: str = "forward") -> None:
@@ -65,31 +68,39 @@ def local_tensor(parameter: Tensor) -> Tensor:
 
 
 class GatheredWeight(Tensor):
-    """An FP32 weight [N, K] in name: autograd and FSDP2 see its shape and dtype; its memory is the codes.
+    """An FP32 weight [N, K] in name: autograd and FSDP2 see its shape and dtype; its memory is the codes, or BF16 values.
 
-    `made` holds what `operands.once_per_version` would make from a master, above all the FP8 codes.
+    `made` holds what `operands.once_per_version` would make from a master: the FP8 codes, or the master rounded to BF16.
     """
 
     made: dict[Any, Any]
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, fp8: Fp8Tensor) -> "GatheredWeight":
-        weight = torch.Tensor._make_wrapper_subclass(cls, fp8.shape, dtype=torch.float32, device=fp8.codes.device)
-        weight.made = {("fp8", fp8.scale_format): fp8}
+    def __new__(cls, shape: torch.Size, device: torch.device, made: dict[Any, Any]) -> "GatheredWeight":
+        weight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=device)
+        weight.made = made
         return weight
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if function in (torch.ops.aten.detach.default, torch.ops.aten.as_strided.default, torch.ops.aten.alias.default):
-            alias = cls(args[0].fp8)
-            alias.made = args[0].made
-            return alias
-        raise TypeError(f"a gathered FP8 weight has codes and no values: only FP8 operations read it, not {function}")
+        aten = torch.ops.aten
+        if function in (aten.detach.default, aten.as_strided.default, aten.alias.default):
+            return cls(args[0].shape, args[0].device, args[0].made)
+        if function is aten.embedding.default:
+            return function(args[0].made[_BF16_VALUES], *args[1:], **(kwargs or {})).float()  # the rows looked up, not all
+        if _BF16_VALUES not in next(arg for arg in args if isinstance(arg, cls)).made:
+            raise TypeError(f"a gathered FP8 weight has codes and no values: only FP8 operations read it, not {function}")
+        dtype = torch.bfloat16 if function is aten.copy_.default else torch.float32
+        return function(*tree_map_only(cls, lambda weight: weight.made[_BF16_VALUES].to(dtype), args), **(kwargs or {}))
 
-    @property
-    def fp8(self) -> Fp8Tensor:
-        return next(iter(self.made.values()))
+
+def _gathered(shape: torch.Size, made: dict[Any, Any], device: torch.device, out: Any) -> Any:
+    """What FSDP2 wants after a gather: a new weight and inner tensors to free, or nothing where it has one, `out`, to refill."""
+    if out is None:
+        return GatheredWeight(shape, device, made), ()
+    out.made = made
+    return None
 
 
 class _Shard:
@@ -111,7 +122,9 @@ class _PlainShard(_Shard):
     def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], None]:
         return (self.padded(self.local.to(self.wire_dtype)),), None
 
-    def after(self, outputs: Sequence[Tensor], _: None, dtype: torch.dtype, *, out: Tensor | None = None) -> Any:
+    def after(self, outputs: Sequence[Tensor], _: None, dtype: torch.dtype, *, out: Any = None) -> Any:
+        if len(self.shape) == 2 and self.wire_dtype == torch.bfloat16:
+            return _gathered(self.shape, {_BF16_VALUES: outputs[0][: self.shape[0]]}, outputs[0].device, out)
         if out is None:
             if outputs[0].dtype == dtype:
                 return outputs[0], ()
@@ -133,7 +146,7 @@ class _Fp8Shard(_Shard):
     def __init__(self, local: Tensor, shape: torch.Size, rows: int, first: int, layer: Fp8Linear, gather: "Fp8Gather") -> None:
         super().__init__(local, shape, rows)
         self.layer, self.gather = layer, gather
-        self.version = -1
+        self.first, self.version, self.counted = first, -1, True
         self.blocks = torch.arange(first, first + local.shape[0], device=local.device) // GROUP  # each row's row of scales
 
     def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -142,27 +155,25 @@ class _Fp8Shard(_Shard):
         return (self.codes,), self.scale
 
     def after(self, outputs: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, *, out: Any = None) -> Any:
-        whole = GatheredWeight(Fp8Tensor(outputs[0][: self.shape[0]].view(E4M3), scale, TILE_BLOCK, self.layer.scale_format))
-        if out is None:
-            return whole, ()
-        out.made = whole.made
-        return None
+        whole = Fp8Tensor(outputs[0][: self.shape[0]].view(E4M3), scale, TILE_BLOCK, self.layer.scale_format)
+        if not self.counted:  # here and not in `encode`, which runs on a stream of FSDP2's
+            nonfinite_blocks.add(scale)
+            self.counted = True
+        return _gathered(self.shape, {("fp8", whole.scale_format): whole}, scale.device, out)
 
     def largest(self) -> Tensor:
         """Largest magnitude of this shard's part of each block, FP32 [N / 128, K / 128]; Inf for a NaN, which MAX could lose."""
         shape = scale_shape(self.shape[0], self.shape[1], TILE_BLOCK)
-        by_row = as_tiles(self._rounded(), 1).abs().amax(dim=3).squeeze(1).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        # one read of the masters; the largest of rounded values is the largest value, rounded
+        by_row = torch.linalg.vector_norm(as_tiles(self.local.detach(), 1), torch.inf, dim=3).squeeze(1).bfloat16().float()
+        by_row.nan_to_num_(nan=torch.inf, posinf=torch.inf)
         return by_row.new_zeros(shape).scatter_reduce_(0, self.blocks[:, None].expand_as(by_row), by_row, "amax")
 
     def encode(self, largest: Tensor) -> None:
         self.scale = block_scale(largest, self.layer.scale_format)
-        self.codes = self.padded(encode_rows(self._rounded(), self.scale[self.blocks]).view(torch.uint8))
-        self.version = self.local._version
+        self.codes = self.padded(encode_part(self.local.detach(), self.first, self.scale, self.layer.scale_format).view(torch.uint8))
+        self.version, self.counted = self.local._version, False
         self.layer.quantizations += 1
-        nonfinite_blocks.add(self.scale)
-
-    def _rounded(self) -> Tensor:
-        return self.local.detach().to(torch.bfloat16).float()
 
 
 class Fp8Gather:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from infir2.model import Decoder
 from infir2.model.attention import attention
 from infir2.model.decoder import Attention, FeedForward
-from infir2.numerics import Fp8Linear, Memory, RMSNorm, add_linear, apply_rope, attention_inputs
+from infir2.numerics import Fp8Linear, Memory, RMSNorm, add_linear, apply_rope
 from infir2.numerics.linear import linear
 from infir2.numerics.ops import rms_norm, swiglu
 from infir2.parallel.exchange import gather_rows, gather_rows_fp8, sum_rows
@@ -58,12 +58,12 @@ def share_blocks(model: Decoder, layout: Layout, context: "ContextParallel | Non
 
 def _attention(self: Attention, tp_group: Any, cp: Any, x: Tensor, norm: RMSNorm, rope: Any, context: Any, memory: Memory) -> Tensor:
     """`Attention.forward` of this rank's heads and tokens: x + o(attention(...)) [t, D]."""
-    layers = (self.q_proj, self.k_proj, self.v_proj)
     if tp_group is None:
-        x, q, k, v = attention_inputs(x, norm, layers, self.head_dim, None, memory)
+        x, q, k, v = self.inputs(x, norm, rope, memory)
     else:
-        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in _entering(x, norm, layers, tp_group))
-    q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
+        parts = _entering(x, norm, (self.q_proj, self.k_proj, self.v_proj), tp_group)
+        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in parts)
+        q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
     out = (cp.attend(q, k, v) if cp is not None else attention(q, k, v, context)).flatten(1)
     if tp_group is None:
         return add_linear(x, out, self.o_proj, memory)

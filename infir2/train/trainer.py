@@ -5,6 +5,7 @@ import signal
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from infir2.errors import CheckpointError
 from infir2.faults import fault
 from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, token_logprobs
+from infir2.parallel.exchange import to_device
 from infir2.parallel.fsdp import local_tensor, weights_changed
 from infir2.parallel.sharded import Sharded, alone
 from infir2.train.losses import LossFunction, TokenScores
@@ -81,7 +83,8 @@ class Trainer:
         tokens = self._number(counts * sum(len(batch.token_ids) for batch in batches))
         stops = [self._number(self.pending_signal() == number) for number in (signal.SIGTERM, signal.SIGINT)]
         measured = self.sharded.total(torch.stack([self.sharded.squared_norm(), loss_sum, tokens, *stops, *sums.values()]))
-        result = _result(measured.tolist(), int(num_tokens.item()), list(sums))
+        *totals, trained = torch.cat([measured, num_tokens[None]]).tolist()  # the one point where the host waits for the device
+        result = _result(totals, int(trained), list(sums))
         if not result.skipped:
             self._update(measured[0].sqrt().float(), learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
@@ -128,14 +131,15 @@ class Trainer:
         return self.model.head_weight.device
 
     def _number(self, value: float) -> Tensor:
-        return torch.tensor(float(value), dtype=torch.float64, device=self._device)
+        return torch.full((), float(value), dtype=torch.float64, device=self._device)  # torch.tensor would wait for a GPU
 
     def _score(self, batch: Batch, temperature: float, with_entropy: bool = False) -> TokenScores:
         """Only the rows of trained tokens reach the head."""
-        rows = batch.loss_mask.nonzero().squeeze(1).to(self._device)
+        moved = partial(to_device, device=self._device)
+        rows = moved(batch.loss_mask.nonzero().squeeze(1))
         # cu_seqlens stay on the host, which lays out the attention: asking a GPU for them would wait for it.
-        hidden = self.model.hidden_states(batch.token_ids.to(self._device), batch.positions.to(self._device), batch.cu_seqlens)
-        labels = batch.labels.to(self._device)[rows]
+        hidden = self.model.hidden_states(moved(batch.token_ids), moved(batch.positions), batch.cu_seqlens)
+        labels = moved(batch.labels)[rows]
         logprobs, entropy = token_logprobs(
             hidden[rows],
             self.model.head_weight,
@@ -145,7 +149,7 @@ class Trainer:
             with_entropy=with_entropy,
             uniform_gradient=not batch.extras,  # next_token_loss is a sum; a policy loss weighs every token by its extras
         )
-        return TokenScores(logprobs, entropy, {name: value.to(self._device)[rows] for name, value in batch.extras.items()})
+        return TokenScores(logprobs, entropy, {name: moved(value)[rows] for name, value in batch.extras.items()})
 
     def _update(self, norm: Tensor, learning_rate: float) -> None:
         self.before_update()

@@ -43,10 +43,10 @@ def batches() -> list[Batch]:
     return made
 
 
-def make_model(fp8: bool, kv_heads: int) -> Decoder:
+def make_model(kind: str, kv_heads: int) -> Decoder:
     shape = ShapeSection(**SHAPE, num_kv_heads=kv_heads)
-    model = Decoder.from_shape(shape, vocab_size=61, seed=3, compute_dtype=torch.bfloat16 if fp8 else torch.float32)
-    return convert_to_fp8(model, Fp8Section(enabled=fp8))
+    model = Decoder.from_shape(shape, vocab_size=61, seed=3, compute_dtype=torch.bfloat16 if kind else torch.float32)
+    return convert_to_fp8(model, Fp8Section(enabled=kind == "-fp8"))
 
 
 def one_step(model: Decoder, mine: list[Batch], sharded: Sharded | None) -> tuple[StepResult, dict[str, Tensor], Trainer]:
@@ -93,13 +93,13 @@ def count_collectives() -> Counter[str]:
     return counts
 
 
-def compare(team: Team, sizes: Sizes, fp8: bool, kv_heads: int) -> dict[str, Any]:
-    reference = make_model(fp8, kv_heads)
+def compare(team: Team, sizes: Sizes, kind: str, kv_heads: int) -> dict[str, Any]:
+    reference = make_model(kind, kv_heads)
     expected, wanted, _ = team.first(lambda: (*one_step(reference, batches(), None)[:2], None))
-    model = make_model(fp8, kv_heads)
+    model = make_model(kind, kv_heads)
     codes = {
         name: layer.quantized_weight().codes.view(torch.uint8)
-        for name, layer in make_model(fp8, kv_heads).named_modules()
+        for name, layer in make_model(kind, kv_heads).named_modules()
         if isinstance(layer, Fp8Linear)
     }
     layout = Layout(sizes, team, torch.device("cpu"))
@@ -170,9 +170,8 @@ def main() -> None:
     for word in words:
         name, _, numbers = word.partition("=")
         sizes = Sizes(*(int(number) for number in numbers.split(",")))
-        for fp8 in (False, True):
-            mine = compare(team, sizes, fp8, kv_heads=1 if name.endswith("-repeated") else 2)
-            found[f"{name}{'-fp8' if fp8 else ''}"] = team.gather(mine)
+        for kind in ("", "-fp8", *(("-bf16",) if name == "fsdp" else ())):
+            found[name + kind] = team.gather(compare(team, sizes, kind, kv_heads=1 if name.endswith("-repeated") else 2))
     if team.size == 2:
         found["transformers"] = team.gather(compare_transformers(team))
     if team.is_first:

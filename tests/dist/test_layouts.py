@@ -55,6 +55,12 @@ def test_with_fp8_the_weights_are_the_same_bytes_and_the_step_the_same(found: Fo
         assert rank["validation"] == found[f"{name}-fp8"][0]["validation"]
 
 
+def test_with_bf16_weights_travel_as_bf16_and_the_step_is_the_same(found: Found) -> None:
+    for rank in found["fsdp-bf16"]:
+        assert rank["loss"] < 1e-6
+        assert rank["worst"] > 100
+
+
 def test_number_of_collectives_in_a_step(found: Found) -> None:
     """Two micro-batches a rank: gathers of root and two blocks, again in the backward but for the root; one reduction each.
     Beside them the number of tokens, the metrics and, with FP8, the largest magnitudes of the weights' blocks."""

@@ -31,6 +31,15 @@ def test_conversions_have_the_reference_s_bits(name: str, scale_format: str, sha
         assert cases.mismatches(found, expected) == 0
 
 
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize(("first", "rows"), [(0, 130), (64, 70), (200, 131)])
+def test_a_part_of_a_weight_has_the_bytes_of_the_whole(scale_format: str, first: int, rows: int) -> None:
+    weight = cases.hostile(331, 200).float()
+    whole = quantize_reference(weight.bfloat16(), (128, 128), scale_format)
+    codes = operations.encode_part(weight[first : first + rows], first, whole.scale, scale_format)
+    assert torch.equal(codes.view(torch.uint8), whole.codes.view(torch.uint8)[first : first + rows])
+
+
 @pytest.mark.parametrize("name", cases.FUSED)
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("shape", [(3, 576), (131, 128), (0, 128)])
