@@ -1,10 +1,13 @@
 """Run by torchrun: one training step of several layouts against the same step in one process. Writes what differs as JSON.
 
 torchrun --nproc_per_node 2 layouts.py OUT.json fsdp=1,2,1,1 tp=1,1,1,2 ...      (dp_replicate, dp, cp, tp)
+
+With TRITON_INTERPRET=1 the operations of a GPU do the work, in Triton's interpreter, instead of their definitions.
 """
 
 import json
 import math
+import os
 import sys
 from collections import Counter
 from typing import Any
@@ -16,7 +19,7 @@ from torch import Tensor
 from infir2.config.schema import Fp8Section, OptimizerSection, ShapeSection
 from infir2.data import Batch
 from infir2.model import Decoder
-from infir2.numerics import Fp8Linear, convert_to_fp8
+from infir2.numerics import Fp8Linear, convert_to_fp8, fused
 from infir2.parallel.fsdp import local_tensor, shard_module, weights_changed
 from infir2.parallel.mesh import Layout, Sizes
 from infir2.parallel.sharded import Sharded
@@ -25,7 +28,10 @@ from infir2.train.losses import next_token_loss
 from infir2.train.trainer import StepResult, Trainer
 
 SHAPE = {"architecture": "qwen2", "hidden_size": 192, "num_layers": 2, "num_heads": 2, "head_dim": 128, "ffn_size": 256}
-MICRO_BATCHES = ([200, 312], [512], [130, 250, 132], [300, 20, 192])  # lengths of the documents; chunks of 128 cut some of them
+MICRO_BATCHES = [[200, 312], [512], [130, 250, 132], [300, 20, 192]]  # lengths of the documents; chunks of 128 cut some of them
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:  # a thousand times slower
+    SHAPE["num_layers"], MICRO_BATCHES = 1, [[100, 28], [128]]
 COLLECTIVES = ("all_reduce", "all_gather_single", "reduce_scatter_single", "all_gather_into_tensor", "reduce_scatter_tensor")
 
 
@@ -166,13 +172,15 @@ def main() -> None:
     torch.set_num_threads(1)
     out, *words = sys.argv[1:]
     team = start_team(torch.device("cpu"), 60)
+    if INTERPRETED:
+        fused.serves = lambda x: x.dtype == torch.bfloat16
     found = {}
     for word in words:
         name, _, numbers = word.partition("=")
         sizes = Sizes(*(int(number) for number in numbers.split(",")))
-        for kind in ("", "-fp8", *(("-bf16",) if name == "fsdp" else ())):
+        for kind in ("-fp8", "-bf16") if INTERPRETED else ("", "-fp8", *(("-bf16",) if name == "fsdp" else ())):
             found[name + kind] = team.gather(compare(team, sizes, kind, kv_heads=1 if name.endswith("-repeated") else 2))
-    if team.size == 2:
+    if team.size == 2 and not INTERPRETED:
         found["transformers"] = team.gather(compare_transformers(team))
     if team.is_first:
         with open(out, "w", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ FOUR = {"hsdp": "2,2,1,1", "tp-fsdp": "1,2,1,2", "tp-cp": "1,1,2,2"}
 Found = dict[str, list[dict[str, Any]]]
 
 
-def torchrun(num_processes: int, *words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def torchrun(num_processes: int, *words: str, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def run(directory: Path, num_processes: int, layouts: dict[str, str]) -> Found:
+def run(directory: Path, num_processes: int, layouts: dict[str, str], **variables: str) -> Found:
     out = directory / "found.json"
-    done = torchrun(num_processes, str(HERE / "layouts.py"), str(out), *(f"{name}={sizes}" for name, sizes in layouts.items()))
+    words = [f"{name}={sizes}" for name, sizes in layouts.items()]
+    done = torchrun(num_processes, str(HERE / "layouts.py"), str(out), *words, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
@@ -76,3 +78,14 @@ def test_any_module_with_fp8_layers_can_be_sharded(found: Found) -> None:
         assert sharded_second == pytest.approx(plain_second, abs=1e-4)
         assert sharded_second < sharded_first - 0.1, "the second step saw the first one's weights"
         assert rank["quantised"] == [2]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install 'infir2[gpu]')")
+def test_the_operations_of_a_gpu_take_gathered_weights(tmp_path: Path) -> None:
+    """The second layout of weights, stacked layers and the head's sums, from codes and BF16 values that FSDP2 gathered."""
+    for name, ranks in run(tmp_path, 2, {"fsdp": TWO["fsdp"]}, TRITON_INTERPRET="1").items():
+        for rank in ranks:
+            assert rank["codes"]
+            assert rank["quantised"] == ([1] if name == "fsdp-fp8" else [])
+            assert rank["loss"] < 1e-6
+            assert rank["worst"] > 100

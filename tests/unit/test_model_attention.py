@@ -77,6 +77,13 @@ def test_the_libraries_compute_the_same_attention(lengths: list[int]) -> None:
         torch.testing.assert_close(fused, reference, rtol=1e-5, atol=1e-5)
 
 
+def test_no_tokens_attend_to_nothing() -> None:
+    """What a context-parallel rank has left where documents of others run through all of its tokens."""
+    q, k, v = torch.randn(0, 4, 8), torch.randn(0, 2, 8), torch.randn(0, 2, 8)
+    for layout in (plan(torch.tensor([0])), plan_varlen((), torch.device("cpu"))):
+        assert attention(q, k, v, layout).shape == (0, 4, 8)
+
+
 def test_a_document_does_not_see_its_neighbours() -> None:
     q, k, v, cu_seqlens = stream(LENGTHS, torch.bfloat16)
     packed = attention(q, k, v, plan(cu_seqlens))
