@@ -24,11 +24,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing | Varlen) -> Ten
 
     A `Packing` takes the FP64 reference, on any device; a `Varlen` the fastest library there is.
     """
+    if not q.shape[0]:
+        return torch.zeros_like(q)
     if isinstance(packing, Varlen):
         return varlen_attention(q, k, v, packing)
     assert q.shape[0] == k.shape[0] == v.shape[0] == packing.num_tokens, "packing belongs to another stream"
-    if not packing.num_tokens:
-        return torch.zeros_like(q)
     out: Tensor = _ReferenceAttention.apply(q, k, v, packing)
     return out
 

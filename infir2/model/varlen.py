@@ -42,8 +42,6 @@ def plan_varlen(lengths: tuple[int, ...], device: torch.device) -> Varlen:
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: Varlen) -> Tensor:
     """Causal attention of q [T, N, H] to k, v [T, G, H] within each sequence; [T, N, H]."""
-    if not plan.lengths:
-        return torch.zeros_like(q)
     flash = flash_attention_4() if q.is_cuda else None
     longest = max(plan.lengths)
     if flash is not None:

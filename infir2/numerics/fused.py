@@ -53,9 +53,8 @@ class Stack:
         """FP32 [N]; None where no layer has one."""
         if all(layer.bias is None for layer in self.layers):
             return None
-        device = self.layers[0].weight.device
         return torch.cat(
-            [torch.zeros(layer.out_features, device=device) if layer.bias is None else layer.bias.detach() for layer in self.layers]
+            [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in self.layers]
         )
 
     def operand(self) -> Operand:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
+from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
 from infir2.numerics.kernels import usable
 from infir2.numerics.reference import dequantize_reference, encode_rows, quantize_reference, transpose_reference
 
@@ -99,17 +99,17 @@ def quantize_weight(master: Tensor, scale_format: str) -> Fp8Tensor:
     return result
 
 
-def encode_part(master: Tensor, first: int, scale: Tensor, scale_format: str) -> Tensor:
-    """Codes of rows [first, first + R) of a weight, master [R, K], by the scales [N / 128, K / 128] of the whole weight."""
+def encode_weight_rows(master: Tensor, scale: Tensor, scale_format: str) -> Tensor:
+    """Codes of rows of a weight, master [R, K], by given scales [R, K / 128]: a part of blocks whose scales are known."""
     if usable(master.device):
-        codes: Tensor = _kernels().encode_part(master, first, scale, scale_format)
-        return codes
-    blocks = torch.arange(first, first + master.shape[0], device=master.device) // GROUP
-    return encode_rows(master.to(torch.bfloat16).float(), scale[blocks])
+        return _kernels().matrix.encode_weight_rows(master, scale, scale_format == "pow2")
+    return encode_rows(master.to(torch.bfloat16), scale)
 
 
 def dequantize(t: Fp8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """`codes * scale` [R, C]; exact in FP64, and exact in every dtype that holds the values for "pow2" scales."""
+    if dtype == torch.bfloat16 and t.block == ROW_BLOCK and usable(t.codes.device):
+        return _kernels().dequantize(t)
     return dequantize_reference(t, dtype)
 
 

@@ -42,13 +42,9 @@ class _GatherRows(torch.autograd.Function):
         if not as_codes:
             return _gather(x, group)
         codes = quantize(x, ROW_BLOCK)
-        sent = torch.cat((codes.codes.view(torch.uint8), codes.scale.view(torch.uint8)), dim=1)
-        columns = x.shape[1]
-        got = _gather(sent, group)
-        gathered = Fp8Tensor(
-            got[:, :columns].contiguous().view(E4M3), got[:, columns:].contiguous().view(torch.float32), ROW_BLOCK, codes.scale_format
-        )
-        return dequantize(gathered, x.dtype)
+        sent = torch.cat((codes.codes.view(torch.uint8), codes.scale.contiguous().view(torch.uint8)), dim=1)
+        values, scale = (part.contiguous() for part in _gather(sent, group).tensor_split([x.shape[1]], dim=1))
+        return dequantize(Fp8Tensor(values.view(E4M3), scale.view(torch.float32), ROW_BLOCK, codes.scale_format), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

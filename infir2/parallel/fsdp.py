@@ -3,8 +3,8 @@
 The codes of a weight are those of the whole BF16-rounded master (docs/numerics.md). A shard's rows need not end where a
 128x128 block does, so once per version of the weights the largest magnitudes of all blocks are reduced over the shards, in
 one collective for the whole model (four bytes per block: 1/8192 of a BF16 weight). From then on every rank knows every scale,
-and an all-gather moves codes alone. Other parameters travel in the dtype that the operations round them to. All are FP32 to
-autograd, so that gradients stay FP32 from the operation to the optimizer; no matrix is ever made FP32 again.
+and an all-gather moves codes alone. Other matrices travel and stay in the dtype that the operations round them to, vectors in
+FP32. To autograd all are FP32, so that gradients stay FP32 from the operation to the optimizer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from infir2.numerics import Fp8Linear
 from infir2.numerics.formats import E4M3, GROUP, TILE_BLOCK, Fp8Tensor, scale_shape
 from infir2.numerics.operands import forget
-from infir2.numerics.quantize import encode_part, nonfinite_blocks
+from infir2.numerics.quantize import encode_weight_rows, nonfinite_blocks
 from infir2.numerics.reference import as_tiles, block_scale
 
 _BF16_VALUES = ("rounded", torch.bfloat16, torch.bfloat16)  # where `operands.rounded` looks
@@ -28,8 +27,8 @@ _BF16_VALUES = ("rounded", torch.bfloat16, torch.bfloat16)  # where `operands.ro
 def shard_module(root: Any, blocks: Iterable[Any], mesh: Any, wire_dtype: torch.dtype = torch.float32, forward: str = "forward") -> None:
     """Shard `root` over `mesh` (1-D, or replicas x shards), in place; each of `blocks` is gathered and freed as one.
 
-    Works on any module: FP8 weights are gathered as codes, the rest in `wire_dtype`: FP32, or what every operation rounds
-    it to anyway. `forward` names the method of `root` that is called.
+    Works on any module: FP8 weights are gathered as codes, other matrices in `wire_dtype`: FP32, or BF16 where every operation
+    rounds them to that anyway. `forward` names the method of `root` that is called.
     Gradients are summed over the mesh, not averaged. Give the optimizer the parameters as they are afterwards;
     after a step of a fused optimizer, which moves no version counter, call `weights_changed(root)`.
     """
@@ -83,24 +82,24 @@ class GatheredWeight(Tensor):
         return weight
 
     @classmethod
+    def refill(cls, out: Any, key: Any, value: Any, device: Any) -> Any:
+        """What FSDP2 wants after a gather: a new weight and inner tensors to free; nothing where it has one, `out`."""
+        if out is None:
+            return cls(value.shape, device, {key: value}), ()
+        out.made = {key: value}
+        return None
+
+    @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        aten = torch.ops.aten
+        aten, first = torch.ops.aten, next(arg for arg in args if isinstance(arg, cls))
         if function in (aten.detach.default, aten.as_strided.default, aten.alias.default):
-            return cls(args[0].shape, args[0].device, args[0].made)
-        if function is aten.embedding.default:
-            return function(args[0].made[_BF16_VALUES], *args[1:], **(kwargs or {})).float()  # the rows looked up, not all
-        if _BF16_VALUES not in next(arg for arg in args if isinstance(arg, cls)).made:
+            return cls(first.shape, first.device, first.made)
+        if _BF16_VALUES not in first.made:
             raise TypeError(f"a gathered FP8 weight has codes and no values: only FP8 operations read it, not {function}")
-        dtype = torch.bfloat16 if function is aten.copy_.default else torch.float32
-        return function(*tree_map_only(cls, lambda weight: weight.made[_BF16_VALUES].to(dtype), args), **(kwargs or {}))
-
-
-def _gathered(shape: torch.Size, made: dict[Any, Any], device: torch.device, out: Any) -> Any:
-    """What FSDP2 wants after a gather: a new weight and inner tensors to free, or nothing where it has one, `out`, to refill."""
-    if out is None:
-        return GatheredWeight(shape, device, made), ()
-    out.made = made
-    return None
+        light = function in (aten.copy_.default, aten.embedding.default)  # exact from BF16, and no FP32 copy of the whole
+        values = first.made[_BF16_VALUES] if light else first.made[_BF16_VALUES].float()
+        out = function(*(values if arg is first else arg for arg in args), **(kwargs or {}))
+        return out.float() if function is aten.embedding.default else out
 
 
 class _Shard:
@@ -117,22 +116,16 @@ class _Shard:
 class _PlainShard(_Shard):
     def __init__(self, local: Tensor, shape: torch.Size, rows: int, wire_dtype: torch.dtype) -> None:
         super().__init__(local, shape, rows)
-        self.wire_dtype = wire_dtype
+        self.wire_dtype = wire_dtype if len(shape) == 2 else torch.float32
 
     def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], None]:
         return (self.padded(self.local.to(self.wire_dtype)),), None
 
     def after(self, outputs: Sequence[Tensor], _: None, dtype: torch.dtype, *, out: Any = None) -> Any:
-        if len(self.shape) == 2 and self.wire_dtype == torch.bfloat16:
-            return _gathered(self.shape, {_BF16_VALUES: outputs[0][: self.shape[0]]}, outputs[0].device, out)
+        if self.wire_dtype == torch.bfloat16:
+            return GatheredWeight.refill(out, _BF16_VALUES, outputs[0][: self.shape[0]], outputs[0].device)
         if out is None:
-            if outputs[0].dtype == dtype:
-                return outputs[0], ()
-            whole = outputs[0].to(dtype)
-            return whole, (whole,)
-        if outputs[0].dtype != out.dtype:
-            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(out):
-                out.copy_(outputs[0][: self.shape[0]])
+            return outputs[0], ()
         forget(out)  # FSDP2 refills the same memory without moving its version
         return None
 
@@ -146,7 +139,7 @@ class _Fp8Shard(_Shard):
     def __init__(self, local: Tensor, shape: torch.Size, rows: int, first: int, layer: Fp8Linear, gather: "Fp8Gather") -> None:
         super().__init__(local, shape, rows)
         self.layer, self.gather = layer, gather
-        self.first, self.version, self.counted = first, -1, True
+        self.version, self.counted = -1, True
         self.blocks = torch.arange(first, first + local.shape[0], device=local.device) // GROUP  # each row's row of scales
 
     def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -159,7 +152,7 @@ class _Fp8Shard(_Shard):
         if not self.counted:  # here and not in `encode`, which runs on a stream of FSDP2's
             nonfinite_blocks.add(scale)
             self.counted = True
-        return _gathered(self.shape, {("fp8", whole.scale_format): whole}, scale.device, out)
+        return GatheredWeight.refill(out, ("fp8", whole.scale_format), whole, scale.device)
 
     def largest(self) -> Tensor:
         """Largest magnitude of this shard's part of each block, FP32 [N / 128, K / 128]; Inf for a NaN, which MAX could lose."""
@@ -171,7 +164,8 @@ class _Fp8Shard(_Shard):
 
     def encode(self, largest: Tensor) -> None:
         self.scale = block_scale(largest, self.layer.scale_format)
-        self.codes = self.padded(encode_part(self.local.detach(), self.first, self.scale, self.layer.scale_format).view(torch.uint8))
+        codes = encode_weight_rows(self.local.detach(), self.scale[self.blocks], self.layer.scale_format)
+        self.codes = self.padded(codes.view(torch.uint8))
         self.version, self.counted = self.local._version, False
         self.layer.quantizations += 1
 

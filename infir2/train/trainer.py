@@ -5,7 +5,6 @@ import signal
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -135,21 +134,20 @@ class Trainer:
 
     def _score(self, batch: Batch, temperature: float, with_entropy: bool = False) -> TokenScores:
         """Only the rows of trained tokens reach the head."""
-        moved = partial(to_device, device=self._device)
-        rows = moved(batch.loss_mask.nonzero().squeeze(1))
+        rows = batch.loss_mask.nonzero().squeeze(1)
+        rows, ids, positions, labels = (to_device(x, self._device) for x in (rows, batch.token_ids, batch.positions, batch.labels))
         # cu_seqlens stay on the host, which lays out the attention: asking a GPU for them would wait for it.
-        hidden = self.model.hidden_states(moved(batch.token_ids), moved(batch.positions), batch.cu_seqlens)
-        labels = moved(batch.labels)[rows]
+        hidden = self.model.hidden_states(ids, positions, batch.cu_seqlens)
         logprobs, entropy = token_logprobs(
             hidden[rows],
             self.model.head_weight,
-            labels,
+            labels[rows],
             temperature,
             self.head_chunk_tokens,
             with_entropy=with_entropy,
             uniform_gradient=not batch.extras,  # next_token_loss is a sum; a policy loss weighs every token by its extras
         )
-        return TokenScores(logprobs, entropy, {name: moved(value)[rows] for name, value in batch.extras.items()})
+        return TokenScores(logprobs, entropy, {name: to_device(value, self._device)[rows] for name, value in batch.extras.items()})
 
     def _update(self, norm: Tensor, learning_rate: float) -> None:
         self.before_update()

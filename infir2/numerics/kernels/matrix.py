@@ -93,11 +93,11 @@ def _tiles_kernel(x_ptr, codes_ptr, scale_ptr, rows, columns, x_stride, scale_st
 
 
 @triton.jit
-def _part_kernel(x_ptr, codes_ptr, scale_ptr, rows, columns, first, x_stride, scale_stride, POW2: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+def _encode_kernel(x_ptr, codes_ptr, scale_ptr, rows, columns, x_stride, scale_stride, POW2: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     first_row, group = tile_of_program(rows, columns, BLOCK_ROWS)
     values = round_to_bf16(load_values(x_ptr, first_row, group, rows, columns, x_stride, BLOCK_ROWS))
     row = first_row + tl.arange(0, BLOCK_ROWS)
-    scale = tl.load(scale_ptr + ((first + row) // 128).to(tl.int64) * scale_stride + group, mask=row < rows, other=1.0)
+    scale = tl.load(scale_ptr + row.to(tl.int64) * scale_stride + group, mask=row < rows, other=1.0)
     store_tile(codes_ptr, encode(values, scale[:, None], POW2), first_row, group * 128, rows, columns, columns, BLOCK_ROWS, 128)
 
 
@@ -298,12 +298,11 @@ def _fake_quantize_tiles(x: Tensor, pow2: bool, round_to_bf16: bool) -> tuple[Te
     return empty_codes(x, rows, columns), empty_tile_scales(x, rows, columns)
 
 
-def encode_part(x: Tensor, first: int, scale: Tensor, pow2: bool) -> Tensor:
-    """Codes [R, C] of rows [first, first + R) of an FP32 weight by the 128x128 scales of the whole."""
+def encode_weight_rows(x: Tensor, scale: Tensor, pow2: bool) -> Tensor:
+    """Codes [R, C] of an FP32 x, rounded to BF16, by given scales [R, ceil(C / 128)]."""
     rows, columns = x.shape
     codes = empty_codes(x, rows, columns)
     if rows:
-        grid = (triton.cdiv(rows, ROWS_CONFIG["BLOCK_ROWS"]) * groups(columns),)
-        strides = (x.stride(0), scale.stride(0))
-        _part_kernel[grid](x, as_bytes(codes), scale, rows, columns, first, *strides, POW2=pow2, **ROWS_CONFIG)
+        grid, strides = (triton.cdiv(rows, ROWS_CONFIG["BLOCK_ROWS"]) * groups(columns),), (x.stride(0), scale.stride(0))
+        _encode_kernel[grid](x, as_bytes(codes), scale, rows, columns, *strides, POW2=pow2, **ROWS_CONFIG)
     return codes

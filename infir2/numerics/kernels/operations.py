@@ -17,7 +17,6 @@ from infir2.numerics.reference import quantize_reference, transpose_reference
 
 __all__ = [
     "dequantize",
-    "encode_part",
     "label_logprobs",
     "label_logprobs_backward",
     "quantize",
@@ -44,11 +43,6 @@ def quantize(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = 
     pow2 = _is_pow2(scale_format, block)
     codes, scale = matrix.quantize_rows(x, pow2) if tuple(block) == ROW_BLOCK else matrix.quantize_tiles(x, pow2, False)
     return Fp8Tensor(codes, scale, (block[0], block[1]), scale_format)
-
-
-def encode_part(x: Tensor, first: int, scale: Tensor, scale_format: str) -> Tensor:
-    """Codes of rows [first, first + R) of an FP32 weight, x [R, C], by the 128x128 scales of the whole weight."""
-    return matrix.encode_part(x, first, scale, _is_pow2(scale_format))
 
 
 def transpose(t: Fp8Tensor) -> Fp8Tensor:

@@ -32,12 +32,13 @@ def test_conversions_have_the_reference_s_bits(name: str, scale_format: str, sha
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)
-@pytest.mark.parametrize(("first", "rows"), [(0, 130), (64, 70), (200, 131)])
-def test_a_part_of_a_weight_has_the_bytes_of_the_whole(scale_format: str, first: int, rows: int) -> None:
-    weight = cases.hostile(331, 200).float()
+@pytest.mark.parametrize(("first", "rows"), [(0, 130), (64, 70), (200, 131), (331, 0)])
+def test_rows_of_a_weight_have_the_bytes_of_the_whole(scale_format: str, first: int, rows: int) -> None:
+    weight, part = cases.hostile(331, 200).float(), slice(first, first + rows)
     whole = quantize_reference(weight.bfloat16(), (128, 128), scale_format)
-    codes = operations.encode_part(weight[first : first + rows], first, whole.scale, scale_format)
-    assert torch.equal(codes.view(torch.uint8), whole.codes.view(torch.uint8)[first : first + rows])
+    scale = whole.scale[torch.arange(first, first + rows) // 128]
+    codes = matrix.encode_weight_rows(weight[part], scale, scale_format == "pow2")
+    assert torch.equal(codes.view(torch.uint8), whole.codes.view(torch.uint8)[part])
 
 
 @pytest.mark.parametrize("name", cases.FUSED)
