@@ -11,12 +11,15 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 from infir2.errors import CheckpointCorruptError, CheckpointError
 
 MANIFEST = "manifest.json"
+METADATA = ".metadata"  # where each tensor lies, see dcp.py
 FORMAT = 1
+_LARGE_BYTES = 2**20  # from here on a write is worth the start of a thread
 
 
 class FileEntry(NamedTuple):
@@ -24,6 +27,68 @@ class FileEntry(NamedTuple):
 
     size: int
     sha256: str
+
+
+class HashedFile:
+    """A new file, hashed as it is written and synced at the end of its `with`, which then gives its `entry`.
+
+    An error of the disk's comes out of the `with`, whatever the writer between has made of it.
+    """
+
+    entry: FileEntry
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._hash = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(max_workers=1)  # both let go of the interpreter's lock: hash and write at once
+        self._failure: OSError | None = None
+        self.size = 0
+
+    def __enter__(self) -> "HashedFile":
+        self._file = self._path.open("xb", buffering=0)
+        return self
+
+    def write(self, data: bytes | memoryview) -> int:
+        if len(data) < _LARGE_BYTES:
+            self._write(memoryview(data))
+            self._hash.update(data)
+        else:
+            hashing = self._hasher.submit(self._hash.update, data)
+            try:
+                self._write(memoryview(data))
+            finally:
+                hashing.result()
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def _write(self, data: memoryview) -> None:
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+                # Linux begins to write out what it is told to forget; left alone, it would begin at the sync
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            self._failure = error
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._hasher.shutdown()
+        with self._file:
+            if self._failure:
+                raise self._failure
+            if kind is None:
+                os.fsync(self._file.fileno())
+        self.entry = FileEntry(self.size, self._hash.hexdigest())
+
+
+def write_file(path: Path, data: bytes) -> FileEntry:
+    """Write a small file as a whole, synced."""
+    with HashedFile(path) as file:
+        file.write(data)
+    return file.entry
 
 
 def _canonical(content: Mapping[str, object]) -> bytes:

@@ -11,22 +11,17 @@ are Hugging Face's names, with any prefix, is read too.
 """
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from infir2.checkpoint.dcp import DcpTensors
 from infir2.checkpoint.export import SHARD_BYTES, complete_config
-from infir2.checkpoint.pickles import read_pickle, read_torch_save
+from infir2.checkpoint.pickles import read_torch_save
+from infir2.checkpoint.places import whole
 from infir2.checkpoint.progress import byte_progress
 from infir2.checkpoint.weights import parameter_shapes
 from infir2.errors import CheckpointError, ConfigError, OutputExistsError
@@ -92,25 +87,18 @@ class MegatronCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._reader = _SafeReader(path)
-        tensors = {
-            key: entry
-            for key, entry in self._reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        self._entries = tensors
-        self.shapes = {key: tuple(entry.size) for key, entry in tensors.items()}
-        self._file_bytes = sum(file.stat().st_size for file in path.glob("*.distcp"))
-        named = [key for key in tensors if key.endswith(HF_EMBEDDING) and "optim" not in key]
-        self.hf_prefix = min(named, key=len).removesuffix(HF_EMBEDDING) if named and EMBEDDING not in tensors else None
-        if EMBEDDING not in tensors and self.hf_prefix is None:
+        self._tensors = DcpTensors(path, foreign=True)
+        self.shapes = {key: self._tensors.shape(key) for key in self._tensors}
+        named = [key for key in self.shapes if key.endswith(HF_EMBEDDING) and "optim" not in key]
+        self.hf_prefix = min(named, key=len).removesuffix(HF_EMBEDDING) if named and EMBEDDING not in self.shapes else None
+        if EMBEDDING not in self.shapes and self.hf_prefix is None:
             raise CheckpointError(f"{path}: has no '{EMBEDDING}' nor '{HF_EMBEDDING}'; it is not a checkpoint of a Qwen or Llama model.")
 
     @property
     def dtype(self) -> str:
         """dtype of the weights, as config.json writes it."""
         embedding = EMBEDDING if self.hf_prefix is None else self.hf_prefix + HF_EMBEDDING
-        return str(self._entries[embedding].properties.dtype).removeprefix("torch.")
+        return str(self._tensors.dtype(embedding)).removeprefix("torch.")
 
     def is_tied(self, wanted: bool) -> bool:
         """Whether embedding and output layer are one; `wanted`: what the config says, for a head that is stored twice."""
@@ -121,66 +109,17 @@ class MegatronCheckpoint:
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
         """A tensor, or one layer of a tensor that stacks them."""
-        if key not in self._entries:
-            raise CheckpointError(f"{self.path}: has no tensor '{key}', which the model's config calls for.")
-        entry = self._entries[key]
-        num_bytes = entry.size.numel() * entry.properties.dtype.itemsize
-        if num_bytes > self._file_bytes:
-            raise CheckpointError(f"{self.path}: tensor '{key}' claims {num_bytes} bytes, more than all its files hold; it is refused.")
-        first, rows = (0, entry.size[:1]) if layer is None else (layer, (1,))
-        chunk = ChunkStorageMetadata(torch.Size((first, *[0] * len(entry.size))[: len(entry.size)]), torch.Size((*rows, *entry.size[1:])))
-        tensor = torch.empty(chunk.sizes, dtype=entry.properties.dtype)
-        try:
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch remarks that no process group runs
-                dcp.load({key: tensor}, storage_reader=self._reader, planner=_OneChunk(key, entry, chunk, tensor), no_dist=True)
-        except (dcp.api.CheckpointException, OSError) as error:
-            raise CheckpointError(f"{self.path}: tensor '{key}' cannot be read ({error}); a shard file is damaged or missing.") from error
-        return tensor if layer is None else tensor[0]
+        place = whole(self.shapes.get(key, ()))
+        if layer is None:
+            return self._tensors.part(key, place)
+        offset, size = (layer, *place.offset[1:]), (1, *place.size[1:])
+        return self._tensors.part(key, place._replace(offset=offset, size=size))[0]
 
     def arguments(self) -> dict[str, Any]:
         """Megatron's own command-line arguments, from common.pt; empty if it has none."""
         common = read_torch_save(self.path / "common.pt") if (self.path / "common.pt").is_file() else {}
         arguments = common.get("args") if isinstance(common, dict) else None
         return dict(vars(arguments)) if arguments is not None else {}
-
-
-class _OneChunk(dcp.DefaultLoadPlanner):
-    """Reads one rectangle of one stored tensor."""
-
-    def __init__(self, key: str, entry: TensorStorageMetadata, chunk: ChunkStorageMetadata, tensor: Tensor) -> None:
-        super().__init__()
-        self._items, self._tensor = create_read_items_for_chunk_list(key, entry, [chunk]), tensor
-
-    def create_local_plan(self) -> LoadPlan:
-        return LoadPlan(self._items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self._tensor
-
-
-class _SafeReader(FileSystemReader):
-    """FileSystemReader that reads `.metadata` with an allow-list and stays inside its directory."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._directory = path
-        self._metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            path = self._directory / ".metadata"
-            with path.open("rb") as file:
-                metadata = read_pickle(file, path)
-            if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-                raise CheckpointError(f"{path}: is not the metadata of a distributed checkpoint.")
-            for info in metadata.storage_data.values():
-                name = str(info.relative_path) if isinstance(info, _StorageInfo) else ""
-                if Path(name).name != name or name in ("", ".."):
-                    raise CheckpointError(f"{path}: names the file '{name}', which is outside the checkpoint; it is refused.")
-            metadata.storage_meta = metadata.storage_meta or StorageMeta()
-            metadata.storage_meta.load_id = self.load_id
-            self._metadata = metadata
-        return self._metadata
 
 
 def config_of_arguments(checkpoint: MegatronCheckpoint) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 A checkpoint is written under a temporary name, every file synced, the manifest (sizes and SHA-256) last, then published
 by one rename. `step-N` therefore is whole or does not exist, and nothing published is ever written to again.
 
-    runs/cpt/checkpoints/step-20/{tensors-00000.safetensors, ..., state.json, manifest.json}
+    runs/cpt/checkpoints/step-20/{__0_0.distcp, ..., .metadata, state.json, manifest.json}
 
-Several processes write `tensors-RANK-00000.safetensors` each into the same directory, and rank 0 an `index.json` of the parts
-(`shards.LazyTensors`); what a reader sees does not depend on who wrote it.
+The tensors are a distributed checkpoint of torch's (`dcp.py`), by one process or several; what a reader sees does not depend on
+who wrote it. Nothing of it is read before the manifest has been verified.
 """
 
 import contextlib
@@ -24,17 +24,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from infir2.checkpoint.lock import RunLock
-from infir2.checkpoint.manifest import MANIFEST, FileEntry, encode_manifest, verify_directory
+from infir2.checkpoint.manifest import MANIFEST, METADATA, FileEntry, encode_manifest, verify_directory, write_file
+from infir2.checkpoint.places import Place
 from infir2.checkpoint.progress import byte_progress
-from infir2.checkpoint.shards import INDEX, LazyTensors, Place, make_index, split_shards, write_file, write_shard
 from infir2.errors import CheckpointCorruptError, CheckpointError
 from infir2.faults import fault
 from infir2.parallel.team import Team
+
+if TYPE_CHECKING:  # torch.distributed.checkpoint takes 0.7 s to import
+    from infir2.checkpoint.dcp import DcpTensors
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
@@ -63,10 +66,14 @@ class Checkpoint:
         """The JSON-able part: configuration, data position, random number generators."""
         return json.loads((self.path / STATE).read_bytes())
 
-    def tensors(self) -> LazyTensors:
-        """The tensors by name; each is read from its file when asked for."""
-        index = json.loads((self.path / INDEX).read_bytes()) if INDEX in self.files else None
-        return LazyTensors([self.path / name for name in sorted(self.files) if name.endswith(".safetensors")], index)
+    def tensors(self) -> "DcpTensors":
+        """The tensors by name; each is read, whole or in part, when asked for."""
+        from infir2.checkpoint.dcp import DcpTensors
+
+        tensors = DcpTensors(self.path)
+        if unlisted := tensors.files - self.files.keys():
+            raise CheckpointCorruptError(f"{self.path / METADATA}: names {min(unlisted)}, which the manifest does not list.")
+        return tensors
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -74,8 +81,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     step, files = verify_directory(path)
     if path.name != f"step-{step}":
         raise CheckpointCorruptError(f"{path}: its manifest says step {step}; the directory was renamed.")
-    if STATE not in files:
-        raise CheckpointCorruptError(f"{path / MANIFEST}: lists no {STATE}.")
+    if missing := {STATE, METADATA} - files.keys():
+        raise CheckpointCorruptError(f"{path / MANIFEST}: lists no {min(missing)}.")
     return Checkpoint(step, path, files)
 
 
@@ -176,7 +183,7 @@ class Store:
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Publish `checkpoints/step-N` and thin out older ones; returns its path.
 
-        tensors: any shapes, dtypes and devices; one at a time is copied to the host. state: JSON-able.
+        tensors: any shapes, dtypes and devices; one piece (`dcp.PIECE_BYTES`) at a time is copied to the host. state: JSON-able.
         A whole `step-N` that is already there is kept as it is; a damaged one is moved aside.
         CheckpointError, with the previous checkpoints intact and nothing half-written left, when the disk is full or
         cannot be written, after one retry (for which all older checkpoints but the newest good one are removed if the
@@ -215,12 +222,11 @@ class Store:
 
     def _publish(self, target: Path, step: int, tensors: Mapping[str, Tensor], payload: bytes) -> None:
         mine = {name: tensor for name, tensor in tensors.items() if self._is_mine(name)}
-        num_bytes = sum(self.team.gather(sum(tensor.numel() * tensor.element_size() for tensor in mine.values())))
+        num_bytes = sum(self.team.gather(sum(tensor.nbytes for tensor in mine.values())))
         temporary = self.team.first(lambda: self._new_directory(step, num_bytes + len(payload)))
         try:
-            files, held = self.team.together(lambda: self._write_tensors(temporary, mine, step))
-            everything = self.team.gather((files, held, self.places))
-            self.team.first(lambda: self._finish(temporary, target, step, payload, everything))
+            entries = self.team.gather(self._write_tensors(temporary, mine, step))
+            self.team.first(lambda: self._finish(temporary, target, step, payload, entries))
         except BaseException:
             if self.team.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -238,26 +244,17 @@ class Store:
         temporary.mkdir()
         return temporary
 
-    def _write_tensors(self, directory: Path, tensors: Mapping[str, Tensor], step: int) -> tuple[dict[str, FileEntry], dict[str, str]]:
-        """Write this rank's tensors. Returns the files' entries, and in which file each tensor is."""
-        files, held = {}, {}
-        prefix = f"tensors-{self.team.rank:05d}-" if self.places else "tensors-"
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        with byte_progress(f"saving step {step}", num_bytes if self.team.is_first else 0) as on_bytes:
-            for index, shard in enumerate(split_shards(tensors)):
-                fault("save.before_shard")
-                name = f"{prefix}{index:05d}.safetensors"
-                files[name] = write_shard(directory / name, shard, on_bytes)
-                held.update(dict.fromkeys(shard, name))
-                fault("save.after_shard")
-        return files, held
+    def _write_tensors(self, directory: Path, tensors: Mapping[str, Tensor], step: int) -> dict[str, FileEntry]:
+        """Write this rank's tensors. Returns the entries of its files."""
+        from infir2.checkpoint.dcp import save_tensors
 
-    def _finish(self, temporary: Path, target: Path, step: int, payload: bytes, everything: list[Any]) -> None:
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        with byte_progress(f"saving step {step}", num_bytes if self.team.is_first else 0) as on_bytes:
+            return save_tensors(directory, tensors, self.places, self.team, on_bytes)
+
+    def _finish(self, temporary: Path, target: Path, step: int, payload: bytes, entries: list[dict[str, FileEntry]]) -> None:
         """What rank 0 adds to the files of all ranks, and the rename that publishes them."""
-        files = {name: entry for entries, _, _ in everything for name, entry in entries.items()}
-        if self.places:
-            index = make_index([held for _, held, _ in everything], [places for _, _, places in everything])
-            files[INDEX] = write_file(temporary / INDEX, json.dumps(index).encode())
+        files = {name: entry for part in entries for name, entry in part.items()}
         files[STATE] = write_file(temporary / STATE, payload)
         fault("save.before_manifest")
         write_file(temporary / MANIFEST, encode_manifest(step, files))

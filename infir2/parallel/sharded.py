@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from infir2.checkpoint.shards import Place
+from infir2.checkpoint.places import Place
 from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.numerics.formats import GROUP

@@ -19,12 +19,12 @@ Value = TypeVar("Value")
 class Team:
     """Rank and size of this process's run, and objects passed between its ranks over gloo.
 
+    `group`: the process group of these exchanges, None for one process.
     Example: `team.first(lambda: read_newest())` runs on rank 0 and gives every rank its result, or its UserError.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
-        self.rank, self.size = rank, size
-        self._group = group
+        self.rank, self.size, self.group = rank, size, group
 
     @property
     def is_first(self) -> bool:
@@ -39,7 +39,7 @@ class Team:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def first(self, work: Callable[[], Value]) -> Value:
@@ -52,7 +52,7 @@ class Team:
                 box = [(work(), None)]
             except (UserError, OSError) as error:
                 box = [(None, error)]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         value, failure = box[0]
         if failure is not None:
             if isinstance(failure, UserError):

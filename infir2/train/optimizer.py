@@ -1,17 +1,21 @@
 """AdamW on FP32 masters with decoupled decay of matrices only: torch's own on a CPU, ours on a GPU and for smaller moments."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from infir2.checkpoint.shards import WHOLE_NUMBER, Place, read_part
+from infir2.checkpoint.places import Place, whole
 from infir2.config.schema import OptimizerSection
 from infir2.errors import CheckpointError, ConfigError
 from infir2.numerics.kernels import usable
 from infir2.parallel.fsdp import local_tensor
 from infir2.train.adamw import AdamW
+
+if TYPE_CHECKING:
+    from infir2.checkpoint.dcp import DcpTensors
 
 
 def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
@@ -57,10 +61,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], places: Mapping[str, Place]
-) -> None:
-    """Inverse of `optimizer_tensors`, from whole tensors. Raises CheckpointError when a parameter's moments are missing."""
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: "DcpTensors", places: Mapping[str, Place]) -> None:
+    """Inverse of `optimizer_tensors`: this rank's parts. Raises CheckpointError when a parameter's moments are missing."""
     if not any(name.startswith("optimizer/") for name in tensors):
         return
     for name, parameter in model.named_parameters():
@@ -74,8 +76,8 @@ def load_optimizer_tensors(
             continue
         moments = {key: torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
         for key, moment in moments.items():
-            local_tensor(moment).copy_(read_part(tensors, f"optimizer/{name}/{key}", places[name]))
-        step = read_part(tensors, f"optimizer/{name}/step", WHOLE_NUMBER)
+            tensors.read(f"optimizer/{name}/{key}", places[name], local_tensor(moment))
+        step = tensors.part(f"optimizer/{name}/step", whole(()))
         optimizer.state[parameter] = {**moments, "step": step.to(parameter.device)}
 
 

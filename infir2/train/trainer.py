@@ -5,11 +5,12 @@ import signal
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from infir2.checkpoint.shards import Place, read_part
+from infir2.checkpoint.places import Place
 from infir2.config.schema import OptimizerSection
 from infir2.data import Batch
 from infir2.errors import CheckpointError
@@ -21,6 +22,9 @@ from infir2.parallel.fsdp import local_tensor, weights_changed
 from infir2.parallel.sharded import Sharded, alone
 from infir2.train.losses import LossFunction, TokenScores
 from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, update
+
+if TYPE_CHECKING:
+    from infir2.checkpoint.dcp import DcpTensors
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,8 @@ class Trainer:
         names = ("parameters/{}", "optimizer/{}/exp_avg", "optimizer/{}/exp_avg_sq")
         return {form.format(name): place for name, place in self.sharded.places.items() for form in names}
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of whole tensors, named as `tensors` names them. CheckpointError on a missing or misshapen one."""
+    def load_tensors(self, tensors: "DcpTensors") -> None:
+        """Read this rank's part of what `tensors` names. CheckpointError on a missing or misshapen one."""
         load_parameters(self.model, tensors, self.sharded.places)
         load_optimizer_tensors(self.model, self.optimizer, tensors, self.sharded.places)
 
@@ -178,7 +182,7 @@ def _result(measured: list[float], num_tokens: int, names: list[str]) -> StepRes
 
 
 @torch.no_grad()
-def load_parameters(model: Decoder, tensors: Mapping[str, Tensor], places: Mapping[str, Place]) -> None:
-    """Copy this rank's part of each 'parameters/NAME' of a checkpoint into the model's FP32 masters."""
+def load_parameters(model: Decoder, tensors: "DcpTensors", places: Mapping[str, Place]) -> None:
+    """Read this rank's part of each 'parameters/NAME' of a checkpoint into the model's FP32 masters."""
     for name, parameter in model.named_parameters():
-        local_tensor(parameter).copy_(read_part(tensors, f"parameters/{name}", places[name]))
+        tensors.read(f"parameters/{name}", places[name], local_tensor(parameter))

@@ -54,10 +54,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(world: Path, alone: Path, tmp_pa
     run(words(world, started_alone, train__stop_after_step=2))
     codes, said = ranks(tmp_path, 2, words(world, started_by_two, train__stop_after_step=2))
     assert codes == [0, 0], said
-    assert [path.name for path in sorted(started_by_two.glob("checkpoints/step-2/*.safetensors"))] == [
-        "tensors-00000-00000.safetensors",
-        "tensors-00001-00000.safetensors",
-    ]
+    assert sorted(path.name for path in started_by_two.glob("checkpoints/step-2/*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
     export_hf(started_by_two, tmp_path / "hf-two")
     export_hf(started_alone, tmp_path / "hf-one")
     a, b = load_file(tmp_path / "hf-two" / "model.safetensors"), load_file(tmp_path / "hf-one" / "model.safetensors")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from infir2 import faults
-from infir2.checkpoint import Store, open_checkpoint
+from infir2.checkpoint import Store, dcp, open_checkpoint
 from infir2.checkpoint import lock as lock_module
 from infir2.checkpoint import store as store_module
 from infir2.checkpoint.store import published_steps
@@ -28,7 +28,7 @@ SAVE_POINTS = [point for point in faults.POINTS if point.startswith("save.")]
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     """Two tensor files per checkpoint, and counters of passings that start at nought."""
-    monkeypatch.setattr(store_module, "split_shards", lambda tensors: ({name: tensor} for name, tensor in tensors.items()))
+    monkeypatch.setattr(dcp, "FILE_BYTES", 1)
     monkeypatch.setattr(faults, "_passings", Counter())
 
 
@@ -94,7 +94,7 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-@pytest.mark.parametrize("name", ["tensors-00000.safetensors", "tensors-00001.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__0_1.distcp", ".metadata", "state.json", "manifest.json"])
 def test_a_damaged_file_is_named_and_the_previous_checkpoint_taken(tmp_path, name, damage):
     warnings: list[str] = []
     store = Store(tmp_path, keep=2, warn=warnings.append)
@@ -152,7 +152,7 @@ def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
     store = Store(tmp_path, warn=lambda _: None)
     save(store, 1)
     monkeypatch.setattr(store_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-    monkeypatch.setattr(store_module, "write_shard", lambda *_: pytest.fail("must not begin to write"))
+    monkeypatch.setattr(dcp, "save_tensors", lambda *_: pytest.fail("must not begin to write"))
     with pytest.raises(CheckpointError, match="ENOSPC"):
         save(store, 2)
     assert_whole(tmp_path, 1)

@@ -1,14 +1,21 @@
 """The checkpoint store: what goes in comes out bit for bit, retention, and which checkpoint is the newest good one."""
 
+import collections
+import hashlib
 import json
+import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed.checkpoint as torch_dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from infir2.checkpoint import Store, open_checkpoint
-from infir2.checkpoint.shards import LazyTensors, split_shards, write_shard
+from infir2.checkpoint import Store, dcp, open_checkpoint
+from infir2.checkpoint.manifest import FileEntry, encode_manifest, read_manifest
+from infir2.checkpoint.places import Place, whole
 from infir2.checkpoint.store import published_steps
 from infir2.errors import CheckpointCorruptError, CheckpointError
 
@@ -57,20 +64,116 @@ def test_every_dtype_and_layout_comes_back_bit_for_bit(tmp_path):
         assert read[name].dtype == tensor.dtype
         assert read[name].shape == tensor.shape == read.shape(name)
         assert bits(read[name]) == bits(tensor.detach()), name
-    assert set(load_file(path / "tensors-00000.safetensors")) == set(tensors)  # an independent reader agrees
+    read_by_torch = {name: torch.full_like(tensor.detach(), 0) for name, tensor in tensors.items()}
+    torch_dcp.load(read_by_torch, storage_reader=torch_dcp.FileSystemReader(path), no_dist=True)
+    dcp_to_torch_save(path, tmp_path / "whole.pt")
+    converted = torch.load(tmp_path / "whole.pt", weights_only=True)
+    for name, tensor in tensors.items():
+        assert bits(read_by_torch[name]) == bits(converted[name]) == bits(tensor.detach()), name
 
 
-def test_tensors_are_split_into_files_in_order(tmp_path):
-    tensors = {str(index): torch.full((10,), float(index)) for index in range(5)}
-    shards = list(split_shards(tensors, shard_bytes=80))
-    assert [list(shard) for shard in shards] == [["0", "1"], ["2", "3"], ["4"]]
-    assert [list(shard) for shard in split_shards(tensors, shard_bytes=1)] == [[name] for name in tensors]
-    paths = [tmp_path / f"{index}.safetensors" for index in range(3)]
-    for path, shard in zip(paths, shards, strict=True):
-        entry = write_shard(path, shard)
-        assert entry.size == path.stat().st_size
-    read = LazyTensors(paths)
-    assert {name: read[name][0].item() for name in read} == {str(index): float(index) for index in range(5)}
+def test_tensors_lie_in_pieces_of_several_files_and_any_part_is_read_from_its_own_pieces_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(dcp, "PIECE_BYTES", 100)
+    monkeypatch.setattr(dcp, "FILE_BYTES", 200)
+    wide = torch.arange(40.0).view(10, 4)
+    tensors = {"a": wide, "b": wide.t(), "row": torch.arange(100.0).view(1, 100), "c": torch.arange(60.0)}
+    path = Store(tmp_path).save(1, tensors, {})
+    files = sorted(path.glob("*.distcp"))
+    assert [file.name for file in files] == [f"__0_{number}.distcp" for number in range(len(files))]
+    assert len(files) == 5, "a, b: 160 bytes each in 6 + 4 and 2 + 2 rows; row: 400 in one piece; c: 240 in 25 + 25 and 10 values"
+    read = open_checkpoint(tmp_path).tensors()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    for place in (Place((10, 4), (5, 1), (3, 2)), Place((10, 4), (0, 3), (10, 1)), Place((10, 4), (9, 0), (0, 4))):
+        rows, columns = (slice(start, start + size) for start, size in zip(place.offset, place.size, strict=True))
+        assert torch.equal(read.part("a", place), wide[rows, columns])
+    by_torch = {name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}
+    torch_dcp.load(by_torch, storage_reader=torch_dcp.FileSystemReader(path), no_dist=True)
+    assert all(torch.equal(by_torch[name], tensor) for name, tensor in tensors.items())
+    for file in files[1:]:
+        file.unlink()
+    assert torch.equal(read.part("a", Place((10, 4), (7, 0), (3, 4))), wide[7:]), "of the first file alone"
+    with pytest.raises(CheckpointError, match=r"'c' cannot be read .*No such file"):
+        read["c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "message"),
+    [
+        ("a", torch.zeros(4), r"'a' is \[3\] torch.float32, and \[4\] torch.float32 is needed"),
+        ("a", torch.zeros(3, dtype=torch.bfloat16), "bfloat16 is needed"),
+        ("b", torch.zeros(3), "has no tensor 'b'"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_refused(tmp_path, name, out, message):
+    Store(tmp_path).save(1, {"a": torch.ones(3)}, {})
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path).tensors().read(name, whole(out.shape), out)
+
+
+class Attack:
+    """Unpickling this with `pickle.load` makes a file."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, (str(self.sentinel),)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """As an attacker who knows the manifest's format."""
+    step, files = read_manifest(path.parent)
+    path.write_bytes(data)
+    files[path.name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+    (path.parent / "manifest.json").write_bytes(encode_manifest(step, files))
+
+
+def test_a_hostile_metadata_is_refused_by_the_manifest_and_with_a_matching_one_by_the_class_it_asks_for(tmp_path):
+    sentinel = tmp_path / "sentinel"
+    path = Store(tmp_path / "run").save(1, {"a": torch.ones(3)}, {}) / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(Attack(sentinel)))
+    with pytest.raises(CheckpointCorruptError, match=r"\.metadata: has \d+ bytes instead of"):
+        open_checkpoint(path.parent)
+    for attack, named in (
+        (Attack(sentinel), "posix.mkdir"),
+        (collections.OrderedDict(), "collections.OrderedDict"),
+        (os.system, "posix.system"),
+    ):
+        metadata.planner_data = attack
+        replace_file(path, pickle.dumps(metadata))
+        with pytest.raises(CheckpointError, match=rf"\.metadata: asks for '{named}'"):
+            open_checkpoint(path.parent).tensors()
+    assert not sentinel.exists()
+
+
+def test_a_metadata_cannot_lead_out_of_what_the_manifest_lists(tmp_path):
+    path = Store(tmp_path / "run").save(1, {"a": torch.ones(3)}, {}) / ".metadata"
+    for name, message in (("../other", "outside the checkpoint"), ("unlisted.distcp", "which the manifest does not list")):
+        metadata = pickle.loads(path.read_bytes())
+        next(iter(metadata.storage_data.values())).relative_path = name
+        replace_file(path, pickle.dumps(metadata))
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(path.parent).tensors()
+
+
+def test_a_hostile_payload_is_not_unpickled_and_a_missing_part_is_not_made_up(tmp_path):
+    sentinel = tmp_path / "sentinel"
+    path = Store(tmp_path / "run").save(1, {"a": torch.ones(3)}, {})
+    torch.save({"x": Attack(sentinel)}, tmp_path / "attack.pt")
+    payload = (tmp_path / "attack.pt").read_bytes()
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    (info,) = metadata.storage_data.values()
+    info.length = len(payload)
+    replace_file(path / "__0_0.distcp", payload)
+    replace_file(path / ".metadata", pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="'a' cannot be read"):
+        open_checkpoint(path).tensors()["a"]
+    assert not sentinel.exists()
+    metadata.state_dict_metadata["a"].chunks[0].sizes = torch.Size((2,))
+    replace_file(path / ".metadata", pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="2 of the 3 values"):
+        open_checkpoint(path).tensors()["a"]
 
 
 def test_retention_keeps_the_newest(tmp_path):
@@ -149,8 +252,6 @@ def test_a_renamed_step_is_not_taken_for_another(tmp_path):
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "..", ""])
 def test_a_manifest_cannot_point_outside_the_checkpoint(tmp_path, name):
-    from infir2.checkpoint.manifest import FileEntry, encode_manifest
-
     path = tmp_path / "step-1"
     path.mkdir()
     (path / "manifest.json").write_bytes(encode_manifest(1, {name: FileEntry(0, "0" * 64)}))

@@ -1,0 +1,231 @@
+"""Tensors in the format of torch's distributed checkpoints (DCP): written as a stream by any number of processes, read lazily.
+
+Each rank writes its parts, in pieces of whole rows, to files `__RANK_N.distcp`, and rank 0 a pickled `.metadata` that says where
+each piece lies in its tensor; torch's own tools read the directory. One piece at a time is copied to the host, each byte is hashed
+on its way out, and every file is synced. Nothing is unpickled but by an allow-list, and payloads as weights only.
+"""
+
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from infir2.checkpoint.manifest import METADATA, FileEntry, HashedFile, write_file
+from infir2.checkpoint.pickles import AllowListUnpickler, ForeignUnpickler, read_pickle
+from infir2.checkpoint.places import Place, whole
+from infir2.errors import CheckpointError
+from infir2.faults import fault
+from infir2.parallel.team import Team
+
+PIECE_BYTES = 2**26
+FILE_BYTES = 2**30
+
+
+def save_tensors(
+    directory: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Place], team: Team, on_bytes: Callable[[int], None]
+) -> dict[str, FileEntry]:
+    """Write this rank's tensors, whole where they have no place; every rank calls this at the same point.
+
+    Returns the entries of the files that this rank has written. Where a rank fails, every rank raises, its own error or the first.
+    """
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is nothing to warn of
+    writer = _Writer(directory)
+    planner = _SavePlanner(tensors, places, on_bytes)
+    try:
+        dcp.save({}, storage_writer=writer, planner=planner, process_group=team.group, no_dist=team.size == 1)
+    except dcp.api.CheckpointException as error:
+        first = min(error.failures)
+        raise error.failures.get(team.rank, error.failures[first])[0] from None
+    return writer.files
+
+
+class _SavePlanner(dcp.DefaultSavePlanner):
+    """Plans one write per piece of a tensor."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], places: Mapping[str, Place], on_bytes: Callable[[int], None]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._on_bytes = on_bytes
+        self._pieces = {index: (piece, place) for name in tensors for index, piece, place in _cut(name, tensors[name], places.get(name))}
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for index, (piece, place) in self._pieces.items():
+            assert index.offset is not None
+            chunk = ChunkStorageMetadata(index.offset, piece.shape)
+            data = TensorWriteData(chunk, TensorProperties(dtype=piece.dtype), torch.Size(place.shape))
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        return SavePlan(items)
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """The piece on the host in a storage that holds nothing else, as torch.save writes storages; often without a copy."""
+        piece, _ = self._pieces[write_item.index]
+        self._on_bytes(piece.nbytes)
+        if not piece.numel():
+            return torch.empty(piece.shape, dtype=piece.dtype)
+        array = piece.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        return torch.from_numpy(array).view(piece.dtype).view(piece.shape)
+
+
+def _cut(name: str, tensor: Tensor, place: Place | None) -> Iterator[tuple[MetadataIndex, Tensor, Place]]:
+    """Views of whole rows, `PIECE_BYTES` at most unless a row has more, and where they begin in the whole tensor."""
+    place, tensor = place or whole(tensor.shape), tensor.detach()
+    assert place.size == tuple(tensor.shape), f"'{name}' is not the part that its place says"
+    rows = max(1, PIECE_BYTES * len(tensor) // max(1, tensor.nbytes)) if tensor.ndim else 1
+    for number, piece in enumerate(tensor.split(rows) if tensor.ndim else [tensor]):
+        offset = (place.offset[0] + number * rows, *place.offset[1:]) if tensor.ndim else ()
+        yield MetadataIndex(name, offset), piece, place
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Files of about `FILE_BYTES`, whose sizes and hashes are in `files` afterwards.
+
+    torch's own writer would put a rank's parts into one file, synced at its end, and lose the error of a thread.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._directory = directory
+        self.files: dict[str, FileEntry] = {}
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = []
+        for number, items in enumerate(_files(plan.items)):
+            fault("save.before_shard")
+            name = f"{plan.storage_data.prefix}{number}.distcp"
+            with HashedFile(self._directory / name) as file:
+                stream: Any = file  # all that torch.save asks for
+                for item in items:
+                    start = file.size
+                    torch.save(planner.resolve_data(item), stream)
+                    results.append(WriteResult(item.index, file.size - start, _StorageInfo(name, start, file.size - start)))
+            self.files[name] = file.entry
+            fault("save.after_shard")
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
+        metadata.version = CURRENT_DCP_VERSION
+        self.files[METADATA] = write_file(self._directory / METADATA, pickle.dumps(metadata))
+
+
+def _files(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
+    """The items, in order, in groups of at most `FILE_BYTES` (a larger one is alone)."""
+    group: list[WriteItem] = []
+    size = 0
+    for item in items:
+        assert item.tensor_data is not None
+        num_bytes = item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+        if group and size + num_bytes > FILE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += num_bytes
+    if group:
+        yield group
+
+
+class DcpTensors(Mapping[str, Tensor]):
+    """The tensors of a directory by name, each read, whole or in part, when asked for.
+
+    `foreign`: written by another program (Megatron), whose `.metadata` asks for more classes.
+    Raises CheckpointError for a `.metadata` that is damaged, asks for a class it should not, or names a file elsewhere.
+    Example: `DcpTensors(run / "checkpoints/step-20")["parameters/model.norm.weight"]`.
+    """
+
+    def __init__(self, path: Path, foreign: bool = False) -> None:
+        self.path = path
+        self._reader = dcp.FileSystemReader(path)
+        metadata = _read_metadata(path / METADATA, foreign)
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self.files = {info.relative_path for info in metadata.storage_data.values()}
+        self._file_bytes = sum(file.stat().st_size for file in path.glob("*.distcp"))
+        self._entries = {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.part(name, whole(self._entries[name].size))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor without reading it."""
+        return tuple(self._entries[name].size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].properties.dtype
+
+    def part(self, name: str, place: Place) -> Tensor:
+        """The rectangle of a tensor that `place` names; raises as `read`."""
+        entry = self._entry(name)
+        num_bytes = entry.size.numel() * entry.properties.dtype.itemsize
+        if num_bytes > self._file_bytes:
+            raise CheckpointError(f"{self.path}: tensor '{name}' claims {num_bytes} bytes, more than all its files hold; it is refused.")
+        tensor = torch.empty(place.size, dtype=entry.properties.dtype)
+        self.read(name, place, tensor)
+        return tensor
+
+    def read(self, name: str, place: Place, out: Tensor) -> None:
+        """Read the rectangle that `place` names into `out`; of the files, only pieces that have a share in it.
+
+        CheckpointError if the tensor is absent, has another shape or dtype, or cannot be read.
+        """
+        entry = self._entry(name)
+        stored, wanted = (tuple(entry.size), entry.properties.dtype), (place.shape, out.dtype)
+        if stored != wanted:
+            raise CheckpointError(f"{self.path}: '{name}' is {list(stored[0])} {stored[1]}, and {list(wanted[0])} {wanted[1]} is needed.")
+        try:
+            chunk = ChunkStorageMetadata(torch.Size(place.offset), torch.Size(place.size))
+            items = create_read_items_for_chunk_list(name, entry, [chunk])
+            found = sum(item.lengths.numel() for item in items)
+            if found != out.numel():
+                raise ValueError(f"its parts hold {found} of the {out.numel()} values asked for")
+            self._reader.read_data(LoadPlan(items), _LoadPlanner(out))
+        except Exception as error:  # whatever torch finds in a damaged file
+            raise CheckpointError(f"{self.path}: tensor '{name}' cannot be read ({error}); a shard file is damaged or missing.") from error
+
+    def _entry(self, name: str) -> TensorStorageMetadata:
+        if name not in self._entries:
+            raise CheckpointError(f"{self.path}: has no tensor '{name}', which the model calls for.")
+        return self._entries[name]
+
+
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    """Everything read goes into one tensor."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self._out = out
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._out
+
+
+def _read_metadata(path: Path, foreign: bool) -> Metadata:
+    with path.open("rb") as file:
+        metadata = read_pickle(file, path, ForeignUnpickler if foreign else AllowListUnpickler)
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointError(f"{path}: is not the metadata of a distributed checkpoint.")
+    for info in metadata.storage_data.values():
+        name = str(info.relative_path) if isinstance(info, _StorageInfo) else ""
+        if Path(name).name != name or name in ("", ".."):
+            raise CheckpointError(f"{path}: names the file '{name}', which is outside the checkpoint; it is refused.")
+    return metadata
