@@ -62,31 +62,25 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: "DcpTensors", places: Mapping[str, Place]) -> None:
-    """Inverse of `optimizer_tensors`: this rank's parts. Raises CheckpointError when a parameter's moments are missing."""
+    """Inverse of `optimizer_tensors`: this rank's parts. CheckpointError when a moment is missing or has another format."""
     if not any(name.startswith("optimizer/") for name in tensors):
         return
-    for name, parameter in model.named_parameters():
+    for parameter_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if isinstance(optimizer, AdamW):
-            state = optimizer.new_state(parameter)
-            for key, moment in state.items():
-                _fill(moment, f"optimizer/{name}/{key}", tensors, places.get(name), optimizer.states)
-            optimizer.state[parameter] = state
-            continue
-        moments = {key: torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-        for key, moment in moments.items():
-            tensors.read(f"optimizer/{name}/{key}", places[name], local_tensor(moment))
-        step = tensors.part(f"optimizer/{name}/step", whole(()))
-        optimizer.state[parameter] = {**moments, "step": step.to(parameter.device)}
+        optimizer.state[parameter] = state = _new_state(optimizer, parameter)
+        for key, moment in state.items():
+            name, part, place = f"optimizer/{parameter_name}/{key}", local_tensor(moment), places.get(parameter_name)
+            if name not in tensors or tensors.dtype(name) != part.dtype:
+                states = optimizer.states if isinstance(optimizer, AdamW) else "fp32"
+                raise CheckpointError(
+                    f"the checkpoint's AdamW moments are not in optimizer.states = {states!r}; resume with the format it was saved in"
+                )
+            tensors.read(name, place if place and place.size == part.shape else whole(part.shape), part)  # scales are whole
 
 
-def _fill(moment: Tensor, name: str, tensors: Mapping[str, Tensor], place: Place | None, states: str) -> None:
-    """Read this rank's part of a moment; `step` and the scales of 8-bit moments are whole."""
-    whole = Place(tuple(moment.shape), (0,) * moment.ndim, tuple(moment.shape))
-    found = read_part(tensors, name, place if place and place.size == moment.shape else whole) if name in tensors else None
-    if found is None or found.dtype != moment.dtype:
-        raise CheckpointError(
-            f"the checkpoint's AdamW moments are not in optimizer.states = {states!r}; resume with the format it was saved in"
-        )
-    moment.copy_(found)
+def _new_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    if isinstance(optimizer, AdamW):
+        return optimizer.new_state(parameter)
+    step = torch.zeros((), device=parameter.device)
+    return {"step": step} | {key: torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}

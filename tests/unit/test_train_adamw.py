@@ -1,9 +1,12 @@
 """AdamW with clipping inside, small or offloaded moments: the update of torch's AdamW, within what the format of the moments allows."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from infir2.checkpoint import Store, open_checkpoint
 from infir2.config.schema import OptimizerSection
 from infir2.errors import CheckpointError
 from infir2.numerics.adamw import Hyper, Moments, adamw_, new_moment
@@ -49,24 +52,25 @@ def test_updates_are_torch_s_within_the_format_s_error(keys: dict, bound: float)
 
 
 @pytest.mark.parametrize("states", ["bf16", "fp8"])
-def test_a_resumed_run_continues_bit_for_bit(states: str) -> None:
+def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, states: str) -> None:
     section = OptimizerSection(states=states)
     whole = trained(section, 20)[0]
     first, optimizer = trained(section, 9)
-    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(first, optimizer).items()}
+    Store(tmp_path).save(9, optimizer_tensors(first, optimizer), {})
     second = model()
     second.load_state_dict(first.state_dict())
     again = make_optimizer(second, section)
-    load_optimizer_tensors(second, again, saved, {})
+    load_optimizer_tensors(second, again, open_checkpoint(tmp_path).tensors(), {})
     run(second, again, range(9, 20))
     assert torch.equal(second.weight, whole.weight)
 
 
-def test_moments_of_another_format_are_refused() -> None:
+def test_moments_of_another_format_are_refused(tmp_path: Path) -> None:
     first, optimizer = trained(OptimizerSection(states="bf16"), 1)
+    Store(tmp_path).save(1, optimizer_tensors(first, optimizer), {})
     other = model()
     with pytest.raises(CheckpointError, match="fp8"):
-        load_optimizer_tensors(other, make_optimizer(other, OptimizerSection(states="fp8")), optimizer_tensors(first, optimizer), {})
+        load_optimizer_tensors(other, make_optimizer(other, OptimizerSection(states="fp8")), open_checkpoint(tmp_path).tensors(), {})
 
 
 def test_8_bit_moments_take_two_bytes_per_parameter() -> None:
