@@ -105,23 +105,27 @@ CASES: dict[str, dict[str, Case]] = {
 }
 
 
+def build(case: Case, device: str = "cuda") -> Decoder:
+    """The case's model with random weights."""
+    shape = ShapeSection(**{**SHAPES[case.model], "num_layers": case.layers})
+    with torch.device("meta"):
+        model = Decoder(ModelConfig.from_shape(shape, shape.vocab_size))
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.02) if parameter.ndim == 2 else parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    model.memory, model.recompute = case.memory, case.recompute
+    return convert_to_fp8(model, case.recipe().fp8)
+
+
 class Step:
     """A model with random weights and what one optimizer step does with it."""
 
     def __init__(self, case: Case) -> None:
-        self.case = case
-        shape = ShapeSection(**{**SHAPES[case.model], "num_layers": case.layers})
-        with torch.device("meta"):
-            model = Decoder(ModelConfig.from_shape(shape, shape.vocab_size))
-        model.to_empty(device="cuda")
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.normal_(0, 0.02) if parameter.ndim == 2 else parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        model.memory, model.recompute = case.memory, case.recompute
-        recipe = case.recipe()
-        self.model = convert_to_fp8(model, recipe.fp8)
+        self.case, recipe = case, case.recipe()
+        self.model = build(case)
         self.optimizer = make_optimizer(self.model, recipe.optimizer) if case.optimizer else None
-        self.ids = torch.randint(0, shape.vocab_size, (case.tokens,), device="cuda")
+        self.ids = torch.randint(0, SHAPES[case.model]["vocab_size"], (case.tokens,), device="cuda")
         self.positions = torch.arange(case.length, device="cuda").repeat(case.sequences)
         self.bounds = torch.arange(0, case.tokens + 1, case.length)
         self.activations = 0

@@ -6,7 +6,7 @@ The model knows no parallelism, no FP8 and no file format: `convert_to_fp8` swap
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -178,15 +178,17 @@ class Decoder(nn.Module):
         self,
         token_ids: Tensor,
         positions: Tensor,
-        cu_seqlens: Tensor,
+        cu_seqlens: Any,
         cache: KvCache | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
         """States [T, D] after the final norm.
 
         With `cache`, the B sequences' new tokens are written at their positions of `slots` [B] and see the slot's prefix;
-        no gradient then. Raises ValueError for positions or slots outside the cache, or a `cu_seqlens` of another stream.
+        no gradient then. `cu_seqlens` [B+1], a tensor or an array, is read by the host: FSDP2 moves tensors to the GPU, arrays stay.
+        Raises ValueError for positions or slots outside the cache, or a `cu_seqlens` of another stream.
         """
+        cu_seqlens = torch.as_tensor(cu_seqlens)
         if token_ids.shape != positions.shape or int(cu_seqlens[-1]) != token_ids.numel():
             sizes = f"{token_ids.numel()} token_ids, {positions.numel()} positions, cu_seqlens up to {int(cu_seqlens[-1])}"
             raise ValueError(f"token_ids, positions and cu_seqlens must describe the same tokens; got {sizes}")

@@ -141,7 +141,7 @@ class Trainer:
         rows = batch.loss_mask.nonzero().squeeze(1)
         rows, ids, positions, labels = (to_device(x, self._device) for x in (rows, batch.token_ids, batch.positions, batch.labels))
         # cu_seqlens stay on the host, which lays out the attention: asking a GPU for them would wait for it.
-        hidden = self.model.hidden_states(ids, positions, batch.cu_seqlens)
+        hidden = self.model.hidden_states(ids, positions, batch.cu_seqlens.numpy())
         logprobs, entropy = token_logprobs(
             hidden[rows],
             self.model.head_weight,

@@ -1,0 +1,103 @@
+"""Run by test_gpu_parallel.py: a model sharded by FSDP2 over one rank of NCCL against the same model unsharded, as JSON.
+
+one_gpu.py OUT.json
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from infir2.config.schema import Fp8Section, OptimizerSection, ShapeSection
+from infir2.data import Batch
+from infir2.model import Decoder
+from infir2.numerics import Fp8Linear, convert_to_fp8
+from infir2.parallel.mesh import Layout, Sizes
+from infir2.parallel.sharded import Sharded
+from infir2.parallel.team import Team
+from infir2.train.losses import next_token_loss
+from infir2.train.trainer import Trainer
+
+SHAPE = {"hidden_size": 512, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "ffn_size": 1280, "vocab_size": 512}
+STEPS = 5
+
+
+def batch(number: int) -> Batch:
+    ids = torch.randint(0, 512, (640,), generator=torch.Generator().manual_seed(number))
+    positions = torch.cat([torch.arange(400), torch.arange(240)])
+    mask = torch.ones(640, dtype=torch.bool)
+    mask[[399, 639]] = False
+    return Batch(ids, positions, torch.where(mask, ids.roll(-1), 0), mask, torch.tensor([0, 400, 640], dtype=torch.int32))
+
+
+def make(fp8: bool, sharded: bool) -> Trainer:
+    model = Decoder.from_shape(ShapeSection(**SHAPE), vocab_size=512, seed=3, device="cuda")
+    model = convert_to_fp8(model, Fp8Section(enabled=fp8))
+    layout = Layout(Sizes(), Team(), torch.device("cuda"))
+    if sharded:
+        layout.shard_mesh = init_device_mesh("cuda", (1,))
+    return Trainer(model, OptimizerSection(), 256, Sharded(model, layout))
+
+
+def steps(trainer: Trainer, first: int, last: int) -> list[float]:
+    return [trainer.step([batch(2 * i), batch(2 * i + 1)], next_token_loss, 1e-3).loss for i in range(first, last)]
+
+
+def gathered_bytes(trainer: Trainer) -> dict[str, Tensor]:
+    """The codes that a forward reads."""
+    seen: dict[str, Tensor] = {}
+    for name, layer in trainer.model.named_modules():
+        if isinstance(layer, Fp8Linear):
+
+            def read(name: str = name, layer: Fp8Linear = layer) -> Any:
+                fp8 = Fp8Linear.quantized_weight(layer)
+                seen[name] = fp8.codes.view(torch.uint8).clone()
+                return fp8
+
+            layer.quantized_weight = read  # type: ignore[method-assign]
+    trainer.mean_loss([batch(0)])
+    return seen
+
+
+def waits(trainer: Trainer) -> int:
+    """How often the host waits for the GPU in a step."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps(trainer, STEPS, STEPS + 1)
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def compare(fp8: bool) -> dict[str, Any]:
+    alone, sharded = make(fp8, False), make(fp8, True)
+    codes = [gathered_bytes(trainer) for trainer in (alone, sharded)]
+    found: dict[str, Any] = {"bytes": codes[0].keys() == codes[1].keys() and all(torch.equal(codes[0][k], codes[1][k]) for k in codes[0])}
+    found["weights"] = len(codes[1])
+    found["alone"], found["sharded"] = steps(alone, 0, STEPS), steps(sharded, 0, 3)
+    saved = {name: tensor.cpu() for name, tensor in sharded.tensors().items()}
+    resumed = make(fp8, True)
+    resumed.load_tensors(saved)
+    found["resumed"], continued = steps(resumed, 3, STEPS), steps(sharded, 3, STEPS)
+    found["sharded"] += continued
+    found["waits"] = waits(sharded)
+    return found
+
+
+def main() -> None:
+    torch.cuda.set_device(0)
+    store = dist.HashStore()
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    results = {name: compare(fp8) for name, fp8 in (("fp8", True), ("bf16", False))}
+    Path(sys.argv[1]).write_text(json.dumps(results, indent=1), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
