@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infir2.numerics.kernels.codec import GROUP, round_to_bf16
+from infir2.numerics.kernels.codec import GROUP, INTERPRET, round_to_bf16
 from infir2.numerics.kernels.matrix import (
     ROWS_CONFIG,
     as_bytes,
@@ -29,12 +29,12 @@ from infir2.numerics.kernels.matrix import (
     rows_contiguous,
 )
 from infir2.numerics.kernels.operator import operator
+from infir2.numerics.kernels.pairs import high, load_pairs, low, pack, write_pairs
 from infir2.numerics.kernels.tiles import (
     load_values,
     quantize_rows_of,
     store_tile,
     tile_of_program,
-    write_columns,
     write_rows,
     write_second_layout,
 )
@@ -47,7 +47,17 @@ TRANSPOSED_CONFIG = {"num_warps": 8, "maxnreg": 80}
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    if INTERPRET:
+        return 1.0 / (1.0 + tl.exp(-x))
+    else:
+        # Two instructions that are exact to one or two units in the last place, without the care for subnormals that
+        # `exp` and `/` take: a value below 2**-126 has no bit in the BF16 results. Not pure: two programs' worth of
+        # sigmoids held in registers costs more than computing them again.
+        return tl.inline_asm_elementwise(
+            "{.reg .f32 t; mul.ftz.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.ftz.f32 t, t, 0f3F800000;"
+            " rcp.approx.ftz.f32 $0, t;}",
+            "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -58,16 +68,14 @@ def _product(gate, up):
 
 @triton.jit
 def _gate_gradient(grad, gate, up):
-    """Gradient of gate, rounded to BF16, in float32."""
     sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
-    return round_to_bf16(grad * up * (silu + sigmoid * (1.0 - silu)))
+    return grad * up * (silu + sigmoid * (1.0 - silu))
 
 
 @triton.jit
 def _up_gradient(grad, gate):
-    """Gradient of up, rounded to BF16, in float32."""
-    return round_to_bf16(grad * gate * _sigmoid(gate))
+    return grad * (gate * _sigmoid(gate))
 
 
 @triton.jit
@@ -111,21 +119,21 @@ def _backward_quantize_kernel(
     # cache, and a program holds one gradient tile instead of two.
     half = tl.program_id(0) % 2
     tile = tl.program_id(0) // 2
-    num_groups = tl.cdiv(columns, GROUP)
+    num_groups = columns // GROUP
     first_row, group = tile // num_groups * 128, tile % num_groups
-    gate = load_values(gate_ptr, first_row, group, rows, columns, gate_stride, 128)
-    grad = load_values(grad_ptr, first_row, group, rows, columns, grad_stride, 128)
+    gate = load_pairs(gate_ptr, first_row, group, rows, gate_stride)
+    grad = load_pairs(grad_ptr, first_row, group, rows, grad_stride)
     if half == 0:
-        values = _gate_gradient(grad, gate, load_values(up_ptr, first_row, group, rows, columns, up_stride, 128))
+        up = load_pairs(up_ptr, first_row, group, rows, up_stride)
+        values = pack(_gate_gradient(low(grad), low(gate), low(up)), _gate_gradient(high(grad), high(gate), high(up)))
     else:
-        values = _up_gradient(grad, gate)
-    # [T, 2F] and [2F, T]: the half of `up` begins at column F, at row F, and at scale group ceil(F / 128).
+        values = pack(_up_gradient(low(grad), low(gate)), _up_gradient(high(grad), high(gate)))
+    # [T, 2F] and [2F, T]: the half of `up` begins at column F, at row F, and at scale group F / 128.
     codes_ptr += half * columns
     scale_ptr += half * num_groups * rows
     codes_t_ptr += (half * columns).to(tl.int64) * rows
     scale_t_ptr += half * columns
-    write_rows(values, codes_ptr, scale_ptr, first_row, group, rows, columns, columns * 2, POW2, 128)
-    write_columns(values, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, columns * 2, POW2)
+    write_pairs(values, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns * 2, columns * 2, POW2)
 
 
 @triton.jit
@@ -133,8 +141,8 @@ def _backward_kernel(grad_ptr, gate_ptr, up_ptr, out_ptr, rows, columns, grad_st
     first_row, group = tile_of_program(rows, columns, BLOCK_ROWS)
     grad = load_values(grad_ptr, first_row, group, rows, columns, grad_stride, BLOCK_ROWS)
     gate, up = _load_pair(gate_ptr, up_ptr, first_row, group, rows, columns, gate_stride, up_stride, BLOCK_ROWS)
-    grad_gate = _gate_gradient(grad, gate, up).to(out_ptr.dtype.element_ty)
-    grad_up = _up_gradient(grad, gate).to(out_ptr.dtype.element_ty)
+    grad_gate = round_to_bf16(_gate_gradient(grad, gate, up)).to(out_ptr.dtype.element_ty)
+    grad_up = round_to_bf16(_up_gradient(grad, gate)).to(out_ptr.dtype.element_ty)
     first_column = group * GROUP
     store_tile(out_ptr, grad_gate, first_row, first_column, rows, columns, columns * 2, BLOCK_ROWS, GROUP)
     store_tile(out_ptr + columns, grad_up, first_row, first_column, rows, columns, columns * 2, BLOCK_ROWS, GROUP)
@@ -200,12 +208,13 @@ def _fake_swiglu_transposed(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tenso
 
 @operator("infir2::swiglu_backward_quantize")
 def swiglu_backward_quantize(grad: Tensor, gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantised gradient [dgate | dup] for grad, gate, up [T, F] BF16, as g and as g.T.
+    """Quantised gradient [dgate | dup] for grad, gate, up [T, F] BF16, as g and as g.T; F is a multiple of 128.
 
     Returns:
-        codes [T, 2F], scale [T, 2 * ceil(F / 128)], codes_t [2F, T], scale_t [2F, ceil(T / 128)].
+        codes [T, 2F], scale [T, 2F / 128], codes_t [2F, T], scale_t [2F, ceil(T / 128)].
     """
     rows, columns = grad.shape
+    assert columns % GROUP.value == 0, "the block grid of `up` begins at a whole group"
     codes, scale, codes_t, scale_t = _fake_swiglu_backward_quantize(grad, gate, up, pow2)
     if rows:
         grad, gate, up = rows_contiguous(grad), rows_contiguous(gate), rows_contiguous(up)
