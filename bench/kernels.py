@@ -4,10 +4,10 @@
 
 Floors. A quantiser moves bytes: per BF16 value it reads 2 and writes 1 per layout (`BYTES` has each kernel's count; scales
 add 4/128 per layout and are counted), so its floor is bytes / measured copy bandwidth, and its share of the copy bandwidth is
-the figure of merit (goal: 0.90 from 100 M elements on, 0.75 at 25 M); conversions and the copy are timed inside a CUDA graph, so
-that a launch, which costs the host as much as a small kernel takes, does not count (section `host` has it). A GEMM does 2 M N K operations. For a layer's linears,
-forward and backward, the floor is the sum of the GEMMs alone at the best backend's rate. Times are medians of
-triton.testing.do_bench, which clears the L2 cache before each call; data is random.
+the figure of merit (goal: 0.90 from 100 M elements on, 0.75 at 25 M). Conversions and the copy are timed inside a CUDA graph, so
+that a launch, which costs the host as much as a small kernel takes, does not count (section `host` has it). A GEMM does
+2 M N K operations. For a layer's linears, forward and backward, the floor is the sum of the GEMMs alone at the best backend's
+rate; those times are medians of triton.testing.do_bench. The L2 cache is cleared before each call; data is random.
 """
 
 import argparse

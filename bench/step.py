@@ -148,7 +148,11 @@ class Step:
             norm = torch.nn.utils.get_total_norm(gradients)
             update(self.optimizer, gradients, learning_rate, torch.clamp(1.0 / (norm + 1e-6), max=1.0))
         torch.autograd.graph.increment_version(parameters)
-        for parameter in parameters:
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """As after an update, but the weights are still those that were quantised."""
+        for parameter in self.model.parameters():
             parameter.grad = None
 
     def quantise(self) -> None:
@@ -176,7 +180,11 @@ class Step:
 
 
 def measure(case: Case, steps: int) -> dict[str, float]:
-    """Medians over `steps` steps; milliseconds, GiB, TFLOP/s."""
+    """Medians over `steps` steps; milliseconds, GiB, TFLOP/s.
+
+    `forward` and `backward` are of the first micro-batch after an update, which prepares the operands of all weights (codes,
+    or BF16 copies); `further` is forward + backward of one that finds them prepared, as the second of a step does.
+    """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step = Step(case)
@@ -197,11 +205,19 @@ def measure(case: Case, steps: int) -> dict[str, float]:
     torch.cuda.synchronize()
     spans = [[a.elapsed_time(b) for a, b in itertools.pairwise(events)] for events in marks[3:]]
     forward, backward, update = (statistics.median(span[i] for span in spans) for i in range(3))
-    result = {"forward": forward, "backward": backward, "update": update, "total": statistics.median(sum(span) for span in spans)}
+    further = [_further(step) for _ in range(steps)]
+    result = {
+        "further": statistics.median(further),
+        "forward": forward,
+        "backward": backward,
+        "update": update,
+        "total": statistics.median(sum(span) for span in spans),
+    }
     result |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "activations_gib": step.activations / 2**30}
     ledger = gpu_ledger(step.model.config, case.recipe())
     result |= {"ledger_gib": sum(ledger.values()) / 2**30, **{f"ledger {name}": size / 2**30 for name, size in ledger.items()}}
-    result |= {"tflops": flops(case) / (forward + backward) / 1e9, "tokens_per_second": case.tokens / result["total"] * 1e3}
+    result |= {"further_tflops": flops(case) / result["further"] / 1e9, "tflops": flops(case) / (forward + backward) / 1e9}
+    result |= {"tokens_per_second": case.tokens / result["total"] * 1e3}
     if case.fp8:
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -209,6 +225,18 @@ def measure(case: Case, steps: int) -> dict[str, float]:
         torch.cuda.synchronize()
         result["weights_quantised"] = (time.perf_counter() - start) * 1e3
     return result
+
+
+def _further(step: Step, count: int) -> float:
+    """Median milliseconds of forward + backward with weights that are prepared."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step.forward().backward()
+        step.drop_gradients()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
 
 
 def flops(case: Case) -> float:
@@ -304,7 +332,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the raw numbers")
     parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument("--profile", action="store_true", help="also the kernels of one step of 1.5B-8k")
+    parser.add_argument("--profile", default="", metavar="CASES", help="also the kernels of one forward and backward, FP8 and BF16")
     parser.add_argument("--train-7b", type=Path, metavar="TEXT", help="also 20 steps of 7B, all parameters, on this text")
     parser.add_argument("--peer", action="store_true", help="also Hugging Face + Liger")
     arguments = parser.parse_args()
@@ -314,7 +342,7 @@ def main() -> None:
     if arguments.peer:
         report["peer"] = peer("1.5B", 2, 8192)
         print("Hugging Face + Liger, 1.5B-8k:", report["peer"], flush=True)
-    for name in arguments.cases.split(","):
+    for name in filter(None, arguments.cases.split(",")):
         for label, case in CASES[name].items():
             try:
                 report[f"{name} {label}"] = row = measure(case, arguments.steps)
@@ -327,10 +355,9 @@ def main() -> None:
     if arguments.train_7b:
         report["7B, all parameters"] = row = train_7b(arguments.train_7b, 20)
         print("7B, all parameters on one GPU:", row, flush=True)
-    if arguments.profile:
-        for label in ("FP8", "BF16"):
-            report[f"profile {label}"] = rows = profile(CASES["1.5B-8k"][label])
-            print(label, *(f"{ms:8.2f} ms {count:4d} {key}" for key, ms, count in rows), sep="\n", flush=True)
+    for name, label in itertools.product(filter(None, arguments.profile.split(",")), ("FP8", "BF16")):
+        report[f"profile {name} {label}"] = rows = profile(CASES[name][label])
+        print(name, label, *(f"{ms:8.2f} ms {count:4d} {key}" for key, ms, count in rows), sep="\n", flush=True)
     arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 

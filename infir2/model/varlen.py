@@ -45,9 +45,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: Varlen) -> Tensor:
     flash = flash_attention_4() if q.is_cuda else None
     longest = max(plan.lengths)
     if flash is not None:
-        out = flash(
-            q, k, v, cu_seqlens_q=plan.cu_seqlens, cu_seqlens_k=plan.cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
-        )
+        bounds = {"cu_seqlens_q": plan.cu_seqlens, "cu_seqlens_k": plan.cu_seqlens, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        out = flash(q, k, v, **bounds, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
         return out[0] if isinstance(out, tuple) else out
     if len(set(plan.lengths)) == 1:
         return _equal_lengths(q, k, v, len(plan.lengths))
@@ -76,5 +75,6 @@ def flash_attention_4() -> Callable[..., Any] | None:
     except Exception as error:  # it loads libraries of one torch and one CUDA
         warnings.warn(f"FlashAttention 4 is installed but does not load ({error}); using torch's attention", stacklevel=2)
         return None
+    warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)  # its compiler's, about its own code
     function: Callable[..., Any] = flash_attn_varlen_func
     return function
