@@ -135,9 +135,12 @@ def execute(line: list[str], seconds: float, **variables: str) -> str:
             reason = f"ended with {code}" if code else ""
         except subprocess.TimeoutExpired:
             reason = f"ended after {seconds:.0f} s"
+            process.terminate()  # torchrun ends its ranks, whose memory the next job needs
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(40)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
         said.seek(0)
         if reason:
             telling = [text for text in said.read().splitlines() if "Error" in text and "ChildFailed" not in text]

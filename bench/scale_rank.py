@@ -4,6 +4,7 @@ A job names one of `WORK` and its settings. With "share_gpu" all ranks work on o
 host by gloo: no figure then means anything, but every line runs, on a machine with a single GPU.
 """
 
+import gc
 import hashlib
 import itertools
 import json
@@ -37,6 +38,8 @@ SHAPES["small"] = SHAPES["1.5B"] | {"hidden_size": 1024, "num_heads": 8, "num_kv
 SHAPES["tiny"] = SHAPES["1.5B"] | {"hidden_size": 256, "num_heads": 2, "num_kv_heads": 2, "ffn_size": 256, "vocab_size": 256}
 GATHERS = ("all_gather_into_tensor", "all_gather_single")  # until torch 2.12, and since
 COLLECTIVES = ("all_reduce", *GATHERS, "reduce_scatter_tensor", "reduce_scatter_single", "all_to_all_single")
+SENDS = ("ncclDevKernel", "ncclKernel", "gloo:")
+NO_WORK = ("gloo:", "c10d::", "Mem", "FSDP::", "Optimizer.", "ProfilerStep")  # copies, and names of stretches of the program
 Report = dict[str, Any]
 
 
@@ -64,6 +67,7 @@ class Bench:
     def trainer(self, case: Case, sizes: Sizes, alone: bool = False) -> Trainer:
         """The same weights on every rank and in every layout, sharded, and an optimizer."""
         torch.manual_seed(0)
+        gc.collect()  # FSDP2's modules refer to each other in circles
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -286,9 +290,8 @@ def overlap(bench: Bench) -> None:
             bench.wait()
         kind = torch.autograd.DeviceType.CUDA if bench.cuda else torch.autograd.DeviceType.CPU
         spans = [(e.name, e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type == kind]
-        spans = [span for span in spans if not span[0].startswith(("Mem", "FSDP::", "## ", "ProfilerStep"))]
-        sends = [span[1:] for span in spans if span[0].startswith(("nccl", "gloo:"))]
-        works = [span[1:] for span in spans if not span[0].startswith(("nccl", "gloo:", "c10d::"))]
+        sends = [span[1:] for span in spans if span[0].startswith(SENDS)]
+        works = [span[1:] for span in spans if not span[0].startswith(NO_WORK) and "nccl" not in span[0]]
         total, under = sum(end - start for start, end in sends), covered(sends, works)
         bench.note("FP8" if fp8 else "BF16", {"communication_ms": total / 1e3, "under_computation": under / total if total else None})
         del trainer

@@ -5,6 +5,7 @@ one_gpu.py OUT.json
 
 import json
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from infir2.checkpoint import Store, open_checkpoint
 from infir2.config.schema import Fp8Section, OptimizerSection, ShapeSection
 from infir2.data import Batch
 from infir2.model import Decoder
@@ -81,9 +83,12 @@ def compare(fp8: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"bytes": codes[0].keys() == codes[1].keys() and all(torch.equal(codes[0][k], codes[1][k]) for k in codes[0])}
     found["weights"] = len(codes[1])
     found["alone"], found["sharded"] = steps(alone, 0, STEPS), steps(sharded, 0, 3)
-    saved = {name: tensor.cpu() for name, tensor in sharded.tensors().items()}
     resumed = make(fp8, True)
-    resumed.load_tensors(saved)
+    with tempfile.TemporaryDirectory() as directory:
+        store = Store(Path(directory), keep=1)
+        store.save(3, sharded.tensors(), {"step": 3})
+        resumed.load_tensors(open_checkpoint(directory).tensors())
+        store.close()
     found["resumed"], continued = steps(resumed, 3, STEPS), steps(sharded, 3, STEPS)
     found["sharded"] += continued
     found["waits"] = waits(sharded)
