@@ -4,13 +4,16 @@
 
 The stall is measured on a decoder of 0.5 B parameters with AdamW's moments: time spent in starting the save and in waiting for the
 copy before the next update, against the time of a synchronous save. The large save streams a model of 1.5 B parameters (random
-weights; the two moments are views of the same memory, so that 18 GB fit into less): bytes per second, against a plain
-sequential write of the same size with one fsync at the end, before and after it.
+weights; the two moments are the masters' memory again, so that 18 GB need 6): bytes per second, against sequential writes of
+the same size with one fsync at the end, in turns with it.
 """
 
 import argparse
+import hashlib
 import os
+import resource
 import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +22,7 @@ import torch
 
 from infir2.checkpoint import Store, open_checkpoint
 from infir2.checkpoint.background import BackgroundSaver
+from infir2.checkpoint.places import whole
 from infir2.config.schema import OptimizerSection, ShapeSection
 from infir2.data.packing import pack_sequences
 from infir2.data.types import Sample
@@ -27,21 +31,32 @@ from infir2.train.losses import next_token_loss
 from infir2.train.trainer import Trainer
 
 HALF_BILLION = {"hidden_size": 896, "num_layers": 24, "num_heads": 14, "num_kv_heads": 2, "ffn_size": 4864, "vocab_size": 151936}
-GIB = 2**30
+GIB, PIECE_BYTES = 2**30, 2**26
 
 
-def sequential_rate(directory: Path, num_bytes: int) -> float:
-    """GiB/s of writing so many bytes to one file and syncing it."""
-    piece = memoryview(os.urandom(1 << 26))
+def sequential_rate(directory: Path, num_bytes: int, early: bool) -> float:
+    """GiB/s of writing so many random bytes to one file and syncing it; `early`: written out from the start, as a save is."""
+    piece = memoryview(os.urandom(PIECE_BYTES))
     path = directory / "sequential"
     began = time.perf_counter()
     with path.open("wb", buffering=0) as file:
-        for _ in range(num_bytes // len(piece)):
+        for _ in range(num_bytes // PIECE_BYTES):
             file.write(piece)
+            if early:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.fsync(file.fileno())
     seconds = time.perf_counter() - began
     path.unlink()
     return num_bytes / GIB / seconds
+
+
+def hash_rate() -> float:
+    """GiB/s of SHA-256 in one thread."""
+    piece = os.urandom(PIECE_BYTES)
+    began = time.perf_counter()
+    for _ in range(8):
+        hashlib.sha256(piece)
+    return 8 * PIECE_BYTES / GIB / (time.perf_counter() - began)
 
 
 def stall(directory: Path) -> list[str]:
@@ -83,6 +98,11 @@ def stall(directory: Path) -> list[str]:
         rows.append(f"| background, save {number - 1} | {stalled:.3f} | {100 * stalled / synchronous:.1f} % | {first:.2f} |")
     saver.close()
     store.close()
+    began = time.perf_counter()
+    checkpoint = open_checkpoint(directory / "run")
+    verified = time.perf_counter() - began
+    trainer.load_tensors(checkpoint.tensors())
+    resumed = time.perf_counter() - began
     return [
         f"0.5 B: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {num_bytes / GIB:.2f} GiB a checkpoint, "
         f"{len(tokens)} tokens a step.",
@@ -91,35 +111,55 @@ def stall(directory: Path) -> list[str]:
         "|---|---|---|---|",
         f"| synchronous | {synchronous:.3f} | 100 % | {sum(quiet) / len(quiet):.2f} (none running) |",
         *rows,
+        "",
+        f"Resume: {resumed:.1f} s, of which {verified:.1f} s to verify every byte.",
     ]
 
 
-def large(directory: Path, billions: float) -> list[str]:
+def large(directory: Path, billions: float, rounds: int) -> list[str]:
     """Lines about the synchronous save and its resume."""
     count = round(billions * 1e9 / 1000)
     masters = {f"parameters/{i}": torch.randn(count // 8, 125) for i in range(64)}
     tensors = dict(masters)
     for moment in ("exp_avg", "exp_avg_sq"):
         tensors |= {f"optimizer/{name}/{moment}": tensor for name, tensor in masters.items()}
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    before = sequential_rate(directory, num_bytes)
-    store = Store(directory / "large", keep=1)
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    rows, ratios = [], []
+    before = peak_memory()
+    for number in range(1, rounds + 1):
+        shutil.rmtree(directory / "large", ignore_errors=True)
+        plain, early = (sequential_rate(directory, num_bytes, early) for early in (False, True))
+        store = Store(directory / "large", keep=1)
+        began = time.perf_counter()
+        store.save(1, tensors, {"step": 1})
+        rate = num_bytes / GIB / (time.perf_counter() - began)
+        store.close()
+        ratios.append(rate / max(plain, early))
+        rows.append(f"| {number} | {plain:.3f} | {early:.3f} | {rate:.3f} | {ratios[-1]:.2f} |")
+    after = peak_memory()
     began = time.perf_counter()
-    store.save(1, tensors, {"step": 1})
-    rate = num_bytes / GIB / (time.perf_counter() - began)
-    after = sequential_rate(directory, num_bytes)
-    began = time.perf_counter()
-    loaded = open_checkpoint(directory / "large").tensors()
+    checkpoint = open_checkpoint(directory / "large")
+    verified = time.perf_counter() - began
+    loaded = checkpoint.tensors()
     for name, tensor in tensors.items():
-        tensor.copy_(loaded[name])
-    seconds = time.perf_counter() - began
-    store.close()
-    disk = (before + after) / 2
+        loaded.read(name, whole(tensor.shape), tensor)
+    resumed = time.perf_counter() - began
     return [
-        f"{billions:g} B: {num_bytes / GIB:.1f} GiB, saved at {rate:.3f} GiB/s; plain sequential writes beside it {before:.3f} "
-        f"and {after:.3f} GiB/s: **{rate / disk:.2f} of the disk**.",
-        f"Resume (every byte verified, then read into place): {seconds:.1f} s.",
+        f"{billions:g} B: {num_bytes / GIB:.1f} GiB in GiB/s; SHA-256 in one thread: {hash_rate():.2f} GiB/s.",
+        "",
+        "| round | sequential write | written out early | save | save / the faster of both |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        f"Median: **{statistics.median(ratios):.2f} of the disk**. Peak memory: {before:.2f} GiB before the saves, {after:.2f} after.",
+        "",
+        f"Resume: {resumed:.1f} s, of which {verified:.1f} s to verify every byte.",
     ]
+
+
+def peak_memory() -> float:
+    """GiB that this process has had in memory at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:
@@ -127,6 +167,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path)
     parser.add_argument("--dir", type=Path, help="where to write (default: a temporary directory)")
     parser.add_argument("--large", type=float, default=1.5, metavar="BILLIONS", help="size of the streamed save; 0: none")
+    parser.add_argument("--rounds", type=int, default=3, help="of the streamed save and the writes beside it")
     words = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="infir2-save-", dir=words.dir))
     load = os.getloadavg()[0]
@@ -134,7 +175,7 @@ def main() -> None:
         lines = stall(directory)
         shutil.rmtree(directory / "run")
         if words.large:
-            lines += ["", *large(directory, words.large)]
+            lines += ["", *large(directory, words.large, words.rounds)]
     finally:
         shutil.rmtree(directory)
     noisy = f"{torch.get_num_threads()} of {os.cpu_count()} cores; other work on the machine (load average at the start): {load:.1f}."

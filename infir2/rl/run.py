@@ -36,7 +36,7 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
         recipe = loaded.recipe
         tokenizer, tokenizer_dir = open_tokenizer(recipe.model, recipe.data.tokenizer)
         prompts = load_prompts(recipe.data, quarantine=session.dir / "quarantine.jsonl")
-        model = build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size)
+        model = build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size, resumed=session.checkpoint is not None)
         trainer = Trainer(model, recipe.optimizer, recipe.train.head_chunk_tokens)
         done = session.start(trainer, recipe.schedule.total_steps)
         cursor = session.checkpoint.state["cursor"] if session.checkpoint else 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from infir2.checkpoint import Checkpoint, open_checkpoint
+from infir2.checkpoint import open_checkpoint
 from infir2.config.schema import Fp8Section, ModelSection, RunSection
 from infir2.data import ChatTokenizer, load_tokenizer
 from infir2.errors import ConfigError
@@ -52,23 +52,31 @@ def tokenizer_dir(model: ModelSection, configured: str = "") -> Path:
     return Path(open_checkpoint(path).state["tokenizer_dir"]) if is_run(path) else path
 
 
-def planned_config(model: ModelSection) -> ModelConfig:
-    """The shape of the model that a recipe names, from headers alone; the vocabulary of a new one may still grow."""
+def planned_config(model: ModelSection, vocab_size: int = 1) -> ModelConfig:
+    """The shape of the model that a recipe names, from headers alone; `vocab_size`: of the tokenizer, for a new model."""
     if model.shape is not None:
-        return ModelConfig.from_shape(model.shape, vocab_size=model.shape.vocab_size or 1)
+        return ModelConfig.from_shape(model.shape, vocab_size=model.shape.vocab_size or vocab_size)
     path = Path(model.path)
     return ModelConfig.from_hf(open_checkpoint(path).state["model_config"] if is_run(path) else read_json(path / "config.json"))
 
 
-def build_model(model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_size: int) -> Decoder:
-    """FP32 masters on the run's device, FP8 Linears where the recipe wants them. Errors: ConfigError, CheckpointError."""
+def build_model(model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_size: int, resumed: bool = False) -> Decoder:
+    """FP32 masters on the run's device, FP8 Linears where the recipe wants them. Errors: ConfigError, CheckpointError.
+
+    `resumed`: the caller fills the masters, or its part of them, from a checkpoint: they are neither drawn nor read, and take no memory
+    on a CPU until then.
+    """
     dtype = getattr(torch, model.compute_dtype)
     if device_of(run).type == "cpu":
         reuse_freed_memory()
-    if model.shape is not None:
+    if resumed:
+        decoder = _empty_decoder(planned_config(model, vocab_size), dtype, device_of(run))
+    elif model.shape is not None:
         decoder = Decoder.from_shape(model.shape, vocab_size=model.shape.vocab_size or vocab_size, seed=run.seed, compute_dtype=dtype)
     elif is_run(Path(model.path)):
-        decoder = decoder_of_checkpoint(open_checkpoint(Path(model.path)), dtype)
+        checkpoint = open_checkpoint(Path(model.path))
+        decoder = _empty_decoder(ModelConfig.from_hf(checkpoint.state["model_config"]), dtype, torch.device("cpu"))
+        load_parameters(decoder, checkpoint.tensors(), alone(decoder).places)
     else:
         decoder = Decoder.from_hf(Path(model.path), compute_dtype=dtype)
     decoder.recompute = "full" if model.recompute == "full" else "none"
@@ -80,13 +88,10 @@ def build_model(model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_siz
     return convert_to_fp8(decoder.to(device_of(run)), fp8)
 
 
-def decoder_of_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Decoder:
-    """The masters of a checkpoint in a plain decoder on the CPU."""
+def _empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
     with torch.device("meta"):  # no time for an initialisation that is overwritten
-        decoder = Decoder(ModelConfig.from_hf(checkpoint.state["model_config"]), compute_dtype=dtype)
-    decoder.to_empty(device="cpu")
-    load_parameters(decoder, checkpoint.tensors(), alone(decoder).places)
-    return decoder
+        decoder = Decoder(config, compute_dtype=dtype)
+    return decoder.to_empty(device=device)
 
 
 def open_tokenizer(model: ModelSection, configured: str = "") -> tuple[ChatTokenizer, Path]:

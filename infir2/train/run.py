@@ -28,7 +28,7 @@ def run_training(loaded: Loaded, kind: str) -> None:
         quarantine = session.dir / "quarantine.jsonl" if session.team.is_first else None
         loader = Loader(recipe.data, DATA_KIND[kind], tokenizer, recipe.run.seed, *place, quarantine=quarantine)
         validation = validation_batches(recipe.data, DATA_KIND[kind], tokenizer, recipe.train.validation_batches, *place)
-        model = build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size)
+        model = build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size, resumed=session.checkpoint is not None)
         trainer = Trainer(model, recipe.optimizer, recipe.train.head_chunk_tokens, Sharded(model, session.layout))
         schedule = complete_schedule(recipe, loader.steps_per_epoch)
         last_step = min(schedule.total_steps, recipe.train.stop_after_step or schedule.total_steps)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from stages import curve, lines, options, run
 
@@ -55,6 +56,10 @@ def test_a_run_goes_on_with_any_number_of_ranks(world: Path, alone: Path, tmp_pa
     codes, said = ranks(tmp_path, 2, words(world, started_by_two, train__stop_after_step=2))
     assert codes == [0, 0], said
     assert sorted(path.name for path in started_by_two.glob("checkpoints/step-2/*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
+    ours = open_checkpoint(started_by_two).tensors()
+    read_by_torch = {name: torch.zeros_like(tensor) for name, tensor in ours.items()}
+    dcp.load(read_by_torch, storage_reader=dcp.FileSystemReader(ours.path), no_dist=True)
+    assert all(torch.equal(read_by_torch[name], tensor) for name, tensor in ours.items())
     export_hf(started_by_two, tmp_path / "hf-two")
     export_hf(started_alone, tmp_path / "hf-one")
     a, b = load_file(tmp_path / "hf-two" / "model.safetensors"), load_file(tmp_path / "hf-one" / "model.safetensors")
@@ -80,6 +85,18 @@ def test_sigterm_on_one_rank_saves_the_same_step_on_all(world: Path, alone: Path
     assert said.count("stopped; step 3 is saved") == 1
     codes, said = ranks(tmp_path, 2, words(world, run_dir))
     assert codes == [0, 0], said
+    close(run_dir, alone)
+
+
+def test_a_full_disk_on_one_rank_fails_the_save_of_all_and_harms_no_other(world: Path, alone: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words_of_run = words(world, run_dir, checkpoint__on_save_error="warn")
+    codes, said = ranks(tmp_path, 2, words_of_run, struck=1, faults="save.after_shard:1:enospc,save.before_shard:2:enospc")
+    assert codes == [0, 0], said
+    assert [(line["step"], line["event"]) for line in lines(run_dir, "event")] == [(2, "save_failed")]
+    assert "errno 28" in lines(run_dir, "event")[0]["detail"]
+    assert [path.name for path in run_dir.glob("checkpoints/*")] == ["step-4"]
+    assert open_checkpoint(run_dir).step == STEPS
     close(run_dir, alone)
 
 

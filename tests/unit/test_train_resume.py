@@ -105,3 +105,14 @@ def test_two_jobs_cannot_share_a_run_directory(world: Path, tmp_path: Path) -> N
     assert second.returncode == 2
     assert str(first.pid) in errors
     assert "Traceback" not in errors
+
+
+def test_a_resumed_run_reads_its_checkpoint_alone_and_not_the_model_it_began_with(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    run(["export", "hf", str(undisturbed), "--to", str(tmp_path / "hf")])
+    values = {"model__path": tmp_path / "hf", "schedule__total_steps": 3, "checkpoint__save_every": 2}
+    run(options(world, tmp_path / "whole", "sft1", **values))
+    run(options(world, tmp_path / "halved", "sft1", train__stop_after_step=2, **values))
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    run(options(world, tmp_path / "halved", "sft1", **values))
+    assert_same_state(tmp_path / "halved", tmp_path / "whole")
+    assert main(options(world, tmp_path / "new", "sft1", **values)) == 3, "a new run needs it"
