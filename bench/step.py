@@ -214,8 +214,9 @@ def measure(case: Case, steps: int) -> dict[str, float]:
         "total": statistics.median(sum(span) for span in spans),
     }
     result |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "activations_gib": step.activations / 2**30}
-    ledger = gpu_ledger(step.model.config, case.recipe())
-    result |= {"ledger_gib": sum(ledger.values()) / 2**30, **{f"ledger {name}": size / 2**30 for name, size in ledger.items()}}
+    if case.optimizer:  # the ledger is of a training step
+        ledger = gpu_ledger(step.model.config, case.recipe())
+        result |= {"ledger_gib": sum(ledger.values()) / 2**30, **{f"ledger {name}": size / 2**30 for name, size in ledger.items()}}
     result |= {"further_tflops": flops(case) / result["further"] / 1e9, "tflops": flops(case) / (forward + backward) / 1e9}
     result |= {"tokens_per_second": case.tokens / result["total"] * 1e3}
     if case.fp8:
@@ -268,7 +269,9 @@ def train_7b(text: Path, steps: int) -> dict[str, Any]:
         step.update(1e-4 * min(1.0, (index + 1) / 5))
         losses.append(loss.item())
         times.append(time.perf_counter() - start)
-    return {"losses": losses, "seconds_per_step": statistics.median(times[2:]), "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    ledger = sum(gpu_ledger(step.model.config, step.case.recipe()).values()) / 2**30
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return {"losses": losses, "seconds_per_step": statistics.median(times[2:]), "peak_gib": peak, "ledger_gib": ledger}
 
 
 def profile(case: Case) -> list[tuple[str, float, int]]:
