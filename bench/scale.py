@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 from scale_rank import SHAPES, case_of
+from step import Case
 
 from infir2.config.schema import ShapeSection
 from infir2.model import ModelConfig
-from infir2.parallel.mesh import Sizes
+from infir2.parallel.mesh import Sizes, tp_problem
 from infir2.train.ledger import gpu_ledger, layer_bytes, linear_parameters, num_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +73,8 @@ def plan(words: argparse.Namespace) -> list[Job]:
     """The jobs, most important first."""
     n, tiny = words.gpus, words.tiny
     small = {"model": "tiny" if tiny else "small", "layers": 2 if tiny else 4, "sequences": 1, "length": 256 if tiny else 4096}
-    same = {"steps": 2 if tiny else 10, "micro_batches": n, "layouts": layouts(n), "text": str(words.text or "")}
+    possible = {name: sizes for name, sizes in layouts(n).items() if not tp_problem(config_of(case_of(small, True)), sizes[3], True)}
+    same = {"steps": 2 if tiny else 10, "micro_batches": n, "layouts": possible, "text": str(words.text or "")}
     jobs = [Job("equality", "equality", n, 1.5, {"work": "equality", **small, **same})]
 
     def speed(model: str, length: int, ranks: int, sizes: tuple[int, int, int, int], minutes: float) -> Job:
@@ -99,12 +101,16 @@ def plan(words: argparse.Namespace) -> list[Job]:
     return [job for job in jobs if job.section in words.sections.split(",")]
 
 
+def config_of(case: Case) -> ModelConfig:
+    shape = ShapeSection(**{**SHAPES[case.model], "num_layers": case.layers})
+    return ModelConfig.from_shape(shape, shape.vocab_size)
+
+
 def memory_gib(job: Job, fp8: bool) -> float:
     """The ledger of bench/step.py's case, its weights shared by the ranks: an estimate of the peak of one GPU."""
     case = case_of(job.settings, fp8)
     sizes = Sizes(*job.settings.get("sizes", (1, job.ranks, 1, 1)))
-    shape = ShapeSection(**{**SHAPES[case.model], "num_layers": case.layers})
-    config = ModelConfig.from_shape(shape, shape.vocab_size)
+    config = config_of(case)
     linear, total, tokens = linear_parameters(config), num_parameters(config), case.tokens // (sizes.cp * sizes.tp)
     if sizes.world == 1:
         return sum(gpu_ledger(config, case.recipe()).values()) / 2**30
@@ -143,8 +149,9 @@ def execute(line: list[str], seconds: float, **variables: str) -> str:
                 os.killpg(process.pid, signal.SIGKILL)
         said.seek(0)
         if reason:
-            telling = [text for text in said.read().splitlines() if "Error" in text and "ChildFailed" not in text]
-            reason += f": {telling[-1].strip()[:300]}" if telling else ""
+            telling = [text.strip() for text in said.read().splitlines() if "Error" in text and "ChildFailed" not in text]
+            own = [text for text in telling if "Connection closed" not in text and "NCCL" not in text]  # not what followed from it
+            reason += f": {(own or telling)[-1][:300]}" if telling else ""
         return reason
 
 

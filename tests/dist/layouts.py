@@ -115,7 +115,10 @@ def compare(team: Team, sizes: Sizes, kind: str, kv_heads: int) -> dict[str, Any
     result, gradients, trainer = one_step(model, batches()[layout.data_rank :: sizes.num_data], sharded)
     first = dict(counts)
     quantised = {layer.quantizations for layer in model.modules() if isinstance(layer, Fp8Linear)}
-    places = {name: place.slices for name, place in sharded.places.items()}
+    places = {
+        name: tuple(slice(first, first + size) for first, size in zip(place.offset, place.size, strict=True))
+        for name, place in sharded.places.items()
+    }
     named = [name for name in gradients if gradients[name].numel()]
     parts = [(gradients[name], wanted[name][places[name]]) for name in named]
     same = []
