@@ -110,11 +110,13 @@ class Fp8Linear(nn.Linear):
         return quantize_weight(self.weight, self.scale_format)
 
 
-def linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+def linear(x: Tensor, layers: Sequence[nn.Linear], part_of: torch.dtype | None = None) -> tuple[Tensor, ...]:
     """The outputs [T, N_i] of layers that share the input x [T, K], each in x's dtype.
 
     Each layer is an `Fp8Linear` or an nn.Linear. A plain layer multiplies its weight rounded to x's dtype; sums run in
     FP64 on a CPU. Gradients of masters and biases are FP32.
+    `part_of` (CPU): outputs and x's gradient are parts of sums that other ranks complete and round to this dtype. x is FP32
+    with values of it, outputs are FP64, x's gradient FP32.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -124,19 +126,21 @@ def linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
         return fused.linear(x, layers)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
-        return _SharedInput.apply(tuple(layers), x, *parameters)
-    return _forward(x, layers)[0]
+        return _SharedInput.apply(tuple(layers), x, part_of, *parameters)
+    return _forward(x, layers, part_of)[0]
 
 
 class _SharedInput(torch.autograd.Function):
-    """(layers, x, weight_0, bias_0, weight_1, ...) -> outputs. The parameters are inputs so that gradients reach them."""
+    """(layers, x, part_of, weight_0, bias_0, weight_1, ...) -> outputs. The parameters are inputs so that gradients reach them."""
 
     @staticmethod
-    def forward(ctx: Any, layers: tuple[nn.Linear, ...], x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        outputs, quantized = _forward(x, layers)
-        ctx.layers, ctx.x_dtype = layers, x.dtype
+    def forward(
+        ctx: Any, layers: tuple[nn.Linear, ...], x: Tensor, part_of: torch.dtype | None, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        outputs, quantized = _forward(x, layers, part_of)
+        ctx.layers, ctx.x_dtype, ctx.dtype = layers, x.dtype, part_of or x.dtype
         ctx.set_materialize_grads(False)
-        trained = [layer for layer, needed in zip(layers, ctx.needs_input_grad[2::2], strict=True) if needed]
+        trained = [layer for layer, needed in zip(layers, ctx.needs_input_grad[3::2], strict=True) if needed]
         formats = {layer.scale_format for layer in trained if isinstance(layer, Fp8Linear)}
         saved = {name: gemm.input_for_backward(x, quantized[name]) for name in sorted(formats)}
         ctx.saved_formats = [(t.block, t.scale_format) for t in saved.values()]
@@ -149,16 +153,18 @@ class _SharedInput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.autocast(_device_of(grads), enabled=False):
-            return None, *_backward(ctx, grads)
+            grad_x, *rest = _backward(ctx, grads)
+        return None, grad_x, None, *rest
 
 
-def _forward(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[tuple[Tensor, ...], dict[str, Fp8Tensor]]:
+def _forward(x: Tensor, layers: Sequence[nn.Linear], part_of: torch.dtype | None) -> tuple[tuple[Tensor, ...], dict[str, Fp8Tensor]]:
     """Outputs of all layers and the quantised x by scale format."""
     quantized: dict[str, Fp8Tensor] = {}
     values: dict[str, Tensor] = {}
     outputs = []
+    dtype, out_dtype = part_of or x.dtype, torch.float64 if part_of else x.dtype
     for layer in layers:
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        bias = None if layer.bias is None else layer.bias.to(dtype).to(out_dtype)
         if isinstance(layer, Fp8Linear):
             name = layer.scale_format
             if name not in values:
@@ -168,8 +174,8 @@ def _forward(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[tuple[Tensor, ...]
             name = _PLAIN
             if name not in values:
                 values[name] = x.to(gemm.plain_dtype(x))
-            weight = rounded(layer.weight, x.dtype, gemm.plain_dtype(x))
-        outputs.append(gemm.output(values[name], weight, bias, x.dtype))
+            weight = rounded(layer.weight, dtype, gemm.plain_dtype(x))
+        outputs.append(gemm.output(values[name], weight, bias, out_dtype))
     return tuple(outputs), quantized
 
 
@@ -183,13 +189,13 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     grad_x: Tensor | None = None
     results: list[Tensor | None] = []
     for i, (layer, grad) in enumerate(zip(ctx.layers, grads, strict=True)):
-        need_weight, need_bias = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
+        need_weight, need_bias = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
         if grad is None:
             results += [None, None]
             continue
         by_row, by_column = _gradient_operands(layer, grad, ctx.needs_input_grad[1], need_weight)
         if by_row is not None:
-            grad_x = gemm.fp32_product(by_row, _backward_weight(layer, grad), grad_x)
+            grad_x = gemm.fp32_product(by_row, _backward_weight(layer, grad, ctx.dtype), grad_x)
         results.append(None if by_column is None else _weight_gradient(layer, by_column, x_values))
         results.append(grad.sum(0, dtype=torch.float32).to(layer.bias.dtype) if need_bias else None)
     return [None if grad_x is None else grad_x.to(ctx.x_dtype), *results]
@@ -203,11 +209,11 @@ def _gradient_operands(layer: nn.Linear, grad: Tensor, by_row: bool, by_column: 
     return values if by_row else None, values if by_column else None
 
 
-def _backward_weight(layer: nn.Linear, grad: Tensor) -> Tensor:
+def _backward_weight(layer: nn.Linear, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] that the forward multiplied, in the dtype of the operands of grad_x."""
     if isinstance(layer, Fp8Linear):
         return layer.weight_values(torch.float32)
-    return rounded(layer.weight, grad.dtype, gemm.backward_dtype(grad))
+    return rounded(layer.weight, dtype, gemm.backward_dtype(grad))
 
 
 def _weight_gradient(layer: nn.Linear, grad: Tensor, x_values: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from infir2.data import Batch
 from infir2.model.attention import attention
@@ -21,7 +20,6 @@ from infir2.parallel.exchange import gather_rows, to_device
 from infir2.parallel.mesh import Layout
 
 CHUNK_MULTIPLE = 128  # tokens: FP8 tiles of the weight gradient begin where those of one process do
-QUERY_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -114,22 +112,24 @@ class ContextParallel:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of this rank's q [T, N, H] within documents, k and v [T, G, H] of all ranks where they are needed."""
+        if not k.is_cuda:  # gradients of keys from several places are added before they are rounded, as in one process
+            k, v = k.float(), v.float()
         inside_q, inside_k, inside_v = (x.index_select(0, self._inside) for x in (q, k, v))
         parts = [attention(inside_q, inside_k, inside_v, self._packing)]
         if self._any_cut:
             everything = gather_rows(torch.stack((k, v), dim=1), self.group)
             for cut in self._cuts:
                 keys, values = everything.index_select(0, self._order[cut.first : cut.last]).unbind(1)
-                parts.append(attend_to_prefix(q[cut.start : cut.end], keys, values))
+                parts.append(attend_to_prefix(q[cut.start : cut.end], keys, values, self._plan))
             if not self._cuts:  # its backward is a collective that the others wait in
-                parts.append(everything[:0].flatten(1)[:, :0].reshape(0, *q.shape[1:]))
+                parts.append(everything[:0].flatten(1)[:, :0].reshape(0, *q.shape[1:]).to(q.dtype))
         return torch.cat(parts).index_select(0, self._restore)
 
 
-def attend_to_prefix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_to_prefix(q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
     """Attention of the last n tokens of a sequence, q [n, N, H], to all its m keys, k and v [m, G, H]; [n, N, H].
 
-    On a CPU in FP64 and rounded once, as `attention`; a chunk of queries at a time, made again in the backward.
+    On a CPU as part of the whole sequence's, so that forward and backward round where those of one process do.
     """
     n, m = q.shape[0], k.shape[0]
     if q.is_cuda:
@@ -137,18 +137,4 @@ def attend_to_prefix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n, m), enable_gqa=True)[0].transpose(0, 1)
-    outs = []
-    for start in range(0, n, QUERY_CHUNK):
-        end = min(start + QUERY_CHUNK, n)
-        seen = m - n + end
-        outs.append(checkpoint(_reference, q[start:end], k[:seen], v[:seen], use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(outs)
-
-
-def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    (n, heads, size), (m, groups, _) = q.shape, k.shape
-    wide_q = q.double().mul(size**-0.5).view(n, groups, heads // groups, size)
-    scores = torch.einsum("ngrh,mgh->grnm", wide_q, k.double())
-    queries, keys = torch.arange(m - n, m, device=q.device), torch.arange(m, device=q.device)
-    weights = scores.masked_fill(keys[None, :] > queries[:, None], -torch.inf).softmax(-1)
-    return torch.einsum("grnm,mgh->ngrh", weights, v.double()).reshape(n, heads, size).to(q.dtype)
+    return attention(F.pad(q, (0, 0, 0, 0, m - n, 0)), k, v, plan(torch.tensor([0, m], dtype=torch.int32), q.device))[m - n :]

@@ -19,15 +19,13 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
-def gather_rows(x: Tensor, group: Any) -> Tensor:
-    """x [t, ...] of every rank, by rank: [size * t, ...]."""
-    return _GatherRows.apply(x, group, False)
+def gather_rows(x: Tensor, group: Any, as_codes: bool = False) -> Tensor:
+    """x [t, ...] of every rank, by rank: [size * t, ...], on a CPU in FP32, so that gradients are parts not yet rounded.
 
-
-def gather_rows_fp8(x: Tensor, group: Any) -> Tensor:
-    """As `gather_rows` for x [t, D], which travels as 1x128 "pow2" codes and arrives as their values: quantising those again
-    changes nothing. The gradient passes through."""
-    return _GatherRows.apply(x, group, True)
+    `as_codes`: x [t, D] travels as 1x128 "pow2" codes and arrives as their values: quantising those again changes nothing.
+    The gradient passes through.
+    """
+    return _GatherRows.apply(x, group, as_codes)
 
 
 def sum_rows(x: Tensor, group: Any) -> Tensor:
@@ -35,20 +33,29 @@ def sum_rows(x: Tensor, group: Any) -> Tensor:
     return _SumRows.apply(x, group)
 
 
+def sum_gradient(x: Tensor, group: Any, first: bool) -> Tensor:
+    """x, which every rank of the group has; its gradient is summed over them and goes on from the `first` one alone.
+
+    Quantised once, as in one process: the sum of quantised parts would be another number.
+    """
+    return _SumGradient.apply(x if x.is_cuda else x.float(), group, first)
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, as_codes: bool) -> Tensor:
-        ctx.group = group
+        ctx.group, ctx.dtype = group, x.dtype
+        wide = x.dtype if x.is_cuda else torch.float32
         if not as_codes:
-            return _gather(x, group)
+            return _gather(x, group).to(wide)
         codes = quantize(x, ROW_BLOCK)
         sent = torch.cat((codes.codes.view(torch.uint8), codes.scale.contiguous().view(torch.uint8)), dim=1)
         values, scale = (part.contiguous() for part in _gather(sent, group).tensor_split([x.shape[1]], dim=1))
-        return dequantize(Fp8Tensor(values.view(E4M3), scale.view(torch.float32), ROW_BLOCK, codes.scale_format), x.dtype)
+        return dequantize(Fp8Tensor(values.view(E4M3), scale.view(torch.float32), ROW_BLOCK, codes.scale_format), wide)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _sum(grad, ctx.group), None, None
+        return _sum(grad, ctx.group).to(ctx.dtype), None, None
 
 
 class _SumRows(torch.autograd.Function):
@@ -62,6 +69,19 @@ class _SumRows(torch.autograd.Function):
         return _gather(grad, ctx.group), None
 
 
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, first: bool) -> Tensor:
+        ctx.group, ctx.first = group, first
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        total = grad.float().contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(grad.dtype) * ctx.first, None, None
+
+
 def _gather(x: Tensor, group: Any) -> Tensor:
     out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
     all_gather_single(out, x.contiguous(), group=group)
@@ -71,4 +91,5 @@ def _gather(x: Tensor, group: Any) -> Tensor:
 def _sum(x: Tensor, group: Any) -> Tensor:
     parts = torch.empty_like(x, memory_format=torch.contiguous_format)
     dist.all_to_all_single(parts, x.contiguous(), group=group)  # not reduce-scatter, which would round on the way or send FP32
-    return parts.unflatten(0, (dist.get_world_size(group), -1)).sum(0, dtype=torch.float32).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return parts.unflatten(0, (dist.get_world_size(group), -1)).sum(0, dtype=wide).to(x.dtype)

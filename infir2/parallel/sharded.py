@@ -37,7 +37,7 @@ class Sharded:
         if layout.sizes.tp > 1:
             self.splits = split_layers(model, layout)
         if layout.sizes.tp * layout.sizes.cp > 1:
-            share_blocks(model, layout, self._context)
+            share_blocks(model, layout, self.splits, self._context)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if layout.shard_mesh is not None:
             shard_module(model, model.model.layers, layout.shard_mesh, model.compute_dtype, forward="hidden_states")

@@ -18,7 +18,7 @@ from infir2.model.decoder import Attention, FeedForward
 from infir2.numerics import Fp8Linear, Memory, RMSNorm, add_linear, apply_rope
 from infir2.numerics.linear import linear
 from infir2.numerics.ops import rms_norm, swiglu
-from infir2.parallel.exchange import gather_rows, gather_rows_fp8, sum_rows
+from infir2.parallel.exchange import gather_rows, sum_gradient, sum_rows
 from infir2.parallel.mesh import Layout, Split
 
 if TYPE_CHECKING:
@@ -45,25 +45,30 @@ def split_layers(model: Decoder, layout: Layout) -> dict[str, Split]:
     return splits
 
 
-def share_blocks(model: Decoder, layout: Layout, context: "ContextParallel | None") -> None:
-    """Let every block work with the ranks of its tensor- and context-parallel groups."""
+def share_blocks(model: Decoder, layout: Layout, splits: dict[str, Split], context: "ContextParallel | None") -> None:
+    """Let every block, divided by `splits`, work with the ranks of its tensor- and context-parallel groups."""
     blocks: list[Any] = list(model.model.layers)
+    heads = splits.get("model.layers.0.self_attn.k_proj.weight", Split())
     for block in blocks:
-        block.self_attn.forward = partial(_attention, block.self_attn, layout.tp_group, context)
+        block.self_attn.forward = partial(_attention, block.self_attn, layout.tp_group, heads, context)
         if layout.tp_group is not None:
             block.mlp.forward = partial(_feed_forward, block.mlp, layout.tp_group)
     if layout.tp_group is not None:
         model.model.embed_tokens.register_forward_pre_hook(lambda _, args: (layout.tp_share(args[0]),))
 
 
-def _attention(self: Attention, tp_group: Any, cp: Any, x: Tensor, norm: RMSNorm, rope: Any, context: Any, memory: Memory) -> Tensor:
-    """`Attention.forward` of this rank's heads and tokens: x + o(attention(...)) [t, D]."""
+def _attention(
+    self: Attention, tp_group: Any, heads: Split, cp: Any, x: Tensor, norm: RMSNorm, rope: Any, context: Any, memory: Memory
+) -> Tensor:
+    """`Attention.forward` of this rank's heads and tokens: x + o(attention(...)) [t, D]. `heads`: how keys are divided."""
     if tp_group is None:
         x, q, k, v = self.inputs(x, norm, rope, memory)
     else:
         parts = _entering(x, norm, (self.q_proj, self.k_proj, self.v_proj), tp_group)
         q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in parts)
         q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
+    if heads.group is not None:
+        k, v = (sum_gradient(y, heads.group, heads.first) for y in (k, v))
     out = (cp.attend(q, k, v) if cp is not None else attention(q, k, v, context)).flatten(1)
     if tp_group is None:
         return add_linear(x, out, self.o_proj, memory)
@@ -78,14 +83,20 @@ def _feed_forward(self: FeedForward, tp_group: Any, x: Tensor, norm: RMSNorm, me
 def _leaving(x: Tensor, layer: nn.Linear, group: Any) -> Tensor:
     """The sum over ranks of `layer(x)` [T, N], x [T, K] of this rank's columns; this rank's [t, N] of it.
 
-    The parts are rounded to x's dtype on a GPU; on a CPU they stay FP32 and the sum is rounded once, as in one process.
+    The parts are rounded to x's dtype on a GPU; on a CPU the sum is rounded once, as in one process.
     """
-    part = linear(x if x.is_cuda else x.float(), (layer,))[0]
-    return sum_rows(part, group).to(x.dtype)
+    part = linear(x, (layer,)) if x.is_cuda else linear(x.float(), (layer,), part_of=x.dtype)
+    return sum_rows(part[0], group).to(x.dtype)
 
 
 def _entering(x: Tensor, norm: RMSNorm, layers: tuple[nn.Linear, ...], group: Any) -> tuple[Tensor, ...]:
-    """`layer(norm(x))` of all ranks' tokens; their normed values travel as FP8 where every layer reads them so."""
+    """`layer(norm(x))` of all ranks' tokens; their normed values travel as FP8 where every layer reads them so.
+
+    Gradients of those values are parts of a sum, in x's dtype on a GPU, in FP32 on a CPU; `gather_rows` rounds the sum.
+    """
     normed = rms_norm(x, norm.weight, norm.eps)
     as_codes = all(isinstance(layer, Fp8Linear) and layer.scale_format == "pow2" for layer in layers)
-    return linear(gather_rows_fp8(normed, group) if as_codes else gather_rows(normed, group), layers)
+    gathered = gather_rows(normed, group, as_codes)
+    if x.is_cuda:
+        return linear(gathered, layers)
+    return tuple(y.to(x.dtype) for y in linear(gathered, layers, part_of=x.dtype))
