@@ -132,8 +132,7 @@ def compare(team: Team, sizes: Sizes, kind: str, kv_heads: int) -> dict[str, Any
         "tokens": result.trained_tokens == expected.trained_tokens and result.tokens == expected.tokens,
         "gradient": max(((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in parts),
         "decibels": decibels(torch.cat([a.flatten() for a, _ in parts]), torch.cat([b.flatten() for _, b in parts])),
-        # a key's bias moves all scores of a query nearly alike: its gradient is a sum of terms that cancel, and the rest is noise
-        "worst": min(decibels(a, b) for (a, b), name in zip(parts, named, strict=True) if not name.endswith("k_proj.bias")),
+        "worst": min(decibels(a, b) for a, b in parts),
         "codes": len(same) == len(codes) and all(same),
         "quantised": sorted(quantised),
         "collectives": first,
