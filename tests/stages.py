@@ -1,6 +1,9 @@
 """Small runs of every stage for tests: a model of 20 k parameters on a slice of the demo's world, through the command line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,12 @@ def run(words: list[str]) -> None:
     """Run one command in this process; it must succeed."""
     code = main(words)
     assert code == 0, f"infir2 {' '.join(words)} ended with {code}"
+
+
+def torchrun(num_processes: int, *words: str, timeout: float = 240, **variables: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:

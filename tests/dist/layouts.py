@@ -180,7 +180,7 @@ def main() -> None:
     for word in words:
         name, _, numbers = word.partition("=")
         sizes = Sizes(*(int(number) for number in numbers.split(",")))
-        for kind in ("-fp8", "-bf16") if INTERPRETED else ("", "-fp8", *(("-bf16",) if name == "fsdp" else ())):
+        for kind in ("-fp8", "-bf16") if INTERPRETED else ("", "-fp8", *(("-bf16",) if name in ("fsdp", "tp", "cp") else ())):
             found[name + kind] = team.gather(compare(team, sizes, kind, kv_heads=1 if name.endswith("-repeated") else 2))
     if team.size == 2 and not INTERPRETED:
         found["transformers"] = team.gather(compare_transformers(team))

@@ -1,25 +1,17 @@
 """Every layout of processes against one process on the same data: loss, gradients, the bytes of FP8 weights, what is sent."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stages import torchrun
 
 HERE = Path(__file__).parent
 TWO = {"fsdp": "1,2,1,1", "copies": "2,1,1,1", "tp": "1,1,1,2", "cp": "1,1,2,1", "tp-repeated": "1,1,1,2"}
 FOUR = {"hsdp": "2,2,1,1", "tp-fsdp": "1,2,1,2", "tp-cp": "1,1,2,2"}
 Found = dict[str, list[dict[str, Any]]]
-
-
-def torchrun(num_processes: int, *words: str, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def run(directory: Path, num_processes: int, layouts: dict[str, str], **variables: str) -> Found:
@@ -57,11 +49,11 @@ def test_with_fp8_the_weights_are_the_same_bytes_and_the_step_the_same(found: Fo
         assert rank["validation"] == found[f"{name}-fp8"][0]["validation"]
 
 
-@pytest.mark.parametrize("name", [*TWO, *FOUR])
+@pytest.mark.parametrize("name", ["fsdp", "tp", "cp"])
 def test_with_bf16_weights_travel_as_bf16_and_the_step_is_the_same(found: Found, name: str) -> None:
     for rank in found[f"{name}-bf16"]:
         assert rank["loss"] < 1e-5
-        assert rank["worst"] > (40 if "tp" in name or "cp" in name else 100)
+        assert rank["worst"] > (100 if name == "fsdp" else 45)
 
 
 def test_number_of_collectives_in_a_step(found: Found) -> None:
