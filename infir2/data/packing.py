@@ -62,14 +62,16 @@ def deal(units: Sequence[Sequence[Sample]], micro_batch_tokens: int, rank: int, 
     return [pack(samples, places) for places in members[rank::world_size]]
 
 
-def pack_sequences(samples: Sequence[Sample], micro_batch_tokens: int) -> list[Batch]:
+def pack_sequences(samples: Sequence[Sample], micro_batch_tokens: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
     """All samples in as few batches of at most `micro_batch_tokens` as best-fit finds; `Batch.sample_indices` leads back.
 
+    Of several ranks each gets its part of the same batches, as many as every other; the last may train nothing.
     Raises DataError for a sample that is longer.
     """
     check_lengths(samples, micro_batch_tokens)
     bins = best_fit_decreasing([sample.num_tokens for sample in samples], micro_batch_tokens)
-    return [pack(samples, sorted(members)) for members in bins]
+    bins += [[] for _ in range(-len(bins) % world_size)]
+    return [pack(samples, sorted(members)) for members in bins[rank::world_size]]
 
 
 def check_lengths(samples: Sequence[Sample], micro_batch_tokens: int) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from infir2.errors import ConfigError
 from infir2.evaluate.statistics import Evaluation, average_at_k, by_difficulty, mean_pass_at_k
 from infir2.faults import fault
 from infir2.rollout.native import NativeEngine
-from infir2.rollout.types import Completion, Engine, Request, SamplingParams, sampling_key
+from infir2.rollout.types import Completion, Engine, Request, SamplingParams, part_of, sampling_key
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.metrics import MetricsWriter
 from infir2.train.session import Session, describe_environment
@@ -24,15 +25,15 @@ from infir2.verify import check_math_batch
 SAMPLE_ROWS = 24  # responses written to samples.jsonl
 
 
-def evaluate_problems(
+def answer_problems(
     engine: Engine,
     tokenizer: ChatTokenizer,
     problems: Sequence[Prompt],
     section: EvaluateSection,
     seed: int,
     check_stop: Callable[[], None] = lambda: None,
-) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Scores, and a row per response (prompt, response, answer, correct, truncated). `check_stop` may raise after any response."""
+) -> list[dict[str, Any]]:
+    """A row per response (prompt, response, answer, correct, truncated), k per problem. `check_stop` may raise after any response."""
     k = section.samples
 
     def on_finished(_index: int, _completion: Completion) -> None:
@@ -50,7 +51,7 @@ def evaluate_problems(
     texts = [section.response_prefix + tokenizer.decode(completion.token_ids) for completion in completions]
     owners = [problem for problem in problems for _ in range(k)]
     verdicts = check_math_batch([(text, owner.answer) for text, owner in zip(texts, owners, strict=True)])
-    rows = [
+    return [
         {
             "problem": owner.id,
             "prompt": owner.messages[-1]["content"],
@@ -61,7 +62,6 @@ def evaluate_problems(
         }
         for owner, text, verdict, completion in zip(owners, texts, verdicts, completions, strict=True)
     ]
-    return _summary(problems, rows, k), rows
 
 
 def prompt_token_ids(tokenizer: ChatTokenizer, problem: Prompt, section: EvaluateSection) -> list[int]:
@@ -79,7 +79,8 @@ def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
     tokenizer, _ = open_tokenizer(recipe.model)
     problems = open_problems(recipe.evaluate)
     engine = NativeEngine(build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size), recipe.rollout.max_running_requests)
-    scores, rows = evaluate_problems(engine, tokenizer, problems, recipe.evaluate, recipe.run.seed)
+    rows = answer_problems(engine, tokenizer, problems, recipe.evaluate, recipe.run.seed)
+    scores = summary(problems, rows, recipe.evaluate.samples)
     directory = Path(recipe.run.dir)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "recipe.toml").write_text(dump(loaded), encoding="utf-8")
@@ -99,7 +100,10 @@ def in_loop_evaluator(recipe: RlRecipe) -> Callable[[Engine, int, Session], None
     problems = open_problems(recipe.evaluate)
 
     def evaluate(engine: Engine, step: int, session: Session) -> None:
-        scores, _ = evaluate_problems(engine, tokenizer, problems, recipe.evaluate, recipe.run.seed, session.stop_if_asked)
+        session.beat(f"the evaluation after step {step}")
+        mine = part_of(engine, session.team, problems)
+        parts = session.divided(lambda check: answer_problems(engine, tokenizer, mine, recipe.evaluate, recipe.run.seed, check))
+        scores = summary(problems, list(chain.from_iterable(parts)), recipe.evaluate.samples)
         session.metrics.write("evaluation", step, **asdict(scores))
         session.progress.say(f"step {step}: {describe(scores)}")
 
@@ -121,8 +125,12 @@ def describe(scores: Evaluation) -> str:
     )
 
 
-def _summary(problems: Sequence[Prompt], rows: list[dict[str, Any]], k: int) -> Evaluation:
-    correct = [[row["reward"] for row in rows[i * k : (i + 1) * k]] for i in range(len(problems))]
+def summary(problems: Sequence[Prompt], rows: list[dict[str, Any]], k: int) -> Evaluation:
+    """Scores of `rows`, k for each problem, in any order."""
+    by_problem: dict[str, list[float]] = {problem.id: [] for problem in problems}
+    for row in rows:
+        by_problem[row["problem"]].append(row["reward"])
+    correct = list(by_problem.values())
     average = average_at_k(correct)
     return Evaluation(
         avg_at_k=average.mean,

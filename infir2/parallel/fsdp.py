@@ -7,7 +7,7 @@ and an all-gather moves codes alone. Other matrices travel and stay in the dtype
 FP32. To autograd all are FP32, so that gradients stay FP32 from the operation to the optimizer.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infir2.model.hf import SCALE_SUFFIX
 from infir2.numerics import Fp8Linear
 from infir2.numerics.formats import E4M3, GROUP, TILE_BLOCK, Fp8Tensor, scale_shape
 from infir2.numerics.operands import forget
 from infir2.numerics.quantize import encode_weight_rows, nonfinite_blocks
 from infir2.numerics.reference import as_tiles, block_scale
+from infir2.parallel.exchange import gather_rows
 
 _BF16_VALUES = ("rounded", torch.bfloat16, torch.bfloat16)  # where `operands.rounded` looks
 
@@ -52,13 +54,23 @@ def shard_module(root: Any, blocks: Iterable[Any], mesh: Any, wire_dtype: torch.
                 part = _Fp8Shard(local, parameter.shape, rows, first, module, gather)
                 gather.weights.append(part)
             else:
-                part = _PlainShard(local, parameter.shape, rows, wire_dtype)
+                part = _PlainShard(local, parameter.shape, rows, wire_dtype, gather.group)
             local.fsdp_pre_all_gather, local.fsdp_post_all_gather = part.before, part.after
 
 
 def weights_changed(root: nn.Module) -> None:
     """Tell what hangs on the weights' versions that an optimizer wrote them, sharded or not."""
     torch.autograd.graph.increment_version([local_tensor(parameter) for parameter in root.parameters()])
+
+
+def exported_shards(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`exported_fp8_weights` of a sharded module, whole on every rank of a shard group, one parameter at a time.
+
+    Every rank has to go through all of it.
+    """
+    for name, parameter in root.named_parameters():
+        shard: _Shard = local_tensor(parameter).fsdp_pre_all_gather.__self__  # type: ignore[attr-defined]
+        yield from zip((name, name + SCALE_SUFFIX), shard.exported(), strict=False)
 
 
 def local_tensor(parameter: Tensor) -> Tensor:
@@ -112,11 +124,18 @@ class _Shard:
         missing = self.rows - part.shape[0]
         return F.pad(part, (0, 0) * (part.ndim - 1) + (0, missing)) if missing else part
 
+    def exported(self) -> tuple[Tensor, ...]:
+        """The whole parameter's exported tensors; every rank of the group calls this."""
+        raise NotImplementedError
+
 
 class _PlainShard(_Shard):
-    def __init__(self, local: Tensor, shape: torch.Size, rows: int, wire_dtype: torch.dtype) -> None:
+    def __init__(self, local: Tensor, shape: torch.Size, rows: int, wire_dtype: torch.dtype, group: Any) -> None:
         super().__init__(local, shape, rows)
-        self.wire_dtype = wire_dtype if len(shape) == 2 else torch.float32
+        self.wire_dtype, self.group = wire_dtype if len(shape) == 2 else torch.float32, group
+
+    def exported(self) -> tuple[Tensor, ...]:
+        return (gather_rows(self.padded(self.local.detach().to(torch.bfloat16)), self.group)[: self.shape[0]],)
 
     def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], None]:
         return (self.padded(self.local.to(self.wire_dtype)),), None
@@ -143,9 +162,10 @@ class _Fp8Shard(_Shard):
         self.blocks = torch.arange(first, first + local.shape[0], device=local.device) // GROUP  # each row's row of scales
 
     def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], Tensor]:
-        if self.version != self.local._version:
-            self.gather.quantize()
-        return (self.codes,), self.scale
+        return (self._codes(),), self.scale
+
+    def exported(self) -> tuple[Tensor, ...]:
+        return gather_rows(self._codes(), self.gather.group)[: self.shape[0]].view(E4M3), self.scale
 
     def after(self, outputs: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, *, out: Any = None) -> Any:
         whole = Fp8Tensor(outputs[0][: self.shape[0]].view(E4M3), scale, TILE_BLOCK, self.layer.scale_format)
@@ -169,6 +189,11 @@ class _Fp8Shard(_Shard):
         self.version, self.counted = self.local._version, False
         self.layer.quantizations += 1
 
+    def _codes(self) -> Tensor:
+        if self.version != self.local._version:
+            self.gather.quantize()
+        return self.codes
+
 
 class Fp8Gather:
     """All FP8 weights of a model that are sharded over `group`."""
@@ -177,6 +202,7 @@ class Fp8Gather:
         self.group = group
         self.weights: list[_Fp8Shard] = []
 
+    @torch.inference_mode(False)  # what is made outlives an inference block
     @torch.no_grad()
     def quantize(self) -> None:
         """Make the codes of every shard, after one reduction of the blocks' largest magnitudes."""

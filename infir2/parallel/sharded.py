@@ -5,6 +5,7 @@ With one process everything here does nothing, so the trainer has one path.
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from infir2.checkpoint.places import Place
 from infir2.data import Batch
 from infir2.model import Decoder
+from infir2.model.hf import SCALE_SUFFIX, exported_fp8_weights
 from infir2.numerics.formats import GROUP
 from infir2.parallel.context import ContextParallel, pad_batch
-from infir2.parallel.fsdp import local_tensor, shard_module
+from infir2.parallel.exchange import gather_rows
+from infir2.parallel.fsdp import exported_shards, local_tensor, shard_module
 from infir2.parallel.mesh import Layout, Sizes, Split
 from infir2.parallel.team import Team
 from infir2.parallel.tensor import share_blocks, split_layers
@@ -57,6 +60,27 @@ class Sharded:
         share = self.layout.tp_share
         extras = {name: share(values) for name, values in batch.extras.items()}
         return replace(batch, labels=share(batch.labels), loss_mask=share(batch.loss_mask), extras=extras)
+
+    def sum_of_batch(self, values: Tensor) -> Tensor:
+        """`values`, one per token of a micro-batch as it came, from the ranks that share it: each scored other tokens."""
+        for group in (self.layout.tp_group, self.layout.cp_group):
+            if group is not None:
+                dist.all_reduce(values, group=group)
+        return values
+
+    @torch.no_grad()
+    def exported(self) -> Iterator[tuple[str, Tensor]]:
+        """`exported_fp8_weights` of the whole model: on every rank the bytes of one process, one parameter at a time.
+
+        Every rank has to go through all of it.
+        """
+        parts = exported_fp8_weights(self.model) if self.layout.shard_mesh is None else exported_shards(self.model)
+        for name, part in parts:
+            split = self.splits.get(name.removesuffix(SCALE_SUFFIX), Split())
+            if split.count > 1:
+                everyone = gather_rows(part.contiguous().view(torch.uint8), self.layout.tp_group).chunk(self.layout.sizes.tp)
+                part = torch.cat(everyone[:: split.copies], dim=split.dim).view(part.dtype)
+            yield name, part
 
     def before_backward(self, last: bool) -> None:
         """Replicas exchange gradients after the last micro-batch of a step; shards after each, in FP32."""

@@ -4,6 +4,7 @@ A `Team` of one does nothing and needs no process group, so callers never ask ho
 """
 
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from infir2.errors import UserError
 
 Value = TypeVar("Value")
+_POLL_SECONDS = 0.01
+_NO_LIMIT = timedelta(days=365)
 
 
 class Team:
@@ -23,8 +26,8 @@ class Team:
     Example: `team.first(lambda: read_newest())` runs on rank 0 and gives every rank its result, or its UserError.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
-        self.rank, self.size, self.group = rank, size, group
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None, patient: Any = None) -> None:
+        self.rank, self.size, self.group, self._patient = rank, size, group, patient
 
     @property
     def is_first(self) -> bool:
@@ -60,8 +63,11 @@ class Team:
             raise failure
         return value
 
-    def together(self, work: Callable[[], Value]) -> Value:
-        """`work()` on every rank; where one raises a UserError or an OSError, every rank raises (its own, else the first)."""
+    def together(self, work: Callable[[], Value], waiting: Callable[[], None] | None = None) -> Value:
+        """`work()` on every rank; where one raises a UserError or an OSError, every rank raises (its own, else the first).
+
+        With `waiting`, called all the time, a rank that has finished waits for the others without a limit.
+        """
         if self.size == 1:
             return work()
         value, mine = None, None
@@ -69,6 +75,12 @@ class Team:
             value = work()
         except (UserError, OSError) as error:
             mine = error
+        if waiting:
+            met = dist.barrier(self._patient, async_op=True)
+            while not met.is_completed():
+                waiting()
+                time.sleep(_POLL_SECONDS)
+            met.wait()  # raises if a rank is gone
         errors = [error for error in self.gather(mine) if error is not None]
         if errors:
             if mine is None and isinstance(errors[0], UserError):
@@ -90,7 +102,7 @@ def start_team(device: torch.device, timeout_seconds: float) -> Team:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    return Team(dist.get_rank(), size, dist.new_group(backend="gloo"))
+    return Team(dist.get_rank(), size, dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=_NO_LIMIT))
 
 
 def end_team() -> None:

@@ -1,7 +1,8 @@
 """Finished groups on disk, so that a run that is killed in its rollouts repeats none that were done.
 
-`rollouts/step-N.jsonl` holds a line per group of step N, with token ids, log-probabilities, verdicts and rewards. A line is used
-again only for the same request: `key` is of prompt, sampling and weights. Files of steps that a checkpoint holds are removed.
+`rollouts/step-N-R.jsonl` holds a line per group of step N that rank R finished, with token ids, log-probabilities, verdicts and
+rewards. A line is used again, by any number of ranks, only for the same request: `key` is of prompt, sampling and weights. Files
+of steps that a checkpoint holds are removed.
 """
 
 import base64
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from infir2.parallel.team import Team
 from infir2.rl.groups import Response
 from infir2.rollout.types import Completion
 
@@ -19,25 +21,28 @@ from infir2.rollout.types import Completion
 class Journal:
     """The groups of one step at a time. Example: `journal.open(7)`, then `journal.get(key)` or `journal.add(key, responses)`."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._dir = run_dir / "rollouts"
+    def __init__(self, run_dir: Path, team: Team) -> None:
+        self._dir, self._team = run_dir / "rollouts", team
         self._kept: dict[str, list[Response]] = {}
 
     def open(self, step: int, saved_step: int) -> None:
-        """Begin a step: read what an earlier process finished of it, forget what the newest checkpoint holds."""
+        """Begin a step: read what earlier processes finished of it, forget what the newest checkpoint holds. Every rank calls this."""
+        self._kept = self._team.first(lambda: self._read(step, saved_step))
+        self._path = self._dir / f"step-{step}-{self._team.rank}.jsonl"
+
+    def _read(self, step: int, saved_step: int) -> dict[str, list[Response]]:
         self._dir.mkdir(exist_ok=True)
-        for path in self._dir.glob("step-*.jsonl"):
-            if int(path.stem.partition("-")[2]) <= saved_step:
+        kept: dict[str, list[Response]] = {}
+        for path in self._dir.glob("step-*-*.jsonl"):
+            of_step = int(path.stem.split("-")[1])
+            if of_step <= saved_step:
                 path.unlink()
-        self._path = self._dir / f"step-{step}.jsonl"
-        self._kept = {}
-        whole = self._path.read_bytes().rpartition(b"\n")[0] + b"\n" if self._path.exists() else b""
-        for line in whole.splitlines():
-            row = json.loads(line) if line else {}
-            if row:
-                self._kept[row["key"]] = [_response(each) for each in row["responses"]]
-        if self._path.exists():  # a line cut by the kill must not spoil the next one
-            os.truncate(self._path, len(whole) if self._kept else 0)
+            elif of_step == step:
+                lines = path.read_bytes().splitlines(keepends=True)
+                whole = [line for line in lines if line.endswith(b"\n")]
+                os.truncate(path, sum(map(len, whole)))  # a line cut by the kill must not spoil the next one
+                kept |= {row["key"]: [_response(each) for each in row["responses"]] for row in map(json.loads, whole)}
+        return kept
 
     def get(self, key: str) -> list[Response] | None:
         """The group's responses, if they were finished before."""

@@ -11,12 +11,13 @@ from infir2.config.load import Loaded
 from infir2.config.schema import RlRecipe
 from infir2.data import Batch, load_prompts, pack_sequences
 from infir2.errors import CheckFailedError
-from infir2.model.hf import exported_fp8_weights
+from infir2.parallel.sharded import Sharded
+from infir2.parallel.team import Team
 from infir2.rl.groups import Group, training_samples
 from infir2.rl.journal import Journal
 from infir2.rl.policy_loss import PolicyLoss
 from infir2.rl.sampler import Collected, GroupSampler
-from infir2.rollout.open import assert_same_weights, open_engine
+from infir2.rollout.open import open_engine, publish
 from infir2.rollout.types import Engine
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.schedules import learning_rate
@@ -35,14 +36,14 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
     with Session(loaded, "rl") as session:
         recipe = loaded.recipe
         tokenizer, tokenizer_dir = open_tokenizer(recipe.model, recipe.data.tokenizer)
-        prompts = load_prompts(recipe.data, quarantine=session.dir / "quarantine.jsonl")
+        prompts = load_prompts(recipe.data, quarantine=session.dir / "quarantine.jsonl" if session.team.is_first else None)
         model = build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size, resumed=session.checkpoint is not None)
-        trainer = Trainer(model, recipe.optimizer, recipe.train.head_chunk_tokens)
+        trainer = Trainer(model, recipe.optimizer, recipe.train.head_chunk_tokens, Sharded(model, session.layout))
         done = session.start(trainer, recipe.schedule.total_steps)
         cursor = session.checkpoint.state["cursor"] if session.checkpoint else 0
-        engine, weights = open_engine(recipe, model, policy_version=done)
-        journal = Journal(session.dir)
-        sampler = GroupSampler(prompts, tokenizer, recipe.rl, recipe.run.seed, journal, cursor, session.stop_if_asked)
+        engine, weights = open_engine(recipe, trainer.sharded, policy_version=done)
+        journal = Journal(session.dir, session.team)
+        sampler = GroupSampler(prompts, tokenizer, recipe.rl, journal, session, cursor)
         if sampler.num_too_long:
             session.event(done, "prompts_too_long", f"{sampler.num_too_long} prompts dropped")
         description = {"model_config": model.config.to_hf(), "tokenizer_dir": str(tokenizer_dir), "fp8": recipe.fp8.model_dump()}
@@ -52,9 +53,11 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
             if evaluate and recipe.rl.evaluate_every and step and (step % recipe.rl.evaluate_every == 0 or step == total):
                 evaluate(engine, step, session)
 
-        if done not in dict(session.metrics.values("evaluation", "avg_at_k")):  # the run was stopped in it
+        evaluated = session.team.first(lambda: dict(session.metrics.values("evaluation", "avg_at_k")))
+        if done not in evaluated:  # the run was stopped in it
             evaluate_if_due(done)
         for step in range(done + 1, total + 1):
+            session.beat(f"step {step}")
             journal.open(step, session.saved_step)
             line, result, collected, weights = _one_step(recipe, trainer, engine, sampler, step, weights)
             session.metrics.write_samples(_readable(collected, step))
@@ -71,8 +74,7 @@ def _one_step(
     collected = sampler.collect(engine, weights)
     generated = time.monotonic()
     results, mismatch = update_policy(recipe, trainer, collected.trained, learning_rate(recipe.schedule, step))
-    engine.update_weights(exported_fp8_weights(trainer.model), policy_version=step)
-    weights = assert_same_weights(trainer.model, engine)
+    weights = publish(trainer.sharded, engine, policy_version=step)
     result = _combined(results)
     responses = [response for group in collected.groups for response in group.responses]
     num_tokens = sum(len(response.completion.token_ids) for response in responses)
@@ -98,16 +100,16 @@ def _one_step(
 
 def update_policy(recipe: RlRecipe, trainer: Trainer, groups: Sequence[Group], rate: float) -> tuple[list[StepResult], dict[str, float]]:
     """One optimizer step per mini-batch of groups; trainer_logprobs are those of the policy before the first."""
-    rl = recipe.rl
+    rl, layout = recipe.rl, trainer.sharded.layout
     if not groups:
         return [], {}
     size = -(-len(groups) // rl.mini_batches)
     mini_batches = []
     for first in range(0, len(groups), size):
         samples = [sample for group in groups[first : first + size] for sample in training_samples(group, rl.normalise_deviation)]
-        packed = pack_sequences(samples, recipe.data.micro_batch_tokens)
+        packed = pack_sequences(samples, recipe.data.micro_batch_tokens, layout.data_rank, layout.sizes.num_data)
         mini_batches.append([with_trainer_logprobs(trainer, batch, rl.temperature) for batch in packed])
-    mismatch = mismatch_metrics([batch for batches in mini_batches for batch in batches])
+    mismatch = mismatch_metrics([batch for batches in mini_batches for batch in batches], layout.team)
     if mismatch["mismatch_kl"] > rl.max_mismatch_kl:
         raise CheckFailedError(
             f"the rollout engine's log-probabilities are not the trainer's: KL {mismatch['mismatch_kl']:.4f} exceeds "
@@ -120,22 +122,22 @@ def update_policy(recipe: RlRecipe, trainer: Trainer, groups: Sequence[Group], r
 @torch.no_grad()
 def with_trainer_logprobs(trainer: Trainer, batch: Batch, temperature: float) -> Batch:
     """The batch with the current policy's log-probability of every trained token."""
-    values = torch.zeros(len(batch.token_ids))
-    values[batch.loss_mask] = trainer.score(batch, temperature).logprobs.cpu()
-    return replace(batch, extras=batch.extras | {"trainer_logprobs": values})
+    places = torch.arange(len(batch.token_ids))  # ranks that share the batch score some of it each
+    scores = trainer.score(replace(batch, extras={"place": places}), temperature)
+    values = torch.zeros(len(places), device=scores.logprobs.device).index_copy_(0, scores.extras["place"], scores.logprobs)
+    return replace(batch, extras=batch.extras | {"trainer_logprobs": trainer.sharded.sum_of_batch(values).cpu()})
 
 
-def mismatch_metrics(batches: Sequence[Batch]) -> dict[str, float]:
-    """How far the trainer's log-probabilities are from the engine's, for the same tokens and weights.
+def mismatch_metrics(batches: Sequence[Batch], team: Team) -> dict[str, float]:
+    """How far the trainer's log-probabilities are from the engine's, for the same tokens and weights, on all ranks' batches.
 
     mismatch_kl is the k3 estimate of KL(rollout || trainer), a mean over tokens; mean and max are of |difference|.
     """
     difference = torch.cat([(b.extras["trainer_logprobs"] - b.extras["rollout_logprobs"])[b.loss_mask] for b in batches]).double()
-    return {
-        "mismatch_kl": (difference.exp() - 1 - difference).mean().item(),
-        "mismatch_mean": difference.abs().mean().item(),
-        "mismatch_max": difference.abs().max().item(),
-    }
+    sums = (difference.exp() - 1 - difference).sum().item(), difference.abs().sum().item(), len(difference)
+    kls, sizes, counts = zip(*team.gather(sums), strict=True)
+    largest = max(team.gather(difference.abs().max().item() if len(difference) else 0.0))
+    return {"mismatch_kl": sum(kls) / sum(counts), "mismatch_mean": sum(sizes) / sum(counts), "mismatch_max": largest}
 
 
 def _combined(results: Sequence[StepResult]) -> StepResult:
@@ -154,6 +156,7 @@ def _combined(results: Sequence[StepResult]) -> StepResult:
         tokens=sum(result.tokens for result in results),
         skipped=any(r.skipped for r in results),
         metrics={name: mean([r.metrics[name] for r in results]) for name in results[0].metrics},
+        signal=next((r.signal for r in results if r.signal), None),
     )
 
 

@@ -14,7 +14,8 @@ from infir2.faults import fault
 from infir2.rl.groups import Group, Response
 from infir2.rl.journal import Journal
 from infir2.rl.rewards import rate
-from infir2.rollout.types import Completion, Engine, Request, SamplingParams, sampling_key
+from infir2.rollout.types import Completion, Engine, Request, SamplingParams, part_of, sampling_key
+from infir2.train.session import Session
 
 
 @dataclass
@@ -33,7 +34,7 @@ class GroupSampler:
     """Walks over the prompts in a seeded order, epoch after epoch. Its whole state is `cursor`, the number of prompts drawn.
 
     A group is checked and written to the `journal` in a thread as soon as its last response is there; one that is in the journal
-    is not sampled again. `check_stop` is called after every response, and may raise.
+    is not sampled again. Ranks share the groups, and each gets to know all.
     """
 
     def __init__(
@@ -41,12 +42,12 @@ class GroupSampler:
         prompts: list[Prompt],
         tokenizer: ChatTokenizer,
         rl: RlSection,
-        seed: int,
         journal: Journal,
+        session: Session,
         cursor: int = 0,
-        check_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        self._tokenizer, self._rl, self._seed, self._journal, self._check_stop = tokenizer, rl, seed, journal, check_stop
+        self._tokenizer, self._rl, self._journal, self._session = tokenizer, rl, journal, session
+        self._seed = session.recipe.run.seed
         self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-verify")
         self.cursor = cursor
         rendered = [(prompt, tokenizer.render(prompt.messages, add_generation_prompt=True)) for prompt in prompts]
@@ -73,11 +74,20 @@ class GroupSampler:
         drawn = [self._prompt(self.cursor + i) for i in range(count)]
         self.cursor += count
         keys = [self._journal_key(name, ids, weights) for name, _, ids in drawn]
-        missing = [i for i, key in enumerate(keys) if self._journal.get(key) is None]
-        size = self._rl.group_size
+        found = {i: kept for i, key in enumerate(keys) if (kept := self._journal.get(key)) is not None}
+        mine = part_of(engine, self._session.team, [i for i in range(count) if i not in found])
+        for part in self._session.divided(lambda check: self._respond(engine, {i: (keys[i], *drawn[i]) for i in mine}, check)):
+            found |= part
+        return [Group(prompt, ids, found[i]) for i, (_, prompt, ids) in enumerate(drawn)]
+
+    def _respond(
+        self, engine: Engine, drawn: dict[int, tuple[str, str, Prompt, list[int]]], check_stop: Callable[[], None]
+    ) -> dict[int, list[Response]]:
+        """Responses to prompts, given with their keys and names."""
+        missing, size = list(drawn), self._rl.group_size
         requests = [
-            Request(f"{drawn[i][0]}/{sample}", drawn[i][2], sampling_key(self._seed, drawn[i][0], sample, engine.policy_version))
-            for i in missing
+            Request(f"{name}/{sample}", ids, sampling_key(self._seed, name, sample, engine.policy_version))
+            for _, name, _, ids in drawn.values()
             for sample in range(size)
         ]
         parts: dict[int, dict[int, Completion]] = {i: {} for i in missing}
@@ -87,13 +97,12 @@ class GroupSampler:
             i = missing[index // size]
             parts[i][index % size] = completion
             if len(parts[i]) == size:
-                checks[i] = self._checker.submit(self._finish, keys[i], [parts[i][n] for n in range(size)], drawn[i][1].answer)
-            self._check_stop()
+                checks[i] = self._checker.submit(self._finish, drawn[i][0], [parts[i][n] for n in range(size)], drawn[i][2].answer)
+            check_stop()
 
         params = SamplingParams(self._rl.temperature, self._rl.max_response_tokens, self._tokenizer.eos_ids)
         engine.generate(requests, params, on_finished)
-        responses = [checks[i].result() if i in checks else self._journal.get(key) for i, key in enumerate(keys)]
-        return [Group(prompt, ids, found or []) for (_, prompt, ids), found in zip(drawn, responses, strict=True)]
+        return {i: checked.result() for i, checked in checks.items()}
 
     def _finish(self, key: str, completions: list[Completion], answer: str) -> list[Response]:
         """Check a group and write it down."""

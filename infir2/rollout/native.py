@@ -42,7 +42,7 @@ class NativeEngine:
 
     def __init__(self, model: Decoder, max_running_requests: int, policy_version: int = 0) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.policy_version = policy_version
+        self.policy_version, self.shared = policy_version, False
         self._max_running = max_running_requests
 
     @classmethod

@@ -3,10 +3,14 @@
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
+
+from infir2.parallel.team import Team
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,13 @@ def ignore(_index: int, _completion: Completion) -> None:
 
 
 class Engine(Protocol):
-    """Generates with one version of the weights at a time."""
+    """Generates with one version of the weights at a time. Of a run of several ranks, each has an `Engine`.
+
+    `shared`: they are the same engines, which the first rank asks for everything.
+    """
 
     policy_version: int
+    shared: bool
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams, on_finished: Callable[[int, Completion], None] = ignore
@@ -67,6 +75,13 @@ class Engine(Protocol):
     def weights_digest(self) -> dict[str, str]:
         """sha256 of each weight's bytes by exported name."""
         ...
+
+
+def part_of(engine: Engine, team: Team, items: Sequence[Item]) -> Sequence[Item]:
+    """What this rank has `engine` generate of work that all ranks know."""
+    if engine.shared:
+        return items if team.is_first else items[:0]
+    return items[team.rank :: team.size]
 
 
 def sampling_key(seed: int, prompt_id: str, sample: int, policy_version: int) -> int:

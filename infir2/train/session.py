@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,7 +24,7 @@ from infir2.config.load import Loaded
 from infir2.config.resolved import check_resume, dump
 from infir2.config.schema import TrainRecipe
 from infir2.data import Batch
-from infir2.errors import CheckFailedError, CheckpointError, ConfigError, NonFiniteError, RankError, UserError
+from infir2.errors import CheckFailedError, CheckpointError, ConfigError, Interrupted, NonFiniteError, Preempted, RankError, UserError
 from infir2.faults import fault
 from infir2.parallel.mesh import Layout, check_model, plan_sizes
 from infir2.parallel.team import end_team, start_team
@@ -34,6 +35,7 @@ from infir2.train.signals import StopSignals
 from infir2.train.spikes import PATIENCE, SpikeMonitor
 from infir2.train.trainer import StepResult, Trainer
 
+Value = TypeVar("Value")
 _PARENT_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
 
 
@@ -66,8 +68,6 @@ class Session:
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         self._sizes = plan_sizes(recipe.parallel, int(os.environ.get("WORLD_SIZE", "1")))
-        if kind == "rl" and self._sizes.world > 1:
-            raise ConfigError("infir2 rl trains in one process: start it without torchrun, or with one rank per job")
         if self._sizes.tp > 1:
             check_model(self._sizes, planned_config(recipe.model), recipe.fp8.enabled)
         self._agreed_signal: int | None = None
@@ -164,6 +164,24 @@ class Session:
             self._settle()
         raise self.signals.error(f"step {self.saved_step} is saved in {self.dir}" if self.saved_step else "there was nothing to save yet")
 
+    def divided(self, work: Callable[[Callable[[], None]], Value]) -> list[Value]:
+        """`work(check)` of every rank, by rank, on every rank, however long each takes; no parameter changes in it.
+
+        It calls `check()` often: a sign of life, and where a stop signal ends the work and then the run.
+        """
+
+        def check() -> None:
+            self.beat()
+            if self.signals.received is not None:
+                raise self.signals.error("in the middle of a step")
+
+        try:
+            return self.team.gather(self.team.together(lambda: work(check), self.beat))
+        except (Preempted, Interrupted) as stop:
+            self._agreed_signal = signal.SIGTERM if isinstance(stop, Preempted) else signal.SIGINT
+            self.stop_if_asked()
+            raise
+
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Begin a checkpoint, after the one before is there; without `checkpoint.background`, finish it too."""
         self._settle()
@@ -197,10 +215,10 @@ class Session:
         self.metrics.write("event", step, event=name, detail=detail)
         self.progress.say(f"step {step}: {name}: {detail}")
 
-    def beat(self, phase: str) -> None:
+    def beat(self, phase: str = "") -> None:
         """A sign of life of this rank, and what begins."""
         if self.watch:
-            self.watch.beat(phase)
+            self.watch.beat(phase or self.watch.phase)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.signals.__exit__()

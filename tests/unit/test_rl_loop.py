@@ -106,13 +106,13 @@ def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
     with pytest.raises(Killed):
         main(words(world, start, tmp_path / "b"))
     monkeypatch.setattr(infir2.rl.sampler.GroupSampler, "_finish", finish)
-    kept = tmp_path / "b" / "rollouts" / "step-4.jsonl"
+    kept = tmp_path / "b" / "rollouts" / "step-4-0.jsonl"
     assert kept.read_text().count("\n") == 2
     kept.write_text(kept.read_text() + '{"key": "cut by the ki')
     asked.clear()
     run(words(world, start, tmp_path / "b"))
     again = {request for _, request in asked}
-    kept_of_step_3 = (tmp_path / "b" / "rollouts" / "step-3.jsonl").read_text().count("\n")
+    kept_of_step_3 = (tmp_path / "b" / "rollouts" / "step-3-0.jsonl").read_text().count("\n")
     assert again < after_step_2
     assert len(after_step_2) - len(again) == 4 * (kept_of_step_3 + 2)  # groups of four responses that were not sampled again
     names = ("loss", "reward", "gradient_norm", "response_tokens", "groups_sampled", "policy_version", "mismatch_max")
