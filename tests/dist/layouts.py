@@ -19,6 +19,7 @@ from torch import Tensor
 from infir2.config.schema import Fp8Section, OptimizerSection, ShapeSection
 from infir2.data import Batch
 from infir2.model import Decoder
+from infir2.model.hf import exported_fp8_weights, weights_digest
 from infir2.numerics import Fp8Linear, convert_to_fp8, fused
 from infir2.parallel.fsdp import local_tensor, shard_module, weights_changed
 from infir2.parallel.mesh import Layout, Sizes
@@ -101,6 +102,7 @@ def count_collectives() -> Counter[str]:
 
 def compare(team: Team, sizes: Sizes, kind: str, kv_heads: int) -> dict[str, Any]:
     reference = make_model(kind, kv_heads)
+    exported = weights_digest(exported_fp8_weights(reference))
     expected, wanted, _ = team.first(lambda: (*one_step(reference, batches(), None)[:2], None))
     model = make_model(kind, kv_heads)
     codes = {
@@ -109,6 +111,9 @@ def compare(team: Team, sizes: Sizes, kind: str, kv_heads: int) -> dict[str, Any
         if isinstance(layer, Fp8Linear)
     }
     layout = Layout(sizes, team, torch.device("cpu"))
+    untrained = Sharded(make_model(kind, kv_heads), layout)
+    with torch.inference_mode():  # as an engine that takes them
+        same_export = weights_digest(untrained.exported()) == exported
     sharded = Sharded(model, layout)
     seen = spy_on_codes(model)
     counts = count_collectives()
@@ -133,6 +138,7 @@ def compare(team: Team, sizes: Sizes, kind: str, kv_heads: int) -> dict[str, Any
         "gradient": max(((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in parts),
         "decibels": decibels(torch.cat([a.flatten() for a, _ in parts]), torch.cat([b.flatten() for _, b in parts])),
         "worst": min(decibels(a, b) for a, b in parts),
+        "exported": same_export,
         "codes": len(same) == len(codes) and all(same),
         "quantised": sorted(quantised),
         "collectives": first,

@@ -41,6 +41,7 @@ def test_with_fp8_the_weights_are_the_same_bytes_and_the_step_the_same(found: Fo
     splits_tokens = "tp" in name or "cp" in name
     for rank in found[f"{name}-fp8"]:
         assert rank["codes"]
+        assert rank["exported"], "what an engine gets is what one process exports"
         assert rank["quantised"] == [1], "a weight is quantised once per step, whatever the number of micro-batches"
         assert rank["tokens"]
         assert rank["loss"] < (1e-5 if splits_tokens else 1e-6)
