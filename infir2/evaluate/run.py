@@ -16,7 +16,7 @@ from infir2.errors import ConfigError
 from infir2.evaluate.statistics import Evaluation, average_at_k, by_difficulty, mean_pass_at_k
 from infir2.faults import fault
 from infir2.rollout.native import NativeEngine
-from infir2.rollout.types import Completion, Engine, Request, SamplingParams, part_of, sampling_key
+from infir2.rollout.types import Completion, Engine, Request, SamplingParams, ignore, part_of, sampling_key
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.metrics import MetricsWriter
 from infir2.train.session import Session, describe_environment
@@ -31,14 +31,13 @@ def answer_problems(
     problems: Sequence[Prompt],
     section: EvaluateSection,
     seed: int,
-    check_stop: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = ignore,
 ) -> list[dict[str, Any]]:
-    """A row per response (prompt, response, answer, correct, truncated), k per problem. `check_stop` may raise after any response."""
+    """A row per response (prompt, response, answer, correct, truncated), k per problem. `check` is for the engine."""
     k = section.samples
 
     def on_finished(_index: int, _completion: Completion) -> None:
         fault("evaluate")
-        check_stop()
 
     requests = [
         Request(f"{problem.id}/{i}", ids, sampling_key(seed, problem.id, i, engine.policy_version))
@@ -47,7 +46,7 @@ def answer_problems(
         for i in range(k)
     ]
     params = SamplingParams(section.temperature, section.max_response_tokens, tokenizer.eos_ids, section.top_p)
-    completions = engine.generate(requests, params, on_finished)
+    completions = engine.generate(requests, params, on_finished, check)
     texts = [section.response_prefix + tokenizer.decode(completion.token_ids) for completion in completions]
     owners = [problem for problem in problems for _ in range(k)]
     verdicts = check_math_batch([(text, owner.answer) for text, owner in zip(texts, owners, strict=True)])

@@ -81,7 +81,7 @@ class GroupSampler:
         return [Group(prompt, ids, found[i]) for i, (_, prompt, ids) in enumerate(drawn)]
 
     def _respond(
-        self, engine: Engine, drawn: dict[int, tuple[str, str, Prompt, list[int]]], check_stop: Callable[[], None]
+        self, engine: Engine, drawn: dict[int, tuple[str, str, Prompt, list[int]]], check: Callable[[], None]
     ) -> dict[int, list[Response]]:
         """Responses to prompts, given with their keys and names."""
         missing, size = list(drawn), self._rl.group_size
@@ -98,10 +98,9 @@ class GroupSampler:
             parts[i][index % size] = completion
             if len(parts[i]) == size:
                 checks[i] = self._checker.submit(self._finish, drawn[i][0], [parts[i][n] for n in range(size)], drawn[i][2].answer)
-            check_stop()
 
         params = SamplingParams(self._rl.temperature, self._rl.max_response_tokens, self._tokenizer.eos_ids)
-        engine.generate(requests, params, on_finished)
+        engine.generate(requests, params, on_finished, check)
         return {i: checked.result() for i, checked in checks.items()}
 
     def _finish(self, key: str, completions: list[Completion], answer: str) -> list[Response]:

@@ -52,7 +52,11 @@ class NativeEngine:
 
     @torch.inference_mode()
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, on_finished: Callable[[int, Completion], None] = ignore
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_finished: Callable[[int, Completion], None] = ignore,
+        check: Callable[[], None] = ignore,
     ) -> list[Completion]:
         """One completion per request, in order. A freed slot is taken by the next waiting request at once."""
         if not requests:
@@ -65,6 +69,7 @@ class NativeEngine:
         free, running = list(range(num_slots)), list[_Running]()
         completions: dict[int, Completion] = {}
         while waiting or running:
+            check()
             admitted = self._admit(requests, waiting, free)
             for sequences in (admitted, running):
                 if sequences:

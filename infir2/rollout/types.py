@@ -49,7 +49,7 @@ class Completion:
     policy_version: int
 
 
-def ignore(_index: int, _completion: Completion) -> None:
+def ignore(*_: object) -> None:
     """For a caller that waits for all completions."""
 
 
@@ -63,9 +63,16 @@ class Engine(Protocol):
     shared: bool
 
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, on_finished: Callable[[int, Completion], None] = ignore
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_finished: Callable[[int, Completion], None] = ignore,
+        check: Callable[[], None] = ignore,
     ) -> list[Completion]:
-        """One completion per request, in the order of the requests. `on_finished` hears of each, with its request's place, as it ends."""
+        """One completion per request, in the order of the requests. `on_finished` hears of each, with its request's place, as it ends.
+
+        `check` is called all the time; what it raises ends the work.
+        """
         ...
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:

@@ -10,7 +10,6 @@ import infir2.rl.sampler
 from infir2.cli import main
 from infir2.rl.groups import Response
 from infir2.rollout.native import NativeEngine
-from infir2.rollout.types import ignore
 
 
 def reward_even_lengths(completions, texts, answers, rl):  # type: ignore[no-untyped-def]
@@ -82,9 +81,9 @@ def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
     asked: list[tuple[int, str]] = []  # policy version and request
     real = NativeEngine.generate
 
-    def generate(self, requests, params, on_finished=ignore):  # type: ignore[no-untyped-def]
+    def generate(self, requests, params, *callbacks):  # type: ignore[no-untyped-def]
         asked.extend((self.policy_version, request.id) for request in requests)
-        return real(self, requests, params, on_finished)
+        return real(self, requests, params, *callbacks)
 
     monkeypatch.setattr(NativeEngine, "generate", generate)
     monkeypatch.setattr(infir2.rl.sampler, "rate", reward_even_lengths)

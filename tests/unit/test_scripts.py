@@ -21,8 +21,8 @@ STAGES = {
     "scripts/CPT/InfiR2_CPT_FP8_1.5b_decay.sh": ("cpt", "qwen2.5-1.5b/cpt-decay.toml", 1),
     "scripts/SFT/InfiR2_SFT_FP8_stage1.sh": ("sft", "qwen2.5-7b/sft1.toml", 2),
     "scripts/SFT/InfiR2_SFT_FP8_stage2.sh": ("sft", "qwen2.5-7b/sft2.toml", 2),
-    "scripts/RL/InfiR2_RL_FP8_stage1_4node.sh": ("rl", "qwen2.5-7b/rl1.toml", 1),
-    "scripts/RL/InfiR2_RL_FP8_stage2_4node.sh": ("rl", "qwen2.5-7b/rl2.toml", 1),
+    "scripts/RL/InfiR2_RL_FP8_stage1_4node.sh": ("rl", "qwen2.5-7b/rl1.toml", 4),
+    "scripts/RL/InfiR2_RL_FP8_stage2_4node.sh": ("rl", "qwen2.5-7b/rl2.toml", 4),
 }
 EVALS = {
     "eval/aime24_eval.sh": ("aime24", 31000, "32"),
@@ -81,8 +81,7 @@ def test_a_stage_starts_its_recipe_on_its_nodes(path: str, variables: dict[str, 
     assert words[-3:-1] == [verb, next(word for word in words if word.endswith(recipe))]
     assert words[-1] == "--run.seed=5"
     assert Path(words[-2]).is_file()
-    one_node = "--gpus-per-node 1" if verb == "rl" else "standalone"  # RL trains in one process, on Ray by default
-    assert (one_node if nodes == 1 else f"--nodes {nodes} --gpus-per-node 8") in result.stdout
+    assert ("standalone" if nodes == 1 else f"--nodes {nodes} --gpus-per-node 8") in result.stdout
     slurm = script(path, variables | {"DRY_RUN": "1", "LAUNCHER": "slurm", "NODES": "3", "GPUS_PER_NODE": "4"})
     assert "#SBATCH --nodes=3" in slurm.stdout
     assert "#SBATCH --gpus-per-node=4" in slurm.stdout
