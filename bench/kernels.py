@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def copy_bandwidth(results: dict[str, Any]) -> None:
     for name, (rows, columns) in SIZES.items():
         source = random(rows, columns)
         target = torch.empty_like(source)
-        results[name] = 2 * source.nbytes / device_milliseconds(lambda t=target, s=source: t.copy_(s)) / 1e9
+        results[name] = 2 * source.nbytes / device_milliseconds(partial(target.copy_, source)) / 1e9
     print("copy TB/s:", {name: round(value, 2) for name, value in results.items()})
 
 

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,14 @@ from infir2.model import Decoder
 from infir2.train.losses import next_token_loss
 from infir2.train.trainer import Trainer
 
-HALF_BILLION = {"hidden_size": 896, "num_layers": 24, "num_heads": 14, "num_kv_heads": 2, "ffn_size": 4864, "vocab_size": 151936}
+HALF_BILLION: dict[str, Any] = {
+    "hidden_size": 896,
+    "num_layers": 24,
+    "num_heads": 14,
+    "num_kv_heads": 2,
+    "ffn_size": 4864,
+    "vocab_size": 151936,
+}
 GIB, PIECE_BYTES = 2**30, 2**26
 
 

@@ -72,7 +72,12 @@ def layouts(ranks: int) -> dict[str, tuple[int, int, int, int]]:
 def plan(words: argparse.Namespace) -> list[Job]:
     """The jobs, most important first."""
     n, tiny = words.gpus, words.tiny
-    small = {"model": "tiny" if tiny else "small", "layers": 2 if tiny else 4, "sequences": 1, "length": 256 if tiny else 4096}
+    small: dict[str, object] = {
+        "model": "tiny" if tiny else "small",
+        "layers": 2 if tiny else 4,
+        "sequences": 1,
+        "length": 256 if tiny else 4096,
+    }
     possible = {name: sizes for name, sizes in layouts(n).items() if not tp_problem(config_of(case_of(small, True)), sizes[3], True)}
     same = {"steps": 2 if tiny else 10, "micro_batches": n, "layouts": possible, "text": str(words.text or "")}
     jobs = [Job("equality", "equality", n, 1.5, {"work": "equality", **small, **same})]
@@ -80,7 +85,7 @@ def plan(words: argparse.Namespace) -> list[Job]:
     def speed(model: str, length: int, ranks: int, sizes: tuple[int, int, int, int], minutes: float) -> Job:
         recompute = "full" if length == 32768 else "none"
         sequences = 2 if (model, length) == ("1.5B", 8192) else 1
-        settings = {"model": model, "length": length, "sequences": sequences, "recompute": recompute, "layers": 28}
+        settings: dict[str, object] = {"model": model, "length": length, "sequences": sequences, "recompute": recompute, "layers": 28}
         if tiny:
             settings = small
         settings["small"] = (model, length) == ("7B", 8192)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def greedy_parity(model_dir: Path, result: Result, num_tokens: int) -> None:
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(model_dir)
-    theirs = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     ours = Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16)
     for question in QUESTIONS:
         prompt = tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True)
@@ -155,12 +156,12 @@ def perplexity(model_dir: Path, data: Path, result: Result, num_batches: int, pa
     tokens = sum(batch.num_trained_tokens for batch in batches)
     losses = {}
     with torch.no_grad():
-        for name, section in {
+        for name, fp8 in {
             "BF16": Fp8Section(enabled=False),
             "FP8 pow2": Fp8Section(scale_format="pow2"),
             "FP8 fp32": Fp8Section(scale_format="fp32"),
         }.items():
-            losses[name] = mean_loss(convert_to_fp8(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), section), batches)
+            losses[name] = mean_loss(convert_to_fp8(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), fp8), batches)
     result.say(f"\nPerplexity over {tokens:,} tokens of {', '.join(pages)}:\n")
     result.say("| weights and activations | perplexity | against BF16 |\n|---|---|---|")
     rises = {name: 100 * math.expm1(loss - losses["BF16"]) for name, loss in losses.items()}
@@ -202,7 +203,8 @@ def exported_sentences(run: Path, work: Path, result: Result) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     subprocess.run([sys.executable, "-m", "infir2", "export", "hf", str(run), "--to", str(work / "hf")], check=True)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(work / "hf"), PreTrainedTokenizerFast.from_pretrained(work / "hf")
+    model: Any = AutoModelForCausalLM.from_pretrained(work / "hf")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "hf")
     ids = tokenizer("The sun is a star. It", return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=40, do_sample=False)
     text = tokenizer.decode(out[0], skip_special_tokens=True)

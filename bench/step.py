@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -54,12 +54,12 @@ class Case:
     length: int
     fp8: bool
     memory: Memory = PLAIN
-    recompute: str = "none"
+    recompute: Literal["none", "full"] = "none"
     layers: int = 28
     optimizer: bool = True
-    scale_format: str = "pow2"
-    states: str = "fp32"
-    gradients: str = "fp32"
+    scale_format: Literal["pow2", "fp32"] = "pow2"
+    states: Literal["fp32", "bf16", "fp8"] = "fp32"
+    gradients: Literal["fp32", "bf16"] = "fp32"
     head_chunk_tokens: int = 2048
 
     @property
@@ -70,7 +70,7 @@ class Case:
         """The keys that a user would set for this line."""
         memory = self.memory
         recompute = "full" if self.recompute == "full" else memory.recompute
-        pre = "fp8" if memory.pre_activations == "fp8" else "bfloat16"
+        pre: Literal["bfloat16", "fp8"] = "fp8" if memory.pre_activations == "fp8" else "bfloat16"
         return TrainRecipe(
             model=ModelSection(recompute=recompute, pre_activations=pre),
             fp8=Fp8Section(enabled=self.fp8, scale_format=self.scale_format, keep_transposed=memory.keep_transposed_weights),
@@ -85,7 +85,7 @@ SAVED = Memory(pre_activations="fp8")
 LEAN = Memory(recompute="selective", pre_activations="fp8")
 SELECTIVE = Memory(recompute="selective")
 LEANEST = Memory(recompute="selective", pre_activations="fp8", keep_transposed_weights=False)
-BEST = {"states": "fp8", "gradients": "bf16", "head_chunk_tokens": 1024}
+BEST: dict[str, Any] = {"states": "fp8", "gradients": "bf16", "head_chunk_tokens": 1024}
 CASES: dict[str, dict[str, Case]] = {
     "1.5B-8k": {
         "BF16": Case("1.5B", 2, 8192, False),
@@ -165,6 +165,7 @@ class Step:
     def _touch(self) -> None:
         from infir2.numerics.fused import stack
 
+        block: Any
         for block in self.model.model.layers:
             attention, mlp = block.self_attn, block.mlp
             for layers in (
@@ -205,15 +206,9 @@ def measure(case: Case, steps: int) -> dict[str, float]:
     torch.cuda.synchronize()
     spans = [[a.elapsed_time(b) for a, b in itertools.pairwise(events)] for events in marks[3:]]
     forward, backward, update = (statistics.median(span[i] for span in spans) for i in range(3))
-    further = [_further(step) for _ in range(steps)]
-    result = {
-        "further": statistics.median(further),
-        "forward": forward,
-        "backward": backward,
-        "update": update,
-        "total": statistics.median(sum(span) for span in spans),
-    }
+    result = {"forward": forward, "backward": backward, "update": update, "total": statistics.median(sum(span) for span in spans)}
     result |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "activations_gib": step.activations / 2**30}
+    result |= {"further": _further(step, steps), "further_peak_gib": torch.cuda.max_memory_allocated() / 2**30}
     if case.optimizer:  # the ledger is of a training step
         ledger = gpu_ledger(step.model.config, case.recipe())
         result |= {"ledger_gib": sum(ledger.values()) / 2**30, **{f"ledger {name}": size / 2**30 for name, size in ledger.items()}}

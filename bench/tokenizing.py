@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -32,7 +33,7 @@ def read_texts(source: Path) -> list[str]:
     return [document_text(rows.read(index), section) for index in range(len(rows))]
 
 
-def _encode(texts: list[str], tokenizer_file: str, barrier, results) -> None:
+def _encode(texts: list[str], tokenizer_file: str, barrier: Any, results: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_file(tokenizer_file)
     barrier.wait()
