@@ -1,6 +1,7 @@
 """Saving while training goes on: from a copy, one save at a time."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -25,8 +26,11 @@ class BackgroundSaver:
         self._copied = threading.Event()
         self._copied.set()
 
-    def start(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Future[None]:
-        """Begin a save; the future has its error. The caller has waited for the one before, and changes `state` no more."""
+    def start(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Future[float]:
+        """Begin a save; the future has the time (monotonic) when it was published, or its error.
+
+        The caller has waited for the one before, and changes `state` no more.
+        """
         self._copied.clear()
         return self._thread.submit(self._run, step, dict(tensors), state, _side_stream(tensors))
 
@@ -38,7 +42,7 @@ class BackgroundSaver:
         """Wait for the save in flight."""
         self._thread.shutdown()
 
-    def _run(self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], stream: "torch.cuda.Stream | None") -> None:
+    def _run(self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], stream: "torch.cuda.Stream | None") -> float:
         try:
             with torch.no_grad(), torch.cuda.stream(stream):
                 for name, tensor in tensors.items():
@@ -53,6 +57,7 @@ class BackgroundSaver:
         finally:
             self._copied.set()
         self._save(step, self._copies, state)
+        return time.monotonic()
 
 
 def _side_stream(tensors: Mapping[str, Tensor]) -> "torch.cuda.Stream | None":

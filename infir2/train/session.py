@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -75,7 +76,7 @@ class Session:
         self.saved_step = 0  # of the newest checkpoint
         self._last: tuple[int, dict[str, Any]] = (0, {})  # the last step done, and its state
         self._saver: BackgroundSaver | None = None
-        self._saving: tuple[int, Future[None]] | None = None
+        self._saving: tuple[int, float, Future[float]] | None = None  # step, when it began, when it was published
 
     def __enter__(self) -> "Session":
         self.signals = StopSignals().__enter__()
@@ -183,28 +184,32 @@ class Session:
             raise
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Begin a checkpoint, after the one before is there; without `checkpoint.background`, finish it too."""
+        """Begin a checkpoint, after the one before is there; without `checkpoint.background`, finish it too.
+
+        So a kill loses the steps since the newest published checkpoint: one interval, and what was done while a save was in flight.
+        """
         self._settle()
+        began = time.monotonic()
         tensors = self.trainer.tensors() | {"rng/torch": torch.get_rng_state()}
         if self._saver:
-            self._saving = (step, self._saver.start(step, tensors, state | {"kind": self.kind}))
+            self._saving = (step, began, self._saver.start(step, tensors, state | {"kind": self.kind}))
             return
-        done: Future[None] = Future()
-        self._saving = (step, done)
+        done: Future[float] = Future()
+        self._saving = (step, began, done)
         try:
             self.store.save(step, tensors, state | {"kind": self.kind})
-            done.set_result(None)
+            done.set_result(time.monotonic())
         except CheckpointError as error:
             done.set_exception(error)
         self._settle()
 
     def _settle(self, wait: bool = True) -> None:
         """The end of the save in flight. With on_save_error = warn, a failed one is an event and training goes on."""
-        if self._saving is None or not (wait or self._saving[1].done()):
+        if self._saving is None or not (wait or self._saving[-1].done()):
             return
-        (step, future), self._saving = self._saving, None
+        (step, began, future), self._saving = self._saving, None
         try:
-            future.result()
+            self.metrics.write("save", step, seconds=future.result() - began)
             self.saved_step = step
         except CheckpointError as error:
             if self.recipe.checkpoint.on_save_error == "stop":
@@ -224,7 +229,7 @@ class Session:
         self.signals.__exit__()
         if self._saver:
             self._saver.close()
-        if self._saving and (failure := self._saving[1].exception()):  # another error ends the run: this one is only told
+        if self._saving and (failure := self._saving[-1].exception()):  # another error ends the run: this one is only told
             print(f"{self.kind}: {failure}", file=sys.stderr)
         if hasattr(self, "progress"):
             self.progress.close()

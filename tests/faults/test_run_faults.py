@@ -63,6 +63,26 @@ def test_three_random_kills_change_nothing(tmp_path: Path, monkeypatch: pytest.M
         runs.kill_run(kind, 1)
 
 
+def test_f1_a_kill_during_a_save_loses_two_intervals_at_most(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """The save of step 4 hangs: training goes on to step 6, whose save would begin, and not beyond."""
+    words, metrics = cpt(world, tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "INFIR2_FAULTS": "save.before_rename:2:hang"}
+    process = subprocess.Popen([sys.executable, "-m", "infir2", *words], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"kind": "train", "step": 6' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    assert curve(tmp_path / "run", "loss")[-1][0] == 6
+    process.kill()
+    process.wait()
+    assert open_checkpoint(tmp_path / "run").step == 2
+    run(words)
+    assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
+    assert_same_state(tmp_path / "run", undisturbed)
+    assert [line["step"] for line in lines(tmp_path / "run", "save")] == [2, 4, 6, 8]
+    assert all(0 < line["seconds"] < 60 for line in lines(tmp_path / "run", "save"))
+
+
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_f3_a_save_that_fails_twice_stops_the_run_or_is_told(
     world: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], background: str
