@@ -47,10 +47,10 @@ class _GatherRows(torch.autograd.Function):
         ctx.group, ctx.dtype = group, x.dtype
         wide = x.dtype if x.is_cuda else torch.float32
         if not as_codes:
-            return _gather(x, group).to(wide)
+            return gather_as_it_is(x, group).to(wide)
         codes = quantize(x, ROW_BLOCK)
         sent = torch.cat((codes.codes.view(torch.uint8), codes.scale.contiguous().view(torch.uint8)), dim=1)
-        values, scale = (part.contiguous() for part in _gather(sent, group).tensor_split([x.shape[1]], dim=1))
+        values, scale = (part.contiguous() for part in gather_as_it_is(sent, group).tensor_split([x.shape[1]], dim=1))
         return dequantize(Fp8Tensor(values.view(E4M3), scale.view(torch.float32), ROW_BLOCK, codes.scale_format), wide)
 
     @staticmethod
@@ -66,7 +66,7 @@ class _SumRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, ctx.group), None
+        return gather_as_it_is(grad, ctx.group), None
 
 
 class _SumGradient(torch.autograd.Function):
@@ -82,7 +82,8 @@ class _SumGradient(torch.autograd.Function):
         return total.to(grad.dtype) * ctx.first, None, None
 
 
-def _gather(x: Tensor, group: Any) -> Tensor:
+def gather_as_it_is(x: Tensor, group: Any) -> Tensor:
+    """x [t, ...] of every rank, by rank: [size * t, ...], of any dtype and without a gradient."""
     out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
     all_gather_single(out, x.contiguous(), group=group)
     return out

@@ -21,7 +21,7 @@ from infir2.numerics.formats import E4M3, GROUP, TILE_BLOCK, Fp8Tensor, scale_sh
 from infir2.numerics.operands import forget
 from infir2.numerics.quantize import encode_weight_rows, nonfinite_blocks
 from infir2.numerics.reference import as_tiles, block_scale
-from infir2.parallel.exchange import gather_rows
+from infir2.parallel.exchange import gather_as_it_is
 
 _BF16_VALUES = ("rounded", torch.bfloat16, torch.bfloat16)  # where `operands.rounded` looks
 
@@ -135,7 +135,7 @@ class _PlainShard(_Shard):
         self.wire_dtype, self.group = wire_dtype if len(shape) == 2 else torch.float32, group
 
     def exported(self) -> tuple[Tensor, ...]:
-        return (gather_rows(self.padded(self.local.detach().to(torch.bfloat16)), self.group)[: self.shape[0]],)
+        return (gather_as_it_is(self.padded(self.local.detach().to(torch.bfloat16)), self.group)[: self.shape[0]],)
 
     def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], None]:
         return (self.padded(self.local.to(self.wire_dtype)),), None
@@ -165,7 +165,7 @@ class _Fp8Shard(_Shard):
         return (self._codes(),), self.scale
 
     def exported(self) -> tuple[Tensor, ...]:
-        return gather_rows(self._codes(), self.gather.group)[: self.shape[0]].view(E4M3), self.scale
+        return gather_as_it_is(self._codes(), self.gather.group)[: self.shape[0]].view(E4M3), self.scale
 
     def after(self, outputs: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, *, out: Any = None) -> Any:
         whole = Fp8Tensor(outputs[0][: self.shape[0]].view(E4M3), scale, TILE_BLOCK, self.layer.scale_format)

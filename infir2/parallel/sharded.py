@@ -20,7 +20,7 @@ from infir2.model import Decoder
 from infir2.model.hf import SCALE_SUFFIX, exported_fp8_weights
 from infir2.numerics.formats import GROUP
 from infir2.parallel.context import ContextParallel, pad_batch
-from infir2.parallel.exchange import gather_rows
+from infir2.parallel.exchange import gather_as_it_is
 from infir2.parallel.fsdp import exported_shards, local_tensor, shard_module
 from infir2.parallel.mesh import Layout, Sizes, Split
 from infir2.parallel.team import Team
@@ -78,7 +78,7 @@ class Sharded:
         for name, part in parts:
             split = self.splits.get(name.removesuffix(SCALE_SUFFIX), Split())
             if split.count > 1:
-                everyone = gather_rows(part.contiguous().view(torch.uint8), self.layout.tp_group).chunk(self.layout.sizes.tp)
+                everyone = gather_as_it_is(part.contiguous().view(torch.uint8), self.layout.tp_group).chunk(self.layout.sizes.tp)
                 part = torch.cat(everyone[:: split.copies], dim=split.dim).view(part.dtype)
             yield name, part
 
