@@ -1,4 +1,4 @@
-"""RL on several ranks: what they sample, train on and hold is what one process samples, trains on and holds; faults; other numbers of ranks."""
+"""RL on several ranks: they sample, train on and hold what one process does; faults; a run that goes on with another number of ranks."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ from test_rank_faults import ranks
 from infir2.checkpoint import open_checkpoint
 
 STEPS = 3
-VALUES = {"schedule__total_steps": STEPS, "checkpoint__save_every": 2, "rl__overlong_buffer_tokens": 24, "rl__max_response_tokens": 24, "rl__mini_batches": 2, "data__micro_batch_tokens": 128}
+VALUES = {"schedule__total_steps": STEPS, "checkpoint__save_every": 2, "data__micro_batch_tokens": 128}
+VALUES |= {"rl__overlong_buffer_tokens": 24, "rl__max_response_tokens": 24, "rl__mini_batches": 2}
 SAMPLED = ("reward", "response_tokens", "truncated_fraction", "groups_sampled", "groups_without_signal", "trained_tokens")
 
 
@@ -44,8 +45,9 @@ def close(found: Path, wanted: Path) -> None:
     """The same rewards and sampled tokens in every step, and losses to the bound of data parallelism (docs/parallel.md)."""
     assert curve(found, *SAMPLED) == curve(wanted, *SAMPLED)
     assert curve(found, "loss", "gradient_norm") == [pytest.approx(line, rel=1e-6) for line in curve(wanted, "loss", "gradient_norm")]
-    scores = [[(line["step"], line["truncated_fraction"], line["avg_at_k"]) for line in lines(path, "evaluation")] for path in (found, wanted)]
-    assert scores[0] == scores[1]
+    names = ("step", "truncated_fraction", "avg_at_k")
+    scores, expected = ([[line[name] for name in names] for line in lines(path, "evaluation")] for path in (found, wanted))
+    assert scores == expected
 
 
 @pytest.mark.parametrize("layout", [{}, {"parallel__cp": 2}])
