@@ -77,3 +77,8 @@ class Interrupted(UserError):
     """Ctrl-C arrived: the state is saved, the same command goes on from it."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """A library's error for the middle of a sentence: the first line of its text, else its class."""
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -15,20 +15,12 @@ from torch import Tensor
 
 from infir2.checkpoint.progress import byte_progress
 from infir2.checkpoint.selfcheck import check_export
-from infir2.checkpoint.weights import (
-    BLOCK,
-    Weights,
-    file_scale_format,
-    hf_weights,
-    meta_decoder,
-    quantized_names,
-    run_weights,
-)
+from infir2.checkpoint.weights import BLOCK, Weights, file_scale_format, hf_weights, meta_decoder, quantized_names, run_weights
 from infir2.config.schema import Fp8Section
-from infir2.errors import CheckpointError, OutputExistsError
+from infir2.errors import CheckpointError
 from infir2.model import ModelConfig
-from infir2.model.files import SCALES_FILE
-from infir2.model.hf import SCALE_SUFFIX, HfWeights, quantization_config, write_hf
+from infir2.model.files import SCALES_FILE, HfWeights, write_hf
+from infir2.model.hf import SCALE_SUFFIX, quantization_config
 from infir2.numerics import Fp8Tensor, quantize
 
 SHARD_BYTES = 2**30  # a shard is gathered in memory before it is written
@@ -128,8 +120,6 @@ def write_with_progress(
     scales: dict[str, Tensor] | None = None,
 ) -> None:
     """`write_hf` under a progress bar that says `doing`. Raises OutputExistsError."""
-    if out.exists():
-        raise OutputExistsError(f"{out}: exists already; name a directory that does not, nothing was written.")
     with byte_progress(f"{doing} {out.name}", weights.num_bf16_bytes) as on_bytes:
         write_hf(out, _counted(tensors, on_bytes), config, weights.side_files, SHARD_BYTES, scales)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from infir2.checkpoint.export import SHARD_BYTES, complete_config, write_with_progress
 from infir2.checkpoint.weights import hf_weights
-from infir2.errors import CheckpointError, OutputExistsError
+from infir2.errors import CheckpointError, OutputExistsError, first_line
 from infir2.model import Decoder, ModelConfig
-from infir2.model.files import read_json
-from infir2.model.hf import exported_weights, load_weights, write_hf
+from infir2.model.files import read_json, write_hf
+from infir2.model.hf import exported_weights, load_weights
 
 
 def import_hf(src: str | Path, out: str | Path) -> None:
@@ -61,6 +61,6 @@ def _one_sentence(src: Path) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise CheckpointError(f"{src}: transformers needs another package to read this: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{src}: transformers needs another package to read this: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{src}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{src}: transformers cannot load it: {first_line(error)}") from error

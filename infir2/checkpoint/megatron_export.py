@@ -7,8 +7,6 @@ keys. Modules' `_extra_state` entries, which a GPTModel asks for, are written em
 import argparse
 import io
 import json
-import shutil
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,8 +22,8 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from infir2.checkpoint.megatron import EMBEDDING, FINAL_NORM, HEAD, LAYERS
 from infir2.checkpoint.progress import byte_progress
 from infir2.checkpoint.weights import Weights, hf_weights, run_weights
-from infir2.errors import CheckpointError, OutputExistsError
 from infir2.model import ModelConfig
+from infir2.model.files import new_directory
 
 _QKV = [f"self_attn.{part}_proj" for part in "qkv"]
 _LAYER = {
@@ -42,21 +40,24 @@ _LAYER = {
     "mlp.linear_fc2.weight": ["mlp.down_proj.weight"],
     "mlp.linear_fc2.bias": ["mlp.down_proj.bias"],
 }
-_EXTRA_STATES = [f"self_attention.{name}" for name in ("linear_qkv", "core_attention", "linear_proj")] + [
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-]
+_EXTRA_STATES = [f"self_attention.{name}" for name in ("linear_qkv", "core_attention", "linear_proj")]
+_EXTRA_STATES += ["mlp.linear_fc1", "mlp.linear_fc2"]
 _METADATA = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """What is written at one time: Hugging Face tensors `names` as (a layer of) Megatron's tensor `key` of `shape`."""
+    """What is written at one time: Hugging Face tensors `names` as the part at `offsets` of Megatron's tensor `key`."""
 
     key: str
     names: tuple[str, ...]
-    shape: tuple[int, ...]  # of this piece, without the leading dimension of layers
-    layer: int = -1  # -1: not stacked
+    shape: tuple[int, ...]  # of this piece
+    whole: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def index(self) -> MetadataIndex:
+        return MetadataIndex(self.key, torch.Size(self.offsets))
 
 
 def export_megatron(src: str | Path, out: str | Path) -> None:
@@ -65,24 +66,15 @@ def export_megatron(src: str | Path, out: str | Path) -> None:
     `out` gets the `release` directory and the tracker file that Megatron's `--load` expects. Raises OutputExistsError,
     CheckpointError (bad source, full disk); nothing is left at `out` then.
     """
-    src, out = Path(src), Path(out)
-    if out.exists():
-        raise OutputExistsError(f"{out}: exists already; name a directory that does not, nothing was written.")
-    weights = hf_weights(src, quantized=False) if (src / "config.json").is_file() else run_weights(src)
-    config = ModelConfig.from_hf(weights.config)
-    work = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:12]}")
-    try:
-        _write(work / "release", weights, config)
+    src = Path(src)
+    with new_directory(Path(out)) as work:
+        weights = hf_weights(src, quantized=False) if (src / "config.json").is_file() else run_weights(src)
+        _write(work / "release", weights, ModelConfig.from_hf(weights.config))
         (work / "latest_checkpointed_iteration.txt").write_text("release\n")
-        work.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written ({error.strerror or error}); make room or choose another place.") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write(directory: Path, weights: Weights, config: ModelConfig) -> None:
-    directory.mkdir(parents=True)
+    directory.mkdir()
     with byte_progress(f"exporting {directory.parent.name}", weights.num_bf16_bytes) as on_bytes, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch remarks that no process group runs
         planner = _Planner(list(_pieces(weights.shapes, config.num_layers)), weights, config, on_bytes)
@@ -99,14 +91,14 @@ def _pieces(shapes: dict[str, tuple[int, ...]], num_layers: int) -> Iterator[_Pi
     for key, name in ((EMBEDDING, "model.embed_tokens.weight"), (FINAL_NORM, "model.norm.weight"), (HEAD, "lm_head.weight")):
         if name in left:  # a tied model has no head
             left.discard(name)
-            yield _Piece(key, (name,), shapes[name])
+            yield _Piece(key, (name,), shapes[name], shapes[name], (0,) * len(shapes[name]))
     for layer in range(num_layers):
         for suffix, parts in _LAYER.items():
             names = tuple(f"model.layers.{layer}.{part}" for part in parts)
             if left.issuperset(names):
                 left.difference_update(names)
-                rows = sum(shapes[name][0] for name in names)
-                yield _Piece(LAYERS + suffix, names, (rows, *shapes[names[0]][1:]), layer)
+                shape = (sum(shapes[name][0] for name in names), *shapes[names[0]][1:])
+                yield _Piece(LAYERS + suffix, names, (1, *shape), (num_layers, *shape), (layer, *(0 for _ in shape)))
     assert not left, f"no place in Megatron for {sorted(left)}"
 
 
@@ -116,11 +108,10 @@ class _Planner(dcp.DefaultSavePlanner):
     def __init__(self, pieces: list[_Piece], weights: Weights, config: ModelConfig, on_bytes: Callable[[int], None]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._weights, self._config, self._on_bytes = weights, config, on_bytes
-        self._pieces = {self._index(piece): piece for piece in pieces}
+        self._pieces = {piece.index: piece for piece in pieces}
 
     def create_local_plan(self) -> SavePlan:
-        items = [self._item(index, piece) for index, piece in self._pieces.items()]
-        layers = self._config.num_layers
+        items, layers = [self._item(piece) for piece in self._pieces.values()], self._config.num_layers
         for module in _EXTRA_STATES:
             for layer in range(layers):
                 index = MetadataIndex(f"{LAYERS}{module}._extra_state/shard_{layer}_{layers}")
@@ -139,20 +130,13 @@ class _Planner(dcp.DefaultSavePlanner):
             tensors = [torch.cat([part.reshape(groups, -1, *part.shape[1:]) for part in tensors], dim=1)]
         whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         self._on_bytes(2 * whole.numel())
-        return whole.reshape(piece.shape if piece.layer < 0 else (1, *piece.shape))
+        return whole.reshape(piece.shape)
 
     @staticmethod
-    def _index(piece: _Piece) -> MetadataIndex:
-        offsets = (0,) * len(piece.shape) if piece.layer < 0 else (piece.layer, *(0 for _ in piece.shape))
-        return MetadataIndex(piece.key, torch.Size(offsets))
-
-    def _item(self, index: MetadataIndex, piece: _Piece) -> WriteItem:
-        stacked = piece.layer >= 0
-        sizes = torch.Size((1, *piece.shape) if stacked else piece.shape)
-        size = torch.Size((self._config.num_layers, *piece.shape) if stacked else piece.shape)
-        assert index.offset is not None
-        data = TensorWriteData(ChunkStorageMetadata(index.offset, sizes), TensorProperties(dtype=torch.bfloat16), size)
-        return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+    def _item(piece: _Piece) -> WriteItem:
+        chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.shape))
+        data = TensorWriteData(chunk, TensorProperties(dtype=torch.bfloat16), torch.Size(piece.whole))
+        return WriteItem(piece.index, WriteItemType.SHARD, tensor_data=data)
 
 
 def _arguments(config: ModelConfig) -> argparse.Namespace:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from infir2.checkpoint.progress import byte_progress
 from infir2.checkpoint.weights import file_scale_format, quantized_names, run_weights
 from infir2.errors import CheckFailedError
-from infir2.model.hf import SCALE_SUFFIX, HfWeights
+from infir2.model.files import HfWeights
+from infir2.model.hf import SCALE_SUFFIX
 from infir2.numerics import Fp8Linear, Fp8Tensor
 
 

@@ -4,10 +4,10 @@ Names are Hugging Face's. What the model must have, and which of its weights are
 decoder on the meta device), so that training, export and verification cannot disagree about the list.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,33 +41,28 @@ def quantized_names(config: Mapping[str, Any], fp8: Fp8Section) -> list[str]:
     return [f"{name}.weight" for name, module in meta_decoder(config, fp8).named_modules() if isinstance(module, Fp8Linear)]
 
 
-class Tensors(Protocol):
-    """Tensors by name, each read when asked for."""
-
-    def __getitem__(self, name: str) -> Tensor: ...
-    def __contains__(self, name: object) -> bool: ...
-
-
 @dataclass(frozen=True)
 class Weights:
     """Where weights come from.
 
     config: the `config.json`. side_files: directory with tokenizer and generation settings, if there is one.
-    fp8: how the run trained (None for a Hugging Face directory). shapes: what the config calls for.
+    fp8: how the run trained (None for a Hugging Face directory). names: of the tensors that are there; load: one of them.
+    shapes: what the config calls for.
     """
 
     origin: Path
     config: dict[str, Any]
     side_files: Path | None
     fp8: Fp8Section | None
-    tensors: Tensors
+    names: set[str]
+    load: Callable[[str], Tensor]
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str) -> Tensor:
         """One weight on the CPU in its stored dtype; CheckpointError if it is absent, misshapen or not finite."""
-        if name not in self.tensors:
+        if name not in self.names:
             raise CheckpointError(f"{self.origin}: has no tensor '{name}', which its config calls for; the model is not complete.")
-        tensor = self.tensors[name]
+        tensor = self.load(name)
         if tuple(tensor.shape) != self.shapes[name]:
             raise CheckpointError(f"{self.origin}: '{name}' is {list(tensor.shape)}, not {list(self.shapes[name])} as its config says.")
         if not all_finite(tensor):
@@ -91,61 +86,28 @@ class Weights:
         return 2 * sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
 
-class _Parameters:
-    """The masters among a checkpoint's tensors."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[PARAMETERS + name]
-
-    def __contains__(self, name: object) -> bool:
-        return f"{PARAMETERS}{name}" in self._tensors
-
-    def names(self) -> set[str]:
-        return {name.removeprefix(PARAMETERS) for name in self._tensors if name.startswith(PARAMETERS)}
-
-
-class HfTensors:
-    """The tensors of a Hugging Face directory; FP8 pairs come out dequantised to BF16."""
-
-    def __init__(self, files: HfWeights) -> None:
-        self._files = files
-        self._names = set(files.names())
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._files.read(name)
-        scale_name = name + SCALE_SUFFIX
-        if scale_name in self._names:
-            return dequantize_pair(tensor, self._files.read(scale_name), name)
-        if tensor.element_size() < 2:
-            raise CheckpointError(f"{self._files.directory}: '{name}' is {tensor.dtype} and has no '{scale_name}'; copy the model again.")
-        return tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-
 def run_weights(path: Path) -> Weights:
     """The masters of a run's newest checkpoint, or of the checkpoint named."""
     checkpoint = open_checkpoint(path)
-    tensors = _Parameters(checkpoint.tensors())
-    state = checkpoint.state
+    tensors, state = checkpoint.tensors(), checkpoint.state
     for key in ("model_config", "fp8"):
         if not isinstance(state.get(key), dict):
             raise CheckpointError(f"{checkpoint.path}: its state has no '{key}'; it was not saved by a training run.")
     shapes = parameter_shapes(state["model_config"])
-    _refuse_unknown(checkpoint.path, tensors.names() - set(shapes))
+    names = {name.removeprefix(PARAMETERS) for name in tensors if name.startswith(PARAMETERS)}
+    _refuse_unknown(checkpoint.path, names - set(shapes))
     side_files = Path(state["tokenizer_dir"]) if state.get("tokenizer_dir") else None
     if side_files and not side_files.is_dir():
         raise CheckpointError(f"{checkpoint.path}: its tokenizer directory {side_files} is gone; put it back, the export needs its files.")
     section = Fp8Section.model_validate(state["fp8"], strict=False)
-    return Weights(checkpoint.path, state["model_config"], side_files, section, tensors, shapes)
+    return Weights(checkpoint.path, state["model_config"], side_files, section, names, lambda name: tensors[PARAMETERS + name], shapes)
 
 
 def hf_weights(path: Path, quantized: bool) -> Weights:
-    """The weights of a Hugging Face directory, in FP8 (`quantized`) or not; CheckpointError if it is the other kind."""
+    """The weights of a Hugging Face directory; with `quantized` its FP8 pairs come out dequantised to BF16.
+
+    Raises CheckpointError if the directory is of the other kind.
+    """
     config = read_json(path / "config.json")
     if quantized != (config.get("quantization_config") is not None):
         wanted = "an FP8 model (quantization_config)" if quantized else "a model that is not quantised yet"
@@ -160,7 +122,16 @@ def hf_weights(path: Path, quantized: bool) -> Weights:
     if "lm_head.weight" in unknown and torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
         unknown.discard("lm_head.weight")  # tied, and written twice
     _refuse_unknown(path, unknown)
-    return Weights(path, plain, path, None, HfTensors(files), shapes)
+
+    def load(name: str) -> Tensor:
+        tensor, scale_name = files.read(name), name + SCALE_SUFFIX
+        if scale_name in names:
+            return dequantize_pair(tensor, files.read(scale_name), name)
+        if tensor.element_size() < 2:
+            raise CheckpointError(f"{path}: '{name}' is {tensor.dtype} and has no '{scale_name}'; copy the model again.")
+        return tensor
+
+    return Weights(path, plain, path, None, names, load, shapes)
 
 
 def file_scale_format(path: Path) -> str:
@@ -176,8 +147,6 @@ def dequantize_pair(codes: Tensor, scale: Tensor, name: str) -> Tensor:
 
     Exact for power-of-two scales, rounded once otherwise.
     """
-    if scale.dtype == torch.float8_e8m0fnu:
-        scale = scale.float()
     try:
         pair = Fp8Tensor(codes, scale.float(), BLOCK, "fp32")
     except ValueError as error:

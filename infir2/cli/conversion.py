@@ -21,7 +21,8 @@ def export(arguments: Sequence[str]) -> None:
     for kind in (hf, fp8, megatron):
         kind.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory to write; it must not exist")
     words = parser.parse_args(arguments)
-    from infir2.checkpoint import export_fp8, export_hf, export_megatron
+    from infir2.checkpoint import export_fp8, export_hf
+    from infir2.checkpoint.megatron_export import export_megatron
 
     if words.kind == "hf":
         export_hf(words.source, words.to)
@@ -40,16 +41,14 @@ def import_(arguments: Sequence[str]) -> None:
     hf = kinds.add_parser("hf", help="what transformers can load: a .gguf file, or a model directory")
     hf.add_argument("source", type=Path, metavar="SRC", help="model directory or .gguf file")
     megatron = kinds.add_parser("megatron", help="a Megatron-core checkpoint, or a torch distributed one with Hugging Face's names")
-    megatron.add_argument(
-        "source", type=Path, metavar="SRC", help="checkpoint directory (with metadata.json), or the run's with its tracker"
-    )
-    megatron.add_argument(
-        "--like", type=Path, metavar="HF_DIR", help="Hugging Face directory of the same model, for tokenizer and settings"
-    )
+    megatron.add_argument("source", type=Path, metavar="SRC", help="directory with metadata.json, or the run's with its tracker file")
+    megatron.add_argument("--like", type=Path, metavar="HF_DIR", help="Hugging Face directory of this model: tokenizer and settings")
     for kind in (hf, fp8, megatron):
         kind.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory to write; it must not exist")
     words = parser.parse_args(arguments)
-    from infir2.checkpoint import import_fp8, import_hf, import_megatron
+    from infir2.checkpoint import import_fp8
+    from infir2.checkpoint.hf_import import import_hf
+    from infir2.checkpoint.megatron import import_megatron
 
     if words.kind == "hf":
         import_hf(words.source, words.to)

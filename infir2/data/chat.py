@@ -21,7 +21,7 @@ import numpy as np
 
 from infir2.data.sources import RowError
 from infir2.data.types import Message, Sample
-from infir2.errors import ConfigError
+from infir2.errors import ConfigError, first_line
 
 THINK_MARKERS = ("<think>", "</think>")
 SAMPLE = "It's 1,234.5 in ``x = {'a': [0x1F]}\n\t  return``;  naïve Größe 数学 текст 👩‍🔬 $\\frac{1}{2}$ <|im_end|>\r\n "
@@ -76,9 +76,7 @@ class ChatTokenizer:
             self._hf: Any = PreTrainedTokenizerFast.from_pretrained(str(directory))
             specification = json.loads(self._hf.backend_tokenizer.to_str())
         except Exception as error:  # the library raises bare Exception for a broken file
-            raise ConfigError(
-                f"data.tokenizer: {directory} cannot be loaded ({str(error).splitlines()[0]}); copy the files again."
-            ) from error
+            raise ConfigError(f"data.tokenizer: {directory} cannot be loaded ({first_line(error)}); copy the files again.") from error
         added, unknown = specification["added_tokens"], specification["model"].get("unk_token")
         control = [entry for entry in added if (entry["special"] or entry["content"].strip()) and entry["content"] != unknown]
         self._control = {entry["content"]: entry["id"] for entry in control}

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from infir2.data.indexed import IndexedDocuments, is_indexed
-from infir2.errors import DataError
+from infir2.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".idx")
 FIRST_ROWS = 20
@@ -127,7 +127,7 @@ class ParquetRows:
                 self.num_bytes = Path(file.name).stat().st_size
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{path} cannot be read as Parquet ({_first_line(error)}): make it again, or take it out of the sources."
+                f"{path} cannot be read as Parquet ({first_line(error)}): make it again, or take it out of the sources."
             ) from None
         sizes = [self._batches.get_batch(index).num_rows for index in range(self._batches.num_record_batches)]
         self._ends = list(itertools.accumulate(sizes))
@@ -235,7 +235,7 @@ def _unpacked(path: Path) -> Any:
             while chunk := packed.read(CHUNK_BYTES):
                 file.write(chunk)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file ({_first_line(error)}): copy or compress it again.") from None
+        raise DataError(f"{path} is not a whole gzip file ({first_line(error)}): copy or compress it again.") from None
     if not file.tell():
         raise DataError(f"{path} is empty: fill it, or take it out of the sources.")
     file.flush()
@@ -245,7 +245,3 @@ def _unpacked(path: Path) -> Any:
 def _without_dictionary(field: Any) -> Any:
     """An Arrow field with plain values: an Arrow file takes only one dictionary per column."""
     return field.with_type(field.type.value_type) if hasattr(field.type, "index_type") else field
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n")[0].rstrip(".")

@@ -2,26 +2,8 @@
 
 from infir2.model.config import ModelConfig
 from infir2.model.decoder import Decoder
-from infir2.model.hf import (
-    HfWeights,
-    exported_fp8_weights,
-    exported_weights,
-    load_weights,
-    quantization_config,
-    weights_digest,
-    write_hf,
-)
+from infir2.model.files import HfWeights, write_hf
+from infir2.model.hf import exported_weights
 from infir2.model.kv_cache import KvCache
 
-__all__ = [
-    "Decoder",
-    "HfWeights",
-    "KvCache",
-    "ModelConfig",
-    "exported_fp8_weights",
-    "exported_weights",
-    "load_weights",
-    "quantization_config",
-    "weights_digest",
-    "write_hf",
-]
+__all__ = ["Decoder", "HfWeights", "KvCache", "ModelConfig", "exported_weights", "write_hf"]

@@ -5,6 +5,7 @@ whatever is wrong with a file becomes one CheckpointError. Writing streams: a sh
 gathered, and the directory gets its name by one rename after everything in it is synced.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -19,30 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infir2.errors import CheckpointError, OutputExistsError
+from infir2.errors import CheckpointError, OutputExistsError, first_line
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SCALES_FILE = "fp8_scales.st"  # safetensors under a name that no engine loads as weights
-SIDE_FILES = (
-    "tokenizer*.json",
-    "*.model",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
+TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model")
+SIDE_FILES = (*TOKENIZER_FILES, "chat_template*", "generation_config.json")
 MAX_JSON_BYTES = 64 * 2**20
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
 
 
 class HfWeights:
@@ -71,14 +55,7 @@ class HfWeights:
         return list(self._shards)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Raises CheckpointError for a dtype that no model weight has."""
-        stored = self._slice(name).get_dtype()
-        if stored not in DTYPES:
-            raise CheckpointError(f"{self._where(name)} has dtype {stored}, which is not a weight's; convert the model to BF16")
-        return DTYPES[stored]
+        return tuple(self._open(self._shard(name)).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU, in the dtype of the file."""
@@ -86,23 +63,18 @@ class HfWeights:
         try:
             tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self._where(name)} cannot be read ({_reason(error)}); copy the model again") from error
+            where = f"{self.directory / self._shards[name]}: tensor {name}"
+            raise CheckpointError(f"{where} cannot be read ({first_line(error)}); copy the model again") from error
         return tensor
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name in self._shards:
             yield name, self.read(name)
 
-    def _where(self, name: str) -> str:
-        return f"{self.directory / self._shards[name]}: tensor {name}"
-
     def _shard(self, name: str) -> str:
         if name not in self._shards:
             raise CheckpointError(f"{self.directory} has no tensor {name}; it is not the model that its config.json describes")
         return self._shards[name]
-
-    def _slice(self, name: str) -> Any:
-        return self._open(self._shard(name)).get_slice(name)
 
     def _open(self, file_name: str) -> Any:
         if file_name not in self._files:
@@ -112,7 +84,7 @@ class HfWeights:
             try:
                 self._files[file_name] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{path} is not a whole safetensors file ({_reason(error)}); copy the model again") from error
+                raise CheckpointError(f"{path} is not a whole safetensors file ({first_line(error)}); copy the model again") from error
         return self._files[file_name]
 
     def _read_index(self, index: Path) -> dict[str, str]:
@@ -142,7 +114,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; give a Hugging Face model directory") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({_reason(error)}); copy the model again") from error
+        raise CheckpointError(f"{path} is not readable JSON ({first_line(error)}); copy the model again") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} must hold a JSON object; copy the model again")
     return raw
@@ -162,26 +134,35 @@ def write_hf(
     final name before everything is on disk. Raises OutputExistsError if `directory` exists, CheckpointError for a non-finite or repeated
     tensor and for a disk that refuses the data.
     """
-    target = Path(directory)
-    if target.exists() or target.is_symlink():
-        raise OutputExistsError(f"{target} already exists; remove it or choose another output")
-    work = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:12]}")
-    try:
-        work.mkdir(parents=True)
+    with new_directory(Path(directory)) as work:
         _write_shards(work, tensors, max_shard_bytes)
         if side_files_from is not None:
             _copy_side_files(Path(side_files_from), work)
         if scales:
             save_file(scales, work / SCALES_FILE)
         _write_json(work / "config.json", config)
-        for path in (*work.iterdir(), work):
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory to fill, which is named `target` once all of it is on disk; after an error nothing is left of it.
+
+    Raises OutputExistsError if there is a `target`, CheckpointError for a disk that refuses the data.
+    """
+    if target.exists() or target.is_symlink():
+        raise OutputExistsError(f"{target}: exists already; name a directory that does not, nothing was written.")
+    work = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:12]}")
+    try:
+        work.mkdir(parents=True)
+        yield work
+        for path in (*work.rglob("*"), work):
             _sync(path)
         work.rename(target)
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and target.exists():
             raise OutputExistsError(f"{target} was created meanwhile; remove it or choose another output") from error
-        raise CheckpointError(f"{target} cannot be written: {_reason(error)}") from error
+        raise CheckpointError(f"{target} cannot be written: {first_line(error)}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -268,7 +249,3 @@ def _no_weights(directory: Path) -> str:
             f"{directory} has only pickled weights (.bin, .pt), which are not read because they can run code; save the model as safetensors"
         )
     return f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a Hugging Face model directory"
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

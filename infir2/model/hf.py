@@ -16,19 +16,8 @@ from torch import Tensor, nn
 
 from infir2.config.schema import Fp8Section, ScaleFormat
 from infir2.errors import CheckpointError
-from infir2.model.files import HfWeights, read_json, write_hf
+from infir2.model.files import HfWeights, read_json
 from infir2.numerics import Fp8Linear, convert_to_fp8
-
-__all__ = [
-    "HfWeights",
-    "exported_fp8_weights",
-    "exported_weights",
-    "load_directory",
-    "load_weights",
-    "quantization_config",
-    "weights_digest",
-    "write_hf",
-]
 
 SCALE_SUFFIX = "_scale_inv"
 # `scale_fmt` as transformers and SGLang spell it; a file that does not say it has any FP32 scales

@@ -162,7 +162,8 @@ def test_words_reach_their_function(words: str, call: tuple, replace: Callable[.
         "run_demo",
         "write_report",
     )
-    calls = [replace(module, *functions) for module in ("infir2.checkpoint", "infir2.data.demo", "infir2.demo", "infir2.report")]
+    parts = ("checkpoint.hf_import", "checkpoint.megatron", "checkpoint.megatron_export", "checkpoint", "data.demo", "demo", "report")
+    calls = [replace(f"infir2.{part}", *functions) for part in parts]
     assert main(words.split()) == 0
     assert [made for module_calls in calls for made in module_calls] == [call]
 

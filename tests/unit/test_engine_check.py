@@ -14,8 +14,7 @@ from infir2.cli import main
 from infir2.config.schema import ShapeSection
 from infir2.data import load_tokenizer
 from infir2.errors import CheckFailedError, ConfigError
-from infir2.model import Decoder
-from infir2.model.hf import exported_weights, write_hf
+from infir2.model import Decoder, exported_weights, write_hf
 from infir2.rollout.native import NativeEngine
 from infir2.rollout.remote_check import KEY_VARIABLE, check_engine
 from infir2.rollout.types import Request, SamplingParams

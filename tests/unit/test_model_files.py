@@ -49,7 +49,6 @@ def test_tensors_are_described_and_read(single: Path) -> None:
     weights = HfWeights(single)
     assert sorted(weights.names()) == ["a", "b", "c"]
     assert weights.shape("a") == (2, 3)
-    assert weights.dtype("c") == torch.float8_e4m3fn
     for name, tensor in weights:
         assert tensor.dtype == TENSORS[name].dtype
         assert torch.equal(tensor.float(), TENSORS[name].float())

@@ -10,8 +10,7 @@ import pytest
 from infir2.cli import main
 from infir2.config.schema import ShapeSection
 from infir2.data import load_tokenizer
-from infir2.model import Decoder
-from infir2.model.hf import exported_weights, write_hf
+from infir2.model import Decoder, exported_weights, write_hf
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "../shared/data"

@@ -21,7 +21,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not found:
         pytest.skip("no SmolLM2 here: `make test` fetches it, or INFIR2_SMOLLM2 names a directory with its .gguf file")
     pytest.importorskip("gguf", reason="transformers reads GGUF through the package gguf")
-    from infir2.checkpoint import import_hf
+    from infir2.checkpoint.hf_import import import_hf
 
     target = tmp_path_factory.mktemp("models") / "smollm2"
     import_hf(found[0], target)
