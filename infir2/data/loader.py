@@ -54,7 +54,12 @@ class Loader:
         """Optimizer steps in a pass over the rows; None where it depends on the tokens (windows)."""
         if not self._section.batch_samples:
             return None
-        return -(-self._stream.mixture.num_rows // self._section.batch_samples)
+        return -(-self.num_rows // self._section.batch_samples)
+
+    @property
+    def num_rows(self) -> int:
+        """Of all sources, usable or not."""
+        return self._stream.mixture.num_rows
 
     @property
     def quarantined(self) -> dict[str, dict[str, int]]:

@@ -36,6 +36,9 @@ def run_training(loaded: Loaded, kind: str) -> None:
         if session.checkpoint and session.checkpoint.state["kind"] == kind:
             loader.load_state_dict(session.checkpoint.state["loader"])
         description = {"model_config": model.config.to_hf(), "tokenizer_dir": str(tokenizer_dir), "fp8": recipe.fp8.model_dump()}
+        if not done and loader.num_rows < recipe.data.batch_samples:
+            what = f"{loader.num_rows} rows for data.batch_samples = {recipe.data.batch_samples}: a step takes rows more than once"
+            session.event(0, "few_rows", what)
         if not done:
             session.validate(0, last_step, validation)
         for step in range(done + 1, last_step + 1):

@@ -1,8 +1,10 @@
-"""Fault table F3, F4, F7-F10, F13, F15, F26, F27 through the command a user types, in one process; and a few random kills."""
+"""Fault table F1-F4, F7-F10, F13, F15, F26, F27 through the command a user types, in one process; and a few random kills."""
 
 import json
 import os
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +65,23 @@ def test_three_random_kills_change_nothing(tmp_path: Path, monkeypatch: pytest.M
         runs.kill_run(kind, 1)
 
 
+@pytest.mark.parametrize(("point", "passing"), [(point, 2) for point in faults.POINTS if point.startswith("save.")])
+def test_f1_a_kill_at_any_point_of_a_save_changes_nothing(world: Path, tmp_path: Path, undisturbed: Path, point: str, passing: int) -> None:
+    """The second save of a run; the run after it starts from the newest whole checkpoint and ends with the same bits."""
+    words = cpt(world, tmp_path / "run", checkpoint__keep=1)
+    pid = os.fork()
+    if pid == 0:
+        os.environ["INFIR2_FAULTS"] = f"{point}:{passing}"
+        os._exit(main(words))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    published = open_checkpoint(tmp_path / "run").step
+    assert published == {"save.after_rename": 4, "save.during_retention": 6}.get(point, 2)
+    run(words)
+    assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
+    assert_same_state(tmp_path / "run", undisturbed)
+    assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-8"]
+
+
 def test_f1_a_kill_during_a_save_loses_two_intervals_at_most(world: Path, tmp_path: Path, undisturbed: Path) -> None:
     """The save of step 4 hangs: training goes on to step 6, whose save would begin, and not beyond."""
     words, metrics = cpt(world, tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
@@ -81,6 +100,66 @@ def test_f1_a_kill_during_a_save_loses_two_intervals_at_most(world: Path, tmp_pa
     assert_same_state(tmp_path / "run", undisturbed)
     assert [line["step"] for line in lines(tmp_path / "run", "save")] == [2, 4, 6, 8]
     assert all(0 < line["seconds"] < 60 for line in lines(tmp_path / "run", "save"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_f2_a_damaged_checkpoint_is_passed_over_and_named(
+    world: Path, tmp_path: Path, undisturbed: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = cpt(world, tmp_path / "run", checkpoint__keep=2)
+    run([*words, "--train.stop_after_step=6"])
+
+    def spoil(step: int) -> str:
+        path = max((tmp_path / "run" / "checkpoints" / f"step-{step}").iterdir(), key=lambda path: path.stat().st_size)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.unlink() if damage == "remove" else path.write_bytes(data if damage == "flip" else data[:-1])
+        return path.name
+
+    name = spoil(6)
+    run(words)
+    said = capsys.readouterr().err
+    assert "skipped checkpoint step-6" in said
+    assert name in said
+    assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
+    assert_same_state(tmp_path / "run", undisturbed)
+    for step in (6, 8):
+        spoil(step)
+    assert main(words) == 3
+    assert "none of its 2 checkpoints verifies" in capsys.readouterr().err
+
+
+ON_A_SMALL_DISK = """
+set -e
+mkdir -p run/checkpoints; mount -t tmpfs -o size=4m none run/checkpoints
+{run} --train.stop_after_step=2
+head -c 4m /dev/zero > run/checkpoints/filler || true
+code=0; {run} || code=$?
+ls run/checkpoints; echo "code $code"
+rm run/checkpoints/filler
+{run}
+cp -r run/checkpoints kept
+"""
+
+
+def test_f3_a_real_full_disk_stops_the_run_and_harms_nothing(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """Checkpoints on a tmpfs of 4 MB that something else fills up; the run goes on when there is room again."""
+    unshare = ["unshare", "-Urm"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no private mount namespace on this machine")
+    script = ON_A_SMALL_DISK.format(run=shlex.join([sys.executable, "-m", "infir2", *cpt(world, Path("run"))]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["unshare", "-Urm", "bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["filler", "step-2", "code", "3"]
+    assert "step 4 could not be saved" in done.stderr
+    assert "errno 28 ENOSPC" in done.stderr
+    assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "kept").rename(tmp_path / "whole" / "checkpoints")
+    assert_same_state(tmp_path / "whole", undisturbed)
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
@@ -103,7 +182,9 @@ def test_f3_a_save_that_fails_twice_stops_the_run_or_is_told(
         assert_same_state(tmp_path / name, undisturbed)
 
 
-def test_f4_a_directory_that_vanishes_is_an_error_with_its_errno(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f4_a_directory_that_vanishes_is_an_error_with_its_errno(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = Loader.next_step
     taken: list[int] = []
 
@@ -116,6 +197,7 @@ def test_f4_a_directory_that_vanishes_is_an_error_with_its_errno(world: Path, tm
     monkeypatch.setattr(Loader, "next_step", vanish)
     stopped = main(cpt(world, tmp_path / "run", checkpoint__background="false"))
     assert stopped == 3
+    assert "step 4 could not be saved (No such file or directory, errno 2 ENOENT)" in capsys.readouterr().err
     assert (tmp_path / "gone" / "step-2").is_dir()
 
 
@@ -299,6 +381,8 @@ def test_f13_a_dataset_shorter_than_one_step_wraps(world: Path, tmp_path: Path) 
     trained = lines(tmp_path / "run", "train")
     assert [line["step"] for line in trained] == [1, 2]
     assert all(line["trained_tokens"] > 0 and not line["skipped"] for line in trained)
+    ((said,),) = [[event["detail"] for event in lines(tmp_path / "run", "event") if event["event"] == "few_rows"]]
+    assert said.startswith("3 rows for data.batch_samples = 4")
 
 
 @pytest.mark.parametrize(("policy", "counted"), [("drop", {"too_long": 2}), ("truncate", {})])

@@ -1,0 +1,121 @@
+"""Fault table F12, F15, F16 through the command a user types: poisoned rows, nothing to train, weights that FP8 cannot hold."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stages import SHAPE, curve, lines, options, run
+
+from infir2.cli import main
+from infir2.numerics import Fp8Linear
+from infir2.numerics.quantize import nonfinite_blocks
+
+ASKED = {"role": "user", "content": "2+3=?"}
+ANSWERED = {"role": "assistant", "content": "5"}
+DEEP = b'{"a": ' + b"[" * 200_000
+
+
+def line(*messages: object) -> bytes:
+    return json.dumps({"messages": messages}).encode()
+
+
+POISON: list[tuple[bytes, str]] = [
+    (b"", "empty"),
+    (line(), "empty"),
+    (line(ASKED), "no_trained_tokens"),
+    (line(ASKED, {"role": "assistant", "content": "9" * 4000}), "too_long"),
+    (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', "bad_utf8"),
+    (line(ASKED, {"role": "assistant", "content": "\ud800"}), "bad_utf8"),
+    (b'{"messages": [', "bad_json"),
+    (DEEP, "bad_json"),
+    (b'{"messages": null}', "null_field"),
+    (line(ASKED, {"role": "assistant", "content": None}), "null_field"),
+    (line(ASKED, {"role": "assistant", "content": "a\0b"}), "nul_byte"),
+    (json.dumps({"text": "another kind of row"}).encode(), "missing_field"),
+    (line({"role": "tool", "content": "x"}, ANSWERED), "bad_role"),
+    (b'{"messages": "a text"}', "bad_field"),
+]
+
+
+def sft(world: Path, run_dir: Path, rows: list[bytes], **values: object) -> list[str]:
+    """One epoch of SFT of a new model on these rows."""
+    path = run_dir.parent / f"{run_dir.name}.jsonl"
+    path.write_bytes(b"\n".join(rows) + b"\n")
+    words = options(world, run_dir, "sft1", train__epochs=1.0, train__validate_every=0, **values)
+    words += [f"--data.sources.0.path={path}", "--model.path="]
+    return words + [f"--model.shape.{name}={value}" for name, value in SHAPE.items()]
+
+
+def test_f12_poisoned_rows_are_quarantined_and_no_neighbour_is_lost(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fourteen kinds, each between two good rows: a step of as many samples as there are good rows trains each of them."""
+    good = (world / "sft1.jsonl").read_bytes().splitlines()[: 2 * len(POISON)]
+    mixed = [row for place, (bad, _) in enumerate(POISON) for row in (good[2 * place], bad, good[2 * place + 1])]
+    words = sft(world, tmp_path / "run", mixed, data__max_quarantined_fraction=0.5, data__batch_samples=len(good))
+    run(words)
+    listed = [json.loads(text) for text in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    wanted = {f"{tmp_path}/run.jsonl:{3 * place + 2}": reason for place, (_, reason) in enumerate(POISON)}
+    assert {row["origin"]: row["reason"] for row in listed} == wanted
+    assert len(listed) == len(POISON)
+    (said,) = [event["detail"] for event in lines(tmp_path / "run", "event") if event["event"] == "quarantined_rows"]
+    assert all(f"'{reason}': {count}" in said for reason, count in Counter(wanted.values()).items())
+    run(sft(world, tmp_path / "clean", good, data__batch_samples=len(good)))
+    first, clean = (curve(tmp_path / name, "trained_tokens")[0] for name in ("run", "clean"))
+    assert first == clean
+    assert main([*sft(world, tmp_path / "strict", mixed), "--data.max_quarantined_fraction=0.01"]) == 4
+    assert "raise data.max_quarantined_fraction" in capsys.readouterr().err
+
+
+def test_f15_a_file_in_which_nothing_can_be_trained_ends_the_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = sft(world, tmp_path / "run", [line(ASKED)] * 5, data__max_quarantined_fraction=1.0)
+    assert main(words) == 4
+    assert "no row of data.sources can be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale_format", ["pow2", "fp32"])
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e-30, 1e30], ids=["zero", "subnormal", "tiny", "large"])
+def test_f16_blocks_at_the_ends_of_the_range_stay_finite(value: float, scale_format: str) -> None:
+    """One group of a token and one block of the weight, whose rows are no multiple of 128 long; the others are ordinary."""
+    torch.manual_seed(0)
+    layer, x = Fp8Linear(200, 136, bias=False, scale_format=scale_format), torch.randn(5, 200)
+    with torch.no_grad():
+        layer.weight[128:, 128:] = 0.0
+        x[2, 128:] = value * (1 + torch.rand(72)) / 2
+    x.requires_grad_()
+    out = layer(x)
+    out[:2].sum().backward()
+    assert all(torch.isfinite(y).all() for y in (out, x.grad, layer.weight.grad))
+    sizes = x.abs().double() @ layer.weight.abs().double().t()
+    largest = x.abs().amax(1, keepdim=True).double() @ layer.weight.abs().double().sum(1)[None]
+    # two operands, each to half a step of three bits, and to half the smallest code of its block
+    assert ((out - x.double() @ layer.weight.double().t()).abs() <= sizes * 0.14 + largest * 2.0**-16).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_f16_what_is_not_finite_is_counted_and_never_exported(
+    world: Path, tmp_path: Path, bad: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer, x = Fp8Linear(200, 136), torch.randn(5, 200)
+    x[2, 150] = bad
+    nonfinite_blocks.reset()
+    assert torch.isfinite(layer(x)).all(dim=1).tolist() == [True, True, False, True, True]
+    assert nonfinite_blocks.read() == 1
+
+    run(options(world, tmp_path / "run", "cpt", schedule__total_steps=4, train__validate_every=0))
+    run(["export", "hf", str(tmp_path / "run"), "--to", str(tmp_path / "hf")])
+    path, name = tmp_path / "hf" / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    tensors = load_file(path)
+    tensors[name][5, 7] = bad
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert main(["export", "fp8", str(tmp_path / "hf"), "--to", str(tmp_path / "fp8")]) == 3
+    assert name in capsys.readouterr().err
+    assert not (tmp_path / "fp8").exists()
+    tensors[name][:] = 0.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    run(["export", "fp8", str(tmp_path / "hf"), "--to", str(tmp_path / "fp8")])
+    assert not torch.isnan(load_file(tmp_path / "fp8" / "model.safetensors")[f"{name}_scale_inv"]).any()
