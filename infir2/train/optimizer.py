@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from infir2.checkpoint.places import Place, whole
 from infir2.config.schema import OptimizerSection
@@ -18,11 +17,16 @@ if TYPE_CHECKING:
     from infir2.checkpoint.dcp import DcpTensors
 
 
-def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, section: OptimizerSection, one_process: bool = True) -> torch.optim.Optimizer:
     """AdamW over the model's parameters; norms, biases and other vectors are not decayed.
 
-    Raises ConfigError for moments or gradients other than FP32 on a sharded model.
+    Raises ConfigError for 8-bit moments (their scales lie across shards) or BF16 gradients (ranks sum in FP32) of several processes.
     """
+    if not one_process and (section.states == "fp8" or section.gradients == "bf16"):
+        raise ConfigError(
+            'optimizer.states = "fp8" and optimizer.gradients = "bf16" need one process; take optimizer.states = "bf16" or '
+            "optimizer.offload = true, or run on one GPU"
+        )
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -30,10 +34,6 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
     if section.states == "fp32" and section.gradients == "fp32" and not section.offload:
         if not usable(matrices[0].device):
             return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=section.eps, fused=True)
-    elif any(isinstance(p, DTensor) for p in matrices):
-        raise ConfigError(
-            "optimizer.states, .offload and .gradients other than the defaults need one process; leave them out or run on one GPU"
-        )
     if section.gradients == "bf16":
         for parameter in (*matrices, *vectors):
             parameter.grad_dtype = torch.bfloat16
