@@ -31,9 +31,8 @@ def make_optimizer(model: nn.Module, section: OptimizerSection, one_process: boo
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (section.beta1, section.beta2)
-    if section.states == "fp32" and section.gradients == "fp32" and not section.offload:
-        if not usable(matrices[0].device):
-            return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=section.eps, fused=True)
+    if section.states == "fp32" and section.gradients == "fp32" and not section.offload and not usable(matrices[0].device):
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=section.eps, fused=True)
     if section.gradients == "bf16":
         for parameter in (*matrices, *vectors):
             parameter.grad_dtype = torch.bfloat16
