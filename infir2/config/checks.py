@@ -118,4 +118,5 @@ def _evaluation(recipe: EvalRecipe) -> list[Rule]:
         (recipe.model.shape is not None, "model.shape.hidden_size", "makes a new model, with nothing to score; set model.path instead."),
         (bool(recipe.rollout.model), "rollout.model", "is for RL; an evaluation scores model.path."),
         (not recipe.evaluate.problems, "evaluate.problems", "is empty; name at least one file of problems."),
+        (not recipe.run.dir, "run.dir", "is missing; name the directory for the scores, such as runs/eval."),
     ]

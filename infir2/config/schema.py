@@ -80,7 +80,7 @@ class DataSection(Section):
     tokenizer: str = Field("", description="directory with tokenizer.json and tokenizer_config.json (empty: the model's)")
     sources: tuple[SourceSection, ...] = Field((), description="training data")
     validation_sources: tuple[SourceSection, ...] = Field((), description="data for the validation loss")
-    sequence_tokens: int = Field(32768, gt=0, description="longest sequence; CPT packs documents into windows of this length")
+    sequence_tokens: int = Field(32768, gt=1, description="longest sequence; CPT packs documents into windows of this length")
     batch_sequences: int = Field(0, ge=0, description="windows of sequence_tokens in an optimizer step (CPT, or SFT packed over a window)")
     batch_samples: int = Field(0, ge=0, description="samples in an optimizer step (SFT); exactly one of the two batch keys is set")
     micro_batch_tokens: int = Field(32768, gt=0, description="most tokens in one forward pass on one device (MAX_TOKENS_PER_GPU)")

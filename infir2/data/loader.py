@@ -25,7 +25,8 @@ class Loader:
     Example: `Loader(section, "messages", tokenizer, seed=1236).next_step()` -> [Batch, ...], each of at most
     `micro_batch_tokens`. The state is a small JSON object: the same steps follow it with any number of ranks.
 
-    Raises ConfigError (batch keys, tokenizer without what the kind needs), DataError (sources).
+    The section is one that `infir2.config.checks` lets pass. Raises ConfigError (tokenizer without what the kind needs),
+    DataError (sources).
     """
 
     def __init__(
@@ -38,7 +39,6 @@ class Loader:
         world_size: int = 1,
         quarantine: Path | None = None,
     ) -> None:
-        _check(section, kind)
         _check_tokenizer(kind, tokenizer)
         self._section, self._kind, self._seed = section, kind, seed
         self._rank, self._world_size = rank, world_size
@@ -184,17 +184,3 @@ def _check_tokenizer(kind: TrainingKind, tokenizer: ChatTokenizer) -> None:
         tokenizer.require_chat()
     else:
         _ = tokenizer.document_end_id
-
-
-def _check(section: DataSection, kind: TrainingKind) -> None:
-    if not section.sources:
-        raise ConfigError("data.sources is empty: name at least one file of training data.")
-    if bool(section.batch_samples) == bool(section.batch_sequences):
-        raise ConfigError("set exactly one of data.batch_sequences (windows of tokens) and data.batch_samples (samples of SFT).")
-    if kind == "documents" and section.batch_samples:
-        raise ConfigError("data.batch_samples is for SFT: documents are packed into windows, so set data.batch_sequences.")
-    if section.sequence_tokens < 2 or section.micro_batch_tokens < section.sequence_tokens:
-        raise ConfigError(
-            f"data.sequence_tokens ({section.sequence_tokens}) must be at least 2 and at most data.micro_batch_tokens "
-            f"({section.micro_batch_tokens}): a sequence is not divided over forward passes."
-        )

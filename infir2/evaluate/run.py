@@ -12,7 +12,6 @@ from infir2.config.load import Loaded
 from infir2.config.resolved import dump
 from infir2.config.schema import EvalRecipe, EvaluateSection, RlRecipe
 from infir2.data import ChatTokenizer, Prompt, load_prompts
-from infir2.errors import ConfigError
 from infir2.evaluate.statistics import Evaluation, average_at_k, by_difficulty, mean_pass_at_k
 from infir2.faults import fault
 from infir2.rollout.native import NativeEngine
@@ -73,8 +72,6 @@ def prompt_token_ids(tokenizer: ChatTokenizer, problem: Prompt, section: Evaluat
 def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
     """Evaluate `model.path` (a run, or a Hugging Face directory, FP8 or not) and write the scores to `run.dir`."""
     recipe = loaded.recipe
-    if not recipe.run.dir:
-        raise ConfigError("run.dir is empty: name the directory for the scores")
     tokenizer, _ = open_tokenizer(recipe.model)
     problems = open_problems(recipe.evaluate)
     engine = NativeEngine(build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size), recipe.rollout.max_running_requests)
@@ -110,10 +107,7 @@ def in_loop_evaluator(recipe: RlRecipe) -> Callable[[Engine, int, Session], None
 
 
 def open_problems(section: EvaluateSection) -> list[Prompt]:
-    if not section.problems:
-        raise ConfigError("evaluate.problems is empty: name a file of problems")
-    problems = load_prompts(section.problems)
-    return problems[: section.max_problems or None]
+    return load_prompts(section.problems)[: section.max_problems or None]
 
 
 def describe(scores: Evaluation) -> str:

@@ -16,6 +16,17 @@ Architecture = Literal["qwen2", "qwen3", "llama"]
 
 _CLASS_NAMES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# keys of config.json that stand for one of our sizes
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_positions",
+}
 _MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -87,10 +98,6 @@ class ModelConfig:
         rows = shape.vocab_size or vocab_size
         if rows < vocab_size:
             raise ConfigError(f"model.shape.vocab_size = {rows} is below the tokenizer's {vocab_size} tokens; raise it or set it to 0")
-        if not shape.head_dim and shape.hidden_size % shape.num_heads:
-            raise ConfigError(
-                f"model.shape.num_heads = {shape.num_heads} does not divide hidden_size = {shape.hidden_size}; set model.shape.head_dim"
-            )
         same_name = {entry.name for entry in fields(cls)} & ShapeSection.model_fields.keys()
         derived = {
             "vocab_size": rows,
@@ -106,19 +113,18 @@ class ModelConfig:
         architecture = _architecture(raw)
         _refuse_unsupported(raw)
         hidden, heads = _integer(raw, "hidden_size"), _integer(raw, "num_attention_heads")
+        defaults = {
+            "num_key_value_heads": heads,
+            "head_dim": 128 if architecture == "qwen3" else hidden // heads,
+            "max_position_embeddings": 2048 if architecture == "llama" else 32768,
+        }
         theta, scaling = _rope(raw)
         attention_bias = architecture != "qwen2" and bool(raw.get("attention_bias", False))
         eos = raw.get("eos_token_id")
         try:
             return cls(
                 architecture=architecture,
-                vocab_size=_integer(raw, "vocab_size"),
-                hidden_size=hidden,
-                num_layers=_integer(raw, "num_hidden_layers"),
-                num_heads=heads,
-                num_kv_heads=_integer(raw, "num_key_value_heads", default=heads),
-                head_dim=_integer(raw, "head_dim", default=128 if architecture == "qwen3" else hidden // heads),
-                ffn_size=_integer(raw, "intermediate_size"),
+                **{field: _integer(raw, key, defaults.get(key)) for key, field in _SIZES.items()},
                 rms_eps=_number(raw, "rms_norm_eps", default=1e-6),
                 rope_theta=theta,
                 rope_scaling=scaling,
@@ -127,7 +133,6 @@ class ModelConfig:
                 output_bias=attention_bias,
                 mlp_bias=architecture == "llama" and bool(raw.get("mlp_bias", False)),
                 qk_norm=architecture == "qwen3",
-                max_positions=_integer(raw, "max_position_embeddings", default=2048 if architecture == "llama" else 32768),
                 bos_token_id=raw.get("bos_token_id"),
                 eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
                 pad_token_id=raw.get("pad_token_id"),
@@ -142,16 +147,9 @@ class ModelConfig:
         raw: dict[str, Any] = {
             "architectures": [_CLASS_NAMES[self.architecture]],
             "model_type": self.architecture,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
+            **{key: getattr(self, field) for key, field in _SIZES.items()},
             "hidden_act": "silu",
             "attention_dropout": 0.0,
-            "max_position_embeddings": self.max_positions,
             "rms_norm_eps": self.rms_eps,
             "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
@@ -223,16 +221,14 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, float] | None]:
 
 
 def _number(raw: Mapping[str, Any], key: str, default: float | None = None, where: str = "") -> float:
-    value = raw.get(key)
-    value = default if value is None else value
+    value = default if raw.get(key) is None else raw[key]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CheckpointError(f"config.json: {where}{key} must be a number, not {value!r}")
     return value
 
 
 def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    value = default if value is None else value
+    value = default if raw.get(key) is None else raw[key]
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise CheckpointError(f"config.json: {key} must be a whole number greater than 0, not {value!r}")
     return value

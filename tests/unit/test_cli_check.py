@@ -73,7 +73,7 @@ def test_the_verb_follows_from_sections_and_rows(recipe: Path, world: Path, caps
     assert "no field `messages`" in lines["data"]
     evaluation = recipe.with_name("e.toml")
     evaluation.write_text(f'[[evaluate.problems]]\npath = "{world}/heldout.jsonl"\n')
-    code, lines = check(capsys, evaluation, "--model.path=/nowhere/run")
+    code, lines = check(capsys, evaluation, "--model.path=/nowhere/run", "--run.dir=/nowhere/scores")
     assert lines["recipe"].startswith("ok infir2 eval")
     assert lines["model"].startswith("FAIL model.path: /nowhere/run does not exist")
 

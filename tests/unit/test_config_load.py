@@ -234,11 +234,13 @@ def test_combinations_of_rl(recipe: str, option: str, key: str) -> None:
 
 def test_evaluation_needs_a_model_and_problems(recipe: str) -> None:
     Path("e.toml").write_text("[[evaluate.problems]]\npath = 'p.jsonl'\n")
-    assert load(EvalRecipe, ["e.toml"], ["--model.path=m"]).recipe.evaluate.problems[0].path == "p.jsonl"
+    assert load(EvalRecipe, ["e.toml"], ["--model.path=m", "--run.dir=r"]).recipe.evaluate.problems[0].path == "p.jsonl"
     with pytest.raises(ConfigError, match=r"e\.toml: model\.path is missing"):
         load(EvalRecipe, ["e.toml"])
     with pytest.raises(ConfigError, match=r"evaluate\.problems is empty"):
         load(EvalRecipe, ["e.toml"], ["--model.path=m", "--evaluate.problems=[]"])
+    with pytest.raises(ConfigError, match=r"run\.dir is missing"):
+        load(EvalRecipe, ["e.toml"], ["--model.path=m"])
 
 
 def recipe_files() -> list[Path]:
@@ -250,7 +252,7 @@ def test_every_shipped_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(ROOT)
     kind = path.stem[:4].rstrip("0123456789-.")
     recipe_class = {"rl": RlRecipe, "eval": EvalRecipe}.get(kind, TrainRecipe)
-    options = ["--model.path=m"] if kind == "eval" else []
+    options = ["--model.path=m", "--run.dir=r"] if kind == "eval" else []
     loaded = load(recipe_class, [path], options, verb="" if recipe_class is not TrainRecipe else path.stem[:3])
     assert not list(problems(loaded.recipe))
 

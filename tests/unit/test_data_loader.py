@@ -13,7 +13,7 @@ from infir2.data import Batch, ChatTokenizer, Loader, load_tokenizer, validation
 from infir2.data.demo import DemoWorld, make_demo_world
 from infir2.data.rows import Quarantine
 from infir2.data.streams import DocumentWindows, SampleStream
-from infir2.errors import ConfigError, DataError
+from infir2.errors import DataError
 
 WORLD = DemoWorld(cpt_tokens=12_000, validation_documents=24, sft_rows=48, rl_rows=(8, 8), held_out_rows=9)
 SETTINGS = {
@@ -220,21 +220,6 @@ def test_other_data_than_the_checkpoints_is_refused(world: Path, tokenizer: Chat
         loader_for(world, tokenizer, "samples").load_state_dict(state | {"seed": 6})
     with pytest.raises(DataError, match="rows was"):
         loader_for(world, tokenizer, "samples").load_state_dict(state | {"rows": [48, 47]})
-
-
-@pytest.mark.parametrize(
-    ("setting", "changes", "sentence"),
-    [
-        ("samples", {"sources": ()}, "data.sources is empty"),
-        ("samples", {"batch_samples": 0}, "exactly one of data.batch_sequences"),
-        ("samples", {"batch_sequences": 2}, "exactly one of data.batch_sequences"),
-        ("documents", {"batch_sequences": 0, "batch_samples": 4}, "data.batch_samples is for SFT"),
-        ("documents", {"sequence_tokens": 512}, "at most data.micro_batch_tokens"),
-    ],
-)
-def test_recipes_that_cannot_work(world: Path, tokenizer: ChatTokenizer, setting: str, changes: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
-        loader_for(world, tokenizer, setting, **changes)
 
 
 def test_validation_batches_are_the_same_data_on_any_number_of_ranks(world: Path, tokenizer: ChatTokenizer) -> None:
