@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn, TypeVar
 
 from pydantic import BaseModel
@@ -65,7 +65,7 @@ def load_recipe(recipe_class: type[R], arguments: Sequence[str], verb: str, comm
     if os.environ.get("RANK", "0") == "0":
         for note in loaded.notes:
             print(f"infir2: {note}", file=sys.stderr)
-    return Loaded(loaded.recipe, loaded.provenance, loaded.notes, words.accept_changes)
+    return replace(loaded, accept_changes=words.accept_changes)
 
 
 def wants_help(arguments: Sequence[str]) -> bool:

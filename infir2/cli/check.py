@@ -7,23 +7,24 @@ failed, so that one call shows all there is to mend.
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infir2.cli.arguments import load_recipe, recipe_help, split_recipe_words, wants_help
+from infir2.cli.recipe import KINDS
 from infir2.config import Loaded, check_resume, load
 from infir2.config.keys import flatten
 from infir2.config.load import sections_in
-from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
+from infir2.config.schema import RlRecipe, TrainRecipe
 from infir2.errors import CheckFailedError, ConfigError, UserError
 
 if TYPE_CHECKING:
     from infir2.cli.check_model import ModelFacts
     from infir2.data import ChatTokenizer
 
-RECIPES: dict[str, type[TrainRecipe] | type[EvalRecipe]] = {"cpt": TrainRecipe, "sft": TrainRecipe, "rl": RlRecipe, "eval": EvalRecipe}
 MIN_OPEN_FILES = 4096
 
 
@@ -34,13 +35,10 @@ def check(arguments: Sequence[str]) -> None:
         CheckFailedError: at least one check failed; the lines printed say which and what to do.
     """
     if wants_help(arguments):
-        meaning = (
-            "Tries everything that `infir2 cpt|sft|rl|eval` with this recipe needs, and trains nothing. The verb is guessed if left out."
-        )
-        print(recipe_help(RlRecipe, "check", meaning, words="check [cpt|sft|rl|eval]"))
-        return
+        meaning = "Tries everything that the verb needs with this recipe, and trains nothing. The verb is guessed if left out."
+        return print(recipe_help(RlRecipe, "check", meaning, words="check [cpt|sft|rl|eval]"))
     verb, words = _verb(arguments)
-    preflight = Preflight(load_recipe(RECIPES[verb], words, verb, command="check"), verb)
+    preflight = Preflight(load_recipe(KINDS[verb][0], words, verb, command="check"), verb)
     failed = [name for name, function in preflight.checks() if not _report(name, function)]
     if failed:
         raise CheckFailedError(f"{len(failed)} of the checks failed ({', '.join(failed)}); the lines marked FAIL say what to do.")
@@ -48,7 +46,7 @@ def check(arguments: Sequence[str]) -> None:
 
 def _verb(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The verb named first, or the one whose sections the recipe has; the remaining words."""
-    if arguments and arguments[0] in RECIPES:
+    if arguments and arguments[0] in KINDS:
         return arguments[0], arguments[1:]
     words = split_recipe_words(arguments, "check")
     sections = sections_in(words.paths)
@@ -73,13 +71,13 @@ def _first_row_is_conversation(recipe: TrainRecipe) -> bool:
 
 def _report(name: str, function: Callable[[], str]) -> bool:
     try:
-        text = function()
-        word, rest = ("warn", text.removeprefix("warn: ")) if text.startswith("warn: ") else ("ok", text)
+        rest = function()
+        word = "warn" if rest.startswith("warn: ") else "ok"
     except _NotTriedError as error:
         word, rest = "skip", str(error)
     except UserError as error:
         word, rest = "FAIL", str(error)
-    print(f"{word:5} {name:10} {rest}", flush=True)
+    print(f"{word:5} {name:10} {rest.removeprefix('warn: ')}", flush=True)
     return word != "FAIL"
 
 
@@ -92,7 +90,7 @@ class Preflight:
 
     def __init__(self, loaded: Loaded[Any], verb: str) -> None:
         self.loaded, self.verb = loaded, verb
-        self.recipe: TrainRecipe | EvalRecipe = loaded.recipe
+        self.recipe = loaded.recipe  # an RlRecipe in the checks of `rl`, an EvalRecipe in those of `eval`
         self._tokenizer: ChatTokenizer | None = None
         self._model: ModelFacts | None = None
 
@@ -171,14 +169,12 @@ class Preflight:
         """The engine's model is there, in the trainer's scale format and shape."""
         from infir2.cli.check_model import check_engine
 
-        assert isinstance(self.recipe, RlRecipe)
         return check_engine(self.recipe, self._known_model())
 
     def parallel(self) -> str:
         """Whether the model can be divided as `[parallel]` says."""
         from infir2.parallel.mesh import Sizes, check_model
 
-        assert isinstance(self.recipe, TrainRecipe)
         section = self.recipe.parallel
         sizes = Sizes(section.dp_replicate, max(1, section.dp), section.cp, section.tp)
         check_model(sizes, self._known_model().config, self.recipe.fp8.enabled)
@@ -189,7 +185,6 @@ class Preflight:
         """An estimate of the peak against what the device has."""
         from infir2.cli.check_model import check_memory
 
-        assert isinstance(self.recipe, TrainRecipe)
         return check_memory(self.recipe, self._known_model())
 
     def run_dir(self) -> str:
@@ -213,7 +208,6 @@ class Preflight:
         """Room for the kept checkpoints and the one being written."""
         from infir2.cli.check_model import check_disk
 
-        assert isinstance(self.recipe, TrainRecipe)
         return check_disk(self.recipe, self._known_model(), _existing_parent(Path(self.recipe.run.dir)))
 
     def machine(self) -> str:
@@ -236,14 +230,12 @@ def _existing_parent(path: Path) -> Path:
 
 
 def _try_rename(directory: Path) -> str:
-    """Publishes a file as checkpoints are published: written under another name, then renamed."""
-    before, after = directory / f".infir2-check-{os.getpid()}", directory / f".infir2-check-{os.getpid()}.renamed"
+    """Publishes a directory as checkpoints are published: written under another name, then renamed."""
     try:
-        before.mkdir()
-        (before / "file").write_text("x")
-        before.rename(after)
-        (after / "file").unlink()
-        after.rmdir()
+        with tempfile.TemporaryDirectory(prefix=".infir2-check-", dir=directory) as place:
+            Path(place, "new").mkdir()
+            Path(place, "new", "file").write_text("x")
+            Path(place, "new").rename(Path(place, "published"))
     except OSError as error:
         raise ConfigError(f"run.dir: {directory} cannot be written to ({error.strerror}); choose another run.dir.") from None
     return f"{directory} can be written to"

@@ -2,22 +2,18 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from infir2.config.schema import EvalRecipe, RlRecipe, SourceSection, TrainRecipe
 from infir2.data import ChatTokenizer
-from infir2.data.chat import THINK_MARKERS
+from infir2.data.chat import PROBE, THINK_MARKERS
 from infir2.data.rows import Kind, check_made_with, conversation, document_text, document_tokens, open_source, problem
 from infir2.data.sources import RowError
-from infir2.data.types import Message
 from infir2.errors import ConfigError, DataError
 
 NUM_ROWS = 200
-PROBE: list[Message] = [{"role": "user", "content": "What is 2+3?"}, {"role": "assistant", "content": "It is 5."}]
-Measure = Callable[[dict[str, Any], SourceSection], tuple[list[str], int]]
 
 
 def check_tokenizer(tokenizer: ChatTokenizer, chat: bool) -> str:
@@ -40,39 +36,32 @@ def check_sources(recipe: TrainRecipe | EvalRecipe, verb: str, tokenizer: ChatTo
     found: list[str] = []
     if isinstance(recipe, TrainRecipe):
         limit = recipe.rl.max_prompt_tokens if isinstance(recipe, RlRecipe) else recipe.data.sequence_tokens if kind == "messages" else 0
-        for section in (*recipe.data.sources, *recipe.data.validation_sources):
-            found.append(trained.check(section, limit, recipe.data.max_quarantined_fraction))
+        sections, most = (*recipe.data.sources, *recipe.data.validation_sources), recipe.data.max_quarantined_fraction
+        found += [trained.check(section, limit, most) for section in sections]
     if isinstance(recipe, EvalRecipe | RlRecipe):
         problems = _Rows(tokenizer, "prompts", recipe.evaluate.system_prompt)
         found += [problems.check(section) for section in recipe.evaluate.problems]
     return ("warn: " if trained.num_lossy else "") + "; ".join(found)
 
 
-def _measure(kind: Kind, tokenizer: ChatTokenizer, system_prompt: str) -> Measure:
-    """A function that gives the texts of a row and its number of tokens, and raises RowError for an unusable row."""
-
-    def document(row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
-        texts = [] if "token_ids" in row else [document_text(row, section)]
-        return texts, len(document_tokens(row, section, tokenizer))
-
-    def messages(row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
-        turns = conversation(row, section, system_prompt)
-        spoken = re.split("|".join(THINK_MARKERS), " ".join(turn["content"] for turn in turns))
-        return spoken, tokenizer.encode_conversation(turns).num_tokens
-
-    def prompt(row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
-        turns = problem(row, section, system_prompt)[0]
-        return [turn["content"] for turn in turns], len(tokenizer.render(turns, add_generation_prompt=True))
-
-    return {"documents": document, "messages": messages, "prompts": prompt}[kind]
-
-
 class _Rows:
     """Tries rows of sources of one kind."""
 
     def __init__(self, tokenizer: ChatTokenizer, kind: Kind, system_prompt: str) -> None:
-        self._tokenizer, self._kind, self._measure = tokenizer, kind, _measure(kind, tokenizer, system_prompt)
+        self._tokenizer, self._kind, self._system_prompt = tokenizer, kind, system_prompt
         self.num_lossy = 0
+
+    def _measure(self, row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
+        """The texts of a row and its number of tokens. Raises RowError for an unusable row."""
+        if self._kind == "documents":
+            texts = [] if "token_ids" in row else [document_text(row, section)]
+            return texts, len(document_tokens(row, section, self._tokenizer))
+        if self._kind == "prompts":
+            turns = problem(row, section, self._system_prompt)[0]
+            return [turn["content"] for turn in turns], len(self._tokenizer.render(turns, add_generation_prompt=True))
+        turns = conversation(row, section, self._system_prompt)
+        spoken = re.split("|".join(THINK_MARKERS), " ".join(turn["content"] for turn in turns))
+        return spoken, self._tokenizer.encode_conversation(turns).num_tokens
 
     def check(self, section: SourceSection, limit: int = 0, max_unusable: float = 0.0) -> str:
         """Rows spread over the source: lengths in tokens, unusable rows, texts that do not survive encoding and decoding.
@@ -102,10 +91,8 @@ class _Rows:
         if num_long == len(lengths):
             raise DataError(f"{section.path}: every row tried is longer than {limit} tokens; raise the limit or name other data.")
         self.num_lossy += num_lossy
-        low, median, high, longest = np.percentile(lengths, [0, 50, 99, 100]).astype(int)
-        return ", ".join(
-            [f"{section.path}: {len(source)} rows of {low}/{median}/{high}/{longest} tokens (min/median/99 %/max of {len(rows)} tried)"]
-            + [f"{num_long} longer than {limit}"] * bool(num_long)
-            + [f"{num_lossy} whose text changes in encoding and decoding"] * bool(num_lossy)
-            + [unusable] * bool(reasons)
-        )
+        spread = "/".join(str(int(length)) for length in np.percentile(lengths, [0, 50, 99, 100]))
+        text = f"{section.path}: {len(source)} rows of {spread} tokens (min/median/99 %/max of {len(rows)} tried)"
+        text += f", {num_long} longer than {limit}" if num_long else ""
+        text += f", {num_lossy} whose text changes in encoding and decoding" if num_lossy else ""
+        return text + (f", {unusable}" if reasons else "")

@@ -1,6 +1,8 @@
 """The part of `infir2 check` that looks at weights and sizes: model files, memory, disk, the engine's model."""
 
+import contextlib
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +10,12 @@ from pathlib import Path
 import torch
 
 from infir2.checkpoint import open_checkpoint
-from infir2.checkpoint.weights import file_scale_format, parameter_shapes
+from infir2.checkpoint.weights import PARAMETERS, file_scale_format, parameter_shapes
 from infir2.config.schema import ModelSection, RlRecipe, TrainRecipe
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import HfWeights, ModelConfig
-from infir2.model.files import read_json
 from infir2.model.hf import SCALE_SUFFIX
-from infir2.train.build import device_of, is_run
+from infir2.train.build import device_of, is_run, planned_config
 from infir2.train.ledger import gpu_ledger
 
 GIB = 2**30
@@ -38,32 +39,22 @@ class ModelFacts:
 
 def model_facts(section: ModelSection, vocab_size: int) -> ModelFacts:
     """The model that the recipe makes or loads. Raises CheckpointError for a missing or misshapen weight, ConfigError."""
-    if section.shape is not None:
-        config = ModelConfig.from_shape(section.shape, vocab_size)
-        return _facts(config, "made new")
     path = Path(section.path)
-    if not path.exists():
+    if section.shape is None and not path.exists():
         raise ConfigError(f"model.path: {path} does not exist; run the stage that makes it, or mend the path.")
-    config, shapes = _stored_run(path) if is_run(path) else _stored_hf(path)
-    _compare(path, parameter_shapes(config.to_hf()), shapes)
-    return _facts(config, str(path))
-
-
-def _facts(config: ModelConfig, origin: str) -> ModelFacts:
+    config = planned_config(section, vocab_size)
     shapes = parameter_shapes(config.to_hf())
-    return ModelFacts(config, sum(torch.Size(shape).numel() for shape in shapes.values()), origin)
+    if section.shape is None:
+        _compare(path, shapes, _stored_shapes(path))
+    return ModelFacts(config, sum(torch.Size(shape).numel() for shape in shapes.values()), section.path or "made new")
 
 
-def _stored_run(path: Path) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
-    checkpoint = open_checkpoint(path)
-    tensors = checkpoint.tensors()
-    shapes = {name.removeprefix("parameters/"): tensors.shape(name) for name in tensors if name.startswith("parameters/")}
-    return ModelConfig.from_hf(checkpoint.state["model_config"]), shapes
-
-
-def _stored_hf(path: Path) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
-    files = HfWeights(path)
-    return ModelConfig.from_hf(read_json(path / "config.json")), {name: files.shape(name) for name in files.names()}
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    if not is_run(path):
+        files = HfWeights(path)
+        return {name: files.shape(name) for name in files.names()}
+    tensors = open_checkpoint(path).tensors()
+    return {name.removeprefix(PARAMETERS): tensors.shape(name) for name in tensors if name.startswith(PARAMETERS)}
 
 
 def _compare(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
@@ -82,13 +73,12 @@ def check_engine(recipe: RlRecipe, model: ModelFacts) -> str:
     path = Path(recipe.rollout.model)
     if not path.exists():
         raise ConfigError(f"rollout.model: {path} does not exist; export the start of the run (infir2 export hf, infir2 export fp8).")
-    config, shapes = _stored_hf(path)
-    _compare(path, parameter_shapes(config.to_hf()), shapes)
-    if parameter_shapes(config.to_hf()) != parameter_shapes(model.config.to_hf()):
+    engine = model_facts(ModelSection(path=str(path)), 0)
+    if parameter_shapes(engine.config.to_hf()) != parameter_shapes(model.config.to_hf()):
         raise ConfigError(f"rollout.model: {path} is of another shape than {model.origin}; export the start of this run.")
     if recipe.fp8.enabled and file_scale_format(path) != recipe.fp8.scale_format:
         raise ConfigError(f"rollout.model: {path} has {file_scale_format(path)} scales, and fp8.scale_format is {recipe.fp8.scale_format}.")
-    return f"{path}: {sum(name.endswith(SCALE_SUFFIX) for name in shapes)} FP8 weights, shapes as the trainer's"
+    return f"{path}: {sum(name.endswith(SCALE_SUFFIX) for name in HfWeights(path).names())} FP8 weights, shapes as the trainer's"
 
 
 def check_memory(recipe: TrainRecipe, model: ModelFacts) -> str:
@@ -157,9 +147,8 @@ def check_disk(recipe: TrainRecipe, model: ModelFacts, directory: Path) -> str:
 
 def _available_memory() -> int:
     """Bytes that a process could still get, of the machine's memory."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+        if found:
+            return int(found[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -7,7 +7,7 @@ import torch
 
 from infir2.checkpoint import open_checkpoint
 from infir2.config.schema import Fp8Section, ModelSection, RunSection
-from infir2.data import ChatTokenizer, load_tokenizer
+from infir2.data import ChatTokenizer
 from infir2.errors import ConfigError
 from infir2.model import Decoder, ModelConfig
 from infir2.model.files import read_json
@@ -23,9 +23,7 @@ def reuse_freed_memory() -> None:
 
     Does nothing where the C library has no mallopt.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
     for parameter, value in ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 1 << 26)):
         mallopt(parameter, value)
 
@@ -42,14 +40,6 @@ def device_of(section: RunSection) -> torch.device:
 def is_run(path: Path) -> bool:
     """True for a run directory or one of its checkpoints, False for a Hugging Face directory."""
     return (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
-
-
-def tokenizer_dir(model: ModelSection, configured: str = "") -> Path:
-    """data.tokenizer if set, else the tokenizer the model came with."""
-    if configured:
-        return Path(configured)
-    path = Path(model.path)
-    return Path(open_checkpoint(path).state["tokenizer_dir"]) if is_run(path) else path
 
 
 def planned_config(model: ModelSection, vocab_size: int = 1) -> ModelConfig:
@@ -95,5 +85,7 @@ def _empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device
 
 
 def open_tokenizer(model: ModelSection, configured: str = "") -> tuple[ChatTokenizer, Path]:
-    directory = tokenizer_dir(model, configured)
-    return load_tokenizer(directory), directory
+    """data.tokenizer if set, else the tokenizer the model came with; and its directory."""
+    path = Path(configured or model.path)
+    directory = Path(open_checkpoint(path).state["tokenizer_dir"]) if not configured and is_run(path) else path
+    return ChatTokenizer(directory), directory
