@@ -60,10 +60,8 @@ def import_(arguments: Sequence[str]) -> None:
 
 def verify_weights(arguments: Sequence[str]) -> None:
     """infir2 verify-weights RUN HF_FP8_DIR [--engine URL]"""
-    parser = Parser(
-        prog="infir2 verify-weights",
-        description="Compares the FP8 weights of a checkpoint with those of an export, byte by byte; exit code 1 if they differ.",
-    )
+    about = "Compares the FP8 weights of a checkpoint with those of an export, byte by byte; exit code 1 if they differ."
+    parser = Parser(prog="infir2 verify-weights", description=about)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory (newest checkpoint) or a checkpoint in it")
     parser.add_argument("hf_dir", type=Path, metavar="HF_FP8_DIR", help="what `infir2 export fp8` wrote")
     parser.add_argument("--engine", metavar="URL", help="also compare a server's greedy tokens (OpenAI API; key in INFIR2_ENGINE_KEY)")
@@ -79,18 +77,15 @@ def verify_weights(arguments: Sequence[str]) -> None:
 
 def tokenize(arguments: Sequence[str]) -> None:
     """infir2 tokenize SOURCES --tokenizer DIR --out PREFIX"""
-    parser = Parser(
-        prog="infir2 tokenize",
-        description="Writes documents as a Megatron indexed data set, PREFIX.bin and PREFIX.idx. Interrupted, it goes on where it was.",
-    )
+    about = "Writes documents as a Megatron indexed data set, PREFIX.bin and PREFIX.idx. Interrupted, it goes on where it was."
+    parser = Parser(prog="infir2 tokenize", description=about)
     parser.add_argument("sources", type=Path, nargs="+", metavar="SOURCE", help=".jsonl, .jsonl.gz, .parquet or .txt file, or a directory")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="directory with tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, metavar="PREFIX", help="path of the files to write, without .bin")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one per CPU)")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="field with the text (default text)")
-    parser.add_argument(
-        "--max-quarantined-fraction", type=float, default=0.01, metavar="X", help="stop above this share of unusable rows (default 0.01)"
-    )
+    share = "stop above this share of unusable rows (default 0.01)"
+    parser.add_argument("--max-quarantined-fraction", type=float, default=0.01, metavar="X", help=share)
     words = parser.parse_args(arguments)
     if words.workers < 0:
         raise ConfigError(f"--workers {words.workers}: give the number of processes, or 0 for one per CPU.")

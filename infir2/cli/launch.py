@@ -32,19 +32,9 @@ def _parser() -> Parser:
     parser.add_argument("--gpus-per-node", type=_count, metavar="M", help="ranks on each node, one per GPU (default: the GPUs here, or 1)")
     parser.add_argument("--cpu", action="store_true", help="ray, slurm: ranks run on CPUs, so ask for no GPUs")
     parser.add_argument("--cpus-per-rank", type=float, default=1.0, metavar="C", help="ray, slurm: cores to ask for per rank (default 1)")
-    parser.add_argument(
-        "--max-restarts",
-        type=int,
-        default=3,
-        metavar="R",
-        help="restarts from the newest checkpoint after a death (default 3)",
-    )
-    parser.add_argument(
-        "--endpoint",
-        default=default_endpoint(),
-        metavar="HOST:PORT",
-        help="torchrun on several nodes: where they meet (default $MASTER_ADDR:$MASTER_PORT)",
-    )
+    parser.add_argument("--max-restarts", type=int, default=3, metavar="R", help="restarts from the newest checkpoint (default 3)")
+    meet = "torchrun on several nodes: where they meet (default $MASTER_ADDR:$MASTER_PORT)"
+    parser.add_argument("--endpoint", default=default_endpoint(), metavar="HOST:PORT", help=meet)
     parser.add_argument("--run-id", default="infir2", help="torchrun on several nodes: one name for all nodes of a job (default infir2)")
     parser.add_argument("--local-address", default="", metavar="HOST", help="torchrun on several nodes: this node, if not its host name")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="slurm: a further option, --sbatch=--partition=gpu")

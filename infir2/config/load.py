@@ -83,9 +83,7 @@ class _Layers:
             self.origins[key] = origin
             value = {str(index): item for index, item in enumerate(value)}
         elif not isinstance(value, Mapping) or not all(index.isdecimal() and isinstance(item, Mapping) for index, item in value.items()):
-            raise ConfigError(
-                f"{self.place}: {key} is a list of tables, so write [[{key}]] and keys under it, or {key}.0.KEY for one of them."
-            )
+            raise ConfigError(f"{self.place}: {key} is a list of tables, so write [[{key}]] and keys under it, or {key}.0.KEY for one.")
         items = into.setdefault(name, [])
         for index, item in value.items():
             if int(index) > len(items):

@@ -56,12 +56,8 @@ class ModelSection(Section):
 class Fp8Section(Section):
     enabled: bool = Field(True, description="FP8 in the Linears of the decoder blocks; false trains the same model in BF16")
     scale_format: ScaleFormat = Field("pow2", description="pow2: scales rounded up to powers of two; fp32: amax/448")
-    keep_transposed: bool = Field(
-        True, description="keep both layouts of FP8 weights between steps (GPU); false: a byte per weight less, a transpose per backward"
-    )
-    high_precision: tuple[str, ...] = Field(
-        (), description="glob patterns of exported module names kept in BF16, such as 'model.layers.0.*'"
-    )
+    keep_transposed: bool = Field(True, description="FP8 weights in both layouts (GPU); false: half the bytes, a transpose per backward")
+    high_precision: tuple[str, ...] = Field((), description="glob patterns of exported modules kept in BF16, as 'model.layers.0.*'")
 
 
 class SourceSection(Section):
@@ -70,9 +66,7 @@ class SourceSection(Section):
     text_field: str = Field("text", description="documents: the field with the text")
     prompt_field: str = Field("prompt", description="prompts: the field with the question (text, or messages)")
     answer_field: str = Field("label", description="prompts: the field with the reference answer")
-    solution_field: str = Field(
-        "", description="messages made from question and solution: the field with the solution (empty: rows have `messages`)"
-    )
+    solution_field: str = Field("", description="messages from question and solution: the solution's field (empty: rows have `messages`)")
     thought_field: str = Field("", description="with solution_field: the field with the thought, put between <think> and </think>")
 
 
@@ -85,9 +79,7 @@ class DataSection(Section):
     batch_samples: int = Field(0, ge=0, description="samples in an optimizer step (SFT); exactly one of the two batch keys is set")
     micro_batch_tokens: int = Field(32768, gt=0, description="most tokens in one forward pass on one device (MAX_TOKENS_PER_GPU)")
     pack_window_samples: int = Field(1024, gt=0, description="samples considered together when packing windows of tokens")
-    too_long: Literal["drop", "truncate"] = Field(
-        "drop", description="what becomes of a sample longer than sequence_tokens (documents are split instead)"
-    )
+    too_long: Literal["drop", "truncate"] = Field("drop", description="a sample longer than sequence_tokens (documents are split instead)")
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1, description="stop when more than this share of a source's rows is unusable")
     system_prompt: str = Field("", description="system message put before rows that have none")
 
@@ -111,9 +103,7 @@ class ScheduleSection(Section):
     warmup_fraction: float = Field(0.0, ge=0, lt=1, description="linear warm-up as a share of total_steps (instead of warmup_steps)")
     total_steps: int = Field(0, ge=0, description="optimizer steps in all (0: from train.epochs)")
     decay_steps: int = Field(0, ge=0, description="wsd: length of the final decay, steps")
-    decay_from_step: int = Field(
-        -1, ge=-1, description="wsd: start the decay at this step of a stable-phase checkpoint (-1: total_steps - decay_steps)"
-    )
+    decay_from_step: int = Field(-1, ge=-1, description="wsd: start of the decay of a stable checkpoint (-1: total_steps - decay_steps)")
     decay_shape: Literal["cosine", "linear"] = Field("cosine", description="wsd: form of the decay")
 
 
@@ -137,10 +127,7 @@ class CheckpointSection(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     background: bool = Field(True, description="save while training goes on, from a copy of masters and moments in host memory")
     on_save_error: Literal["stop", "warn"] = Field("stop", description="after a failed save: end the run, or go on and try again")
-    branch_from: str = Field(
-        "",
-        description="start a new run from another run's checkpoint with optimizer and data position, such as runs/cpt/checkpoints/step-300",
-    )
+    branch_from: str = Field("", description="checkpoint (RUN/checkpoints/step-300) that a new run goes on from, with optimizer and data")
 
 
 class RlSection(Section):
@@ -154,9 +141,7 @@ class RlSection(Section):
     temperature: float = Field(1.0, gt=0, description="sampling temperature; log-probabilities are taken at it too")
     max_response_tokens: int = Field(8192, gt=0, description="longest response; a longer one is cut and counted as truncated")
     max_prompt_tokens: int = Field(2048, gt=0, description="longer prompts are dropped and counted")
-    overlong_buffer_tokens: int = Field(
-        0, ge=0, description="soft overlong penalty: length of the ramp before max_response_tokens (0: off)"
-    )
+    overlong_buffer_tokens: int = Field(0, ge=0, description="soft overlong penalty: its ramp before max_response_tokens (0: off)")
     overlong_penalty: float = Field(1.0, ge=0, description="largest soft overlong penalty")
     normalise_deviation: bool = Field(True, description="divide advantages by the group's standard deviation")
     max_mismatch_kl: float = Field(0.05, gt=0, description="stop when the mean KL between rollout and trainer exceeds this")

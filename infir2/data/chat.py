@@ -125,9 +125,7 @@ class ChatTokenizer:
     def require_chat(self) -> None:
         """Raise ConfigError unless there is a chat template."""
         if not self._hf.chat_template:
-            raise ConfigError(
-                f"data.tokenizer: {self.directory}/tokenizer_config.json has no chat_template: add one, or name a chat model's tokenizer."
-            )
+            raise ConfigError(f"data.tokenizer: {self.directory} has no chat_template in tokenizer_config.json: add one, or name another.")
 
     def encode_text(self, text: str) -> list[int]:
         """Plain text; a marker spelled in it never becomes a control token."""
@@ -258,9 +256,7 @@ class ChatTokenizer:
             sample = self.encode_conversation(PROBE)
             expected = self._hf.encode(self._hf.apply_chat_template(PROBE, tokenize=False), add_special_tokens=False)
         except Exception as error:  # whatever the template does wrong, the user has to mend it
-            raise ConfigError(
-                f"data.tokenizer: the chat template in {self.directory} cannot be used ({error}): use another one."
-            ) from error
+            raise ConfigError(f"data.tokenizer: the chat template in {self.directory} cannot be used ({error}): use another.") from error
         if expected[: sample.num_tokens] != sample.token_ids.tolist():
             raise ConfigError(f"data.tokenizer: {self.directory}'s chat template rewrites the messages: use another one.")
         return int(sample.token_ids[-1])

@@ -112,7 +112,5 @@ class IndexedDocuments:
                 return False
             if (offsets + lengths * itemsize).max() > num_bytes:
                 return False
-        return all(
-            bool((np.diff(self._bounds[first : first + _CHECKED_AT_ONCE + 1]) >= 0).all())
-            for first in range(0, len(self._bounds), _CHECKED_AT_ONCE)
-        )
+        parts = (self._bounds[first : first + _CHECKED_AT_ONCE + 1] for first in range(0, len(self._bounds), _CHECKED_AT_ONCE))
+        return all(bool((np.diff(part) >= 0).all()) for part in parts)

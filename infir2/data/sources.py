@@ -126,9 +126,7 @@ class ParquetRows:
                 self._batches = pa.ipc.open_file(pa.memory_map(file.name), options=options)  # the mapping outlives the file's name
                 self.num_bytes = Path(file.name).stat().st_size
         except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{path} cannot be read as Parquet ({first_line(error)}): make it again, or take it out of the sources."
-            ) from None
+            raise DataError(f"{path} cannot be read as Parquet ({first_line(error)}): make it again, or leave it out.") from None
         sizes = [self._batches.get_batch(index).num_rows for index in range(self._batches.num_record_batches)]
         self._ends = list(itertools.accumulate(sizes))
         if not sum(sizes):

@@ -152,9 +152,7 @@ def tokenize(
             (parts / suffix).rename(outputs[suffix])
         shutil.rmtree(parts)
     except OSError as error:
-        raise DataError(
-            f"{prefix} cannot be written ({error.strerror or error}): make room or name another place, then run it again."
-        ) from error
+        raise DataError(f"{prefix} cannot be written ({error.strerror or error}): make room or name another place.") from error
     num_unusable = sum(counts.total() for counts in quarantine.counts.values())
     return Tokenized(len(lengths), num_tokens, num_unusable, kept)
 

@@ -209,9 +209,7 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, float] | None]:
     if raw.get("rope_theta") is not None and raw["rope_theta"] != theta:
         raise CheckpointError(f"config.json: rope_theta = {raw['rope_theta']} contradicts {key}.rope_theta = {theta}; make them equal")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(
-            f"config.json: {key}.partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported; only 1.0 is"
-        )
+        raise CheckpointError(f"config.json: {key}.partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported; only 1 is")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None

@@ -93,15 +93,11 @@ class HfWeights:
             raise CheckpointError(f"{index} has no weight_map; copy the model again")
         for name, file_name in shards.items():
             if not isinstance(file_name, str) or file_name != os.path.basename(file_name) or not file_name.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{index}: the file {file_name!r} of {name} is not a .safetensors file of this directory; do not use this model"
-                )
+                raise CheckpointError(f"{index}: {file_name!r} of {name} is not a .safetensors file of this directory; do not use it")
         present = {file_name: set(self._open(file_name).keys()) for file_name in sorted(set(shards.values()))}
         for name, file_name in shards.items():
             if name not in present[file_name]:
-                raise CheckpointError(
-                    f"{self.directory / file_name} has no tensor {name}, which {INDEX_FILE} promises; copy the model again"
-                )
+                raise CheckpointError(f"{self.directory / file_name} has no tensor {name}, as the index promises; copy the model again")
         return shards
 
 
@@ -245,7 +241,5 @@ def _sync(path: Path) -> None:
 
 def _no_weights(directory: Path) -> str:
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
-        return (
-            f"{directory} has only pickled weights (.bin, .pt), which are not read because they can run code; save the model as safetensors"
-        )
+        return f"{directory} has only pickled weights (.bin, .pt), which can run code and are not read; save the model as safetensors"
     return f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a Hugging Face model directory"

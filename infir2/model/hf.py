@@ -107,9 +107,7 @@ def _fp8_section(raw: Any, model: nn.Module, weights: HfWeights) -> Fp8Section:
         listed = any(name == entry or name.startswith(f"{entry}.") or fnmatchcase(name, entry) for entry in kept)
         if listed == (f"{name}.weight{SCALE_SUFFIX}" in names):
             has = "FP8 scales" if listed else "no FP8 scales"
-            raise CheckpointError(
-                f"{weights.directory}: {name} has {has}, which contradicts quantization_config.modules_to_not_convert; export it again"
-            )
+            raise CheckpointError(f"{weights.directory}: {name} has {has}, which modules_to_not_convert contradicts; export it again")
         if listed:
             plain.append(name)
     return Fp8Section(scale_format=_SCALE_FORMATS[stored], high_precision=tuple(plain))
@@ -134,9 +132,7 @@ def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device
         module, leaf = targets[weight_name]
         is_fp8 = name != weight_name or tensor.dtype == torch.float8_e4m3fn
         if is_fp8 and not (isinstance(module, Fp8Linear) and leaf == "weight"):
-            raise CheckpointError(
-                f"tensor {name} is of an FP8 weight, but its layer is in high precision here; make the lists of high-precision layers equal"
-            )
+            raise CheckpointError(f"tensor {name} is of an FP8 weight, but its layer is in high precision here; make the lists equal")
         if weight_name not in missing:
             raise CheckpointError(f"tensor {weight_name} comes twice; every weight must have its own name")
         if is_fp8:

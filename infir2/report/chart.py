@@ -286,9 +286,8 @@ def interval_svg(rows: Sequence[IntervalRow], title: str, other: str, width: int
     parts = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
         x = axis.at(tick)
-        parts.append(
-            f'<path class="grid" d="M{x:.1f} {TOP}V{bottom}"/><text class="mid" x="{x:.1f}" y="{bottom + 16}">{percent(tick, 0)}</text>'
-        )
+        parts.append(f'<path class="grid" d="M{x:.1f} {TOP}V{bottom}"/>')
+        parts.append(f'<text class="mid" x="{x:.1f}" y="{bottom + 16}">{percent(tick, 0)}</text>')
     for index, row in enumerate(rows):
         y, x = TOP + pitch * (index + 0.6), axis.at(row.value)
         parts.append(f'<text class="end name" x="{left - 16:.1f}" y="{y + 4:.1f}">{escape(row.label)}</text>')

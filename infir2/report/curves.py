@@ -103,9 +103,8 @@ def precision_section(fp8: Run, bf16: Run, points: int) -> str:
     ratio = np.divide(ours - theirs, theirs, out=np.full_like(ours, np.nan), where=theirs != 0)
     width = min(4 * width + 1, (len(steps) - 1) | 1) if len(steps) else 1
     relative = Series("(FP8 − BF16) / BF16", steps, smooth(ratio, width))
-    difference = Chart(
-        "Training loss, (FP8 − BF16) / BF16", (relative,), percent=True, from_zero=True, note=f"Mean over {counted(width, 'step')}."
-    )
+    note = f"Mean over {counted(width, 'step')}."
+    difference = Chart("Training loss, (FP8 − BF16) / BF16", (relative,), percent=True, from_zero=True, note=note)
     return html + "".join(figure(chart, 2 * points, height) for chart, height in ((loss, 340), (difference, 220)) if chart.drawable)
 
 

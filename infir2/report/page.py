@@ -123,10 +123,8 @@ def _accuracy(rows: Sequence[StageRow]) -> str:
     if not rows:
         return ""
     dots = [IntervalRow(row.stage, row.evaluation.avg_at_k, row.evaluation.interval, row.evaluation.pass_at_k) for row in rows]
-    charts = "".join(
-        f'<div class="{name}">{interval_svg(dots, "avg@k by stage", "pass@k", width)}</div>'
-        for name, width in (("wide", 1080), ("narrow", 360))
-    )
+    wide, narrow = (interval_svg(dots, "avg@k by stage", "pass@k", width) for width in (1080, 360))
+    charts = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
     keys = '<p class="keys"><span class="key points k0">avg@k with 95 % interval</span><span class="key ring k0">pass@k</span></p>'
     body = []
     for row in rows:

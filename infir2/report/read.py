@@ -130,9 +130,7 @@ def read_runs(run_dirs: Iterable[Path]) -> list[Run]:
         else:
             found = _bases_first([read_run(path.parent) for path in sorted(directory.glob("*/metrics.jsonl"))])
         if not found:
-            raise DataError(
-                f"{directory} holds no run (no metrics.jsonl in it or just below it); name run directories or the one around them"
-            )
+            raise DataError(f"{directory} holds no run (no metrics.jsonl in it or just below it); name run directories or the one above")
         runs |= {run.path.resolve(): run for run in found if run.path.resolve() not in runs}
     names = Counter(run.name for run in runs.values())
     return [run if names[run.name] == 1 else replace(run, name=f"{path.parent.name}/{run.name}") for path, run in runs.items()]

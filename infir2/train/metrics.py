@@ -100,13 +100,8 @@ class StepProgress:
         self._start = self._last = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
-            )
+            name_column, text_column = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+            columns = (name_column, BarColumn(), MofNCompleteColumn(), text_column, TimeRemainingColumn())
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(name, total=total, completed=done, text="")
             self._bar.start()

@@ -18,16 +18,7 @@ _LETTER = re.compile(r"\(([A-Za-z])\)")
 _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 _AROUND_POWER = re.compile(r" ?(?:\^|\*\*) ?")
 _SIZE_OR_SPACE = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\(?= )")
-_EQUAL_SPELLINGS = (
-    ("\\dfrac", "\\frac"),
-    ("\\tfrac", "\\frac"),
-    ("\\!", ""),
-    ("{,}", ","),
-    ("\\,", " "),
-    ("\\;", " "),
-    ("~", " "),
-    ("−", "-"),
-)
+_EQUAL_SPELLINGS = {"\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\!": "", "{,}": ",", "\\,": " ", "\\;": " ", "~": " ", "−": "-"}
 
 
 def visible_text(response: str) -> str | None:
@@ -117,7 +108,7 @@ def too_hard(text: str) -> str:
 def normalise(text: str) -> str:
     r"""One spelling for equal LaTeX: spaces, `$`, `\left`, `\dfrac`, `\text{...}` around all of it, a final full stop."""
     text = text.strip()
-    for spelling, replacement in _EQUAL_SPELLINGS:
+    for spelling, replacement in _EQUAL_SPELLINGS.items():
         text = text.replace(spelling, replacement)
     text = _SIZE_OR_SPACE.sub("", text).strip().removesuffix(".").strip("$").strip()
     if whole := _TEXT.fullmatch(text):
