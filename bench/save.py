@@ -143,7 +143,7 @@ def large(directory: Path, billions: float, rounds: int) -> list[str]:
         rate = num_bytes / GIB / (time.perf_counter() - began)
         store.close()
         ratios.append(rate / max(plain, early))
-        rows.append(f"| {number} | {plain:.3f} | {early:.3f} | {rate:.3f} | {ratios[-1]:.2f} |")
+        rows.append(f"| {number} | {plain:.3f} | {early:.3f} | {rate:.3f} | {ratios[-1]:.2f} | {os.getloadavg()[0]:.1f} |")
     after = peak_memory()
     began = time.perf_counter()
     checkpoint = open_checkpoint(directory / "large")
@@ -155,8 +155,8 @@ def large(directory: Path, billions: float, rounds: int) -> list[str]:
     return [
         f"{billions:g} B: {num_bytes / GIB:.1f} GiB in GiB/s; SHA-256 in one thread: {hash_rate():.2f} GiB/s.",
         "",
-        "| round | sequential write | written out early | save | save / the faster of both |",
-        "|---|---|---|---|---|",
+        "| round | sequential write | written out early | save | save / the faster of both | load average |",
+        "|---|---|---|---|---|---|",
         *rows,
         "",
         f"Median: **{statistics.median(ratios):.2f} of the disk**. Peak memory: {before:.2f} GiB before the saves, {after:.2f} after.",
@@ -180,13 +180,12 @@ def main() -> None:
     directory = Path(tempfile.mkdtemp(prefix="infir2-save-", dir=words.dir))
     load = os.getloadavg()[0]
     try:
-        lines = stall(directory)
-        shutil.rmtree(directory / "run")
-        if words.large:
-            lines += ["", *large(directory, words.large, words.rounds)]
+        lines = large(directory, words.large, words.rounds) if words.large else []  # first: the peak of memory is its own
+        shutil.rmtree(directory / "large", ignore_errors=True)
+        lines += ["", *stall(directory)]
     finally:
         shutil.rmtree(directory)
-    noisy = f"{torch.get_num_threads()} of {os.cpu_count()} cores; other work on the machine (load average at the start): {load:.1f}."
+    noisy = f"{torch.get_num_threads()} of {os.cpu_count()} cores, load average at the start {load:.1f} (not ours)."
     text = "\n".join(["# Saving and resuming", "", "`python bench/save.py`", "", noisy, "", *lines]) + "\n"
     print(text)
     if words.to:

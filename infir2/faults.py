@@ -10,6 +10,7 @@ import errno
 import functools
 import os
 import signal
+import threading
 import time
 from collections import Counter
 
@@ -33,6 +34,7 @@ POINTS = (
 ACTIONS = ("kill", "term", "enospc", "nan", "hang")
 
 _passings: Counter[str] = Counter()
+_counting = threading.Lock()
 
 
 @functools.lru_cache(maxsize=8)
@@ -59,8 +61,9 @@ def fault(point: str) -> bool:
         return False
     faults = parse_faults(text)
     assert point in POINTS, f"fault point {point!r} is missing from POINTS"
-    _passings[point] += 1
-    action = faults.get((point, _passings[point]))
+    with _counting:  # files of a checkpoint are written by several threads
+        _passings[point] += 1
+        action = faults.get((point, _passings[point]))
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "term":

@@ -1,13 +1,16 @@
 """Tensors in the format of torch's distributed checkpoints (DCP): written as a stream by any number of processes, read lazily.
 
 Each rank writes its parts, in pieces of whole rows, to files `__RANK_N.distcp`, and rank 0 a pickled `.metadata` that says where
-each piece lies in its tensor; torch's own tools read the directory. One piece at a time is copied to the host, each byte is hashed
-on its way out, and every file is synced. Nothing is unpickled but by an allow-list, and payloads as weights only.
+each piece lies in its tensor; torch's own tools read the directory. One piece per file that is being written is copied to the host,
+each byte is hashed on its way out, and every file is synced. Nothing is unpickled but by an allow-list, and payloads as weights only.
 """
 
+import itertools
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from infir2.parallel.team import Team
 
 PIECE_BYTES = 2**26
 FILE_BYTES = 2**30
+WRITERS = min(4, os.cpu_count() or 1)
 
 
 def save_tensors(
@@ -44,9 +48,7 @@ def save_tensors(
     writer = _Writer(directory)
     planner = _SavePlanner(tensors, places, on_bytes)
     try:
-        # no CRC-32: SHA-256 says more, and runs beside the write
-        with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
-            dcp.save({}, storage_writer=writer, planner=planner, process_group=team.group, no_dist=team.size == 1)
+        dcp.save({}, storage_writer=writer, planner=planner, process_group=team.group, no_dist=team.size == 1)
     except dcp.api.CheckpointException as error:
         first = min(error.failures)
         raise error.failures.get(team.rank, error.failures[first])[0] from None
@@ -91,9 +93,9 @@ def _cut(name: str, tensor: Tensor, place: Place | None) -> Iterator[tuple[Metad
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Files of about `FILE_BYTES`, whose sizes and hashes are in `files` afterwards.
+    """Files of about `FILE_BYTES`, `WRITERS` at a time, whose sizes and hashes are in `files` afterwards.
 
-    torch's own writer would put a rank's parts into one file, synced at its end, and lose the error of a thread.
+    torch's own writer would put a rank's parts into one file, or lose the error of a thread.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -102,21 +104,28 @@ class _Writer(dcp.FileSystemWriter):
         self.files: dict[str, FileEntry] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = []
-        for number, items in enumerate(_files(plan.items)):
-            fault("save.before_shard")
-            name = f"{plan.storage_data.prefix}{number}.distcp"
-            with HashedFile(self._directory / name) as file:
-                stream: Any = file  # all that torch.save asks for
-                for item in items:
-                    start = file.size
-                    torch.save(planner.resolve_data(item), stream)
-                    results.append(WriteResult(item.index, file.size - start, _StorageInfo(name, start, file.size - start)))
-            self.files[name] = file.entry
-            fault("save.after_shard")
+        def write(number: int, items: list[WriteItem]) -> list[WriteResult]:
+            return self._write_file(f"{plan.storage_data.prefix}{number}.distcp", items, planner)
+
+        with ThreadPoolExecutor(WRITERS) as pool:  # hashing and writing let go of the interpreter's lock
+            results = list(pool.map(write, itertools.count(), _files(plan.items)))
         done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
+        done.set_result(list(itertools.chain(*results)))
         return done
+
+    def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        fault("save.before_shard")
+        results = []
+        # no CRC-32 either: SHA-256 says more; the setting is this thread's
+        with HashedFile(self._directory / name) as file, serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+            stream: Any = file  # all that torch.save asks for
+            for item in items:
+                start = file.size
+                torch.save(planner.resolve_data(item), stream)
+                results.append(WriteResult(item.index, file.size - start, _StorageInfo(name, start, file.size - start)))
+        self.files[name] = file.entry
+        fault("save.after_shard")
+        return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         metadata.storage_data = {result.index: result.storage_data for part in results for result in part}

@@ -19,7 +19,7 @@ from infir2.errors import CheckpointCorruptError, CheckpointError
 MANIFEST = "manifest.json"
 METADATA = ".metadata"  # where each tensor lies, see dcp.py
 FORMAT = 1
-_LARGE_BYTES = 2**20  # from here on a write is worth the start of a thread
+_LARGE_BYTES = 2**20
 
 
 class FileEntry(NamedTuple):
@@ -40,7 +40,6 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._hash = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(max_workers=1)  # both let go of the interpreter's lock: hash and write at once
         self._failure: OSError | None = None
         self.size = 0
 
@@ -49,33 +48,23 @@ class HashedFile:
         return self
 
     def write(self, data: bytes | memoryview) -> int:
-        if len(data) < _LARGE_BYTES:
-            self._write(memoryview(data))
-            self._hash.update(data)
-        else:
-            hashing = self._hasher.submit(self._hash.update, data)
-            try:
-                self._write(memoryview(data))
-            finally:
-                hashing.result()
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            if len(data) >= _LARGE_BYTES:  # Linux begins to write out what it is told to forget; left alone, it would at the sync
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            self._failure = error
+            raise
+        self._hash.update(data)
         self.size += len(data)
         return len(data)
 
     def flush(self) -> None:
         """Nothing is kept back."""
 
-    def _write(self, data: memoryview) -> None:
-        try:
-            while data:
-                data = data[self._file.write(data) :]
-                # Linux begins to write out what it is told to forget; left alone, it would begin at the sync
-                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            self._failure = error
-            raise
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._hasher.shutdown()
         with self._file:
             if self._failure:
                 raise self._failure
