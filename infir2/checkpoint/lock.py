@@ -74,7 +74,8 @@ def _open_locked(path: Path, run_dir: Path, warn: Callable[[str], None]) -> int:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise CheckpointError(f"{run_dir}: the lock file cannot be opened ({error.strerror}); make the directory writable.") from error
+        reason = f"{error.strerror}, errno {error.errno}"
+        raise CheckpointError(f"{run_dir}: the lock file cannot be opened ({reason}); make the directory writable.") from error
     try:
         holder = _read_holder(fd)
         try:

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'infi
 from infir2.numerics import snr_db
 from infir2.numerics.gemm_backends import missing_block_scaling
 from infir2.numerics.kernels import usable
-from infir2.parallel.context import _reference, attend_to_prefix
+from infir2.parallel.context import attend_to_prefix
 
 hopper = torch.cuda.is_available() and usable(torch.device("cuda")) and missing_block_scaling(torch.device("cuda")) is None
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="block-scaled FP8 GEMMs need a Hopper GPU")]
@@ -72,8 +72,15 @@ def test_attention_to_a_prefix_is_its_definition() -> None:
     q, k, v = (
         torch.randn(n, heads, 128, generator=generator).bfloat16().cuda().requires_grad_() for n, heads in ((256, 8), (640, 2), (640, 2))
     )
+
+    def definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        wide_q, wide_k, wide_v = q.double() * 128**-0.5, k.double().repeat_interleave(4, 1), v.double().repeat_interleave(4, 1)
+        unseen = torch.ones(256, 640, dtype=torch.bool, device="cuda").triu(640 - 256 + 1)
+        weights = torch.einsum("nah,mah->anm", wide_q, wide_k).masked_fill(unseen, -torch.inf).softmax(-1)
+        return torch.einsum("anm,mah->nah", weights, wide_v).to(q.dtype)
+
     results = []
-    for function in (attend_to_prefix, _reference):
+    for function in (lambda q, k, v: attend_to_prefix(q, k, v, None), definition):
         out = function(q, k, v)
         results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
     for found, expected in zip(*results, strict=True):
