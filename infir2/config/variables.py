@@ -44,23 +44,16 @@ _EVAL = {
     "GENERATED_NUM": "evaluate.samples",
     "TEMPERATURE": "evaluate.temperature",
     "TOP_P": "evaluate.top_p",
-    "SERVED_NAME": "",
-    "TP_SIZE": "",
-    "API_PORT": "",
 }
-_UNUSED = {
-    "LOG_DIR": "logs and metrics are in the run directory",
-    "SERVED_NAME": "the model is loaded in this process",
-    "TP_SIZE": "the model is loaded in this process",
-    "API_PORT": "the model is loaded in this process",
-}
+_SERVED = dict.fromkeys(("SERVED_NAME", "TP_SIZE", "API_PORT"), "the model is loaded in this process")
+_UNUSED = {"LOG_DIR": "logs and metrics are in the run directory", **_SERVED}
 _SOURCES = ("data.sources", "evaluate.problems")
 
 
 def variables_of(recipe_class: Recipe) -> dict[str, str]:
     """Variable name -> dotted key it sets (empty: accepted, without effect)."""
     if issubclass(recipe_class, EvalRecipe):
-        return dict(_EVAL)
+        return _EVAL | dict.fromkeys(_SERVED, "")
     return dict(_RL if issubclass(recipe_class, RlRecipe) else _TRAIN)
 
 

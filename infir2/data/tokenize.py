@@ -5,7 +5,6 @@ command run again takes those that are there. At the end they are joined in the 
 PREFIX.json and, last, PREFIX.idx.
 """
 
-import ctypes
 import hashlib
 import itertools
 import json
@@ -29,10 +28,10 @@ from infir2.data.indexed import IndexedDocuments, token_dtype, write_index
 from infir2.data.rows import Quarantine, document_text, open_source
 from infir2.data.sources import RowError, Source
 from infir2.errors import ConfigError, DataError, OutputExistsError
+from infir2.launch.ranks import die_with_parent
 
 CHUNK_BYTES = 1 << 22
 _BATCH_ROWS = 64
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ _work: _Work  # set before the fork
 def _begin() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    die_with_parent()
 
 
 def _tokenize(chunk: _Chunk) -> None:

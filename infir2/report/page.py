@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from infir2.checkpoint.weights import parameter_shapes
+from infir2.errors import CheckpointError
 from infir2.report.appendix import commands_html, environment_html, recipe_html, samples_html
 from infir2.report.chart import IntervalRow, interval_svg
 from infir2.report.curves import final_difference, precision_section, run_charts, twins
@@ -73,17 +75,11 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def parameter_count(config: Mapping[str, Any]) -> int:
-    """Parameters of a Qwen2, Qwen3 or Llama model from its Hugging Face configuration; 0 when a size is missing."""
+    """Parameters of the model that a Hugging Face configuration describes; 0 for one that describes none of ours."""
     try:
-        width, ffn, layers = (int(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-        heads, vocabulary = int(config["num_attention_heads"]), int(config["vocab_size"])
-    except (KeyError, TypeError, ValueError):
+        return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    except CheckpointError:
         return 0
-    kv_heads, head = config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
-    attention = 2 * width * head * (heads + kv_heads)
-    attention += {"qwen2": head * (heads + 2 * kv_heads), "qwen3": 2 * head}.get(config.get("model_type", ""), 0)
-    embedding = vocabulary * width * (1 if config.get("tie_word_embeddings") else 2)
-    return embedding + width + layers * (attention + 3 * width * ffn + 2 * width)
 
 
 def _chain(runs: Sequence[Run]) -> str:
@@ -104,9 +100,10 @@ def _headline(runs: Sequence[Run], leaders: Sequence[Run], rows: Sequence[StageR
     title += f": {'; '.join(found)}" if found else ""
     configs = [run.state.get("model_config") or {} for run in leaders]
     largest = max(configs, key=parameter_count, default={})
+    num_parameters = parameter_count(largest)
     seconds, tokens = (sum(run.total(column) for run in leaders) for column in ("seconds", "trained_tokens"))
     tiles = [
-        (compact(parameter_count(largest)), f"parameters, {largest.get('model_type', '')}", parameter_count(largest)),
+        (compact(num_parameters), f"parameters, {largest.get('model_type', '')}", num_parameters),
         (f"{sum(run.num_steps for run in leaders):,}", f"optimizer steps in {counted(len(leaders), 'run')}", leaders),
         (compact(tokens), "trained tokens", tokens),
         (duration(seconds), "in training steps" + (", without the BF16 comparison" if pairs else ""), seconds),

@@ -177,11 +177,10 @@ def _read_file(path: Path, parse: Callable[[str], Any], notes: list[str]) -> tup
         return "", {}
     try:
         value = parse(text)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no table")
     except ValueError as error:
         notes.append(f"{path.name} cannot be parsed ({error})")
-        return text, {}
-    if not isinstance(value, dict):
-        notes.append(f"{path.name} cannot be parsed (it holds no table)")
         return text, {}
     return text, value
 
