@@ -211,13 +211,15 @@ class Preflight:
         return check_disk(self.recipe, self._known_model(), _existing_parent(Path(self.recipe.run.dir)))
 
     def machine(self) -> str:
-        """Cores and open files."""
+        """Cores, open files, versions of what computes."""
         import resource
+        from importlib.metadata import version
 
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if 0 <= soft < MIN_OPEN_FILES:
             return f"warn: only {soft} open files are allowed; run `ulimit -n {MIN_OPEN_FILES}` before a large run."
-        return f"{os.cpu_count()} cores, {soft} open files"
+        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+        return f"{os.cpu_count()} cores, {soft} open files, {versions}"
 
     def _known_model(self) -> "ModelFacts":
         if self._model is None:

@@ -12,8 +12,10 @@ from infir2.data.chat import PROBE, THINK_MARKERS
 from infir2.data.rows import Kind, check_made_with, conversation, document_text, document_tokens, open_source, problem
 from infir2.data.sources import RowError
 from infir2.errors import ConfigError, DataError
+from infir2.train.run import complete_schedule
 
 NUM_ROWS = 200
+_FEW = ": fewer than one step takes"
 
 
 def check_tokenizer(tokenizer: ChatTokenizer, chat: bool) -> str:
@@ -36,12 +38,25 @@ def check_sources(recipe: TrainRecipe | EvalRecipe, verb: str, tokenizer: ChatTo
     found: list[str] = []
     if isinstance(recipe, TrainRecipe):
         limit = recipe.rl.max_prompt_tokens if isinstance(recipe, RlRecipe) else recipe.data.sequence_tokens if kind == "messages" else 0
-        sections, most = (*recipe.data.sources, *recipe.data.validation_sources), recipe.data.max_quarantined_fraction
-        found += [trained.check(section, limit, most) for section in sections]
+        most = recipe.data.max_quarantined_fraction
+        found += [trained.check(section, limit, most) for section in recipe.data.sources]
+        found.append(_budget(recipe, trained))
+        found += [trained.check(section, limit, most) for section in recipe.data.validation_sources]
     if isinstance(recipe, EvalRecipe | RlRecipe):
         problems = _Rows(tokenizer, "prompts", recipe.evaluate.system_prompt)
         found += [problems.check(section) for section in recipe.evaluate.problems]
-    return ("warn: " if trained.num_lossy else "") + "; ".join(found)
+    return ("warn: " if trained.num_lossy or any(text.endswith(_FEW) for text in found) else "") + "; ".join(found)
+
+
+def _budget(recipe: TrainRecipe, rows: "_Rows") -> str:
+    """What the schedule takes of what the sources hold."""
+    per_step, unit, there = recipe.data.batch_sequences * recipe.data.sequence_tokens, "tokens", rows.num_tokens
+    if isinstance(recipe, RlRecipe) or recipe.data.batch_samples:
+        per_step = recipe.rl.prompts_per_step if isinstance(recipe, RlRecipe) else recipe.data.batch_samples
+        unit, there = "rows", rows.num_rows
+    steps = complete_schedule(recipe, -(-there // per_step) if unit == "rows" else None).total_steps
+    passes = steps * per_step / there
+    return f"{steps} steps of {per_step:,} {unit}, {passes:.2g} passes over {there:,}" + _FEW * (per_step > there)
 
 
 class _Rows:
@@ -49,7 +64,7 @@ class _Rows:
 
     def __init__(self, tokenizer: ChatTokenizer, kind: Kind, system_prompt: str) -> None:
         self._tokenizer, self._kind, self._system_prompt = tokenizer, kind, system_prompt
-        self.num_lossy = 0
+        self.num_lossy = self.num_rows = self.num_tokens = 0  # of the sources seen; tokens are an estimate
 
     def _measure(self, row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
         """The texts of a row and its number of tokens. Raises RowError for an unusable row."""
@@ -91,8 +106,12 @@ class _Rows:
         if num_long == len(lengths):
             raise DataError(f"{section.path}: every row tried is longer than {limit} tokens; raise the limit or name other data.")
         self.num_lossy += num_lossy
+        self.num_rows += len(source)
+        self.num_tokens += round(len(source) * sum(lengths) / len(rows))
+        bars = np.histogram(lengths, bins=8)[0]
+        histogram = "".join("▁▂▃▄▅▆▇█"[bar * 7 // bars.max()] for bar in bars)
         spread = "/".join(str(int(length)) for length in np.percentile(lengths, [0, 50, 99, 100]))
-        text = f"{section.path}: {len(source)} rows of {spread} tokens (min/median/99 %/max of {len(rows)} tried)"
+        text = f"{section.path}: {len(source)} rows of {spread} tokens (min/median/99 %/max of {len(rows)} tried) {histogram}"
         text += f", {num_long} longer than {limit}" if num_long else ""
         text += f", {num_lossy} whose text changes in encoding and decoding" if num_lossy else ""
         return text + (f", {unusable}" if reasons else "")

@@ -91,6 +91,11 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts) -> str:
     text = f"about {total / GIB:.2f} GiB ({listed}) of {there / GIB:.1f} GiB on {device.type}"
     if total > there:
         raise ConfigError(f"{text}; lower data.micro_batch_tokens or train.head_chunk_tokens, or set model.recompute = 'full'.")
+    if device.type == "cuda" and recipe.checkpoint.background:
+        copy, free = CHECKPOINT_BYTES * model.num_parameters, _available_memory()
+        text += f"; {copy / GIB:.2f} of {free / GIB:.1f} GiB on the host for the copy that is saved in the background, ranks together"
+        if copy > free:
+            return f"warn: {text}; with one host set checkpoint.background = false."
     return text
 
 
@@ -122,6 +127,8 @@ def memory_parts(recipe: TrainRecipe, model: ModelFacts, device: str) -> dict[st
     }
     # FP64 and FP32 values of every weight, FP64 intermediates of one block, the interpreter with its libraries.
     intermediates = 8 * (12 * config.ffn_size + 8 * config.hidden_size)
+    if recipe.checkpoint.background:
+        parts["copy for saving"] = CHECKPOINT_BYTES * model.num_parameters
     parts["emulation"] = 12 * model.num_parameters + recipe.data.micro_batch_tokens * intermediates + PROCESS_BYTES
     return {name: size for name, size in parts.items() if size} | _engine_parts(recipe, model)
 
