@@ -66,6 +66,18 @@ def test_a_good_recipe_passes_and_nothing_is_made(recipe: Path, capsys: pytest.C
     assert sorted(path.name for path in recipe.parent.iterdir()) == ["x.toml"]
 
 
+def test_the_schedule_is_set_against_the_rows(recipe: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sft", recipe, f"--data.sources.0.path={world}/sft1.jsonl", "--data.batch_samples=5"]
+    num_rows = sum(1 for _ in (world / "sft1.jsonl").open())
+    _, lines = check(capsys, *words)
+    assert f"10 steps of 5 rows, {50 / num_rows:.2g} passes over {num_rows:,}" in lines["data"]
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((world / "sft1.jsonl").read_text().splitlines(keepends=True)[:4]))
+    code, lines = check(capsys, *words, f"--data.sources.0.path={few}")
+    assert (code, lines["data"].startswith("warn")) == (0, True)
+    assert "over 4: fewer than one step takes" in lines["data"]
+
+
 def test_the_verb_follows_from_sections_and_rows(recipe: Path, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = check(capsys, recipe, f"--data.sources.0.path={world}/sft1.jsonl", "--data.batch_sequences=2")
     assert (code, lines["recipe"].split(",")[0]) == (0, "ok infir2 sft")
