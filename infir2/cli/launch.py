@@ -9,7 +9,7 @@ from dataclasses import replace
 from infir2.cli.arguments import Parser
 from infir2.cli.recipe import KINDS
 from infir2.config.variables import variables_of
-from infir2.errors import Interrupted, LaunchedError, Preempted
+from infir2.errors import ConfigError, Interrupted, LaunchedError, Preempted
 from infir2.launch import ray, slurm
 from infir2.launch.torchrun import Layout, check_words, default_endpoint, default_ranks, run_torchrun, torchrun_command
 
@@ -32,7 +32,10 @@ def _parser() -> Parser:
     parser.add_argument("--gpus-per-node", type=_count, metavar="M", help="ranks on each node, one per GPU (default: the GPUs here, or 1)")
     parser.add_argument("--cpu", action="store_true", help="ray, slurm: ranks run on CPUs, so ask for no GPUs")
     parser.add_argument("--cpus-per-rank", type=float, default=1.0, metavar="C", help="ray, slurm: cores to ask for per rank (default 1)")
-    parser.add_argument("--max-restarts", type=int, default=3, metavar="R", help="restarts from the newest checkpoint (default 3)")
+    apart = "ray, rl: N rollout engines apart from the ranks, a GPU each (default: one in each rank)"
+    parser.add_argument("--engines", type=_count, default=0, metavar="N", help=apart)
+    again = "restarts from the newest checkpoint after a death, and of each engine apart (default 3)"
+    parser.add_argument("--max-restarts", type=int, default=3, metavar="R", help=again)
     meet = "torchrun on several nodes: where they meet (default $MASTER_ADDR:$MASTER_PORT)"
     parser.add_argument("--endpoint", default=default_endpoint(), metavar="HOST:PORT", help=meet)
     parser.add_argument("--run-id", default="infir2", help="torchrun on several nodes: one name for all nodes of a job (default infir2)")
@@ -53,12 +56,15 @@ def launch(arguments: Sequence[str]) -> None:
         ranks_per_node=ranks,
         cpu=words.cpu,
         cpus_per_rank=words.cpus_per_rank,
+        engines=words.engines,
         max_restarts=words.max_restarts,
         endpoint=words.endpoint,
         run_id=words.run_id,
         local_address=words.local_address,
     )
     check_words(verb, layout)
+    if layout.engines and (words.kind, verb[0]) != ("ray", "rl"):
+        raise ConfigError("--engines is for infir2 launch ray ... -- rl: elsewhere every rank has the engine it needs.")
     code = {"torchrun": _torchrun, "ray": _ray, "slurm": _slurm}[words.kind](layout, verb, words)
     if code in (Preempted.exit_code, Interrupted.exit_code):
         raise (Preempted if code == Preempted.exit_code else Interrupted)("the ranks have saved; the same command goes on from there")
@@ -79,7 +85,8 @@ def _slurm(layout: Layout, verb: list[str], words: argparse.Namespace) -> int:
 def _ray(layout: Layout, verb: list[str], words: argparse.Namespace) -> int:
     if words.dry_run:
         command = [sys.executable, *ray.node_command(replace(layout, endpoint="HOST:PORT", local_address="HOST"), verb)]
-        return _print(f"# {layout.nodes} bundles of {ray.bundle(layout)}, {ray.strategy(layout)}; in each:\n{shlex.join(command)}")
+        groups = "; ".join(f"{len(bundles)} bundles of {bundles[0]}, {strategy}" for bundles, strategy in ray.placement(layout))
+        return _print(f"# {groups}; in each of the first:\n{shlex.join(command)}")
     return ray.run_ray(layout, verb, list(variables_of(KINDS[verb[0]][0])))
 
 

@@ -22,7 +22,7 @@ from infir2.launch.torchrun import Layout
 
 PLACEMENT_SECONDS = 60.0
 POLL_SECONDS = 0.5
-GROUP = "INFIR2_PLACEMENT_GROUP"
+ENGINES = "INFIR2_ENGINES"  # ID:N, the placement group of engines apart and how often each may be started again
 _PASSED = ("INFIR2_", "OMP_", "MKL_", "NCCL_", "TORCH_", "HF_")  # variables that travel to every node, beside the user's words
 
 
@@ -69,15 +69,14 @@ def node_command(layout: Layout, words: Sequence[str]) -> list[str]:
     return [*command, "--", *words]
 
 
-def bundle(layout: Layout) -> dict[str, float]:
-    """What one node's ranks ask Ray for."""
-    gpus = {} if layout.cpu else {"GPU": float(layout.ranks_per_node)}
-    return {"CPU": layout.cpus_per_rank * layout.ranks_per_node} | gpus
+def placement(layout: Layout) -> list[tuple[list[dict[str, float]], str]]:
+    """Bundles and strategy of each placement group: nodes, every one on a machine of its own, and engines apart."""
 
+    def bundle(processes: int) -> dict[str, float]:
+        return {"CPU": layout.cpus_per_rank * processes} | ({} if layout.cpu else {"GPU": float(processes)})
 
-def strategy(layout: Layout) -> str:
-    """Every bundle on a machine of its own."""
-    return "STRICT_SPREAD" if layout.nodes > 1 else "STRICT_PACK"
+    nodes = [bundle(layout.ranks_per_node)] * layout.nodes, "STRICT_SPREAD" if layout.nodes > 1 else "STRICT_PACK"
+    return [nodes, ([bundle(1)] * layout.engines, "PACK")] if layout.engines else [nodes]
 
 
 def run_ray(layout: Layout, words: Sequence[str], variables: Sequence[str]) -> int:
@@ -110,12 +109,14 @@ class _Driver:
     def run(self) -> int:
         from ray.util.placement_group import placement_group, remove_placement_group
 
-        group = placement_group([bundle(self._layout)] * self._layout.nodes, strategy=strategy(self._layout))
+        groups = [placement_group(bundles, strategy=strategy) for bundles, strategy in placement(self._layout)]
+        if self._layout.engines:
+            self._variables |= {ENGINES: f"{groups[1].id.hex()}:{self._layout.max_restarts}"}
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             for attempt in range(self._layout.max_restarts + 1):
-                self._await_room(group)
-                code = self._attempt(group, attempt)
+                self._await_room(groups)
+                code = self._attempt(groups[0], attempt)
                 if self._stopped or code not in RESTARTED:
                     break
                 left = self._layout.max_restarts - attempt
@@ -124,23 +125,25 @@ class _Driver:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            remove_placement_group(group)
+            for group in groups:
+                remove_placement_group(group)
 
-    def _await_room(self, group: Any) -> None:
+    def _await_room(self, groups: Sequence[Any]) -> None:
         import ray
 
-        if not group.wait(PLACEMENT_SECONDS):
-            wanted, there = bundle(self._layout), ray.cluster_resources()
-            raise ConfigError(
-                f"the Ray cluster has no room for {self._layout.nodes} nodes with {wanted} each after {PLACEMENT_SECONDS:.0f} s "
-                f"(in all it has CPU {there.get('CPU', 0):g}, GPU {there.get('GPU', 0):g}): ask for less, or end other jobs."
-            )
+        for group, (bundles, _) in zip(groups, placement(self._layout), strict=True):
+            if not group.wait(PLACEMENT_SECONDS):
+                there = ray.cluster_resources()
+                raise ConfigError(
+                    f"the Ray cluster has no room for {len(bundles)} bundles of {bundles[0]} after {PLACEMENT_SECONDS:.0f} s "
+                    f"(in all it has CPU {there.get('CPU', 0):g}, GPU {there.get('GPU', 0):g}): ask for less, or end other jobs."
+                )
 
     def _attempt(self, group: Any, attempt: int) -> int:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        room = bundle(self._layout)
+        (room, *_), _ = placement(self._layout)[0]
         self._nodes = [
             ray.remote(Node)
             .options(
@@ -154,7 +157,7 @@ class _Driver:
         try:
             addresses = ray.get([node.address.remote() for node in self._nodes])
             endpoint, run_id = f"{addresses[0][0]}:{addresses[0][1]}", f"infir2-{os.getpid()}-{attempt}"
-            variables = self._variables | {GROUP: ray.util.placement_group_table(group)["placement_group_id"]}
+            variables = self._variables | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
             starts = []
             for node, (address, _) in zip(self._nodes, addresses, strict=True):
                 layout = replace(self._layout, endpoint=endpoint, run_id=run_id, local_address=address)

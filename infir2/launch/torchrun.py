@@ -30,6 +30,7 @@ class Layout:
     ranks_per_node: int = 1
     cpu: bool = False  # ask for no GPUs
     cpus_per_rank: float = 1.0  # what SLURM and Ray are asked for
+    engines: int = 0  # rollout engines of their own, beside the ranks (Ray)
     max_restarts: int = 3  # of all ranks, after one died
     endpoint: str = ""  # HOST:PORT where nodes meet
     run_id: str = "infir2"  # tells jobs with one endpoint apart

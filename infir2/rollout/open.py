@@ -1,6 +1,7 @@
 """Opening the engine a recipe names, and proving that it holds the trainer's weights."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,24 +9,30 @@ from torch import Tensor
 
 from infir2.config.schema import RlRecipe
 from infir2.errors import CheckFailedError, ConfigError
+from infir2.launch.ray import ENGINES
 from infir2.model.hf import weights_digest
 from infir2.parallel.sharded import Sharded
 from infir2.rollout.native import NativeEngine
+from infir2.rollout.ray_engines import RayEngines
 from infir2.rollout.types import Engine
 
 
 def open_engine(recipe: RlRecipe, sharded: Sharded, policy_version: int) -> tuple[Engine, str]:
-    """This rank's engine of `rollout.model`; its bytes are compared with the trainer's before anything is generated.
+    """This rank's engine of `rollout.model`, or all ranks' where the launcher made room for engines apart.
 
+    Its bytes are compared with the trainer's before anything is generated.
     Returns the engine and a digest of its weights.
     A resumed run (`policy_version` > 0) sends the trainer's weights first: the exported file is older.
     Raises CheckFailedError naming the first weight that differs.
     """
     if not recipe.rollout.model:
         raise ConfigError("rollout.model is empty: name the FP8 export of model.path (infir2 export hf, infir2 export fp8)")
-    engine = NativeEngine.from_hf(
-        Path(recipe.rollout.model), recipe.rollout.max_running_requests, sharded.model.compute_dtype, sharded.layout.device
-    )
+    section, dtype = recipe.rollout, sharded.model.compute_dtype
+    engine: Engine
+    if os.environ.get(ENGINES):
+        engine = RayEngines(section, dtype, sharded.team)
+    else:
+        engine = NativeEngine.from_hf(Path(section.model), section.max_running_requests, dtype, sharded.layout.device)
     if policy_version > 0:
         return engine, publish(sharded, engine, policy_version)
     return engine, _assert_same(sharded, weights_digest(sharded.exported()), engine)

@@ -1,0 +1,225 @@
+"""Rollout engines apart from the trainer: actors in the placement group that `infir2 launch ray --engines N` made.
+
+The first rank talks to them. Weights go through Ray's object store as bytes (it does not take FP8 tensors), put once and
+fetched by every engine. An engine serves a version of the weights only after its digest of them was found to be the first
+one's, and `open_engine` compares that with the trainer's. Ray starts a dead engine again, as often as the launcher said; until
+it has the weights, the others do its work.
+"""
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infir2.config.schema import RolloutSection
+from infir2.errors import CheckFailedError, RankError
+from infir2.launch.ray import ENGINES
+from infir2.parallel.team import Team
+from infir2.rollout.native import NativeEngine
+from infir2.rollout.types import Completion, Request, SamplingParams, ignore
+
+Piece = tuple[str, str, tuple[int, ...], Any]  # of a weight: name, dtype, shape, reference to its bytes
+POLL_SECONDS = 0.5
+
+
+class NotServing(Exception):
+    """An engine was started again and has not got its weights yet."""
+
+
+class EngineActor:
+    """A `NativeEngine` in a process of its own, on a GPU if its bundle has one."""
+
+    def __init__(self, section: RolloutSection, compute_dtype: torch.dtype) -> None:
+        self._section, self._compute_dtype = section, compute_dtype
+        self._engine: NativeEngine | None = None
+
+    def load(self, pieces: Sequence[Piece], policy_version: int) -> dict[str, str]:
+        """Take over these weights, without any those of `rollout.model`. Returns their digest."""
+        if self._engine is None:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            directory = Path(self._section.model)
+            self._engine = NativeEngine.from_hf(directory, self._section.max_running_requests, self._compute_dtype, device)
+        if pieces:
+            self._engine.update_weights(_fetched(pieces), policy_version)
+        return self._engine.weights_digest()
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams, policy_version: int) -> Iterator[tuple[int, Completion]]:
+        """(place of its request, completion) as they end."""
+        engine = self._engine
+        if engine is None or engine.policy_version != policy_version:
+            raise NotServing
+        ended: queue.SimpleQueue[tuple[int, Completion] | BaseException | None] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                engine.generate(requests, params, lambda *finished: ended.put(finished))
+                ended.put(None)
+            except BaseException as error:
+                ended.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        while (item := ended.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+
+class RayEngines:
+    """All engines of the run as one `Engine`; every rank has one, and the first rank's does the work."""
+
+    def __init__(self, section: RolloutSection, compute_dtype: torch.dtype, team: Team) -> None:
+        """Start the engines with the weights of `rollout.model`, version 0. Errors: those of `NativeEngine.from_hf`."""
+        self.policy_version, self.shared = 0, True
+        self._team = team
+        self._pieces: list[Piece] = []
+        self._actors: list[Any] = []  # those that are not dead for good
+        self._serving: list[Any] = []
+        self._loading: dict[Any, Any] = {}  # reference to the digest that is to come -> actor
+        if team.is_first:
+            self._actors = _start(section, compute_dtype)
+        self._digest = team.first(self._load_all)
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """As `Engine`; on other ranks than the first, only go through the weights."""
+        self._pieces = []  # the object store need not hold two versions
+        for name, tensor in weights:
+            if self._team.is_first:
+                self._pieces.append(_put(name, tensor))
+        self.policy_version = policy_version
+        self._digest = self._team.first(self._load_all)
+
+    def weights_digest(self) -> dict[str, str]:
+        """That of every engine that serves."""
+        return self._digest
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        on_finished: Callable[[int, Completion], None] = ignore,
+        check: Callable[[], None] = ignore,
+    ) -> list[Completion]:
+        """As `Engine`. What an engine had not finished when it died is divided again. Raises RankError when all are dead for good."""
+        completions: dict[int, Completion] = {}
+        while waiting := [i for i in range(len(requests)) if i not in completions]:
+            self._await_one(check)
+            streams = {}
+            for number, actor in enumerate(self._serving):
+                share = waiting[number :: len(self._serving)]
+                if share:
+                    stream = actor.generate.options(num_returns="streaming").remote(
+                        [requests[i] for i in share], params, self.policy_version
+                    )
+                    streams[stream] = (actor, share)
+            for index, completion in self._collect(streams, check):
+                completions[index] = completion
+                on_finished(index, completion)
+        return [completions[i] for i in range(len(requests))]
+
+    def _collect(self, streams: dict[Any, tuple[Any, list[int]]], check: Callable[[], None]) -> Iterator[tuple[int, Completion]]:
+        import ray
+
+        while streams:
+            check()
+            for stream in ray.wait(list(streams), timeout=POLL_SECONDS)[0]:
+                actor, share = streams[stream]
+                try:
+                    place, completion = ray.get(next(stream))
+                    yield share[place], completion
+                except StopIteration:
+                    del streams[stream]
+                except (ray.exceptions.RayActorError, NotServing) as error:
+                    del streams[stream]
+                    print(f"rl: a rollout engine died ({type(error).__name__}); the others do its work", file=sys.stderr, flush=True)
+                    self._serving.remove(actor)
+                    self._load(actor)
+
+    def _load(self, actor: Any) -> None:
+        self._loading[actor.load.remote(self._pieces, self.policy_version)] = actor
+
+    def _load_all(self) -> dict[str, str]:
+        """Give every engine the version at hand; their digest."""
+        self._serving, self._digest = [], {}
+        for actor in self._actors:
+            self._load(actor)
+        while self._loading:
+            self._admit(POLL_SECONDS)
+        self._await_one(ignore)
+        return self._digest
+
+    def _await_one(self, check: Callable[[], None]) -> None:
+        """Until an engine serves, which may be at once; those that have got ready serve too."""
+        self._admit(0)
+        while not self._serving:
+            if not self._loading:
+                raise RankError("every rollout engine has died, more often than --max-restarts allows; see above")
+            check()
+            self._admit(POLL_SECONDS)
+
+    def _admit(self, wait_seconds: float) -> None:
+        """Let engines serve whose weights have the right digest."""
+        import ray
+
+        for loaded in ray.wait(list(self._loading), timeout=wait_seconds)[0] if self._loading else ():
+            actor = self._loading.pop(loaded)
+            try:
+                digest = ray.get(loaded)
+            except ray.exceptions.ActorUnavailableError:  # being started again
+                time.sleep(POLL_SECONDS)
+                self._load(actor)
+                continue
+            except ray.exceptions.RayActorError as error:
+                print(f"rl: a rollout engine is gone: {error}", file=sys.stderr, flush=True)
+                self._actors.remove(actor)
+                continue
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            self._digest = self._digest or digest
+            if digest != self._digest:
+                raise CheckFailedError("two rollout engines hold different weights: rollout.model must be the same on every node")
+            self._serving.append(actor)
+
+
+def _start(section: RolloutSection, compute_dtype: torch.dtype) -> list[Any]:
+    import ray
+    from ray.util.placement_group import PlacementGroup
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=True)
+    number, _, max_restarts = os.environ[ENGINES].partition(":")
+    group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number)))
+    return [
+        ray.remote(EngineActor)
+        .options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_restarts=int(max_restarts),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        )
+        .remote(section, compute_dtype)
+        for index, bundle in enumerate(group.bundle_specs)
+    ]
+
+
+def _put(name: str, tensor: Tensor) -> Piece:
+    import ray
+
+    content = tensor.detach().to("cpu").contiguous()
+    raw: Any = content.reshape(-1).view(torch.uint8).numpy()
+    return name, str(content.dtype).removeprefix("torch."), tuple(content.shape), ray.put(raw)
+
+
+def _fetched(pieces: Sequence[Piece]) -> Iterator[tuple[str, Tensor]]:
+    import ray
+
+    for name, dtype, shape, reference in pieces:
+        raw = np.array(ray.get(reference))  # a copy: the store's memory is read-only
+        yield name, torch.from_numpy(raw).view(getattr(torch, dtype)).view(shape)
