@@ -1,4 +1,4 @@
-"""Ray on CPU: SFT and RL through `infir2 launch ray` and `ray job submit`, a dead rank and a dead node, codes.
+"""Ray on CPU: SFT and RL through `infir2 launch ray` and `ray job submit`; a dead rank, node and engine; codes.
 
 Needs root, unshare and the `ray` program of the environment named by INFIR2_RAY_BIN (`make test-cluster` makes one).
 """
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs make test-cluster, root and unshare",
 )
 INFIR2 = f"{shlex.quote(str(RAY.with_name('python')))} -m infir2"
-LAUNCH = f"{INFIR2} launch ray --cpu --cpus-per-rank 0.5 --gpus-per-node 1"
+LAUNCH = f"{INFIR2} launch ray --cpu --cpus-per-rank 0.5 --gpus-per-node"
 
 
 def on_ray(script: str, directory: Path) -> "subprocess.CompletedProcess[str]":
@@ -36,19 +36,29 @@ def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_rl_start(world, tmp_path_factory.mktemp("start"))
 
 
-def test_sft_and_rl_survive_a_dead_rank_and_a_dead_node(world: Path, start: Path, tmp_path: Path) -> None:
+def rl_words(world: Path, start: Path, run_dir: Path) -> list[str]:
+    given = {"schedule__total_steps": 6, "checkpoint__save_every": 2, "rl__max_response_tokens": 24, "rl__overlong_buffer_tokens": 24}
+    return options(world, run_dir, "rl1", model__path=start / "cpt", rollout__model=start / "fp8", **given)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_rl(world: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process, without Ray."""
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(rl_words(world, start, directory))
+    return directory
+
+
+def test_sft_and_rl_survive_a_dead_rank_and_a_dead_node(world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path) -> None:
+    """RL on two ranks, each with an engine."""
+
     def sft(name: str) -> list[str]:
         return options(world, tmp_path / name, "sft1", schedule__total_steps=30, checkpoint__save_every=5, model__path=start / "cpt")
 
-    def rl(name: str) -> list[str]:
-        words = options(world, tmp_path / name, "rl1", schedule__total_steps=6, checkpoint__save_every=2, rl__overlong_buffer_tokens=6)
-        return [*words, f"--model.path={start / 'cpt'}", f"--rollout.model={start / 'fp8'}"]
-
     run(sft("sft-undisturbed"))
-    run(rl("rl-undisturbed"))
     script = f"""
-    INFIR2_FAULTS=train.step:18 {LAUNCH} --max-restarts 2 -- {shlex.join(sft("sft"))}; echo "code $?"
-    {LAUNCH} -- {shlex.join(rl("rl"))} & waiting=$!
+    INFIR2_FAULTS=train.step:18 {LAUNCH} 1 --max-restarts 2 -- {shlex.join(sft("sft"))}; echo "code $?"
+    {LAUNCH} 2 -- {shlex.join(rl_words(world, start, tmp_path / "rl"))} & waiting=$!
     until grep -qs '"step": 3' rl/metrics.jsonl || ! kill -0 $waiting; do sleep 0.1; done
     kill -9 $(pgrep -f '^ray::Node')  # the node's actor, and by the kernel all that it started
     wait $waiting; echo "code $?"
@@ -59,22 +69,60 @@ def test_sft_and_rl_survive_a_dead_rank_and_a_dead_node(world: Path, start: Path
     assert result.stdout.count("code 0") == 2, said
     assert said.count("restarts left, from the newest checkpoint") in (2, 3), said  # the 18th step of one life or two, as saves went
     assert "resumed from" in said  # the ranks' words reach the driver
-    for kind in ("sft", "rl"):
-        assert curve(tmp_path / kind, "loss", "gradient_norm") == curve(tmp_path / f"{kind}-undisturbed", "loss", "gradient_norm")
-        assert_same_state(tmp_path / kind, tmp_path / f"{kind}-undisturbed")
+    assert curve(tmp_path / "sft", "loss", "gradient_norm") == curve(tmp_path / "sft-undisturbed", "loss", "gradient_norm")
+    assert_same_state(tmp_path / "sft", tmp_path / "sft-undisturbed")
+    close(tmp_path / "rl", undisturbed_rl)
     print(f"{time.monotonic() - began:.0f} s")
 
 
-def test_ray_job_submit_runs_a_recipe_and_a_wrong_one_is_said(world: Path, tmp_path: Path) -> None:
+def close(found: Path, wanted: Path) -> None:
+    """The same rewards, and losses to the bound of data parallelism (docs/parallel.md)."""
+    assert curve(found, "reward", "response_tokens") == curve(wanted, "reward", "response_tokens")
+    assert curve(found, "loss") == [pytest.approx(line, rel=1e-6) for line in curve(wanted, "loss")]
+
+
+def kill_engines(times: int) -> str:
+    """Shell: SIGKILL `times` times an engine that is generating, after the first step."""
+    return f"""
+    for _ in $(seq {times}); do
+      until grep -qs '"step": 1' rl/metrics.jsonl && pid=$(pgrep -f '^ray::EngineActor.generate' | head -n 1) && [ -n "$pid" ]; do
+        sleep 0.05
+      done
+      kill -9 $pid; while kill -0 $pid 2>/dev/null; do sleep 0.05; done
+    done &
+    """
+
+
+@pytest.mark.parametrize(("engines", "kills", "restarts"), [(2, 1, 3), (1, 2, 1)])
+def test_engines_apart_die_in_a_step(
+    world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path, engines: int, kills: int, restarts: int
+) -> None:
+    """One of two: the other does its work, and it comes back. The only one, twice: all starts again from the newest checkpoint."""
+    words = shlex.join(rl_words(world, start, tmp_path / "rl"))
+    script = f'{kill_engines(kills)}\n{LAUNCH} 1 --engines {engines} --max-restarts {restarts} -- {words}; echo "code $?"'
+    result = on_ray(script, tmp_path)
+    said = result.stdout + result.stderr
+    assert "code 0" in result.stdout, said
+    assert said.count("a rollout engine died") == kills, said
+    assert ("every rollout engine has died" in said) == (kills > restarts), said
+    assert said.count("restarts left, from the newest checkpoint") == (kills > restarts), said
+    assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(undisturbed_rl, "reward", "loss", "gradient_norm")
+    assert_same_state(tmp_path / "rl", undisturbed_rl)
+
+
+def test_ray_job_submit_runs_a_recipe_and_a_wrong_one_is_said(world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path) -> None:
+    """CPT; RL on two ranks that share an engine apart."""
     words = options(world, tmp_path / "run", "cpt", schedule__total_steps=5, train__validate_every=0)
     (tmp_path / "empty").mkdir()
     submit = f"env -u RAY_ADDRESS {shlex.quote(str(RAY))} job submit --working-dir empty -- {LAUNCH}"
     script = f"""
-    {submit} -- {shlex.join(words)}; echo "code $?"
-    {submit} -- {shlex.join([*words, "--run.sed=1"])}; echo "code $?"
+    {submit} 1 -- {shlex.join(words)}; echo "code $?"
+    {submit} 2 --engines 1 -- {shlex.join(rl_words(world, start, tmp_path / "rl"))}; echo "code $?"
+    {submit} 1 -- {shlex.join([*words, "--run.sed=1"])}; echo "code $?"
     """
     result = on_ray(script, tmp_path)
-    assert "code 0" in result.stdout, result.stdout + result.stderr
+    assert result.stdout.count("code 0") == 2, result.stdout + result.stderr
     assert "code 1" in result.stdout  # Ray's own code for a failed job
     assert "did you mean run.seed" in result.stdout + result.stderr
     assert [step for step, _ in curve(tmp_path / "run", "loss")] == [1, 2, 3, 4, 5]
+    close(tmp_path / "rl", undisturbed_rl)

@@ -44,6 +44,8 @@ def test_torchrun_on_one_node_and_on_many(capsys: pytest.CaptureFixture[str], mo
 def test_what_cannot_be_launched_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for words, sentence in [
         (["torchrun", "--", "export", "hf"], "one of cpt, sft, rl, eval"),
+        (["torchrun", "--engines", "2", "--", "rl", "a.toml"], "--engines is for infir2 launch ray"),
+        (["ray", "--engines", "2", "--", "sft", "a.toml"], "--engines is for infir2 launch ray"),
         (["torchrun", "--nodes", "0", "--", "cpt"], "0 is not a number of at least 1"),
         (["torchrun", "--gpus-per-node", "2", "--", "eval", "a.toml"], "one process"),
         (["mpirun", "--", "cpt"], "invalid choice"),
@@ -68,6 +70,8 @@ def test_ray_names_bundles_and_the_command_of_a_node(capsys: pytest.CaptureFixtu
     text = dry(capsys, "ray", "--nodes", "4", "--gpus-per-node", "8", "--cpus-per-rank", "4", "--", "rl", "a.toml")
     assert "4 bundles of {'CPU': 32.0, 'GPU': 8.0}, STRICT_SPREAD" in text
     assert text.rstrip().endswith("--endpoint HOST:PORT --run-id infir2 --local-address HOST -- rl a.toml")
+    apart = dry(capsys, "ray", "--nodes", "4", "--gpus-per-node", "8", "--engines", "6", "--", "rl", "a.toml")
+    assert "; 6 bundles of {'CPU': 1.0, 'GPU': 1.0}, PACK; in each of the first" in apart
 
 
 def test_the_ranks_of_a_node_are_its_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
