@@ -147,7 +147,8 @@ class RayEngines:
 
     def _load_all(self) -> dict[str, str]:
         """Give every engine the version at hand; their digest."""
-        self._serving, self._digest = [], {}
+        # A load in flight is of the version before; an actor does its calls in order, so the new one comes after it.
+        self._serving, self._loading, self._digest = [], {}, {}
         for actor in self._actors:
             self._load(actor)
         while self._loading:
