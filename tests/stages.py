@@ -73,6 +73,18 @@ def assert_same_state(a: Path, b: Path) -> None:
         assert torch.equal(left[name], right[name]), name
 
 
+def assert_each_step_once(run_dir: Path, steps: int) -> None:
+    """An RL run, one optimizer update a step, lost no step, did none twice and drew each prompt once."""
+    trained, checkpoint = lines(run_dir, "train"), open_checkpoint(run_dir)
+    assert [line["step"] for line in trained] == list(range(1, steps + 1))
+    assert all(line["staleness"] in (0, 1) for line in trained)
+    tensors = checkpoint.tensors()
+    updates = {int(tensors[name]) for name in tensors if name.startswith("optimizer/") and name.endswith("/step")}
+    assert checkpoint.step == steps
+    assert updates == {sum(not line["skipped"] for line in trained)}
+    assert checkpoint.state["cursor"] == sum(line["groups_sampled"] for line in trained)
+
+
 def make_rl_start(world: Path, directory: Path) -> Path:
     """A little-trained model (`cpt`) and its exports (`hf`, `fp8`) in `directory`."""
     run(options(world, directory / "cpt", "cpt", schedule__total_steps=4))

@@ -16,8 +16,9 @@ from infir2.parallel.team import Team
 from infir2.rl.groups import Group, training_samples
 from infir2.rl.journal import Journal
 from infir2.rl.policy_loss import PolicyLoss
+from infir2.rl.rollouts import Rollouts
 from infir2.rl.sampler import Collected, GroupSampler
-from infir2.rollout.open import open_engine, publish
+from infir2.rollout.open import open_engine
 from infir2.rollout.types import Engine
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.schedules import learning_rate
@@ -47,34 +48,31 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
         if sampler.num_too_long:
             session.event(done, "prompts_too_long", f"{sampler.num_too_long} prompts dropped")
         description = {"model_config": model.config.to_hf(), "tokenizer_dir": str(tokenizer_dir), "fp8": recipe.fp8.model_dump()}
+        description["tokenizer_fingerprint"] = tokenizer.fingerprint()
         total = recipe.schedule.total_steps
 
         def evaluate_if_due(step: int) -> None:
             if evaluate and recipe.rl.evaluate_every and step and (step % recipe.rl.evaluate_every == 0 or step == total):
+                rollouts.update(step)
                 evaluate(engine, step, session)
 
-        evaluated = session.team.first(lambda: dict(session.metrics.values("evaluation", "avg_at_k")))
-        if done not in evaluated:  # the run was stopped in it
-            evaluate_if_due(done)
-        for step in range(done + 1, total + 1):
-            session.beat(f"step {step}")
-            journal.open(step, session.saved_step)
-            line, result, collected, weights = _one_step(recipe, trainer, engine, sampler, step, weights)
-            session.metrics.write_samples(_readable(collected, step))
-            state = description | {"cursor": sampler.cursor, "tokenizer_fingerprint": tokenizer.fingerprint()}
-            session.finish_step(step, step == total, result, line, state)
-            evaluate_if_due(step)
+        with Rollouts(sampler, journal, engine, weights, trainer.sharded, session, total) as rollouts:
+            evaluated = session.team.first(lambda: dict(session.metrics.values("evaluation", "avg_at_k")))
+            if done not in evaluated:  # the run was stopped in it
+                evaluate_if_due(done)
+            for step in range(done + 1, total + 1):
+                session.beat(f"step {step}")
+                line, result, collected = _one_step(recipe, trainer, rollouts, step)
+                session.metrics.write_samples(_readable(collected, step))
+                session.finish_step(step, step == total, result, line, description | rollouts.state)
+                evaluate_if_due(step)
 
 
-def _one_step(
-    recipe: RlRecipe, trainer: Trainer, engine: Engine, sampler: GroupSampler, step: int, weights: str
-) -> tuple[dict[str, Any], StepResult, Collected, str]:
-    """`weights` is a digest of the engine's; the last value is that of its new ones."""
+def _one_step(recipe: RlRecipe, trainer: Trainer, rollouts: Rollouts, step: int) -> tuple[dict[str, Any], StepResult, Collected]:
     start = time.monotonic()
-    collected = sampler.collect(engine, weights)
+    collected = rollouts.take(step)
     generated = time.monotonic()
     results, mismatch = update_policy(recipe, trainer, collected.trained, learning_rate(recipe.schedule, step))
-    weights = publish(trainer.sharded, engine, policy_version=step)
     result = _combined(results)
     responses = [response for group in collected.groups for response in group.responses]
     num_tokens = sum(len(response.completion.token_ids) for response in responses)
@@ -93,9 +91,10 @@ def _one_step(
         "truncated_fraction": sum(response.completion.finish == "length" for response in responses) / len(responses),
         "groups_sampled": len(collected.groups),
         "groups_without_signal": sum(not group.has_signal for group in collected.groups),
-        "policy_version": engine.policy_version,
+        "policy_version": step,
+        "staleness": step - 1 - min(response.completion.policy_version for response in responses),
     }
-    return line | mismatch | result.metrics, result, collected, weights
+    return line | mismatch | result.metrics, result, collected
 
 
 def update_policy(recipe: RlRecipe, trainer: Trainer, groups: Sequence[Group], rate: float) -> tuple[list[StepResult], dict[str, float]]:
@@ -114,6 +113,8 @@ def update_policy(recipe: RlRecipe, trainer: Trainer, groups: Sequence[Group], r
         raise CheckFailedError(
             f"the rollout engine's log-probabilities are not the trainer's: KL {mismatch['mismatch_kl']:.4f} exceeds "
             f"rl.max_mismatch_kl = {rl.max_mismatch_kl}; check that both use the same weights, scale format and temperature"
+            + ", or lower the learning rate: with rl.asynchronous the engine's weights are a version older"
+            * rl.asynchronous
         )
     loss = PolicyLoss(rl.clip_low, rl.clip_high, rl.tis_cap)
     return [trainer.step(batches, loss, rate, temperature=rl.temperature) for batches in mini_batches], mismatch

@@ -1,7 +1,7 @@
 """Dynamic sampling: draw prompts until enough groups have rewards that differ, within a budget."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -16,6 +16,10 @@ from infir2.rl.journal import Journal
 from infir2.rl.rewards import rate
 from infir2.rollout.types import Completion, Engine, Request, SamplingParams, part_of, sampling_key
 from infir2.train.session import Session
+
+Check = Callable[[], None]
+Work = Callable[[Check], dict[int, list[Response]]]  # responses by place of their prompt; calls its argument all the time
+Divide = Callable[[Work], Sequence[dict[int, list[Response]]]]  # what each rank's work gave
 
 
 @dataclass
@@ -46,7 +50,7 @@ class GroupSampler:
         session: Session,
         cursor: int = 0,
     ) -> None:
-        self._tokenizer, self._rl, self._journal, self._session = tokenizer, rl, journal, session
+        self._tokenizer, self.rl, self._journal, self._team = tokenizer, rl, journal, session.team
         self._seed = session.recipe.run.seed
         self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-verify")
         self.cursor = cursor
@@ -56,35 +60,37 @@ class GroupSampler:
         if not self._prompts:
             raise DataError(f"no prompt has at most {rl.max_prompt_tokens} tokens: raise rl.max_prompt_tokens or mend data.sources")
 
-    def collect(self, engine: Engine, weights: str) -> Collected:
+    def collect(self, engine: Engine, weights: str, divide: Divide, earlier: str = "") -> Collected:
         """At most `over_sample_prompts` prompts, in rounds of `prompts_per_step`, until that many groups have signal.
 
-        `weights` is a digest of the engine's.
+        `weights` is a digest of the engine's, `earlier` of others whose groups in the journal are taken too. `divide` has every
+        rank do its part.
         """
         collected, drawn = Collected(), 0
-        while len(collected.trained) < self._rl.prompts_per_step and drawn < self._rl.over_sample_prompts:
-            count = min(self._rl.prompts_per_step, self._rl.over_sample_prompts - drawn)
+        while len(collected.trained) < self.rl.prompts_per_step and drawn < self.rl.over_sample_prompts:
+            count = min(self.rl.prompts_per_step, self.rl.over_sample_prompts - drawn)
             drawn += count
-            for group in self._sample(engine, weights, count):
-                wanted = group.has_signal and len(collected.trained) < self._rl.prompts_per_step
+            for group in self._sample(engine, weights, divide, earlier, count):
+                wanted = group.has_signal and len(collected.trained) < self.rl.prompts_per_step
                 (collected.trained if wanted else collected.without_signal).append(group)
         return collected
 
-    def _sample(self, engine: Engine, weights: str, count: int) -> list[Group]:
+    def _sample(self, engine: Engine, weights: str, divide: Divide, earlier: str, count: int) -> list[Group]:
         drawn = [self._prompt(self.cursor + i) for i in range(count)]
         self.cursor += count
         keys = [self._journal_key(name, ids, weights) for name, _, ids in drawn]
         found = {i: kept for i, key in enumerate(keys) if (kept := self._journal.get(key)) is not None}
-        mine = part_of(engine, self._session.team, [i for i in range(count) if i not in found])
-        for part in self._session.divided(lambda check: self._respond(engine, {i: (keys[i], *drawn[i]) for i in mine}, check)):
+        if earlier:
+            old_keys = (self._journal_key(name, ids, earlier) for name, _, ids in drawn)
+            found |= {i: kept for i, key in enumerate(old_keys) if (kept := self._journal.get(key)) is not None}
+        mine = part_of(engine, self._team, [i for i in range(count) if i not in found])
+        for part in divide(lambda check: self._respond(engine, {i: (keys[i], *drawn[i]) for i in mine}, check)):
             found |= part
         return [Group(prompt, ids, found[i]) for i, (_, prompt, ids) in enumerate(drawn)]
 
-    def _respond(
-        self, engine: Engine, drawn: dict[int, tuple[str, str, Prompt, list[int]]], check: Callable[[], None]
-    ) -> dict[int, list[Response]]:
+    def _respond(self, engine: Engine, drawn: dict[int, tuple[str, str, Prompt, list[int]]], check: Check) -> dict[int, list[Response]]:
         """Responses to prompts, given with their keys and names."""
-        missing, size = list(drawn), self._rl.group_size
+        missing, size = list(drawn), self.rl.group_size
         requests = [
             Request(f"{name}/{sample}", ids, sampling_key(self._seed, name, sample, engine.policy_version))
             for _, name, _, ids in drawn.values()
@@ -99,7 +105,7 @@ class GroupSampler:
             if len(parts[i]) == size:
                 checks[i] = self._checker.submit(self._finish, drawn[i][0], [parts[i][n] for n in range(size)], drawn[i][2].answer)
 
-        params = SamplingParams(self._rl.temperature, self._rl.max_response_tokens, self._tokenizer.eos_ids)
+        params = SamplingParams(self.rl.temperature, self.rl.max_response_tokens, self._tokenizer.eos_ids)
         engine.generate(requests, params, on_finished, check)
         return {i: checked.result() for i, checked in checks.items()}
 
@@ -107,13 +113,13 @@ class GroupSampler:
         """Check a group and write it down."""
         fault("rollout.group")
         texts = [self._tokenizer.decode(completion.token_ids) for completion in completions]
-        responses = rate(completions, texts, [answer] * len(completions), self._rl)
+        responses = rate(completions, texts, [answer] * len(completions), self.rl)
         self._journal.add(key, responses)
         return responses
 
     def _journal_key(self, name: str, ids: list[int], weights: str) -> str:
         """Of everything that a group's responses, log-probabilities and rewards depend on."""
-        text = f"{self._seed}/{name}/{ids}/{weights}/{self._rl.model_dump_json()}"
+        text = f"{self._seed}/{name}/{ids}/{weights}/{self.rl.model_dump_json()}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _prompt(self, position: int) -> tuple[str, Prompt, list[int]]:

@@ -27,9 +27,15 @@ def open_engine(recipe: RlRecipe, sharded: Sharded, policy_version: int) -> tupl
     """
     if not recipe.rollout.model:
         raise ConfigError("rollout.model is empty: name the FP8 export of model.path (infir2 export hf, infir2 export fp8)")
+    apart = bool(os.environ.get(ENGINES))
+    if recipe.rl.asynchronous and not apart and (sharded.team.size > 1 or sharded.layout.device.type != "cpu"):
+        raise ConfigError(
+            "rl.asynchronous needs engines apart from the trainer, for otherwise both wait for the same processor: start with "
+            "infir2 launch ray --engines N -- rl ... (one process on a CPU may try it without)"
+        )
     section, dtype = recipe.rollout, sharded.model.compute_dtype
     engine: Engine
-    if os.environ.get(ENGINES):
+    if apart:
         engine = RayEngines(section, dtype, sharded.team)
     else:
         engine = NativeEngine.from_hf(Path(section.model), section.max_running_requests, dtype, sharded.layout.device)

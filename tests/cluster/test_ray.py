@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stages import assert_same_state, curve, make_rl_start, options, run
+from stages import assert_each_step_once, assert_same_state, curve, make_rl_start, options, run
 
 RAY = Path(os.environ.get("INFIR2_RAY_BIN") or "/nonexistent") / "ray"
 pytestmark = pytest.mark.skipif(
@@ -36,9 +36,9 @@ def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_rl_start(world, tmp_path_factory.mktemp("start"))
 
 
-def rl_words(world: Path, start: Path, run_dir: Path) -> list[str]:
+def rl_words(world: Path, start: Path, run_dir: Path, **values: object) -> list[str]:
     given = {"schedule__total_steps": 6, "checkpoint__save_every": 2, "rl__max_response_tokens": 24, "rl__overlong_buffer_tokens": 24}
-    return options(world, run_dir, "rl1", model__path=start / "cpt", rollout__model=start / "fp8", **given)
+    return options(world, run_dir, "rl1", model__path=start / "cpt", rollout__model=start / "fp8", **(given | values))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,29 @@ def test_engines_apart_die_in_a_step(
     assert said.count("restarts left, from the newest checkpoint") == (kills > restarts), said
     assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(undisturbed_rl, "reward", "loss", "gradient_norm")
     assert_same_state(tmp_path / "rl", undisturbed_rl)
+
+
+def test_asynchronous_rl_outlives_an_engine_and_a_rank(world: Path, start: Path, tmp_path: Path) -> None:
+    """Engines apart sample while two ranks train: one of two engines dies, then, in another run, a rank."""
+
+    def asynchronous(name: str) -> list[str]:
+        return rl_words(world, start, tmp_path / name, rl__asynchronous="true", rl__mini_batches=1, schedule__total_steps=8)
+
+    run(asynchronous("undisturbed"))
+    script = f"""
+    {kill_engines(1)}
+    {LAUNCH} 2 --engines 2 -- {shlex.join(asynchronous("rl"))}; echo "code $?"
+    INFIR2_FAULTS=train.step:5 {LAUNCH} 1 --engines 1 -- {shlex.join(asynchronous("again"))}; echo "code $?"
+    """
+    result = on_ray(script, tmp_path)
+    said = result.stdout + result.stderr
+    assert result.stdout.count("code 0") == 2, said
+    assert said.count("a rollout engine died") == 1, said
+    assert "restarts left, from the newest checkpoint" in said, said
+    assert curve(tmp_path / "rl", "staleness") == [(step, int(step > 1)) for step in range(1, 9)]
+    close(tmp_path / "rl", tmp_path / "undisturbed")
+    assert_each_step_once(tmp_path / "rl", 8)
+    assert_each_step_once(tmp_path / "again", 8)
 
 
 def test_ray_job_submit_runs_a_recipe_and_a_wrong_one_is_said(world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path) -> None:

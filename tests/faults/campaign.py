@@ -1,5 +1,7 @@
 """SIGKILL at random moments of CPT, SFT and RL runs; every run must end as the one that nobody touched.
 
+Asynchronous RL, whose responses may come from newer weights after a kill, must have lost no step and done none twice.
+
     python tests/faults/campaign.py --kills 30 --to docs/results/faults.md      (make test-faults)
 
 A kill hits anywhere from the start of the process to its end: imports, loading, rollouts, verification, backward, saves in
@@ -20,12 +22,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stages import assert_same_state, curve, lines, make_world, options
+from stages import assert_each_step_once, assert_same_state, curve, lines, make_world, options
 
 from infir2.checkpoint.store import newest_checkpoint
 
-STEPS = {"cpt": 60, "sft": 60, "rl": 12}
-SAVE_EVERY = {"cpt": 8, "sft": 8, "rl": 2}
+STEPS = {"cpt": 60, "sft": 60, "rl": 12, "rl-asynchronous": 12}
+SAVE_EVERY = {"cpt": 8, "sft": 8, "rl": 2, "rl-asynchronous": 2}
 CURVES = {"cpt": ("loss", "gradient_norm"), "sft": ("loss", "gradient_norm"), "rl": ("reward", "response_tokens", "groups_sampled", "loss")}
 KILLS_PER_RUN = 5
 TITLE = "## Random kills"
@@ -77,12 +79,13 @@ class Campaign:
                     subprocess.run(run, cwd=self.directory, check=True, stdout=subprocess.DEVNULL)
 
     def words(self, kind: str, run_dir: Path) -> list[str]:
-        stage = {"cpt": "cpt", "sft": "sft1", "rl": "rl1"}[kind]
+        stage = {"cpt": "cpt", "sft": "sft1"}.get(kind, "rl1")
         given = {"schedule__total_steps": STEPS[kind], "checkpoint__save_every": SAVE_EVERY[kind], "train__validate_every": 0}
         if kind != "cpt":
             given["model__path"] = self.directory / "cpt-undisturbed"
-        if kind == "rl":
+        if stage == "rl1":
             given |= {"rollout__model": self.directory / "fp8", "rl__overlong_buffer_tokens": 6, "rl__max_response_tokens": 24}
+            given |= {"rl__mini_batches": 1, "rl__asynchronous": str(kind != "rl").lower()}
             del given["train__validate_every"]
         return options(self.world, run_dir, stage, **given)
 
@@ -118,6 +121,9 @@ class Campaign:
             step = _logged(run_dir)
             self.kills.append(Kill(kind, step <= before, step, newest.step if newest else 0))
         self.finish(kind, run_dir)
+        if kind == "rl-asynchronous":
+            assert_each_step_once(run_dir, STEPS[kind])
+            return
         undisturbed = self.directory / f"{kind}-undisturbed"
         assert curve(run_dir, *CURVES[kind]) == curve(undisturbed, *CURVES[kind]), f"{run_dir}: another curve than undisturbed"
         assert_same_state(run_dir, undisturbed)
@@ -141,7 +147,8 @@ class Campaign:
             "",
             f"`make test-faults`: {len(self.kills)} SIGKILLs at random moments over {self.runs} runs, seed {self.seed}, "
             f"{duration / 60:.1f} minutes. Every run",
-            "ended with the curve of the undisturbed one, bit for bit, and with the same checkpoint (weights, moments, data position).",
+            "of the first three kinds ended with the curve of the undisturbed one, bit for bit, and with the same checkpoint (weights,",
+            "moments, data position); every asynchronous one had done each step once: numbers of steps, optimizer updates and prompts.",
             "",
             "| kind | kills | before the process had done a step | last step then | while a save was in flight: kills, most steps lost "
             "| else: mean, most | save interval | a save takes, s: mean, most |",

@@ -1,11 +1,14 @@
 """RL on a tiny model: the engine is the trainer to the last bit, stopping loses nothing, dynamic sampling ends."""
 
 import json
+import queue
+import threading
 from pathlib import Path
 
 import pytest
-from stages import assert_same_state, curve, lines, make_rl_start, options, run
+from stages import assert_each_step_once, assert_same_state, curve, lines, make_rl_start, options, run
 
+import infir2.rl.run
 import infir2.rl.sampler
 from infir2.cli import main
 from infir2.rl.groups import Response
@@ -59,9 +62,9 @@ def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
     real = infir2.rl.sampler.GroupSampler.collect
     calls = []
 
-    def collect_thrice(self, engine, weights):  # type: ignore[no-untyped-def]
+    def collect_thrice(self, engine, *words):  # type: ignore[no-untyped-def]
         calls.append(engine.policy_version)
-        return die() if len(calls) == 4 else real(self, engine, weights)
+        return die() if len(calls) == 4 else real(self, engine, *words)
 
     monkeypatch.setattr(infir2.rl.sampler.GroupSampler, "collect", collect_thrice)
     with pytest.raises(Killed):
@@ -118,6 +121,37 @@ def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
     assert curve(tmp_path / "b", *names) == curve(tmp_path / "a", *names)
     assert_same_state(tmp_path / "b", tmp_path / "a")
     assert [json.loads(line)["key"] for line in kept.read_text().splitlines()][:2] == done[:2]
+
+
+def test_asynchronous_samples_the_next_step_while_one_trains(
+    world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No update of a step but the last begins before the engine has begun on the next step's responses."""
+    versions: queue.Queue[int] = queue.Queue()  # of what is sampled in the background
+    generate, update = NativeEngine.generate, infir2.rl.run.update_policy
+
+    def generate_and_tell(self, *words):  # type: ignore[no-untyped-def]
+        if threading.current_thread() is not threading.main_thread():
+            versions.put(self.policy_version)
+        return generate(self, *words)
+
+    updates = []
+
+    def update_once_sampling(*words):  # type: ignore[no-untyped-def]
+        updates.append(versions.get(timeout=60) if len(updates) < 3 else None)
+        return update(*words)
+
+    monkeypatch.setattr(infir2.rl.sampler, "rate", reward_even_lengths)
+    monkeypatch.setattr(NativeEngine, "generate", generate_and_tell)
+    monkeypatch.setattr(infir2.rl.run, "update_policy", update_once_sampling)
+    run(words(world, start, tmp_path / "rl", rl__asynchronous="true", rl__over_sample_prompts=3, rl__mini_batches=1))
+    assert updates == [0, 1, 2, None]  # beside step n, step n + 1 from version n - 1
+    trained = lines(tmp_path / "rl", "train")
+    assert [line["staleness"] for line in trained] == [0, 1, 1, 1]
+    assert [line["policy_version"] for line in trained] == [1, 2, 3, 4]
+    assert trained[0]["mismatch_max"] <= 1e-4
+    assert min(line["mismatch_mean"] for line in trained[1:]) > 1e-4  # the policy has moved: importance weights see it
+    assert_each_step_once(tmp_path / "rl", 4)
 
 
 def test_equal_rewards_end_within_the_budget_and_change_nothing(world: Path, start: Path, tmp_path: Path) -> None:
