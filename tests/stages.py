@@ -85,9 +85,9 @@ def assert_each_step_once(run_dir: Path, steps: int) -> None:
     assert checkpoint.state["cursor"] == sum(line["groups_sampled"] for line in trained)
 
 
-def make_rl_start(world: Path, directory: Path) -> Path:
+def make_rl_start(world: Path, directory: Path, **values: Any) -> Path:
     """A little-trained model (`cpt`) and its exports (`hf`, `fp8`) in `directory`."""
-    run(options(world, directory / "cpt", "cpt", schedule__total_steps=4))
+    run(options(world, directory / "cpt", "cpt", **({"schedule__total_steps": 4} | values)))
     run(["export", "hf", str(directory / "cpt"), "--to", str(directory / "hf")])
     run(["export", "fp8", str(directory / "hf"), "--to", str(directory / "fp8")])
     return directory
