@@ -1,5 +1,6 @@
 # make demo   the whole recipe on a tiny model, on a CPU
 # make test   every test that needs no GPU;  make lint   style and types;  make clean   remove what make made, except runs/
+# make test-gpu   the tests of the kernels and of training on a Hopper GPU, with the python that has torch for it (PYTHON=...)
 # make test-faults   30 kills at random moments (half an hour);  make test-cluster   real Ray and, as root with its packages, real SLURM
 #
 # PYTHON       the interpreter to build .venv with (3.11 or 3.12; the first of python3.12, python3.11, python3 that runs)
@@ -18,13 +19,16 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 -c constraints.txt
 PYTEST_OPTIONS ?=
 
-.PHONY: demo test test-faults test-cluster lint venv clean
+.PHONY: demo test test-gpu test-faults test-cluster lint venv clean
 
 demo: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/infir2 demo
 
 test: $(VENV)/.installed-test $(VENV)/.smollm2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_OPTIONS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_OPTIONS)
+
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu $(PYTEST_OPTIONS)
 
 test-faults: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --kills 30 --to docs/results/faults.md

@@ -18,7 +18,7 @@ from stages import curve, make_rl_start, make_world, options, run
 import infir2.rl.sampler
 from infir2.rl.groups import Response
 
-VARIABLES = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
+VARIABLES = {"CUDA_VISIBLE_DEVICES": "", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
 # one step that moves nothing: each stage is a curve of its own, not the continuation of another's differences
 UNTRAINED = {f"schedule__{name}": value for name, value in {"total_steps": 1, "warmup_steps": 0, "decay_steps": 0}.items()}
 UNTRAINED |= {"schedule__learning_rate": 1e-12, "schedule__final_learning_rate": 1e-12}
