@@ -31,7 +31,7 @@ from step import Case
 from infir2.config.schema import ShapeSection
 from infir2.model import ModelConfig
 from infir2.parallel.mesh import Sizes, tp_problem
-from infir2.train.ledger import gpu_ledger, layer_bytes, linear_parameters, num_parameters
+from infir2.train.ledger import gpu_ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("equality", "throughput", "gather", "overlap", "save", "ray")
@@ -115,20 +115,7 @@ def memory_gib(job: Job, fp8: bool) -> float:
     """The ledger of bench/step.py's case, its weights shared by the ranks: an estimate of the peak of one GPU."""
     case = case_of(job.settings, fp8)
     sizes = Sizes(*job.settings.get("sizes", (1, job.ranks, 1, 1)))
-    config = config_of(case)
-    linear, total, tokens = linear_parameters(config), num_parameters(config), case.tokens // (sizes.cp * sizes.tp)
-    if sizes.world == 1:
-        return sum(gpu_ledger(config, case.recipe()).values()) / 2**30
-    kept, working = layer_bytes(config, case.recipe())
-    streams = 2 * config.hidden_size * config.num_layers + kept if case.recompute == "full" else config.num_layers * kept
-    head = min(case.head_chunk_tokens, tokens) * config.vocab_size * 6
-    activations = tokens * (streams + 6 * config.hidden_size) + max(head, tokens * working)
-    block, rest = linear / config.num_layers / sizes.tp, total - linear
-    local, byte = (linear / sizes.tp + rest) / sizes.num_shards, 1 if fp8 else 2
-    states = 16 * local + (linear / sizes.tp / sizes.num_shards if fp8 else 0)
-    gathered = 2 * rest + 4 * byte * block  # root; two blocks, as they arrive and as they are read
-    gradients = 4 * rest + 2 * 4 * block  # root until the end; of a block, and as it is sent
-    return (states + gathered + gradients + activations) / 2**30
+    return sum(gpu_ledger(config_of(case), case.recipe(), sizes).values()) / 2**30
 
 
 def command(job: Job, script: str, *rest: str) -> list[str]:

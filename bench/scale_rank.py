@@ -8,6 +8,7 @@ import gc
 import hashlib
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -26,6 +27,7 @@ from infir2.config.schema import OptimizerSection
 from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, Memory
+from infir2.numerics.operands import local_tensor
 from infir2.parallel import exchange
 from infir2.parallel.mesh import Layout, Sizes
 from infir2.parallel.sharded import Sharded
@@ -184,21 +186,49 @@ def losses(trainer: Trainer, case: Case, job: Report, mine: slice) -> list[float
     return found
 
 
+def first_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """name -> this rank's part of the first step's gradient, filled in as it runs."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(*_: object) -> None:
+        if not seen:
+            seen.update({name: local_tensor(p.grad).clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+
+    trainer.optimizer.register_step_pre_hook(keep)
+    return seen
+
+
+def decibels(bench: Bench, sharded: Sharded, parts: dict[str, Tensor], whole: dict[str, Tensor]) -> float:
+    """Of the parts of all ranks, as one vector, against what one process has; 300 where they are equal."""
+    error, total = 0.0, 0.0
+    for name, place in sharded.places.items():
+        ranges = tuple(slice(first, first + size) for first, size in zip(place.offset, place.size, strict=True))
+        expected = whole[name][ranges]
+        error += float((parts[name] - expected).double().square().sum())
+        total += float(expected.double().square().sum())
+    errors, totals = zip(*bench.team.gather((error, total)), strict=True)
+    return 10 * math.log10(sum(totals) / max(sum(errors), 1e-30 * sum(totals)))
+
+
 def equality(bench: Bench) -> None:
-    """Losses of every layout against one process, and the bytes of gathered FP8 weights."""
+    """Losses and the first gradient of every layout against one process, and the bytes of gathered FP8 weights."""
     for fp8 in (True, False):
         case, job = case_of(bench.job, fp8), bench.job
         name = "FP8" if fp8 else "BF16"
         # every rank works alone at the same time: none waits longer than a timeout for another
-        alone = losses(bench.trainer(case, Sizes(), alone=True), case, job, slice(None))
+        trainer = bench.trainer(case, Sizes(), alone=True)
+        whole = first_gradients(trainer)
+        alone = losses(trainer, case, job, slice(None))
+        del trainer
         bench.note(f"{name} alone", alone)
         for layout, numbers in job["layouts"].items():
             sizes = Sizes(*numbers)
             trainer = bench.trainer(case, sizes)
             expected = expected_bytes(bench, case, trainer.sharded) if fp8 else {}
-            seen = spy_on_bytes(trainer.model)
+            seen, parts = spy_on_bytes(trainer.model), first_gradients(trainer)
             found = losses(trainer, case, job, slice(trainer.sharded.layout.data_rank, None, sizes.num_data))
             row = {"losses": found, "largest difference": max(abs(a - b) for a, b in zip(found, alone, strict=True))}
+            row["decibels of the first gradient"] = decibels(bench, trainer.sharded, parts, whole)
             if fp8:
                 row["bytes equal on all ranks"] = all(bench.team.gather(bool(seen) and seen == expected))
             bench.note(f"{name} {layout}", row)

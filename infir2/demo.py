@@ -1,14 +1,13 @@
 """`infir2 demo`: the whole recipe on a tiny model, through the same commands a user types.
 
-Two lanes use a small machine's two cores: the stages that need one another run in order, and beside them run the BF16
-comparison and the evaluations, which nothing waits for until the end. Every stage is resumed or skipped when it is
-already done, so the command can be stopped and given again.
+The stages that need one another run in order, and beside them, on a small machine's second core, the BF16 comparison and
+the evaluations, which nothing waits for until the end. Every stage is resumed or skipped when it is already done, so the
+command can be stopped and given again.
 """
 
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +28,7 @@ class Stage:
     name: str
     words: tuple[str, ...]
     done: Path | None = None
-    needs: str = ""  # beside the main lane: the main stage to wait for
+    needs: str = ""  # of a stage beside the main ones: the one that it waits for
 
     @property
     def is_done(self) -> bool:
@@ -51,10 +50,11 @@ def run_demo(directory: Path, seed: int) -> None:
         raise ConfigError(f"{RECIPES} is missing: the demo runs from a checkout of the repository")
     start = time.monotonic()
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "logs").mkdir(exist_ok=True)
+    logs = directory / "logs"
+    logs.mkdir(exist_ok=True)
     console = Console()
     main, side = plan(directory, seed)
-    beside = SideLane(side, directory / "logs")
+    beside: list[tuple[Stage, subprocess.Popen[bytes]]] = []
     try:
         for stage in main:
             if stage.is_done:
@@ -63,11 +63,18 @@ def run_demo(directory: Path, seed: int) -> None:
                 console.rule(f"{stage.name}   [dim]infir2 {' '.join(stage.words[:2])} ...[/dim]", align="left")
                 if code := subprocess.run(stage.command, check=False).returncode:
                     raise stage.failure(code, "its message is above")
-            beside.after(stage.name)
+            for other in side:
+                if other.needs == stage.name and not other.is_done:
+                    with (logs / f"{other.name}.log").open("wb") as log:
+                        beside.append((other, subprocess.Popen(other.command, stdout=log, stderr=subprocess.STDOUT)))
         console.rule("waiting for the comparisons beside", align="left")
-        beside.finish()
+        for other, process in beside:
+            if code := process.wait():
+                raise other.failure(code, f"its message is in {logs / other.name}.log")
     finally:
-        beside.stop()
+        for _, process in beside:  # nothing goes on after the demo has ended
+            process.terminate()
+            process.wait()
     runs = [directory / name for name in (*STAGES[:1], "cpt-bf16", *STAGES[1:], *(f"eval-{name}" for name in EVALUATED))]
     page = write_report(runs, directory / "report.html")
     console.print(render_stage_table(stage_table(runs)))
@@ -112,42 +119,3 @@ def _evaluate(name: str, directory: Path, seed: int) -> Stage:
     problems = f"--evaluate.problems.0.path={directory / 'world' / 'heldout.jsonl'}"
     words = ("eval", str(RECIPES / "eval.toml"), f"--model.path={directory / name}", f"--run.dir={out}", f"--run.seed={seed}", problems)
     return Stage(f"eval-{name}", words, out / "metrics.jsonl", needs=name)
-
-
-class SideLane:
-    """Runs its stages one at a time beside the main lane, each once the main stage it needs is done; output goes to log files."""
-
-    def __init__(self, stages: list[Stage], logs: Path) -> None:
-        self._stages, self._logs = stages, logs
-        self._worker = ThreadPoolExecutor(max_workers=1)
-        self._results: list[Future[None]] = []
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stopped = False
-
-    def after(self, name: str) -> None:
-        """The main stage `name` is done: what needs it may run."""
-        for stage in self._stages:
-            if stage.needs == name and not stage.is_done:
-                self._results.append(self._worker.submit(self._run, stage))
-
-    def finish(self) -> None:
-        """Wait for everything; raises if a stage failed."""
-        for result in self._results:
-            result.result()
-
-    def stop(self) -> None:
-        """End what still runs: nothing goes on after the demo has ended."""
-        self._stopped = True
-        if self._process and self._process.poll() is None:
-            self._process.terminate()
-        self._worker.shutdown(cancel_futures=True)
-
-    def _run(self, stage: Stage) -> None:
-        if self._stopped:
-            return
-        path = self._logs / f"{stage.name}.log"
-        with path.open("wb") as log:
-            self._process = subprocess.Popen(stage.command, stdout=log, stderr=subprocess.STDOUT)
-            code = self._process.wait()
-        if code and not self._stopped:
-            raise stage.failure(code, f"its message is in {path}")

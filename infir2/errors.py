@@ -4,6 +4,9 @@ Every class says which exit code the command line returns for it (docs/DESIGN.md
 key, file or row and says what to do.
 """
 
+import errno
+from typing import Self
+
 
 class UserError(Exception):
     """Something the user can mend. Base of all errors that are shown without a traceback.
@@ -13,6 +16,11 @@ class UserError(Exception):
 
     exit_code = 2
     told_by_first = False
+
+    def of_all_ranks(self) -> Self:
+        """The same error, which every rank raises."""
+        self.told_by_first = True
+        return self
 
 
 class ConfigError(UserError):
@@ -77,6 +85,11 @@ class Interrupted(UserError):
     """Ctrl-C arrived: the state is saved, the same command goes on from it."""
 
     exit_code = 130
+
+
+def disk_reason(error: OSError) -> str:
+    """Why the system refused, for brackets in a sentence. Example: "No space left on device, errno 28 ENOSPC"."""
+    return f"{error.strerror}, errno {error.errno} {errno.errorcode.get(error.errno or 0, '')}".rstrip()
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 `INFIR2_FAULTS` is a comma-separated list of `point:n[:action]`: at the n-th passing of `point` (counted from 1 in this
 process) do `action`. Actions: `kill` (default; SIGKILL to this process, nothing can clean up), `term` (SIGTERM, as a
-scheduler that preempts), `enospc` (OSError as from a full disk), `nan` (the value at hand becomes NaN), `hang` (sleep for ever).
+scheduler that preempts), `exit` (this process ends by itself, as a library that aborts), `enospc` (OSError as from a full
+disk), `nan` (the value at hand becomes NaN), `hang` (sleep for ever).
 Example: `INFIR2_FAULTS=save.after_shard:2,train.step:7:term`.
 """
 
@@ -28,10 +29,11 @@ POINTS = (
     "train.start",  # model and data are loaded, no step is done
     "train.step",  # the trainer is about to begin an optimizer step
     "train.loss",  # a micro-batch's loss is there
+    "validate",  # before a micro-batch of a validation
     "rollout.group",  # all responses to a prompt are there, not yet written down
     "evaluate",  # a response of an evaluation is there
 )
-ACTIONS = ("kill", "term", "enospc", "nan", "hang")
+ACTIONS = ("kill", "term", "exit", "enospc", "nan", "hang")
 
 _passings: Counter[str] = Counter()
 _counting = threading.Lock()
@@ -68,6 +70,8 @@ def fault(point: str) -> bool:
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "term":
         os.kill(os.getpid(), signal.SIGTERM)
+    elif action == "exit":
+        os._exit(1)
     elif action == "enospc":
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (injected at {point})")
     elif action == "hang":

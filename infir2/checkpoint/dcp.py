@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils.serialization import config as serialization
 
-from infir2.checkpoint.manifest import METADATA, FileEntry, HashedFile, write_file
+from infir2.checkpoint.manifest import METADATA, FileEntry, HashedFile, removed, write_file
 from infir2.checkpoint.pickles import AllowListUnpickler, ForeignUnpickler, read_pickle
 from infir2.checkpoint.places import Place, whole
 from infir2.errors import CheckpointError
@@ -212,6 +212,8 @@ class DcpTensors(Mapping[str, Tensor]):
                 raise ValueError(f"its parts hold {found} of the {out.numel()} values asked for")
             self._reader.read_data(LoadPlan(items), _LoadPlanner(out))
         except Exception as error:  # whatever torch finds in a damaged file
+            if not self.path.exists():
+                raise CheckpointError(removed(self.path)) from error
             raise CheckpointError(f"{self.path}: tensor '{name}' cannot be read ({error}); a shard file is damaged or missing.") from error
 
     def _entry(self, name: str) -> TensorStorageMetadata:
@@ -232,6 +234,8 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 
 def _read_metadata(path: Path, foreign: bool) -> Metadata:
+    if not path.parent.exists():
+        raise CheckpointError(removed(path.parent))
     with path.open("rb") as file:
         metadata = read_pickle(file, path, ForeignUnpickler if foreign else AllowListUnpickler)
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):

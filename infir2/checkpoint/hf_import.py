@@ -34,11 +34,15 @@ def import_hf(src: str | Path, out: str | Path) -> None:
         write_with_progress(weights, out, weights.bf16(), complete_config(weights.config), "importing")
         return
     directory, options = (src.parent, {"gguf_file": src.name}) if src.suffix == ".gguf" else (src, {})
-    with _one_sentence(src):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
         theirs = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.bfloat16, **options)
+    except ImportError as error:
+        raise CheckpointError(f"{src}: transformers needs another package to read this: {first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{src}: transformers cannot load it: {first_line(error)}") from error
     config = theirs.config.to_dict()
     config.pop("quantization_config", None)  # transformers has dequantised
     with torch.device("meta"):
@@ -54,13 +58,3 @@ def import_hf(src: str | Path, out: str | Path) -> None:
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
     return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
-
-
-@contextlib.contextmanager
-def _one_sentence(src: Path) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise CheckpointError(f"{src}: transformers needs another package to read this: {first_line(error)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{src}: transformers cannot load it: {first_line(error)}") from error

@@ -1,7 +1,7 @@
 """One job per run directory: `flock` on `.lock`, with host, pid and start time inside for the sentence that refuses.
 
 The kernel drops a `flock` when its process dies, however it dies. Where a network file system does not carry `flock`
-between hosts, the file's age is the second evidence: a living holder touches it every few seconds.
+between hosts, the file's time is the second evidence: a living holder touches it every few seconds.
 """
 
 import contextlib
@@ -15,14 +15,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from infir2.errors import CheckpointError, OutputExistsError
+from infir2.checkpoint.manifest import MEND_DISK
+from infir2.errors import CheckpointError, OutputExistsError, disk_reason
 
 LOCK = ".lock"
 BEAT_SECONDS = 15.0
-STALE_SECONDS = 90.0
+WATCH_SECONDS = 25.0  # more than a beat, and what a busy host may be late with one
+STALE_SECONDS = 90.0  # so long without a beat, and nobody waits for another
 
 _held: dict[tuple[Path, int], "RunLock"] = {}  # a process may open its own run directory more than once
-_held_guard = threading.Lock()
+_held_guard = threading.RLock()  # the garbage collector may let go of one store's lock while the same thread takes another's
 
 
 class RunLock:
@@ -39,7 +41,11 @@ class RunLock:
 
     @classmethod
     def acquire(cls, run_dir: Path, warn: Callable[[str], None]) -> "RunLock":
-        """Take the lock or raise OutputExistsError at once; `warn` hears of a dead job's lock that was taken over."""
+        """Take the lock or raise OutputExistsError; CheckpointError where the disk refuses.
+
+        At once, but for a job on another host that let go of nothing: whether it lives shows in `WATCH_SECONDS`.
+        `warn` hears of that, and of a dead job's lock that was taken over.
+        """
         path = run_dir.resolve() / LOCK
         with _held_guard:
             lock = _held.get((path, os.getpid()))
@@ -73,31 +79,42 @@ class RunLock:
 def _open_locked(path: Path, run_dir: Path, warn: Callable[[str], None]) -> int:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        reason = f"{error.strerror}, errno {error.errno}"
-        raise CheckpointError(f"{run_dir}: the lock file cannot be opened ({reason}); make the directory writable.") from error
-    try:
-        holder = _read_holder(fd)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputExistsError(_refusal(path, run_dir, holder)) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            warn(f"{run_dir}: its file system has no locks; only the lock file's age tells whether another job works here.")
-            if _is_alive_here(holder):
-                raise OutputExistsError(_refusal(path, run_dir, holder)) from error
-        if holder:
-            _check_stale(fd, path, run_dir, holder, warn)
-        os.ftruncate(fd, 0)
-        content = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.pwrite(fd, json.dumps(content).encode(), 0)
-        os.utime(fd)
-        return fd
-    except BaseException:
-        os.close(fd)
-        raise
+            _take(fd, path, run_dir, warn)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"{run_dir}: its lock file cannot be written ({disk_reason(error)}); {MEND_DISK}") from error
+    return fd
+
+
+def _take(fd: int, path: Path, run_dir: Path, warn: Callable[[str], None]) -> None:
+    holder = _read_holder(fd)
+    granted = _try_lock(fd, run_dir, holder, warn)
+    if holder and holder.get("host") != socket.gethostname():
+        granted = _await_silence(fd, granted, path, run_dir, holder, warn)
+    if not granted:
+        raise OutputExistsError(_refusal(path, run_dir, holder))
+    if holder:
+        warn(f"{run_dir}: took over the lock of a job that ended without letting go ({_describe(holder)}).")
+    content = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, json.dumps(content).encode(), 0)
+    os.utime(fd)
+
+
+def _try_lock(fd: int, run_dir: Path, holder: dict[str, object], warn: Callable[[str], None]) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        warn(f"{run_dir}: its file system has no locks; only the lock file's age tells whether another job works here.")
+        return not _is_alive_here(holder)
+    return True
 
 
 def _read_holder(fd: int) -> dict[str, object]:
@@ -122,16 +139,25 @@ def _refusal(path: Path, run_dir: Path, holder: dict[str, object]) -> str:
     return f"{run_dir}: another job works in this run directory ({_describe(holder)}); stop that job or choose another run.dir."
 
 
-def _check_stale(fd: int, path: Path, run_dir: Path, holder: dict[str, object], warn: Callable[[str], None]) -> None:
-    """The kernel gave us the lock but its content was never cleared: the holder died, or sits on a host that shares no locks."""
-    if holder.get("host") != socket.gethostname():
-        last_beat = os.fstat(fd).st_mtime
-        os.utime(fd)  # the file server's clock, not ours, says what time it is now
-        age = os.fstat(fd).st_mtime - last_beat
-        os.utime(fd, (last_beat, last_beat))
-        if age < STALE_SECONDS:
-            raise OutputExistsError(
-                f"{run_dir}: a job on another host ({_describe(holder)}) showed life {age:.0f} s ago; "
-                f"stop it, or if it is dead try again in {STALE_SECONDS - age:.0f} s, or remove {path}."
-            )
-    warn(f"{run_dir}: took over the lock of a job that ended without letting go ({_describe(holder)}).")
+def _await_silence(fd: int, granted: bool, path: Path, run_dir: Path, holder: dict[str, object], warn: Callable[[str], None]) -> bool:
+    """Whether the lock is ours once a holder on another host has missed a beat; OutputExistsError at its next sign of life.
+
+    It is asked for again until `STALE_SECONDS`: a file server keeps the lock of a host that died for a while.
+    """
+    last_beat = os.fstat(fd).st_mtime_ns
+    os.utime(fd)  # the file server's clock, not ours, says what time it is now
+    age = (os.fstat(fd).st_mtime_ns - last_beat) / 1e9
+    os.utime(fd, ns=(last_beat, last_beat))
+    if granted and age >= STALE_SECONDS:
+        return True
+    warn(f"{run_dir}: its last job was on another host ({_describe(holder)}); waiting for a sign of life from it, {WATCH_SECONDS:.0f} s.")
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < WATCH_SECONDS or (not granted and waited < STALE_SECONDS):
+        time.sleep(WATCH_SECONDS / 50)
+        watched = os.open(path, os.O_RDONLY)  # only opening a file makes NFS ask its server for news
+        beat = os.fstat(watched).st_mtime_ns
+        os.close(watched)
+        if beat != last_beat:
+            raise OutputExistsError(_refusal(path, run_dir, holder))
+        granted = granted or _try_lock(fd, run_dir, holder, warn)
+    return granted

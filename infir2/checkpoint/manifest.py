@@ -5,21 +5,23 @@
 The file must be byte for byte the canonical JSON of its content, so a flipped byte anywhere in it is found.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from infir2.errors import CheckpointCorruptError, CheckpointError
+from infir2.errors import CheckpointCorruptError, CheckpointError, disk_reason
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"  # where each tensor lies, see dcp.py
 FORMAT = 1
 _LARGE_BYTES = 2**20
+MEND_DISK = "free space or make it writable, then run the same command again."
 
 
 class FileEntry(NamedTuple):
@@ -80,6 +82,24 @@ def write_file(path: Path, data: bytes) -> FileEntry:
     return file.entry
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Give a small file new content, synced, all of it or none. CheckpointError with the errno where the disk refuses."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        write_file(temporary, data)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written ({disk_reason(error)}); {MEND_DISK}") from error
+
+
+def removed(path: Path) -> str:
+    """The sentence for a checkpoint that is not there any more."""
+    return f"{path}: was removed by its run, which keeps only its newest checkpoints; open the newest."
+
+
 def _canonical(content: Mapping[str, object]) -> bytes:
     return json.dumps(content, sort_keys=True, indent=1).encode() + b"\n"
 
@@ -118,11 +138,13 @@ def read_manifest(directory: Path) -> tuple[int, dict[str, FileEntry]]:
     return content["step"], files
 
 
-def _verify_file(path: Path, entry: FileEntry) -> None:
+def _verify_file(path: Path, entry: FileEntry, whole: bool) -> None:
     try:
         size = path.stat().st_size
         if size != entry.size:
             raise CheckpointCorruptError(f"{path}: has {size} bytes instead of {entry.size}; the file was cut or changed.")
+        if not whole:
+            return
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -131,13 +153,14 @@ def _verify_file(path: Path, entry: FileEntry) -> None:
         raise CheckpointCorruptError(f"{path}: its SHA-256 differs from its manifest; its bytes have changed since it was written.")
 
 
-def verify_directory(directory: Path) -> tuple[int, dict[str, FileEntry]]:
+def verify_directory(directory: Path, read: Collection[str] | None = None) -> tuple[int, dict[str, FileEntry]]:
     """Read every byte of a checkpoint and compare; (step, files), or CheckpointCorruptError that names the file.
 
+    `read`: names of the only files to read, in seconds however large a run is; of the others the sizes are compared.
     Hashing releases the interpreter's lock, so files are read by several threads.
     """
     step, files = read_manifest(directory)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda item: _verify_file(directory / item[0], item[1]), files.items()):
+        for _ in pool.map(lambda item: _verify_file(directory / item[0], item[1], read is None or item[0] in read), files.items()):
             pass
     return step, files

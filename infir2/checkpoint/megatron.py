@@ -10,7 +10,6 @@ Rotary embedding needs no permutation. `_extra_state` and the optimizer are left
 are Hugging Face's names, with any prefix, is read too.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,43 @@ from infir2.checkpoint.export import SHARD_BYTES, complete_config
 from infir2.checkpoint.pickles import read_torch_save
 from infir2.checkpoint.places import whole
 from infir2.checkpoint.progress import byte_progress
-from infir2.checkpoint.weights import parameter_shapes
-from infir2.errors import CheckpointError, ConfigError, OutputExistsError
+from infir2.checkpoint.weights import checked, parameter_shapes
+from infir2.errors import CheckpointError, ConfigError
 from infir2.model import ModelConfig
-from infir2.model.files import all_finite, read_json, write_hf
+from infir2.model.files import read_json, write_hf
 
 EMBEDDING, HEAD, FINAL_NORM = "embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"
 LAYERS = "decoder.layers."
 HF_EMBEDDING, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_NORMS = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm", "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm"}
-_NORMS |= {"input_layernorm.weight": "input_layernorm", "pre_mlp_layernorm.weight": "post_attention_layernorm"}
-_PLAIN = {"self_attention.linear_proj": "self_attn.o_proj", "mlp.linear_fc2": "mlp.down_proj"}
+OUTSIDE = {EMBEDDING: HF_EMBEDDING, FINAL_NORM: "model.norm.weight", HEAD: HF_HEAD}  # of the layers
+_QKV = [f"self_attn.{part}_proj" for part in "qkv"]
+# Megatron's tensor of a layer -> Hugging Face's, of which it is made.
+LAYER = {
+    "self_attention.linear_qkv.layer_norm_weight": ["input_layernorm.weight"],
+    "self_attention.linear_qkv.weight": [f"{name}.weight" for name in _QKV],
+    "self_attention.linear_qkv.bias": [f"{name}.bias" for name in _QKV],
+    "self_attention.q_layernorm.weight": ["self_attn.q_norm.weight"],
+    "self_attention.k_layernorm.weight": ["self_attn.k_norm.weight"],
+    "self_attention.linear_proj.weight": ["self_attn.o_proj.weight"],
+    "self_attention.linear_proj.bias": ["self_attn.o_proj.bias"],
+    "mlp.linear_fc1.layer_norm_weight": ["post_attention_layernorm.weight"],
+    "mlp.linear_fc1.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "mlp.linear_fc1.bias": ["mlp.gate_proj.bias", "mlp.up_proj.bias"],
+    "mlp.linear_fc2.weight": ["mlp.down_proj.weight"],
+    "mlp.linear_fc2.bias": ["mlp.down_proj.bias"],
+}
+_WITHOUT_FUSED_NORMS = {"input_layernorm.weight": LAYER["self_attention.linear_qkv.layer_norm_weight"]}
+_WITHOUT_FUSED_NORMS |= {"pre_mlp_layernorm.weight": LAYER["mlp.linear_fc1.layer_norm_weight"]}
+# Our names of the sizes -> Megatron's arguments.
+ARGUMENTS = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_size": "ffn_hidden_size",
+    "num_heads": "num_attention_heads",
+    "head_dim": "kv_channels",
+    "rms_eps": "norm_epsilon",
+    "rope_theta": "rotary_base",
+}
 _USUAL = {
     "use_rope_scaling": False,
     "rotary_percent": 1.0,
@@ -42,7 +67,6 @@ _USUAL = {
     "swiglu": True,
     "apply_layernorm_1p": False,
 }
-_HEAD_NORMS = {"self_attention.q_layernorm.weight": "self_attn.q_norm", "self_attention.k_layernorm.weight": "self_attn.k_norm"}
 
 
 def import_megatron(src: str | Path, out: str | Path, like: str | Path | None = None, say: Callable[[str], None] = print) -> None:
@@ -56,8 +80,6 @@ def import_megatron(src: str | Path, out: str | Path, like: str | Path | None = 
     ConfigError (no shape known), OutputExistsError.
     """
     out, like = Path(out), None if like is None else Path(like)
-    if out.exists():
-        raise OutputExistsError(f"{out}: exists already; name a directory that does not, nothing was written.")
     checkpoint = MegatronCheckpoint(find_iteration(Path(src)))
     config = read_json(like / "config.json") if like else config_of_arguments(checkpoint)
     config = config | {"tie_word_embeddings": checkpoint.is_tied(bool(config.get("tie_word_embeddings")))}
@@ -125,32 +147,23 @@ class MegatronCheckpoint:
 def config_of_arguments(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
     """A config.json from the arguments in common.pt; ConfigError names what is missing."""
     arguments = checkpoint.arguments()
-    needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "norm_epsilon", "rotary_base")
-    missing = [name for name in needed if arguments.get(name) is None]
+    sizes: dict[str, Any] = {ours: arguments.get(theirs) for ours, theirs in ARGUMENTS.items()}
+    missing = [ARGUMENTS[ours] for ours, size in sizes.items() if size is None]
     if missing:
-        raise ConfigError(
-            f"{checkpoint.path}: common.pt does not give the shape (no {missing[0]}); name a Hugging Face directory with --like."
-        )
+        raise ConfigError(f"{checkpoint.path}: common.pt gives no {missing[0]}; name a Hugging Face directory with --like.")
     unusual = [name for name, usual in _USUAL.items() if arguments.get(name, usual) not in (usual, None)]
     if unusual:
         raise ConfigError(f"{checkpoint.path}: was trained with Megatron's --{unusual[0].replace('_', '-')}; name a directory with --like.")
-    grouped = arguments.get("group_query_attention")
     qk_norm, qkv_bias = bool(arguments.get("qk_layernorm")), bool(arguments.get("add_qkv_bias"))
     return ModelConfig(
         architecture="qwen3" if qk_norm else "qwen2" if qkv_bias else "llama",
         vocab_size=checkpoint.shapes[EMBEDDING][0],
-        hidden_size=arguments["hidden_size"],
-        num_layers=arguments["num_layers"],
-        num_heads=arguments["num_attention_heads"],
-        num_kv_heads=arguments["num_query_groups"] if grouped else arguments["num_attention_heads"],
-        head_dim=arguments["kv_channels"],
-        ffn_size=arguments["ffn_hidden_size"],
-        rms_eps=arguments["norm_epsilon"],
-        rope_theta=float(arguments["rotary_base"]),
+        num_kv_heads=arguments["num_query_groups"] if arguments.get("group_query_attention") else sizes["num_heads"],
         tie_embeddings=HEAD not in checkpoint.shapes,
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         max_positions=arguments.get("max_position_embeddings") or 32768,
+        **sizes | {"rope_theta": float(sizes["rope_theta"])},
     ).to_hf()
 
 
@@ -159,22 +172,13 @@ def _converted(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter under its Hugging Face name; raises for what is left over, missing, misshapen or not finite."""
     known = set(shapes)
-    _refuse_foreign(checkpoint)
     for name, tensor in _all_tensors(checkpoint, config, shapes):
         if name not in known:
-            raise CheckpointError(
-                f"{checkpoint.path}: '{name}' is not in a {config.architecture} model of this config; give another --like."
-            )
+            raise CheckpointError(f"{checkpoint.path}: '{name}' is not in the config's {config.architecture} model; give another --like.")
         if name in (HF_EMBEDDING, HF_HEAD):
             tensor = tensor[: shapes[name][0]]
-        if tuple(tensor.shape) != shapes[name]:
-            raise CheckpointError(
-                f"{checkpoint.path}: '{name}' is {list(tensor.shape)}, not {list(shapes[name])} as the config says; give another --like."
-            )
-        if not all_finite(tensor):
-            raise CheckpointError(f"{checkpoint.path}: '{name}' holds NaN or Inf; go back to an older checkpoint.")
         known.discard(name)
-        yield name, tensor.contiguous()
+        yield name, checked(tensor, shapes[name], f"{checkpoint.path}: '{name}'").contiguous()
         on_numbers(tensor.numel())
     for name in sorted(known):
         raise CheckpointError(f"{checkpoint.path}: has nothing for '{name}', which the config calls for; give another --like.")
@@ -185,54 +189,37 @@ def _all_tensors(checkpoint: MegatronCheckpoint, config: ModelConfig, names: Ite
         for name in names:
             yield name, checkpoint.read(checkpoint.hf_prefix + name)
         return
-    yield HF_EMBEDDING, checkpoint.read(EMBEDDING)
-    stacked = sorted({key.removeprefix(LAYERS) for key in _layer_keys(checkpoint) if not key[len(LAYERS)].isdigit()})
-    for suffix in stacked:
-        num_layers = checkpoint.shapes[LAYERS + suffix][0]
-        if num_layers != config.num_layers:
-            raise CheckpointError(
-                f"{checkpoint.path}: has {num_layers} layers, not {config.num_layers} as the config says; give another --like."
-            )
-    for layer, suffix in itertools.product(range(config.num_layers), stacked):
-        yield from _layer_tensors(f"model.layers.{layer}.", suffix, checkpoint.read(LAYERS + suffix, layer), config)
-    for key in sorted(key for key in _layer_keys(checkpoint) if key[len(LAYERS)].isdigit()):
-        layer_text, _, suffix = key.removeprefix(LAYERS).partition(".")
-        yield from _layer_tensors(f"model.layers.{layer_text}.", suffix, checkpoint.read(key), config)
-    yield "model.norm.weight", checkpoint.read(FINAL_NORM)
-    if HEAD in checkpoint.shapes:
-        yield HF_HEAD, checkpoint.read(HEAD)
+    for key in checkpoint.shapes:
+        if "_extra_state" in key or not key.startswith(("decoder.", "embedding.", "output_layer.")):
+            continue  # of the optimizer, among others
+        layer, _, rest = key.removeprefix(LAYERS).partition(".")
+        if key in OUTSIDE:
+            yield OUTSIDE[key], checkpoint.read(key)
+        elif not key.startswith(LAYERS):
+            raise _foreign(key)
+        elif layer.isdecimal():
+            yield from _layer_tensors(layer, rest, checkpoint.read(key), config)
+        elif (num_layers := checkpoint.shapes[key][0]) == config.num_layers:
+            for index in range(num_layers):
+                yield from _layer_tensors(str(index), f"{layer}.{rest}", checkpoint.read(key, index), config)
+        else:
+            raise CheckpointError(f"{checkpoint.path}: has {num_layers} layers, not {config.num_layers} as configured; use another --like.")
 
 
-def _layer_keys(checkpoint: MegatronCheckpoint) -> list[str]:
-    return [key for key in checkpoint.shapes if key.startswith(LAYERS) and "._extra_state" not in key]
-
-
-def _layer_tensors(prefix: str, suffix: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    module, _, kind = suffix.rpartition(".")  # kind: weight or bias
-    if suffix in _NORMS or suffix in _HEAD_NORMS:
-        yield f"{prefix}{_NORMS.get(suffix) or _HEAD_NORMS[suffix]}.weight", tensor
-    elif module == "self_attention.linear_qkv":
+def _layer_tensors(layer: str, suffix: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of Hugging Face that Megatron's `suffix` of a layer is made of."""
+    names = LAYER.get(suffix) or _WITHOUT_FUSED_NORMS.get(suffix)
+    if names is None:
+        raise _foreign(LAYERS + suffix)
+    parts = tensor.chunk(len(names))
+    if len(names) == len(_QKV):  # per group its queries, its key, its value
         heads = config.num_heads // config.num_kv_heads * config.head_dim
         if tensor.shape[0] != config.num_kv_heads * (heads + 2 * config.head_dim):
-            raise CheckpointError(
-                f"Megatron's {suffix} has {tensor.shape[0]} rows, which do not fit the config's heads; give another --like."
-            )
+            raise CheckpointError(f"{suffix} has {tensor.shape[0]} rows, which do not fit the config's heads; give another --like.")
         grouped = tensor.reshape(config.num_kv_heads, -1, *tensor.shape[1:])
-        for part, rows in zip("qkv", grouped.split([heads, config.head_dim, config.head_dim], dim=1), strict=True):
-            yield f"{prefix}self_attn.{part}_proj.{kind}", rows.reshape(-1, *tensor.shape[1:])
-    elif module == "mlp.linear_fc1":
-        for part, rows in zip(("gate", "up"), tensor.chunk(2), strict=True):
-            yield f"{prefix}mlp.{part}_proj.{kind}", rows
-    elif module in _PLAIN:
-        yield f"{prefix}{_PLAIN[module]}.{kind}", tensor
-    else:
-        raise CheckpointError(
-            f"Megatron's tensor '{LAYERS}{suffix}' belongs to no Qwen2, Qwen3 or Llama model, which are all that is supported."
-        )
+        parts = tuple(rows.flatten(0, 1) for rows in grouped.split([heads, config.head_dim, config.head_dim], dim=1))
+    yield from ((f"model.layers.{layer}.{name}", part) for name, part in zip(names, parts, strict=True))
 
 
-def _refuse_foreign(checkpoint: MegatronCheckpoint) -> None:
-    for key in checkpoint.shapes:
-        ours = key in (EMBEDDING, HEAD, FINAL_NORM) or key.startswith(LAYERS) or "_extra_state" in key
-        if key.startswith(("decoder.", "embedding.", "output_layer.")) and not ours:
-            raise CheckpointError(f"Megatron's tensor '{key}' belongs to no Qwen2, Qwen3 or Llama model, which are all that is supported.")
+def _foreign(key: str) -> CheckpointError:
+    return CheckpointError(f"Megatron's tensor '{key}' belongs to no Qwen2, Qwen3 or Llama model, which are all that is supported.")

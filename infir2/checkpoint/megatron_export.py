@@ -19,27 +19,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from infir2.checkpoint.megatron import EMBEDDING, FINAL_NORM, HEAD, LAYERS
+from infir2.checkpoint.megatron import ARGUMENTS, LAYER, LAYERS, OUTSIDE
 from infir2.checkpoint.progress import byte_progress
 from infir2.checkpoint.weights import Weights, hf_weights, run_weights
 from infir2.model import ModelConfig
 from infir2.model.files import new_directory
 
-_QKV = [f"self_attn.{part}_proj" for part in "qkv"]
-_LAYER = {
-    "self_attention.linear_qkv.layer_norm_weight": ["input_layernorm.weight"],
-    "self_attention.linear_qkv.weight": [f"{name}.weight" for name in _QKV],
-    "self_attention.linear_qkv.bias": [f"{name}.bias" for name in _QKV],
-    "self_attention.q_layernorm.weight": ["self_attn.q_norm.weight"],
-    "self_attention.k_layernorm.weight": ["self_attn.k_norm.weight"],
-    "self_attention.linear_proj.weight": ["self_attn.o_proj.weight"],
-    "self_attention.linear_proj.bias": ["self_attn.o_proj.bias"],
-    "mlp.linear_fc1.layer_norm_weight": ["post_attention_layernorm.weight"],
-    "mlp.linear_fc1.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-    "mlp.linear_fc1.bias": ["mlp.gate_proj.bias", "mlp.up_proj.bias"],
-    "mlp.linear_fc2.weight": ["mlp.down_proj.weight"],
-    "mlp.linear_fc2.bias": ["mlp.down_proj.bias"],
-}
 _EXTRA_STATES = [f"self_attention.{name}" for name in ("linear_qkv", "core_attention", "linear_proj")]
 _EXTRA_STATES += ["mlp.linear_fc1", "mlp.linear_fc2"]
 _METADATA = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
@@ -88,12 +73,12 @@ def _write(directory: Path, weights: Weights, config: ModelConfig) -> None:
 
 def _pieces(shapes: dict[str, tuple[int, ...]], num_layers: int) -> Iterator[_Piece]:
     left = set(shapes)
-    for key, name in ((EMBEDDING, "model.embed_tokens.weight"), (FINAL_NORM, "model.norm.weight"), (HEAD, "lm_head.weight")):
+    for key, name in OUTSIDE.items():
         if name in left:  # a tied model has no head
             left.discard(name)
             yield _Piece(key, (name,), shapes[name], shapes[name], (0,) * len(shapes[name]))
     for layer in range(num_layers):
-        for suffix, parts in _LAYER.items():
+        for suffix, parts in LAYER.items():
             names = tuple(f"model.layers.{layer}.{part}" for part in parts)
             if left.issuperset(names):
                 left.difference_update(names)
@@ -141,18 +126,12 @@ class _Planner(dcp.DefaultSavePlanner):
 
 def _arguments(config: ModelConfig) -> argparse.Namespace:
     """Megatron's own words for the shape, which it compares with those of the command that loads."""
-    values: dict[str, Any] = {
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.ffn_size,
-        "num_attention_heads": config.num_heads,
+    values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in ARGUMENTS.items()}
+    values |= {
         "group_query_attention": True,
         "num_query_groups": config.num_kv_heads,
-        "kv_channels": config.head_dim,
         "max_position_embeddings": config.max_positions,
-        "norm_epsilon": config.rms_eps,
         "normalization": "RMSNorm",
-        "rotary_base": config.rope_theta,
         "position_embedding_type": "rope",
         "add_position_embedding": False,
         "use_rope_scaling": config.rope_scaling is not None,

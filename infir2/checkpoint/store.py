@@ -18,7 +18,6 @@ import re
 import secrets
 import shutil
 import socket
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from infir2.checkpoint.lock import RunLock
-from infir2.checkpoint.manifest import MANIFEST, METADATA, FileEntry, encode_manifest, verify_directory, write_file
+from infir2.checkpoint.manifest import MANIFEST, MEND_DISK, METADATA, FileEntry, encode_manifest, removed, verify_directory, write_file
 from infir2.checkpoint.places import Place
 from infir2.checkpoint.progress import byte_progress
-from infir2.errors import CheckpointCorruptError, CheckpointError
+from infir2.errors import CheckpointCorruptError, CheckpointError, disk_reason
 from infir2.faults import fault
 from infir2.parallel.team import Team
 
@@ -41,9 +40,8 @@ if TYPE_CHECKING:  # torch.distributed.checkpoint takes 0.7 s to import
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
-FOREIGN_LEFTOVER_SECONDS = 3600.0
+LEFTOVER = ".tmp-step-"  # a checkpoint that is being written, or removed
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
-_LEFTOVER = re.compile(r"\.tmp-step-\d+-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]+")
 _CORRUPT = re.compile(r"corrupt-step-(\d+)-[0-9a-f]+")
 
 Warn = Callable[[str], None]
@@ -55,7 +53,7 @@ def _log_warning(message: str) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose manifest has been verified."""
+    """A checkpoint whose manifest has been verified. Its run may remove it at any time after."""
 
     step: int
     path: Path
@@ -64,7 +62,10 @@ class Checkpoint:
     @cached_property
     def state(self) -> dict[str, Any]:
         """The JSON-able part: configuration, data position, random number generators."""
-        return json.loads((self.path / STATE).read_bytes())
+        try:
+            return json.loads((self.path / STATE).read_bytes())
+        except FileNotFoundError as error:
+            raise CheckpointError(removed(self.path)) from error
 
     def tensors(self) -> "DcpTensors":
         """The tensors by name; each is read, whole or in part, when asked for."""
@@ -76,9 +77,12 @@ class Checkpoint:
         return tensors
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Verify and open one `step-N` directory; CheckpointCorruptError names the first bad file."""
-    step, files = verify_directory(path)
+def load_checkpoint(path: Path, glance: bool = False) -> Checkpoint:
+    """Verify and open one `step-N` directory; CheckpointCorruptError names the first bad file.
+
+    `glance`: the bytes of the tensors are not read, their files' sizes are compared.
+    """
+    step, files = verify_directory(path, (STATE, METADATA) if glance else None)
     if path.name != f"step-{step}":
         raise CheckpointCorruptError(f"{path}: its manifest says step {step}; the directory was renamed.")
     if missing := {STATE, METADATA} - files.keys():
@@ -90,21 +94,23 @@ def published_steps(directory: Path) -> list[int]:
     """Steps of the `step-N` directories, oldest first; an absent directory has none."""
     try:
         names = [entry.name for entry in directory.iterdir() if entry.is_dir()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
 
 
-def newest_checkpoint(directory: Path, warn: Warn, skipped: set[int] | None = None) -> Checkpoint | None:
+def newest_checkpoint(directory: Path, warn: Warn, skipped: set[int] | None = None, glance: bool = False) -> Checkpoint | None:
     """The newest checkpoint that verifies, None if there are none; CheckpointError if there are some and none verifies.
 
-    Each one that is passed over is named through `warn`, with the reason, and its step added to `skipped`.
+    Each one that is passed over is named through `warn`, with the reason, and its step added to `skipped`. `glance`: see `load_checkpoint`.
     """
     steps = published_steps(directory)
     for step in reversed(steps):
         try:
-            return load_checkpoint(directory / f"step-{step}")
+            return load_checkpoint(directory / f"step-{step}", glance)
         except CheckpointCorruptError as error:
+            if not (directory / f"step-{step}").exists():  # its run has removed it meanwhile, and has a newer one
+                return newest_checkpoint(directory, warn, skipped, glance)
             warn(f"skipped checkpoint step-{step}: {error}")
             if skipped is not None:
                 skipped.add(step)
@@ -116,20 +122,25 @@ def newest_checkpoint(directory: Path, warn: Warn, skipped: set[int] | None = No
     return None
 
 
-def open_checkpoint(path: str | Path, warn: Warn = _log_warning) -> Checkpoint:
+def open_checkpoint(path: str | Path, warn: Warn = _log_warning, glance: bool = False) -> Checkpoint:
     """The newest good checkpoint of a run directory, or exactly the one named: `runs/x` or `runs/x/checkpoints/step-N`.
 
-    Reading takes no lock: a running job's published checkpoints can be opened at any time.
+    Reading takes no lock: a running job's published checkpoints can be opened at any time. `glance`: see `load_checkpoint`.
     """
     path = Path(path)
     if _STEP.fullmatch(path.resolve().name) and not (path / CHECKPOINTS).is_dir():
         if not path.is_dir():
             raise CheckpointError(f"{path}: there is no such checkpoint.")
-        return load_checkpoint(path.resolve())
-    checkpoint = newest_checkpoint(path / CHECKPOINTS, warn)
+        return load_checkpoint(path.resolve(), glance)
+    checkpoint = newest_checkpoint(path / CHECKPOINTS, warn, glance=glance)
     if checkpoint is None:
         raise CheckpointError(f"{path}: is neither a checkpoint (step-N) nor a run directory with a saved checkpoint in {CHECKPOINTS}/.")
     return checkpoint
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The state of the checkpoint that `open_checkpoint` names, of which no tensor is read."""
+    return open_checkpoint(path, glance=True).state
 
 
 def _sync_directory(path: Path) -> None:
@@ -197,7 +208,7 @@ class Store:
         try:
             self._publish(target, step, tensors, payload)
         except OSError as error:
-            self._warn(f"saving step {step} failed ({error.strerror}, errno {error.errno}); trying once more.")
+            self._warn(f"saving step {step} failed ({disk_reason(error)}); trying once more.")
             try:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     self.team.first(self._make_room)
@@ -217,8 +228,7 @@ class Store:
         return True
 
     def _failure(self, what: str, error: OSError) -> CheckpointError:
-        reason = f"{error.strerror}, errno {error.errno} {errno.errorcode.get(error.errno or 0, '')}".rstrip()
-        return CheckpointError(f"{self.directory}: {what} ({reason}); free space or make it writable, then run the same command again.")
+        return CheckpointError(f"{self.directory}: {what} ({disk_reason(error)}); {MEND_DISK}")
 
     def _publish(self, target: Path, step: int, tensors: Mapping[str, Tensor], payload: bytes) -> None:
         mine = {name: tensor for name, tensor in tensors.items() if self._is_mine(name)}
@@ -267,11 +277,11 @@ class Store:
         try:
             _sync_directory(self.directory)
         except OSError as error:  # published and whole; only a power cut in the next seconds could undo the rename
-            self._warn(f"{self.directory}: could not be synced after publishing step {step} ({error.strerror}, errno {error.errno}).")
+            self._warn(f"{self.directory}: could not be synced after publishing step {step} ({disk_reason(error)}).")
         fault("save.after_rename")
 
     def _temporary(self, step: int) -> Path:
-        return self.directory / f".tmp-step-{step}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        return self.directory / f"{LEFTOVER}{step}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
     def _remove(self, path: Path, step: int) -> None:
         """Out of sight by one rename first, so that a kill in the middle leaves no half checkpoint behind."""
@@ -285,7 +295,7 @@ class Store:
         try:
             self._thin_out(newest)
         except OSError as error:  # the new checkpoint is safe; too many old ones are no reason to stop
-            self._warn(f"{self.directory}: an old checkpoint could not be removed ({error.strerror}, errno {error.errno}).")
+            self._warn(f"{self.directory}: an old checkpoint could not be removed ({disk_reason(error)}).")
 
     def _thin_out(self, newest: int) -> None:
         for step in sorted(self._corrupt & set(published_steps(self.directory))):
@@ -313,13 +323,8 @@ class Store:
                 self._warn(f"{self.directory}: removed step-{step} to make room.")
 
     def _remove_leftovers(self) -> None:
-        """Remove what dead saves of this host left; another host's only when it has not been touched for an hour."""
-        for entry in sorted(self.directory.iterdir()):
-            match = _LEFTOVER.fullmatch(entry.name)
-            if not match:
-                continue
-            ours = match["host"] == socket.gethostname()
+        """Remove what dead saves left, on whatever host: who holds the lock is the only one that saves."""
+        for entry in sorted(self.directory.glob(f"{LEFTOVER}*")):
             with contextlib.suppress(OSError):
-                if ours or time.time() - entry.stat().st_mtime > FOREIGN_LEFTOVER_SECONDS:
-                    shutil.rmtree(entry)
-                    self._warn(f"removed {entry}, left by a save that did not finish.")
+                shutil.rmtree(entry)
+                self._warn(f"removed {entry}, left by a save that did not finish.")

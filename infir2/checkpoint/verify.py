@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from infir2.checkpoint.progress import byte_progress
-from infir2.checkpoint.weights import file_scale_format, quantized_names, run_weights
+from infir2.checkpoint.weights import compare_names, file_scale_format, quantized_names, run_weights
 from infir2.errors import CheckFailedError
 from infir2.model.files import HfWeights
 from infir2.model.hf import SCALE_SUFFIX
@@ -32,7 +32,7 @@ def verify_weights(run: str | Path, hf_dir: str | Path) -> int:
         raise CheckFailedError(f"the run trains with {fp8.scale_format} scales, {hf_dir} declares {scale_format}; export it again.")
     files = HfWeights(hf_dir)
     quantized = set(quantized_names(weights.config, fp8))
-    _compare_lists(set(weights.shapes), quantized, set(files.names()), hf_dir)
+    compare_names(set(files.names()), set(weights.shapes), quantized, hf_dir)
     with byte_progress("comparing", weights.num_bf16_bytes) as on_bytes:
         for name in weights.shapes:
             master = weights.read(name)
@@ -49,18 +49,6 @@ def training_codes(master: Tensor, scale_format: str) -> Fp8Tensor:
     plain = nn.Linear(master.shape[1], master.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(master.float(), requires_grad=False)
     return Fp8Linear.from_linear(plain, scale_format).quantized_weight()
-
-
-def _compare_lists(expected: set[str], quantized: set[str], names: set[str], hf_dir: Path) -> None:
-    for name in sorted(expected - names):
-        raise CheckFailedError(f"{hf_dir}: has no tensor '{name}'.")
-    for name in sorted(expected):
-        in_file = name + SCALE_SUFFIX in names
-        if in_file != (name in quantized):
-            ours, theirs = ("FP8", "BF16") if name in quantized else ("BF16", "FP8")
-            raise CheckFailedError(f"'{name}' is {ours} in the run and {theirs} in {hf_dir}: the lists of high-precision layers differ.")
-    for name in sorted(names - expected - {name + SCALE_SUFFIX for name in quantized}):
-        raise CheckFailedError(f"{hf_dir}: has a tensor '{name}' that the run does not have.")
 
 
 def _compare_codes(name: str, ours: Fp8Tensor, codes: Tensor, scale: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infir2.checkpoint.store import open_checkpoint
 from infir2.config.schema import Fp8Section
-from infir2.errors import CheckpointError
+from infir2.errors import CheckFailedError, CheckpointError
 from infir2.model import Decoder, ModelConfig
 from infir2.model.files import HfWeights, all_finite, read_json
 from infir2.model.hf import SCALE_SUFFIX
@@ -62,12 +62,7 @@ class Weights:
         """One weight on the CPU in its stored dtype; CheckpointError if it is absent, misshapen or not finite."""
         if name not in self.names:
             raise CheckpointError(f"{self.origin}: has no tensor '{name}', which its config calls for; the model is not complete.")
-        tensor = self.load(name)
-        if tuple(tensor.shape) != self.shapes[name]:
-            raise CheckpointError(f"{self.origin}: '{name}' is {list(tensor.shape)}, not {list(self.shapes[name])} as its config says.")
-        if not all_finite(tensor):
-            raise CheckpointError(f"{self.origin}: '{name}' holds NaN or Inf and is not exported; go back to an older checkpoint.")
-        return tensor
+        return checked(self.load(name), self.shapes[name], f"{self.origin}: '{name}'")
 
     def bf16(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight rounded to BF16, in the model's order: the one source of FP8 codes and of BF16 exports."""
@@ -84,6 +79,15 @@ class Weights:
     @property
     def num_bf16_bytes(self) -> int:
         return 2 * sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+
+def checked(tensor: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+    """`tensor` itself; CheckpointError if it is misshapen or not finite."""
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{what} is {list(tensor.shape)}, not {list(shape)} as its config says; the two belong to different models.")
+    if not all_finite(tensor):
+        raise CheckpointError(f"{what} holds NaN or Inf and is not taken; go back to an older checkpoint.")
+    return tensor
 
 
 def run_weights(path: Path) -> Weights:
@@ -152,6 +156,16 @@ def dequantize_pair(codes: Tensor, scale: Tensor, name: str) -> Tensor:
     except ValueError as error:
         raise CheckpointError(f"'{name}' and '{name}{SCALE_SUFFIX}' are not a block-wise FP8 pair: {error}.") from error
     return dequantize(pair, torch.float32).to(torch.bfloat16)
+
+
+def compare_names(found: set[str], weights: set[str], quantized: set[str], directory: Path) -> None:
+    """Raise CheckFailedError unless the tensors of `directory` are these weights, with scales for the quantised ones."""
+    for name in sorted(found ^ (weights | {weight + SCALE_SUFFIX for weight in quantized})):
+        weight = name.removesuffix(SCALE_SUFFIX)
+        if name != weight and weight in weights:
+            ours, theirs = ("FP8", "BF16") if weight in quantized else ("BF16", "FP8")
+            raise CheckFailedError(f"'{weight}' is {ours} in the run and {theirs} in {directory}: the high-precision lists differ.")
+        raise CheckFailedError(f"{directory}: tensor '{name}' is {'not in the model' if name in found else 'missing'}.")
 
 
 def _refuse_unknown(origin: Path, unknown: set[str]) -> None:

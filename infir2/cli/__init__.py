@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
@@ -82,7 +83,7 @@ def _dispatch(arguments: list[str]) -> None:
         raise ConfigError(f"{verb} is not a verb; " + (f"did you mean {near[0]}?" if near else "`infir2 --help` lists the verbs."))
     module, function, _ = VERBS[verb]
     stoppable = module == "recipe" and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _stop_early) if stoppable else None  # until the run has its own handler
+    before = signal.signal(signal.SIGTERM, partial(_stop_early, verb)) if stoppable else None  # until the run has its own handler
     try:
         getattr(importlib.import_module(f"infir2.cli.{module}"), function)(rest)
     finally:
@@ -90,8 +91,9 @@ def _dispatch(arguments: list[str]) -> None:
             signal.signal(signal.SIGTERM, before)
 
 
-def _stop_early(_number: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(_say("stopped before the first step; there was nothing to save.", Preempted.exit_code))
+def _stop_early(verb: str, _number: int, _frame: FrameType | None) -> NoReturn:
+    what = "stopped; an evaluation begins anew." if verb == "eval" else "stopped before the first step; there was nothing to save."
+    sys.exit(_say(what, Preempted.exit_code))
 
 
 def _usage() -> str:

@@ -30,17 +30,15 @@ class RecipeWords:
 
     paths: tuple[str, ...]
     options: tuple[str, ...]
-    accept_changes: bool
 
 
 def split_recipe_words(arguments: Sequence[str], verb: str) -> RecipeWords:
     """Sorts files from `--section.key=value` options."""
     paths: list[str] = []
     options: list[str] = []
-    accept = False
     for word in arguments:
         if word == "--accept-changes":
-            accept = True
+            continue
         elif word.startswith("--") and "." in word.partition("=")[0]:
             options.append(word)
         elif word.startswith("-"):
@@ -51,7 +49,7 @@ def split_recipe_words(arguments: Sequence[str], verb: str) -> RecipeWords:
             paths.append(word)
     if not paths and not options:
         raise ConfigError(f"infir2 {verb} needs a recipe, such as one in recipes/demo; see `infir2 {verb} --help`.")
-    return RecipeWords(tuple(paths), tuple(options), accept)
+    return RecipeWords(tuple(paths), tuple(options))
 
 
 def load_recipe(recipe_class: type[R], arguments: Sequence[str], verb: str, command: str = "") -> Loaded[R]:
@@ -65,7 +63,7 @@ def load_recipe(recipe_class: type[R], arguments: Sequence[str], verb: str, comm
     if os.environ.get("RANK", "0") == "0":
         for note in loaded.notes:
             print(f"infir2: {note}", file=sys.stderr)
-    return replace(loaded, accept_changes=words.accept_changes)
+    return replace(loaded, accept_changes="--accept-changes" in arguments)
 
 
 def wants_help(arguments: Sequence[str]) -> bool:

@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from infir2.cli.arguments import load_recipe, recipe_help, split_recipe_words, wants_help
 from infir2.cli.recipe import KINDS
-from infir2.config import Loaded, check_resume, load
+from infir2.config import Loaded, load
 from infir2.config.keys import flatten
 from infir2.config.load import sections_in
 from infir2.config.schema import RlRecipe, TrainRecipe
 from infir2.errors import CheckFailedError, ConfigError, UserError
 
 if TYPE_CHECKING:
+    from infir2.checkpoint import Checkpoint
     from infir2.cli.check_model import ModelFacts
+    from infir2.config.schema import ModelSection
     from infir2.data import ChatTokenizer
+    from infir2.parallel.mesh import Sizes
 
 MIN_OPEN_FILES = 4096
 
@@ -92,6 +95,7 @@ class Preflight:
         self.loaded, self.verb = loaded, verb
         self.recipe = loaded.recipe  # an RlRecipe in the checks of `rl`, an EvalRecipe in those of `eval`
         self._tokenizer: ChatTokenizer | None = None
+        self._sizes: Sizes | None = None
         self._model: ModelFacts | None = None
 
     def checks(self) -> list[tuple[str, Callable[[], str]]]:
@@ -117,7 +121,7 @@ class Preflight:
         from infir2.train.build import open_tokenizer
 
         configured = self.recipe.data.tokenizer if isinstance(self.recipe, TrainRecipe) else ""
-        self._tokenizer, directory = open_tokenizer(self.recipe.model, configured)
+        self._tokenizer, directory = open_tokenizer(self._model_section(), configured)
         return f"{directory}: {check_tokenizer(self._tokenizer, chat=self.verb != 'cpt')}"
 
     def data(self) -> str:
@@ -132,7 +136,7 @@ class Preflight:
         """Every weight is there with the right shape; headers only, no weight is read."""
         from infir2.cli.check_model import model_facts
 
-        self._model = model_facts(self.recipe.model, self._tokenizer.vocab_size if self._tokenizer else 1)
+        self._model = model_facts(self._model_section(), self._tokenizer.vocab_size if self._tokenizer else 1)
         if self._tokenizer and self._tokenizer.vocab_size > self._model.config.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {self._tokenizer.vocab_size} tokens and the model {self._model.config.vocab_size} rows; "
@@ -172,25 +176,34 @@ class Preflight:
         return check_engine(self.recipe, self._known_model())
 
     def parallel(self) -> str:
-        """Whether the model can be divided as `[parallel]` says."""
+        """Whether the model and the steps can be divided as `[parallel]` says."""
+        from infir2.cli.check_model import idle_ranks, sizes_of
         from infir2.parallel.mesh import Sizes, check_model
+        from infir2.train.session import check_optimizer, needs_one_process
 
         section = self.recipe.parallel
-        sizes = Sizes(section.dp_replicate, max(1, section.dp), section.cp, section.tp)
-        check_model(sizes, self._known_model().config, self.recipe.fp8.enabled)
-        number = f"a multiple of {sizes.world}" if section.dp == -1 else str(sizes.world)
-        return f"for {number} processes" if sizes.world > 1 else "for any number of processes" if section.dp == -1 else "for one process"
+        fixed = Sizes(section.dp_replicate, max(1, section.dp), section.cp, section.tp)
+        check_optimizer(self.recipe, fixed)
+        check_model(fixed, self._known_model().config, self.recipe.fp8.enabled)
+        self._sizes = sizes_of(self.recipe)
+        number = f"a multiple of {fixed.world}" if section.dp == -1 else str(fixed.world)
+        alone = section.dp != -1 or needs_one_process(self.recipe.optimizer)
+        text = f"for {number} processes" if fixed.world > 1 else "for one process" if alone else "for any number of processes"
+        doubts = idle_ranks(self.recipe, self._sizes)
+        return f"warn: {text}; {doubts}" if doubts else text
 
     def memory(self) -> str:
         """An estimate of the peak against what the device has."""
         from infir2.cli.check_model import check_memory
 
-        return check_memory(self.recipe, self._known_model())
+        if self._sizes is None:
+            raise _NotTriedError("needs sizes that work")
+        return check_memory(self.recipe, self._known_model(), self._sizes)
 
     def run_dir(self) -> str:
         """Writable, renames work, no other job in it; what a resumed run would go on from."""
         from infir2.checkpoint.lock import RunLock
-        from infir2.checkpoint.store import CHECKPOINTS, newest_checkpoint
+        from infir2.train.session import resume_changes
 
         path = Path(self.recipe.run.dir)
         if not path.exists():
@@ -198,9 +211,8 @@ class Preflight:
         warnings: list[str] = []
         _try_rename(path)
         RunLock.acquire(path, warnings.append).release()
-        newest = newest_checkpoint(path / CHECKPOINTS, warnings.append)
-        if newest is not None:
-            warnings += check_resume(self.loaded, path / "recipe.toml")
+        newest = self._newest(warnings.append)
+        warnings += resume_changes(self.loaded)
         found = f"{path} resumes after step {newest.step}" if newest else f"{path} has no checkpoint yet"
         return f"warn: {found}; {'; '.join(warnings)}" if warnings else found
 
@@ -220,6 +232,18 @@ class Preflight:
             return f"warn: only {soft} open files are allowed; run `ulimit -n {MIN_OPEN_FILES}` before a large run."
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
         return f"{os.cpu_count()} cores, {soft} open files, {versions}"
+
+    def _newest(self, warn: Callable[[str], None]) -> "Checkpoint | None":
+        """What the run directory would go on from; its tensors are not read."""
+        from infir2.checkpoint.store import CHECKPOINTS, newest_checkpoint
+
+        return newest_checkpoint(Path(self.recipe.run.dir) / CHECKPOINTS, warn, glance=True)
+
+    def _model_section(self) -> "ModelSection":
+        """What a run builds its model from: a checkpoint of its own, if there is one."""
+        from infir2.train.build import resumed_model
+
+        return self.recipe.model if self.verb == "eval" else resumed_model(self.recipe.model, self._newest(lambda _: None))
 
     def _known_model(self) -> "ModelFacts":
         if self._model is None:

@@ -15,12 +15,15 @@ from infir2.config.schema import ModelSection, RlRecipe, TrainRecipe
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import HfWeights, ModelConfig
 from infir2.model.hf import SCALE_SUFFIX
+from infir2.numerics.formats import GROUP
+from infir2.parallel.mesh import Sizes
 from infir2.train.build import device_of, is_run, planned_config
 from infir2.train.ledger import gpu_ledger
+from infir2.train.session import needs_one_process
 
 GIB = 2**30
 PROCESS_BYTES = 450 * 2**20
-STATE_BYTES = 16  # of a parameter while training: FP32 master, gradient, two moments
+CPU_STATE_BYTES = 29  # of a parameter: FP32 master, gradient, two moments; its code, and its values in FP64 and FP32 while they are used
 CHECKPOINT_BYTES = 12  # of a parameter in a checkpoint: master and moments
 
 
@@ -53,7 +56,7 @@ def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if not is_run(path):
         files = HfWeights(path)
         return {name: files.shape(name) for name in files.names()}
-    tensors = open_checkpoint(path).tensors()
+    tensors = open_checkpoint(path, glance=True).tensors()
     return {name.removeprefix(PARAMETERS): tensors.shape(name) for name in tensors if name.startswith(PARAMETERS)}
 
 
@@ -81,16 +84,40 @@ def check_engine(recipe: RlRecipe, model: ModelFacts) -> str:
     return f"{path}: {sum(name.endswith(SCALE_SUFFIX) for name in HfWeights(path).names())} FP8 weights, shapes as the trainer's"
 
 
-def check_memory(recipe: TrainRecipe, model: ModelFacts) -> str:
-    """The peak of a step, estimated, against the device's memory. Raises ConfigError if it cannot fit."""
+def sizes_of(recipe: TrainRecipe) -> Sizes:
+    """Sizes of the run: where parallel.dp leaves the number of processes open, those of the launcher that calls, or this host's GPUs."""
+    section = recipe.parallel
+    if section.dp != -1:
+        return Sizes(section.dp_replicate, section.dp, section.cp, section.tp)
+    fixed = section.dp_replicate * section.cp * section.tp
+    gpus = torch.cuda.device_count() if device_of(recipe.run).type == "cuda" and not needs_one_process(recipe.optimizer) else 1
+    return Sizes(section.dp_replicate, max(1, int(os.environ.get("WORLD_SIZE", gpus)) // fixed), section.cp, section.tp)
+
+
+def idle_ranks(recipe: TrainRecipe, sizes: Sizes) -> str:
+    """Why some ranks would have nothing to train; empty if all have."""
+    sequences = recipe.rl.prompts_per_step * recipe.rl.group_size if isinstance(recipe, RlRecipe) else recipe.data.batch_samples
+    sequences, padded = sequences or recipe.data.batch_sequences, 2 * GROUP * sizes.cp
+    if sizes.cp > 1 and padded > recipe.data.micro_batch_tokens:
+        tokens = recipe.data.micro_batch_tokens
+        return f"parallel.cp = {sizes.cp} pads micro-batches of {tokens} tokens to {padded}; raise data.micro_batch_tokens, or lower it."
+    if sizes.num_data > sequences:
+        return f"{sizes.num_data} ranks read data and a step has {sequences} sequences: the others train nothing; lower parallel.dp."
+    return ""
+
+
+def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> str:
+    """The peak of a step of one process, estimated, against the device's memory. Raises ConfigError if it cannot fit."""
     device = device_of(recipe.run)
-    parts = memory_parts(recipe, model, device.type)
+    parts = memory_parts(recipe, model, device.type, sizes)
     total = sum(parts.values())
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _available_memory()
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    text = f"about {total / GIB:.2f} GiB ({listed}) of {there / GIB:.1f} GiB on {device.type}"
+    text = f"about {total / GIB:.2f} GiB ({listed}) of {there / GIB:.1f} GiB on {device.type}, for each of {sizes.world} processes"
     if total > there:
-        raise ConfigError(f"{text}; lower data.micro_batch_tokens or train.head_chunk_tokens, or set model.recompute = 'full'.")
+        raise ConfigError(
+            f"{text}; lower data.micro_batch_tokens or train.head_chunk_tokens, set model.recompute = 'full', or share it: parallel.dp."
+        )
     if device.type == "cuda" and recipe.checkpoint.background:
         copy, free = CHECKPOINT_BYTES * model.num_parameters, _available_memory()
         text += f"; {copy / GIB:.2f} of {free / GIB:.1f} GiB on the host for the copy that is saved in the background, ranks together"
@@ -99,38 +126,21 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts) -> str:
     return text
 
 
-def memory_parts(recipe: TrainRecipe, model: ModelFacts, device: str) -> dict[str, int]:
-    """Bytes by purpose: the states exactly, activations from the shapes of what a step keeps (on a GPU: `gpu_ledger`).
-
-    The emulation's share on a CPU is fitted: the sum was 5-20 % above the peak resident size of models of 3 to 60 M parameters.
-    """
+def memory_parts(recipe: TrainRecipe, model: ModelFacts, device: str, sizes: Sizes | None = None) -> dict[str, int]:
+    """Bytes by purpose of one process: on a GPU `gpu_ledger`; on a CPU the states, and a bound of what a step keeps and computes in."""
     config = model.config
     if device == "cuda":
-        return gpu_ledger(config, recipe) | _engine_parts(recipe, model)
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    attended = config.num_heads * config.head_dim
-    hp_bytes = 4 if recipe.model.compute_dtype == "float32" else 2
-    code_bytes = 1 if recipe.fp8.enabled else hp_bytes
-    # Kept for a block's backward: two residuals, q k v, the attention's output and its logsumexp, gate and up; the four
-    # Linears' inputs, as codes under FP8.
-    kept = hp_bytes * (2 * config.hidden_size + heads + attended + 2 * config.ffn_size) + 4 * config.num_heads
-    kept += code_bytes * (2 * config.hidden_size + attended + config.ffn_size)
-    per_token = config.num_layers * kept
-    if recipe.model.recompute == "full":
-        per_token = config.num_layers * hp_bytes * config.hidden_size + kept
-    logits = min(recipe.train.head_chunk_tokens, recipe.data.micro_batch_tokens) * config.vocab_size
-    parts = {
-        "weights and optimizer": STATE_BYTES * model.num_parameters,
-        "FP8 codes": model.num_parameters if recipe.fp8.enabled else 0,
-        "activations": recipe.data.micro_batch_tokens * per_token,
-        "logits": 2 * 4 * logits,
-    }
-    # FP64 and FP32 values of every weight, FP64 intermediates of one block, the interpreter with its libraries.
-    intermediates = 8 * (12 * config.ffn_size + 8 * config.hidden_size)
+        return gpu_ledger(config, recipe, sizes) | _engine_parts(recipe, model)
+    shards, tokens = sizes.num_shards * sizes.tp if sizes else 1, recipe.data.micro_batch_tokens
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    layers = 1 if recipe.model.recompute == "full" else config.num_layers
+    kept = layers * 4 * (4 * config.hidden_size + 2 * heads + 3 * config.ffn_size) + config.num_layers * 4 * config.hidden_size
+    computed = 8 * (12 * config.ffn_size + 8 * config.hidden_size)
+    logits = 8 * min(recipe.train.head_chunk_tokens, tokens) * config.vocab_size
+    parts = {"weights and optimizer": CPU_STATE_BYTES * model.num_parameters // shards, "activations": tokens * (kept + computed) + logits}
     if recipe.checkpoint.background:
-        parts["copy for saving"] = CHECKPOINT_BYTES * model.num_parameters
-    parts["emulation"] = 12 * model.num_parameters + recipe.data.micro_batch_tokens * intermediates + PROCESS_BYTES
-    return {name: size for name, size in parts.items() if size} | _engine_parts(recipe, model)
+        parts["copy for saving"] = CHECKPOINT_BYTES * model.num_parameters // shards
+    return parts | {"interpreter": PROCESS_BYTES} | _engine_parts(recipe, model)
 
 
 def _engine_parts(recipe: TrainRecipe, model: ModelFacts) -> dict[str, int]:

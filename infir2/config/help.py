@@ -1,5 +1,6 @@
 """What `infir2 VERB --help` prints about the keys of a recipe: meaning, unit and default, straight from the schema."""
 
+import json
 import textwrap
 import types
 from typing import Any, Literal, Union, get_args, get_origin
@@ -19,8 +20,8 @@ def describe_keys(recipe_class: Recipe, width: int = 100) -> str:
         if parent != section:
             section = parent
             lines += ["", f"[{section}]" if not section.endswith(".0") else f"[[{section.removesuffix('.0')}]]  (a list; .0 is the first)"]
-        default = "required" if key.field.is_required() else f"default {_value(key.field.get_default())}"
-        lines.append(f"  --{key.name}={_type_word(key.annotation)}")
+        default = "required" if key.field.is_required() else f"default {json.dumps(key.field.get_default())}"
+        lines.append(f"  --{key.name}={_type_word(key.field.annotation)}")
         lines += textwrap.wrap(f"{key.field.description} ({default})", width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
@@ -37,11 +38,3 @@ def _type_word(annotation: Any) -> str:
     if get_origin(annotation) in (Union, types.UnionType):
         return "|".join(_type_word(option) for option in get_args(annotation) if option is not type(None))
     return "TEXT,TEXT" if takes_texts(annotation) else _TYPE_WORDS[annotation]
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return "none" if not value else ",".join(value)
-    return "empty" if value == "" else f"{value:g}" if isinstance(value, float) else str(value)

@@ -5,8 +5,7 @@ A key is a path of field names; an element of a list of tables is named by its i
 
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -45,12 +44,10 @@ def lookup(recipe_class: Recipe, key: str) -> Any:
     return annotation
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """A leaf of the schema, such as `data.sources.0.path`."""
 
     name: str
-    annotation: Any
     field: FieldInfo
 
 
@@ -64,7 +61,7 @@ def leaf_keys(recipe_class: Recipe, prefix: str = "") -> Iterator[Key]:
         elif item is not None:
             yield from leaf_keys(item, f"{key}.0.")
         else:
-            yield Key(key, field.annotation, field)
+            yield Key(key, field)
 
 
 def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:

@@ -18,11 +18,10 @@ from pydantic import BaseModel, ValidationError
 
 from infir2.config.checks import problems
 from infir2.config.keys import Recipe, child, flatten, item_class, leaf_keys, lookup, section_class, takes_text, takes_texts
-from infir2.config.variables import environment_words
+from infir2.config.variables import SOURCES, environment_words
 from infir2.errors import ConfigError
 
 R = TypeVar("R", bound=BaseModel)
-MAX_EXTENDS = 16
 _MUST = {
     "bool_type": "must be true or false",
     "int_type": "must be a whole number",
@@ -158,7 +157,7 @@ def _merge_environment(layers: _Layers, environ: Mapping[str, str]) -> tuple[str
     notes = []
     for word in environment_words(layers.recipe_class, environ, str(layers.values.get("run", {}).get("dir", ""))):
         if word.key:
-            put = layers.set_source if word.is_source else layers.set_text
+            put = layers.set_source if word.key in SOURCES else layers.set_text
             put(word.key, word.text, f"environment {word.name}")
         notes.append(word.note)
     return tuple(notes)
@@ -168,8 +167,6 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict
     """The file's table after those it extends, each with the name to show."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: extends goes round in a circle; remove one of the extends lines.")
-    if len(seen) >= MAX_EXTENDS:
-        raise ConfigError(f"{path}: more than {MAX_EXTENDS} files extend each other.")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

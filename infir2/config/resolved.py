@@ -91,20 +91,24 @@ def check_resume(loaded: Loaded[R], recipe_path: Path) -> list[str]:
     """Compares the recipe with the one the run directory was made with.
 
     Returns:
-        One line per changed key, to be printed.
+        One line per changed key, to be printed; or that the earlier recipe cannot be read.
 
     Raises:
-        ConfigError: a key changed that makes it a different run, and `--accept-changes` was not given.
+        ConfigError: a key changed that makes it a different run, or may have, and `--accept-changes` was not given.
     """
-    old = load(type(loaded.recipe), [recipe_path]).recipe
+    mend = "name a new run.dir, restore the value, or resume with --accept-changes."
+    try:
+        old = load(type(loaded.recipe), [recipe_path]).recipe
+    except ConfigError as error:
+        text = f"{recipe_path}: what this run was started with cannot be read back ({str(error).rstrip('.')})"
+        if not loaded.accept_changes:
+            raise ConfigError(f"{text}; {mend}") from error
+        return [text]
     changes = changed_keys(old, loaded.recipe)
     unsafe = [key for key in changes if not is_safe(key)]
     if unsafe and not loaded.accept_changes:
         key = unsafe[0]
         before, after = changes[key]
         rest = f" (and {len(unsafe) - 1} more: {', '.join(unsafe[1:4])})" if len(unsafe) > 1 else ""
-        raise ConfigError(
-            f"{recipe_path}: this run was started with {key} = {before!r}, and now it is {after!r}{rest}; "
-            "name a new run.dir, restore the value, or resume with --accept-changes."
-        )
+        raise ConfigError(f"{recipe_path}: this run was started with {key} = {before!r}, and now it is {after!r}{rest}; {mend}")
     return [f"resumed with {key} = {after!r} (was {before!r})" for key, (before, after) in changes.items()]

@@ -145,9 +145,7 @@ class RlSection(Section):
     overlong_penalty: float = Field(1.0, ge=0, description="largest soft overlong penalty")
     normalise_deviation: bool = Field(True, description="divide advantages by the group's standard deviation")
     max_mismatch_kl: float = Field(0.05, gt=0, description="stop when the mean KL between rollout and trainer exceeds this")
-    asynchronous: bool = Field(
-        False, description="sample a step's responses while the step before it trains, from weights one version older; for engines apart"
-    )
+    asynchronous: bool = Field(False, description="sample step n + 1 while step n trains, from weights a version older; for engines apart")
     evaluate_every: int = Field(20, ge=0, description="steps between in-loop evaluations (0: never)")
 
 

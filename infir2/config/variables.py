@@ -21,7 +21,6 @@ class Word:
     text: str
     key: str
     note: str
-    is_source: bool = False
 
 
 _TRAIN = {
@@ -47,7 +46,7 @@ _EVAL = {
 }
 _SERVED = dict.fromkeys(("SERVED_NAME", "TP_SIZE", "API_PORT"), "the model is loaded in this process")
 _UNUSED = {"LOG_DIR": "logs and metrics are in the run directory", **_SERVED}
-_SOURCES = ("data.sources", "evaluate.problems")
+SOURCES = ("data.sources", "evaluate.problems")
 
 
 def variables_of(recipe_class: Recipe) -> dict[str, str]:
@@ -80,4 +79,4 @@ def environment_words(recipe_class: Recipe, environ: Mapping[str, str], run_dir:
         elif not key:
             yield Word(name, text, "", f"{name} is set but not needed: {_UNUSED[name]}.")
         else:
-            yield Word(name, text, key, f"environment variable {name} sets {key} to {text!r}.", is_source=key in _SOURCES)
+            yield Word(name, text, key, f"environment variable {name} sets {key} to {text!r}.")

@@ -13,7 +13,7 @@ training text contains a held-out chain of steps, not even as a part of a longer
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -90,31 +90,15 @@ def contains_held_out(chain: Chain) -> bool:
     return any(held_out(befores[first], chain.steps[first:last]) for first in range(length - 1) for last in range(first + 2, length + 1))
 
 
-def random_chain(random_source: random.Random, num_steps: int) -> Chain:
-    """A chain with all partial results in 0-49; plus and minus are equally likely."""
+def random_chain(random_source: random.Random, num_steps: int, is_held_out: bool = False) -> Chain:
+    """A chain with all partial results in 0-49; plus and minus are equally likely. It, or no part of it, is held out."""
     while True:
         steps = tuple(random_source.choice((-1, 1)) * random_source.randint(1, LARGEST_STEP) for _ in range(num_steps))
         chain = Chain(random_source.randint(1, LARGEST_START), steps)
-        if all(0 <= value <= LARGEST_VALUE for value in chain.values):
+        if not all(0 <= value <= LARGEST_VALUE for value in chain.values):
+            continue
+        if held_out(chain.start, steps) if is_held_out else not contains_held_out(chain):
             return chain
-
-
-def training_chain(random_source: random.Random, num_steps: int) -> Chain:
-    while contains_held_out(chain := random_chain(random_source, num_steps)):
-        pass
-    return chain
-
-
-def held_out_chain(random_source: random.Random, num_steps: int) -> Chain:
-    while not held_out((chain := random_chain(random_source, num_steps)).start, chain.steps):
-        pass
-    return chain
-
-
-def told_step(random_source: random.Random, name: str, step: int) -> str:
-    if step > 0:
-        return f"{name} {random_source.choice(GAINS)} {step} more."
-    return f"{name} {random_source.choice(LOSSES)} {-step}."
 
 
 def story(random_source: random.Random, chain: Chain, with_results: bool) -> str:
@@ -122,7 +106,7 @@ def story(random_source: random.Random, chain: Chain, with_results: bool) -> str
     name, thing = random_source.choice(NAMES), random_source.choice(THINGS)
     sentences = [f"{name} has {chain.start} {thing}."]
     for step, value in zip(chain.steps, chain.values, strict=True):
-        sentences.append(told_step(random_source, name, step))
+        sentences.append(f"{name} {random_source.choice(GAINS if step > 0 else LOSSES)} {abs(step)}{' more' * (step > 0)}.")
         if with_results:
             sentences.append(f"Now {name} has {value} {thing}.")
     if not with_results:
@@ -168,8 +152,8 @@ def document(random_source: random.Random, world: DemoWorld) -> str:
         if num_steps == DIFFICULTIES[0]:
             before, step = random_fact(random_source)
             return story(random_source, Chain(before, (step,)), with_results=True)
-        return story(random_source, training_chain(random_source, num_steps - 1), with_results=True)
-    chain = training_chain(random_source, num_steps)
+        return story(random_source, random_chain(random_source, num_steps - 1), with_results=True)
+    chain = random_chain(random_source, num_steps)
     return f"{question(random_source, chain)}\n{chain.thought}\nThe answer is {chain.answer}."
 
 
@@ -183,7 +167,7 @@ def documents(random_source: random.Random, world: DemoWorld) -> Iterator[str]:
 
 
 def problems(
-    random_source: random.Random, count: int, difficulty: tuple[float, ...], draw: Callable[[random.Random, int], Chain]
+    random_source: random.Random, count: int, difficulty: tuple[float, ...], is_held_out: bool = False
 ) -> Iterator[tuple[str, Chain]]:
     """`count` problems, all different while there are enough; the shares of the difficulties are met up to rounding."""
     seen: set[Chain] = set()
@@ -193,7 +177,7 @@ def problems(
     random_source.shuffle(order)
     for num_steps in order:
         for _ in range(100):  # draws before a repeat is accepted
-            chain = draw(random_source, num_steps)
+            chain = random_chain(random_source, num_steps, is_held_out)
             if chain not in seen:
                 break
         seen.add(chain)
@@ -205,7 +189,7 @@ def conversations(random_source: random.Random, world: DemoWorld, stage: int) ->
     empty = round(world.sft_rows * world.sft_empty_thoughts[stage])
     thinks = [False] * empty + [True] * (world.sft_rows - empty)
     random_source.shuffle(thinks)
-    rows = problems(random_source, world.sft_rows, world.sft_difficulty[stage], training_chain)
+    rows = problems(random_source, world.sft_rows, world.sft_difficulty[stage])
     for think, (text, chain) in zip(thinks, rows, strict=True):
         answer = f"<think>{chain.thought if think else ''}</think>\\boxed{{{chain.answer}}}"
         yield {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], "difficulty": len(chain.steps)}
@@ -257,7 +241,7 @@ def make_demo_world(directory: Path, seed: int, world: DemoWorld | None = None) 
     for stage in range(len(world.sft_empty_thoughts)):
         write_rows(directory / f"sft{stage + 1}.jsonl", conversations(source(f"sft{stage + 1}"), world, stage))
     for stage, count in enumerate(world.rl_rows):
-        rows = problems(source(f"rl{stage + 1}"), count, world.rl_difficulty[stage], training_chain)
+        rows = problems(source(f"rl{stage + 1}"), count, world.rl_difficulty[stage])
         write_rows(directory / f"rl{stage + 1}.jsonl", prompts(rows))
-    held = problems(source("heldout"), world.held_out_rows, (1, 1, 1), held_out_chain)
+    held = problems(source("heldout"), world.held_out_rows, (1, 1, 1), is_held_out=True)
     write_rows(directory / "heldout.jsonl", prompts(held))

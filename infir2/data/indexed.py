@@ -20,7 +20,6 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 TEXT_BYTES_PER_TOKEN = 4  # of files that do not say how much text they were made from
-_CHECKED_AT_ONCE = 1 << 20
 
 
 def is_indexed(path: Path) -> bool:
@@ -103,14 +102,7 @@ class IndexedDocuments:
 
     def _fits(self, num_bytes: int, itemsize: int) -> bool:
         """Whether every sequence lies inside the .bin and the bounds rise from 0 to the number of sequences."""
-        if self._bounds[0] != 0 or self._bounds[-1] != len(self._lengths):
-            return False
-        for first in range(0, len(self._lengths), _CHECKED_AT_ONCE):
-            lengths = self._lengths[first : first + _CHECKED_AT_ONCE].astype(np.int64)
-            offsets = self._offsets[first : first + _CHECKED_AT_ONCE]
-            if lengths.min() < 0 or offsets.min() < 0 or offsets.max() > num_bytes or (offsets % itemsize).any():
-                return False
-            if (offsets + lengths * itemsize).max() > num_bytes:
-                return False
-        parts = (self._bounds[first : first + _CHECKED_AT_ONCE + 1] for first in range(0, len(self._bounds), _CHECKED_AT_ONCE))
-        return all(bool((np.diff(part) >= 0).all()) for part in parts)
+        ends = self._offsets + self._lengths.astype(np.int64) * itemsize
+        inside = (self._lengths >= 0) & (self._offsets >= 0) & (self._offsets <= num_bytes) & (ends <= num_bytes)
+        rising = self._bounds[0] == 0 and self._bounds[-1] == len(self._lengths) and bool((np.diff(self._bounds) >= 0).all())
+        return rising and bool((inside & (self._offsets % itemsize == 0)).all())

@@ -44,7 +44,7 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._quarantine = Quarantine(section.max_quarantined_fraction, quarantine if rank == 0 else None)
         self._stream = SampleStream(section.sources, section, kind, tokenizer, seed, self._quarantine)
-        self._steps = self._make_steps()
+        self._units = self._make_units()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-data")
         self._pending: Future[tuple[list[Batch], State]] | None = None
         self._state = self._snapshot()
@@ -89,20 +89,20 @@ class Loader:
                     f"the checkpoint's data position belongs to other data ({name} was {state[name]}, is {self._state[name]}): "
                     "restore data.sources and run.seed, or start a new run."
                 )
-        self._steps.load_state_dict(state["place"])
+        self._units.load_state_dict(state["place"])
         self._quarantine.load_state_dict(state["quarantined"])  # last: going to the place may meet counted rows again
         self._state = copy.deepcopy(state)
 
-    def _make_steps(self) -> "Samples | DocumentWindows | SampleWindows":
+    def _make_units(self) -> "Samples | DocumentWindows | SampleWindows":
         section = self._section
         if section.batch_samples:
-            return Samples(self._stream, section.batch_samples)
+            return Samples(self._stream)
         if self._kind == "documents":
-            return DocumentWindows(self._stream, section.batch_sequences, section.sequence_tokens)
-        return SampleWindows(self._stream, section.batch_sequences, section.sequence_tokens, section.pack_window_samples, self._seed)
+            return DocumentWindows(self._stream, section.sequence_tokens)
+        return SampleWindows(self._stream, section.sequence_tokens, section.pack_window_samples, self._seed)
 
     def _make_step(self) -> tuple[list[Batch], State]:
-        units = self._steps.step()
+        units = [self._units.unit() for _ in range(self._section.batch_samples or self._section.batch_sequences)]
         return deal(units, self._section.micro_batch_tokens, self._rank, self._world_size), self._snapshot()
 
     def _snapshot(self) -> State:
@@ -110,7 +110,7 @@ class Loader:
             "kind": self._kind,
             "seed": self._seed,
             "rows": [len(source) for source in self._stream.sources],
-            "place": self._steps.state_dict(),
+            "place": self._units.state_dict(),
             "quarantined": self._quarantine.state_dict(),
         }
 

@@ -1,6 +1,8 @@
 """What a row must hold for each use, and what becomes of the rows that do not."""
 
+import contextlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -106,9 +108,7 @@ class Quarantine:
     def __init__(self, max_fraction: float, path: Path | None = None) -> None:
         self.counts: dict[str, Counter[str]] = {}
         self._max_fraction, self._path = max_fraction, path
-        self._listed: set[str] = set()
-        if path is not None and path.exists():
-            self._listed = {json.loads(line)["origin"] for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")}
+        self._listed = _listed(path) if path is not None and path.exists() else set()
 
     def add(self, source: Source, index: int, error: RowError) -> None:
         """Count a row. Raises DataError when the source now has more unusable rows than allowed."""
@@ -117,9 +117,12 @@ class Quarantine:
         origin = source.origin(index)
         if self._path is not None and origin not in self._listed:
             self._listed.add(origin)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"origin": origin, "reason": error.reason, "detail": str(error)}) + "\n")
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"origin": origin, "reason": error.reason, "detail": str(error)}) + "\n")
+            except OSError:  # a full disk does not end a run here: the row is counted, and listed when it is met again
+                self._listed.discard(origin)
         if counts.total() > self._max_fraction * len(source):
             reasons = ", ".join(f"{number} {reason}" for reason, number in counts.most_common())
             raise DataError(
@@ -132,6 +135,18 @@ class Quarantine:
 
     def load_state_dict(self, state: dict[str, dict[str, int]]) -> None:
         self.counts = {source: Counter(counts) for source, counts in state.items()}
+
+
+def _listed(path: Path) -> set[str]:
+    """Origins that a quarantine file names. A last line cut by a kill is cut off, a damaged one lists nothing."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        os.truncate(path, sum(map(len, lines[:-1])))
+    found = set()
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            found.add(json.loads(line)["origin"])
+    return found
 
 
 def _fields(section: SourceSection, kind: Kind) -> list[str]:

@@ -88,13 +88,13 @@ class SampleStream:
 
 
 class Samples:
-    """Steps of `batch_samples` samples, each a unit of its own."""
+    """Samples, each a unit of its own."""
 
-    def __init__(self, stream: SampleStream, count: int) -> None:
-        self._stream, self._count = stream, count
+    def __init__(self, stream: SampleStream) -> None:
+        self._stream = stream
 
-    def step(self) -> list[list[Sample]]:
-        return [[self._stream.take()] for _ in range(self._count)]
+    def unit(self) -> list[Sample]:
+        return [self._stream.take()]
 
     def state_dict(self) -> State:
         return {"position": self._stream.position}
@@ -110,15 +110,12 @@ class DocumentWindows:
     the first of a document is a target exactly once.
     """
 
-    def __init__(self, stream: SampleStream, count: int, sequence_tokens: int) -> None:
-        self._stream, self._count, self._length = stream, count, sequence_tokens
+    def __init__(self, stream: SampleStream, sequence_tokens: int) -> None:
+        self._stream, self._length = stream, sequence_tokens
         self._rest: Sample | None = None
         self._document, self._offset = 0, 0  # of the rest: its place in the mixture, and its first token
 
-    def step(self) -> list[list[Sample]]:
-        return [self.window() for _ in range(self._count)]
-
-    def window(self) -> list[Sample]:
+    def unit(self) -> list[Sample]:
         """Pieces of at most `sequence_tokens` together; a last place that could hold no target stays free."""
         pieces, room = [], self._length
         while room > 1:
@@ -149,14 +146,17 @@ class DocumentWindows:
 class SampleWindows:
     """Windows of at most `sequence_tokens` made of whole samples, packed over `pack_window_samples` of them."""
 
-    def __init__(self, stream: SampleStream, count: int, sequence_tokens: int, pack_samples: int, seed: int) -> None:
-        self._stream, self._count, self._length = stream, count, sequence_tokens
+    def __init__(self, stream: SampleStream, sequence_tokens: int, pack_samples: int, seed: int) -> None:
+        self._stream, self._length = stream, sequence_tokens
         self._pack_samples, self._seed = pack_samples, seed
         self._start, self._done = stream.position, 0  # where the present pack begins, and its windows taken
         self._windows: list[list[Sample]] = []
 
-    def step(self) -> list[list[Sample]]:
-        return [self._window() for _ in range(self._count)]
+    def unit(self) -> list[Sample]:
+        if self._done == len(self._windows):
+            self._fill()
+        self._done += 1
+        return self._windows[self._done - 1]
 
     def state_dict(self) -> State:
         return {"position": self._start, "windows": self._done}
@@ -167,12 +167,6 @@ class SampleWindows:
         if state["windows"]:
             self._fill()
         self._done = state["windows"]
-
-    def _window(self) -> list[Sample]:
-        if self._done == len(self._windows):
-            self._fill()
-        self._done += 1
-        return self._windows[self._done - 1]
 
     def _fill(self) -> None:
         self._start, self._done = self._stream.position, 0

@@ -5,7 +5,6 @@ command run again takes those that are there. At the end they are joined in the 
 PREFIX.json and, last, PREFIX.idx.
 """
 
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -75,10 +74,10 @@ class _Work:
         return found
 
     def plan(self) -> str:
-        """sha256 of all that decides the parts."""
+        """All that decides the parts, as text."""
         files = [(str(file.path), file.path.stat().st_size, file.path.stat().st_mtime_ns) for s in self.sources for file in s.files]
         fields = [section.text_field for section in self.sections]
-        return hashlib.sha256(json.dumps([files, fields, CHUNK_BYTES, self.tokenizer.document_fingerprint]).encode()).hexdigest()
+        return json.dumps([files, fields, CHUNK_BYTES, self.tokenizer.document_fingerprint])
 
     def tokenize(self, chunk: _Chunk) -> None:
         """Write the part of a chunk: tokens, lengths [documents], and unusable rows as JSON."""
@@ -185,8 +184,7 @@ def _run(chunks: Sequence[_Chunk], workers: int, quarantine: Quarantine) -> None
 def _join(chunks: Sequence[_Chunk], parts: Path) -> np.ndarray:
     """Write bin and idx into the directory of the parts; returns the documents' lengths."""
     lengths = []
-    for name in ("bin", "idx"):
-        (parts / name).unlink(missing_ok=True)
+    (parts / "idx").unlink(missing_ok=True)
     with (parts / "bin").open("wb") as file:
         for chunk in chunks:
             part = _read(chunk.part)

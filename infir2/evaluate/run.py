@@ -15,7 +15,7 @@ from infir2.data import ChatTokenizer, Prompt, load_prompts
 from infir2.evaluate.statistics import Evaluation, average_at_k, by_difficulty, mean_pass_at_k
 from infir2.faults import fault
 from infir2.rollout.native import NativeEngine
-from infir2.rollout.types import Completion, Engine, Request, SamplingParams, ignore, part_of, sampling_key
+from infir2.rollout.types import Completion, Engine, SamplingParams, part_of, respond
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.metrics import MetricsWriter
 from infir2.train.session import Session, describe_environment
@@ -30,24 +30,18 @@ def answer_problems(
     problems: Sequence[Prompt],
     section: EvaluateSection,
     seed: int,
-    check: Callable[[], None] = ignore,
+    check: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """A row per response (prompt, response, answer, correct, truncated), k per problem. `check` is for the engine."""
-    k = section.samples
-
-    def on_finished(_index: int, _completion: Completion) -> None:
-        fault("evaluate")
-
-    requests = [
-        Request(f"{problem.id}/{i}", ids, sampling_key(seed, problem.id, i, engine.policy_version))
-        for problem in problems
-        for ids in [prompt_token_ids(tokenizer, problem, section)]
-        for i in range(k)
-    ]
+    """A row per response (prompt, response, answer, correct, truncated), k per problem. `check` is called all the time."""
+    prompts = [(problem.id, prompt_token_ids(tokenizer, problem, section)) for problem in problems]
     params = SamplingParams(section.temperature, section.max_response_tokens, tokenizer.eos_ids, section.top_p)
-    completions = engine.generate(requests, params, on_finished, check)
+    found: dict[int, list[Completion]] = {}
+    for place, responses in respond(engine, prompts, section.samples, seed, params, check):
+        found[place] = responses
+        fault("evaluate")
+    completions = [completion for place in range(len(problems)) for completion in found[place]]
     texts = [section.response_prefix + tokenizer.decode(completion.token_ids) for completion in completions]
-    owners = [problem for problem in problems for _ in range(k)]
+    owners = [problem for problem in problems for _ in range(section.samples)]
     verdicts = check_math_batch([(text, owner.answer) for text, owner in zip(texts, owners, strict=True)])
     return [
         {

@@ -9,11 +9,11 @@ its pid and one with its exit code in the launcher's directory, and the launcher
 import contextlib
 import ctypes
 import os
-import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 
 VARIABLE = "INFIR2_RANKS_DIR"
 STOP = "stop"
@@ -22,12 +22,24 @@ PREEMPTED, INTERRUPTED = 75, 130
 # From mild to bad. Any other code names a cause, and outranks its echo on other ranks (70, 71 of a broken collective).
 _MILD_TO_BAD = (0, PREEMPTED, INTERRUPTED, DIED, 70)
 RESTARTED = (70, DIED)
+STOPPED_BY: dict[int, int] = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}  # signal -> code of what it ended
 _PR_SET_PDEATHSIG = 1
 
 
 def worst_code(codes: Iterable[int]) -> int:
     """The code that says most about what went wrong. Example: [75, 71, 2] -> 2; no codes at all -> 71."""
     return max(codes, key=lambda code: (_MILD_TO_BAD.index(code) if code in _MILD_TO_BAD else len(_MILD_TO_BAD), code), default=DIED)
+
+
+@contextlib.contextmanager
+def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Meanwhile SIGTERM and Ctrl-C go to `handler`."""
+    previous = {number: signal.signal(number, handler) for number in STOPPED_BY}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def die_with_parent() -> None:
@@ -44,13 +56,18 @@ def attempt_dirs(place: Path) -> list[Path]:
 def codes_of(attempt: Path) -> dict[int, int]:
     """{rank: code} of the ranks that started; 71 for one without a code."""
     started = [int(path.stem.partition("-")[2]) for path in attempt.glob("rank-*.pid")]
-    return {rank: _read_code(attempt / f"rank-{rank}.code") for rank in sorted(started)}
+    files = {rank: attempt / f"rank-{rank}.code" for rank in sorted(started)}
+    return {rank: int(path.read_text()) if path.exists() else DIED for rank, path in files.items()}
+
+
+def last_codes(place: Path) -> dict[int, int]:
+    """Those of one launcher's newest attempt."""
+    return codes_of((attempt_dirs(place) or [place])[-1])
 
 
 def gathered_code(directory: Path) -> int:
     """The worst code of the last attempt of every launcher that wrote into a shared directory."""
-    last = [attempts[-1] for place in directory.iterdir() if (attempts := attempt_dirs(place))] if directory.is_dir() else []
-    return worst_code(code for attempt in last for code in codes_of(attempt).values())
+    return worst_code(code for place in directory.glob("*") for code in last_codes(place).values())
 
 
 def signal_ranks(place: Path, number: int) -> None:
@@ -98,13 +115,6 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(path)
-
-
-def _read_code(path: Path) -> int:
-    try:
-        return int(re.sub(r"\D", "", path.read_text()))
-    except (OSError, ValueError):
-        return DIED
 
 
 if __name__ == "__main__":  # what a batch script ends with: python -m infir2.launch.ranks DIR

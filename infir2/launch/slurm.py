@@ -1,7 +1,8 @@
 """`infir2 launch slurm`: a batch job that saves when it is told to go, is queued again, and goes on.
 
 SLURM sends SIGTERM before the time limit (`--signal`) and on preemption; the ranks save and end with 75; the script then asks
-for the job to be queued again, and the same command resumes from the newest checkpoint.
+for the job to be queued again, and the same command resumes from the newest checkpoint. A job that scancel has cancelled, and an
+evaluation, which would begin anew, end.
 """
 
 import os
@@ -16,6 +17,7 @@ from infir2.launch.ranks import PREEMPTED, VARIABLE
 from infir2.launch.torchrun import Layout
 
 SAVE_SECONDS = 300  # SIGTERM comes so long before the time limit
+_IS_CANCELLED = '! scontrol show job "$SLURM_JOB_ID" | grep -Eq "JobState=RUNNING|Reason=TimeLimit"'  # one that was signalled still runs
 
 
 def batch_script(layout: Layout, words: Sequence[str], options: Sequence[str] = ()) -> str:
@@ -23,7 +25,9 @@ def batch_script(layout: Layout, words: Sequence[str], options: Sequence[str] = 
     cores = max(1, round(layout.cpus_per_rank * layout.ranks_per_node))
     gpus = [] if layout.cpu else [f"--gpus-per-node={layout.ranks_per_node}"]
     asked = [f"--job-name=infir2-{words[0]}", f"--nodes={layout.nodes}", "--ntasks-per-node=1", f"--cpus-per-task={cores}", *gpus]
-    asked += ["--requeue", "--open-mode=append", f"--signal=TERM@{SAVE_SECONDS}", f"--output=infir2-{words[0]}-%j.log", *options]
+    requeue = words[0] != "eval"
+    asked += ["--requeue" if requeue else "--no-requeue", f"--signal=TERM@{SAVE_SECONDS}"]
+    asked += ["--open-mode=append", f"--output=infir2-{words[0]}-%j.log", *options]
     launch = [sys.executable, "-m", "infir2", "launch", "torchrun", "--nodes", str(layout.nodes)]
     launch += ["--gpus-per-node", str(layout.ranks_per_node), "--max-restarts", str(layout.max_restarts)]
     meet = '--endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" --run-id "$SLURM_JOB_ID"' if layout.nodes > 1 else ""
@@ -37,7 +41,7 @@ def batch_script(layout: Layout, words: Sequence[str], options: Sequence[str] = 
         f"srun {shlex.join(launch)} {meet} -- {shlex.join(words)}",
         f'{shlex.quote(sys.executable)} -m infir2.launch.ranks "${VARIABLE}"; code=$?; rm -rf "${VARIABLE}"',
         'echo "infir2 launch: the worst rank ended with code $code"',
-        f'[ $code != {PREEMPTED} ] || scontrol requeue "$SLURM_JOB_ID"',
+        *([f'[ $code != {PREEMPTED} ] || {_IS_CANCELLED} || scontrol requeue "$SLURM_JOB_ID"'] if requeue else []),
         "exit $code",
     ]
     return "\n".join(lines) + "\n"

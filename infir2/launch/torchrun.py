@@ -83,8 +83,7 @@ def run_torchrun(layout: Layout, words: Sequence[str]) -> int:
         def forward(number: int, _frame: FrameType | None) -> None:
             ranks.signal_ranks(place, number)
 
-        previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with ranks.stop_signals(forward):
             process = subprocess.Popen(
                 torchrun_command(layout, words),
                 env=os.environ | {ranks.VARIABLE: str(place), "PET_SIGNALS_TO_HANDLE": "SIGQUIT"},
@@ -92,10 +91,7 @@ def run_torchrun(layout: Layout, words: Sequence[str]) -> int:
                 preexec_fn=_before_torchrun,
             )
             _wait(process, place)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        codes = _last_codes(place)
+        codes = ranks.last_codes(place)
         code = ranks.worst_code(codes.values())
         if code and len(codes) != 1:
             ended = ", ".join(f"rank {rank}: {'killed' if each == ranks.DIED else each}" for rank, each in codes.items())
@@ -114,13 +110,10 @@ def _wait(process: subprocess.Popen[bytes], place: Path) -> None:
     given_up = float("inf")
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
-        causes = [code for code in _last_codes(place).values() if code not in (0, ranks.PREEMPTED, ranks.INTERRUPTED, *ranks.RESTARTED)]
+        causes = [
+            code for code in ranks.last_codes(place).values() if code not in (0, ranks.PREEMPTED, ranks.INTERRUPTED, *ranks.RESTARTED)
+        ]
         if causes and given_up == float("inf"):
             given_up = time.monotonic() + PEER_SECONDS
         if time.monotonic() > given_up:
             ranks.signal_ranks(place, signal.SIGKILL)
-
-
-def _last_codes(place: Path) -> dict[int, int]:
-    attempts = ranks.attempt_dirs(place)
-    return ranks.codes_of(attempts[-1]) if attempts else {}

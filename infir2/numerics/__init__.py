@@ -11,7 +11,7 @@ from infir2.numerics.convert import convert_to_fp8
 from infir2.numerics.formats import Fp8Tensor
 from infir2.numerics.head import head_logits, token_logprobs
 from infir2.numerics.linear import Fp8Linear, linear
-from infir2.numerics.measure import QuantizationCounts, count_quantization, relative_error, snr_db
+from infir2.numerics.measure import relative_error, snr_db
 from infir2.numerics.memory import Memory
 from infir2.numerics.operands import forget
 from infir2.numerics.ops import (
@@ -20,10 +20,8 @@ from infir2.numerics.ops import (
     apply_rope,
     attention_inputs,
     feed_forward,
-    norm_linear,
     rms_norm,
     swiglu,
-    swiglu_linear,
 )
 from infir2.numerics.quantize import dequantize, nonfinite_blocks, quantize, transpose
 
@@ -31,26 +29,22 @@ __all__ = [
     "Fp8Linear",
     "Fp8Tensor",
     "Memory",
-    "QuantizationCounts",
     "RMSNorm",
     "add_linear",
     "apply_rope",
     "attention_inputs",
     "convert_to_fp8",
-    "count_quantization",
     "dequantize",
     "feed_forward",
     "forget",
     "head_logits",
     "linear",
     "nonfinite_blocks",
-    "norm_linear",
     "quantize",
     "relative_error",
     "rms_norm",
     "snr_db",
     "swiglu",
-    "swiglu_linear",
     "token_logprobs",
     "transpose",
 ]

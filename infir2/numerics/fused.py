@@ -78,9 +78,9 @@ def stack(layers: Sequence[nn.Linear]) -> Stack | None:
     return Stack(tuple(layers)) if len(kinds) == 1 and aligned else None
 
 
-def serves(x: Tensor) -> bool:
-    """Whether these operations take x: BF16 on a GPU with the kernels."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and usable(x.device)
+def serves(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether these operations take x, whose values are of `dtype` if not of its own: BF16 on a GPU with the kernels."""
+    return x.is_cuda and (dtype or x.dtype) == torch.bfloat16 and usable(x.device)
 
 
 def attention_inputs(
@@ -90,17 +90,20 @@ def attention_inputs(
     return _NormLinear.apply(x, weight, eps, layers, head_dim, rope, memory, *layers.parameters)
 
 
-def linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """The outputs [T, N_i] of layers that share x [T, K]; keeps the codes of x, or x where a layer is BF16."""
+def linear(x: Tensor, layers: Sequence[nn.Linear], out_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    """The outputs [T, N_i] of layers that share x [T, K]; keeps the codes of x, or x where a layer is BF16.
+
+    x may be FP32 with BF16 values, its gradient then is FP32 too; outputs that are not BF16 are as the GEMM sums them.
+    """
     whole = stack(layers)
     if whole is None:
-        return tuple(linear(x, (layer,))[0] for layer in layers)
-    return _AddLinear.apply(None, x, whole, Memory(), False, *whole.parameters).split(whole.sizes, dim=1)
+        return tuple(linear(x, (layer,), out_dtype)[0] for layer in layers)
+    return _AddLinear.apply(None, x, whole, Memory(), False, out_dtype, *whole.parameters).split(whole.sizes, dim=1)
 
 
 def add_linear(residual: Tensor, x: Tensor, layers: Stack, memory: Memory) -> Tensor:
     """`residual + linear(x)`; keeps x itself, which its producer (attention) keeps anyway."""
-    return _AddLinear.apply(residual, x, layers, memory, True, *layers.parameters)
+    return _AddLinear.apply(residual, x, layers, memory, True, torch.bfloat16, *layers.parameters)
 
 
 def feed_forward(x: Tensor, weight: Tensor, eps: float, gate_up: Stack, down: Stack, memory: Memory) -> Tensor:
@@ -147,8 +150,11 @@ class _NormLinear(torch.autograd.Function):
 
 class _AddLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor | None, x: Tensor, layers: Stack, memory: Memory, keep_x: bool, *_: Tensor | None) -> Tensor:
-        scale_format = layers.scale_format
+    def forward(
+        ctx: Any, residual: Tensor | None, x: Tensor, layers: Stack, memory: Memory, keep_x: bool, out_dtype: torch.dtype, *_: Tensor | None
+    ) -> Tensor:
+        scale_format, ctx.x_dtype = layers.scale_format, x.dtype
+        x = x.bfloat16()  # exact
         kept: Operand = x
         if scale_format and (keep_x or scale_format == "pow2"):
             operand: Operand = kernels().quantize(x, ROW_BLOCK, scale_format)
@@ -158,7 +164,7 @@ class _AddLinear(torch.autograd.Function):
         else:
             operand = x
         bias = layers.bias()
-        out = product(operand, layers.operand(), add=residual)
+        out = product(operand, layers.operand(), add=residual, dtype=out_dtype)
         ctx.save_for_backward(*_tensors(kept))
         ctx.layers, ctx.memory, ctx.block = layers, memory, kept.block if isinstance(kept, Fp8Tensor) else None
         return out if bias is None else out.add_(bias.bfloat16())
@@ -173,10 +179,13 @@ class _AddLinear(torch.autograd.Function):
             x_t = codes if ctx.block == TILE_BLOCK else kernels().transpose(codes)
         elif layers.scale_format:
             x_t = kernels().quantize_transposed(x, layers.scale_format)
+        grad, grad_x = grad.bfloat16(), None  # exact: that of an unrounded output comes from a rounded sum
         rows, columns = _gradient(grad, layers.scale_format)
-        weights = _weight_gradients(ctx, 5, layers, columns, x_t, grad)
-        grad_x = product(rows, layers.operand_t(ctx.memory.keep_transposed_weights), transposed=True) if ctx.needs_input_grad[1] else None
-        return grad if ctx.needs_input_grad[0] else None, grad_x, None, None, None, *weights
+        weights = _weight_gradients(ctx, 6, layers, columns, x_t, grad)
+        if ctx.needs_input_grad[1]:
+            weight_t = layers.operand_t(ctx.memory.keep_transposed_weights)
+            grad_x = product(rows, weight_t, transposed=True, dtype=ctx.x_dtype)
+        return grad if ctx.needs_input_grad[0] else None, grad_x, None, None, None, None, *weights
 
 
 class _FeedForward(torch.autograd.Function):
@@ -225,14 +234,19 @@ class _FeedForward(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None, *gate_up_weights, *down_weights
 
 
-def product(a: Operand, b: Operand, add: Tensor | None = None, transposed: bool = False) -> Tensor:
-    """`a @ b.T (+ add)` [M, N] BF16; with `transposed`, b is W.T's codes or, in BF16, W itself."""
+def product(a: Operand, b: Operand, add: Tensor | None = None, transposed: bool = False, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`a @ b.T (+ add)` [M, N] in BF16, or as it is summed (FP32) for a wider `dtype`.
+
+    With `transposed`, b is W.T's codes or, in BF16, W itself.
+    """
     if isinstance(a, Fp8Tensor):
         assert isinstance(b, Fp8Tensor)
-        out = gemm_nt(a.codes, a.scale, b.codes, b.scale, a.block, b.block)
+        out = gemm_nt(a.codes, a.scale, b.codes, b.scale, a.block, b.block, dtype)
         return out if add is None else out.add_(add)
     assert isinstance(b, Tensor)
     right = b if transposed else b.t()
+    if dtype != torch.bfloat16:
+        return fp32_product(a, right)
     return a @ right if add is None else torch.addmm(add, a, right)
 
 

@@ -6,20 +6,17 @@
 
 Block scaling exists on compute capability 9.0 only (Hopper); elsewhere emulation dequantises and multiplies in FP32
 (exact products for "pow2" even where the process allows TF32). cuBLAS takes what 16 divides, so other sizes are padded
-with zero codes. INFIR2_GEMM=cublas|deepgemm|emulation overrides the choice; choices are kept in INFIR2_CACHE_DIR (default
-~/.cache/infir2) so that a job measures a shape once. Under torch.use_deterministic_algorithms nothing is measured: the first
-backend that can multiply the operands is taken, so that a run repeats bit for bit.
+with zero codes. A process measures a shape once; INFIR2_GEMM=cublas|deepgemm|emulation overrides the choice. Under
+torch.use_deterministic_algorithms nothing is measured: the first backend that can multiply the operands is taken, so that
+a run repeats bit for bit.
 """
 
-import json
 import os
 import statistics
 import warnings
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -207,73 +204,25 @@ def _emulation(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
 _RUN: dict[str, Callable[[Operand, Operand, torch.dtype], Tensor]] = {"cublas": _cublas, "deepgemm": _deepgemm, "emulation": _emulation}
 
 
-class Choices:
-    """Measured choices, in memory and in one JSON file per GPU model and torch version.
-
-    Example: {"128x17920x1536 1x128 128x128 torch.bfloat16": "deepgemm"}. A file that cannot be read or written is no
-    error: the shapes are measured again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._chosen: dict[str, str] = {}
-        with suppress(OSError, ValueError):
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(stored, dict):
-                self._chosen = {key: name for key, name in stored.items() if name in BACKENDS}
-
-    def get(self, key: str) -> str | None:
-        """The backend chosen for a shape, None if it was not measured."""
-        return self._chosen.get(key)
-
-    def set(self, key: str, backend: str) -> None:
-        """Remember a choice; the file is replaced as a whole, so that a reader never sees half of it."""
-        self._chosen[key] = backend
-        with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(self._chosen, indent=1, sort_keys=True), encoding="utf-8")
-            partial.replace(self.path)
-
-
-@cache
-def choices(device_name: str) -> Choices:
-    """The choices for a GPU model."""
-    folder = Path(os.environ.get("INFIR2_CACHE_DIR") or Path.home() / ".cache" / "infir2")
-    name = "".join(c if c.isalnum() else "-" for c in f"{device_name}-torch-{torch.__version__}")
-    return Choices(folder / f"gemm-{name}.json")
-
-
-def shape_key(a: Operand, b: Operand, out_dtype: torch.dtype) -> str:
-    """Shapes that share a choice: every size rounded up to four significant bits, so that packed batches do not differ."""
-    sizes = "x".join(str(_rounded(size)) for size in (a.codes.shape[0], b.codes.shape[0], a.codes.shape[1]))
-    return f"{sizes} {a.block_rows}x128 {b.block_rows}x128 {out_dtype}"
-
-
-def _rounded(size: int) -> int:
-    step = 1 << max(0, size.bit_length() - 4)
-    return -(-size // step) * step
-
-
-_chosen: dict[Hashable, str] = {}  # by exact shape, in this process: a look-up that costs no string
+_chosen: dict[Hashable, str] = {}
 
 
 def _fastest(a: Operand, b: Operand, out_dtype: torch.dtype, usable: tuple[str, ...]) -> str:
     if torch.are_deterministic_algorithms_enabled():
         return usable[0]
-    at_hand = (a.codes.device, a.codes.shape, b.codes.shape, a.block_rows, b.block_rows, out_dtype, usable)
-    if at_hand in _chosen:
-        return _chosen[at_hand]
-    known, key = choices(torch.cuda.get_device_name(a.codes.device)), shape_key(a, b, out_dtype)
-    chosen = known.get(key)
-    if chosen in usable:
-        _chosen[at_hand] = chosen
-        return chosen
-    if torch.cuda.is_current_stream_capturing():  # timing would break the capture
-        return usable[0]
-    chosen = min(usable, key=lambda name: _milliseconds(name, a, b, out_dtype))
-    known.set(key, chosen)
-    return chosen
+    sizes = tuple(_rounded(size) for size in (a.codes.shape[0], b.codes.shape[0], a.codes.shape[1]))
+    key = (a.codes.device, sizes, a.block_rows, b.block_rows, out_dtype, usable)
+    if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():  # timing would break the capture
+            return usable[0]
+        _chosen[key] = min(usable, key=lambda name: _milliseconds(name, a, b, out_dtype))
+    return _chosen[key]
+
+
+def _rounded(size: int) -> int:
+    """Up to four significant bits: packed batches of similar size share a choice."""
+    step = 1 << max(0, size.bit_length() - 4)
+    return -(-size // step) * step
 
 
 def _milliseconds(name: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> float:
@@ -288,6 +237,6 @@ def _milliseconds(name: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> 
             end.synchronize()
             times.append(start.elapsed_time(end))
     except Exception as error:  # a compiler that is missing, a shape that is refused: the other backend still works
-        warnings.warn(f"the {name} GEMM failed on {shape_key(a, b, out_dtype)} and is not used: {error}", stacklevel=2)
+        warnings.warn(f"the {name} GEMM failed on {[*a.codes.shape]} x {[*b.codes.shape]} and is not used: {error}", stacklevel=2)
         return float("inf")
     return statistics.median(times[2:])

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from infir2.numerics import fused, gemm
 from infir2.numerics.formats import E4M3, TILE_BLOCK, Fp8Tensor, check_format, scale_shape
-from infir2.numerics.operands import once_per_version, rounded
+from infir2.numerics.operands import forget, once_per_version, rounded
 from infir2.numerics.quantize import dequantize, quantize_weight
 
 _PLAIN = ""  # stands among the scale formats for "not quantised"
@@ -57,6 +57,12 @@ class Fp8Linear(nn.Linear):
         if source.bias is not None:
             layer.bias = _master(source.bias)
         return layer.train(source.training)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Setting `weight` ends its version: torch's `fully_shard` fills the memory of a tensor again and sets it after each gather."""
+        if name == "weight" and isinstance(value, Tensor):
+            forget(value)
+        super().__setattr__(name, value)
 
     def quantized_weight(self) -> Fp8Tensor:
         """Codes [N, K] and scales of the current weight, 128x128 blocks; the same object until the weight changes."""
@@ -110,35 +116,41 @@ class Fp8Linear(nn.Linear):
         return quantize_weight(self.weight, self.scale_format)
 
 
-def linear(x: Tensor, layers: Sequence[nn.Linear], part_of: torch.dtype | None = None) -> tuple[Tensor, ...]:
+def linear(
+    x: Tensor, layers: Sequence[nn.Linear], dtype: torch.dtype | None = None, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     """The outputs [T, N_i] of layers that share the input x [T, K], each in x's dtype.
 
     Each layer is an `Fp8Linear` or an nn.Linear. A plain layer multiplies its weight rounded to x's dtype; sums run in
     FP64 on a CPU. Gradients of masters and biases are FP32.
-    `part_of` (CPU): outputs and x's gradient are parts of sums that other ranks complete and round to this dtype. x is FP32
-    with values of it, outputs are FP64, x's gradient FP32.
+    For sums that other ranks complete and round, whose parts are not: `dtype` is that of x's values where x is FP32 so that its
+    gradient is; `out_dtype` is a wider one for the outputs.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return linear(x.to(torch.get_autocast_dtype(device)), layers)
-    if fused.serves(x):
-        return fused.linear(x, layers)
+    dtypes = (dtype or x.dtype, out_dtype or dtype or x.dtype)
+    if fused.serves(x, dtype):
+        return fused.linear(x, layers, dtypes[1])
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
-        return _SharedInput.apply(tuple(layers), x, part_of, *parameters)
-    return _forward(x, layers, part_of)[0]
+        return _SharedInput.apply(tuple(layers), x, dtypes, *parameters)
+    return _forward(x, layers, *dtypes)[0]
 
 
 class _SharedInput(torch.autograd.Function):
-    """(layers, x, part_of, weight_0, bias_0, weight_1, ...) -> outputs. The parameters are inputs so that gradients reach them."""
+    """(layers, x, dtypes of its values and of outputs, weight_0, bias_0, weight_1, ...) -> outputs.
+
+    The parameters are inputs so that gradients reach them.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, layers: tuple[nn.Linear, ...], x: Tensor, part_of: torch.dtype | None, *parameters: Tensor | None
+        ctx: Any, layers: tuple[nn.Linear, ...], x: Tensor, dtypes: tuple[torch.dtype, torch.dtype], *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        outputs, quantized = _forward(x, layers, part_of)
-        ctx.layers, ctx.x_dtype, ctx.dtype = layers, x.dtype, part_of or x.dtype
+        outputs, quantized = _forward(x, layers, *dtypes)
+        ctx.layers, ctx.x_dtype, ctx.dtype = layers, x.dtype, dtypes[0]
         ctx.set_materialize_grads(False)
         trained = [layer for layer, needed in zip(layers, ctx.needs_input_grad[3::2], strict=True) if needed]
         formats = {layer.scale_format for layer in trained if isinstance(layer, Fp8Linear)}
@@ -157,12 +169,13 @@ class _SharedInput(torch.autograd.Function):
         return None, grad_x, None, *rest
 
 
-def _forward(x: Tensor, layers: Sequence[nn.Linear], part_of: torch.dtype | None) -> tuple[tuple[Tensor, ...], dict[str, Fp8Tensor]]:
+def _forward(
+    x: Tensor, layers: Sequence[nn.Linear], dtype: torch.dtype, out_dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], dict[str, Fp8Tensor]]:
     """Outputs of all layers and the quantised x by scale format."""
     quantized: dict[str, Fp8Tensor] = {}
     values: dict[str, Tensor] = {}
     outputs = []
-    dtype, out_dtype = part_of or x.dtype, torch.float64 if part_of else x.dtype
     for layer in layers:
         bias = None if layer.bias is None else layer.bias.to(dtype).to(out_dtype)
         if isinstance(layer, Fp8Linear):

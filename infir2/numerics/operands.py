@@ -1,7 +1,7 @@
 """What is computed once per version of a weight: FP8 codes, rounded copies, values for the emulated GEMMs.
 
-A version ends when autograd's counter moves (optimizer step, `copy_`, `load_state_dict`), when the storage is swapped
-(`.data =`, `to`, sharding) or when the tensor object is replaced. Writing through `.data` in place moves no counter;
+A version ends when autograd's counter moves (`copy_`, `load_state_dict`, a step of any torch.optim.Optimizer), when the storage
+is swapped (`.data =`, `to`, sharding) or when the tensor object is replaced. Writing through `.data` in place moves no counter;
 whoever does that calls `forget(weight)`.
 """
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Made = TypeVar("Made")
@@ -80,6 +81,20 @@ def replace_made(tensor: Tensor, key: Hashable, made: Any) -> None:
 def forget(tensor: Tensor) -> None:
     """Drop what was made from `tensor`: for whoever rewrites its memory without moving its version counter."""
     _versions.pop(tensor, None)
+
+
+def local_tensor(parameter: Tensor) -> Tensor:
+    """This rank's part of a sharded parameter or gradient, whose version counter is its own; any other tensor itself."""
+    return getattr(parameter, "_local_tensor", parameter)
+
+
+def _end_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """A fused step moves no counter, and no step of a sharded parameter moves its local part's."""
+    tensors = [local_tensor(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
+register_optimizer_step_post_hook(_end_versions)  # of every optimizer, whoever owns it: codes of an old version train on in silence
 
 
 def rounded(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:

@@ -68,7 +68,7 @@ def attention_inputs(
     whole = fused.stack(layers) if fused.serves(x) else None
     if whole is not None:
         return fused.attention_inputs(x, norm.weight, norm.eps, whole, head_dim, rope, memory)
-    q, k, v = (y.unflatten(1, (-1, head_dim)) for y in norm_linear(x, norm, layers))
+    q, k, v = (y.unflatten(1, (-1, head_dim)) for y in linear(norm(x), layers))
     return (x, q, k, v) if rope is None else (x, apply_rope(q, *rope), apply_rope(k, *rope), v)
 
 
@@ -85,18 +85,8 @@ def feed_forward(x: Tensor, norm: RMSNorm, gate: nn.Linear, up: nn.Linear, down:
     pair, last = (fused.stack((gate, up)), fused.stack((down,))) if fused.serves(x) else (None, None)
     if pair is not None and last is not None and all(layer.bias is None for layer in (gate, up, down)):
         return fused.feed_forward(x, norm.weight, norm.eps, pair, last, memory)
-    gate_values, up_values = norm_linear(x, norm, (gate, up))
-    return x + swiglu_linear(gate_values, up_values, down, memory)
-
-
-def norm_linear(x: Tensor, norm: RMSNorm, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """`layer(norm(x))` for every layer, x [T, D] -> [T, N_i]; the normed x is quantised once and kept as FP8 only."""
-    return linear(rms_norm(x, norm.weight, norm.eps), layers)
-
-
-def swiglu_linear(gate: Tensor, up: Tensor, down: nn.Linear, memory: Memory = Memory()) -> Tensor:  # noqa: B008 (frozen)
-    """`down(silu(gate) * up)`, gate and up [T, F] -> [T, D]; the product is kept as FP8 only."""
-    return linear(swiglu(gate, up, memory), (down,))[0]
+    gate_values, up_values = linear(norm(x), (gate, up))
+    return x + linear(swiglu(gate_values, up_values, memory), (down,))[0]
 
 
 class _RmsNorm(torch.autograd.Function):

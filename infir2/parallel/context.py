@@ -117,7 +117,7 @@ class ContextParallel:
         inside_q, inside_k, inside_v = (x.index_select(0, self._inside) for x in (q, k, v))
         parts = [attention(inside_q, inside_k, inside_v, self._packing)]
         if self._any_cut:
-            everything = gather_rows(torch.stack((k, v), dim=1), self.group)
+            everything = gather_rows(torch.stack((k, v), dim=1), self.group, k.dtype)
             for cut in self._cuts:
                 keys, values = everything.index_select(0, self._order[cut.first : cut.last]).unbind(1)
                 parts.append(attend_to_prefix(q[cut.start : cut.end], keys, values, self._plan))

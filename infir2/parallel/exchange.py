@@ -19,18 +19,18 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
-def gather_rows(x: Tensor, group: Any, as_codes: bool = False) -> Tensor:
-    """x [t, ...] of every rank, by rank: [size * t, ...], on a CPU in FP32, so that gradients are parts not yet rounded.
+def gather_rows(x: Tensor, group: Any, dtype: torch.dtype, as_codes: bool = False) -> Tensor:
+    """x [t, ...] of every rank, by rank: [size * t, ...], in `dtype`: FP32, so that gradients are parts not yet rounded, or its own.
 
     `as_codes`: x [t, D] travels as 1x128 "pow2" codes and arrives as their values: quantising those again changes nothing.
     The gradient passes through.
     """
-    return _GatherRows.apply(x, group, as_codes)
+    return _GatherRows.apply(x, group, dtype, as_codes)
 
 
-def sum_rows(x: Tensor, group: Any) -> Tensor:
-    """The sum over ranks of x [size * t, D]; this rank's [t, D] of it."""
-    return _SumRows.apply(x, group)
+def sum_rows(x: Tensor, group: Any, dtype: torch.dtype) -> Tensor:
+    """The sum over ranks of x [size * t, D], rounded to `dtype`; this rank's [t, D] of it."""
+    return _SumRows.apply(x, group, dtype)
 
 
 def sum_gradient(x: Tensor, group: Any, first: bool) -> Tensor:
@@ -43,30 +43,29 @@ def sum_gradient(x: Tensor, group: Any, first: bool) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, as_codes: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Any, dtype: torch.dtype, as_codes: bool) -> Tensor:
         ctx.group, ctx.dtype = group, x.dtype
-        wide = x.dtype if x.is_cuda else torch.float32
         if not as_codes:
-            return gather_as_it_is(x, group).to(wide)
+            return gather_as_it_is(x, group).to(dtype)
         codes = quantize(x, ROW_BLOCK)
         sent = torch.cat((codes.codes.view(torch.uint8), codes.scale.contiguous().view(torch.uint8)), dim=1)
         values, scale = (part.contiguous() for part in gather_as_it_is(sent, group).tensor_split([x.shape[1]], dim=1))
-        return dequantize(Fp8Tensor(values.view(E4M3), scale.view(torch.float32), ROW_BLOCK, codes.scale_format), wide)
+        return dequantize(Fp8Tensor(values.view(E4M3), scale.view(torch.float32), ROW_BLOCK, codes.scale_format), dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _sum(grad, ctx.group).to(ctx.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _sum(grad, ctx.group).to(ctx.dtype), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return _sum(x, group)
+    def forward(ctx: Any, x: Tensor, group: Any, dtype: torch.dtype) -> Tensor:
+        ctx.group, ctx.dtype = group, x.dtype
+        return _sum(x, group).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return gather_as_it_is(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return gather_as_it_is(grad, ctx.group).to(ctx.dtype), None, None
 
 
 class _SumGradient(torch.autograd.Function):

@@ -8,6 +8,7 @@ FP32. To autograd all are FP32, so that gradients stay FP32 from the operation t
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from infir2.model.hf import SCALE_SUFFIX
 from infir2.numerics import Fp8Linear
 from infir2.numerics.formats import E4M3, GROUP, TILE_BLOCK, Fp8Tensor, scale_shape
-from infir2.numerics.operands import forget
+from infir2.numerics.operands import forget, local_tensor
 from infir2.numerics.quantize import encode_weight_rows, nonfinite_blocks
 from infir2.numerics.reference import as_tiles, block_scale
 from infir2.parallel.exchange import gather_as_it_is
@@ -27,19 +28,27 @@ _BF16_VALUES = ("rounded", torch.bfloat16, torch.bfloat16)  # where `operands.ro
 
 
 def shard_module(root: Any, blocks: Iterable[Any], mesh: Any, wire_dtype: torch.dtype = torch.float32, forward: str = "forward") -> None:
-    """Shard `root` over `mesh` (1-D, or replicas x shards), in place; each of `blocks` is gathered and freed as one.
+    """Shard `root` over `mesh` (1-D, or replicas x shards), in place; each of `blocks`, as they follow each other, is gathered
+    and freed as one, the next one's gather on its way while one computes.
 
     Works on any module: FP8 weights are gathered as codes, other matrices in `wire_dtype`: FP32, or BF16 where every operation
     rounds them to that anyway. `forward` names the method of `root` that is called.
-    Gradients are summed over the mesh, not averaged. Give the optimizer the parameters as they are afterwards;
-    after a step of a fused optimizer, which moves no version counter, call `weights_changed(root)`.
+    Parameters of other dtypes get FP32 masters, so a BF16 module computes in FP32 where its own operations (its embedding) set the
+    dtype: call it under torch.autocast for BF16 activations. Gradients are FP32, summed over the mesh, not averaged.
+    Give the optimizer the parameters as they are afterwards.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # slow import, only several processes need it
 
-    for module in (*blocks, root):
+    modules = [*blocks, root]
+    for parameter in root.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for module in modules:
         fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    for module, following in pairwise(modules[:-1]):  # in the backward FSDP2 does so by itself
+        module.set_modules_to_forward_prefetch([following])
     shards = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim == 2 else mesh
     if forward != "forward":
         register_fsdp_forward_method(root, forward)
@@ -54,13 +63,8 @@ def shard_module(root: Any, blocks: Iterable[Any], mesh: Any, wire_dtype: torch.
                 part = _Fp8Shard(local, parameter.shape, rows, first, module, gather)
                 gather.weights.append(part)
             else:
-                part = _PlainShard(local, parameter.shape, rows, wire_dtype, gather.group)
+                part = _Shard(local, parameter.shape, rows, gather.group, wire_dtype)
             local.fsdp_pre_all_gather, local.fsdp_post_all_gather = part.before, part.after
-
-
-def weights_changed(root: nn.Module) -> None:
-    """Tell what hangs on the weights' versions that an optimizer wrote them, sharded or not."""
-    torch.autograd.graph.increment_version([local_tensor(parameter) for parameter in root.parameters()])
 
 
 def exported_shards(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -70,12 +74,11 @@ def exported_shards(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     for name, parameter in root.named_parameters():
         shard: _Shard = local_tensor(parameter).fsdp_pre_all_gather.__self__  # type: ignore[attr-defined]
-        yield from zip((name, name + SCALE_SUFFIX), shard.exported(), strict=False)
-
-
-def local_tensor(parameter: Tensor) -> Tensor:
-    """This rank's part of a sharded parameter or gradient; any other tensor itself."""
-    return getattr(parameter, "_local_tensor", parameter)
+        part, scale = shard.sent()
+        whole = gather_as_it_is(part, shard.group)[: shard.shape[0]]
+        yield name, whole.to(torch.bfloat16) if scale is None else whole.view(E4M3)
+        if scale is not None:
+            yield name + SCALE_SUFFIX, scale
 
 
 class GatheredWeight(Tensor):
@@ -115,38 +118,34 @@ class GatheredWeight(Tensor):
 
 
 class _Shard:
-    """What FSDP2 calls before and after it gathers a parameter of `shape`; `rows` are a full shard's, the last may have fewer."""
+    """What FSDP2 calls before and after it gathers a parameter of `shape` over `group`.
 
-    def __init__(self, local: Tensor, shape: torch.Size, rows: int) -> None:
-        self.local, self.shape, self.rows = local, shape, rows
+    `rows` are a full shard's, the last may have fewer. Matrices travel in `wire_dtype`, everything else in FP32.
+    """
 
-    def padded(self, part: Tensor) -> Tensor:
-        missing = self.rows - part.shape[0]
-        return F.pad(part, (0, 0) * (part.ndim - 1) + (0, missing)) if missing else part
+    def __init__(self, local: Tensor, shape: torch.Size, rows: int, group: Any, wire_dtype: torch.dtype = torch.float32) -> None:
+        self.local, self.shape, self.rows, self.group = local, shape, rows, group
+        self.wire_dtype = wire_dtype if len(shape) == 2 else torch.float32
 
-    def exported(self) -> tuple[Tensor, ...]:
-        """The whole parameter's exported tensors; every rank of the group calls this."""
-        raise NotImplementedError
+    def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        part, scale = self.sent()
+        return (part,), scale
 
+    def sent(self) -> tuple[Tensor, Tensor | None]:
+        """This rank's `rows` as they travel, and the scales of the whole weight if they are codes."""
+        return self.padded(self.local.detach().to(self.wire_dtype)), None
 
-class _PlainShard(_Shard):
-    def __init__(self, local: Tensor, shape: torch.Size, rows: int, wire_dtype: torch.dtype, group: Any) -> None:
-        super().__init__(local, shape, rows)
-        self.wire_dtype, self.group = wire_dtype if len(shape) == 2 else torch.float32, group
-
-    def exported(self) -> tuple[Tensor, ...]:
-        return (gather_as_it_is(self.padded(self.local.detach().to(torch.bfloat16)), self.group)[: self.shape[0]],)
-
-    def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], None]:
-        return (self.padded(self.local.to(self.wire_dtype)),), None
-
-    def after(self, outputs: Sequence[Tensor], _: None, dtype: torch.dtype, *, out: Any = None) -> Any:
+    def after(self, outputs: Sequence[Tensor], scale: Any, dtype: torch.dtype, *, out: Any = None) -> Any:
         if self.wire_dtype == torch.bfloat16:
             return GatheredWeight.refill(out, _BF16_VALUES, outputs[0][: self.shape[0]], outputs[0].device)
         if out is None:
             return outputs[0], ()
         forget(out)  # FSDP2 refills the same memory without moving its version
         return None
+
+    def padded(self, part: Tensor) -> Tensor:
+        missing = self.rows - part.shape[0]
+        return F.pad(part, (0, 0) * (part.ndim - 1) + (0, missing)) if missing else part
 
 
 class _Fp8Shard(_Shard):
@@ -156,18 +155,17 @@ class _Fp8Shard(_Shard):
     scale: Tensor  # float32 of the whole weight
 
     def __init__(self, local: Tensor, shape: torch.Size, rows: int, first: int, layer: Fp8Linear, gather: "Fp8Gather") -> None:
-        super().__init__(local, shape, rows)
+        super().__init__(local, shape, rows, gather.group)
         self.layer, self.gather = layer, gather
         self.version, self.counted = -1, True
         self.blocks = torch.arange(first, first + local.shape[0], device=local.device) // GROUP  # each row's row of scales
 
-    def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], Tensor]:
-        return (self._codes(),), self.scale
+    def sent(self) -> tuple[Tensor, Tensor]:
+        if self.version != self.local._version:
+            self.gather.quantize()
+        return self.codes, self.scale
 
-    def exported(self) -> tuple[Tensor, ...]:
-        return gather_as_it_is(self._codes(), self.gather.group)[: self.shape[0]].view(E4M3), self.scale
-
-    def after(self, outputs: Sequence[Tensor], scale: Tensor, dtype: torch.dtype, *, out: Any = None) -> Any:
+    def after(self, outputs: Sequence[Tensor], scale: Any, dtype: torch.dtype, *, out: Any = None) -> Any:
         whole = Fp8Tensor(outputs[0][: self.shape[0]].view(E4M3), scale, TILE_BLOCK, self.layer.scale_format)
         if not self.counted:  # here and not in `encode`, which runs on a stream of FSDP2's
             nonfinite_blocks.add(scale)
@@ -188,11 +186,6 @@ class _Fp8Shard(_Shard):
         self.codes = self.padded(codes.view(torch.uint8))
         self.version, self.counted = self.local._version, False
         self.layer.quantizations += 1
-
-    def _codes(self) -> Tensor:
-        if self.version != self.local._version:
-            self.gather.quantize()
-        return self.codes
 
 
 class Fp8Gather:

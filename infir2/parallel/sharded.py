@@ -19,9 +19,10 @@ from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.model.hf import SCALE_SUFFIX, exported_fp8_weights
 from infir2.numerics.formats import GROUP
+from infir2.numerics.operands import local_tensor
 from infir2.parallel.context import ContextParallel, pad_batch
 from infir2.parallel.exchange import gather_as_it_is
-from infir2.parallel.fsdp import exported_shards, local_tensor, shard_module
+from infir2.parallel.fsdp import exported_shards, shard_module
 from infir2.parallel.mesh import Layout, Sizes, Split
 from infir2.parallel.team import Team
 from infir2.parallel.tensor import share_blocks, split_layers

@@ -81,22 +81,16 @@ def _feed_forward(self: FeedForward, tp_group: Any, x: Tensor, norm: RMSNorm, me
 
 
 def _leaving(x: Tensor, layer: nn.Linear, group: Any) -> Tensor:
-    """The sum over ranks of `layer(x)` [T, N], x [T, K] of this rank's columns; this rank's [t, N] of it.
-
-    The parts are rounded to x's dtype on a GPU; on a CPU the sum is rounded once, as in one process.
-    """
-    part = linear(x, (layer,)) if x.is_cuda else linear(x.float(), (layer,), part_of=x.dtype)
-    return sum_rows(part[0], group).to(x.dtype)
+    """The sum over ranks of `layer(x)` [T, N], x [T, K] of this rank's columns; this rank's [t, N] of it, rounded once."""
+    wide = torch.float32 if x.is_cuda else torch.float64
+    return sum_rows(linear(x, (layer,), out_dtype=wide)[0], group, x.dtype)
 
 
 def _entering(x: Tensor, norm: RMSNorm, layers: tuple[nn.Linear, ...], group: Any) -> tuple[Tensor, ...]:
     """`layer(norm(x))` of all ranks' tokens; their normed values travel as FP8 where every layer reads them so.
 
-    Gradients of those values are parts of a sum, in x's dtype on a GPU, in FP32 on a CPU; `gather_rows` rounds the sum.
+    Gradients of those values are parts of a sum, in FP32; `gather_rows` rounds the sum.
     """
     normed = rms_norm(x, norm.weight, norm.eps)
     as_codes = all(isinstance(layer, Fp8Linear) and layer.scale_format == "pow2" for layer in layers)
-    gathered = gather_rows(normed, group, as_codes)
-    if x.is_cuda:
-        return linear(gathered, layers)
-    return tuple(y.to(x.dtype) for y in linear(gathered, layers, part_of=x.dtype))
+    return linear(gather_rows(normed, group, torch.float32, as_codes), layers, dtype=x.dtype)

@@ -2,9 +2,8 @@
 
 import itertools
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from infir2.report.read import Row, Run
 from infir2.report.text import compact, html_table
@@ -58,21 +57,13 @@ def recipe_html(run: Run) -> str:
 
 
 def environment_html(runs: Sequence[Run]) -> str:
-    """A table with one column when all runs agree, else with one for each run."""
-    columns = {run.name: {key: value for key, value in _flatten(run.environment) if key != "command"} for run in runs if run.environment}
-    if len(columns) > 1 and all(values == next(iter(columns.values())) for values in columns.values()):
-        columns = {"all runs": next(iter(columns.values()))}
-    keys = dict.fromkeys(key for values in columns.values() for key in values)
-    rows = ([escape(key), *(escape(values.get(key, "–")) for values in columns.values())] for key in keys)
-    return html_table(["", *map(escape, columns)], rows, text_columns=len(columns) + 1) if keys else ""
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for key, item in value.items():
-        if isinstance(item, dict):
-            yield from _flatten(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", ", ".join(map(str, item)) if isinstance(item, list) else str(item)
+    """A table for each environment, headed by the runs that share it."""
+    sharing: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for run in runs:
+        rows = tuple((escape(key), escape(str(value))) for key, value in run.environment.items() if key != "command")
+        sharing.setdefault(rows, []).append(run.name)
+    tables = (html_table(["", escape(", ".join(names))], rows, text_columns=2) for rows, names in sharing.items() if rows)
+    return "".join(tables)
 
 
 def commands_html(runs: Sequence[Run]) -> str:

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines over steps, and points with intervals. Colours and fonts come from style.css.
+"""Charts as inline SVG: lines over steps. Colours and fonts come from style.css.
 
 One unit of a viewBox is about one CSS pixel at the size a chart is shown, so that text stays readable on a phone. Drawn
 lines are thinned to a number of points that keeps every bucket's smallest and largest value, and broken where values are
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -268,40 +268,3 @@ def _value_table(chart: Chart, shown: Sequence[Series]) -> str:
     rows = [[f"{step:,.0f}", *(chart.text(float(value.get(step, math.nan))) for value in values)] for step in steps]
     table = html_table(["step", *(escape(series.label) for series in shown)], rows)
     return f'<details class="values"><summary>Values</summary>{table}</details>'
-
-
-class IntervalRow(NamedTuple):
-    """A point with the half-width of its interval and a hollow second point; fractions of 1, NaN where unknown."""
-
-    label: str
-    value: float
-    half_width: float
-    other: float
-
-
-def interval_svg(rows: Sequence[IntervalRow], title: str, other: str, width: int) -> str:
-    """Rows of points with intervals on one axis from 0 to 100 %."""
-    left, pitch = 18 + CHARACTER * max(len(row.label) for row in rows), 36
-    bottom, axis = TOP + pitch * len(rows), Axis(0.0, 1.0, left, width - 26.0)
-    parts = []
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        x = axis.at(tick)
-        parts.append(f'<path class="grid" d="M{x:.1f} {TOP}V{bottom}"/>')
-        parts.append(f'<text class="mid" x="{x:.1f}" y="{bottom + 16}">{percent(tick, 0)}</text>')
-    for index, row in enumerate(rows):
-        y, x = TOP + pitch * (index + 0.6), axis.at(row.value)
-        parts.append(f'<text class="end name" x="{left - 16:.1f}" y="{y + 4:.1f}">{escape(row.label)}</text>')
-        if math.isfinite(row.other):
-            tip = f"<title>{escape(f'{row.label}: {other} {percent(row.other)}')}</title>"
-            parts.append(f'<circle class="hollow c0" cx="{axis.at(row.other):.1f}" cy="{y:.1f}" r="4.5">{tip}</circle>')
-        if not math.isfinite(row.value):
-            continue
-        if math.isfinite(row.half_width):
-            low, high = axis.at(max(row.value - row.half_width, 0)), axis.at(min(row.value + row.half_width, 1))
-            parts.append(f'<path class="bar c0" d="M{low:.1f} {y - 5:.1f}v10m0 -5H{high:.1f}m0 -5v10"/>')
-        tip = f"<title>{escape(f'{row.label}: {percent(row.value)} ± {percent(row.half_width)}')}</title>"
-        parts.append(f'<circle class="f0" cx="{x:.1f}" cy="{y:.1f}" r="5.5">{tip}</circle>')
-        parts.append(f'<text class="mid label f0" x="{x:.1f}" y="{y - 10:.1f}">{percent(row.value)}</text>')
-    text = "; ".join(f"{row.label} {percent(row.value)} ± {percent(row.half_width)}" for row in rows)
-    label = escape(f"{title}: {text}")
-    return f'<svg class="dots" viewBox="0 0 {width} {bottom + 24}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

@@ -19,8 +19,8 @@ import numpy as np
 
 from infir2.checkpoint.weights import parameter_shapes
 from infir2.errors import CheckpointError
+from infir2.evaluate.statistics import Evaluation
 from infir2.report.appendix import commands_html, environment_html, recipe_html, samples_html
-from infir2.report.chart import IntervalRow, interval_svg
 from infir2.report.curves import final_difference, precision_section, run_charts, twins
 from infir2.report.read import Run, read_runs
 from infir2.report.stages import CHANGE, HEADINGS, StageRow, accuracy_text, stage_rows
@@ -116,25 +116,30 @@ def _headline(runs: Sequence[Run], leaders: Sequence[Run], rows: Sequence[StageR
 
 
 def _accuracy(rows: Sequence[StageRow]) -> str:
-    """Chart, table, and accuracy by difficulty."""
+    """A table with a plot in it, and accuracy by difficulty."""
     if not rows:
         return ""
-    dots = [IntervalRow(row.stage, row.evaluation.avg_at_k, row.evaluation.interval, row.evaluation.pass_at_k) for row in rows]
-    wide, narrow = (interval_svg(dots, "avg@k by stage", "pass@k", width) for width in (1080, 360))
-    charts = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
     keys = '<p class="keys"><span class="key points k0">avg@k with 95 % interval</span><span class="key ring k0">pass@k</span></p>'
     body = []
     for row in rows:
         cells = [escape(cell) for cell in row.cells]
         cells[CHANGE] = f"<b>{cells[CHANGE]}</b>" if row.is_sure else cells[CHANGE]
         cells[CHANGE] += f" <small>from {escape(row.compared_with)}</small>" if row.compared_with else ""
-        body.append(cells)
+        body.append([cells[0], interval_plot(row.evaluation), *cells[1:]])
+    axis = '<div class="axis"><span>0</span><span>50</span><span>100 %</span></div>'
     return (
-        f'<figure class="card"><figcaption><h4>Accuracy on held-out problems</h4>{keys}</figcaption>{charts}</figure>'
-        f"{html_table(HEADINGS, body)}"
+        f"{keys}{html_table((HEADINGS[0], axis, *HEADINGS[1:]), body)}"
         '<p class="note">± is the half-width of a 95 % interval. A change in bold is larger than its interval.</p>'
         f"{_difficulty(rows)}"
     )
+
+
+def interval_plot(evaluation: Evaluation) -> str:
+    """A table's cell with avg@k, its interval and pass@k on an axis from 0 to 100 %, drawn by style.css."""
+    low, high = np.clip([evaluation.avg_at_k - evaluation.interval, evaluation.avg_at_k + evaluation.interval], 0, 1)
+    marks = (("bar", low, high - low), ("ring", evaluation.pass_at_k, 0), ("dot", evaluation.avg_at_k, 0))
+    drawn = (f'<i class="{kind}" style="left:{at:.1%};width:{width:.1%}"></i>' for kind, at, width in marks if math.isfinite(at))
+    return f'<td class="plot"><div>{"".join(drawn)}</div></td>'
 
 
 def _difficulty(rows: Sequence[StageRow]) -> str:

@@ -9,17 +9,16 @@ import json
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from infir2.errors import DataError
 from infir2.evaluate.statistics import Evaluation
 
-SAMPLE_HEAD_BYTES, SAMPLE_TAIL_BYTES = 1 << 20, 4 << 20
 EVALUATION_PREFIX = "eval-"
 Row = dict[str, Any]
 
@@ -84,12 +83,11 @@ class Run:
         if not self.evaluations:
             return None
         row = self.evaluations.rows[-1]
-        rates = (number(row.get(name)) for name in ("avg_at_k", "interval", "pass_at_k", "truncated_fraction"))
-        average, interval, passed, truncated = rates
-        k, num_problems = (int(np.nan_to_num(number(row.get(name)))) for name in ("k", "num_problems"))
+        rates: Row = {name: number(row.get(name)) for name in ("avg_at_k", "interval", "pass_at_k", "truncated_fraction")}
+        counts: Row = {name: int(np.nan_to_num(number(row.get(name)))) for name in ("k", "num_problems")}
         levels = row.get("by_difficulty")
         by_difficulty = {str(level): number(value) for level, value in levels.items()} if isinstance(levels, dict) else {}
-        return Evaluation(average, interval, k, passed, num_problems, truncated, by_difficulty)
+        return Evaluation(**rates, **counts, by_difficulty=by_difficulty)
 
     @property
     def num_steps(self) -> int:
@@ -186,12 +184,11 @@ def _read_file(path: Path, parse: Callable[[str], Any], notes: list[str]) -> tup
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[Row]:
-    """The lines that are JSON objects, in file order; of a huge samples.jsonl only those at its two ends."""
+    """The lines that are JSON objects, in file order."""
     rows, num_bad = [], 0
     try:
         with path.open("rb") as file:
-            whole = path.name == "metrics.jsonl" or path.stat().st_size <= SAMPLE_HEAD_BYTES + SAMPLE_TAIL_BYTES
-            for line in filter(bytes.strip, file if whole else _both_ends(file)):
+            for line in filter(bytes.strip, file):
                 try:
                     value = json.loads(line.decode("utf-8", errors="replace"))
                 except (ValueError, RecursionError):
@@ -205,12 +202,6 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
     if num_bad:
         notes.append(f"{path.name}: {num_bad} unreadable {'line' if num_bad == 1 else 'lines'} left out")
     return rows
-
-
-def _both_ends(file: BinaryIO) -> Iterator[bytes]:
-    yield from file.read(SAMPLE_HEAD_BYTES).split(b"\n")[:-1]
-    file.seek(-SAMPLE_TAIL_BYTES, 2)
-    yield from file.read().split(b"\n")[1:]
 
 
 def _by_step(rows: list[Row], kind: str) -> Table:

@@ -5,9 +5,9 @@ rewards. A line is used again, by any number of ranks, only for the same request
 of steps that a checkpoint holds are removed.
 """
 
-import base64
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,33 +50,12 @@ class Journal:
 
     def add(self, key: str, responses: list[Response]) -> None:
         """Write a finished group down."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "responses": [_row(response) for response in responses]}, ensure_ascii=False) + "\n")
-
-
-def _row(response: Response) -> dict[str, Any]:
-    completion = response.completion
-    return {
-        "id": completion.id,
-        "token_ids": _packed(np.asarray(completion.token_ids, dtype=np.int32)),
-        "logprobs": _packed(np.asarray(completion.rollout_logprobs, dtype=np.float32)),
-        "finish": completion.finish,
-        "policy_version": completion.policy_version,
-        "text": response.text,
-        "correct": response.correct,
-        "reward": response.reward,
-    }
+        row = {"key": key, "responses": [asdict(response) for response in responses]}
+        with self._path.open("a", encoding="utf-8") as file:  # JSON's decimals give every float32 back exactly
+            file.write(json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist) + "\n")
 
 
 def _response(row: dict[str, Any]) -> Response:
-    token_ids, logprobs = _unpacked(row["token_ids"], np.int32).tolist(), _unpacked(row["logprobs"], np.float32)
-    completion = Completion(row["id"], token_ids, logprobs, row["finish"], row["policy_version"])
-    return Response(completion, row["text"], row["correct"], row["reward"])
-
-
-def _packed(values: np.ndarray) -> str:
-    return base64.b64encode(values.tobytes()).decode()
-
-
-def _unpacked(text: str, dtype: type) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype=dtype)
+    completion = row.pop("completion")
+    logprobs = np.array(completion.pop("rollout_logprobs"), dtype=np.float32)
+    return Response(Completion(rollout_logprobs=logprobs, **completion), **row)

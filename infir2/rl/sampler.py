@@ -14,7 +14,7 @@ from infir2.faults import fault
 from infir2.rl.groups import Group, Response
 from infir2.rl.journal import Journal
 from infir2.rl.rewards import rate
-from infir2.rollout.types import Completion, Engine, Request, SamplingParams, part_of, sampling_key
+from infir2.rollout.types import Completion, Engine, SamplingParams, part_of, respond
 from infir2.train.session import Session
 
 Check = Callable[[], None]
@@ -78,11 +78,10 @@ class GroupSampler:
     def _sample(self, engine: Engine, weights: str, divide: Divide, earlier: str, count: int) -> list[Group]:
         drawn = [self._prompt(self.cursor + i) for i in range(count)]
         self.cursor += count
-        keys = [self._journal_key(name, ids, weights) for name, _, ids in drawn]
-        found = {i: kept for i, key in enumerate(keys) if (kept := self._journal.get(key)) is not None}
-        if earlier:
-            old_keys = (self._journal_key(name, ids, earlier) for name, _, ids in drawn)
-            found |= {i: kept for i, key in enumerate(old_keys) if (kept := self._journal.get(key)) is not None}
+        found: dict[int, list[Response]] = {}
+        for digest in filter(None, (earlier, weights)):
+            keys = [self._journal_key(name, ids, digest) for name, _, ids in drawn]
+            found |= {i: kept for i, key in enumerate(keys) if (kept := self._journal.get(key)) is not None}
         mine = part_of(engine, self._team, [i for i in range(count) if i not in found])
         for part in divide(lambda check: self._respond(engine, {i: (keys[i], *drawn[i]) for i in mine}, check)):
             found |= part
@@ -90,23 +89,13 @@ class GroupSampler:
 
     def _respond(self, engine: Engine, drawn: dict[int, tuple[str, str, Prompt, list[int]]], check: Check) -> dict[int, list[Response]]:
         """Responses to prompts, given with their keys and names."""
-        missing, size = list(drawn), self.rl.group_size
-        requests = [
-            Request(f"{name}/{sample}", ids, sampling_key(self._seed, name, sample, engine.policy_version))
-            for _, name, _, ids in drawn.values()
-            for sample in range(size)
-        ]
-        parts: dict[int, dict[int, Completion]] = {i: {} for i in missing}
-        checks: dict[int, Future[list[Response]]] = {}
-
-        def on_finished(index: int, completion: Completion) -> None:
-            i = missing[index // size]
-            parts[i][index % size] = completion
-            if len(parts[i]) == size:
-                checks[i] = self._checker.submit(self._finish, drawn[i][0], [parts[i][n] for n in range(size)], drawn[i][2].answer)
-
+        missing = list(drawn.items())
+        prompts = [(name, ids) for _, (_, name, _, ids) in missing]
         params = SamplingParams(self.rl.temperature, self.rl.max_response_tokens, self._tokenizer.eos_ids)
-        engine.generate(requests, params, on_finished, check)
+        checks: dict[int, Future[list[Response]]] = {}
+        for place, completions in respond(engine, prompts, self.rl.group_size, self._seed, params, check):
+            i, (key, _, prompt, _) = missing[place]
+            checks[i] = self._checker.submit(self._finish, key, completions, prompt.answer)
         return {i: checked.result() for i, checked in checks.items()}
 
     def _finish(self, key: str, completions: list[Completion], answer: str) -> list[Response]:

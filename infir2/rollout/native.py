@@ -4,8 +4,9 @@ It runs the exported weights (FP8 codes, no masters). On a CPU a token's log-pro
 because every forward sum is in FP64 (docs/numerics.md): batch, chunk and cache do not matter.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from infir2.model import Decoder, KvCache
 from infir2.model.hf import exported_fp8_weights, load_weights, weights_digest
 from infir2.numerics import head_logits
 from infir2.rollout.sampling import sample, uniforms
-from infir2.rollout.types import Completion, Request, SamplingParams, ignore
+from infir2.rollout.types import Completion, Ended, Request, SamplingParams
 
 PREFILL_TOKENS = 4096  # prompt tokens in one forward pass, so that memory stays bounded
 
@@ -50,37 +51,33 @@ class NativeEngine:
         """Serve an exported Hugging Face directory, FP8 or BF16. Errors: CheckpointError."""
         return cls(Decoder.from_hf(directory, compute_dtype=compute_dtype).to(device), max_running_requests)
 
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """One completion per request, in order."""
+        completions = dict(chain.from_iterable(self.stream(requests, params)))
+        return [completions[i] for i in range(len(requests))]
+
     @torch.inference_mode()
-    def generate(
-        self,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        on_finished: Callable[[int, Completion], None] = ignore,
-        check: Callable[[], None] = ignore,
-    ) -> list[Completion]:
-        """One completion per request, in order. A freed slot is taken by the next waiting request at once."""
+    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Ended]]:
+        """As `Engine`, once a token. A freed slot is taken by the next waiting request at once."""
         if not requests:
-            return []
+            return
         num_slots = min(self._max_running, len(requests))
         longest = max(len(request.token_ids) for request in requests) + params.max_tokens
         cache = KvCache(self.model.config, num_slots, longest, self.model.compute_dtype, self.model.head_weight.device)
         # longest prompts first: similar lengths stay together, which keeps padding small
         waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
         free, running = list(range(num_slots)), list[_Running]()
-        completions: dict[int, Completion] = {}
         while waiting or running:
-            check()
             admitted = self._admit(requests, waiting, free)
             for sequences in (admitted, running):
                 if sequences:
                     self._advance(sequences, cache, params)
             running += admitted
-            for sequence in [s for s in running if self._finished(s, params)]:
+            finished = [s for s in running if self._finished(s, params)]
+            for sequence in finished:
                 running.remove(sequence)
                 free.append(sequence.slot)
-                completions[sequence.index] = self._complete(sequence, params)
-                on_finished(sequence.index, completions[sequence.index])
-        return [completions[i] for i in range(len(requests))]
+            yield [(sequence.index, self._complete(sequence, params)) for sequence in finished]
 
     @torch.inference_mode()
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:

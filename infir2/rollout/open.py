@@ -36,7 +36,7 @@ def open_engine(recipe: RlRecipe, sharded: Sharded, policy_version: int) -> tupl
     section, dtype = recipe.rollout, sharded.model.compute_dtype
     engine: Engine
     if apart:
-        engine = RayEngines(section, dtype, sharded.team)
+        engine = RayEngines(section, dtype, sharded.team, recipe.parallel.timeout_seconds)
     else:
         engine = NativeEngine.from_hf(Path(section.model), section.max_running_requests, dtype, sharded.layout.device)
     if policy_version > 0:

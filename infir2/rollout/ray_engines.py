@@ -3,15 +3,13 @@
 The first rank talks to them. Weights go through Ray's object store as bytes (it does not take FP8 tensors), put once and
 fetched by every engine. An engine serves a version of the weights only after its digest of them was found to be the first
 one's, and `open_engine` compares that with the trainer's. Ray starts a dead engine again, as often as the launcher said; until
-it has the weights, the others do its work.
+it has the weights, the others do its work. One that makes no progress is ended, which makes it a dead one.
 """
 
 import os
-import queue
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,14 @@ from torch import Tensor
 
 from infir2.config.schema import RolloutSection
 from infir2.errors import CheckFailedError, RankError
-from infir2.launch.ray import ENGINES
+from infir2.launch.ray import ENGINES, actors_in, connect
 from infir2.parallel.team import Team
 from infir2.rollout.native import NativeEngine
-from infir2.rollout.types import Completion, Request, SamplingParams, ignore
+from infir2.rollout.types import Ended, Request, SamplingParams
 
 Piece = tuple[str, str, tuple[int, ...], Any]  # of a weight: name, dtype, shape, reference to its bytes
 POLL_SECONDS = 0.5
+BEAT_SECONDS = 1.0  # between signs of life of an engine whose responses are long
 
 
 class NotServing(Exception):
@@ -51,38 +50,33 @@ class EngineActor:
             self._engine.update_weights(_fetched(pieces), policy_version)
         return self._engine.weights_digest()
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams, policy_version: int) -> Iterator[tuple[int, Completion]]:
-        """(place of its request, completion) as they end."""
+    def generate(self, requests: Sequence[Request], params: SamplingParams, policy_version: int) -> Iterator[list[Ended]]:
+        """What has ended, as it ends; nothing, every BEAT_SECONDS in which tokens were made."""
         engine = self._engine
         if engine is None or engine.policy_version != policy_version:
             raise NotServing
-        ended: queue.SimpleQueue[tuple[int, Completion] | BaseException | None] = queue.SimpleQueue()
-
-        def work() -> None:
-            try:
-                engine.generate(requests, params, lambda *finished: ended.put(finished))
-                ended.put(None)
-            except BaseException as error:
-                ended.put(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        while (item := ended.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        told = time.monotonic()
+        for ended in engine.stream(requests, params):
+            if ended or time.monotonic() - told > BEAT_SECONDS:
+                told = time.monotonic()
+                yield ended
 
 
 class RayEngines:
     """All engines of the run as one `Engine`; every rank has one, and the first rank's does the work."""
 
-    def __init__(self, section: RolloutSection, compute_dtype: torch.dtype, team: Team) -> None:
-        """Start the engines with the weights of `rollout.model`, version 0. Errors: those of `NativeEngine.from_hf`."""
+    def __init__(self, section: RolloutSection, compute_dtype: torch.dtype, team: Team, timeout_seconds: float) -> None:
+        """Start the engines with the weights of `rollout.model`, version 0. Errors: those of `NativeEngine.from_hf`.
+
+        An engine that makes no token, or loads weights, for longer than `timeout_seconds` is ended.
+        """
         self.policy_version, self.shared = 0, True
-        self._team = team
+        self._team, self._timeout_seconds = team, timeout_seconds
         self._pieces: list[Piece] = []
         self._actors: list[Any] = []  # those that are not dead for good
         self._serving: list[Any] = []
         self._loading: dict[Any, Any] = {}  # reference to the digest that is to come -> actor
+        self._heard: dict[Any, float] = {}  # when a call to an actor began or gave something, time.monotonic()
         if team.is_first:
             self._actors = _start(section, compute_dtype)
         self._digest = team.first(self._load_all)
@@ -100,17 +94,11 @@ class RayEngines:
         """That of every engine that serves."""
         return self._digest
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        on_finished: Callable[[int, Completion], None] = ignore,
-        check: Callable[[], None] = ignore,
-    ) -> list[Completion]:
+    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Ended]]:
         """As `Engine`. What an engine had not finished when it died is divided again. Raises RankError when all are dead for good."""
-        completions: dict[int, Completion] = {}
-        while waiting := [i for i in range(len(requests)) if i not in completions]:
-            self._await_one(check)
+        done: set[int] = set()
+        while waiting := [i for i in range(len(requests)) if i not in done]:
+            yield from self._await_one()
             streams = {}
             for number, actor in enumerate(self._serving):
                 share = waiting[number :: len(self._serving)]
@@ -119,21 +107,21 @@ class RayEngines:
                         [requests[i] for i in share], params, self.policy_version
                     )
                     streams[stream] = (actor, share)
-            for index, completion in self._collect(streams, check):
-                completions[index] = completion
-                on_finished(index, completion)
-        return [completions[i] for i in range(len(requests))]
+            for ended in self._collect(streams):
+                done.update(index for index, _ in ended)
+                yield ended
 
-    def _collect(self, streams: dict[Any, tuple[Any, list[int]]], check: Callable[[], None]) -> Iterator[tuple[int, Completion]]:
+    def _collect(self, streams: dict[Any, tuple[Any, list[int]]]) -> Iterator[list[Ended]]:
         import ray
 
+        self._heard |= dict.fromkeys(streams, time.monotonic())
         while streams:
-            check()
+            yield []
             for stream in ray.wait(list(streams), timeout=POLL_SECONDS)[0]:
                 actor, share = streams[stream]
+                self._heard[stream] = time.monotonic()
                 try:
-                    place, completion = ray.get(next(stream))
-                    yield share[place], completion
+                    yield [(share[place], completion) for place, completion in ray.get(next(stream))]
                 except StopIteration:
                     del streams[stream]
                 except (ray.exceptions.RayActorError, NotServing) as error:
@@ -141,34 +129,49 @@ class RayEngines:
                     print(f"rl: a rollout engine died ({type(error).__name__}); the others do its work", file=sys.stderr, flush=True)
                     self._serving.remove(actor)
                     self._load(actor)
+            self._end_wedged({stream: actor for stream, (actor, _) in streams.items()})
+
+    def _end_wedged(self, calls: Mapping[Any, Any]) -> None:
+        """End the engines whose call has long given nothing (call -> actor); Ray lets the call fail then, and starts them again."""
+        import ray
+
+        now = time.monotonic()
+        for call, actor in calls.items():
+            if now - self._heard[call] > self._timeout_seconds and not ray.wait([call], timeout=0)[0]:
+                print(f"rl: a rollout engine made no progress in {self._timeout_seconds:g} s; ending it", file=sys.stderr, flush=True)
+                ray.kill(actor, no_restart=False)
+                self._heard[call] = now
 
     def _load(self, actor: Any) -> None:
-        self._loading[actor.load.remote(self._pieces, self.policy_version)] = actor
+        loaded = actor.load.remote(self._pieces, self.policy_version)
+        self._loading[loaded], self._heard[loaded] = actor, time.monotonic()
 
     def _load_all(self) -> dict[str, str]:
         """Give every engine the version at hand; their digest."""
         # A load in flight is of the version before; an actor does its calls in order, so the new one comes after it.
-        self._serving, self._loading, self._digest = [], {}, {}
+        self._serving, self._loading, self._heard, self._digest = [], {}, {}, {}
         for actor in self._actors:
             self._load(actor)
         while self._loading:
             self._admit(POLL_SECONDS)
-        self._await_one(ignore)
+        for _ in self._await_one():
+            pass
         return self._digest
 
-    def _await_one(self, check: Callable[[], None]) -> None:
+    def _await_one(self) -> Iterator[list[Ended]]:
         """Until an engine serves, which may be at once; those that have got ready serve too."""
         self._admit(0)
         while not self._serving:
             if not self._loading:
                 raise RankError("every rollout engine has died, more often than --max-restarts allows; see above")
-            check()
+            yield []
             self._admit(POLL_SECONDS)
 
     def _admit(self, wait_seconds: float) -> None:
         """Let engines serve whose weights have the right digest."""
         import ray
 
+        self._end_wedged(self._loading)
         for loaded in ray.wait(list(self._loading), timeout=wait_seconds)[0] if self._loading else ():
             actor = self._loading.pop(loaded)
             try:
@@ -192,22 +195,11 @@ class RayEngines:
 def _start(section: RolloutSection, compute_dtype: torch.dtype) -> list[Any]:
     import ray
     from ray.util.placement_group import PlacementGroup
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=True)
+    connect(os.environ["RAY_ADDRESS"])
     number, _, max_restarts = os.environ[ENGINES].partition(":")
     group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number)))
-    return [
-        ray.remote(EngineActor)
-        .options(
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0),
-            max_restarts=int(max_restarts),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-        )
-        .remote(section, compute_dtype)
-        for index, bundle in enumerate(group.bundle_specs)
-    ]
+    return actors_in(group, EngineActor, section, compute_dtype, max_restarts=int(max_restarts))
 
 
 def _put(name: str, tensor: Tensor) -> Piece:

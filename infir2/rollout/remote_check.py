@@ -55,9 +55,7 @@ def check_engine(url: str, hf_dir: Path) -> str:
     agreed, mean = len(differences) / (NUM_PROBES * NEW_TOKENS), sum(differences) / max(1, len(differences))
     found = f"{agreed:.0%} of {NUM_PROBES * NEW_TOKENS} greedy tokens agree, their log-probabilities within {mean:.3g} on average"
     if agreed < MIN_AGREEMENT or not mean <= MAX_DIFFERENCE:
-        raise CheckFailedError(
-            f"{url} does not compute what {hf_dir} says: {found} (at least {MIN_AGREEMENT:.0%}, at most {MAX_DIFFERENCE})."
-        )
+        raise CheckFailedError(f"{url} does not compute what {hf_dir} says: {found} (allowed {MIN_AGREEMENT:.0%}, {MAX_DIFFERENCE}).")
     return f"{url}: {found}."
 
 

@@ -1,7 +1,7 @@
 """What goes into an engine and what comes out. Tokens in, tokens out: sampled text is never rendered again."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -49,8 +49,7 @@ class Completion:
     policy_version: int
 
 
-def ignore(*_: object) -> None:
-    """For a caller that waits for all completions."""
+Ended = tuple[int, Completion]  # with the place of its request
 
 
 class Engine(Protocol):
@@ -62,17 +61,8 @@ class Engine(Protocol):
     policy_version: int
     shared: bool
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        on_finished: Callable[[int, Completion], None] = ignore,
-        check: Callable[[], None] = ignore,
-    ) -> list[Completion]:
-        """One completion per request, in the order of the requests. `on_finished` hears of each, with its request's place, as it ends.
-
-        `check` is called all the time; what it raises ends the work.
-        """
+    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Ended]]:
+        """One completion per request. Yields all the time what has ended, often nothing: a caller that goes away ends the work."""
         ...
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
@@ -89,6 +79,23 @@ def part_of(engine: Engine, team: Team, items: Sequence[Item]) -> Sequence[Item]
     if engine.shared:
         return items if team.is_first else items[:0]
     return items[team.rank :: team.size]
+
+
+def respond(
+    engine: Engine, prompts: Sequence[tuple[str, list[int]]], samples: int, seed: int, params: SamplingParams, check: Callable[[], None]
+) -> Iterator[tuple[int, list[Completion]]]:
+    """The responses to each prompt (its id, token_ids), with its place, as the last of them ends; what `check` raises ends the work."""
+    requests = [
+        Request(f"{name}/{i}", ids, sampling_key(seed, name, i, engine.policy_version)) for name, ids in prompts for i in range(samples)
+    ]
+    found: dict[int, Completion] = {}
+    for ended in engine.stream(requests, params):
+        found.update(ended)
+        for prompt in {place // samples for place, _ in ended}:
+            places = range(prompt * samples, (prompt + 1) * samples)
+            if found.keys() >= set(places):
+                yield prompt, [found[place] for place in places]
+        check()
 
 
 def sampling_key(seed: int, prompt_id: str, sample: int, policy_version: int) -> int:

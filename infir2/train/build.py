@@ -1,14 +1,18 @@
 """The model a recipe names: made new, from a Hugging Face directory, or from a run's newest checkpoint."""
 
 import ctypes
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from infir2.checkpoint import open_checkpoint
+from infir2.checkpoint import Checkpoint, open_checkpoint
+from infir2.checkpoint.store import read_state
 from infir2.config.schema import Fp8Section, ModelSection, RunSection
 from infir2.data import ChatTokenizer
-from infir2.errors import ConfigError
+from infir2.errors import CheckpointError, ConfigError
 from infir2.model import Decoder, ModelConfig
 from infir2.model.files import read_json
 from infir2.numerics import Memory, convert_to_fp8
@@ -47,14 +51,39 @@ def planned_config(model: ModelSection, vocab_size: int = 1) -> ModelConfig:
     if model.shape is not None:
         return ModelConfig.from_shape(model.shape, vocab_size=model.shape.vocab_size or vocab_size)
     path = Path(model.path)
-    return ModelConfig.from_hf(open_checkpoint(path).state["model_config"] if is_run(path) else read_json(path / "config.json"))
+    return _saved_config(read_state(path), path) if is_run(path) else ModelConfig.from_hf(read_json(path / "config.json"))
+
+
+def _saved_config(state: Mapping[str, Any], origin: Path) -> ModelConfig:
+    if not isinstance(state.get("model_config"), dict):
+        raise CheckpointError(f"{origin}: its state has no 'model_config'; it was not saved by a training run.")
+    return ModelConfig.from_hf(state["model_config"])
+
+
+def resumed_model(model: ModelSection, checkpoint: Checkpoint | None) -> ModelSection:
+    """The model section of a run that goes on from `checkpoint`: the checkpoint itself. What the run began with need not be there.
+
+    ConfigError when model.shape is another than the checkpoint's: no option makes its tensors fit.
+    """
+    if checkpoint is None:
+        return model
+    config = _saved_config(checkpoint.state, checkpoint.path)
+    if model.shape is not None:
+        asked = ModelConfig.from_shape(model.shape, model.shape.vocab_size or config.vocab_size)
+        for name in (field.name for field in fields(config) if not field.name.endswith("_token_id")):
+            if getattr(asked, name) != getattr(config, name):
+                raise ConfigError(
+                    f"model.shape makes {name} = {getattr(asked, name)}, and {checkpoint.path} has {getattr(config, name)}; "
+                    "restore the value, or name a new run.dir."
+                )
+    return model.model_copy(update={"path": str(checkpoint.path), "shape": None})
 
 
 def build_model(model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_size: int, resumed: bool = False) -> Decoder:
     """FP32 masters on the run's device, FP8 Linears where the recipe wants them. Errors: ConfigError, CheckpointError.
 
-    `resumed`: the caller fills the masters, or its part of them, from a checkpoint: they are neither drawn nor read, and take no memory
-    on a CPU until then.
+    `resumed`: the caller fills the masters, or its part of them, from the checkpoint that `model` names (`resumed_model`): they are
+    neither drawn nor read, and take no memory on a CPU until then.
     """
     dtype = getattr(torch, model.compute_dtype)
     if device_of(run).type == "cpu":
@@ -65,7 +94,7 @@ def build_model(model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_siz
         decoder = Decoder.from_shape(model.shape, vocab_size=model.shape.vocab_size or vocab_size, seed=run.seed, compute_dtype=dtype)
     elif is_run(Path(model.path)):
         checkpoint = open_checkpoint(Path(model.path))
-        decoder = _empty_decoder(ModelConfig.from_hf(checkpoint.state["model_config"]), dtype, torch.device("cpu"))
+        decoder = _empty_decoder(_saved_config(checkpoint.state, checkpoint.path), dtype, torch.device("cpu"))
         load_parameters(decoder, checkpoint.tensors(), alone(decoder).places)
     else:
         decoder = Decoder.from_hf(Path(model.path), compute_dtype=dtype)
@@ -87,5 +116,5 @@ def _empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device
 def open_tokenizer(model: ModelSection, configured: str = "") -> tuple[ChatTokenizer, Path]:
     """data.tokenizer if set, else the tokenizer the model came with; and its directory."""
     path = Path(configured or model.path)
-    directory = Path(open_checkpoint(path).state["tokenizer_dir"]) if not configured and is_run(path) else path
+    directory = Path(read_state(path)["tokenizer_dir"]) if not configured and is_run(path) else path
     return ChatTokenizer(directory), directory

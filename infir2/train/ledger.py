@@ -6,15 +6,18 @@ working memory comes on top. Checked against the allocator by bench/step.py (doc
 
 from infir2.config.schema import TrainRecipe
 from infir2.model import ModelConfig
+from infir2.parallel.mesh import Sizes
 
 _SCALE, _EXPONENT = 4 / 128, 1 / 128  # bytes of a 1x128 scale per code, and of its exponent alone
 
 
-def gpu_ledger(config: ModelConfig, recipe: TrainRecipe) -> dict[str, int]:
-    """Bytes of weights, FP8 or BF16 copies, gradients, optimizer, activations, working memory, head.
+def gpu_ledger(config: ModelConfig, recipe: TrainRecipe, sizes: Sizes | None = None) -> dict[str, int]:
+    """Bytes of weights, FP8 or BF16 copies, gradients, optimizer, activations, working memory, head; of one GPU.
 
     Example: Qwen2.5-1.5B, FP8, 16,384 tokens in a micro-batch: 63 GiB in all.
     """
+    if sizes and sizes.world > 1:
+        return _sharded_ledger(config, recipe, sizes)
     linear, total = linear_parameters(config), num_parameters(config)
     tokens = recipe.data.micro_batch_tokens
     fp8, optimizer = recipe.fp8, recipe.optimizer
@@ -41,6 +44,27 @@ def gpu_ledger(config: ModelConfig, recipe: TrainRecipe) -> dict[str, int]:
         "activations": activations + tokens * config.hidden_size * 6,  # the stream, the final norm's output, the head's gradient
         "head and working memory": start - activations - gradient * head,
     }
+
+
+def _sharded_ledger(config: ModelConfig, recipe: TrainRecipe, sizes: Sizes) -> dict[str, int]:
+    """Weights, optimizer and FP8 codes are shared by the ranks, and gathered a block at a time; gradients are FP32."""
+    linear, total = linear_parameters(config), num_parameters(config)
+    tokens = recipe.data.micro_batch_tokens // (sizes.cp * sizes.tp)
+    kept, working = layer_bytes(config, recipe)
+    streams = 2 * config.hidden_size * config.num_layers + kept if recipe.model.recompute == "full" else config.num_layers * kept
+    block, rest = linear / config.num_layers / sizes.tp, total - linear
+    local, byte = (linear / sizes.tp + rest) / sizes.num_shards, 1 if recipe.fp8.enabled else 2
+    moments = (8 if recipe.optimizer.states == "fp32" else 4) * (not recipe.optimizer.offload)
+    parts = {
+        "weights": 4 * local,
+        "FP8 copies": linear / sizes.tp / sizes.num_shards if recipe.fp8.enabled else 0,
+        "optimizer": moments * local,
+        "gathered weights": 2 * rest + 4 * byte * block,  # root; two blocks, as they arrive and as they are read
+        "gradients": 4 * (local + rest + 2 * block),  # root until the end; of a block, and as it is sent
+        "activations": tokens * (streams + 6 * config.hidden_size),
+        "head and working memory": max(min(recipe.train.head_chunk_tokens, tokens) * config.vocab_size * 6, tokens * working),
+    }
+    return {name: int(size) for name, size in parts.items() if size}
 
 
 def layer_bytes(config: ModelConfig, recipe: TrainRecipe) -> tuple[int, int]:

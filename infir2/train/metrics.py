@@ -1,5 +1,7 @@
 """Where a run's numbers go: metrics.jsonl (the record), TensorBoard (a view), the terminal (progress)."""
 
+import contextlib
+import io
 import json
 import math
 import queue
@@ -12,6 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from infir2.checkpoint.manifest import replace_file
+from infir2.errors import disk_reason
+
 _PLAIN_INTERVAL_SECONDS = 15.0
 _CLOSE_SECONDS = 5.0
 
@@ -20,48 +25,64 @@ class MetricsWriter:
     """Appends one JSON object per line to metrics.jsonl and mirrors numbers to TensorBoard events.
 
     On resume, lines of steps after `resumed_step` are dropped: those steps run again, and the file stays one curve.
+    Raises CheckpointError where the disk refuses that; later it only delays lines (`Lines`).
     """
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
-        self.path = run_dir / "metrics.jsonl"
-        self._samples = run_dir / "samples.jsonl"
-        for path in (self.path, self._samples):
-            _drop_lines_after(path, resumed_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._lines, self._samples = Lines(run_dir / "metrics.jsonl"), Lines(run_dir / "samples.jsonl")
+        for lines in (self._lines, self._samples):
+            _drop_lines_after(lines.path, resumed_step)
         self._view = TensorBoardView(run_dir, resumed_step)
 
     def values(self, kind: str, name: str) -> list[tuple[int, Any]]:
         """(step, value) of every line of a kind that has the name."""
-        found = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+        path = self._lines.path
+        found = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
         return [(line["step"], line[name]) for line in found if line["kind"] == kind and line.get(name) is not None]
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line; non-finite numbers become null, because JSON has none."""
-        line = {"kind": kind, "step": step} | {name: _plain(value) for name, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._lines.add(json.dumps({"kind": kind, "step": step} | {name: _plain(value) for name, value in values.items()}))
         for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                 self._view.add(f"{kind}/{name}", value, step)
 
     def write_samples(self, rows: list[dict[str, Any]]) -> None:
         """Readable responses beside the numbers: samples.jsonl."""
-        with self._samples.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._samples.add(*(json.dumps(row, ensure_ascii=False) for row in rows))
 
     def close(self) -> None:
-        self._file.close()
+        for lines in (self._lines, self._samples):
+            lines.close()
         self._view.close()
 
 
-class _Silent:
-    """Stands for a MetricsWriter and a StepProgress on every rank but the first: hears everything, says nothing."""
+class Lines:
+    """A file that lines are appended to. What the disk refuses waits in memory for the next line, and is told of once."""
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_arguments, **_values: None
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: io.FileIO | None = None
+        self._waiting, self._told = b"", False
 
+    def add(self, *lines: str) -> None:
+        self._waiting += "".join(f"{line}\n" for line in lines).encode()
+        try:
+            self._file = self._file or io.FileIO(self.path, "a")
+            while self._waiting:  # a full disk may take a part of a line
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._told:
+                print(f"infir2: {self.path} cannot be written ({disk_reason(error)}); its lines are kept until it can", file=sys.stderr)
+            self._told = True
 
-SILENT: Any = _Silent()
+    def close(self) -> None:
+        """Try once more to write what waits."""
+        if self._waiting:
+            self.add()
+        if self._file:
+            with contextlib.suppress(OSError):  # a network file system may refuse here what it took before
+                self._file.close()
 
 
 class TensorBoardView:
@@ -89,7 +110,7 @@ class TensorBoardView:
                 writer.add_scalar(*item)
             writer.close()
         except Exception as error:  # of any library
-            print(f"infir2: no TensorBoard events from here on ({error}); metrics.jsonl is complete", file=sys.stderr)
+            print(f"infir2: no TensorBoard events from here on ({error}); metrics.jsonl goes on", file=sys.stderr)
 
 
 class StepProgress:
@@ -135,16 +156,12 @@ def _duration(seconds: float) -> str:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep complete lines up to `step`; a line torn by a crash goes too."""
-    if not path.exists():
-        return
+    """Keep complete lines up to `step`; a line torn by a crash goes too. CheckpointError where the disk refuses."""
+    found = path.read_bytes() if path.exists() else b""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+    for line in found.splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+                kept.append(line.rstrip(b"\n") + b"\n")
+    if b"".join(kept) != found:
+        replace_file(path, b"".join(kept))

@@ -10,7 +10,7 @@ from infir2.checkpoint.places import Place, whole
 from infir2.config.schema import OptimizerSection
 from infir2.errors import CheckpointError, ConfigError
 from infir2.numerics.kernels import usable
-from infir2.parallel.fsdp import local_tensor
+from infir2.numerics.operands import local_tensor
 from infir2.train.adamw import AdamW
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def update(optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_r
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Moments by parameter name: 'optimizer/NAME/exp_avg', ... (empty before the first step)."""
+    if isinstance(optimizer, AdamW) and optimizer.offload and torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # a step returns before its moments are back in host memory, which a save reads at once
     return {
         f"optimizer/{name}/{key}": optimizer.state[parameter][key]
         for name, parameter in model.named_parameters()

@@ -21,16 +21,18 @@ import torch
 from infir2 import __version__
 from infir2.checkpoint import Checkpoint, Store, open_checkpoint
 from infir2.checkpoint.background import BackgroundSaver
+from infir2.checkpoint.manifest import replace_file
+from infir2.checkpoint.store import CHECKPOINTS, published_steps
 from infir2.config.load import Loaded
 from infir2.config.resolved import check_resume, dump
-from infir2.config.schema import TrainRecipe
+from infir2.config.schema import OptimizerSection, TrainRecipe
 from infir2.data import Batch
 from infir2.errors import CheckFailedError, CheckpointError, ConfigError, Interrupted, NonFiniteError, Preempted, RankError, UserError
 from infir2.faults import fault
-from infir2.parallel.mesh import Layout, check_model, plan_sizes
+from infir2.parallel.mesh import Layout, Sizes, check_model, plan_sizes
 from infir2.parallel.team import end_team, start_team
 from infir2.parallel.watch import Watchdog
-from infir2.train.build import device_of, planned_config
+from infir2.train.build import device_of, planned_config, resumed_model
 from infir2.train.metrics import MetricsWriter, StepProgress
 from infir2.train.signals import StopSignals
 from infir2.train.spikes import PATIENCE, SpikeMonitor
@@ -53,10 +55,10 @@ SILENT: Any = _Silent()
 class Session:
     """The run directory while a command works in it, on one process or several.
 
-    `with Session(loaded, "cpt") as session:` takes the directory's lock, checks that a resumed recipe is the same one,
-    and finds the newest good checkpoint; `finish_step` logs, saves when due, and raises at a stop signal. Of several processes,
+    `with Session(loaded, "cpt") as session:` takes the directory's lock and finds the newest good checkpoint; `model` is then the
+    section to build and to tokenise with; `finish_step` logs, saves when due, and raises at a stop signal. Of several processes,
     rank 0 alone locks, logs and decides; every one calls every method at the same point.
-    Raises ConfigError before any process group starts when sizes in `[parallel]` cannot work.
+    Raises ConfigError before any process group starts when sizes in `[parallel]` cannot work or the run is a different one.
     """
 
     def __init__(self, loaded: Loaded, kind: str) -> None:
@@ -68,7 +70,9 @@ class Session:
         self._loaded = loaded
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
+        self._changes = resume_changes(loaded)
         self._sizes = plan_sizes(recipe.parallel, int(os.environ.get("WORLD_SIZE", "1")))
+        check_optimizer(recipe, self._sizes)
         if self._sizes.tp > 1:
             check_model(self._sizes, planned_config(recipe.model), recipe.fp8.enabled)
         self._agreed_signal: int | None = None
@@ -88,16 +92,17 @@ class Session:
         self.store = self.team.together(lambda: Store(self.dir, self.recipe.checkpoint.keep, self._warn, own_channel))
         try:
             self.checkpoint = self.team.first(self._starting_point)
-            self.team.first(self._write_description)
+            self.model = resumed_model(self.recipe.model, self.checkpoint)
+            self.saved_step = self.checkpoint.step if self.checkpoint else 0
+            self._last = (self.saved_step, {})
+            self.metrics: Any = SILENT
+            self._validated, losses = self.team.first(self._open_record)
         except BaseException:
             self.store.close()
             self.signals.__exit__()
             raise
-        self.saved_step = self.checkpoint.step if self.checkpoint else 0
-        self._last = (self.saved_step, {})
-        self.metrics = MetricsWriter(self.dir, self.saved_step) if self.team.is_first else SILENT
         self._spikes = SpikeMonitor()
-        for _, loss in self.team.first(lambda: self.metrics.values("train", "loss")):
+        for loss in losses:
             self._spikes.add(loss)
         return self
 
@@ -120,16 +125,26 @@ class Session:
         if self.recipe.checkpoint.background:
             self._saver = BackgroundSaver(self.store.save)
             trainer.before_update = self._saver.await_copy
+        self.team.first(self._write_description)
         fault("train.start")
         self.stop_if_asked()
         return done
 
     def validate(self, step: int, last_step: int, batches: Sequence[Batch]) -> None:
-        """Log the validation loss before the first step, every `train.validate_every` steps and at the end."""
+        """Log the validation loss before the first step, every `train.validate_every` steps and at the end, unless it is there."""
         every = self.recipe.train.validate_every
-        if batches and every and (step % every == 0 or step == last_step):
+        if batches and every and (step % every == 0 or step == last_step) and step not in self._validated:
             self.beat(f"the validation after step {step}")
-            self.metrics.write("validation", step, validation_loss=self.trainer.mean_loss(batches))
+            self.metrics.write("validation", step, validation_loss=self.trainer.mean_loss(self._heard(batches)))
+
+    def _heard(self, batches: Sequence[Batch]) -> Any:
+        """Iterates over the batches; between them a stop signal to any rank ends all."""
+        for batch in batches:
+            fault("validate")
+            self.beat()
+            self._agreed_signal = next(filter(None, self.team.gather(self.signals.received)), None)
+            self.stop_if_asked()
+            yield batch
 
     def finish_step(
         self, step: int, last: bool, result: StepResult, line: dict[str, Any], state: dict[str, Any], batches: Sequence[Batch] = ()
@@ -150,6 +165,11 @@ class Session:
             self.save(step, state)
         if last:
             self._settle()
+            if self.saved_step != step:
+                raise CheckpointError(
+                    f"{self.dir}: its last step, {step}, could not be saved, and the newest checkpoint is step {self.saved_step}; "
+                    "make room, then run the same command again"
+                ).of_all_ranks()
         else:
             self.stop_if_asked()
 
@@ -163,7 +183,9 @@ class Session:
         if step > self.saved_step:
             self.save(step, state)
             self._settle()
-        raise self.signals.error(f"step {self.saved_step} is saved in {self.dir}" if self.saved_step else "there was nothing to save yet")
+        begun = self.checkpoint  # that of another run, where this one branched and has saved nothing yet
+        where = begun.path.parents[1] if begun and begun.step == self.saved_step else self.dir
+        raise self.signals.error(f"step {self.saved_step} is saved in {where}" if self.saved_step else "there was nothing to save yet")
 
     def divided(self, work: Callable[[Callable[[], None]], Value]) -> list[Value]:
         """`work(check)` of every rank, by rank, on every rank, however long each takes; no parameter changes in it.
@@ -268,28 +290,51 @@ class Session:
             self.event(step, "nothing_to_train", "the step had no trained token; no parameter changed")
             return
         self._failures_in_a_row += 1
-        rows = ", ".join(origin for batch in batches for origin in batch.origins)
+        mine = [origin for batch in batches for origin in batch.origins]  # ranks do not know which of them had it
+        rows = ", ".join(dict.fromkeys(origin for part in self.team.gather(mine) for origin in part))
         self.event(step, "non_finite", f"loss {result.loss}, gradient norm {result.gradient_norm}; no parameter changed; rows {rows}")
         if self._failures_in_a_row >= self.recipe.train.skip_nonfinite_steps:
-            failure = NonFiniteError(
+            raise NonFiniteError(
                 f"stopped at step {step}: loss or gradient was not finite {self._failures_in_a_row} steps in a row; "
                 f"{self.dir}/metrics.jsonl names them, the newest checkpoint is step {self.saved_step}"
-            )
-            failure.told_by_first = True
-            raise failure
+            ).of_all_ranks()
 
     def _starting_point(self) -> Checkpoint | None:
-        newest = self.store.newest()
-        if newest is not None:
-            for line in check_resume(self._loaded, self.dir / "recipe.toml"):
-                print(f"{self.kind}: {line}", file=sys.stderr)
-            return newest
+        for line in self._changes:
+            self._warn(line)
         source = self.recipe.checkpoint.branch_from
-        return open_checkpoint(source) if source else None
+        return self.store.newest() or (open_checkpoint(source) if source else None)
+
+    def _open_record(self) -> tuple[set[int], list[float]]:
+        """Steps whose validation is recorded, and the losses so far."""
+        self.metrics = MetricsWriter(self.dir, self.saved_step)
+        validated = {step for step, _ in self.metrics.values("validation", "validation_loss")}
+        return validated, [loss for _, loss in self.metrics.values("train", "loss")]
 
     def _write_description(self) -> None:
-        (self.dir / "recipe.toml").write_text(dump(self._loaded), encoding="utf-8")
-        (self.dir / "environment.json").write_text(json.dumps(describe_environment(), indent=1) + "\n", encoding="utf-8")
+        """Once nothing can refuse this command any more: what is written here, the next one is compared with."""
+        replace_file(self.dir / "recipe.toml", dump(self._loaded).encode())
+        replace_file(self.dir / "environment.json", json.dumps(describe_environment(), indent=1).encode() + b"\n")
+
+
+def resume_changes(loaded: Loaded) -> list[str]:
+    """`check_resume` of a run directory that has checkpoints; of another nothing. Reads one small file."""
+    run_dir = Path(loaded.recipe.run.dir)
+    return check_resume(loaded, run_dir / "recipe.toml") if published_steps(run_dir / CHECKPOINTS) else []
+
+
+def needs_one_process(section: OptimizerSection) -> bool:
+    """8-bit moments, whose scales lie across shards, and BF16 gradients, which ranks sum in FP32."""
+    return section.states == "fp8" or section.gradients == "bf16"
+
+
+def check_optimizer(recipe: TrainRecipe, sizes: Sizes) -> None:
+    """ConfigError for what several processes cannot do, before any of them starts."""
+    if sizes.world > 1 and needs_one_process(recipe.optimizer):
+        raise ConfigError(
+            f'optimizer.states = "fp8" and optimizer.gradients = "bf16" need one process, not {sizes.world}; '
+            'take optimizer.states = "bf16" and optimizer.gradients = "fp32", or optimizer.offload = true'
+        )
 
 
 def describe_environment() -> dict[str, Any]:

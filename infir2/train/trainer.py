@@ -17,8 +17,8 @@ from infir2.errors import CheckpointError
 from infir2.faults import fault
 from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, token_logprobs
+from infir2.numerics.operands import local_tensor
 from infir2.parallel.exchange import to_device
-from infir2.parallel.fsdp import local_tensor, weights_changed
 from infir2.parallel.sharded import Sharded, alone
 from infir2.train.losses import LossFunction, TokenScores
 from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, update
@@ -158,8 +158,6 @@ class Trainer:
         # as torch.nn.utils.clip_grads_with_norm_
         clip = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0) if self.clip_norm > 0 else None
         update(self.optimizer, self.sharded.gradients(), learning_rate, clip)
-        # AdamW writes the parameters without moving their version counters, which the FP8 codes hang on
-        weights_changed(self.model)
 
 
 def _result(measured: list[float], num_tokens: int, names: list[str]) -> StepResult:

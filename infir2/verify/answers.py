@@ -12,6 +12,7 @@ MAX_OUTER_BRACES = 4
 
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE, _BRACE_DEPTH = re.compile(r"\\.|[{}]", re.DOTALL), {"{": 1, "}": -1}  # an escaped one counts for nothing
 _INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\{([^{}\\]*)\}")
 _LETTER = re.compile(r"\(([A-Za-z])\)")
@@ -49,19 +50,11 @@ def last_boxed(text: str) -> str | None:
 
 def _closing_brace(text: str, start: int) -> int | None:
     """Place of the brace that closes the group whose content begins at `start`."""
-    depth, escaped = 1, False
-    for place in range(start, len(text)):
-        character = text[place]
-        if escaped:
-            escaped = False
-        elif character == "\\":
-            escaped = True
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return place
+    depth = 1
+    for brace in _BRACE.finditer(text, start):
+        depth += _BRACE_DEPTH.get(brace[0], 0)
+        if depth == 0:
+            return brace.start()
     return None
 
 

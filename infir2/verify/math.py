@@ -14,7 +14,7 @@ ITEM_SECONDS = 5.0
 BATCH_SECONDS = 600.0
 
 _lock = threading.Lock()
-_pool: Pool | None = None
+_pools: dict[int, Pool] = {}  # by process id: a forked child has no part in its parent's workers
 
 
 def check_math(response: str, answer: str, seconds: float = ITEM_SECONDS) -> Verdict:
@@ -59,30 +59,17 @@ def _decide_here(response: str, answer: str) -> Verdict | None:
 
 def shared_pool() -> Pool:
     """The workers of this process: started by the first answer that needs the library, ended at exit."""
-    global _pool
     with _lock:
-        if _pool is None:
+        if os.getpid() not in _pools:
             size = min(16, max(4, (os.cpu_count() or 1) // 2))
-            _pool = Pool("infir2.verify.equivalence:equivalent", size)
-        return _pool
+            _pools[os.getpid()] = Pool("infir2.verify.equivalence:equivalent", size)
+        return _pools[os.getpid()]
 
 
 @atexit.register
 def close_workers() -> None:
     """End the worker processes now; the next check starts new ones."""
-    global _pool
     with _lock:
-        pool, _pool = _pool, None
+        pool = _pools.pop(os.getpid(), None)
     if pool is not None:
         pool.close()
-
-
-def _forget_workers() -> None:
-    global _pool, _lock
-    _lock = threading.Lock()
-    if _pool is not None:
-        _pool.forget()
-    _pool = None
-
-
-os.register_at_fork(after_in_child=_forget_workers)

@@ -38,23 +38,16 @@ class _Worker:
 
     def __init__(self, function: str, memory_bytes: int) -> None:
         root = str(Path(__file__).resolve().parents[2])
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *(place for place in sys.path if place)])}
+        variables = os.environ | {"PYTHONPATH": os.pathsep.join([root, *(place for place in sys.path if place)])}
         ours, theirs = socket.socketpair()
         self.channel = Channel(ours)
         words = [sys.executable, "-P", "-m", "infir2.verify.worker", function, str(memory_bytes)]
         with theirs:
-            self.process = subprocess.Popen(
-                words, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment, start_new_session=True
-            )
+            self.process = subprocess.Popen(words, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=variables, start_new_session=True)
 
     def kill(self) -> None:
         kill_tree(self.process)
         self.channel.socket.close()
-
-    def forget(self) -> None:
-        """Let go of a process that belongs to the parent of this fork."""
-        self.channel.socket.close()
-        self.process.returncode = 0
 
 
 class Pool:
@@ -84,19 +77,10 @@ class Pool:
                 threads.shutdown(cancel_futures=True)
                 raise
 
-    def process_ids(self) -> list[int]:
-        """Ids of the living workers."""
-        return [worker.process.pid for worker in self._workers if worker.process.poll() is None]
-
     def close(self) -> None:
         """Kill and reap every worker; a check that is under way in another thread gets the reason "killed"."""
         for worker in list(self._workers):
             self._kill(worker)
-
-    def forget(self) -> None:
-        """Drop the workers without killing them: for a forked child, whose parent goes on using them."""
-        for worker in self._workers:
-            worker.forget()
 
     def _check(self, arguments: Sequence[Any], seconds: float, last: float) -> Outcome:
         """One item, in a thread of its own: wait for a worker, ask it, and kill it unless it is as good as before."""

@@ -1,4 +1,4 @@
-"""Ray on CPU: SFT and RL through `infir2 launch ray` and `ray job submit`; a dead rank, node and engine; codes.
+"""Ray on CPU: every stage through `infir2 launch ray` and `ray job submit`; a dead or stuck rank, node and engine; stops; codes.
 
 Needs root, unshare and the `ray` program of the environment named by INFIR2_RAY_BIN (`make test-cluster` makes one).
 """
@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -110,6 +111,45 @@ def test_engines_apart_die_in_a_step(
     assert_same_state(tmp_path / "rl", undisturbed_rl)
 
 
+def test_an_engine_that_makes_no_progress_is_ended(world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path) -> None:
+    """SIGSTOP to one of two that generate: it is killed after the timeout, the other does its work, and it comes back."""
+    words = shlex.join(rl_words(world, start, tmp_path / "rl", parallel__timeout_seconds=20))
+    script = f"""
+    ( until pid=$(pgrep -f '^ray::EngineActor.generate' | head -n 1) && [ -n "$pid" ]; do sleep 0.05; done; kill -STOP $pid ) &
+    {LAUNCH} 1 --engines 2 -- {words}; echo "code $?"
+    """
+    result = on_ray(script, tmp_path)
+    said = result.stdout + result.stderr
+    assert "code 0" in result.stdout, said
+    assert said.count("a rollout engine made no progress in 20 s") == 1, said
+    assert said.count("a rollout engine died") == 1, said
+    assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(undisturbed_rl, "reward", "loss", "gradient_norm")
+    assert_same_state(tmp_path / "rl", undisturbed_rl)
+
+
+def test_a_preempted_run_with_engines_apart_saves_and_goes_on(world: Path, start: Path, tmp_path: Path) -> None:
+    """SIGTERM to the launcher: code 75, the last step saved; the resumed run ends as the undisturbed one."""
+
+    def words(name: str) -> list[str]:
+        return rl_words(world, start, tmp_path / name, schedule__total_steps=16, checkpoint__save_every=100)
+
+    run(words("undisturbed"))
+    launch = f"{LAUNCH} 1 --engines 1 -- {shlex.join(words('rl'))}"
+    script = f"""
+    {launch} & waiting=$!
+    until grep -qs '"step": 2' rl/metrics.jsonl || ! kill -0 $waiting; do sleep 0.1; done
+    kill -TERM $waiting; wait $waiting; echo "code $?"; ls rl/checkpoints
+    {launch}; echo "code $?"
+    """
+    result = on_ray(script, tmp_path)
+    said = result.stdout + result.stderr
+    assert [word.split()[0] for word in result.stdout.split("code ")[1:]] == ["75", "0"], said
+    assert "step-" in result.stdout.split("code ")[1], said
+    assert "resumed from" in said
+    assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(tmp_path / "undisturbed", "reward", "loss", "gradient_norm")
+    assert_same_state(tmp_path / "rl", tmp_path / "undisturbed")
+
+
 def test_asynchronous_rl_outlives_an_engine_and_a_rank(world: Path, start: Path, tmp_path: Path) -> None:
     """Engines apart sample while two ranks train: one of two engines dies, then, in another run, a rank."""
 
@@ -131,6 +171,44 @@ def test_asynchronous_rl_outlives_an_engine_and_a_rank(world: Path, start: Path,
     close(tmp_path / "rl", tmp_path / "undisturbed")
     assert_each_step_once(tmp_path / "rl", 8)
     assert_each_step_once(tmp_path / "again", 8)
+
+
+def test_two_nodes_go_on_when_a_dead_one_is_replaced(world: Path, tmp_path: Path) -> None:
+    """Two raylets, a rank on each: one raylet is killed, and another one started when the launcher waits for it."""
+    words = options(world, tmp_path / "run", "cpt", schedule__total_steps=60, checkpoint__save_every=5, train__validate_every=0)
+    alone = [sys.executable, "-m", "infir2", "launch", "torchrun", "--gpus-per-node", "2", "--", *words[:2]]
+    subprocess.run([*alone, *words[2:], f"--run.dir={tmp_path / 'undisturbed'}"], check=True, timeout=240)
+    script = f"""
+    node() {{ {shlex.quote(str(RAY))} start --address=$RAY_ADDRESS --node-ip-address=127.0.0.1 --num-cpus=1 --disable-usage-stats; }}
+    head=$(pgrep -x raylet); node; second=$(pgrep -x raylet | grep -vx $head)
+    {LAUNCH} 1 --nodes 2 -- {shlex.join(words)} > log 2>&1 & waiting=$!
+    until grep -qs '"step": 12,' run/metrics.jsonl || ! kill -0 $waiting; do sleep 0.1; done
+    kill -9 $second
+    until grep -q "waits up to 30 minutes" log || ! kill -0 $waiting; do sleep 0.1; done
+    node
+    wait $waiting; echo "code $?"
+    """
+    result = on_ray(script, tmp_path)
+    said = result.stdout + result.stderr + (tmp_path / "log").read_text()
+    assert "code 0" in result.stdout, said
+    assert said.count("restarts left, from the newest checkpoint") == 1, said
+    assert "resumed from" in said
+    assert curve(tmp_path / "run", "loss", "gradient_norm") == curve(tmp_path / "undisturbed", "loss", "gradient_norm")
+    assert_same_state(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_the_budget_of_restarts_is_the_whole_runs_and_a_stop_is_heard_without_room(world: Path, tmp_path: Path) -> None:
+    words = shlex.join(options(world, tmp_path / "run", "cpt", schedule__total_steps=5, train__validate_every=0))
+    script = f"""
+    INFIR2_FAULTS=train.step:1 {LAUNCH} 1 --max-restarts 2 -- {words} 2> log; echo "code $?"
+    {LAUNCH} 1 --cpus-per-rank 9 -- {words} & waiting=$!
+    sleep 8; kill -TERM $waiting; wait $waiting; echo "code $?"
+    """
+    result = on_ray(script, tmp_path)
+    log = (tmp_path / "log").read_text()
+    assert [text.split()[0] for text in result.stdout.split("code ")[1:]] == ["71", "75"], result.stdout + result.stderr + log
+    assert [f"a worker died; {left} restarts left" in log for left in (3, 2, 1, 0)] == [False, True, True, True], log
+    assert log.count("a worker died") == 3
 
 
 def test_ray_job_submit_runs_a_recipe_and_a_wrong_one_is_said(world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Real SLURM, two virtual nodes: a preempted job saves, is queued again and goes on; codes and ranks cross nodes.
+"""Real SLURM, two virtual nodes: a preempted job saves, is queued again and goes on; a cancelled one ends; codes and ranks cross nodes.
 
 Needs root, unshare and the distribution's SLURM (Debian: apt-get install slurm-wlm munge); `make test-cluster`.
 """
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stages import assert_same_state, curve, options, run
+from stages import RECIPES, assert_same_state, curve, lines, options, run
 
 NODES = Path(__file__).parent / "slurm_nodes.sh"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
@@ -20,6 +20,13 @@ pytestmark = pytest.mark.skipif(
     reason=f"needs make test-cluster, root and {', '.join(NEEDED)}",
 )
 INFIR2 = f"{shlex.quote(sys.executable)} -m infir2"
+LAUNCH = f"{INFIR2} launch slurm --cpu --gpus-per-node 1 --"
+
+# Until the job has ended its first life; then it need not wait two minutes for its second.
+REQUEUED = """
+    until scontrol show job "$job" | grep -q Restarts=1 && [ -z "$(squeue -h -t completing)" ]; do sleep 0.5; done
+    sleep 1; scontrol update jobid="$job" StartTime=now
+"""
 
 
 def on_slurm(script: str, directory: Path) -> "subprocess.CompletedProcess[str]":
@@ -36,12 +43,11 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(world: P
 
     run(words("undisturbed"))
     script = f"""
-    {INFIR2} launch slurm --cpu -- {shlex.join(words("run"))} & waiting=$!
+    {LAUNCH} {shlex.join(words("run"))} & waiting=$!
     until [ "$(wc -l < run/metrics.jsonl 2>/dev/null || echo 0)" -gt 5 ]; do sleep 0.2; done
     job=$(squeue -h -o %i)
     scancel --signal=TERM "$job"  # what preemption and the time limit send
-    until scontrol show job "$job" | grep -q Restarts=1; do sleep 0.5; done
-    scontrol update jobid="$job" StartTime=now  # a requeued job would wait two minutes
+    {REQUEUED}
     wait $waiting; echo "code $?"
     """
     result = on_slurm(script, tmp_path)
@@ -52,6 +58,49 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(world: P
     assert curve(tmp_path / "run", "loss", "gradient_norm") == curve(tmp_path / "undisturbed", "loss", "gradient_norm")
     assert_same_state(tmp_path / "run", tmp_path / "undisturbed")
     assert not list(tmp_path.glob(".infir2-ranks-*"))
+
+
+def test_the_time_limit_queues_a_job_again_and_scancel_ends_it(world: Path, tmp_path: Path) -> None:
+    words = options(world, tmp_path / "run", "cpt", schedule__total_steps=100000, checkpoint__save_every=100000, train__validate_every=0)
+    limit = "--sbatch=--time=1 --sbatch=--signal=TERM@45"
+    script = f"""
+    lines() {{ wc -l < run/metrics.jsonl 2>/dev/null || echo 0; }}
+    {LAUNCH.removesuffix("--")} {limit} -- {shlex.join(words)} & waiting=$!
+    until job=$(squeue -h -o %i) && [ -n "$job" ]; do sleep 0.2; done
+    {REQUEUED}
+    scontrol update jobid="$job" TimeLimit=10
+    before=$(lines); until [ "$(lines)" -gt $((before + 5)) ] || ! kill -0 $waiting; do sleep 0.2; done
+    scancel "$job"
+    wait $waiting; echo "code $?"; sleep 3; scontrol show job "$job" | grep -oE 'JobState=[A-Z]*|Restarts=[0-9]*'
+    """
+    result = on_slurm(script, tmp_path)
+    log = "".join(path.read_text() for path in tmp_path.glob("infir2-cpt-*.log"))
+    assert "JobState=CANCELLED\nRestarts=1" in result.stdout, result.stdout + result.stderr + log
+    assert log.count("the worst rank ended with code 75") == 2, log  # it saved both times
+    assert "resumed from" in log
+
+
+def test_sft_and_an_evaluation_are_jobs_too(world: Path, tmp_path: Path) -> None:
+    run(options(world, tmp_path / "cpt", "cpt", schedule__total_steps=4))
+    sft = options(world, tmp_path / "sft", "sft1", schedule__total_steps=6, model__path=tmp_path / "cpt")
+    score = ["eval", str(RECIPES / "eval.toml"), f"--model.path={tmp_path / 'sft'}", f"--run.dir={tmp_path / 'eval'}", "--run.threads=1"]
+    score += [f"--evaluate.problems.0.path={world / 'heldout.jsonl'}", "--evaluate.max_response_tokens=16"]
+    long = [*score, "--evaluate.samples=400", f"--run.dir={tmp_path / 'stopped'}"]
+    script = f"""
+    {LAUNCH} {shlex.join(sft)}; echo "code $?"
+    {LAUNCH} {shlex.join(score)}; echo "code $?"
+    {LAUNCH} {shlex.join(long)} & waiting=$!
+    until squeue -h -t running -o %i | grep -qx 3 && pgrep -f samples=400 > /dev/null; do sleep 0.2; done
+    sleep 6; scancel --signal=TERM 3; wait $waiting; echo "code $?"; scontrol show job 3 | grep -o 'Requeue=.*Restarts=[0-9]*'
+    """
+    result = on_slurm(script, tmp_path)
+    log = "".join(path.read_text() for path in sorted(tmp_path.glob("infir2-*.log")))
+    codes = [text.split()[0] for text in result.stdout.split("code ")[1:]]
+    assert codes == ["0", "0", "75"], result.stdout + result.stderr + log
+    assert "Requeue=0 Restarts=0" in result.stdout
+    assert "stopped; an evaluation begins anew" in log
+    assert len(curve(tmp_path / "sft", "loss")) == 6
+    assert lines(tmp_path / "eval", "evaluation")[0]["num_problems"] == 12
 
 
 def test_ranks_of_two_nodes_meet_and_the_worst_code_comes_back(world: Path, tmp_path: Path) -> None:

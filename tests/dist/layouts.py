@@ -10,6 +10,8 @@ import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -21,14 +23,19 @@ from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.model.hf import exported_fp8_weights, weights_digest
 from infir2.numerics import Fp8Linear, convert_to_fp8, fused
-from infir2.parallel.fsdp import local_tensor, shard_module, weights_changed
+from infir2.numerics.operands import local_tensor
+from infir2.numerics.quantize import quantize_weight
+from infir2.parallel.fsdp import shard_module
 from infir2.parallel.mesh import Layout, Sizes
 from infir2.parallel.sharded import Sharded
 from infir2.parallel.team import Team, end_team, start_team
 from infir2.train.losses import next_token_loss
 from infir2.train.trainer import StepResult, Trainer
 
-SHAPE = {"architecture": "qwen2", "hidden_size": 192, "num_layers": 2, "num_heads": 2, "head_dim": 128, "ffn_size": 256}
+SHAPE: dict[str, Any] = {"architecture": "qwen2", "hidden_size": 192, "num_layers": 2}
+SHAPE |= {"num_heads": 2, "num_kv_heads": 2, "head_dim": 128, "ffn_size": 256}
+# What models of layouts with such a word in their name have otherwise: repeated key heads, norms of q and k.
+VARIANTS = {"repeated": {"num_kv_heads": 1}, "qwen3": {"architecture": "qwen3"}, "pairs": {"num_heads": 4, "ffn_size": 512}}
 MICRO_BATCHES = [[200, 312], [512], [130, 250, 132], [300, 20, 192]]  # lengths of the documents; chunks of 128 cut some of them
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:  # a thousand times slower
@@ -50,9 +57,10 @@ def batches() -> list[Batch]:
     return made
 
 
-def make_model(kind: str, kv_heads: int) -> Decoder:
-    shape = ShapeSection(**SHAPE, num_kv_heads=kv_heads)
-    model = Decoder.from_shape(shape, vocab_size=61, seed=3, compute_dtype=torch.bfloat16 if kind else torch.float32)
+def make_model(kind: str, **other: Any) -> Decoder:
+    model = Decoder.from_shape(
+        ShapeSection(**SHAPE | other), vocab_size=61, seed=3, compute_dtype=torch.bfloat16 if kind else torch.float32
+    )
     return convert_to_fp8(model, Fp8Section(enabled=kind == "-fp8"))
 
 
@@ -100,18 +108,18 @@ def count_collectives() -> Counter[str]:
     return counts
 
 
-def compare(team: Team, sizes: Sizes, kind: str, kv_heads: int) -> dict[str, Any]:
-    reference = make_model(kind, kv_heads)
+def compare(team: Team, sizes: Sizes, kind: str, **other: Any) -> dict[str, Any]:
+    reference = make_model(kind, **other)
     exported = weights_digest(exported_fp8_weights(reference))
     expected, wanted, _ = team.first(lambda: (*one_step(reference, batches(), None)[:2], None))
-    model = make_model(kind, kv_heads)
+    model = make_model(kind, **other)
     codes = {
         name: layer.quantized_weight().codes.view(torch.uint8)
-        for name, layer in make_model(kind, kv_heads).named_modules()
+        for name, layer in make_model(kind, **other).named_modules()
         if isinstance(layer, Fp8Linear)
     }
     layout = Layout(sizes, team, torch.device("cpu"))
-    untrained = Sharded(make_model(kind, kv_heads), layout)
+    untrained = Sharded(make_model(kind, **other), layout)
     with torch.inference_mode():  # as an engine that takes them
         same_export = weights_digest(untrained.exported()) == exported
     sharded = Sharded(model, layout)
@@ -146,34 +154,119 @@ def compare(team: Team, sizes: Sizes, kind: str, kv_heads: int) -> dict[str, Any
     }
 
 
-def compare_transformers(team: Team) -> dict[str, Any]:
-    """FSDP2 of a module of another library with FP8 layers: the same hidden states and gradients, in place."""
-    from torch.distributed.device_mesh import init_device_mesh
+class Mark(torch.autograd.Function):
+    """x as it is; `note` is called when its gradient comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, note: Callable[[], None]) -> Tensor:
+        ctx.note = note
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.note()
+        return grad, None
+
+
+def record(block: Any, number: int, events: list[str]) -> None:
+    """Note when the block's weights are asked for, when its computation begins and when that of its backward does."""
+    local, attention, feed_forward = local_tensor(block.self_attn.q_proj.weight), block.self_attn.forward, block.mlp.forward
+    gather: Any = local.fsdp_pre_all_gather  # type: ignore[attr-defined]
+
+    @wraps(gather)  # FSDP2 counts its arguments
+    def gathering(*args: Any) -> Any:
+        events.append(f"gather {number}")
+        return gather(*args)
+
+    def attending(*args: Any) -> Tensor:
+        events.append(f"compute {number}")
+        return attention(*args)
+
+    local.fsdp_pre_all_gather = gathering  # type: ignore[attr-defined]
+    block.self_attn.forward = attending
+    block.mlp.forward = lambda *args: Mark.apply(feed_forward(*args), lambda: events.append(f"backward {number}"))
+
+
+def order_of_gathers(team: Team, recompute: Any) -> list[str]:
+    """What happens in which order on this rank in the second of two steps of three blocks."""
+    model = make_model("-fp8", num_layers=3)
+    model.recompute = recompute
+    sharded = Sharded(model, Layout(Sizes(dp=team.size), team, torch.device("cpu")))
+    events: list[str] = []
+    for number, block in enumerate(model.model.layers):
+        record(block, number, events)
+    trainer = Trainer(model, OptimizerSection(), 256, sharded)
+    for batch in batches()[:2]:
+        events.clear()
+        trainer.step([batch], next_token_loss, 1e-3)
+    return events
+
+
+def transformers_model(dtype: torch.dtype) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         hidden_size=192, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=61
     )
+    torch.manual_seed(1)
+    return convert_to_fp8(Qwen2ForCausalLM(config).to(dtype), Fp8Section())
+
+
+def shard_with_torch(root: Any, blocks: Any, mesh: Any) -> None:
+    """torch's own FSDP2, which knows no FP8: masters travel as FP32."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in (*blocks, root):
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def whole(x: Tensor) -> Tensor:
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
+
+
+def transformers_steps(model: Any, adam: torch.optim.Optimizer, share: int, steps: int) -> list[dict[str, Any]]:
+    """Losses, hidden states and whole gradients of `steps` steps, and the layers whose forward read codes that its master has not."""
     token_ids = torch.arange(50)[None] % 61
-    models: list[Any] = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        models.append(convert_to_fp8(Qwen2ForCausalLM(config), Fp8Section()))
-    plain, sharded = models
-    shard_module(sharded, sharded.model.layers, init_device_mesh("cpu", (team.size,)))
-    optimizer = torch.optim.AdamW(sharded.parameters(), lr=1e-2, fused=True)
-    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, fused=True)
-    losses = []
-    for _ in range(2):
-        for model, adam in ((sharded, optimizer), (plain, reference)):
-            loss = model(token_ids, labels=token_ids).loss / (team.size if model is sharded else 1)
-            loss.backward()
-            adam.step()
-            adam.zero_grad()
-            weights_changed(model)
-            losses.append(loss.item() * (team.size if model is sharded else 1))
-    layers = [layer for layer in sharded.modules() if isinstance(layer, Fp8Linear)]
-    return {"losses": losses, "quantised": sorted({layer.quantizations for layer in layers})}
+    found = []
+    for _ in range(steps):
+        masters = {name: whole(parameter) for name, parameter in model.named_parameters()}
+        seen = spy_on_codes(model)
+        out = model(token_ids, labels=token_ids, output_hidden_states=True)
+        stale = [
+            name
+            for name, codes in seen.items()
+            if not torch.equal(codes, quantize_weight(masters[f"{name}.weight"], "pow2").codes.view(torch.uint8))
+        ]
+        (out.loss / share).backward()
+        gradient = torch.cat([whole(parameter.grad).flatten() for parameter in model.parameters()])
+        adam.step()
+        adam.zero_grad()
+        found.append(
+            {"loss": out.loss.item(), "hidden": out.hidden_states[-1].detach(), "gradient": gradient, "stale": stale, "read": len(seen)}
+        )
+    return found
+
+
+def compare_transformers(team: Team, shard: Any, dtype: torch.dtype = torch.float32, **adam: bool) -> dict[str, Any]:
+    """FSDP2 of a module of another library with FP8 layers: the same hidden states, gradients and codes as unsharded, over three steps."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    plain, sharded = transformers_model(dtype).float(), transformers_model(dtype)
+    shard(sharded, sharded.model.layers, init_device_mesh("cpu", (team.size,)))
+    results = []
+    for model, share in ((plain, 1), (sharded, team.size)):
+        results.append(transformers_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2, **adam), share, steps=3))
+    return {
+        "losses": [row["loss"] for row in results[0]],
+        "loss": [abs(one["loss"] - two["loss"]) for one, two in zip(*results, strict=True)],
+        "hidden": [decibels(two["hidden"], one["hidden"]) for one, two in zip(*results, strict=True)],
+        "gradient": [decibels(two["gradient"], one["gradient"]) for one, two in zip(*results, strict=True)],
+        "stale": [row["stale"] for rows in results for row in rows],
+        "read": {row["read"] for rows in results for row in rows} == {14},
+        "quantised": sorted({layer.quantizations for layer in sharded.modules() if isinstance(layer, Fp8Linear)}),
+    }
 
 
 def main() -> None:
@@ -181,15 +274,22 @@ def main() -> None:
     out, *words = sys.argv[1:]
     team = start_team(torch.device("cpu"), 60)
     if INTERPRETED:
-        fused.serves = lambda x: x.dtype == torch.bfloat16
+        fused.serves = lambda x, dtype=None: (dtype or x.dtype) == torch.bfloat16
     found = {}
     for word in words:
         name, _, numbers = word.partition("=")
         sizes = Sizes(*(int(number) for number in numbers.split(",")))
-        for kind in ("-fp8", "-bf16") if INTERPRETED else ("", "-fp8", *(("-bf16",) if name in ("fsdp", "tp", "cp") else ())):
-            found[name + kind] = team.gather(compare(team, sizes, kind, kv_heads=1 if name.endswith("-repeated") else 2))
+        other: dict[str, Any] = next((shape for part, shape in VARIANTS.items() if part in name), {})
+        kinds = ["", "-fp8", "-bf16"] if name in ("fsdp", "tp", "cp") else ["", "-fp8"]
+        if INTERPRETED:
+            kinds = ["-fp8"] if name == "tp" else ["-fp8", "-bf16"]
+        for kind in kinds:
+            found[name + kind] = team.gather(compare(team, sizes, kind, **other))
     if team.size == 2 and not INTERPRETED:
-        found["transformers"] = team.gather(compare_transformers(team))
+        found["order"] = team.gather({recompute: order_of_gathers(team, recompute) for recompute in ("none", "full")})
+        found["transformers"] = team.gather(compare_transformers(team, shard_module, fused=True))
+        found["transformers-bf16"] = team.gather(compare_transformers(team, shard_module, torch.bfloat16))
+        found["transformers-fully_shard"] = team.gather(compare_transformers(team, shard_with_torch, foreach=True))
     if team.is_first:
         with open(out, "w", encoding="utf-8") as file:
             json.dump(found, file, indent=1)

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from stages import SHAPE, curve, lines, options, run
 
 from infir2.cli import main
+from infir2.data.rows import Quarantine
+from infir2.data.sources import RowError, Source
 from infir2.numerics import Fp8Linear
 from infir2.numerics.quantize import nonfinite_blocks
 
@@ -119,3 +121,28 @@ def test_f16_what_is_not_finite_is_counted_and_never_exported(
     save_file(tensors, path, metadata={"format": "pt"})
     run(["export", "fp8", str(tmp_path / "hf"), "--to", str(tmp_path / "fp8")])
     assert not torch.isnan(load_file(tmp_path / "fp8" / "model.safetensors")[f"{name}_scale_inv"]).any()
+
+
+def test_f12_a_damaged_list_of_quarantined_rows_stops_no_run(world: Path, tmp_path: Path) -> None:
+    """A line whose bytes were lost and one cut by a kill: rows are listed anew, on lines of their own."""
+    good = (world / "sft1.jsonl").read_bytes().splitlines()[:8]
+    words = sft(world, tmp_path / "run", [*good, b'{"messages": null}', b'{"messages": ['], data__max_quarantined_fraction=0.5)
+    run([*words, "--train.stop_after_step=1"])
+    path = tmp_path / "run" / "quarantine.jsonl"
+    path.write_bytes(b'{"origin": "lost\xff\n{}}\n"x"\n' + path.read_bytes()[:-5])
+    run(words)
+    listed = [line for line in path.read_bytes().splitlines() if line.startswith(b'{"origin": "/')]
+    assert len(listed) == len({json.loads(line)["origin"] for line in listed})
+    assert {json.loads(line)["reason"] for line in listed} <= {"null_field", "bad_json"}
+
+
+def test_f12_a_full_disk_costs_a_line_of_the_list_and_not_the_run(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n" * 4)
+    source, path = Source(str(tmp_path / "rows.jsonl")), tmp_path / "full" / "quarantine.jsonl"
+    (tmp_path / "full").write_text("a file where the directory would be")
+    quarantine = Quarantine(0.9, path)
+    quarantine.add(source, 0, RowError("empty", "nothing"))
+    (tmp_path / "full").unlink()
+    quarantine.add(source, 0, RowError("empty", "nothing"))
+    assert len(path.read_text().splitlines()) == 1
+    assert quarantine.counts == {str(source.path): {"empty": 2}}

@@ -1,7 +1,11 @@
 """Fault table F3, F6, F8, F9, F11, F13, F15 on several ranks: one recipe, other layouts, a rank that is struck."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,9 +13,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from stages import curve, lines, options, run, torchrun
+from stages import curve, lines, make_rl_start, options, run, torchrun
 
 from infir2.checkpoint import export_hf, open_checkpoint
+from infir2.config import load
+from infir2.config.schema import TrainRecipe
+from infir2.data import ChatTokenizer, Loader
 
 HERE = Path(__file__).parent
 STEPS = 4
@@ -96,7 +103,8 @@ def test_f6_a_checkpoint_goes_on_with_another_number_of_ranks(
 @pytest.mark.parametrize(("fault", "saved"), [("train.start:1", 1), ("train.step:3", 3)])
 def test_f8_sigterm_on_one_rank_saves_the_same_step_on_all(world: Path, alone: Path, tmp_path: Path, fault: str, saved: int) -> None:
     run_dir = tmp_path / "run"
-    codes, said = ranks(tmp_path, 2, words(world, run_dir), struck=1, faults=f"{fault}:term")
+    arguments = words(world, run_dir, train__validate_every=0)
+    codes, said = ranks(tmp_path, 2, arguments, struck=1, faults=f"{fault}:term")
     assert codes == [75, 75], said
     assert open_checkpoint(run_dir).step == saved
     assert said.count(f"stopped; step {saved} is saved") == 1
@@ -118,6 +126,15 @@ def test_f3_a_full_disk_on_one_rank_fails_the_save_of_all_and_harms_no_other(wor
     close(run_dir, alone)
 
 
+def rows_of_step(world: Path, rank: int, step: int) -> set[str]:
+    """Origins of the rows that a rank of two reads in a step of the run."""
+    recipe = load(TrainRecipe, [words(world, Path("x"))[1]], words(world, Path("x"))[2:]).recipe
+    loader = Loader(recipe.data, "documents", ChatTokenizer(world / "tokenizer"), recipe.run.seed, rank, 2)
+    for _ in range(step):
+        batches = loader.next_step()
+    return {origin for batch in batches for origin in batch.origins}
+
+
 def test_f9_a_nan_on_one_rank_changes_no_rank(world: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = words(world, run_dir, checkpoint__save_every=1, checkpoint__keep=9, train__validate_every=0)
@@ -126,12 +143,45 @@ def test_f9_a_nan_on_one_rank_changes_no_rank(world: Path, tmp_path: Path) -> No
     assert [line["skipped"] for line in lines(run_dir, "train")] == [False, True, False, False]
     before, after = (open_checkpoint(run_dir / "checkpoints" / f"step-{step}").tensors() for step in (1, 2))
     assert all(torch.equal(before[name], after[name]) for name in before)
+    (event,) = lines(run_dir, "event")
+    detail, by_rank = event["detail"], [rows_of_step(world, rank, 2) for rank in (0, 1)]
+    assert by_rank[1] - by_rank[0], "the ranks read different rows"
+    assert all(f"{origin}" in detail.partition("rows ")[2].split(", ") for origin in by_rank[0] | by_rank[1]), detail
     shutil.rmtree(run_dir)
     codes, said = ranks(tmp_path, 2, arguments, struck=1, faults="train.loss:1:nan,train.loss:2:nan,train.loss:3:nan")
     assert codes == [17, 17], said
 
 
-@pytest.mark.parametrize("faults", ["train.loss:2:kill", "train.loss:2:enospc", "train.step:2:hang"])
+@pytest.mark.parametrize(("point", "saved"), [("validate:2", 2), ("validate:1", 0)])
+def test_f8_sigterm_on_one_rank_in_a_validation_ends_all_there(world: Path, alone: Path, tmp_path: Path, point: str, saved: int) -> None:
+    """One micro-batch a validation: before the first step, and after the second."""
+    run_dir = tmp_path / "run"
+    arguments = words(world, run_dir, checkpoint__save_every=100)
+    codes, said = ranks(tmp_path, 2, arguments, struck=1, faults=f"{point}:term")
+    assert codes == [75, 75], said
+    assert len(lines(run_dir, "train")) == saved, "no step was done after the signal"
+    assert [line["step"] for line in lines(run_dir, "validation")] == ([0] if saved else [])
+    codes, said = ranks(tmp_path, 2, arguments)
+    assert codes == [0, 0], said
+    assert [line["step"] for line in lines(run_dir, "validation")] == [0, 2, 4]
+    close(run_dir, alone)
+
+
+def test_f8_sigterm_on_one_rank_in_an_evaluation_ends_all_there(world: Path, tmp_path: Path) -> None:
+    start, run_dir = make_rl_start(world, tmp_path / "start"), tmp_path / "run"
+    arguments = options(world, run_dir, "rl1", schedule__total_steps=2, checkpoint__save_every=100, rl__evaluate_every=1)
+    arguments += [f"--model.path={start / 'cpt'}", f"--rollout.model={start / 'fp8'}", "--evaluate.samples=1", "--evaluate.max_problems=6"]
+    arguments += [f"--evaluate.problems.0.path={world / 'heldout.jsonl'}", "--evaluate.max_response_tokens=8"]
+    codes, said = ranks(tmp_path, 2, arguments, struck=1, faults="evaluate:2:term")
+    assert codes == [75, 75], said
+    assert said.count("step 1 is saved in") == 1
+    assert (len(lines(run_dir, "train")), lines(run_dir, "evaluation")) == (1, [])
+    codes, said = ranks(tmp_path, 2, arguments)
+    assert codes == [0, 0], said
+    assert [line["step"] for line in lines(run_dir, "evaluation")] == [1, 2], "the one that was stopped is made up for"
+
+
+@pytest.mark.parametrize("faults", ["train.loss:2:kill", "train.loss:2:exit", "train.loss:2:enospc", "train.step:2:hang"])
 def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(world: Path, tmp_path: Path, faults: str) -> None:
     """At the latest 10 seconds after `timeout_seconds`; at "train.loss" the other rank is in a collective."""
     run_dir = tmp_path / "run"
@@ -139,12 +189,23 @@ def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(world: Pat
     assert time.time() - (run_dir / "metrics.jsonl").stat().st_mtime < 15 + 10
     assert 0 not in codes
     assert 75 not in codes, "nothing was saved"
-    if "hang" in faults:
-        assert "rank 1 gave no sign of life for 15 s in step 2" in said
-        assert "in fault" in said, "the stack of the rank that hangs"
-    if "enospc" in faults:
-        assert "rank 1 failed in step 2: OSError" in said
-        assert "in fault" in said
+    # the other says where the collective broke; who was killed says nothing, and torchrun names it
+    assert "rank 0 failed in step 2: RuntimeError" in said
+    assert "in _one_step" in said, "its stack, in the step"
+    assert 'distributed_c10d.py", line' in said or "_engine_run_backward" in said, "and in the collective"
+    struck = {
+        "kill": "(SIGKILL)",
+        "exit": "exitcode  : 1 ",
+        "enospc": "rank 1 failed in step 2: OSError",
+        "hang": "rank 1 gave no sign of life for 15 s in step 2",
+    }
+    action = faults.rpartition(":")[2]
+    assert struck[action] in said
+    if action in ("kill", "exit"):
+        assert re.search(r"rank +: 1 \(local_rank: 1\)", said)
+    else:
+        assert "in fault" in said, "the stack of the rank that is struck"
+        assert "trainer.py" in said
     assert not list(run_dir.glob("checkpoints/.tmp*"))
 
 
@@ -155,6 +216,22 @@ def test_f13_uneven_data_and_ranks_without_trained_tokens(world: Path, alone: Pa
     assert codes == [0, 0, 0], said
     close(run_dir, alone)
     assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == STEPS
+
+
+def test_f7_another_recipe_and_what_needs_one_process_are_refused_before_any_group_starts(
+    world: Path, by_two: Path, tmp_path: Path
+) -> None:
+    """`MASTER_PORT` leads nowhere: a process group would wait for it."""
+    for option, sentence, run_dir in [
+        ("--run.seed=9", "run.seed = 1236, and now it is 9", by_two),
+        ("--optimizer.gradients=bf16", "need one process, not 2", tmp_path / "run"),
+    ]:
+        command = [sys.executable, "-m", "infir2", *words(world, run_dir), option]
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2, done.stderr
+        assert sentence in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_sizes_that_cannot_work_are_refused_before_any_group_starts(world: Path, tmp_path: Path) -> None:

@@ -26,9 +26,14 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     pool = Pool("poison_checks:check", size=4, memory_bytes=1 << 28)
     yield pool
     pool.close()
-    assert pool.process_ids() == []
+    assert worker_ids(pool) == []
     assert set(living_descendants(os.getpid())) <= before
     assert zombies() == []
+
+
+def worker_ids(pool: Pool) -> list[int]:
+    """Ids of the living workers."""
+    return [worker.process.pid for worker in pool._workers if worker.process.poll() is None]
 
 
 def zombies() -> list[str]:
@@ -108,9 +113,9 @@ def test_a_batch_has_its_own_limit(pool: Pool) -> None:
 
 def test_a_worker_killed_while_idle_is_replaced(pool: Pool) -> None:
     pool.run([("good", i) for i in range(8)], SECONDS, 60)
-    for pid in pool.process_ids():
+    for pid in worker_ids(pool):
         os.kill(pid, signal.SIGKILL)
-    assert gone(pool.process_ids())
+    assert gone(worker_ids(pool))
     assert [o.value for o in pool.run([("good", i) for i in range(8)], SECONDS, 60)] == list(range(8))
 
 
@@ -147,7 +152,7 @@ pool.run([("good", 1)] * 20, 5.0, 60)
 thread = threading.Thread(target=pool.run, args=({last}, 60), daemon=True)
 thread.start()
 time.sleep(0.3)
-print(json.dumps(pool.process_ids()), flush=True)
+print(json.dumps([worker.process.pid for worker in pool._workers]), flush=True)
 time.sleep(60)
 """
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -164,14 +169,14 @@ def test_a_forked_child_neither_uses_nor_kills_its_parents_workers() -> None:
     from infir2.verify.math import check_math, close_workers, shared_pool
 
     assert check_math("\\boxed{1/2}", "0.5", seconds=20).correct
-    workers = shared_pool().process_ids()
+    workers = worker_ids(shared_pool())
     child = os.fork()
     if child == 0:
-        own = check_math("\\boxed{1/4}", "0.25", seconds=20).correct and not set(shared_pool().process_ids()) & set(workers)
+        own = check_math("\\boxed{1/4}", "0.25", seconds=20).correct and not set(worker_ids(shared_pool())) & set(workers)
         close_workers()
         os._exit(0 if own else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert shared_pool().process_ids() == workers
+    assert worker_ids(shared_pool()) == workers
     assert check_math("\\boxed{1/8}", "0.125", seconds=20).correct
     close_workers()
     assert gone(workers)

@@ -129,37 +129,111 @@ def test_f2_a_damaged_checkpoint_is_passed_over_and_named(
     assert "none of its 2 checkpoints verifies" in capsys.readouterr().err
 
 
-ON_A_SMALL_DISK = """
-set -e
-mkdir -p run/checkpoints; mount -t tmpfs -o size=4m none run/checkpoints
-{run} --train.stop_after_step=2
-head -c 4m /dev/zero > run/checkpoints/filler || true
-code=0; {run} || code=$?
-ls run/checkpoints; echo "code $code"
-rm run/checkpoints/filler
-{run}
-cp -r run/checkpoints kept
+FILL = """
+import sys
+from pathlib import Path
+from infir2.cli import main
+from infir2.data import Loader
+
+full, free, *words = sys.argv[1:]
+real, taken = Loader.next_step, []
+
+def next_step(loader):
+    taken.append(1)
+    if len(taken) == int(full):
+        try:
+            Path("run/filler").write_bytes(bytes(2**23))
+        except OSError:
+            pass
+    if len(taken) == int(free):
+        Path("run/filler").unlink()
+    return real(loader)
+
+Loader.next_step = next_step
+sys.exit(main(words))
 """
+ON_A_SMALL_DISK = """
+mkdir -p run; mount -t tmpfs -o size=4m none run
+{fill}; echo "code $?"
+if test -e run/filler; then {run}; echo "code $?"; rm run/filler; {run}; echo "code $?"; fi
+ls run/checkpoints
+cp -r run kept
+"""
+NUM_STEPS = 70
 
 
-def test_f3_a_real_full_disk_stops_the_run_and_harms_nothing(world: Path, tmp_path: Path, undisturbed: Path) -> None:
-    """Checkpoints on a tmpfs of 4 MB that something else fills up; the run goes on when there is room again."""
-    unshare = ["unshare", "-Urm"]
-    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no private mount namespace on this machine")
-    script = ON_A_SMALL_DISK.format(run=shlex.join([sys.executable, "-m", "infir2", *cpt(world, Path("run"))]))
+def unshared(flags: str, script: str, directory: Path) -> "subprocess.CompletedProcess[str]":
+    """Run a script in namespaces of its own; skips the test where there are none."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", flags, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no private namespaces on this machine")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["unshare", "-Urm", "bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    return subprocess.run(
+        ["unshare", flags, "bash", "-c", script], cwd=directory, env=environment, capture_output=True, text=True, timeout=240
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["filler", "step-2", "code", "3"]
-    assert "step 4 could not be saved" in done.stderr
-    assert "errno 28 ENOSPC" in done.stderr
-    assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "kept").rename(tmp_path / "whole" / "checkpoints")
-    assert_same_state(tmp_path / "whole", undisturbed)
+
+
+@pytest.fixture(scope="module")
+def long(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("long") / "run"
+    run(cpt(world, directory, schedule__total_steps=NUM_STEPS, checkpoint__save_every=30))
+    return directory
+
+
+@pytest.mark.parametrize(("policy", "free"), [("stop", 0), ("warn", 62)])
+def test_f3_a_real_full_disk_stops_the_run_or_is_told_and_harms_nothing(
+    world: Path, tmp_path: Path, long: Path, policy: str, free: int
+) -> None:
+    """The run directory on a disk of 4 MB that something else fills at step 32: more lines than a page follow until the save of 60."""
+    values = {"schedule__total_steps": NUM_STEPS, "checkpoint__save_every": 30, "checkpoint__keep": 2}
+    words = cpt(world, Path("run"), checkpoint__on_save_error=policy, **values)
+    fill = shlex.join([sys.executable, "-c", FILL, "32", str(free), *words])
+    done = unshared("-Urm", ON_A_SMALL_DISK.format(fill=fill, run=shlex.join([sys.executable, "-m", "infir2", *words])), tmp_path)
+    failed = [(60, "save_failed")] if policy == "warn" else []
+    codes = [0] if policy == "warn" else [3, 3, 0]  # when it fills up, while it is full, when there is room again
+    expected = [word for code in codes for word in ("code", str(code))]
+    assert done.stdout.split() == [*expected, f"step-{NUM_STEPS}"], done.stderr
+    assert done.stderr.count("run/metrics.jsonl cannot be written (No space left on device, errno 28 ENOSPC); its lines are kept") == 1
+    assert ("step 60 could not be saved" in done.stderr) == (policy == "stop")
+    assert ("cannot be written (No space left on device, errno 28 ENOSPC); free space" in done.stderr) == (policy == "stop")
+    assert "internal error" not in done.stderr
+    assert curve(tmp_path / "kept", "loss") == curve(long, "loss")
+    assert_same_state(tmp_path / "kept", long)
+    assert events(tmp_path / "kept") == failed
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "metrics.jsonl"])
+def test_f3_a_start_that_the_disk_refuses_is_a_checkpoint_error(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    words = cpt(world, tmp_path / "run")
+    run([*words, "--train.stop_after_step=4"])
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-4")  # so that lines have to go
+    before = (tmp_path / "run" / name).read_bytes()
+    real = Path.replace
+
+    def replace_file(self: Path, target: Path) -> Path:
+        if Path(target).name == name:
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_file)
+    assert main(words) == 3
+    assert f"{name}: cannot be written (No space left on device, errno 28 ENOSPC)" in capsys.readouterr().err
+    assert (tmp_path / "run" / name).read_bytes() == before
+    monkeypatch.undo()
+    run(words)
+    assert [step for step, _ in curve(tmp_path / "run", "loss")] == list(range(1, 9))
+
+
+def test_f3_a_last_save_that_fails_is_not_success(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("INFIR2_FAULTS", "save.before_manifest:4:enospc,save.before_manifest:5:enospc")
+    words = cpt(world, tmp_path / "run", checkpoint__on_save_error="warn")
+    assert main(words) == 3
+    assert "its last step, 8, could not be saved, and the newest checkpoint is step 6" in capsys.readouterr().err
+    run(words)
+    assert open_checkpoint(tmp_path / "run").step == 8
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
@@ -250,6 +324,82 @@ def test_f7_changes_that_do_not_change_the_numbers_are_printed_and_taken(
     run([*words, "--data.micro_batch_tokens=1024"])
     assert "resumed with data.micro_batch_tokens = 1024 (was 2048)" in capsys.readouterr().err
     assert [step for step, _ in curve(tmp_path / "run", "loss")] == list(range(1, 9))
+
+
+def test_f7_a_refusal_comes_first_and_leaves_the_recipe_as_it_was(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before process groups; and whatever stops a command before it trains, the original one goes on."""
+    import infir2.train.session as module
+
+    words = cpt(world, tmp_path / "run")
+    run([*words, "--train.stop_after_step=4"])
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "start_team", lambda *_: pytest.fail("must be refused before"))
+        assert main([*words, "--run.seed=9"]) == 2
+    accepted = [*words, "--accept-changes"]
+    assert main([*accepted, "--model.shape.ffn_size=128"]) == 2, "no option makes the tensors fit"
+    assert "model.shape makes ffn_size = 128, and" in capsys.readouterr().err
+    assert main([*accepted, "--data.sources.0.path=/nowhere.jsonl"]) == 4
+    run(words)
+    assert [step for step, _ in curve(tmp_path / "run", "loss")] == list(range(1, 9))
+
+
+def test_f7_other_data_that_is_accepted_begins_at_its_start(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    words = cpt(world, tmp_path / "run", checkpoint__save_every=4)
+    run([*words, "--train.stop_after_step=4"])
+    changed = [*words, "--run.seed=9", "--accept-changes"]
+    stopped = infir2(changed, INFIR2_FAULTS="train.step:2")  # killed before it has saved: the same command goes on
+    assert stopped.returncode == -signal.SIGKILL
+    run(changed)
+    assert events(tmp_path / "run") == [(4, "data_from_its_start")] * 2
+    assert curve(tmp_path / "run", "loss")[:4] == curve(undisturbed, "loss")[:4]
+    assert curve(tmp_path / "run", "loss")[4:] != curve(undisturbed, "loss")[4:]
+
+
+@pytest.mark.parametrize("content", ["[run]\nseed = ", None])
+def test_f7_a_recipe_that_cannot_be_read_back_counts_as_changed(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    words, path = cpt(world, tmp_path / "run"), tmp_path / "run" / "recipe.toml"
+    run([*words, "--train.stop_after_step=2"])
+    path.unlink() if content is None else path.write_text(content)
+    assert main(words) == 2
+    assert "what this run was started with cannot be read back" in capsys.readouterr().err
+    run([*words, "--accept-changes"])
+    run(words)
+
+
+def test_f7_a_resumed_run_needs_nothing_of_the_run_it_began_with(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """Neither its model nor, without data.tokenizer, what it says of its tokenizer."""
+    shutil.copytree(undisturbed, tmp_path / "parent")
+    words = options(world, tmp_path / "run", "sft1", model__path=tmp_path / "parent", schedule__total_steps=4, checkpoint__save_every=2)
+    words = [*words, "--data.tokenizer="]
+    run([*words, "--train.stop_after_step=2"])
+    shutil.rmtree(tmp_path / "parent")
+    assert main(["check", *words]) == 0
+    run(words)
+    assert open_checkpoint(tmp_path / "run").step == 4
+
+
+def test_f8_sigterm_in_a_validation(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """The step is saved, the rest of the validation made up for."""
+    words = cpt(world, tmp_path / "run", checkpoint__save_every=100, train__validate_every=4)
+    stopped = infir2([*words, "--data.micro_batch_tokens=1024"], INFIR2_FAULTS="validate:2:term")  # one before the first step
+    assert stopped.returncode == 75, stopped.stderr
+    assert "step 4 is saved in" in stopped.stderr
+    assert [line["step"] for line in lines(tmp_path / "run", "validation")] == [0]
+    run(words)
+    assert [line["step"] for line in lines(tmp_path / "run", "validation")] == [0, 4, 8]
+    assert [step for step, _ in curve(tmp_path / "run", "loss")] == list(range(1, 9))
+
+
+def test_f8_sigterm_where_a_branch_has_saved_nothing_names_what_it_goes_on_from(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    source = undisturbed / "checkpoints" / "step-8"
+    words = cpt(world, tmp_path / "branch", checkpoint__branch_from=source, schedule__total_steps=10)
+    stopped = infir2(words, INFIR2_FAULTS="train.start:1:term")
+    assert stopped.returncode == 75, stopped.stderr
+    assert f"step 8 is saved in {undisturbed};" in stopped.stderr
 
 
 @pytest.mark.parametrize(("point", "saved"), [("train.start:1", 0), ("train.step:6", 6)])
@@ -462,3 +612,25 @@ def test_f27_few_open_files_are_a_warning(world: Path, tmp_path: Path, capsys: p
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert "only 512 open files are allowed; run `ulimit -n 4096`" in capsys.readouterr().out
+
+
+TWO_HOSTS = """
+hostname node-a; INFIR2_FAULTS=save.after_shard:2 {run}
+echo $?; hostname node-b
+{python} -c "import sys; from infir2.checkpoint import lock; lock.WATCH_SECONDS = 2.0
+from infir2.cli import main; sys.exit(main(sys.argv[1:]))" {words}
+echo $?
+"""
+
+
+def test_f27_a_restart_under_another_host_name_goes_on(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """As where a launcher starts a run again on another node, seconds after its own had died in a save."""
+    words = shlex.join(cpt(world, Path("run")))
+    python = shlex.quote(sys.executable)
+    done = unshared("-Uru", TWO_HOSTS.format(run=f"{python} -m infir2 {words}", python=python, words=words), tmp_path)
+    assert done.stdout.split() == ["137", "0"], done.stderr
+    assert "was on another host" in done.stderr
+    assert "on node-a" in done.stderr
+    assert ".tmp-step-4-node-a" in done.stderr, "what it left is removed and named"
+    assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
+    assert_same_state(tmp_path / "run", undisturbed)

@@ -1,8 +1,7 @@
 """The loss curves of the three kinds of stage are those in the repository.
 
-Bit-equal on the machine that wrote them (same processor, torch and Python), losses within 1e-3 elsewhere. record.py does what it
-can to have the same bits on all; versions of torch bring others. `INFIR2_UPDATE_GOLDEN=1` writes them anew after a change that is
-meant to move them.
+Bit-equal on the machine that wrote them (same processor, torch and Python), losses within 1e-3 elsewhere; seen bit-equal on two
+processors with torch 2.11 and 2.13. `INFIR2_UPDATE_GOLDEN=1` writes them anew after a change that is meant to move them.
 """
 
 import json

@@ -20,10 +20,13 @@ from infir2.config.schema import Fp8Section, OptimizerSection, ShapeSection
 from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, convert_to_fp8
+from infir2.parallel.context import ContextParallel
 from infir2.parallel.mesh import Layout, Sizes
 from infir2.parallel.sharded import Sharded
 from infir2.parallel.team import Team
+from infir2.parallel.tensor import share_blocks, split_layers
 from infir2.train.losses import next_token_loss
+from infir2.train.optimizer import make_optimizer
 from infir2.train.trainer import Trainer
 
 SHAPE = {"hidden_size": 512, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "ffn_size": 1280, "vocab_size": 512}
@@ -77,6 +80,22 @@ def waits(trainer: Trainer) -> int:
     return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
+def make_split(fp8: bool, kind: str) -> Trainer:
+    """A model whose tensor- or context-parallel group is this one rank."""
+    trainer = make(fp8, False)
+    sharded, layout = trainer.sharded, trainer.sharded.layout
+    group, context = init_device_mesh("cuda", (1,)).get_group(), None
+    if kind == "tp":
+        layout.tp_group = group
+        sharded.splits = split_layers(trainer.model, layout)
+    else:
+        layout.cp_group = group
+        context = sharded._context = ContextParallel(layout, trainer.model.plan_attention)
+    share_blocks(trainer.model, layout, sharded.splits, context)
+    trainer.optimizer = make_optimizer(trainer.model, OptimizerSection())  # of the parameters as they are now
+    return trainer
+
+
 def compare(fp8: bool) -> dict[str, Any]:
     alone, sharded = make(fp8, False), make(fp8, True)
     codes = [gathered_bytes(trainer) for trainer in (alone, sharded)]
@@ -91,7 +110,11 @@ def compare(fp8: bool) -> dict[str, Any]:
         store.close()
     found["resumed"], continued = steps(resumed, 3, STEPS), steps(sharded, 3, STEPS)
     found["sharded"] += continued
-    found["waits"] = waits(sharded)
+    found["waits"] = {"dp": waits(sharded)}
+    for kind in ("tp", "cp"):
+        split = make_split(fp8, kind)
+        found[kind] = steps(split, 0, STEPS)
+        found["waits"][kind] = waits(split)
     return found
 
 

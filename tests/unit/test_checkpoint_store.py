@@ -14,9 +14,10 @@ import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from infir2.checkpoint import Store, dcp, open_checkpoint
+from infir2.checkpoint import store as store_module
 from infir2.checkpoint.manifest import FileEntry, encode_manifest, read_manifest
 from infir2.checkpoint.places import Place, whole
-from infir2.checkpoint.store import published_steps
+from infir2.checkpoint.store import published_steps, read_state
 from infir2.errors import CheckpointCorruptError, CheckpointError
 
 
@@ -266,3 +267,42 @@ def test_a_manifest_of_a_newer_format_is_named_as_such(tmp_path):
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 2}))
     with pytest.raises(CheckpointError, match="newer infir2"):
         open_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_that_its_run_removed_while_it_was_read_is_not_called_damaged(tmp_path):
+    store = Store(tmp_path, keep=1)
+    save(store, 1)
+    checkpoint = open_checkpoint(tmp_path)
+    tensors = checkpoint.tensors()
+    save(store, 2)
+    for read in (lambda: checkpoint.state, lambda: tensors[next(iter(tensors))], checkpoint.tensors):
+        with pytest.raises(CheckpointError, match=r"step-1: was removed by its run.*open the newest"):
+            read()
+
+
+def test_a_glance_reads_no_tensor_and_compares_sizes(tmp_path):
+    store = Store(tmp_path)
+    save(store, 1)
+    save(store, 2)
+    shard = store.directory / "step-2" / "__0_0.distcp"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert open_checkpoint(tmp_path, glance=True).step == 2
+    assert read_state(tmp_path) == open_checkpoint(tmp_path, glance=True).state
+    assert open_checkpoint(tmp_path, warn=lambda _: None).step == 1
+    shard.write_bytes(b"")
+    assert open_checkpoint(tmp_path, warn=lambda _: None, glance=True).step == 1
+
+
+def test_a_search_begins_again_when_the_run_publishes_and_removes_meanwhile(tmp_path, monkeypatch):
+    store = Store(tmp_path, keep=1)
+    save(store, 1)
+    real = store_module.load_checkpoint
+
+    def load(path: Path, glance: bool = False):
+        if path.name == "step-1":
+            monkeypatch.undo()
+            save(store, 2)
+        return real(path, glance)
+
+    monkeypatch.setattr(store_module, "load_checkpoint", load)
+    assert open_checkpoint(tmp_path).step == 2

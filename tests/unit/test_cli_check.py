@@ -11,6 +11,7 @@ from infir2.cli.check_model import memory_parts, model_facts
 from infir2.config import dump, load
 from infir2.config.schema import TrainRecipe
 from infir2.data.demo import make_demo_world
+from infir2.parallel.mesh import Sizes
 
 RECIPE = """
 [run]
@@ -129,15 +130,23 @@ def test_a_run_directory_that_cannot_be_used(recipe: Path, tmp_path: Path, capsy
 
 def test_a_changed_recipe_is_seen_before_the_run_is(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from infir2.checkpoint import Store
+    from infir2.model import Decoder
 
     options = ["--data.batch_sequences=2"]
     with_run = tmp_path / "run"
+    loaded = load(TrainRecipe, [recipe], options)
+    assert loaded.recipe.model.shape is not None
+    model = Decoder.from_shape(loaded.recipe.model.shape, vocab_size=200, seed=1)
+    tensors = {f"parameters/{name}": parameter.detach() for name, parameter in model.named_parameters()}
     store = Store(with_run)
-    store.save(7, {"parameters/w": torch.zeros(2)}, {})
+    path = store.save(7, tensors, {"model_config": model.config.to_hf()})
     store.close()
-    (with_run / "recipe.toml").write_text(dump(load(TrainRecipe, [recipe], options)))
+    shard = path / "__0_0.distcp"
+    shard.write_bytes(bytes(shard.stat().st_size))  # a look at the run reads no tensor: seconds for one of 7 B parameters
+    (with_run / "recipe.toml").write_text(dump(loaded))
     code, lines = check(capsys, recipe, *options)
     assert (code, lines["run dir"]) == (0, f"ok {with_run} resumes after step 7")
+    assert f"{path}: qwen2" in lines["model"]
     code, lines = check(capsys, recipe, *options, "--run.seed=2")
     assert code == 1
     assert "run.seed = 1236, and now it is 2" in lines["run dir"]
@@ -166,6 +175,37 @@ def test_memory_follows_the_keys_that_save_it(recipe: Path) -> None:
     assert activations("--optimizer.states=fp8")["optimizer"] < plain["optimizer"] / 3
     wide = [activations(f"--train.head_chunk_tokens={chunk}", "--model.shape.vocab_size=150000") for chunk in (64, 256)]
     assert wide[0]["head and working memory"] == wide[1]["head and working memory"] // 4
+
+
+def test_memory_is_that_of_one_process_of_several(recipe: Path) -> None:
+    wide = ["--data.batch_sequences=2", "--model.shape.hidden_size=1024", "--model.shape.ffn_size=4096", "--model.shape.num_layers=24"]
+    loaded = load(TrainRecipe, [recipe], wide).recipe
+    facts = model_facts(loaded.model, 100)
+    for device in ("cuda", "cpu"):
+        one, eight = (sum(memory_parts(loaded, facts, device, Sizes(dp=dp)).values()) for dp in (1, 8))
+        assert eight < one / 2
+    half = memory_parts(load(TrainRecipe, [recipe], [*wide, "--optimizer.states=bf16"]).recipe, facts, "cuda", Sizes(dp=8))
+    assert half["optimizer"] == memory_parts(loaded, facts, "cuda", Sizes(dp=8))["optimizer"] // 2
+
+
+@pytest.mark.parametrize(
+    ("options", "word", "sentence"),
+    [
+        (["--parallel.dp=4", "--optimizer.gradients=bf16"], "FAIL", 'optimizer.gradients = "bf16" need one process, not 4'),
+        (["--parallel.dp=2", "--optimizer.states=fp8"], "FAIL", 'optimizer.states = "fp8"'),
+        (["--parallel.dp=4"], "warn", "4 ranks read data and a step has 2 sequences"),
+        (["--parallel.dp=1", "--parallel.cp=4"], "warn", "parallel.cp = 4 pads micro-batches of 256 tokens to 1024"),
+        (["--parallel.dp=2"], "ok", "for 2 processes"),
+        (["--optimizer.states=fp8"], "ok", "for one process"),
+    ],
+)
+def test_what_several_processes_cannot_do_or_do_in_vain(
+    recipe: Path, capsys: pytest.CaptureFixture[str], options: list[str], word: str, sentence: str
+) -> None:
+    code, lines = check(capsys, recipe, "--data.batch_sequences=2", *options)
+    assert code == (word == "FAIL")
+    assert lines["parallel"].startswith(word)
+    assert sentence in lines["parallel"]
 
 
 def test_damaged_model_files_are_found_without_reading_weights(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,10 +101,10 @@ def test_every_token_of_a_document_but_its_first_is_a_target_once(world: Path, t
     documents = [tokenizer.encode_document(json.loads(line)["text"]) for line in (world / "cpt.jsonl").read_text().splitlines()]
     for length in (16, 48, 128):  # shorter and longer than a document
         stream = SampleStream(section.sources, section, "documents", tokenizer, 5, Quarantine(0.0))
-        windows = DocumentWindows(stream, 1, length)
+        windows = DocumentWindows(stream, length)
         targets: dict[str, list[int]] = defaultdict(list)
         while stream.position < len(documents):
-            (pieces,) = windows.step()
+            pieces = windows.unit()
             assert length - 1 <= sum(piece.num_tokens for piece in pieces) <= length
             for piece in pieces:
                 assert not piece.loss_mask[0]

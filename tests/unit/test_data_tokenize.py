@@ -99,7 +99,7 @@ def test_an_existing_output_and_parts_of_another_job_are_refused(world, tmp_path
 def test_a_kill_loses_no_finished_chunk(world, tmp_path, monkeypatch):
     """SIGKILL to the command in the middle: no process stays, finished chunks are not made again, the result is the same."""
     source = tmp_path / "big.jsonl"
-    source.write_text((world / "cpt.jsonl").read_text() * 4)
+    source.write_text((world / "cpt.jsonl").read_text() * 20)
     command = subprocess.Popen([sys.executable, "-c", SMALL_CHUNKS, *words([source], world, tmp_path / "out", "--workers=2")])
     parts = tmp_path / "out.parts"
     deadline = time.monotonic() + 60

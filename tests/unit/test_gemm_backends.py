@@ -1,15 +1,12 @@
 """The GEMM backends where there is no FP8 hardware: emulation, choices, refusals, layouts."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from infir2.errors import ConfigError
 from infir2.numerics import dequantize, gemm_backends, quantize
 from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK
-from infir2.numerics.gemm_backends import Choices, Operand, gemm_nt
+from infir2.numerics.gemm_backends import Operand, gemm_nt
 
 
 def operand(rows: int, columns: int, block_rows: int) -> Operand:
@@ -61,36 +58,17 @@ def test_scales_reach_cublas_in_its_layout_whatever_their_strides() -> None:
     assert gemm_backends._cublas_scale(Operand(tiles.codes, wide[:, :5], 128)).data_ptr() == wide.data_ptr()
 
 
-def test_choices_survive_the_process_and_a_damaged_file(tmp_path: Path) -> None:
-    path = tmp_path / "cache" / "gemm.json"
-    Choices(path).set("shape", "deepgemm")
-    assert Choices(path).get("shape") == "deepgemm"
-    path.write_text(json.dumps({"shape": "no such backend", "other": "cublas"}))
-    assert (Choices(path).get("shape"), Choices(path).get("other")) == (None, "cublas")
-    path.write_text("{")
-    assert Choices(path).get("shape") is None
-    unwritable = Choices(tmp_path / "cache" / "gemm.json" / "below a file.json")
-    unwritable.set("shape", "cublas")
-    assert unwritable.get("shape") == "cublas"
-
-
-def test_packed_batches_of_similar_size_share_a_choice() -> None:
-    keys = {gemm_backends.shape_key(operand(m, 128, 1), operand(64, 128, 128), torch.bfloat16) for m in (1921, 1990, 2048)}
-    assert len(keys) == 1
-    assert gemm_backends.shape_key(operand(2049, 128, 1), operand(64, 128, 128), torch.bfloat16) not in keys
-
-
-def test_fastest_backend_is_taken_and_a_failing_one_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    known = Choices(tmp_path / "gemm.json")
-    monkeypatch.setattr(gemm_backends, "choices", lambda name: known)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+def test_fastest_backend_is_taken_and_a_failing_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm_backends, "_chosen", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     times = {"cublas": 2.0, "deepgemm": 1.0}
     monkeypatch.setattr(gemm_backends, "_milliseconds", lambda name, a, b, dtype: times[name])
-    a, b = operand(16, 128, 1), operand(16, 128, 128)
+    a, b = operand(2048, 128, 1), operand(16, 128, 128)
     assert gemm_backends._fastest(a, b, torch.bfloat16, ("cublas", "deepgemm")) == "deepgemm"
     times["deepgemm"] = 3.0
     assert gemm_backends._fastest(a, b, torch.bfloat16, ("cublas", "deepgemm")) == "deepgemm"  # not measured again
+    assert gemm_backends._fastest(operand(1921, 128, 1), b, torch.bfloat16, ("cublas", "deepgemm")) == "deepgemm", "nor one of similar size"
+    assert gemm_backends._fastest(operand(2049, 128, 1), b, torch.bfloat16, ("cublas", "deepgemm")) == "cublas"
     times["deepgemm"] = float("inf")
     assert gemm_backends._fastest(a, b, torch.float32, ("cublas", "deepgemm")) == "cublas"
     assert gemm_backends._fastest(a, b, torch.bfloat16, ("cublas",)) == "cublas"

@@ -1,20 +1,24 @@
 """`infir2 launch`: what would run, what runs under torchrun, and whose exit code comes out."""
 
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stages import curve, options, run
+from stages import RECIPES, curve, lines, options, run
 
 from infir2.cli import main
+from infir2.errors import ConfigError, RankError
 from infir2.launch import ranks
-from infir2.launch.torchrun import default_ranks
+from infir2.launch import ray as ray_launch
+from infir2.launch.torchrun import Layout, default_ranks
 
 LAUNCH = [sys.executable, "-m", "infir2", "launch"]
 
@@ -25,11 +29,20 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of that name in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.toml", "a b.toml"):
+        (tmp_path / name).touch()
+
+
 def dry(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert main(["launch", words[0], "--dry-run", *words[1:]]) == 0
     return capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("recipes")
 def test_torchrun_on_one_node_and_on_many(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     one = shlex.split(dry(capsys, "torchrun", "--gpus-per-node", "8", "--", "sft", "a b.toml", "--run.seed=1"))
     assert one[1:4] == ["-m", "torch.distributed.run", "--standalone"]
@@ -45,8 +58,17 @@ def test_what_cannot_be_launched_is_refused(capsys: pytest.CaptureFixture[str]) 
     for words, sentence in [
         (["torchrun", "--", "export", "hf"], "one of cpt, sft, rl, eval"),
         (["torchrun", "--engines", "2", "--", "rl", "a.toml"], "--engines is for infir2 launch ray"),
-        (["ray", "--engines", "2", "--", "sft", "a.toml"], "--engines is for infir2 launch ray"),
+        (["ray", "--gpus-per-node", "2", "--engines", "2", "--", "sft", "a.toml"], "--engines is for infir2 launch ray"),
         (["torchrun", "--nodes", "0", "--", "cpt"], "0 is not a number of at least 1"),
+        (["ray", "--max-restarts", "-1", "--", "cpt"], "-1 is not a number of at least 0"),
+        (["slurm", "--cpus-per-rank", "0", "--", "cpt"], "0 is not a number of at least 0.01"),
+        (["slurm", "--cpus-per-rank", "inf", "--", "cpt"], "inf is not a number"),
+        (["torchrun", "--nodes", "2.5", "--", "cpt"], "invalid number value: '2.5'"),
+        (["torchrun", "cpt", "a b.toml"], "write infir2 launch torchrun -- cpt 'a b.toml'"),
+        (["slurm", "--", "cpt", "a.toml"], "say --gpus-per-node M"),
+        (["ray", "--cpu", "--", "cpt", "a.toml"], "say --gpus-per-node M"),
+        (["torchrun", "--dry-run", "--", "cpt", "absent.toml"], "absent.toml: no such recipe"),
+        (["slurm", "--gpus-per-node", "1", "--", "cpt", "absent.toml"], "absent.toml: no such recipe"),
         (["torchrun", "--gpus-per-node", "2", "--", "eval", "a.toml"], "one process"),
         (["mpirun", "--", "cpt"], "invalid choice"),
     ]:
@@ -54,16 +76,18 @@ def test_what_cannot_be_launched_is_refused(capsys: pytest.CaptureFixture[str]) 
         assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("recipes")
 def test_the_slurm_script_is_a_shell_script_that_requeues_itself(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    script = dry(capsys, "slurm", "--nodes", "2", "--gpus-per-node", "8", "--sbatch=--partition=h100", "--", "sft", "my recipe.toml")
+    script = dry(capsys, "slurm", "--nodes", "2", "--gpus-per-node", "8", "--sbatch=--partition=h100", "--", "sft", "a b.toml")
     for line in ("--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=1", "--requeue", "--signal=TERM@300", "--partition=h100"):
         assert f"#SBATCH {line}" in script
-    assert "-- sft 'my recipe.toml'" in script
+    assert "-- sft 'a b.toml'" in script
     assert "scontrol requeue" in script
     path = tmp_path / "job.sh"
     path.write_text(script)
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
-    assert "--gpus-per-node=" not in dry(capsys, "slurm", "--cpu", "--", "cpt", "a.toml")
+    assert "--gpus-per-node=" not in dry(capsys, "slurm", "--cpu", "--gpus-per-node", "1", "--", "cpt", "a.toml")
+    assert "scontrol requeue" not in dry(capsys, "slurm", "--", "eval", "a.toml")  # it would begin anew, for ever
 
 
 def test_ray_names_bundles_and_the_command_of_a_node(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +168,62 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_75(world: Path, tmp_path: P
     assert process.returncode == 75, errors
     assert "is saved" in errors
     assert "Traceback" not in errors
+
+
+def test_a_stopped_evaluation_says_that_it_begins_anew(world: Path, tmp_path: Path) -> None:
+    run(options(world, tmp_path / "cpt", "cpt", schedule__total_steps=4))
+    words = ["eval", str(RECIPES / "eval.toml"), f"--model.path={tmp_path / 'cpt'}", f"--run.dir={tmp_path / 'eval'}"]
+    words += [f"--evaluate.problems.0.path={world / 'heldout.jsonl'}", "--run.threads=1", "--evaluate.samples=4"]
+    words += ["--evaluate.max_response_tokens=64"]
+    process = start(words, INFIR2_FAULTS="evaluate:3:term")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "infir2: stopped; an evaluation begins anew." in errors
+    assert "stopped; the same command begins the evaluation anew" in errors
+    assert "saved" not in errors
+    _, errors = (again := start(words)).communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert lines(tmp_path / "eval", "evaluation")[0]["num_problems"] > 0
+
+
+class FakeGroup:
+    """A placement group that has room in the wait after `waits` of them."""
+
+    def __init__(self, waits: float, meanwhile: Callable[[], None] = lambda: None) -> None:
+        self.waits, self.meanwhile = waits, meanwhile
+
+    def wait(self, _seconds: float) -> bool:
+        self.waits -= 1
+        self.meanwhile()
+        return self.waits < 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> "ray_launch._Driver":
+    """Of a cluster that gives room when `FakeGroup`s say so."""
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(cluster_resources=lambda: {"CPU": 1.0}))
+    return ray_launch._Driver(Layout(cpu=True), ["cpt"], [])
+
+
+def test_ray_waits_longer_for_room_after_a_death(
+    driver: "ray_launch._Driver", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 100_000, 10))  # seconds
+    monkeypatch.setattr(ray_launch.time, "monotonic", lambda: next(clock))
+    with pytest.raises(ConfigError, match="after 60 s"):
+        driver._await_room([FakeGroup(50)], attempt=0)
+    driver._await_room([FakeGroup(50)], attempt=1)
+    assert "waits up to 30 minutes for room" in capsys.readouterr().err
+    with pytest.raises(RankError, match="after 1800 s") as caught:
+        driver._await_room([FakeGroup(math.inf)], attempt=1)
+    assert caught.value.exit_code == 71
+
+
+def test_a_stop_while_ray_waits_for_room_is_heard(driver: "ray_launch._Driver") -> None:
+    with pytest.raises(ray_launch._Stopped):
+        driver._await_room([FakeGroup(50, lambda: driver.stop(signal.SIGTERM, None))], attempt=0)
+    with pytest.raises(ray_launch._Stopped):
+        driver._await_room([FakeGroup(0)], attempt=0)  # room came with the signal
 
 
 def test_a_wrong_recipe_is_said_once_and_not_tried_again(world: Path, tmp_path: Path) -> None:

@@ -335,6 +335,28 @@ def test_the_weights_bytes_are_those_of_the_bf16_master() -> None:
     assert layer.quantized_weight() is layer.quantized_weight()
 
 
+@pytest.mark.parametrize("keys", [{}, {"foreach": True}, {"fused": True}])
+def test_a_step_of_any_optimizer_ends_the_version(keys: dict) -> None:
+    layer = Fp8Linear(128, 64)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, **keys)
+    before = layer.quantized_weight()
+    layer(torch.randn(3, 128)).sum().backward()
+    optimizer.step()
+    fresh = quantize(layer.weight.detach().bfloat16(), (128, 128))
+    assert torch.equal(layer.quantized_weight().codes.view(torch.uint8), fresh.codes.view(torch.uint8))
+    assert not torch.equal(before.codes.view(torch.uint8), fresh.codes.view(torch.uint8))
+
+
+def test_memory_filled_again_by_an_owner_that_sets_the_weight_is_another_version() -> None:
+    """As torch's fully_shard: the memory is freed and filled without a move of the counter."""
+    layer = Fp8Linear(128, 64)
+    before = layer.quantized_weight()
+    with torch.autograd._unsafe_preserve_version_counter(layer.weight), torch.no_grad():
+        layer.weight.mul_(3)
+    layer.weight = layer.weight
+    assert not torch.equal(before.codes.view(torch.uint8), layer.quantized_weight().codes.view(torch.uint8))
+
+
 def test_copies_state_and_meta() -> None:
     layer = Fp8Linear(128, 64)
     layer(torch.randn(1, 128))

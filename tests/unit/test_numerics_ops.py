@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infir2.numerics import Fp8Linear, RMSNorm, head_logits, linear, norm_linear, rms_norm, snr_db, swiglu, swiglu_linear, token_logprobs
+from infir2.numerics import Fp8Linear, RMSNorm, head_logits, linear, rms_norm, snr_db, swiglu, token_logprobs
 
 
 def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -90,8 +90,8 @@ def test_producers_into_fp8_linears_keep_fp8_only(scale_format) -> None:
     x = torch.randn(200, 128).bfloat16().requires_grad_()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        gate, up = norm_linear(x, norm, layers)
-        out = swiglu_linear(gate, up, down)
+        gate, up = linear(norm(x), layers)
+        out = linear(swiglu(gate, up), (down,))[0]
     inputs = {t.data_ptr() for t in (x, gate, up)}
     sixteen_bit = [t for t in saved if t.dtype == torch.bfloat16]
     assert {t.data_ptr() for t in sixteen_bit} == inputs

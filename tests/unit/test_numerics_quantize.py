@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infir2.numerics import count_quantization, dequantize, nonfinite_blocks, quantize, transpose
+from infir2.numerics import dequantize, nonfinite_blocks, quantize, relative_error, transpose
 from infir2.numerics.formats import E4M3, Fp8Tensor
 from infir2.numerics.reference import decode
 
@@ -175,9 +175,10 @@ def test_nonfinite_blocks_are_nan_throughout_and_counted(bad, dtype, block, scal
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_tiny_gradients_are_not_flushed(deviation, scale_format) -> None:
     x = (torch.randn(64, 512) * deviation).bfloat16()
-    counts = count_quantization(x, quantize(x, (1, 128), scale_format))
-    assert counts.underflowed < 1e-3 * counts.values
-    assert counts.relative_error < 0.03
+    t = quantize(x, (1, 128), scale_format)
+    underflowed = (codes_of(t) & 0x7F == 0) & (x != 0)
+    assert underflowed.sum() < 1e-3 * x.numel()
+    assert relative_error(x, dequantize(t, torch.float64)) < 0.03
 
 
 def test_pow2_survives_a_detour_over_bf16() -> None:
@@ -241,13 +242,3 @@ def test_transposing_keeps_nan_and_refuses_fp32_rows() -> None:
     assert torch.all(codes_of(t)[:, :128] == 0x7F)
     with pytest.raises(ValueError, match=r"quantize\(x.T"):
         transpose(quantize(x, (1, 128), "fp32"))
-
-
-def test_counts_of_one_tensor() -> None:
-    x = torch.zeros(1, 256)
-    x[0, 0], x[0, 1], x[0, 2], x[0, 3] = 448.0, 2.0**-11, 2.0**-8, 1.0
-    x[0, 200] = math.inf
-    counts = count_quantization(x, quantize(x))
-    assert (counts.values, counts.zeros, counts.underflowed) == (256, 251, 1)
-    assert (counts.subnormal, counts.saturated, counts.blocks, counts.nonfinite_blocks) == (1, 1, 2, 1)
-    assert math.isnan(counts.relative_error)

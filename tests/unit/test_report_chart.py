@@ -1,5 +1,6 @@
 """Charts: thinning keeps what matters, axes are round, gaps stay gaps, labels do not collide."""
 
+import math
 import re
 from xml.etree import ElementTree
 
@@ -8,14 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infir2.evaluate.statistics import Evaluation
 from infir2.report.chart import (
     Axis,
     Chart,
-    IntervalRow,
     Series,
     _spread,
     figure,
-    interval_svg,
     line_svg,
     linear_ticks,
     log_ticks,
@@ -23,6 +23,7 @@ from infir2.report.chart import (
     smooth,
     thin,
 )
+from infir2.report.page import interval_plot
 from infir2.report.text import compact, duration, percent
 
 STEPS = np.arange(1.0, 5001.0)
@@ -120,12 +121,12 @@ def test_a_figure_escapes_names_and_has_a_legend_and_a_table() -> None:
 
 
 def test_intervals_are_cut_at_the_ends_of_the_scale() -> None:
-    svg = interval_svg([IntervalRow("base", 0.01, 0.05, float("nan")), IntervalRow("rl", 0.99, 0.05, 1.0)], "avg@k", "pass@k", 360)
-    axis_ends = [float(x) for x in re.findall(r'class="grid" d="M([\d.]+) ', svg)]
-    bars = [float(x) for x in re.findall(r'class="bar c0" d="M([\d.]+) ', svg)] + [float(x) for x in re.findall(r"H([\d.]+)m", svg)]
-    assert min(bars) == axis_ends[0]
-    assert max(bars) == axis_ends[-1]
-    assert svg.count('class="hollow c0"') == 1
+    html = [interval_plot(Evaluation(*values, 20, 0.0, {})) for values in ((0.01, 0.05, 8, math.nan), (0.99, 0.05, 8, 1.0))]
+    bars = [tuple(map(float, re.findall(r"[\d.]+(?=%)", bar))) for bar in re.findall(r'class="bar" style="([^"]+)"', "".join(html))]
+    assert bars == [(0.0, 6.0), (94.0, 6.0)]
+    assert [cell.count('class="ring"') for cell in html] == [0, 1]
+    unknown = interval_plot(Evaluation(math.nan, math.nan, 0, math.nan, 0, math.nan, {}))
+    assert unknown.count("<i") == 0
 
 
 def test_an_axis_places_its_ends() -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import demo_recipe, describe, evaluation, sample, train_rows, write
+from report_runs import demo_recipe, describe, evaluation, train_rows, write
 
 from infir2.errors import DataError
-from infir2.report import read
 from infir2.report.read import read_run, read_runs
 
 
@@ -36,17 +35,6 @@ def test_the_later_line_of_a_step_stands_and_steps_are_ordered(tmp_path: Path) -
 def test_totals_count_the_steps_between_logged_lines(tmp_path: Path) -> None:
     write(tmp_path, [{"kind": "train", "step": step, "seconds": 2.0} for step in range(10, 101, 10)])
     assert read_run(tmp_path).total("seconds") == pytest.approx(2.0 * 91)
-
-
-def test_a_huge_samples_file_is_read_at_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, [sample(step, 1.0) for step in range(1, 2001)], "samples.jsonl")
-    monkeypatch.setattr(read, "SAMPLE_HEAD_BYTES", 2_000)
-    monkeypatch.setattr(read, "SAMPLE_TAIL_BYTES", 3_000)
-    steps = [row["step"] for row in read_run(tmp_path).samples]
-    assert steps[0] == 1
-    assert steps[-1] == 2000
-    assert 5 < len(steps) < 30
-    assert not any("samples" in note for note in read_run(tmp_path).notes)
 
 
 def test_a_directory_of_runs_is_read_bases_first(tmp_path: Path) -> None:

@@ -82,13 +82,13 @@ def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
 ) -> None:
     """Killed in step 4 after three responses' groups: the resumed run asks the engine for the others only, and ends the same."""
     asked: list[tuple[int, str]] = []  # policy version and request
-    real = NativeEngine.generate
+    real = NativeEngine.stream
 
-    def generate(self, requests, params, *callbacks):  # type: ignore[no-untyped-def]
+    def stream(self, requests, params):  # type: ignore[no-untyped-def]
         asked.extend((self.policy_version, request.id) for request in requests)
-        return real(self, requests, params, *callbacks)
+        return real(self, requests, params)
 
-    monkeypatch.setattr(NativeEngine, "generate", generate)
+    monkeypatch.setattr(NativeEngine, "stream", stream)
     monkeypatch.setattr(infir2.rl.sampler, "rate", reward_even_lengths)
     run(words(world, start, tmp_path / "a"))
     after_step_2 = {request for version, request in asked if version >= 2}
@@ -128,12 +128,12 @@ def test_asynchronous_samples_the_next_step_while_one_trains(
 ) -> None:
     """No update of a step but the last begins before the engine has begun on the next step's responses."""
     versions: queue.Queue[int] = queue.Queue()  # of what is sampled in the background
-    generate, update = NativeEngine.generate, infir2.rl.run.update_policy
+    stream, update = NativeEngine.stream, infir2.rl.run.update_policy
 
-    def generate_and_tell(self, *words):  # type: ignore[no-untyped-def]
+    def stream_and_tell(self, *words):  # type: ignore[no-untyped-def]
         if threading.current_thread() is not threading.main_thread():
             versions.put(self.policy_version)
-        return generate(self, *words)
+        return stream(self, *words)
 
     updates = []
 
@@ -142,7 +142,7 @@ def test_asynchronous_samples_the_next_step_while_one_trains(
         return update(*words)
 
     monkeypatch.setattr(infir2.rl.sampler, "rate", reward_even_lengths)
-    monkeypatch.setattr(NativeEngine, "generate", generate_and_tell)
+    monkeypatch.setattr(NativeEngine, "stream", stream_and_tell)
     monkeypatch.setattr(infir2.rl.run, "update_policy", update_once_sampling)
     run(words(world, start, tmp_path / "rl", rl__asynchronous="true", rl__over_sample_prompts=3, rl__mini_batches=1))
     assert updates == [0, 1, 2, None]  # beside step n, step n + 1 from version n - 1

@@ -108,6 +108,28 @@ def test_an_evaluation_asks_the_users_server(path: str, variables: dict[str, str
         assert arguments["extra_params"] == {"start_date": "2024-08-01", "end_date": "2025-02-01"}
 
 
+@pytest.mark.parametrize("path", EVALS)
+def test_a_dry_run_needs_neither_evalscope_nor_a_server_and_can_be_pasted(path: str, variables: dict[str, str], tmp_path: Path) -> None:
+    dataset, max_tokens, _ = EVALS[path]
+    dry = script(path, variables | {"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "EVAL_WORK_DIR": "a b", "API_PORT": "1"}, cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    pasted = subprocess.run(["bash", "-c", dry.stdout], env=variables, capture_output=True, text=True)
+    given = json.loads(pasted.stdout)
+    assert given[given.index("--work-dir") + 1] == "a b"
+    assert json.loads(given[given.index("--generation-config") + 1])["max_tokens"] == max_tokens
+    assert dataset in json.loads(given[given.index("--dataset-args") + 1])
+
+
+def test_a_script_finds_its_neighbour_inside_a_job(variables: dict[str, str], tmp_path: Path) -> None:
+    """Started by its path in a job that was submitted elsewhere; and the copy that sbatch runs."""
+    inside = script("eval/gpqa_eval.sh", variables | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}, cwd=tmp_path)
+    assert inside.returncode == 0, inside.stderr
+    copy = tmp_path / "slurm_script"
+    copy.write_text((ROOT / "eval/gpqa_eval.sh").read_text())
+    copied = script(str(copy), variables | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(ROOT)}, cwd=tmp_path)
+    assert copied.stdout == inside.stdout != ""
+
+
 def test_the_users_words_change_an_evaluation(variables: dict[str, str], port: str) -> None:
     words = {"MAX_NEW_TOKENS": "100", "GENERATED_NUM": "2", "TEMPERATURE": "0.1", "TOP_P": "0.5", "EVAL_BATCH": "7", "API_PORT": port}
     given = json.loads(script("eval/aime24_eval.sh", variables | words).stdout)

@@ -51,6 +51,17 @@ def test_updates_are_torch_s_within_the_format_s_error(keys: dict, bound: float)
         assert (got - wanted).norm() < bound * (wanted - before).norm()
 
 
+def test_offloaded_moments_are_handed_out_when_the_gpu_has_brought_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/gpu/test_gpu_parallel.py saves them from a GPU that is late."""
+    waits = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    for offload, expected in ((False, 0), (True, 1)):
+        layer, optimizer = trained(OptimizerSection(states="bf16", offload=offload), 1)
+        optimizer_tensors(layer, optimizer)
+        assert len(waits) == expected
+
+
 @pytest.mark.parametrize("states", ["bf16", "fp8"])
 def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, states: str) -> None:
     section = OptimizerSection(states=states)

@@ -105,7 +105,7 @@ def adamw_on_kernels(parameters, gradients, moments, hyper: adamw.Hyper, clip: t
 
 def decoder_results(on_kernels: bool, scale_format: str, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Hidden states and all gradients of a small decoder, by the fused operations or by their definitions."""
-    monkeypatch.setattr(fused, "serves", lambda x: on_kernels and x.dtype == torch.bfloat16)
+    monkeypatch.setattr(fused, "serves", lambda x, dtype=None: on_kernels and (dtype or x.dtype) == torch.bfloat16)
     shape = ShapeSection(hidden_size=128, ffn_size=256, num_heads=4, num_kv_heads=2, head_dim=64, num_layers=1)
     model = Decoder.from_shape(shape, vocab_size=50, seed=1)
     model.memory = memory
