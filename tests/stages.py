@@ -52,9 +52,7 @@ def torchrun(num_processes: int, *words: str, timeout: float = 240, **variables:
 
 
 def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """Of a run's record, which begins with its first line."""
-    path = run_dir / "metrics.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in found if line["kind"] == kind]
 
 

@@ -32,12 +32,12 @@ class MetricsWriter:
         self._lines, self._samples = Lines(run_dir / "metrics.jsonl"), Lines(run_dir / "samples.jsonl")
         for lines in (self._lines, self._samples):
             _drop_lines_after(lines.path, resumed_step)
+        self._lines.add()  # the record is there from the start
         self._view = TensorBoardView(run_dir, resumed_step)
 
     def values(self, kind: str, name: str) -> list[tuple[int, Any]]:
         """(step, value) of every line of a kind that has the name."""
-        path = self._lines.path
-        found = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
+        found = map(json.loads, self._lines.path.read_text(encoding="utf-8").splitlines())
         return [(line["step"], line[name]) for line in found if line["kind"] == kind and line.get(name) is not None]
 
     def write(self, kind: str, step: int, **values: Any) -> None:

@@ -195,7 +195,7 @@ def main() -> None:
         campaign = Campaign(Path(directory), words.seed)
         campaign.prepare()
         campaign.run(words.kills)
-    text = campaign.report(time.monotonic() - began)
+        text = campaign.report(time.monotonic() - began)
     print(text)
     if words.to:
         before = words.to.read_text(encoding="utf-8").partition(TITLE)[0] if words.to.exists() else ""

@@ -190,7 +190,7 @@ def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(world: Pat
     assert 0 not in codes
     assert 75 not in codes, "nothing was saved"
     # the other says where the collective broke; who was killed says nothing, and torchrun names it
-    assert "rank 0 failed in step 2: RuntimeError" in said
+    assert re.search(r"rank 0 failed in step 2: \w*Error", said), said
     assert "in _one_step" in said, "its stack, in the step"
     assert 'distributed_c10d.py", line' in said or "_engine_run_backward" in said, "and in the collective"
     struck = {
