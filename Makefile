@@ -1,7 +1,7 @@
 # make demo   the whole recipe on a tiny model, on a CPU
 # make test   every test that needs no GPU;  make lint   style and types;  make clean   remove what make made, except runs/
 # make test-gpu   the tests of the kernels and of training on a Hopper GPU, with the python that has torch for it (PYTHON=...)
-# make test-faults   30 kills at random moments (half an hour);  make test-cluster   real Ray and, as root with its packages, real SLURM
+# make test-faults   30 kills at random moments (minutes);  make test-cluster   real Ray and, as root with its packages, real SLURM
 #
 # PYTHON       the interpreter to build .venv with (3.11 or 3.12; the first of python3.12, python3.11, python3 that runs)
 # PIP_OPTIONS  options of pip for installing torch alone, to choose another build of it (the README says when)

@@ -82,14 +82,13 @@ def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
     print(describe(scores), file=sys.stderr)
 
 
-def in_loop_evaluator(recipe: RlRecipe) -> Callable[[Engine, int, Session], None] | None:
+def in_loop_evaluator(recipe: RlRecipe) -> Callable[[Engine, ChatTokenizer, int, Session], None] | None:
     """The evaluation that `run_rl` calls every `rl.evaluate_every` steps; None when the recipe names no problems."""
     if not recipe.evaluate.problems:
         return None
-    tokenizer, _ = open_tokenizer(recipe.model, recipe.data.tokenizer)
     problems = open_problems(recipe.evaluate)
 
-    def evaluate(engine: Engine, step: int, session: Session) -> None:
+    def evaluate(engine: Engine, tokenizer: ChatTokenizer, step: int, session: Session) -> None:
         session.beat(f"the evaluation after step {step}")
         mine = part_of(engine, session.team, problems)
         parts = session.divided(lambda check: answer_problems(engine, tokenizer, mine, recipe.evaluate, recipe.run.seed, check))

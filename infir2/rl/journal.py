@@ -16,6 +16,7 @@ import numpy as np
 from infir2.parallel.team import Team
 from infir2.rl.groups import Response
 from infir2.rollout.types import Completion
+from infir2.train.metrics import Lines
 
 
 class Journal:
@@ -28,7 +29,7 @@ class Journal:
     def open(self, step: int, saved_step: int) -> None:
         """Begin a step: read what earlier processes finished of it, forget what the newest checkpoint holds. Every rank calls this."""
         self._kept = self._team.first(lambda: self._read(step, saved_step))
-        self._path = self._dir / f"step-{step}-{self._team.rank}.jsonl"
+        self._lines = Lines(self._dir / f"step-{step}-{self._team.rank}.jsonl")
 
     def _read(self, step: int, saved_step: int) -> dict[str, list[Response]]:
         self._dir.mkdir(exist_ok=True)
@@ -49,10 +50,9 @@ class Journal:
         return self._kept.get(key)
 
     def add(self, key: str, responses: list[Response]) -> None:
-        """Write a finished group down."""
+        """Write a finished group down. One that the disk refuses is sampled again by a resumed run."""
         row = {"key": key, "responses": [asdict(response) for response in responses]}
-        with self._path.open("a", encoding="utf-8") as file:  # JSON's decimals give every float32 back exactly
-            file.write(json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist) + "\n")
+        self._lines.add(json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist))  # decimals give every float32 back exactly
 
 
 def _response(row: dict[str, Any]) -> Response:

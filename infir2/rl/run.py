@@ -9,7 +9,7 @@ import torch
 
 from infir2.config.load import Loaded
 from infir2.config.schema import RlRecipe
-from infir2.data import Batch, load_prompts, pack_sequences
+from infir2.data import Batch, ChatTokenizer, load_prompts, pack_sequences
 from infir2.errors import CheckFailedError
 from infir2.parallel.sharded import Sharded
 from infir2.parallel.team import Team
@@ -25,20 +25,20 @@ from infir2.train.schedules import learning_rate
 from infir2.train.session import Session
 from infir2.train.trainer import StepResult, Trainer
 
-Evaluator = Callable[[Engine, int, Session], None]
+Evaluator = Callable[[Engine, ChatTokenizer, int, Session], None]
 SAMPLES_PER_STEP = 2  # responses written to samples.jsonl
 
 
 def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
     """Train to `schedule.total_steps` rollout steps, from the newest checkpoint of `run.dir` if there is one.
 
-    `evaluate(engine, step, session)` is called every `rl.evaluate_every` steps.
+    `evaluate(engine, tokenizer, step, session)` is called every `rl.evaluate_every` steps.
     """
     with Session(loaded, "rl") as session:
         recipe = loaded.recipe
-        tokenizer, tokenizer_dir = open_tokenizer(recipe.model, recipe.data.tokenizer)
+        tokenizer, tokenizer_dir = open_tokenizer(session.model, recipe.data.tokenizer)
         prompts = load_prompts(recipe.data, quarantine=session.dir / "quarantine.jsonl" if session.team.is_first else None)
-        model = build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size, resumed=session.checkpoint is not None)
+        model = build_model(session.model, recipe.fp8, recipe.run, tokenizer.vocab_size, resumed=session.checkpoint is not None)
         trainer = Trainer(model, recipe.optimizer, recipe.train.head_chunk_tokens, Sharded(model, session.layout))
         done = session.start(trainer, recipe.schedule.total_steps)
         cursor = session.checkpoint.state["cursor"] if session.checkpoint else 0
@@ -54,7 +54,7 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
         def evaluate_if_due(step: int) -> None:
             if evaluate and recipe.rl.evaluate_every and step and (step % recipe.rl.evaluate_every == 0 or step == total):
                 rollouts.update(step)
-                evaluate(engine, step, session)
+                evaluate(engine, tokenizer, step, session)
 
         with Rollouts(sampler, journal, engine, weights, trainer.sharded, session, total) as rollouts:
             evaluated = session.team.first(lambda: dict(session.metrics.values("evaluation", "avg_at_k")))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from infir2.checkpoint.places import Place, whole
 from infir2.config.schema import OptimizerSection
-from infir2.errors import CheckpointError, ConfigError
+from infir2.errors import CheckpointError
 from infir2.numerics.kernels import usable
 from infir2.numerics.operands import local_tensor
 from infir2.train.adamw import AdamW
@@ -17,16 +17,8 @@ if TYPE_CHECKING:
     from infir2.checkpoint.dcp import DcpTensors
 
 
-def make_optimizer(model: nn.Module, section: OptimizerSection, one_process: bool = True) -> torch.optim.Optimizer:
-    """AdamW over the model's parameters; norms, biases and other vectors are not decayed.
-
-    Raises ConfigError for 8-bit moments (their scales lie across shards) or BF16 gradients (ranks sum in FP32) of several processes.
-    """
-    if not one_process and (section.states == "fp8" or section.gradients == "bf16"):
-        raise ConfigError(
-            'optimizer.states = "fp8" and optimizer.gradients = "bf16" need one process; take optimizer.states = "bf16" or '
-            "optimizer.offload = true, or run on one GPU"
-        )
+def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+    """AdamW over the model's parameters; norms, biases and other vectors are not decayed."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

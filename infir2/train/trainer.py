@@ -56,7 +56,7 @@ class Trainer:
             raise CheckpointError("the model holds FP8 codes without masters: train from BF16 weights (infir2 import fp8 DIR --to NEW)")
         self.model = model
         self.sharded = sharded or alone(model)
-        self.optimizer = make_optimizer(model, section, self.sharded.team.size == 1)
+        self.optimizer = make_optimizer(model, section)
         self.clip_norm = section.clip_norm
         self.head_chunk_tokens = head_chunk_tokens
         self.pending_signal: Callable[[], int | None] = lambda: None

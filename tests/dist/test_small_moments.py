@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from infir2.parallel.mesh import Layout, Sizes
 from infir2.parallel.sharded import Sharded
 from infir2.parallel.team import Team
 from infir2.train.losses import next_token_loss
-from infir2.train.optimizer import make_optimizer
+from infir2.train.session import check_optimizer
 from infir2.train.trainer import Trainer
 
 SHAPE = ShapeSection(hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=96)
@@ -63,4 +64,4 @@ def test_a_sharded_model_trains_with_them_and_goes_on(keys: dict, tmp_path: Path
 @pytest.mark.parametrize("keys", [{"states": "fp8"}, {"gradients": "bf16"}])
 def test_what_several_processes_cannot_have_is_refused(keys: dict) -> None:
     with pytest.raises(ConfigError, match="need one process"):
-        make_optimizer(make(OptimizerSection(), sharded=False).model, OptimizerSection(**keys), one_process=False)
+        check_optimizer(SimpleNamespace(optimizer=OptimizerSection(**keys)), Sizes(dp=2))

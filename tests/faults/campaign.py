@@ -31,7 +31,6 @@ SAVE_EVERY = {"cpt": 8, "sft": 8, "rl": 2, "rl-asynchronous": 2}
 CURVES = {"cpt": ("loss", "gradient_norm"), "sft": ("loss", "gradient_norm"), "rl": ("reward", "response_tokens", "groups_sampled", "loss")}
 IN_FRONT = ("sft",)  # whose saves the step waits for
 KILLS_PER_RUN = 5
-TITLE = "## Random kills"
 
 
 @dataclass
@@ -146,7 +145,7 @@ class Campaign:
 
     def report(self, duration: float) -> str:
         table = [
-            TITLE,
+            "# Random kills",
             "",
             f"`make test-faults`: {len(self.kills)} SIGKILLs at random moments over {self.runs} runs, seed {self.seed}, "
             f"{duration / 60:.1f} minutes. Every run",
@@ -198,8 +197,7 @@ def main() -> None:
         text = campaign.report(time.monotonic() - began)
     print(text)
     if words.to:
-        before = words.to.read_text(encoding="utf-8").partition(TITLE)[0] if words.to.exists() else ""
-        words.to.write_text(before + text, encoding="utf-8")
+        words.to.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

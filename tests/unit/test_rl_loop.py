@@ -2,17 +2,22 @@
 
 import json
 import queue
+import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from stages import assert_each_step_once, assert_same_state, curve, lines, make_rl_start, options, run
 
 import infir2.rl.run
 import infir2.rl.sampler
 from infir2.cli import main
+from infir2.parallel.team import Team
 from infir2.rl.groups import Response
+from infir2.rl.journal import Journal
 from infir2.rollout.native import NativeEngine
+from infir2.rollout.types import Completion
 
 
 def reward_even_lengths(completions, texts, answers, rl):  # type: ignore[no-untyped-def]
@@ -166,3 +171,29 @@ def test_an_engine_with_other_weights_is_refused(world: Path, start: Path, tmp_p
     run(["export", "fp8", str(start / "hf"), "--to", str(tmp_path / "fp32"), "--scale-format", "fp32"])
     assert main(words(world, start, tmp_path / "rl", rollout__model=tmp_path / "fp32")) == 1
     assert "between the trainer and the rollout engine" in capsys.readouterr().err
+
+
+def test_a_journal_that_the_disk_refuses_costs_its_lines_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = Journal(tmp_path, Team())
+    journal.open(1, 0)
+    (tmp_path / "rollouts" / "step-1-0.jsonl").mkdir()
+    response = Response(Completion("p/0", [1, 2], np.array([-0.5, -1.25], dtype=np.float32), "stop", 0), "a", True, 1.0)
+    journal.add("first", [response])
+    journal.add("second", [response])
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    (tmp_path / "rollouts" / "step-1-0.jsonl").rmdir()
+    journal.add("third", [response])
+    again = Journal(tmp_path, Team())
+    again.open(1, 0)
+    assert all(again.get(key)[0].completion.rollout_logprobs.tolist() == [-0.5, -1.25] for key in ("first", "second", "third"))
+
+
+def test_a_resumed_run_needs_nothing_of_the_run_it_began_with(world: Path, tmp_path: Path) -> None:
+    start = make_rl_start(world, tmp_path / "start")
+    words = options(world, tmp_path / "run", "rl1", model__path=start / "cpt", rollout__model=start / "fp8", rl__evaluate_every=1)
+    words += [f"--evaluate.problems.0.path={world / 'heldout.jsonl'}", "--evaluate.max_problems=2", "--evaluate.max_response_tokens=4"]
+    words += ["--data.tokenizer=", "--evaluate.samples=1"]
+    run([*words, "--schedule.total_steps=1"])
+    shutil.rmtree(start / "cpt")
+    run([*words, "--schedule.total_steps=2", "--accept-changes"])
+    assert [step for step, _ in curve(tmp_path / "run", "loss")] == [1, 2]
