@@ -181,15 +181,22 @@ class _Driver:
     def _attempt(self, groups: Sequence[Any], attempt: int) -> int:
         import ray
 
-        try:
-            self._await_room(groups, attempt)
-            self._start(groups[0], attempt)
-            return self._wait()
-        except ray.exceptions.RayActorError:
-            return DIED
-        finally:
-            for node in self._nodes:
-                ray.kill(node)  # with it goes, by the kernel, all that it started
+        deadline = time.monotonic() + LATER_ROOM_SECONDS
+        while True:
+            started = False
+            try:
+                self._await_room(groups, attempt)
+                self._start(groups[0], attempt)
+                started = True
+                return self._wait()
+            except ray.exceptions.RayActorError:
+                # The cluster takes a moment to know that a machine is dead, and may place a node there: that is no further death.
+                if started or not attempt or time.monotonic() > deadline:
+                    return DIED
+            finally:
+                for node in self._nodes:
+                    ray.kill(node)  # with it goes, by the kernel, all that it started
+            time.sleep(POLL_SECONDS)
 
     def _await_room(self, groups: Sequence[Any], attempt: int) -> None:
         import ray
