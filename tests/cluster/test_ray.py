@@ -121,7 +121,7 @@ def test_an_engine_that_makes_no_progress_is_ended(world: Path, start: Path, und
     result = on_ray(script, tmp_path)
     said = result.stdout + result.stderr
     assert "code 0" in result.stdout, said
-    assert said.count("a rollout engine made no progress in 20 s") == 1, said
+    assert "a rollout engine made no progress in 20 s" in said, said  # again every 20 s, until Ray has ended a process that answers nothing
     assert said.count("a rollout engine died") == 1, said
     assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(undisturbed_rl, "reward", "loss", "gradient_norm")
     assert_same_state(tmp_path / "rl", undisturbed_rl)
