@@ -7,17 +7,15 @@
 import difflib
 import importlib
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Sequence
-from functools import partial
-from types import FrameType
-from typing import NoReturn
+from contextlib import AbstractContextManager, nullcontext
 
 from infir2.errors import ConfigError, Interrupted, Preempted, UserError
+from infir2.train.signals import CommandSignals
 
 # verb -> (module with the function, function, one line for --help)
 VERBS = {
@@ -47,6 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. An error of the user's is one line on stderr, an internal one a traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with _signals(arguments):
+        return _main(arguments)
+
+
+def _signals(arguments: list[str]) -> AbstractContextManager[None]:
+    """What SIGTERM does before, and after, a run has its own handler."""
+    verb = arguments[0] if arguments else ""
+    if VERBS.get(verb, ("",))[0] != "recipe" or threading.current_thread() is not threading.main_thread():
+        return nullcontext()
+    nothing_lost = "; an evaluation begins anew." if verb == "eval" else " before the first step; there was nothing to save."
+    return CommandSignals(nothing_lost)
+
+
+def _main(arguments: list[str]) -> int:
     try:
         _dispatch(arguments)
         sys.stdout.flush()
@@ -82,18 +94,7 @@ def _dispatch(arguments: list[str]) -> None:
         near = difflib.get_close_matches(verb, VERBS, 1)
         raise ConfigError(f"{verb} is not a verb; " + (f"did you mean {near[0]}?" if near else "`infir2 --help` lists the verbs."))
     module, function, _ = VERBS[verb]
-    stoppable = module == "recipe" and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, partial(_stop_early, verb)) if stoppable else None  # until the run has its own handler
-    try:
-        getattr(importlib.import_module(f"infir2.cli.{module}"), function)(rest)
-    finally:
-        if stoppable:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _stop_early(verb: str, _number: int, _frame: FrameType | None) -> NoReturn:
-    what = "stopped; an evaluation begins anew." if verb == "eval" else "stopped before the first step; there was nothing to save."
-    sys.exit(_say(what, Preempted.exit_code))
+    getattr(importlib.import_module(f"infir2.cli.{module}"), function)(rest)
 
 
 def _usage() -> str:

@@ -248,7 +248,12 @@ class Session:
             self.watch.beat(phase or self.watch.phase)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.signals.__exit__()
+        try:
+            self._close(error)
+        finally:
+            self.signals.__exit__()
+
+    def _close(self, error: BaseException | None) -> None:
         if self._saver:
             self._saver.close()
         if self._saving and (failure := self._saving[-1].exception()):  # another error ends the run: this one is only told

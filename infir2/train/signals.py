@@ -1,9 +1,32 @@
-"""SIGTERM and Ctrl-C end a run at the next step boundary, after a save."""
+"""SIGTERM and Ctrl-C end a run at the next step boundary, after a save; before and after the run they have other effects."""
 
 import signal
+import sys
 from types import FrameType
 
 from infir2.errors import Interrupted, Preempted, UserError
+
+
+class CommandSignals:
+    """While entered, SIGTERM ends the command at once with exit code 75; once a run has begun, only `StopSignals` heeds it.
+
+    So a rank that is closing its run, done or failed, keeps its own exit code when the launcher sends SIGTERM to all.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._sentence = f"infir2: stopped{what}"
+        self.run_began = False
+
+    def __enter__(self) -> None:
+        self._previous = signal.signal(signal.SIGTERM, self.stop)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def stop(self, _number: int, _frame: FrameType | None) -> None:
+        if not self.run_began:
+            print(self._sentence, file=sys.stderr)
+            sys.exit(Preempted.exit_code)
 
 
 class StopSignals:
@@ -16,6 +39,9 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
+        command = getattr(self._previous[signal.SIGTERM], "__self__", None)
+        if isinstance(command, CommandSignals):
+            command.run_began = True
         return self
 
     def __exit__(self, *_: object) -> None:

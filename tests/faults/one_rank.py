@@ -4,6 +4,7 @@ torchrun --nproc_per_node 2 one_rank.py CODES_DIR 1 train.step:3:term cpt RECIPE
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ if __name__ == "__main__":
         os.environ["INFIR2_FAULTS"] = faults
     from infir2.cli import main
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when the other rank was faster: main's code is to be written
     code = main(words)
     Path(directory, f"rank-{rank}").write_text(str(code))
     os._exit(0 if code in (0, 17, 75) else code)  # where all ranks agree to end, torchrun shall wait for each

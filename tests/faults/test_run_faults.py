@@ -13,17 +13,22 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import campaign
 import pytest
 import torch
 from stages import SHAPE, assert_same_state, curve, lines, options, run
 
+import infir2.train.run as train_run
 from infir2 import faults
 from infir2.checkpoint import open_checkpoint
+from infir2.checkpoint.store import Store
 from infir2.cli import main
 from infir2.data import Loader
+from infir2.errors import DataError
 from infir2.train.spikes import SpikeMonitor
+from infir2.train.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +137,9 @@ def test_f2_a_damaged_checkpoint_is_passed_over_and_named(
 FILL = """
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 from infir2.cli import main
+from infir2.checkpoint.store import Store
 from infir2.data import Loader
 
 full, free, *words = sys.argv[1:]
@@ -466,6 +473,39 @@ def test_f8_sigterm_before_there_is_a_run(world: Path, tmp_path: Path) -> None:
     assert process.returncode == 75
     assert b"there was nothing to save" in rest
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("code", [0, 4])
+def test_f8_sigterm_while_a_run_is_being_closed_changes_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    """A launcher sends it to all ranks when one has ended: each keeps its own exit code and says nothing of signals."""
+    signals = []
+
+    def close_and_be_stopped(store: Store) -> None:
+        close(store)
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.append("closing")
+
+    def train_and_be_stopped(*arguments: object) -> None:
+        try:
+            run_training(*arguments)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signals.append("closed")
+
+    close, run_training = Store.close, train_run.run_training
+    monkeypatch.setattr(Store, "close", close_and_be_stopped)
+    monkeypatch.setattr("infir2.train.run.run_training", train_and_be_stopped)
+    if code:
+        monkeypatch.setattr(Trainer, "step", Mock(side_effect=DataError("no such row.")))
+    handler = signal.getsignal(signal.SIGTERM)
+    assert main(cpt(world, tmp_path / "run")) == code
+    assert signals == ["closing", "closed"]
+    assert signal.getsignal(signal.SIGTERM) is handler
+    said = capsys.readouterr().err
+    assert "stopped" not in said
+    assert ("no such row." in said) == bool(code)
 
 
 def test_f9_a_nan_changes_nothing_and_three_in_a_row_stop_the_run(
