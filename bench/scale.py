@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scale_rank import SHAPES, case_of
+from scale_rank import GRADIENT, SHAPES, case_of
 from step import Case
 
 from infir2.config.schema import ShapeSection
@@ -216,7 +216,7 @@ def rows_of(job: Job, found: dict[str, Any]) -> list[str]:
     rows = [f"{job.name}: {word}: {found[word]}" for word in ("failed", "skipped") if word in found]
     if job.section == "equality":
         rows += [
-            f"{name:24s} largest difference of the loss {row['largest difference']:.2e}"
+            f"{name:24s} largest difference of the loss {row['largest difference']:.2e}, first gradient {row[GRADIENT]:.0f} dB"
             + (f", bytes equal: {row['bytes equal on all ranks']}" if "bytes equal on all ranks" in row else "")
             for name, row in found.items()
             if isinstance(row, dict)

@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ GATHERS = ("all_gather_into_tensor", "all_gather_single")  # until torch 2.12, a
 COLLECTIVES = ("all_reduce", *GATHERS, "reduce_scatter_tensor", "reduce_scatter_single", "all_to_all_single")
 SENDS = ("ncclDevKernel", "ncclKernel", "gloo:")
 NO_WORK = ("gloo:", "c10d::", "Mem", "FSDP::", "Optimizer.", "ProfilerStep")  # copies, and names of stretches of the program
+GRADIENT = "decibels of the first gradient"
 Report = dict[str, Any]
 
 
@@ -198,16 +199,21 @@ def first_gradients(trainer: Trainer) -> dict[str, Tensor]:
     return seen
 
 
-def decibels(bench: Bench, sharded: Sharded, parts: dict[str, Tensor], whole: dict[str, Tensor]) -> float:
-    """Of the parts of all ranks, as one vector, against what one process has; 300 where they are equal."""
+def decibels(pairs: Iterable[tuple[Tensor, Tensor]], gather: Callable[[Any], list[Any]] = lambda mine: [mine]) -> float:
+    """Of what was found against what was expected, the pairs of all ranks as one vector; 300 where they are equal."""
     error, total = 0.0, 0.0
+    for found, expected in pairs:
+        error += float((found - expected).double().square().sum())
+        total += float(expected.double().square().sum())
+    errors, totals = zip(*gather((error, total)), strict=True)
+    return 10 * math.log10(sum(totals) / max(sum(errors), 1e-30 * sum(totals)))
+
+
+def parts_and_wanted(sharded: Sharded, parts: dict[str, Tensor], whole: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of each gradient, found and cut out of the whole one."""
     for name, place in sharded.places.items():
         ranges = tuple(slice(first, first + size) for first, size in zip(place.offset, place.size, strict=True))
-        expected = whole[name][ranges]
-        error += float((parts[name] - expected).double().square().sum())
-        total += float(expected.double().square().sum())
-    errors, totals = zip(*bench.team.gather((error, total)), strict=True)
-    return 10 * math.log10(sum(totals) / max(sum(errors), 1e-30 * sum(totals)))
+        yield parts[name], whole[name][ranges]
 
 
 def equality(bench: Bench) -> None:
@@ -221,6 +227,12 @@ def equality(bench: Bench) -> None:
         alone = losses(trainer, case, job, slice(None))
         del trainer
         bench.note(f"{name} alone", alone)
+        trainer = bench.trainer(case, Sizes(), alone=True)  # what a GPU's own order of sums leaves of equality
+        again = first_gradients(trainer)
+        repeated = losses(trainer, case, job, slice(None))
+        row = {"losses": repeated, "largest difference": max(abs(a - b) for a, b in zip(repeated, alone, strict=True))}
+        bench.note(f"{name} alone, again", row | {GRADIENT: decibels((again[key], whole[key]) for key in whole)})
+        del trainer, again
         for layout, numbers in job["layouts"].items():
             sizes = Sizes(*numbers)
             trainer = bench.trainer(case, sizes)
@@ -228,7 +240,7 @@ def equality(bench: Bench) -> None:
             seen, parts = spy_on_bytes(trainer.model), first_gradients(trainer)
             found = losses(trainer, case, job, slice(trainer.sharded.layout.data_rank, None, sizes.num_data))
             row = {"losses": found, "largest difference": max(abs(a - b) for a, b in zip(found, alone, strict=True))}
-            row["decibels of the first gradient"] = decibels(bench, trainer.sharded, parts, whole)
+            row[GRADIENT] = decibels(parts_and_wanted(trainer.sharded, parts, whole), bench.team.gather)
             if fp8:
                 row["bytes equal on all ranks"] = all(bench.team.gather(bool(seen) and seen == expected))
             bench.note(f"{name} {layout}", row)

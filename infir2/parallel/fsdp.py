@@ -157,7 +157,7 @@ class _Fp8Shard(_Shard):
     def __init__(self, local: Tensor, shape: torch.Size, rows: int, first: int, layer: Fp8Linear, gather: "Fp8Gather") -> None:
         super().__init__(local, shape, rows, gather.group)
         self.layer, self.gather = layer, gather
-        self.version, self.counted = -1, True
+        self.version = -1
         self.blocks = torch.arange(first, first + local.shape[0], device=local.device) // GROUP  # each row's row of scales
 
     def sent(self) -> tuple[Tensor, Tensor]:
@@ -166,25 +166,15 @@ class _Fp8Shard(_Shard):
         return self.codes, self.scale
 
     def after(self, outputs: Sequence[Tensor], scale: Any, dtype: torch.dtype, *, out: Any = None) -> Any:
+        self.gather.count_nonfinite()
         whole = Fp8Tensor(outputs[0][: self.shape[0]].view(E4M3), scale, TILE_BLOCK, self.layer.scale_format)
-        if not self.counted:  # here and not in `encode`, which runs on a stream of FSDP2's
-            nonfinite_blocks.add(scale)
-            self.counted = True
         return GatheredWeight.refill(out, ("fp8", whole.scale_format), whole, scale.device)
 
-    def largest(self) -> Tensor:
-        """Largest magnitude of this shard's part of each block, FP32 [N / 128, K / 128]; Inf for a NaN, which MAX could lose."""
-        shape = scale_shape(self.shape[0], self.shape[1], TILE_BLOCK)
-        # one read of the masters; the largest of rounded values is the largest value, rounded
-        by_row = torch.linalg.vector_norm(as_tiles(self.local.detach(), 1), torch.inf, dim=3).squeeze(1).bfloat16().float()
-        by_row.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        return by_row.new_zeros(shape).scatter_reduce_(0, self.blocks[:, None].expand_as(by_row), by_row, "amax")
-
-    def encode(self, largest: Tensor) -> None:
-        self.scale = block_scale(largest, self.layer.scale_format)
-        codes = encode_weight_rows(self.local.detach(), self.scale[self.blocks], self.layer.scale_format)
-        self.codes = self.padded(codes.view(torch.uint8))
-        self.version, self.counted = self.local._version, False
+    def encode(self, scale: Tensor) -> None:
+        """Make the codes, given the scales of the whole weight."""
+        codes = encode_weight_rows(self.local.detach(), scale[self.blocks], self.layer.scale_format)
+        self.codes, self.scale = self.padded(codes.view(torch.uint8)), scale
+        self.version = self.local._version
         self.layer.quantizations += 1
 
 
@@ -194,13 +184,51 @@ class Fp8Gather:
     def __init__(self, group: Any) -> None:
         self.group = group
         self.weights: list[_Fp8Shard] = []
+        self._uncounted: list[Tensor] = []
 
     @torch.inference_mode(False)  # what is made outlives an inference block
     @torch.no_grad()
     def quantize(self) -> None:
-        """Make the codes of every shard, after one reduction of the blocks' largest magnitudes."""
-        parts = [weight.largest() for weight in self.weights]
-        flat = torch.cat([part.flatten() for part in parts])
-        dist.all_reduce(flat, dist.ReduceOp.MAX, group=self.group)
-        for weight, part, reduced in zip(self.weights, parts, flat.split([part.numel() for part in parts]), strict=True):
-            weight.encode(reduced.view_as(part))
+        """Make the codes of every shard, after one reduction of the blocks' largest magnitudes.
+
+        The GPU waits for this before the first gather of a step, and a launch costs the host more than a small matrix costs the
+        GPU: what can be done for all weights together is, which leaves four launches for each.
+        """
+        largest = self._largest()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        scales = {name: block_scale(largest, name) for name in {weight.layer.scale_format for weight in self.weights}}
+        self._uncounted = list(scales.values())[:1]  # a block that is not finite is so in every format
+        views = {name: self._by_weight(scale) for name, scale in scales.items()}
+        for i, weight in enumerate(self.weights):
+            weight.encode(views[weight.layer.scale_format][i])
+
+    def count_nonfinite(self) -> None:
+        """Once per version; not in `quantize`, which runs on a stream of FSDP2's."""
+        while self._uncounted:
+            nonfinite_blocks.add(self._uncounted.pop())
+
+    def _largest(self) -> Tensor:
+        """Largest magnitude of the shards' parts of each block, FP32, as `_by_weight` divides it; Inf for a NaN, which MAX could lose."""
+        sizes = [weight.local.shape[0] * groups for weight, (_, groups, _) in zip(self.weights, self._grids(), strict=True)]
+        by_row = self.weights[0].local.new_empty(sum(sizes))
+        parts = by_row.split(sizes)
+        for weight, part in zip(self.weights, parts, strict=True):  # one read of the masters
+            tiles = as_tiles(weight.local.detach(), 1)
+            torch.linalg.vector_norm(tiles, torch.inf, dim=3, out=part.view(tiles.shape[:3]))
+        by_row.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        largest = by_row.new_zeros(sum(blocks * wide for blocks, _, wide in self._grids()))
+        for weight, part, blocks in zip(self.weights, parts, self._by_weight(largest), strict=True):
+            rows = part.view(-1, blocks.shape[1])
+            blocks.scatter_reduce_(0, weight.blocks[:, None].expand_as(rows), rows, "amax")
+        return largest.bfloat16().float()  # the largest of rounded values is the largest value, rounded
+
+    def _by_weight(self, flat: Tensor) -> list[Tensor]:
+        """Each weight's blocks [N / 128, K / 128] in a vector of all; rows are padded to 16 bytes, as `tile_scales` of a kernel are."""
+        grids = self._grids()
+        parts = flat.split([blocks * wide for blocks, _, wide in grids])
+        return [part.view(blocks, wide)[:, :groups] for part, (blocks, groups, wide) in zip(parts, grids, strict=True)]
+
+    def _grids(self) -> list[tuple[int, int, int]]:
+        """(blocks along N, along K, along K with padding) of each weight."""
+        shapes = [scale_shape(weight.shape[0], weight.shape[1], TILE_BLOCK) for weight in self.weights]
+        return [(blocks, groups, -(-groups // 4) * 4) for blocks, groups in shapes]

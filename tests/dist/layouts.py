@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infir2.config.schema import Fp8Section, OptimizerSection, ShapeSection
 from infir2.data import Batch
@@ -25,6 +26,7 @@ from infir2.model.hf import exported_fp8_weights, weights_digest
 from infir2.numerics import Fp8Linear, convert_to_fp8, fused
 from infir2.numerics.operands import local_tensor
 from infir2.numerics.quantize import quantize_weight
+from infir2.parallel import fsdp
 from infir2.parallel.fsdp import shard_module
 from infir2.parallel.mesh import Layout, Sizes
 from infir2.parallel.sharded import Sharded
@@ -202,6 +204,32 @@ def order_of_gathers(team: Team, recompute: Any) -> list[str]:
     return events
 
 
+class CountLaunches(TorchDispatchMode):
+    """Counts the operations that would be kernels on a GPU."""
+
+    num = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.num += not any(argument.alias_info and not argument.alias_info.is_write for argument in function._schema.arguments)
+        return out
+
+
+def launches_of_codes(team: Team) -> list[int]:
+    """Operations that make the codes of 7, then of 21 weights; encoding, a single kernel on a GPU, counts as one."""
+    encoding, found = fsdp.encode_weight_rows, []
+    fsdp.encode_weight_rows = lambda master, scale, scale_format: torch.empty(master.shape, dtype=torch.float8_e4m3fn)
+    for num_layers in (1, 3):
+        model = make_model("-fp8", hidden_size=256, num_layers=num_layers)  # no padding of groups
+        Sharded(model, Layout(Sizes(dp=team.size), team, torch.device("cpu")))
+        local: Any = local_tensor(model.model.layers[0].mlp.up_proj.weight)
+        with CountLaunches() as count:
+            local.fsdp_pre_all_gather.__self__.gather.quantize()
+        found.append(count.num)
+    fsdp.encode_weight_rows = encoding
+    return found
+
+
 def transformers_model(dtype: torch.dtype) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -287,6 +315,7 @@ def main() -> None:
             found[name + kind] = team.gather(compare(team, sizes, kind, **other))
     if team.size == 2 and not INTERPRETED:
         found["order"] = team.gather({recompute: order_of_gathers(team, recompute) for recompute in ("none", "full")})
+        found["launches"] = team.gather(launches_of_codes(team))
         found["transformers"] = team.gather(compare_transformers(team, shard_module, fused=True))
         found["transformers-bf16"] = team.gather(compare_transformers(team, shard_module, torch.bfloat16))
         found["transformers-fully_shard"] = team.gather(compare_transformers(team, shard_with_torch, foreach=True))

@@ -75,6 +75,13 @@ def test_a_block_is_gathered_before_the_one_before_it_computes(found: Found) -> 
         assert rank["full"] == [*forward, *again], "a block begins its backward by computing its forward again"
 
 
+def test_the_codes_of_all_shards_take_a_gpu_few_launches(found: Found) -> None:
+    """A step's first gather waits for the codes of all weights, and a launch costs as much as a small matrix."""
+    for few, many in found["launches"]:
+        assert (many - few) / 14 == 4, "largest magnitudes by row, by block, a scale for each row, codes"
+        assert few < 7 * 4 + 20
+
+
 @pytest.mark.parametrize("name", ["transformers", "transformers-bf16", "transformers-fully_shard"])
 def test_any_module_with_fp8_layers_can_be_sharded(found: Found, name: str) -> None:
     """By `shard_module` or torch's `fully_shard`, with any optimizer, and nobody has to tell that weights have changed."""

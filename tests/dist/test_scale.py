@@ -24,7 +24,8 @@ def scale(*words: str) -> str:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("scale") / "scale.json"
-    scale("--tiny", "--device", "cpu", "--gpus", "2", "--sections", SECTIONS, "--out", str(out))
+    printed = scale("--tiny", "--device", "cpu", "--gpus", "2", "--sections", SECTIONS, "--out", str(out))
+    assert "first gradient 300 dB" in printed
     report = json.loads(out.read_text(encoding="utf-8"))
     results = {name.partition(":")[0]: value for name, value in report.items() if ": " in name}
     assert not [value["failed"] for value in results.values() if "failed" in value]
@@ -39,6 +40,7 @@ def test_losses_and_bytes_are_those_of_one_process(found: dict[str, Any]) -> Non
         assert found["equality"][f"FP8 {layout}"]["decibels of the first gradient"] > (100 if layout == "dp2" else 45)
         assert found["equality"][f"BF16 {layout}"]["decibels of the first gradient"] > (100 if layout == "dp2" else 45)
     assert found["equality"]["FP8 dp2"]["largest difference"] < 1e-6
+    assert found["equality"]["FP8 alone, again"]["decibels of the first gradient"] == pytest.approx(300), "a CPU repeats itself"
 
 
 def test_figures_of_speed_and_traffic(found: dict[str, Any]) -> None:
