@@ -1,13 +1,20 @@
 """Fixtures shared by all tests."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from stages import make_world
+from stages import end_leftovers, make_world
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    yield
+    end_leftovers()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from infir2.data.demo import DemoWorld, make_demo_world
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "demo"
 SHAPE = {"hidden_size": 40, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_size": 136}
+BEGUN: "list[subprocess.Popen[str]]" = []
 WORLD = DemoWorld(cpt_tokens=12_000, validation_documents=8, sft_rows=64, rl_rows=(24, 24), held_out_rows=12)
 
 
@@ -45,10 +48,45 @@ def run(words: list[str]) -> None:
     assert code == 0, f"infir2 {' '.join(words)} ended with {code}"
 
 
-def torchrun(num_processes: int, *words: str, timeout: float = 240, **variables: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+def begin(command: list[str], **variables: str) -> "subprocess.Popen[str]":
+    """A process with its own session, which ends with the test that began it, whatever becomes of that."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    BEGUN.append(process)
+    return process
+
+
+def end_leftovers() -> None:
+    for process in BEGUN:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    BEGUN.clear()
+
+
+def torchrun(num_processes: int, *words: str, timeout: float = 240, **variables: str) -> tuple[int, str]:
+    """Exit code and what was said on stderr."""
+    process = begin(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", *words], **variables
+    )
+    _, said = process.communicate(timeout=timeout)
+    return process.returncode, said
+
+
+def gone(pids: list[int], within_seconds: float = 10.0) -> bool:
+    """Whether they have all ended by then, or are zombies."""
+    deadline = time.monotonic() + within_seconds
+    while any(_running(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -9,12 +9,11 @@ import importlib
 import os
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 from infir2.errors import ConfigError, Interrupted, Preempted, UserError
+from infir2.launch.ranks import code_for_torchrun
 from infir2.train.signals import CommandSignals
 
 # verb -> (module with the function, function, one line for --help)
@@ -45,31 +44,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. An error of the user's is one line on stderr, an internal one a traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with _signals(arguments):
-        return _main(arguments)
+    with CommandSignals(_stopped_early(arguments[:1])) as signals:
+        return _main(arguments, signals)
 
 
-def _signals(arguments: list[str]) -> AbstractContextManager[None]:
-    """What SIGTERM does before, and after, a run has its own handler."""
-    verb = arguments[0] if arguments else ""
-    if VERBS.get(verb, ("",))[0] != "recipe" or threading.current_thread() is not threading.main_thread():
-        return nullcontext()
-    nothing_lost = "; an evaluation begins anew." if verb == "eval" else " before the first step; there was nothing to save."
-    return CommandSignals(nothing_lost)
+def _stopped_early(verb: list[str]) -> str:
+    """What a command says that SIGTERM ends before its run has begun; empty where it ends like any other program."""
+    if not verb or VERBS.get(verb[0], ("",))[0] != "recipe" or threading.current_thread() is not threading.main_thread():
+        return ""
+    return "stopped; an evaluation begins anew." if verb == ["eval"] else "stopped before the first step; there was nothing to save."
 
 
-def _main(arguments: list[str]) -> int:
+def _main(arguments: list[str], signals: CommandSignals) -> int:
     try:
         _dispatch(arguments)
         sys.stdout.flush()
         return 0
     except UserError as error:
-        if error.told_by_first and os.environ.get("RANK", "0") != "0":
-            time.sleep(2.0)  # the first rank to end makes torchrun end the others: let rank 0 say it
-            return error.exit_code
-        if isinstance(error, Preempted | Interrupted):
-            return _say(str(error), error.exit_code)
-        return _say(f"error: {error}", error.exit_code)
+        return _tell(error, signals)
     except KeyboardInterrupt:
         return _say("interrupted.", Interrupted.exit_code)
     except BrokenPipeError:
@@ -77,9 +69,21 @@ def _main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:
+        signals.has_own_end = True
         traceback.print_exc()
         command = " ".join(["infir2", *arguments])
         return _say(f"internal error in `{command}`; please report it with the lines above and the output of `infir2 --version`.", 70)
+
+
+def _tell(error: UserError, signals: CommandSignals) -> int:
+    """One sentence, by rank 0 where all ranks have the same: nothing keeps it from that once its run has begun, but before,
+    it may still be importing, and the first rank to end makes torchrun end the others of its node."""
+    ran, signals.has_own_end = signals.has_own_end, True
+    told = error.told_by_first and os.environ.get("RANK", "0") != "0"
+    ends_rank_0 = not ran and os.environ.get("GROUP_RANK", "0") == "0" and code_for_torchrun(error.exit_code) != 0
+    if not told or (ends_rank_0 and not signals.wait(20.0)):
+        _say(str(error) if isinstance(error, Preempted | Interrupted) else f"error: {error}", error.exit_code)
+    return error.exit_code
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -79,25 +79,36 @@ def signal_ranks(place: Path, number: int) -> None:
                 os.kill(int(path.read_text()), number)
 
 
-def run_rank(main: Callable[[], int]) -> int:
-    """`main()`; under `infir2 launch`, its code is left for the launcher.
+def code_for_torchrun(code: int) -> int:
+    """What the process of a rank ends with: `code`, after which torchrun ends the others, or 0, after which they go on.
 
-    A code that a restart cannot better (an orderly stop, bad data, a wrong recipe) is 0 for torchrun, which would restart and
-    add a traceback; only between nodes it is needed to tell the others. A rank restarted after such a code ends with it at once.
+    0 under `infir2 launch` for what a restart cannot better (an orderly stop, bad data, a wrong recipe): torchrun would restart
+    and add a traceback. Only between nodes an error is needed to tell the others.
     """
-    directory = os.environ.get(VARIABLE)
-    if not directory or "TORCHELASTIC_RESTART_COUNT" not in os.environ:  # not one of torchrun's
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return 0 if _launched() and (code in (PREEMPTED, INTERRUPTED) or (one_node and code not in RESTARTED)) else code
+
+
+def _launched() -> bool:
+    """Whether this process is one of torchrun's under `infir2 launch`."""
+    return bool(os.environ.get(VARIABLE)) and "TORCHELASTIC_RESTART_COUNT" in os.environ
+
+
+def run_rank(main: Callable[[], int]) -> int:
+    """`main()`; under `infir2 launch`, its code is left for the launcher, and a rank restarted after one that no restart betters
+    ends with that at once."""
+    if not _launched():
         return main()
     die_with_parent()
     rank, restart = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    place = Path(directory)
+    place = Path(os.environ[VARIABLE])
     attempt = place / f"attempt-{restart}"
     attempt.mkdir(exist_ok=True)
 
     def leave(code: int) -> int:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this code stands, whatever torchrun sends to all
         _write(attempt / f"rank-{rank}.code", str(code))
-        one_node = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
-        return 0 if code in (PREEMPTED, INTERRUPTED) or (one_node and code not in RESTARTED) else code
+        return code_for_torchrun(code)
 
     # until main has its own handlers there is nothing to save
     signal.signal(signal.SIGTERM, lambda *_: os._exit(leave(PREEMPTED)))

@@ -194,7 +194,7 @@ class Decoder(nn.Module):
             raise ValueError(f"token_ids, positions and cu_seqlens must describe the same tokens; got {sizes}")
         context: Context
         num_tokens = token_ids.numel()
-        if cache is None and self._on_kernels(token_ids):
+        if cache is None and self.compute_dtype == torch.bfloat16 and usable(token_ids.device):
             # Padding to whole blocks, as a sequence of its own, spares every GEMM of the backward a padded copy.
             padding = -num_tokens % GROUP
             token_ids, positions = F.pad(token_ids, (0, padding)), F.pad(positions, (0, padding))
@@ -215,6 +215,3 @@ class Decoder(nn.Module):
                 else:
                     x = block(x, rope, context, self.memory)
             return self.model.norm(x[:num_tokens])
-
-    def _on_kernels(self, token_ids: Tensor) -> bool:
-        return self.compute_dtype == torch.bfloat16 and usable(token_ids.device)

@@ -7,6 +7,7 @@ and an all-gather moves codes alone. Other matrices travel and stay in the dtype
 FP32. To autograd all are FP32, so that gradients stay FP32 from the operation to the optimizer.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -158,6 +159,8 @@ class _Fp8Shard(_Shard):
         super().__init__(local, shape, rows, gather.group)
         self.layer, self.gather = layer, gather
         self.version = -1
+        num_blocks, self.groups = scale_shape(shape[0], shape[1], TILE_BLOCK)
+        self.grid = (num_blocks, -(-self.groups // 4) * 4)  # of blocks in memory: rows are padded to 16 bytes, as cuBLAS reads scales
         self.blocks = torch.arange(first, first + local.shape[0], device=local.device) // GROUP  # each row's row of scales
 
     def sent(self) -> tuple[Tensor, Tensor]:
@@ -209,26 +212,20 @@ class Fp8Gather:
 
     def _largest(self) -> Tensor:
         """Largest magnitude of the shards' parts of each block, FP32, as `_by_weight` divides it; Inf for a NaN, which MAX could lose."""
-        sizes = [weight.local.shape[0] * groups for weight, (_, groups, _) in zip(self.weights, self._grids(), strict=True)]
+        sizes = [weight.local.shape[0] * weight.groups for weight in self.weights]
         by_row = self.weights[0].local.new_empty(sum(sizes))
         parts = by_row.split(sizes)
         for weight, part in zip(self.weights, parts, strict=True):  # one read of the masters
             tiles = as_tiles(weight.local.detach(), 1)
             torch.linalg.vector_norm(tiles, torch.inf, dim=3, out=part.view(tiles.shape[:3]))
         by_row.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        largest = by_row.new_zeros(sum(blocks * wide for blocks, _, wide in self._grids()))
+        largest = by_row.new_zeros(sum(math.prod(weight.grid) for weight in self.weights))
         for weight, part, blocks in zip(self.weights, parts, self._by_weight(largest), strict=True):
-            rows = part.view(-1, blocks.shape[1])
+            rows = part.view(-1, weight.groups)
             blocks.scatter_reduce_(0, weight.blocks[:, None].expand_as(rows), rows, "amax")
         return largest.bfloat16().float()  # the largest of rounded values is the largest value, rounded
 
     def _by_weight(self, flat: Tensor) -> list[Tensor]:
-        """Each weight's blocks [N / 128, K / 128] in a vector of all; rows are padded to 16 bytes, as `tile_scales` of a kernel are."""
-        grids = self._grids()
-        parts = flat.split([blocks * wide for blocks, _, wide in grids])
-        return [part.view(blocks, wide)[:, :groups] for part, (blocks, groups, wide) in zip(parts, grids, strict=True)]
-
-    def _grids(self) -> list[tuple[int, int, int]]:
-        """(blocks along N, along K, along K with padding) of each weight."""
-        shapes = [scale_shape(weight.shape[0], weight.shape[1], TILE_BLOCK) for weight in self.weights]
-        return [(blocks, groups, -(-groups // 4) * 4) for blocks, groups in shapes]
+        """Each weight's blocks [N / 128, K / 128] in a vector of all."""
+        parts = flat.split([math.prod(weight.grid) for weight in self.weights])
+        return [part.view(weight.grid)[:, : weight.groups] for weight, part in zip(self.weights, parts, strict=True)]

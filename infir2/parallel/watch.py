@@ -8,9 +8,12 @@ import time
 
 from infir2.errors import RankError
 
+GRACE_SECONDS = 3.0  # a rank that waits for a hanging one in a collective fails there first, and says so
+
 
 class Watchdog:
-    """Ends this process with code 71 when `beat` has not been called for `timeout_seconds`, after printing every thread's stack.
+    """Ends this process with code 71 when `beat` has not been called for `timeout_seconds` (and a little more), after printing every
+    thread's stack.
 
     Example: `watch.beat("step 7")`; later on stderr: "infir2: rank 3 gave no sign of life for 600 s in step 7; ..."
     """
@@ -31,7 +34,7 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._done.wait(min(1.0, self.timeout_seconds / 4)):
-            if time.monotonic() - self._last > self.timeout_seconds:
+            if time.monotonic() - self._last > self.timeout_seconds + GRACE_SECONDS:
                 print(
                     f"infir2: rank {self.rank} gave no sign of life for {self.timeout_seconds:g} s in {self.phase}; the stacks of its "
                     "threads follow. A longer pause that is no fault needs parallel.timeout_seconds.",

@@ -2,31 +2,44 @@
 
 import signal
 import sys
+import time
 from types import FrameType
 
 from infir2.errors import Interrupted, Preempted, UserError
 
 
 class CommandSignals:
-    """While entered, SIGTERM ends the command at once with exit code 75; once a run has begun, only `StopSignals` heeds it.
+    """While entered, SIGTERM ends the command at once with exit code 75 and a sentence; an empty `sentence` leaves signals alone.
 
-    So a rank that is closing its run, done or failed, keeps its own exit code when the launcher sends SIGTERM to all.
+    Once `has_own_end` is set, as a run does that begins, it only cuts `wait` short: a rank that is closing its run, done or
+    failed, keeps its own exit code when the launcher sends SIGTERM to all.
     """
 
-    def __init__(self, what: str) -> None:
-        self._sentence = f"infir2: stopped{what}"
-        self.run_began = False
+    def __init__(self, sentence: str) -> None:
+        self._sentence = sentence
+        self._received = self.has_own_end = False
 
-    def __enter__(self) -> None:
-        self._previous = signal.signal(signal.SIGTERM, self.stop)
+    def __enter__(self) -> "CommandSignals":
+        if self._sentence:
+            self._previous = signal.signal(signal.SIGTERM, self.stop)
+        return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        if self._sentence:
+            signal.signal(signal.SIGTERM, self._previous)
 
     def stop(self, _number: int, _frame: FrameType | None) -> None:
-        if not self.run_began:
-            print(self._sentence, file=sys.stderr)
+        self._received = True
+        if not self.has_own_end:
+            print(f"infir2: {self._sentence}", file=sys.stderr)
             sys.exit(Preempted.exit_code)
+
+    def wait(self, seconds: float) -> bool:
+        """So long, or until SIGTERM; whether that came."""
+        until = time.monotonic() + seconds
+        while not self._received and time.monotonic() < until:
+            time.sleep(0.05)
+        return self._received
 
 
 class StopSignals:
@@ -41,7 +54,7 @@ class StopSignals:
             self._previous[number] = signal.signal(number, self._note)
         command = getattr(self._previous[signal.SIGTERM], "__self__", None)
         if isinstance(command, CommandSignals):
-            command.run_began = True
+            command.has_own_end = True
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,8 +18,8 @@ Found = dict[str, list[dict[str, Any]]]
 def run(directory: Path, num_processes: int, layouts: dict[str, str], **variables: str) -> Found:
     out = directory / "found.json"
     words = [f"{name}={sizes}" for name, sizes in layouts.items()]
-    done = torchrun(num_processes, str(HERE / "layouts.py"), str(out), *words, **variables)
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, said = torchrun(num_processes, str(HERE / "layouts.py"), str(out), *words, **variables)
+    assert code == 0, said[-3000:]
     return json.loads(out.read_text())
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from stages import gone
 
 from infir2.errors import ConfigError
 from infir2.verify.pool import Outcome, Pool
@@ -43,22 +44,6 @@ def zombies() -> list[str]:
 
 def one(pool: Pool, kind: str, value: object = None) -> Outcome:
     return pool.run([(kind, value)], SECONDS, 60)[0]
-
-
-def gone(pids: list[int], within_seconds: float = 3.0) -> bool:
-    deadline = time.monotonic() + within_seconds
-    while any(_running(pid) for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def _running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_four_poison_items_among_64_cost_less_than_twice_the_time_limit(pool: Pool, tmp_path: Path) -> None:
@@ -106,7 +91,7 @@ def test_a_batch_has_its_own_limit(pool: Pool) -> None:
     pool.run([("good", i) for i in range(4)], SECONDS, 60)
     began = time.monotonic()
     outcomes = pool.run([("swallow_exceptions", None)] * 40 + [("good", 1)], 0.5, batch_seconds=1.0)
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 4.0, "forty time limits on four workers take five seconds"
     assert {o.reason for o in outcomes[:40]} == {"timeout"}
     assert len(outcomes) == 41
 

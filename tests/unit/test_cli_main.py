@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 import types
@@ -15,6 +16,7 @@ from infir2 import errors
 from infir2.cli import VERBS, main
 from infir2.config.keys import leaf_keys
 from infir2.config.schema import RlRecipe
+from infir2.train.signals import CommandSignals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,6 +96,45 @@ def test_each_error_has_its_exit_code_and_one_line(
     replace("infir2.train.run", "run_training", raises=error)
     assert main(["sft", recipe]) == code
     assert capsys.readouterr().err == f"{text}\n"
+
+
+@pytest.mark.parametrize(
+    ("stopped", "variables", "said"),
+    [
+        (True, {}, ""),
+        (False, {}, "infir2: error: a key.\n"),
+        (False, {"INFIR2_RANKS_DIR": "somewhere"}, ""),
+        (False, {"GROUP_RANK": "1"}, ""),
+    ],
+    ids=["rank 0 has said it", "rank 0 says nothing", "infir2 launch does not end rank 0", "rank 0 is on another node"],
+)
+def test_a_rank_lets_rank_0_say_what_all_have(
+    recipe: str,
+    replace: Callable[..., list[tuple]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stopped: bool,
+    variables: dict[str, str],
+    said: str,
+) -> None:
+    """It waits for that as long as its end would make torchrun end rank 0; torchrun's SIGTERM tells that rank 0 has ended."""
+    waited = []
+
+    def wait(signals: CommandSignals, seconds: float) -> bool:
+        waited.append(seconds)
+        if stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_wait(signals, 0.5)
+
+    real_wait = CommandSignals.wait
+    monkeypatch.setattr(CommandSignals, "wait", wait)
+    replace("infir2.train.run", "run_training", raises=errors.ConfigError("a key."))
+    torchrun = {"RANK": "1", "GROUP_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"}
+    for name, value in (torchrun | variables).items():
+        monkeypatch.setenv(name, value)
+    assert main(["sft", recipe]) == 2
+    assert waited == ([] if variables else [20.0])
+    assert capsys.readouterr().err == said
 
 
 def test_an_internal_error_has_its_traceback(recipe: str, replace: Callable[..., list[tuple]], capsys: pytest.CaptureFixture[str]) -> None:

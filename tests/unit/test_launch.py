@@ -1,7 +1,6 @@
 """`infir2 launch`: what would run, what runs under torchrun, and whose exit code comes out."""
 
 import math
-import os
 import shlex
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stages import RECIPES, curve, lines, options, run
+from stages import RECIPES, begin, curve, lines, options, run
 
 from infir2.cli import main
 from infir2.errors import ConfigError, RankError
@@ -131,8 +130,7 @@ def test_codes_of_several_launchers_come_together_and_only_the_last_attempt_coun
 
 
 def start(words: list[str], *launch: str, **variables: str) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    return subprocess.Popen([*LAUNCH, "torchrun", *launch, "--", *words], env=environment, stderr=subprocess.PIPE, text=True)
+    return begin([*LAUNCH, "torchrun", *launch, "--", *words], **variables)
 
 
 def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str]") -> None:
@@ -164,7 +162,7 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_75(world: Path, tmp_path: P
     process = start(words)
     wait_until(lambda: (tmp_path / "cpt" / "metrics.jsonl").exists() and len(curve(tmp_path / "cpt", "loss")) > 1, process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     assert "is saved" in errors
     assert "Traceback" not in errors
@@ -227,10 +225,21 @@ def test_a_stop_while_ray_waits_for_room_is_heard(driver: "ray_launch._Driver") 
 
 
 def test_a_wrong_recipe_is_said_once_and_not_tried_again(world: Path, tmp_path: Path) -> None:
-    _, errors = (process := start(options(world, tmp_path / "cpt", "cpt", schedule__total_step=6))).communicate(timeout=60)
+    _, errors = (process := start(options(world, tmp_path / "cpt", "cpt", schedule__total_step=6))).communicate(timeout=120)
     assert process.returncode == 2
     assert errors.count("did you mean schedule.total_steps?") == 1
     assert "Traceback" not in errors
+
+
+def test_the_code_of_a_rank_stands_when_torchrun_stops_all(tmp_path: Path) -> None:
+    """SIGTERM may come when `main` has returned and the process is still ending."""
+    program = "import atexit, os, sys; from infir2.launch.ranks import run_rank; atexit.register(os.kill, os.getpid(), 15); "
+    variables = {"INFIR2_RANKS_DIR": str(tmp_path), "TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0"}
+    variables |= {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
+    process = begin([sys.executable, "-c", program + "sys.exit(run_rank(lambda: 17))"], **variables)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert (tmp_path / "attempt-0" / "rank-0.code").read_text() == "17"
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(world: Path, tmp_path: Path) -> None:

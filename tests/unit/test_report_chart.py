@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infir2.evaluate.statistics import Evaluation
@@ -50,6 +50,7 @@ def test_smoothing_is_a_centred_mean_that_leaves_gaps() -> None:
     np.testing.assert_array_equal(smooth(y, 1), y)
 
 
+@settings(deadline=None)
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 8))
 def test_ticks_are_round_inside_and_not_too_many(low: float, span: float, count: int) -> None:
     step = nice_step(span, count)

@@ -1,6 +1,5 @@
 """A run that is stopped anywhere and started again is the run that was never stopped."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -8,21 +7,20 @@ import time
 from pathlib import Path
 
 import pytest
-from stages import assert_same_state, curve, lines, options, run
+from stages import assert_same_state, begin, curve, lines, options, run
 
 from infir2.cli import main
 
 
 def infir2(words: list[str], **variables: str) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    return subprocess.Popen([sys.executable, "-m", "infir2", *words], env=environment, stderr=subprocess.PIPE, text=True)
+    return begin([sys.executable, "-m", "infir2", *words], **variables)
 
 
 def wait_for_lines(process: "subprocess.Popen[str]", path: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (path.exists() and path.read_text().count("\n") >= count):
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, f"{path} has fewer than {count} lines after a minute"
+        assert time.monotonic() < deadline, f"{path} has fewer than {count} lines after two minutes"
         time.sleep(0.05)
 
 
@@ -52,7 +50,7 @@ def test_a_stop_signal_saves_and_says_so(world: Path, tmp_path: Path, number: in
     process = infir2(words)
     wait_for_lines(process, tmp_path / "cpt" / "metrics.jsonl", 2)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == code
     assert "Traceback" not in errors
     last = curve(tmp_path / "cpt", "loss")[-1][0]
@@ -99,7 +97,7 @@ def test_two_jobs_cannot_share_a_run_directory(world: Path, tmp_path: Path) -> N
     first = infir2(words)
     wait_for_lines(first, tmp_path / "cpt" / "metrics.jsonl", 1)
     second = infir2(words)
-    _, errors = second.communicate(timeout=60)
+    _, errors = second.communicate(timeout=120)
     first.kill()
     first.wait()
     assert second.returncode == 2

@@ -8,34 +8,15 @@ from torch import Tensor
 
 from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
 from infir2.numerics.kernels import matrix, norm, swiglu
-from infir2.numerics.kernels.norm import rms_norm, rms_norm_backward
-from infir2.numerics.kernels.rope import rope
-from infir2.numerics.kernels.softmax import label_logprobs, label_logprobs_backward
-from infir2.numerics.kernels.swiglu import swiglu as swiglu_product
-from infir2.numerics.kernels.swiglu import swiglu_backward
+from infir2.numerics.kernels.norm import rms_norm as rms_norm
+from infir2.numerics.kernels.norm import rms_norm_backward as rms_norm_backward
+from infir2.numerics.kernels.rope import rope as rope
+from infir2.numerics.kernels.softmax import label_logprobs as label_logprobs
+from infir2.numerics.kernels.softmax import label_logprobs_backward as label_logprobs_backward
+from infir2.numerics.kernels.swiglu import swiglu_backward as swiglu_backward
 from infir2.numerics.reference import quantize_reference, transpose_reference
 
-__all__ = [
-    "dequantize",
-    "label_logprobs",
-    "label_logprobs_backward",
-    "quantize",
-    "quantize_gradient",
-    "quantize_input",
-    "quantize_transposed",
-    "quantize_weight",
-    "rms_norm",
-    "rms_norm_backward",
-    "rms_norm_quantize",
-    "rms_norm_transposed",
-    "rope",
-    "swiglu_backward",
-    "swiglu_backward_quantize",
-    "swiglu_product",
-    "swiglu_quantize",
-    "swiglu_transposed",
-    "transpose",
-]
+swiglu_product = swiglu.swiglu
 
 
 def quantize(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2") -> Fp8Tensor:
