@@ -3,5 +3,3 @@
 from infir2.checkpoint.export import export_fp8, export_hf, import_fp8
 from infir2.checkpoint.store import Checkpoint, Store, open_checkpoint
 from infir2.checkpoint.verify import verify_weights
-
-__all__ = ["Checkpoint", "Store", "export_fp8", "export_hf", "import_fp8", "open_checkpoint", "verify_weights"]

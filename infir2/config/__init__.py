@@ -2,5 +2,3 @@
 
 from infir2.config.load import Loaded, load
 from infir2.config.resolved import changed_keys, check_resume, dump, is_safe
-
-__all__ = ["Loaded", "changed_keys", "check_resume", "dump", "is_safe", "load"]

@@ -5,17 +5,3 @@ from infir2.data.loader import Loader, load_prompts, validation_batches
 from infir2.data.packing import pack_sequences
 from infir2.data.streams import TrainingKind
 from infir2.data.types import Batch, Message, Prompt, Sample
-
-__all__ = [
-    "Batch",
-    "ChatTokenizer",
-    "Loader",
-    "Message",
-    "Prompt",
-    "Sample",
-    "TrainingKind",
-    "load_prompts",
-    "load_tokenizer",
-    "pack_sequences",
-    "validation_batches",
-]

@@ -5,5 +5,3 @@ from infir2.model.decoder import Decoder
 from infir2.model.files import HfWeights, write_hf
 from infir2.model.hf import exported_weights
 from infir2.model.kv_cache import KvCache
-
-__all__ = ["Decoder", "HfWeights", "KvCache", "ModelConfig", "exported_weights", "write_hf"]

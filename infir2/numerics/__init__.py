@@ -24,27 +24,3 @@ from infir2.numerics.ops import (
     swiglu,
 )
 from infir2.numerics.quantize import dequantize, nonfinite_blocks, quantize, transpose
-
-__all__ = [
-    "Fp8Linear",
-    "Fp8Tensor",
-    "Memory",
-    "RMSNorm",
-    "add_linear",
-    "apply_rope",
-    "attention_inputs",
-    "convert_to_fp8",
-    "dequantize",
-    "feed_forward",
-    "forget",
-    "head_logits",
-    "linear",
-    "nonfinite_blocks",
-    "quantize",
-    "relative_error",
-    "rms_norm",
-    "snr_db",
-    "swiglu",
-    "token_logprobs",
-    "transpose",
-]

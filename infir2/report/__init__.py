@@ -2,5 +2,3 @@
 
 from infir2.report.page import write_report
 from infir2.report.stages import StageRow, render_stage_table, stage_table
-
-__all__ = ["StageRow", "render_stage_table", "stage_table", "write_report"]

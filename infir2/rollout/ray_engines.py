@@ -7,6 +7,7 @@ it has the weights, the others do its work. One that makes no progress is ended,
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from infir2.parallel.team import Team
 from infir2.rollout.native import NativeEngine
 from infir2.rollout.types import Ended, Request, SamplingParams
 
+Place = tuple[str, int]  # of an engine's process: Ray's node, pid there
 Piece = tuple[str, str, tuple[int, ...], Any]  # of a weight: name, dtype, shape, reference to its bytes
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 1.0  # between signs of life of an engine whose responses are long
@@ -40,15 +42,17 @@ class EngineActor:
         self._section, self._compute_dtype = section, compute_dtype
         self._engine: NativeEngine | None = None
 
-    def load(self, pieces: Sequence[Piece], policy_version: int) -> dict[str, str]:
-        """Take over these weights, without any those of `rollout.model`. Returns their digest."""
+    def load(self, pieces: Sequence[Piece], policy_version: int) -> tuple[dict[str, str], Place]:
+        """Take over these weights, without any those of `rollout.model`. Returns their digest, and where this process is."""
+        import ray
+
         if self._engine is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             directory = Path(self._section.model)
             self._engine = NativeEngine.from_hf(directory, self._section.max_running_requests, self._compute_dtype, device)
         if pieces:
             self._engine.update_weights(_fetched(pieces), policy_version)
-        return self._engine.weights_digest()
+        return self._engine.weights_digest(), (ray.get_runtime_context().get_node_id(), os.getpid())
 
     def generate(self, requests: Sequence[Request], params: SamplingParams, policy_version: int) -> Iterator[list[Ended]]:
         """What has ended, as it ends; nothing, every BEAT_SECONDS in which tokens were made."""
@@ -76,6 +80,7 @@ class RayEngines:
         self._actors: list[Any] = []  # those that are not dead for good
         self._serving: list[Any] = []
         self._loading: dict[Any, Any] = {}  # reference to the digest that is to come -> actor
+        self._places: dict[Any, Place] = {}  # of actors that have loaded weights in this life of theirs
         self._heard: dict[Any, float] = {}  # when a call to an actor began or gave something, time.monotonic()
         if team.is_first:
             self._actors = _start(section, compute_dtype)
@@ -128,18 +133,25 @@ class RayEngines:
                     del streams[stream]
                     print(f"rl: a rollout engine died ({type(error).__name__}); the others do its work", file=sys.stderr, flush=True)
                     self._serving.remove(actor)
+                    self._places.pop(actor, None)
                     self._load(actor)
             self._end_wedged({stream: actor for stream, (actor, _) in streams.items()})
 
     def _end_wedged(self, calls: Mapping[Any, Any]) -> None:
-        """End the engines whose call has long given nothing (call -> actor); Ray lets the call fail then, and starts them again."""
+        """End the engines whose call has long given nothing (call -> actor); Ray lets the call fail then, and starts them again.
+
+        By a signal where the process is known: `ray.kill` asks it first, and gives up (Ray 2.60) if the question cannot be sent.
+        """
         import ray
 
         now = time.monotonic()
         for call, actor in calls.items():
             if now - self._heard[call] > self._timeout_seconds and not ray.wait([call], timeout=0)[0]:
                 print(f"rl: a rollout engine made no progress in {self._timeout_seconds:g} s; ending it", file=sys.stderr, flush=True)
-                ray.kill(actor, no_restart=False)
+                if place := self._places.pop(actor, None):
+                    _kill(*place)
+                else:
+                    ray.kill(actor, no_restart=False)
                 self._heard[call] = now
 
     def _load(self, actor: Any) -> None:
@@ -175,8 +187,9 @@ class RayEngines:
         for loaded in ray.wait(list(self._loading), timeout=wait_seconds)[0] if self._loading else ():
             actor = self._loading.pop(loaded)
             try:
-                digest = ray.get(loaded)
+                digest, self._places[actor] = ray.get(loaded)
             except ray.exceptions.ActorUnavailableError:  # being started again
+                self._places.pop(actor, None)
                 time.sleep(POLL_SECONDS)
                 self._load(actor)
                 continue
@@ -200,6 +213,15 @@ def _start(section: RolloutSection, compute_dtype: torch.dtype) -> list[Any]:
     number, _, max_restarts = os.environ[ENGINES].partition(":")
     group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number)))
     return actors_in(group, EngineActor, section, compute_dtype, max_restarts=int(max_restarts))
+
+
+def _kill(node: str, pid: int) -> None:
+    """SIGKILL to a process on a node of the cluster. Nobody waits for it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+    kill = ray.remote(lambda: os.kill(pid, signal.SIGKILL))
+    kill.options(num_cpus=0, scheduling_strategy=On(node, soft=False), max_retries=0).remote()
 
 
 def _put(name: str, tensor: Tensor) -> Piece:

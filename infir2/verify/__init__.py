@@ -4,5 +4,3 @@ from infir2.verify.code import run_code
 from infir2.verify.math import check_math, check_math_batch
 from infir2.verify.sandbox import JailError, Limits
 from infir2.verify.verdict import Verdict
-
-__all__ = ["JailError", "Limits", "Verdict", "check_math", "check_math_batch", "run_code"]

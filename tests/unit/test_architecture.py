@@ -124,7 +124,7 @@ def code_lines(path: Path) -> int:
 def test_size_of_package_files_and_functions() -> None:
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     written = sum(code_lines(path) for path in FILES)
-    assert written <= 12_700, f"{written} lines of code: the package must stay small enough to read (about 12,000)"
+    assert written <= 12_680, f"{written} lines of code: the package must stay small enough to read (about 12,000)"
     long_files = [f"{path.relative_to(ROOT)}: {count} lines" for path, count in lines.items() if count > 450]
     long_functions = [
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
