@@ -32,10 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import kernel_cases as cases
 from layer import MODELS, Layer
 
-from infir2.numerics import gemm_backends
+from infir2.numerics import gemm_scaled as gemm_backends
+from infir2.numerics.error import relative_error
 from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
-from infir2.numerics.kernels import matrix, norm, operations, swiglu
-from infir2.numerics.measure import relative_error
+from infir2.numerics.kernels import api as operations
+from infir2.numerics.kernels import norm, swiglu
+from infir2.numerics.kernels import quantizers as matrix
 
 FORMATS = ("pow2", "fp32")
 SIZES = {"25M": (6144, 4096), "100M": (24576, 4096), "150M": (36864, 4096)}

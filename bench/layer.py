@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from infir2.numerics.formats import Fp8Tensor
-from infir2.numerics.gemm_backends import gemm_nt
-from infir2.numerics.kernels import operations as fp8
+from infir2.numerics.gemm_scaled import gemm_nt
+from infir2.numerics.kernels import api as fp8
 
 # Tokens, and (N, K) of each fused linear.
 MODELS = {

@@ -23,11 +23,11 @@ import torch
 
 from infir2.checkpoint import Store, open_checkpoint
 from infir2.checkpoint.background import BackgroundSaver
-from infir2.checkpoint.places import whole
 from infir2.config.schema import OptimizerSection, ShapeSection
 from infir2.data.packing import pack_sequences
 from infir2.data.types import Sample
 from infir2.model import Decoder
+from infir2.parallel.shard_spec import whole
 from infir2.train.losses import next_token_loss
 from infir2.train.trainer import Trainer
 

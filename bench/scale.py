@@ -31,7 +31,7 @@ from step import Case
 from infir2.config.schema import ShapeSection
 from infir2.model import ModelConfig
 from infir2.parallel.mesh import Sizes, tp_problem
-from infir2.train.ledger import gpu_ledger
+from infir2.preflight.gpu_memory import gpu_ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("equality", "throughput", "gather", "overlap", "save", "ray")
@@ -159,7 +159,7 @@ def ranks_job(job: Job, words: argparse.Namespace, seconds: float, directory: Pa
 
 def training(words: argparse.Namespace, directory: Path, run: str, steps: int) -> list[str]:
     """Words of a short pre-training run on the demo's world, in FP8, saved at its end."""
-    from infir2.data.demo import DemoWorld, make_demo_world
+    from infir2.demo.world import DemoWorld, make_demo_world
 
     world = directory / "world"
     if not world.exists():

@@ -27,11 +27,11 @@ from infir2.config.schema import OptimizerSection
 from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, Memory
-from infir2.numerics.operands import local_tensor
-from infir2.parallel import exchange
+from infir2.numerics.weight_cache import local_tensor
+from infir2.parallel import collectives as exchange
 from infir2.parallel.mesh import Layout, Sizes
-from infir2.parallel.sharded import Sharded
-from infir2.parallel.team import Team, end_team, start_team
+from infir2.parallel.parallel_model import Sharded
+from infir2.parallel.ranks import Team, end_team, start_team
 from infir2.train.losses import TokenScores, next_token_loss
 from infir2.train.trainer import Trainer
 

@@ -33,8 +33,9 @@ from infir2.config.schema import (
     TrainSection,
 )
 from infir2.model import Decoder, ModelConfig
-from infir2.numerics import Fp8Linear, Memory, convert_to_fp8, forget, gemm_backends, token_logprobs
-from infir2.train.ledger import gpu_ledger
+from infir2.numerics import Fp8Linear, Memory, convert_to_fp8, forget, token_logprobs
+from infir2.numerics import gemm_scaled as gemm_backends
+from infir2.preflight.gpu_memory import gpu_ledger
 from infir2.train.optimizer import make_optimizer, update
 
 _KEYS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "vocab_size", "tie_embeddings")
@@ -163,7 +164,7 @@ class Step:
         self._touch()
 
     def _touch(self) -> None:
-        from infir2.numerics.fused import stack
+        from infir2.numerics.ops_cuda import stack
 
         block: Any
         for block in self.model.model.layers:

@@ -13,7 +13,7 @@ import torch
 
 from infir2.checkpoint import open_checkpoint
 from infir2.cli import main
-from infir2.data.demo import DemoWorld, make_demo_world
+from infir2.demo.world import DemoWorld, make_demo_world
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "demo"
 SHAPE = {"hidden_size": 40, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_size": 136}

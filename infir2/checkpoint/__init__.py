@@ -1,5 +1,5 @@
 """Checkpoints of a run, and weights in and out: Hugging Face in BF16 and FP8; Megatron's formats in modules of their own."""
 
-from infir2.checkpoint.export import export_fp8, export_hf, import_fp8
 from infir2.checkpoint.store import Checkpoint, Store, open_checkpoint
-from infir2.checkpoint.verify import verify_weights
+from infir2.convert.export import export_fp8, export_hf, import_fp8
+from infir2.convert.verify_weights import verify_weights

@@ -27,10 +27,10 @@ from torch.utils.serialization import config as serialization
 
 from infir2.checkpoint.manifest import METADATA, FileEntry, HashedFile, removed, write_file
 from infir2.checkpoint.pickles import AllowListUnpickler, ForeignUnpickler, read_pickle
-from infir2.checkpoint.places import Place, whole
 from infir2.errors import CheckpointError
 from infir2.faults import fault
-from infir2.parallel.team import Team
+from infir2.parallel.ranks import Team
+from infir2.parallel.shard_spec import Place, whole
 
 PIECE_BYTES = 2**26
 FILE_BYTES = 2**30

@@ -29,11 +29,11 @@ from torch import Tensor
 
 from infir2.checkpoint.lock import RunLock
 from infir2.checkpoint.manifest import MANIFEST, MEND_DISK, METADATA, FileEntry, encode_manifest, removed, verify_directory, write_file
-from infir2.checkpoint.places import Place
-from infir2.checkpoint.progress import byte_progress
 from infir2.errors import CheckpointCorruptError, CheckpointError, disk_reason
 from infir2.faults import fault
-from infir2.parallel.team import Team
+from infir2.parallel.ranks import Team
+from infir2.parallel.shard_spec import Place
+from infir2.terminal import byte_progress
 
 if TYPE_CHECKING:  # torch.distributed.checkpoint takes 0.7 s to import
     from infir2.checkpoint.dcp import DcpTensors

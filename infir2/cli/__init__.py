@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from infir2.errors import ConfigError, Interrupted, Preempted, UserError
 from infir2.launch.ranks import code_for_torchrun
-from infir2.train.signals import CommandSignals
+from infir2.processes import CommandSignals
 
 # verb -> (module with the function, function, one line for --help)
 VERBS = {

@@ -14,7 +14,7 @@ def demo(arguments: Sequence[str]) -> None:
     parser.add_argument("dir", nargs="?", type=Path, default=Path("runs/demo"), help="where data and runs go (default runs/demo)")
     parser.add_argument("--seed", type=int, default=SEED, help=f"seed of data, weights and sampling (default {SEED})")
     words = parser.parse_args(arguments)
-    from infir2.demo import run_demo
+    from infir2.demo.stages import run_demo
 
     run_demo(words.dir, words.seed)
 
@@ -27,6 +27,6 @@ def data(arguments: Sequence[str]) -> None:
     world.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory to make")
     world.add_argument("--seed", type=int, default=SEED, help=f"seed of the data (default {SEED})")
     words = parser.parse_args(arguments)
-    from infir2.data.demo import make_demo_world
+    from infir2.demo.world import make_demo_world
 
     make_demo_world(words.to, words.seed)

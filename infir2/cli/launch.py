@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
-from infir2.cli.recipe import KINDS
-from infir2.config.variables import variables_of
+from infir2.cli.train import KINDS
+from infir2.config.env_vars import variables_of
 from infir2.errors import ConfigError, Interrupted, LaunchedError, Preempted
 from infir2.launch import ray, slurm
 from infir2.launch.ranks import STOPPED_BY

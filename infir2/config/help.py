@@ -5,8 +5,8 @@ import textwrap
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
+from infir2.config.env_vars import variables_of
 from infir2.config.keys import Recipe, leaf_keys, takes_texts
-from infir2.config.variables import variables_of
 
 _TYPE_WORDS = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}
 

@@ -16,9 +16,9 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from infir2.config.checks import problems
+from infir2.config.env_vars import SOURCES, environment_words
 from infir2.config.keys import Recipe, child, flatten, item_class, leaf_keys, lookup, section_class, takes_text, takes_texts
-from infir2.config.variables import SOURCES, environment_words
+from infir2.config.rules import problems
 from infir2.errors import ConfigError
 
 R = TypeVar("R", bound=BaseModel)

@@ -25,7 +25,7 @@ class Loader:
     Example: `Loader(section, "messages", tokenizer, seed=1236).next_step()` -> [Batch, ...], each of at most
     `micro_batch_tokens`. The state is a small JSON object: the same steps follow it with any number of ranks.
 
-    The section is one that `infir2.config.checks` lets pass. Raises ConfigError (tokenizer without what the kind needs),
+    The section is one that `infir2.config.rules` lets pass. Raises ConfigError (tokenizer without what the kind needs),
     DataError (sources).
     """
 

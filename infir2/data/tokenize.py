@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from infir2.checkpoint.progress import byte_progress
 from infir2.config.schema import SourceSection
 from infir2.data.chat import ChatTokenizer, load_tokenizer
 from infir2.data.indexed import IndexedDocuments, token_dtype, write_index
@@ -28,6 +27,7 @@ from infir2.data.rows import Quarantine, document_text, open_source
 from infir2.data.sources import RowError, Source
 from infir2.errors import ConfigError, DataError, OutputExistsError
 from infir2.launch.ranks import die_with_parent
+from infir2.terminal import byte_progress
 
 CHUNK_BYTES = 1 << 22
 _BATCH_ROWS = 64

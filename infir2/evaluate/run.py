@@ -8,17 +8,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from infir2.checkpoint.record import MetricsWriter
 from infir2.config.load import Loaded
-from infir2.config.resolved import dump
+from infir2.config.resume import dump
 from infir2.config.schema import EvalRecipe, EvaluateSection, RlRecipe
 from infir2.data import ChatTokenizer, Prompt, load_prompts
+from infir2.engines.native import NativeEngine
+from infir2.engines.types import Completion, Engine, SamplingParams, part_of, respond
 from infir2.evaluate.statistics import Evaluation, average_at_k, by_difficulty, mean_pass_at_k
 from infir2.faults import fault
-from infir2.rollout.native import NativeEngine
-from infir2.rollout.types import Completion, Engine, SamplingParams, part_of, respond
 from infir2.train.build import build_model, open_tokenizer
-from infir2.train.metrics import MetricsWriter
-from infir2.train.session import Session, describe_environment
+from infir2.train.supervisor import Session, describe_environment
 from infir2.verify import check_math_batch
 
 SAMPLE_ROWS = 24  # responses written to samples.jsonl

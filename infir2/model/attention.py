@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infir2.model.packing import Packing, Rectangle
-from infir2.model.varlen import Varlen, varlen_attention
+from infir2.model.attention_cuda import Varlen, varlen_attention
+from infir2.model.padding import Packing, Rectangle
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing | Varlen) -> Tensor:

@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from infir2.config.schema import ShapeSection
 from infir2.model.attention import attention
+from infir2.model.attention_cuda import Varlen, plan_varlen
 from infir2.model.config import ModelConfig
-from infir2.model.files import read_json
-from infir2.model.hf import load_directory
+from infir2.model.hf_names import load_directory
 from infir2.model.kv_cache import CacheView, KvCache, cached_attention, view_cache
-from infir2.model.packing import Packing, plan_packing
+from infir2.model.padding import Packing, plan_packing
 from infir2.model.rope import rope_tables
-from infir2.model.varlen import Varlen, plan_varlen
+from infir2.model.safetensors_io import read_json
 from infir2.numerics import Memory, RMSNorm, add_linear, apply_rope, attention_inputs, feed_forward, head_logits
 from infir2.numerics.formats import GROUP
 from infir2.numerics.kernels import usable

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infir2.model.attention import heads_first, softmax_values, tokens_first
 from infir2.model.config import ModelConfig
-from infir2.model.packing import Packing, plan_packing
+from infir2.model.padding import Packing, plan_packing
 
 
 class KvCache:

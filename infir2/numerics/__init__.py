@@ -8,12 +8,10 @@
 """
 
 from infir2.numerics.convert import convert_to_fp8
+from infir2.numerics.error import relative_error, snr_db
 from infir2.numerics.formats import Fp8Tensor
 from infir2.numerics.head import head_logits, token_logprobs
 from infir2.numerics.linear import Fp8Linear, linear
-from infir2.numerics.measure import relative_error, snr_db
-from infir2.numerics.memory import Memory
-from infir2.numerics.operands import forget
 from infir2.numerics.ops import (
     RMSNorm,
     add_linear,
@@ -24,3 +22,5 @@ from infir2.numerics.ops import (
     swiglu,
 )
 from infir2.numerics.quantize import dequantize, nonfinite_blocks, quantize, transpose
+from infir2.numerics.saved_activations import Memory
+from infir2.numerics.weight_cache import forget

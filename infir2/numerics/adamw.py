@@ -15,7 +15,7 @@ from torch import Tensor
 
 from infir2.numerics.formats import E4M3, GROUP
 from infir2.numerics.kernels import usable
-from infir2.numerics.reference import block_scale, decode
+from infir2.numerics.quantize_reference import block_scale, decode
 
 _MASK = 0xFFFFFFFF
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infir2.numerics import fused
-from infir2.numerics.gemm import fp32_product
-from infir2.numerics.operands import rounded
+from infir2.numerics import ops_cuda as fused
+from infir2.numerics.gemm_reference import fp32_product
+from infir2.numerics.weight_cache import rounded
 
 
 def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from infir2.numerics import fused, gemm
+from infir2.numerics import gemm_reference as gemm
+from infir2.numerics import ops_cuda as fused
 from infir2.numerics.formats import E4M3, TILE_BLOCK, Fp8Tensor, check_format, scale_shape
-from infir2.numerics.operands import forget, once_per_version, rounded
 from infir2.numerics.quantize import dequantize, quantize_weight
+from infir2.numerics.weight_cache import forget, once_per_version, rounded
 
 _PLAIN = ""  # stands among the scale formats for "not quantised"
 

@@ -1,6 +1,6 @@
 """The operations between which the decoder's residual stream runs: norm into linears, SwiGLU into linear, linear.
 
-Plain or FP8 is decided by the layers' own types; on a GPU `infir2.numerics.fused` takes over. Forward: FP64, rounded once
+Plain or FP8 is decided by the layers' own types; on a GPU `infir2.numerics.ops_cuda` takes over. Forward: FP64, rounded once
 to the activation's dtype (vectorised and tail code differ by an ulp in FP32, which would make a token's result depend on
 its neighbours). Backward: FP32. Each producer saves its inputs, never its output: the linear behind it saves that as FP8.
 """
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from infir2.numerics import fused
+from infir2.numerics import ops_cuda as fused
 from infir2.numerics.formats import ROW_BLOCK, Fp8Tensor
 from infir2.numerics.linear import linear
-from infir2.numerics.memory import Memory
 from infir2.numerics.quantize import dequantize, quantize
+from infir2.numerics.saved_activations import Memory
 
 Rope = tuple[Tensor, Tensor]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
 from infir2.numerics.kernels import usable
-from infir2.numerics.reference import dequantize_reference, encode_rows, quantize_reference, transpose_reference
+from infir2.numerics.quantize_reference import dequantize_reference, encode_rows, quantize_reference, transpose_reference
 
 _SMALL, _TOGETHER = 1 << 16, 256
 _INPUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -73,7 +73,7 @@ def quantize(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = 
         scale_format: "pow2" or "fp32".
 
     Returns:
-        Codes and scales as `infir2.numerics.reference` defines them. A block with Inf or NaN is NaN throughout and is
+        Codes and scales as `infir2.numerics.quantize_reference` defines them. A block with Inf or NaN is NaN throughout and is
         counted in `nonfinite_blocks`.
 
     Raises:
@@ -121,6 +121,6 @@ def transpose(t: Fp8Tensor) -> Fp8Tensor:
 
 def _kernels() -> Any:
     """Imported at the first use: triton need not be there."""
-    from infir2.numerics.kernels import operations
+    from infir2.numerics.kernels import api as operations
 
     return operations

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from infir2.data import Batch
 from infir2.model.attention import attention
-from infir2.parallel.exchange import gather_rows, to_device
+from infir2.parallel.collectives import gather_rows, to_device
 from infir2.parallel.mesh import Layout
 
 CHUNK_MULTIPLE = 128  # tokens: FP8 tiles of the weight gradient begin where those of one process do

@@ -17,13 +17,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infir2.model.hf import SCALE_SUFFIX
+from infir2.model.hf_names import SCALE_SUFFIX
 from infir2.numerics import Fp8Linear
 from infir2.numerics.formats import E4M3, GROUP, TILE_BLOCK, Fp8Tensor, scale_shape
-from infir2.numerics.operands import forget, local_tensor
 from infir2.numerics.quantize import encode_weight_rows, nonfinite_blocks
-from infir2.numerics.reference import as_tiles, block_scale
-from infir2.parallel.exchange import gather_as_it_is
+from infir2.numerics.quantize_reference import as_tiles, block_scale
+from infir2.numerics.weight_cache import forget, local_tensor
+from infir2.parallel.collectives import gather_as_it_is
 
 _BF16_VALUES = ("rounded", torch.bfloat16, torch.bfloat16)  # where `operands.rounded` looks
 

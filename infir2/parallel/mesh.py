@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from infir2.model import ModelConfig
-    from infir2.parallel.team import Team
+    from infir2.parallel.ranks import Team
 
 MAX_TP = 64
 

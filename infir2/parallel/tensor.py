@@ -18,7 +18,7 @@ from infir2.model.decoder import Attention, FeedForward
 from infir2.numerics import Fp8Linear, Memory, RMSNorm, add_linear, apply_rope
 from infir2.numerics.linear import linear
 from infir2.numerics.ops import rms_norm, swiglu
-from infir2.parallel.exchange import gather_rows, sum_gradient, sum_rows
+from infir2.parallel.collectives import gather_rows, sum_gradient, sum_rows
 from infir2.parallel.mesh import Layout, Split
 
 if TYPE_CHECKING:

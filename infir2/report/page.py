@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from infir2.checkpoint.weights import parameter_shapes
+from infir2.convert.weights import parameter_shapes
 from infir2.errors import CheckpointError
 from infir2.evaluate.statistics import Evaluation
 from infir2.report.appendix import commands_html, environment_html, recipe_html, samples_html

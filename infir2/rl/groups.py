@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from infir2.data import Prompt, Sample
-from infir2.rollout.types import Completion
+from infir2.engines.types import Completion
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from infir2.parallel.team import Team
+from infir2.checkpoint.record import Lines
+from infir2.engines.types import Completion
+from infir2.parallel.ranks import Team
 from infir2.rl.groups import Response
-from infir2.rollout.types import Completion
-from infir2.train.metrics import Lines
 
 
 class Journal:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from infir2.config.schema import RlSection
+from infir2.engines.types import Completion
 from infir2.rl.groups import Response
-from infir2.rollout.types import Completion
 from infir2.verify import check_math_batch
 
 

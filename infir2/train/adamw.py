@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from infir2.numerics.adamw import Hyper, Moments, adamw_, new_moment
-from infir2.numerics.operands import local_tensor
+from infir2.numerics.weight_cache import local_tensor
 
 
 class AdamW(torch.optim.Optimizer):

@@ -14,9 +14,9 @@ from infir2.config.schema import Fp8Section, ModelSection, RunSection
 from infir2.data import ChatTokenizer
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import Decoder, ModelConfig
-from infir2.model.files import read_json
+from infir2.model.safetensors_io import read_json
 from infir2.numerics import Memory, convert_to_fp8
-from infir2.parallel.sharded import alone
+from infir2.parallel.parallel_model import alone
 from infir2.train.trainer import load_parameters
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from infir2.checkpoint.places import Place, whole
 from infir2.config.schema import OptimizerSection
 from infir2.errors import CheckpointError
 from infir2.numerics.kernels import usable
-from infir2.numerics.operands import local_tensor
+from infir2.numerics.weight_cache import local_tensor
+from infir2.parallel.shard_spec import Place, whole
 from infir2.train.adamw import AdamW
 
 if TYPE_CHECKING:

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from infir2.checkpoint.places import Place
 from infir2.config.schema import OptimizerSection
 from infir2.data import Batch
 from infir2.errors import CheckpointError
 from infir2.faults import fault
 from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, token_logprobs
-from infir2.numerics.operands import local_tensor
-from infir2.parallel.exchange import to_device
-from infir2.parallel.sharded import Sharded, alone
+from infir2.numerics.weight_cache import local_tensor
+from infir2.parallel.collectives import to_device
+from infir2.parallel.parallel_model import Sharded, alone
+from infir2.parallel.shard_spec import Place
 from infir2.train.losses import LossFunction, TokenScores
 from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, update
 

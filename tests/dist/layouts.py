@@ -22,15 +22,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from infir2.config.schema import Fp8Section, OptimizerSection, ShapeSection
 from infir2.data import Batch
 from infir2.model import Decoder
-from infir2.model.hf import exported_fp8_weights, weights_digest
-from infir2.numerics import Fp8Linear, convert_to_fp8, fused
-from infir2.numerics.operands import local_tensor
+from infir2.model.hf_names import exported_fp8_weights, weights_digest
+from infir2.numerics import Fp8Linear, convert_to_fp8
+from infir2.numerics import ops_cuda as fused
+from infir2.numerics.weight_cache import local_tensor
 from infir2.numerics.quantize import quantize_weight
 from infir2.parallel import fsdp
 from infir2.parallel.fsdp import shard_module
 from infir2.parallel.mesh import Layout, Sizes
-from infir2.parallel.sharded import Sharded
-from infir2.parallel.team import Team, end_team, start_team
+from infir2.parallel.parallel_model import Sharded
+from infir2.parallel.ranks import Team, end_team, start_team
 from infir2.train.losses import next_token_loss
 from infir2.train.trainer import StepResult, Trainer
 

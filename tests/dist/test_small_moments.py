@@ -15,10 +15,10 @@ from infir2.data import Batch
 from infir2.errors import ConfigError
 from infir2.model import Decoder
 from infir2.parallel.mesh import Layout, Sizes
-from infir2.parallel.sharded import Sharded
-from infir2.parallel.team import Team
+from infir2.parallel.parallel_model import Sharded
+from infir2.parallel.ranks import Team
 from infir2.train.losses import next_token_loss
-from infir2.train.session import check_optimizer
+from infir2.train.supervisor import check_optimizer
 from infir2.train.trainer import Trainer
 
 SHAPE = ShapeSection(hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=96)

@@ -184,7 +184,7 @@ def test_f8_sigterm_on_one_rank_in_an_evaluation_ends_all_there(world: Path, tmp
 @pytest.mark.parametrize(("pause", "code"), [(2.5, 0), (9.0, 71)])
 def test_the_watchdog_lets_a_collective_fail_first(pause: float, code: int) -> None:
     """A rank that waits for a hanging one has the same time limit there, and says more."""
-    program = f"import time; from infir2.parallel.watch import Watchdog; Watchdog(1, 1.0).beat('step 7'); time.sleep({pause})"
+    program = f"import time; from infir2.parallel.watchdog import Watchdog; Watchdog(1, 1.0).beat('step 7'); time.sleep({pause})"
     process = begin([sys.executable, "-c", program])
     _, said = process.communicate(timeout=60)
     assert process.returncode == code

@@ -20,7 +20,7 @@ import pytest
 import torch
 from stages import SHAPE, assert_same_state, begin, curve, lines, options, run
 
-import infir2.train.run as train_run
+import infir2.train.loop as train_run
 from infir2 import faults
 from infir2.checkpoint import open_checkpoint
 from infir2.checkpoint.store import Store
@@ -341,7 +341,7 @@ def test_f7_a_refusal_comes_first_and_leaves_the_recipe_as_it_was(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before process groups; and whatever stops a command before it trains, the original one goes on."""
-    import infir2.train.session as module
+    import infir2.train.supervisor as module
 
     words = cpt(world, tmp_path / "run")
     run([*words, "--train.stop_after_step=4"])
@@ -499,7 +499,7 @@ def test_f8_sigterm_while_a_run_is_being_closed_changes_nothing(
 
     close, run_training = Store.close, train_run.run_training
     monkeypatch.setattr(Store, "close", close_and_be_stopped)
-    monkeypatch.setattr("infir2.train.run.run_training", train_and_be_stopped)
+    monkeypatch.setattr("infir2.train.loop.run_training", train_and_be_stopped)
     if code:
         monkeypatch.setattr(Trainer, "step", Mock(side_effect=DataError("no such row.")))
     handler = signal.getsignal(signal.SIGTERM)
@@ -528,9 +528,9 @@ def test_f10_a_loss_spike_is_an_event_or_the_end(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Five steps whose loss is tenfold, with a stop in between: the window is read back from the record."""
-    import infir2.train.run
+    import infir2.train.loop
 
-    real = infir2.train.run.next_token_loss
+    real = infir2.train.loop.next_token_loss
     calls: list[int] = []
 
     def tenfold(scores):  # type: ignore[no-untyped-def]
@@ -538,7 +538,7 @@ def test_f10_a_loss_spike_is_an_event_or_the_end(
         loss, metrics = real(scores)
         return loss * (10 if 14 <= len(calls) <= 18 else 1), metrics
 
-    monkeypatch.setattr(infir2.train.run, "next_token_loss", tenfold)
+    monkeypatch.setattr(infir2.train.loop, "next_token_loss", tenfold)
 
     def words(name: str) -> list[str]:
         return cpt(world, tmp_path / name, schedule__total_steps=20, data__batch_sequences=1)
@@ -623,7 +623,7 @@ def test_f26_a_broken_view_neither_stops_nor_delays_the_run(
         freed.wait()
 
     monkeypatch.setattr(RecordWriter, "write", write)
-    monkeypatch.setattr("infir2.train.metrics._CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr("infir2.checkpoint.record._CLOSE_SECONDS", 1.0)
     try:
         run(cpt(world, tmp_path / "run"))
         assert tried.wait(10)

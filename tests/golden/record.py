@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stages import curve, make_rl_start, make_world, options, run
 
-import infir2.rl.sampler
+import infir2.rl.dynamic_sampling
 from infir2.rl.groups import Response
 
 VARIABLES = {"CUDA_VISIBLE_DEVICES": "", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
@@ -38,7 +38,7 @@ def record(runs: Path) -> dict[str, list[list[float]]]:
     run(options(world, runs / "cpt", "cpt", schedule__total_steps=12, schedule__learning_rate=1e-3, schedule__final_learning_rate=1e-4))
     rates = {"schedule__learning_rate": 2e-4, "schedule__final_learning_rate": 2e-5}
     run(options(world, runs / "sft", "sft1", model__path=start / "cpt", train__epochs=0.5, **rates))
-    infir2.rl.sampler.rate = reward_by_parity
+    infir2.rl.dynamic_sampling.rate = reward_by_parity
     names = {"model__path": start / "cpt", "rollout__model": start / "fp8"}
     run(options(world, runs / "rl", "rl1", **names, schedule__total_steps=4, schedule__learning_rate=1e-4))
     return {name: [list(row[1:]) for row in curve(runs / name, "loss", "gradient_norm")] for name in ("cpt", "sft", "rl")}

@@ -22,8 +22,8 @@ from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, convert_to_fp8
 from infir2.parallel.context import ContextParallel
 from infir2.parallel.mesh import Layout, Sizes
-from infir2.parallel.sharded import Sharded
-from infir2.parallel.team import Team
+from infir2.parallel.parallel_model import Sharded
+from infir2.parallel.ranks import Team
 from infir2.parallel.tensor import share_blocks, split_layers
 from infir2.train.losses import next_token_loss
 from infir2.train.optimizer import make_optimizer

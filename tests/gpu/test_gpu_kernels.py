@@ -8,11 +8,11 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'infi
 import kernel_cases as cases
 
 from infir2.config.schema import OptimizerSection
-from infir2.numerics import gemm_backends
+from infir2.numerics import gemm_scaled as gemm_backends
+from infir2.numerics.error import relative_error
 from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
 from infir2.numerics.kernels import usable
-from infir2.numerics.measure import relative_error
-from infir2.numerics.reference import quantize_reference
+from infir2.numerics.quantize_reference import quantize_reference
 from infir2.train.optimizer import make_optimizer, update
 
 converts = torch.cuda.is_available() and usable(torch.device("cuda"))
@@ -111,7 +111,7 @@ def test_choices_are_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> 
 
 @needs_hopper
 def test_compiled_linear_is_one_graph_with_the_same_bits() -> None:
-    from infir2.numerics.kernels import matrix
+    from infir2.numerics.kernels import quantizers as matrix
 
     weight = random_operand(256, 512, TILE_BLOCK)
 

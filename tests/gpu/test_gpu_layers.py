@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'infi
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, Memory, convert_to_fp8, linear, snr_db, token_logprobs
-from infir2.numerics.gemm_backends import missing_block_scaling
+from infir2.numerics.gemm_scaled import missing_block_scaling
 from infir2.numerics.kernels import usable
 
 hopper = torch.cuda.is_available() and usable(torch.device("cuda")) and missing_block_scaling(torch.device("cuda")) is None

@@ -21,7 +21,7 @@ from infir2.config.schema import OptimizerSection, ShapeSection
 from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.numerics import snr_db
-from infir2.numerics.gemm_backends import missing_block_scaling
+from infir2.numerics.gemm_scaled import missing_block_scaling
 from infir2.numerics.kernels import usable
 from infir2.parallel.context import attend_to_prefix
 from infir2.train.losses import next_token_loss

@@ -97,7 +97,7 @@ def test_no_circles_between_modules() -> None:
         visit(name, ())
 
 
-LIGHT = ("infir2.config", "infir2.verify", "infir2.cli", "infir2.cli.recipe", "infir2.cli.check", "infir2.cli.launch")
+LIGHT = ("infir2.config", "infir2.verify", "infir2.cli", "infir2.cli.train", "infir2.preflight.checks", "infir2.cli.launch")
 
 
 @pytest.mark.parametrize("package", LIGHT)

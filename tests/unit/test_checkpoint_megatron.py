@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
-from infir2.checkpoint.megatron import MegatronCheckpoint, config_of_arguments, import_megatron
 from infir2.config.schema import ShapeSection
+from infir2.convert.megatron_import import MegatronCheckpoint, config_of_arguments, import_megatron
 from infir2.errors import CheckpointError, ConfigError, OutputExistsError
 from infir2.model import Decoder, ModelConfig
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from test_checkpoint_export import make_decoder, make_run  # noqa: F401 (a fixture)
 
 from infir2.checkpoint import export_hf
-from infir2.checkpoint import megatron_export as module
-from infir2.checkpoint.megatron import import_megatron
-from infir2.checkpoint.megatron_export import export_megatron
 from infir2.cli import main
 from infir2.config.schema import ShapeSection
+from infir2.convert import megatron_export as module
+from infir2.convert.megatron_export import export_megatron
+from infir2.convert.megatron_import import import_megatron
 from infir2.errors import CheckpointError, OutputExistsError
 from infir2.model import Decoder
 

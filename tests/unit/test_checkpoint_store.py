@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from infir2.checkpoint import Store, dcp, open_checkpoint
 from infir2.checkpoint import store as store_module
 from infir2.checkpoint.manifest import FileEntry, encode_manifest, read_manifest
-from infir2.checkpoint.places import Place, whole
 from infir2.checkpoint.store import published_steps, read_state
 from infir2.errors import CheckpointCorruptError, CheckpointError
+from infir2.parallel.shard_spec import Place, whole
 
 
 def bits(tensor: torch.Tensor) -> bytes:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from infir2.cli import main
-from infir2.cli.check_model import memory_parts, model_facts
 from infir2.config import dump, load
 from infir2.config.schema import TrainRecipe
-from infir2.data.demo import make_demo_world
+from infir2.demo.world import make_demo_world
 from infir2.parallel.mesh import Sizes
+from infir2.preflight.model import memory_parts, model_facts
 
 RECIPE = """
 [run]

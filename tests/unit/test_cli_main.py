@@ -16,7 +16,7 @@ from infir2 import errors
 from infir2.cli import VERBS, main
 from infir2.config.keys import leaf_keys
 from infir2.config.schema import RlRecipe
-from infir2.train.signals import CommandSignals
+from infir2.processes import CommandSignals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,7 +56,7 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple]]:
 
 
 def test_training_gets_the_recipe_and_the_kind(recipe: str, replace: Callable[..., list[tuple]]) -> None:
-    calls = replace("infir2.train.run", "run_training")
+    calls = replace("infir2.train.loop", "run_training")
     assert main(["sft", recipe, "--run.seed=5", "--accept-changes"]) == 0
     assert main(["cpt", recipe, "--data.batch_samples=0", "--data.batch_sequences=3"]) == 0
     (_, loaded, kind), (_, second, second_kind) = calls
@@ -67,7 +67,7 @@ def test_training_gets_the_recipe_and_the_kind(recipe: str, replace: Callable[..
 def test_variables_that_took_part_are_printed_once(
     recipe: str, replace: Callable[..., list[tuple]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    replace("infir2.train.run", "run_training")
+    replace("infir2.train.loop", "run_training")
     monkeypatch.setenv("HF_CHECKPOINT", "models/hf")
     assert main(["sft", recipe]) == 0
     assert capsys.readouterr().err == "infir2: environment variable HF_CHECKPOINT sets model.path to 'models/hf'.\n"
@@ -93,7 +93,7 @@ def test_variables_that_took_part_are_printed_once(
 def test_each_error_has_its_exit_code_and_one_line(
     recipe: str, replace: Callable[..., list[tuple]], capsys: pytest.CaptureFixture[str], error: BaseException, code: int, text: str
 ) -> None:
-    replace("infir2.train.run", "run_training", raises=error)
+    replace("infir2.train.loop", "run_training", raises=error)
     assert main(["sft", recipe]) == code
     assert capsys.readouterr().err == f"{text}\n"
 
@@ -128,7 +128,7 @@ def test_a_rank_lets_rank_0_say_what_all_have(
 
     real_wait = CommandSignals.wait
     monkeypatch.setattr(CommandSignals, "wait", wait)
-    replace("infir2.train.run", "run_training", raises=errors.ConfigError("a key."))
+    replace("infir2.train.loop", "run_training", raises=errors.ConfigError("a key."))
     torchrun = {"RANK": "1", "GROUP_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"}
     for name, value in (torchrun | variables).items():
         monkeypatch.setenv(name, value)
@@ -138,7 +138,7 @@ def test_a_rank_lets_rank_0_say_what_all_have(
 
 
 def test_an_internal_error_has_its_traceback(recipe: str, replace: Callable[..., list[tuple]], capsys: pytest.CaptureFixture[str]) -> None:
-    replace("infir2.train.run", "run_training", raises=ZeroDivisionError("a defect"))
+    replace("infir2.train.loop", "run_training", raises=ZeroDivisionError("a defect"))
     assert main(["sft", recipe]) == 70
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from infir2.config import Loaded, load
-from infir2.config.checks import problems
+from infir2.config.rules import problems
 from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
 from infir2.errors import ConfigError
 

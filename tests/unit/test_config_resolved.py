@@ -8,7 +8,7 @@ from test_config_load import RECIPE
 from infir2.config import changed_keys, check_resume, dump, is_safe, load
 from infir2.config.keys import leaf_keys
 from infir2.config.load import Loaded
-from infir2.config.resolved import SAFE_KEYS
+from infir2.config.resume import SAFE_KEYS
 from infir2.config.schema import RlRecipe, TrainRecipe
 from infir2.errors import ConfigError
 

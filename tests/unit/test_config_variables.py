@@ -6,9 +6,9 @@ import pytest
 from test_config_load import RECIPE
 
 from infir2.config import load
+from infir2.config.env_vars import variables_of
 from infir2.config.keys import lookup
 from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
-from infir2.config.variables import variables_of
 from infir2.errors import ConfigError
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from infir2.data import ChatTokenizer, load_tokenizer
-from infir2.data.demo import build_vocabulary, every_phrase
-from infir2.data.demo_tokenizer import write_tokenizer
 from infir2.data.sources import RowError
+from infir2.demo.tokenizer import write_tokenizer
+from infir2.demo.world import build_vocabulary, every_phrase
 from infir2.errors import ConfigError
 
 REAL = Path(__file__).parents[2] / "../shared/data/tokenizers"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from infir2.data.demo import DemoWorld, held_out, make_demo_world
-from infir2.data.demo_tokenizer import pre_tokens
+from infir2.demo.tokenizer import pre_tokens
+from infir2.demo.world import DemoWorld, held_out, make_demo_world
 from infir2.errors import OutputExistsError
 
 FILES = ("cpt", "cpt_validation", "sft1", "sft2", "rl1", "rl2", "heldout")

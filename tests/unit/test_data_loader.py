@@ -10,9 +10,9 @@ import torch
 
 from infir2.config.schema import DataSection, SourceSection
 from infir2.data import Batch, ChatTokenizer, Loader, load_tokenizer, validation_batches
-from infir2.data.demo import DemoWorld, make_demo_world
 from infir2.data.rows import Quarantine
 from infir2.data.streams import DocumentWindows, SampleStream
+from infir2.demo.world import DemoWorld, make_demo_world
 from infir2.errors import DataError
 
 WORLD = DemoWorld(cpt_tokens=12_000, validation_documents=24, sft_rows=48, rl_rows=(8, 8), held_out_rows=9)

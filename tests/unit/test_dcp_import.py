@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_checkpoint_export import make_decoder
 from test_checkpoint_megatron import hf_directory
 
-from infir2.checkpoint.megatron import import_megatron
+from infir2.convert.megatron_import import import_megatron
 from infir2.errors import CheckpointError
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from infir2.config.load import load
 from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
-from infir2.demo import STAGES, plan
+from infir2.demo.stages import STAGES, plan
 
 ROOT = Path(__file__).parents[2]
 CLASSES = {"cpt": TrainRecipe, "sft": TrainRecipe, "rl": RlRecipe, "eval": EvalRecipe}

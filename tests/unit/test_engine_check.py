@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from infir2.checkpoint import selfcheck
 from infir2.cli import main
 from infir2.config.schema import ShapeSection
+from infir2.convert import selfcheck
 from infir2.data import load_tokenizer
+from infir2.engines.native import NativeEngine
+from infir2.engines.probe import KEY_VARIABLE, check_engine
+from infir2.engines.types import Request, SamplingParams
 from infir2.errors import CheckFailedError, ConfigError
 from infir2.model import Decoder, exported_weights, write_hf
-from infir2.rollout.native import NativeEngine
-from infir2.rollout.remote_check import KEY_VARIABLE, check_engine
-from infir2.rollout.types import Request, SamplingParams
 
 
 @contextmanager

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from infir2.errors import ConfigError
-from infir2.numerics import dequantize, gemm_backends, quantize
+from infir2.numerics import dequantize, quantize
+from infir2.numerics import gemm_scaled as gemm_backends
 from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK
-from infir2.numerics.gemm_backends import Operand, gemm_nt
+from infir2.numerics.gemm_scaled import Operand, gemm_nt
 
 
 def operand(rows: int, columns: int, block_rows: int) -> Operand:

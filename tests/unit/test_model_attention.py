@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from infir2.model import packing
+from infir2.model import padding as packing
 from infir2.model.attention import attention
-from infir2.model.packing import plan_packing
-from infir2.model.varlen import plan_varlen
+from infir2.model.attention_cuda import plan_varlen
+from infir2.model.padding import plan_packing
 
 LENGTHS = [7, 1, 40, 0, 23, 300, 33, 2]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.model import Decoder, KvCache
-from infir2.model import packing as packing_module
+from infir2.model import padding as packing_module
 from infir2.numerics import convert_to_fp8
 
 LENGTHS = [5, 17, 3, 40, 1, 9]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infir2.errors import CheckpointError, OutputExistsError
 from infir2.model import HfWeights, write_hf
-from infir2.model.files import INDEX_FILE, SINGLE_FILE
+from infir2.model.safetensors_io import INDEX_FILE, SINGLE_FILE
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(2, 2).to(torch.float8_e4m3fn)}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.errors import CheckpointError
 from infir2.model import Decoder, write_hf
-from infir2.model.hf import exported_fp8_weights, exported_weights, load_weights, quantization_config, weights_digest
+from infir2.model.hf_names import exported_fp8_weights, exported_weights, load_weights, quantization_config, weights_digest
 from infir2.numerics import Fp8Linear, convert_to_fp8
 
 SHAPE = ShapeSection(architecture="qwen2", hidden_size=96, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=200)

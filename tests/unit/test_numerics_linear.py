@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infir2.numerics import Fp8Linear, dequantize, forget, linear, nonfinite_blocks, quantize, snr_db
-from infir2.numerics.operands import rounded
+from infir2.numerics.weight_cache import rounded
 
 FORMATS = ["pow2", "fp32"]
 GATE_DB = 28.0
@@ -180,7 +180,7 @@ def test_codes_made_in_inference_mode_serve_training() -> None:
 
 
 def test_caches_die_with_the_weight() -> None:
-    from infir2.numerics import operands
+    from infir2.numerics import weight_cache as operands
 
     before = len(operands._versions)
     layers = [Fp8Linear(128, 128) for _ in range(5)]
@@ -220,7 +220,7 @@ def test_layers_that_share_an_input_quantise_it_once_and_round_its_gradient_once
     for layer, grad in zip(layers, grads, strict=True):
         exact += dequantize(quantize(grad, (1, 128), scale_format)) @ dequantize(layer.quantized_weight())
         layer.quantized_weight()
-    from infir2.numerics import gemm
+    from infir2.numerics import gemm_reference as gemm
 
     calls = []
     original = gemm.quantize

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from infir2.numerics import dequantize, nonfinite_blocks, quantize, relative_error, transpose
 from infir2.numerics.formats import E4M3, Fp8Tensor
-from infir2.numerics.reference import decode
+from infir2.numerics.quantize_reference import decode
 
 BLOCKS = [(1, 128), (128, 128)]
 FORMATS = ["pow2", "fp32"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from infir2.config.schema import ParallelSection
 from infir2.errors import ConfigError
 from infir2.model import ModelConfig
-from infir2.model.packing import Packing, plan_packing
+from infir2.model.padding import Packing, plan_packing
 from infir2.parallel.context import Cut, attend_to_prefix, cuts_of, rows_of
 from infir2.parallel.mesh import Sizes, check_model, plan_sizes
 

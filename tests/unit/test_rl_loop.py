@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from stages import assert_each_step_once, assert_same_state, curve, lines, make_rl_start, options, run
 
-import infir2.rl.run
-import infir2.rl.sampler
+import infir2.rl.dynamic_sampling
+import infir2.rl.loop
 from infir2.cli import main
-from infir2.parallel.team import Team
+from infir2.engines.native import NativeEngine
+from infir2.engines.types import Completion
+from infir2.parallel.ranks import Team
 from infir2.rl.groups import Response
 from infir2.rl.journal import Journal
-from infir2.rollout.native import NativeEngine
-from infir2.rollout.types import Completion
 
 
 def reward_even_lengths(completions, texts, answers, rl):  # type: ignore[no-untyped-def]
@@ -41,7 +41,7 @@ def words(world: Path, start: Path, name: Path, **values: object) -> list[str]:
 
 
 def test_the_engine_is_the_trainer_and_the_policy_moves(world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(infir2.rl.sampler, "rate", reward_even_lengths)
+    monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
     run(words(world, start, tmp_path / "rl"))
     trained = lines(tmp_path / "rl", "train")
     assert [line["policy_version"] for line in trained] == [1, 2, 3, 4]
@@ -55,7 +55,7 @@ def test_the_engine_is_the_trainer_and_the_policy_moves(world: Path, start: Path
 def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
     world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(infir2.rl.sampler, "rate", reward_even_lengths)
+    monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
     run(words(world, start, tmp_path / "a"))
 
     class Killed(BaseException):
@@ -64,18 +64,18 @@ def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
     def die(*_: object) -> None:
         raise Killed
 
-    real = infir2.rl.sampler.GroupSampler.collect
+    real = infir2.rl.dynamic_sampling.GroupSampler.collect
     calls = []
 
     def collect_thrice(self, engine, *words):  # type: ignore[no-untyped-def]
         calls.append(engine.policy_version)
         return die() if len(calls) == 4 else real(self, engine, *words)
 
-    monkeypatch.setattr(infir2.rl.sampler.GroupSampler, "collect", collect_thrice)
+    monkeypatch.setattr(infir2.rl.dynamic_sampling.GroupSampler, "collect", collect_thrice)
     with pytest.raises(Killed):
         main(words(world, start, tmp_path / "b"))
     assert calls == [0, 1, 2, 3]
-    monkeypatch.setattr(infir2.rl.sampler.GroupSampler, "collect", real)
+    monkeypatch.setattr(infir2.rl.dynamic_sampling.GroupSampler, "collect", real)
     run(words(world, start, tmp_path / "b"))
     names = ("loss", "reward", "gradient_norm", "response_tokens", "groups_sampled", "policy_version")
     assert curve(tmp_path / "b", *names) == curve(tmp_path / "a", *names)
@@ -94,14 +94,14 @@ def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
         return real(self, requests, params)
 
     monkeypatch.setattr(NativeEngine, "stream", stream)
-    monkeypatch.setattr(infir2.rl.sampler, "rate", reward_even_lengths)
+    monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
     run(words(world, start, tmp_path / "a"))
     after_step_2 = {request for version, request in asked if version >= 2}
 
     class Killed(BaseException):
         pass
 
-    finish, done = infir2.rl.sampler.GroupSampler._finish, []
+    finish, done = infir2.rl.dynamic_sampling.GroupSampler._finish, []
 
     def finish_or_die(self, key, completions, answer):  # type: ignore[no-untyped-def]
         if completions[0].policy_version == 3 and len(done) == 2:
@@ -109,10 +109,10 @@ def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
         done.extend([key] * (completions[0].policy_version == 3))
         return finish(self, key, completions, answer)
 
-    monkeypatch.setattr(infir2.rl.sampler.GroupSampler, "_finish", finish_or_die)
+    monkeypatch.setattr(infir2.rl.dynamic_sampling.GroupSampler, "_finish", finish_or_die)
     with pytest.raises(Killed):
         main(words(world, start, tmp_path / "b"))
-    monkeypatch.setattr(infir2.rl.sampler.GroupSampler, "_finish", finish)
+    monkeypatch.setattr(infir2.rl.dynamic_sampling.GroupSampler, "_finish", finish)
     kept = tmp_path / "b" / "rollouts" / "step-4-0.jsonl"
     assert kept.read_text().count("\n") == 2
     kept.write_text(kept.read_text() + '{"key": "cut by the ki')
@@ -133,7 +133,7 @@ def test_asynchronous_samples_the_next_step_while_one_trains(
 ) -> None:
     """No update of a step but the last begins before the engine has begun on the next step's responses."""
     versions: queue.Queue[int] = queue.Queue()  # of what is sampled in the background
-    stream, update = NativeEngine.stream, infir2.rl.run.update_policy
+    stream, update = NativeEngine.stream, infir2.rl.loop.update_policy
 
     def stream_and_tell(self, *words):  # type: ignore[no-untyped-def]
         if threading.current_thread() is not threading.main_thread():
@@ -146,9 +146,9 @@ def test_asynchronous_samples_the_next_step_while_one_trains(
         updates.append(versions.get(timeout=60) if len(updates) < 3 else None)
         return update(*words)
 
-    monkeypatch.setattr(infir2.rl.sampler, "rate", reward_even_lengths)
+    monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
     monkeypatch.setattr(NativeEngine, "stream", stream_and_tell)
-    monkeypatch.setattr(infir2.rl.run, "update_policy", update_once_sampling)
+    monkeypatch.setattr(infir2.rl.loop, "update_policy", update_once_sampling)
     run(words(world, start, tmp_path / "rl", rl__asynchronous="true", rl__over_sample_prompts=3, rl__mini_batches=1))
     assert updates == [0, 1, 2, None]  # beside step n, step n + 1 from version n - 1
     trained = lines(tmp_path / "rl", "train")

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from infir2.rollout.sampling import sample, uniforms
-from infir2.rollout.types import sampling_key
+from infir2.engines.sampling import sample, uniforms
+from infir2.engines.types import sampling_key
 
 
 def draw(logits: torch.Tensor, temperature: float, top_p: float = 1.0, count: int = 20000) -> torch.Tensor:

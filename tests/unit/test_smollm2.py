@@ -21,7 +21,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not found:
         pytest.skip("no SmolLM2 here: `make test` fetches it, or INFIR2_SMOLLM2 names a directory with its .gguf file")
     pytest.importorskip("gguf", reason="transformers reads GGUF through the package gguf")
-    from infir2.checkpoint.hf_import import import_hf
+    from infir2.convert.import_hf import import_hf
 
     target = tmp_path_factory.mktemp("models") / "smollm2"
     import_hf(found[0], target)
@@ -40,10 +40,10 @@ def test_rollout_is_the_trainer_on_the_real_model_in_fp8(model_dir: Path) -> Non
     """Prefill, decode with a KV cache and other company in the batch against one packed forward: the same log-probabilities."""
     from infir2.config.schema import Fp8Section
     from infir2.data import load_tokenizer
+    from infir2.engines.native import NativeEngine
+    from infir2.engines.types import Request, SamplingParams
     from infir2.model import Decoder
     from infir2.numerics import convert_to_fp8, token_logprobs
-    from infir2.rollout.native import NativeEngine
-    from infir2.rollout.types import Request, SamplingParams
 
     model = convert_to_fp8(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), Fp8Section())
     tokenizer = load_tokenizer(model_dir)

@@ -1,6 +1,6 @@
 """Triton kernels behind the FP8 conversions and the operations fused with them.
 
-`operations` has the functions, with the signatures and the bits of the reference in `infir2.numerics.reference`. This
+`operations` has the functions, with the signatures and the bits of the reference in `infir2.numerics.quantize_reference`. This
 file imports no triton, so that a machine without it can ask.
 """
 

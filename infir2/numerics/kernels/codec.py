@@ -1,6 +1,6 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
 # mypy: disable-error-code="no-untyped-def"
-"""Device functions of the FP8 conversions: the arithmetic of `infir2.numerics.reference`, bit for bit, in Triton.
+"""Device functions of the FP8 conversions: the arithmetic of `infir2.numerics.quantize_reference`, bit for bit, in Triton.
 
 Magnitudes are compared as integers: the bits of |x| order like |x|, and an Inf or a NaN is simply a large one, whereas
 float maxima drop NaNs. Codes are handled as uint8, so that no layout or select has to know the type.

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infir2.numerics.kernels.codec import round_to_bf16
-from infir2.numerics.kernels.operator import operator
+from infir2.numerics.kernels.custom_op import operator
 
 _CONFIG = {"WIDE": 4096, "num_warps": 8}
 

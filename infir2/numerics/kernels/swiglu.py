@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infir2.numerics.kernels.bf16_pairs import high, load_pairs, low, pack, write_pairs
 from infir2.numerics.kernels.codec import GROUP, INTERPRET, round_to_bf16
-from infir2.numerics.kernels.matrix import (
+from infir2.numerics.kernels.custom_op import operator
+from infir2.numerics.kernels.quantizers import (
     ROWS_CONFIG,
     as_bytes,
     empty_codes,
@@ -28,8 +30,6 @@ from infir2.numerics.kernels.matrix import (
     groups,
     rows_contiguous,
 )
-from infir2.numerics.kernels.operator import operator
-from infir2.numerics.kernels.pairs import high, load_pairs, low, pack, write_pairs
 from infir2.numerics.kernels.tiles import (
     load_values,
     quantize_rows_of,

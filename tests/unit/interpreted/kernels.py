@@ -8,13 +8,16 @@ from triton import knobs
 
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.model import Decoder
-from infir2.numerics import Memory, adamw, convert_to_fp8, fused, token_logprobs
+from infir2.numerics import Memory, adamw, convert_to_fp8, token_logprobs
+from infir2.numerics import ops_cuda as fused
+from infir2.numerics.error import relative_error
 from infir2.numerics.formats import Fp8Tensor
 from infir2.numerics.kernels import adamw as adamw_kernels
-from infir2.numerics.kernels import matrix, norm, operations, rope, softmax, swiglu
-from infir2.numerics.kernels.operations import quantize, swiglu_backward_quantize, transpose
-from infir2.numerics.measure import relative_error
-from infir2.numerics.reference import block_scale, quantize_reference, transpose_reference
+from infir2.numerics.kernels import api as operations
+from infir2.numerics.kernels import norm, rope, softmax, swiglu
+from infir2.numerics.kernels import quantizers as matrix
+from infir2.numerics.kernels.api import quantize, swiglu_backward_quantize, transpose
+from infir2.numerics.quantize_reference import block_scale, quantize_reference, transpose_reference
 
 FORMATS = ("pow2", "fp32")
 SHAPES = [(1, 1), (0, 130), (131, 200), (128, 256)]

@@ -1,0 +1,242 @@
+"""`a @ b.T` of two block-scaled FP8 matrices: cuBLAS, DeepGEMM or emulation, chosen per shape by measurement.
+
+    out    = x [T, K]      @ W [N, K].T        a 1x128, b 128x128
+    grad_x = grad [T, N]   @ W.T [K, N].T      a 1x128, b 128x128
+    grad_W = grad.T [N, T] @ x.T [K, T].T      a 1x128, b 128x128 (or 1x128)
+
+Block scaling exists on compute capability 9.0 only (Hopper); elsewhere emulation dequantises and multiplies in FP32
+(exact products for "pow2" even where the process allows TF32). cuBLAS takes what 16 divides, so other sizes are padded
+with zero codes. A process measures a shape once; INFIR2_GEMM=cublas|deepgemm|emulation overrides the choice. Under
+torch.use_deterministic_algorithms nothing is measured: the first backend that can multiply the operands is taken, so that
+a run repeats bit for bit.
+"""
+
+import os
+import statistics
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infir2.errors import ConfigError
+from infir2.numerics.formats import BLOCKS, GROUP, TILE_BLOCK
+from infir2.numerics.kernels.custom_op import operator
+
+BACKENDS = ("cublas", "deepgemm", "emulation")
+_ALIGNMENT = 16
+_TIMED_CALLS = 7
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One block-scaled matrix: codes float8_e4m3fn [R, K], scale float32 [ceil(R / block_rows), ceil(K / 128)]."""
+
+    codes: Tensor
+    scale: Tensor
+    block_rows: int
+
+    @property
+    def scaling(self) -> F.ScalingType:
+        """The name that torch has for this block."""
+        return F.ScalingType.BlockWise1x128 if self.block_rows == 1 else F.ScalingType.BlockWise128x128
+
+    def padded(self) -> "Operand":
+        """Rows padded to a multiple of 16 and columns to one of 128, with zero codes (scale 1); itself where they are."""
+        rows, columns = self.codes.shape
+        more_rows, more_columns = -rows % _ALIGNMENT, -columns % GROUP if columns % _ALIGNMENT else 0
+        if not more_rows and not more_columns:
+            return self
+        codes = F.pad(self.codes.view(torch.uint8), (0, more_columns, 0, more_rows)).view(self.codes.dtype)
+        scale = F.pad(self.scale, (0, 0, 0, more_rows), value=1.0) if self.block_rows == 1 else self.scale
+        return Operand(codes, scale, self.block_rows)
+
+    def values(self) -> Tensor:
+        """codes * scale [R, K] in float32."""
+        rows, columns = self.codes.shape
+        scale = self.scale.repeat_interleave(GROUP, dim=1)[:, :columns]
+        if self.block_rows != 1:
+            scale = scale.repeat_interleave(self.block_rows, dim=0)[:rows]
+        return self.codes.float() * scale
+
+
+@cache
+def missing_block_scaling(device: torch.device) -> str | None:
+    """Why this device has no block-scaled FP8 GEMM, as the end of a sentence; None where it has one."""
+    if device.type != "cuda":
+        return f"{device.type} has no FP8 hardware"
+    if torch.version.hip is not None:
+        return "block-scaled FP8 is used on NVIDIA GPUs only"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and block-scaled FP8 needs 9.0 (Hopper)"
+    return None
+
+
+def gemm_nt(
+    a_codes: Tensor,
+    a_scale: Tensor,
+    b_codes: Tensor,
+    b_scale: Tensor,
+    a_block: tuple[int, int],
+    b_block: tuple[int, int],
+    out_dtype: torch.dtype = torch.bfloat16,
+    backend: str | None = None,
+) -> Tensor:
+    """`dequantize(a) @ dequantize(b).T` [M, N], summed in FP32.
+
+    Args:
+        a_codes: float8_e4m3fn [M, K]; a_scale its scales, in any memory layout (kernels write the one that needs no copy).
+        b_codes: float8_e4m3fn [N, K]; b_scale its scales.
+        a_block: (1, 128) or (128, 128); b_block likewise; not both (128, 128) on hardware.
+        out_dtype: BF16 or FP32.
+        backend: one of `BACKENDS`; None: INFIR2_GEMM, else the fastest for this shape.
+
+    Raises:
+        ValueError: shapes or blocks that do not fit.
+        ConfigError: an unknown backend, or one that cannot multiply these operands on this device.
+    """
+    if tuple(a_block) not in BLOCKS or tuple(b_block) not in BLOCKS:
+        raise ValueError(f"blocks must be (1, 128) or (128, 128); got {a_block} and {b_block}")
+    if a_codes.shape[1] != b_codes.shape[1]:
+        raise ValueError(f"a {list(a_codes.shape)} and b {list(b_codes.shape)} must have the same number of columns")
+    chosen = backend or os.environ.get("INFIR2_GEMM") or "auto"
+    return _gemm_nt(a_codes, a_scale, b_codes, b_scale, a_block[0], b_block[0], out_dtype, chosen)
+
+
+@operator("infir2::gemm_nt")
+def _gemm_nt(
+    a_codes: Tensor, a_scale: Tensor, b_codes: Tensor, b_scale: Tensor, a_rows: int, b_rows: int, out_dtype: torch.dtype, backend: str
+) -> Tensor:
+    a, b = Operand(a_codes, a_scale, a_rows), Operand(b_codes, b_scale, b_rows)
+    if 0 in (a_codes.shape[0], b_codes.shape[0], a_codes.shape[1]):
+        return a_codes.new_zeros((a_codes.shape[0], b_codes.shape[0]), dtype=out_dtype)
+    usable = candidates(a, b, out_dtype)
+    if backend == "auto":
+        backend = usable[0] if len(usable) == 1 else _fastest(a, b, out_dtype, usable)
+    elif backend not in BACKENDS:
+        raise ConfigError(f"INFIR2_GEMM is {backend!r}; use one of {', '.join(BACKENDS)} or leave it empty")
+    elif backend not in usable and backend != "emulation":
+        reason = missing_block_scaling(a_codes.device) or f"it cannot multiply {a_rows}x128 by {b_rows}x128 blocks into {out_dtype}"
+        raise ConfigError(f"the {backend} GEMM was asked for (INFIR2_GEMM), but {reason}; use emulation, BF16 layers, or leave it empty")
+    return _RUN[backend](a, b, out_dtype)
+
+
+@_gemm_nt.register_fake
+def _fake_gemm_nt(
+    a_codes: Tensor, a_scale: Tensor, b_codes: Tensor, b_scale: Tensor, a_rows: int, b_rows: int, out_dtype: torch.dtype, backend: str
+) -> Tensor:
+    return a_codes.new_empty((a_codes.shape[0], b_codes.shape[0]), dtype=out_dtype)
+
+
+def candidates(a: Operand, b: Operand, out_dtype: torch.dtype) -> tuple[str, ...]:
+    """Backends that can multiply these operands on their device, the safe choice first; emulation only where alone."""
+    if missing_block_scaling(a.codes.device) or a.block_rows == b.block_rows == TILE_BLOCK[0]:
+        return ("emulation",)
+    # DeepGEMM's tiles: shapes that do not fill one are not compiled.
+    filled = a.codes.shape[0] >= 64 and b.codes.shape[0] % 64 == 0 and a.codes.shape[1] % GROUP == 0
+    if filled and a.block_rows == 1 and (b.block_rows == 1) == (out_dtype == torch.float32) and deep_gemm() is not None:
+        return ("cublas", "deepgemm")
+    return ("cublas",)
+
+
+@cache
+def deep_gemm() -> ModuleType | None:
+    """DeepGEMM (sgl-deep-gemm) if it is installed and fits this torch; a warning where it is installed and does not."""
+    try:
+        import deep_gemm as module
+    except ModuleNotFoundError as error:
+        if error.name != "deep_gemm":
+            warnings.warn(f"DeepGEMM is installed, but {error.name} is not; using cuBLAS", stacklevel=2)
+        return None
+    except Exception as error:  # it loads libraries of one torch and one CUDA, and asserts on both
+        warnings.warn(f"DeepGEMM is installed but does not load ({error}); using cuBLAS", stacklevel=2)
+        return None
+    return module
+
+
+def _cublas(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
+    rows, columns = a.codes.shape[0], b.codes.shape[0]
+    a, b = a.padded(), b.padded()
+    out = F.scaled_mm(
+        a.codes, b.codes.t(), _cublas_scale(a), a.scaling, _cublas_scale(b), b.scaling, output_dtype=out_dtype
+    )  # fmt: skip
+    return out if out.shape == (rows, columns) else out[:rows, :columns].contiguous()
+
+
+def _cublas_scale(operand: Operand) -> Tensor:
+    """1x128: strides (1, R). 128x128: transposed, [K / 128 padded to a multiple of 4, R / 128], strides (1, that)."""
+    scale = operand.scale
+    if operand.block_rows == 1:
+        strides = (1, scale.shape[0])
+        return scale if scale.stride() == strides else torch.empty_strided(scale.shape, strides, device=scale.device).copy_(scale)
+    blocks, num_groups = scale.shape
+    wide = -(-num_groups // 4) * 4
+    fits = scale.storage_offset() + blocks * wide <= scale.untyped_storage().nbytes() // scale.element_size()
+    if scale.stride() == (wide, 1) and fits:
+        return scale.as_strided((wide, blocks), (1, wide))
+    return F.pad(scale, (0, wide - num_groups)).contiguous().t()
+
+
+def _deepgemm(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
+    module = deep_gemm()
+    assert module is not None
+    rows, columns = a.codes.shape[0], b.codes.shape[0]
+    a, b = a.padded(), b.padded()
+    left, right = (a.codes, a.scale), (b.codes, b.scale.contiguous() if b.block_rows != 1 else b.scale)
+    if b.block_rows == 1:  # this kernel adds to its output
+        out = a.codes.new_zeros((a.codes.shape[0], b.codes.shape[0]), dtype=out_dtype)
+        module.fp8_gemm_nt(left, right, out, c=out, recipe=(1, 1, GROUP), disable_ue8m0_cast=True)
+    else:
+        out = a.codes.new_empty((a.codes.shape[0], b.codes.shape[0]), dtype=out_dtype)
+        module.fp8_gemm_nt(left, right, out, disable_ue8m0_cast=True)
+    return out if out.shape == (rows, columns) else out[:rows, :columns].contiguous()
+
+
+def _emulation(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
+    return (a.values() @ b.values().t()).to(out_dtype)
+
+
+_RUN: dict[str, Callable[[Operand, Operand, torch.dtype], Tensor]] = {"cublas": _cublas, "deepgemm": _deepgemm, "emulation": _emulation}
+
+
+_chosen: dict[Hashable, str] = {}
+
+
+def _fastest(a: Operand, b: Operand, out_dtype: torch.dtype, usable: tuple[str, ...]) -> str:
+    if torch.are_deterministic_algorithms_enabled():
+        return usable[0]
+    sizes = tuple(_rounded(size) for size in (a.codes.shape[0], b.codes.shape[0], a.codes.shape[1]))
+    key = (a.codes.device, sizes, a.block_rows, b.block_rows, out_dtype, usable)
+    if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():  # timing would break the capture
+            return usable[0]
+        _chosen[key] = min(usable, key=lambda name: _milliseconds(name, a, b, out_dtype))
+    return _chosen[key]
+
+
+def _rounded(size: int) -> int:
+    """Up to four significant bits: packed batches of similar size share a choice."""
+    step = 1 << max(0, size.bit_length() - 4)
+    return -(-size // step) * step
+
+
+def _milliseconds(name: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> float:
+    """Median time of one product; infinite where the backend fails, which a warning says."""
+    times = []
+    try:
+        for _ in range(_TIMED_CALLS + 2):  # two to compile and to warm up
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            _RUN[name](a, b, out_dtype)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    except Exception as error:  # a compiler that is missing, a shape that is refused: the other backend still works
+        warnings.warn(f"the {name} GEMM failed on {[*a.codes.shape]} x {[*b.codes.shape]} and is not used: {error}", stacklevel=2)
+        return float("inf")
+    return statistics.median(times[2:])
