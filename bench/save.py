@@ -27,7 +27,7 @@ from infir2.config.schema import OptimizerSection, ShapeSection
 from infir2.data.packing import pack_sequences
 from infir2.data.types import Sample
 from infir2.model import Decoder
-from infir2.parallel.shard_spec import whole
+from infir2.parallel.shard_spec import unsharded
 from infir2.train.losses import next_token_loss
 from infir2.train.trainer import Trainer
 
@@ -70,7 +70,7 @@ def hash_rate() -> float:
 def stall(directory: Path) -> list[str]:
     """Lines about 0.5 B parameters."""
     model = Decoder.from_shape(ShapeSection(**HALF_BILLION), vocab_size=HALF_BILLION["vocab_size"], seed=0, compute_dtype=torch.bfloat16)
-    trainer = Trainer(model, OptimizerSection(), head_chunk_tokens=128)
+    trainer = Trainer(model, OptimizerSection(), loss_chunk_tokens=128)
     tokens = torch.randint(0, 1000, (64,), generator=torch.Generator().manual_seed(0)).numpy().astype("int32")
     batches = pack_sequences([Sample(tokens, tokens >= 0)], 128)
 
@@ -150,7 +150,7 @@ def large(directory: Path, billions: float, rounds: int) -> list[str]:
     verified = time.perf_counter() - began
     loaded = checkpoint.tensors()
     for name, tensor in tensors.items():
-        loaded.read(name, whole(tensor.shape), tensor)
+        loaded.read(name, unsharded(tensor.shape), tensor)
     resumed = time.perf_counter() - began
     return [
         f"{billions:g} B: {num_bytes / GIB:.1f} GiB in GiB/s; SHA-256 in one thread: {hash_rate():.2f} GiB/s.",

@@ -30,8 +30,8 @@ from infir2.numerics import Fp8Linear, Memory
 from infir2.numerics.weight_cache import local_tensor
 from infir2.parallel import collectives as exchange
 from infir2.parallel.mesh import Layout, Sizes
-from infir2.parallel.parallel_model import Sharded
-from infir2.parallel.ranks import Team, end_team, start_team
+from infir2.parallel.parallel_model import ParallelModel
+from infir2.parallel.ranks import Ranks, init_ranks, shutdown_ranks
 from infir2.train.losses import TokenScores, next_token_loss
 from infir2.train.trainer import Trainer
 
@@ -54,7 +54,7 @@ class Bench:
         self.cuda = job["device"] == "cuda"
         if job.get("share_gpu"):
             os.environ["LOCAL_RANK"] = "0"
-        self.team: Team = start_team(torch.device(job["device"]), 300.0)
+        self.ranks: Ranks = init_ranks(torch.device(job["device"]), 300.0)
         if job.get("share_gpu"):
             go_through_the_host()
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
@@ -62,12 +62,12 @@ class Bench:
     def note(self, key: str, value: Any) -> None:
         """Keep a result; rank 0 writes all so far."""
         self.report[key] = value
-        if self.team.is_first:
+        if self.ranks.is_rank0:
             partial = self.out.with_suffix(".part")
             partial.write_text(json.dumps(self.report, indent=1), encoding="utf-8")
             partial.replace(self.out)
 
-    def trainer(self, case: Case, sizes: Sizes, alone: bool = False) -> Trainer:
+    def trainer(self, case: Case, sizes: Sizes, single_process: bool = False) -> Trainer:
         """The same weights on every rank and in every layout, sharded, and an optimizer."""
         torch.manual_seed(0)
         gc.collect()  # FSDP2's modules refer to each other in circles
@@ -75,8 +75,8 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         model = build(case, str(self.device))
-        sharded = None if alone else Sharded(model, Layout(sizes, self.team, self.device))
-        return Trainer(model, OptimizerSection(), case.head_chunk_tokens, sharded)
+        parallel_model = None if single_process else ParallelModel(model, Layout(sizes, self.ranks, self.device))
+        return Trainer(model, OptimizerSection(), case.loss_chunk_tokens, parallel_model)
 
     def wait(self) -> None:
         if self.cuda:
@@ -165,13 +165,13 @@ def spy_on_bytes(model: Decoder) -> dict[str, str]:
     return seen
 
 
-def expected_bytes(bench: Bench, case: Case, sharded: Sharded) -> dict[str, str]:
+def expected_bytes(bench: Bench, case: Case, parallel_model: ParallelModel) -> dict[str, str]:
     """The digests of one process's weights, cut as tensor parallelism cuts them."""
     torch.manual_seed(0)
     whole = {}
     for name, layer in build(case, str(bench.device)).named_modules():
         if isinstance(layer, Fp8Linear):
-            fp8, split = layer.quantized_weight(), sharded.splits.get(f"{name}.weight")
+            fp8, split = layer.quantized_weight(), parallel_model.splits.get(f"{name}.weight")
             parts = (fp8.codes.view(torch.uint8), fp8.scale)
             whole[name] = digest(*(parts if split is None else (x.chunk(split.count, split.dim)[split.index] for x in parts)))
     return whole
@@ -209,10 +209,10 @@ def decibels(pairs: Iterable[tuple[Tensor, Tensor]], gather: Callable[[Any], lis
     return 10 * math.log10(sum(totals) / max(sum(errors), 1e-30 * sum(totals)))
 
 
-def parts_and_wanted(sharded: Sharded, parts: dict[str, Tensor], whole: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def parts_and_wanted(parallel_model: ParallelModel, parts: dict[str, Tensor], whole: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of each gradient, found and cut out of the whole one."""
-    for name, place in sharded.places.items():
-        ranges = tuple(slice(first, first + size) for first, size in zip(place.offset, place.size, strict=True))
+    for name, spec in parallel_model.shard_specs.items():
+        ranges = tuple(slice(first, first + size) for first, size in zip(spec.offset, spec.local_shape, strict=True))
         yield parts[name], whole[name][ranges]
 
 
@@ -222,27 +222,27 @@ def equality(bench: Bench) -> None:
         case, job = case_of(bench.job, fp8), bench.job
         name = "FP8" if fp8 else "BF16"
         # every rank works alone at the same time: none waits longer than a timeout for another
-        trainer = bench.trainer(case, Sizes(), alone=True)
+        trainer = bench.trainer(case, Sizes(), single_process=True)
         whole = first_gradients(trainer)
-        alone = losses(trainer, case, job, slice(None))
+        single_process = losses(trainer, case, job, slice(None))
         del trainer
-        bench.note(f"{name} alone", alone)
-        trainer = bench.trainer(case, Sizes(), alone=True)  # what a GPU's own order of sums leaves of equality
+        bench.note(f"{name} alone", single_process)
+        trainer = bench.trainer(case, Sizes(), single_process=True)  # what a GPU's own order of sums leaves of equality
         again = first_gradients(trainer)
         repeated = losses(trainer, case, job, slice(None))
-        row = {"losses": repeated, "largest difference": max(abs(a - b) for a, b in zip(repeated, alone, strict=True))}
+        row = {"losses": repeated, "largest difference": max(abs(a - b) for a, b in zip(repeated, single_process, strict=True))}
         bench.note(f"{name} alone, again", row | {GRADIENT: decibels((again[key], whole[key]) for key in whole)})
         del trainer, again
         for layout, numbers in job["layouts"].items():
             sizes = Sizes(*numbers)
             trainer = bench.trainer(case, sizes)
-            expected = expected_bytes(bench, case, trainer.sharded) if fp8 else {}
+            expected = expected_bytes(bench, case, trainer.parallel_model) if fp8 else {}
             seen, parts = spy_on_bytes(trainer.model), first_gradients(trainer)
-            found = losses(trainer, case, job, slice(trainer.sharded.layout.data_rank, None, sizes.num_data))
-            row = {"losses": found, "largest difference": max(abs(a - b) for a, b in zip(found, alone, strict=True))}
-            row[GRADIENT] = decibels(parts_and_wanted(trainer.sharded, parts, whole), bench.team.gather)
+            found = losses(trainer, case, job, slice(trainer.parallel_model.layout.data_rank, None, sizes.num_data))
+            row = {"losses": found, "largest difference": max(abs(a - b) for a, b in zip(found, single_process, strict=True))}
+            row[GRADIENT] = decibels(parts_and_wanted(trainer.parallel_model, parts, whole), bench.ranks.all_gather)
             if fp8:
-                row["bytes equal on all ranks"] = all(bench.team.gather(bool(seen) and seen == expected))
+                row["bytes equal on all ranks"] = all(bench.ranks.all_gather(bool(seen) and seen == expected))
             bench.note(f"{name} {layout}", row)
             del trainer
 
@@ -258,7 +258,7 @@ def measure(bench: Bench, case: Case) -> dict[str, float]:
     """Medians of steps by the definitions of bench/step.py; tokens and operations are one GPU's share."""
     sizes, marks = Sizes(*bench.job["sizes"]), Marks(bench.cuda)
     trainer = bench.trainer(case, sizes)
-    batch = batch_of(tokens(case, trainer.sharded.layout.data_rank, ""), case.length)
+    batch = batch_of(tokens(case, trainer.parallel_model.layout.data_rank, ""), case.length)
 
     def timed_loss(scores: TokenScores) -> Any:
         marks.set()
@@ -276,29 +276,29 @@ def measure(bench: Bench, case: Case) -> dict[str, float]:
     total, share = statistics.median(sum(span) for span in spans), sizes.num_data / sizes.world
     peak = torch.cuda.max_memory_allocated() / 2**30 if bench.cuda else 0.0
     row = {"forward": forward, "backward": backward, "update": update, "total": total, "loss": loss}
-    row |= {"peak_gib": max(bench.team.gather(peak)), "tflops": share * flops(case) / (forward + backward) / 1e9}
+    row |= {"peak_gib": max(bench.ranks.all_gather(peak)), "tflops": share * flops(case) / (forward + backward) / 1e9}
     return row | {"tokens_per_second": share * case.tokens / total * 1e3}
 
 
 def gather(bench: Bench) -> None:
     """One block's all-gather: bytes that a rank receives, milliseconds with its copies in and out."""
-    sizes = Sizes(dp=bench.team.size)
+    sizes = Sizes(dp=bench.ranks.size)
     for fp8 in (True, False):
         case = case_of(bench.job, fp8)
         trainer = bench.trainer(case, sizes)
-        trainer.step([batch_of(tokens(case, bench.team.rank, ""), case.length)], next_token_loss, 1e-5)
+        trainer.step([batch_of(tokens(case, bench.ranks.rank, ""), case.length)], next_token_loss, 1e-5)
         received = count_gathered_bytes()
         block: Any = trainer.model.model.layers[1]
         marks = Marks(bench.cuda)
         for _ in range(bench.job["steps"] + 2):
             received.clear()
-            bench.team.gather(None)  # all begin together
+            bench.ranks.all_gather(None)  # all begin together
             marks.set(first=True)
             block.unshard()
             marks.set()
             bench.wait()
             block.reshard()
-        size = sum(received) * (bench.team.size - 1) // bench.team.size
+        size = sum(received) * (bench.ranks.size - 1) // bench.ranks.size
         median = statistics.median(span for (span,) in marks.milliseconds()[2:])
         bench.note("FP8" if fp8 else "BF16", {"bytes": size, "milliseconds": median, "GB/s": size / median / 1e6})
         del trainer, block
@@ -324,7 +324,7 @@ def overlap(bench: Bench) -> None:
     for fp8 in (True, False):
         case = case_of(bench.job, fp8)
         trainer = bench.trainer(case, Sizes(*bench.job["sizes"]))
-        batch = batch_of(tokens(case, trainer.sharded.layout.data_rank, ""), case.length)
+        batch = batch_of(tokens(case, trainer.parallel_model.layout.data_rank, ""), case.length)
         for _ in range(2):
             trainer.step([batch], next_token_loss, 1e-5)
         with torch.profiler.profile(activities=[activity.CUDA] if bench.cuda else [activity.CPU]) as trace:
@@ -359,7 +359,7 @@ def main() -> None:
         torch.set_num_threads(1)
     bench = Bench(job, Path(sys.argv[2]))
     WORK[job["work"]](bench)
-    end_team()
+    shutdown_ranks()
 
 
 if __name__ == "__main__":

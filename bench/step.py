@@ -33,7 +33,7 @@ from infir2.config.schema import (
     TrainSection,
 )
 from infir2.model import Decoder, ModelConfig
-from infir2.numerics import Fp8Linear, Memory, convert_to_fp8, forget, token_logprobs
+from infir2.numerics import Fp8Linear, Memory, convert_to_fp8, invalidate, token_logprobs
 from infir2.numerics import gemm_scaled as gemm_backends
 from infir2.preflight.gpu_memory import gpu_ledger
 from infir2.train.optimizer import make_optimizer, update
@@ -59,9 +59,9 @@ class Case:
     layers: int = 28
     optimizer: bool = True
     scale_format: Literal["pow2", "fp32"] = "pow2"
-    states: Literal["fp32", "bf16", "fp8"] = "fp32"
-    gradients: Literal["fp32", "bf16"] = "fp32"
-    head_chunk_tokens: int = 2048
+    moment_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
+    grad_dtype: Literal["fp32", "bf16"] = "fp32"
+    loss_chunk_tokens: int = 2048
 
     @property
     def tokens(self) -> int:
@@ -76,9 +76,9 @@ class Case:
             model=ModelSection(recompute=recompute, pre_activations=pre),
             fp8=Fp8Section(enabled=self.fp8, scale_format=self.scale_format, keep_transposed=memory.keep_transposed_weights),
             data=DataSection(micro_batch_tokens=self.tokens),
-            optimizer=OptimizerSection(states=self.states, gradients=self.gradients),
+            optimizer=OptimizerSection(moment_dtype=self.moment_dtype, grad_dtype=self.grad_dtype),
             schedule=ScheduleSection(learning_rate=1e-5),
-            train=TrainSection(head_chunk_tokens=self.head_chunk_tokens),
+            train=TrainSection(loss_chunk_tokens=self.loss_chunk_tokens),
         )
 
 
@@ -86,7 +86,7 @@ SAVED = Memory(pre_activations="fp8")
 LEAN = Memory(recompute="selective", pre_activations="fp8")
 SELECTIVE = Memory(recompute="selective")
 LEANEST = Memory(recompute="selective", pre_activations="fp8", keep_transposed_weights=False)
-BEST: dict[str, Any] = {"states": "fp8", "gradients": "bf16", "head_chunk_tokens": 1024}
+BEST: dict[str, Any] = {"moment_dtype": "fp8", "gradients": "bf16", "loss_chunk_tokens": 1024}
 CASES: dict[str, dict[str, Case]] = {
     "1.5B-8k": {
         "BF16": Case("1.5B", 2, 8192, False),
@@ -138,7 +138,7 @@ class Step:
         hidden = self.model.hidden_states(self.ids, self.positions, self.bounds)
         if measure_activations:
             self.activations = torch.cuda.memory_allocated() - before
-        chunk = self.case.head_chunk_tokens
+        chunk = self.case.loss_chunk_tokens
         logprobs, _ = token_logprobs(hidden, self.model.head_weight, self.ids.roll(-1), chunk_tokens=chunk, uniform_gradient=True)
         return -logprobs.mean()
 
@@ -160,7 +160,7 @@ class Step:
         """What the first forward and backward after an update do once: both layouts of every weight."""
         for layer in self.model.modules():
             if isinstance(layer, Fp8Linear):
-                forget(layer.weight)
+                invalidate(layer.weight)
         self._touch()
 
     def _touch(self) -> None:

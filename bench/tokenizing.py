@@ -90,7 +90,7 @@ def main() -> None:
     rows = []
     for _ in range(words.rounds):
         rows.append((*library_alone(texts, words.tokenizer, words.processes), *ours(words.source, words.tokenizer, words.processes)))
-    alone, alone_cpu, without, whole, without_cpu = (statistics.median(column) for column in zip(*rows, strict=True))
+    single_process, alone_cpu, without, whole, without_cpu = (statistics.median(column) for column in zip(*rows, strict=True))
     lines = [
         "# Tokenising, thousand tokens per second",
         "",
@@ -101,9 +101,9 @@ def main() -> None:
         "|---|---|---|---|",
     ]
     for name, value, base, column in (
-        ("tokenizers library alone, texts in memory, nothing written", alone, alone, 0),
-        ("`infir2 tokenize`, from the first byte read to the renamed files", without, alone, 2),
-        ("the same with loading of the tokenizer", whole, alone, 3),
+        ("tokenizers library alone, texts in memory, nothing written", single_process, single_process, 0),
+        ("`infir2 tokenize`, from the first byte read to the renamed files", without, single_process, 2),
+        ("the same with loading of the tokenizer", whole, single_process, 3),
         ("tokenizers library alone, per CPU second", alone_cpu, alone_cpu, 1),
         ("`infir2 tokenize`, per CPU second", without_cpu, alone_cpu, 4),
     ):

@@ -15,18 +15,18 @@ class UserError(Exception):
     """
 
     exit_code = 2
-    told_by_first = False
+    reported_by_rank0 = False
 
     def of_all_ranks(self) -> Self:
         """The same error, which every rank raises."""
-        self.told_by_first = True
+        self.reported_by_rank0 = True
         return self
 
 
 class ConfigError(UserError):
     """A recipe, an option or an environment variable that cannot be used."""
 
-    told_by_first = True
+    reported_by_rank0 = True
 
 
 class OutputExistsError(UserError):

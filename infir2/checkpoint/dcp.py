@@ -18,8 +18,21 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -29,8 +42,8 @@ from infir2.checkpoint.manifest import METADATA, FileEntry, HashedFile, removed,
 from infir2.checkpoint.pickles import AllowListUnpickler, ForeignUnpickler, read_pickle
 from infir2.errors import CheckpointError
 from infir2.faults import fault
-from infir2.parallel.ranks import Team
-from infir2.parallel.shard_spec import Place, whole
+from infir2.parallel.ranks import Ranks
+from infir2.parallel.shard_spec import ShardSpec, unsharded
 
 PIECE_BYTES = 2**26
 FILE_BYTES = 2**30
@@ -38,37 +51,37 @@ WRITERS = min(4, os.cpu_count() or 1)
 
 
 def save_tensors(
-    directory: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Place], team: Team, on_bytes: Callable[[int], None]
+    directory: Path, tensors: Mapping[str, Tensor], shard_specs: Mapping[str, ShardSpec], ranks: Ranks, on_bytes: Callable[[int], None]
 ) -> dict[str, FileEntry]:
-    """Write this rank's tensors, whole where they have no place; every rank calls this at the same point.
+    """Write this rank's tensors, whole where they have no spec; every rank calls this at the same point.
 
     Returns the entries of the files that this rank has written. Where a rank fails, every rank raises, its own error or the first.
     """
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is nothing to warn of
     writer = _Writer(directory)
-    planner = _SavePlanner(tensors, places, on_bytes)
+    planner = _SavePlanner(tensors, shard_specs, on_bytes)
     try:
-        dcp.save({}, storage_writer=writer, planner=planner, process_group=team.group, no_dist=team.size == 1)
+        dcp.save({}, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.size == 1)
     except dcp.api.CheckpointException as error:
         first = min(error.failures)
-        raise error.failures.get(team.rank, error.failures[first])[0] from None
+        raise error.failures.get(ranks.rank, error.failures[first])[0] from None
     return writer.files
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
     """Plans one write per piece of a tensor."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], places: Mapping[str, Place], on_bytes: Callable[[int], None]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], shard_specs: Mapping[str, ShardSpec], on_bytes: Callable[[int], None]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._on_bytes = on_bytes
-        self._pieces = {index: (piece, place) for name in tensors for index, piece, place in _cut(name, tensors[name], places.get(name))}
+        self._pieces = {index: (piece, spec) for name in tensors for index, piece, spec in _cut(name, tensors[name], shard_specs.get(name))}
 
     def create_local_plan(self) -> SavePlan:
         items = []
-        for index, (piece, place) in self._pieces.items():
+        for index, (piece, spec) in self._pieces.items():
             assert index.offset is not None
             chunk = ChunkStorageMetadata(index.offset, piece.shape)
-            data = TensorWriteData(chunk, TensorProperties(dtype=piece.dtype), torch.Size(place.shape))
+            data = TensorWriteData(chunk, TensorProperties(dtype=piece.dtype), torch.Size(spec.global_shape))
             items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         return SavePlan(items)
 
@@ -82,14 +95,14 @@ class _SavePlanner(dcp.DefaultSavePlanner):
         return torch.from_numpy(array).view(piece.dtype).view(piece.shape)
 
 
-def _cut(name: str, tensor: Tensor, place: Place | None) -> Iterator[tuple[MetadataIndex, Tensor, Place]]:
+def _cut(name: str, tensor: Tensor, spec: ShardSpec | None) -> Iterator[tuple[MetadataIndex, Tensor, ShardSpec]]:
     """Views of whole rows, `PIECE_BYTES` at most unless a row has more, and where they begin in the whole tensor."""
-    place, tensor = place or whole(tensor.shape), tensor.detach()
-    assert place.size == tuple(tensor.shape), f"'{name}' is not the part that its place says"
+    spec, tensor = spec or unsharded(tensor.shape), tensor.detach()
+    assert spec.local_shape == tuple(tensor.shape), f"'{name}' is not the part that its spec says"
     rows = max(1, PIECE_BYTES * len(tensor) // max(1, tensor.nbytes)) if tensor.ndim else 1
     for number, piece in enumerate(tensor.split(rows) if tensor.ndim else [tensor]):
-        offset = (place.offset[0] + number * rows, *place.offset[1:]) if tensor.ndim else ()
-        yield MetadataIndex(name, offset), piece, place
+        offset = (spec.offset[0] + number * rows, *spec.offset[1:]) if tensor.ndim else ()
+        yield MetadataIndex(name, offset), piece, spec
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -167,7 +180,7 @@ class DcpTensors(Mapping[str, Tensor]):
         self._entries = {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.part(name, whole(self._entries[name].size))
+        return self.part(name, unsharded(self._entries[name].size))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -185,27 +198,27 @@ class DcpTensors(Mapping[str, Tensor]):
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[name].properties.dtype
 
-    def part(self, name: str, place: Place) -> Tensor:
-        """The rectangle of a tensor that `place` names; raises as `read`."""
+    def part(self, name: str, spec: ShardSpec) -> Tensor:
+        """The rectangle of a tensor that `spec` names; raises as `read`."""
         entry = self._entry(name)
         num_bytes = entry.size.numel() * entry.properties.dtype.itemsize
         if num_bytes > self._file_bytes:
             raise CheckpointError(f"{self.path}: tensor '{name}' claims {num_bytes} bytes, more than all its files hold; it is refused.")
-        tensor = torch.empty(place.size, dtype=entry.properties.dtype)
-        self.read(name, place, tensor)
+        tensor = torch.empty(spec.local_shape, dtype=entry.properties.dtype)
+        self.read(name, spec, tensor)
         return tensor
 
-    def read(self, name: str, place: Place, out: Tensor) -> None:
-        """Read the rectangle that `place` names into `out`; of the files, only pieces that have a share in it.
+    def read(self, name: str, spec: ShardSpec, out: Tensor) -> None:
+        """Read the rectangle that `spec` names into `out`; of the files, only pieces that have a share in it.
 
         CheckpointError if the tensor is absent, has another shape or dtype, or cannot be read.
         """
         entry = self._entry(name)
-        stored, wanted = (tuple(entry.size), entry.properties.dtype), (place.shape, out.dtype)
+        stored, wanted = (tuple(entry.size), entry.properties.dtype), (spec.global_shape, out.dtype)
         if stored != wanted:
             raise CheckpointError(f"{self.path}: '{name}' is {list(stored[0])} {stored[1]}, and {list(wanted[0])} {wanted[1]} is needed.")
         try:
-            chunk = ChunkStorageMetadata(torch.Size(place.offset), torch.Size(place.size))
+            chunk = ChunkStorageMetadata(torch.Size(spec.offset), torch.Size(spec.local_shape))
             items = create_read_items_for_chunk_list(name, entry, [chunk])
             found = sum(item.lengths.numel() for item in items)
             if found != out.numel():

@@ -103,7 +103,9 @@ class TensorBoardView:
 
     def _run(self, run_dir: Path, resumed_step: int) -> None:
         try:
-            from torch.utils.tensorboard.writer import SummaryWriter  # slow import, only runs need it
+            from torch.utils.tensorboard.writer import (
+                SummaryWriter,  # slow import, only runs need it
+            )
 
             writer = SummaryWriter(str(run_dir), purge_step=resumed_step + 1 if resumed_step else None)
             for item in iter(self._waiting.get, None):

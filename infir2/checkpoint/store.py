@@ -28,11 +28,20 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from infir2.checkpoint.lock import RunLock
-from infir2.checkpoint.manifest import MANIFEST, MEND_DISK, METADATA, FileEntry, encode_manifest, removed, verify_directory, write_file
+from infir2.checkpoint.manifest import (
+    MANIFEST,
+    MEND_DISK,
+    METADATA,
+    FileEntry,
+    encode_manifest,
+    removed,
+    verify_directory,
+    write_file,
+)
 from infir2.errors import CheckpointCorruptError, CheckpointError, disk_reason
 from infir2.faults import fault
-from infir2.parallel.ranks import Team
-from infir2.parallel.shard_spec import Place
+from infir2.parallel.ranks import Ranks
+from infir2.parallel.shard_spec import ShardSpec
 from infir2.terminal import byte_progress
 
 if TYPE_CHECKING:  # torch.distributed.checkpoint takes 0.7 s to import
@@ -164,17 +173,17 @@ class Store:
     Example: `Store("runs/cpt", keep=2).save(20, {"parameters/model.norm.weight": weight}, {"step": 20})`.
     """
 
-    def __init__(self, run_dir: str | Path, keep: int = 2, warn: Warn = _log_warning, team: Team | None = None) -> None:
+    def __init__(self, run_dir: str | Path, keep: int = 2, warn: Warn = _log_warning, ranks: Ranks | None = None) -> None:
         assert keep >= 1
-        self.team = team or Team()
-        self.places: Mapping[str, Place] = {}
+        self.ranks = ranks or Ranks()
+        self.shard_specs: Mapping[str, ShardSpec] = {}
         self.run_dir = Path(run_dir)
         self.directory = self.run_dir / CHECKPOINTS
         self._keep = keep
         self._warn = warn
         self._corrupt: set[int] = set()
         self._close: weakref.finalize | None = None
-        if self.team.is_first:
+        if self.ranks.is_rank0:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -203,7 +212,7 @@ class Store:
         assert self._close is None or self._close.alive, "the store is closed"
         payload = json.dumps(dict(state)).encode()
         target = self.directory / f"step-{step}"
-        if self.team.first(lambda: self._is_whole(target)):
+        if self.ranks.broadcast_from_rank0(lambda: self._is_whole(target)):
             return target
         try:
             self._publish(target, step, tensors, payload)
@@ -211,11 +220,11 @@ class Store:
             self._warn(f"saving step {step} failed ({disk_reason(error)}); trying once more.")
             try:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    self.team.first(self._make_room)
+                    self.ranks.broadcast_from_rank0(self._make_room)
                 self._publish(target, step, tensors, payload)
             except OSError as again:
                 raise self._failure(f"step {step} could not be saved", again) from again
-        self.team.first(lambda: self._retain(step))
+        self.ranks.broadcast_from_rank0(lambda: self._retain(step))
         return target
 
     def _is_whole(self, target: Path) -> bool:
@@ -232,19 +241,19 @@ class Store:
 
     def _publish(self, target: Path, step: int, tensors: Mapping[str, Tensor], payload: bytes) -> None:
         mine = {name: tensor for name, tensor in tensors.items() if self._is_mine(name)}
-        num_bytes = sum(self.team.gather(sum(tensor.nbytes for tensor in mine.values())))
-        temporary = self.team.first(lambda: self._new_directory(step, num_bytes + len(payload)))
+        num_bytes = sum(self.ranks.all_gather(sum(tensor.nbytes for tensor in mine.values())))
+        temporary = self.ranks.broadcast_from_rank0(lambda: self._new_directory(step, num_bytes + len(payload)))
         try:
-            entries = self.team.gather(self._write_tensors(temporary, mine, step))
-            self.team.first(lambda: self._finish(temporary, target, step, payload, entries))
+            entries = self.ranks.all_gather(self._write_tensors(temporary, mine, step))
+            self.ranks.broadcast_from_rank0(lambda: self._finish(temporary, target, step, payload, entries))
         except BaseException:
-            if self.team.is_first:
+            if self.ranks.is_rank0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
     def _is_mine(self, name: str) -> bool:
-        place = self.places.get(name)
-        return place.owned if place else self.team.is_first
+        spec = self.shard_specs.get(name)
+        return spec.owned if spec else self.ranks.is_rank0
 
     def _new_directory(self, step: int, num_bytes: int) -> Path:
         free = shutil.disk_usage(self.directory).free
@@ -259,8 +268,8 @@ class Store:
         from infir2.checkpoint.dcp import save_tensors
 
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        with byte_progress(f"saving step {step}", num_bytes if self.team.is_first else 0) as on_bytes:
-            return save_tensors(directory, tensors, self.places, self.team, on_bytes)
+        with byte_progress(f"saving step {step}", num_bytes if self.ranks.is_rank0 else 0) as on_bytes:
+            return save_tensors(directory, tensors, self.shard_specs, self.ranks, on_bytes)
 
     def _finish(self, temporary: Path, target: Path, step: int, payload: bytes, entries: list[dict[str, FileEntry]]) -> None:
         """What rank 0 adds to the files of all ranks, and the rename that publishes them."""

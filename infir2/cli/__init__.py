@@ -79,7 +79,7 @@ def _tell(error: UserError, signals: CommandSignals) -> int:
     """One sentence, by rank 0 where all ranks have the same: nothing keeps it from that once its run has begun, but before,
     it may still be importing, and the first rank to end makes torchrun end the others of its node."""
     ran, signals.has_own_end = signals.has_own_end, True
-    told = error.told_by_first and os.environ.get("RANK", "0") != "0"
+    told = error.reported_by_rank0 and os.environ.get("RANK", "0") != "0"
     ends_rank_0 = not ran and os.environ.get("GROUP_RANK", "0") == "0" and code_for_torchrun(error.exit_code) != 0
     if not told or (ends_rank_0 and not signals.wait(20.0)):
         _say(str(error) if isinstance(error, Preempted | Interrupted) else f"error: {error}", error.exit_code)

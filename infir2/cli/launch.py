@@ -14,7 +14,15 @@ from infir2.config.env_vars import variables_of
 from infir2.errors import ConfigError, Interrupted, LaunchedError, Preempted
 from infir2.launch import ray, slurm
 from infir2.launch.ranks import STOPPED_BY
-from infir2.launch.torchrun import VERBS, Layout, check_words, default_endpoint, default_ranks, run_torchrun, torchrun_command
+from infir2.launch.torchrun import (
+    VERBS,
+    Layout,
+    check_words,
+    default_endpoint,
+    default_ranks,
+    run_torchrun,
+    torchrun_command,
+)
 
 _ABOUT = (
     "Starts a training verb on many processes and nodes, and ends with the worst rank's exit code. SIGTERM and Ctrl-C reach every "

@@ -17,7 +17,17 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from infir2.config.env_vars import SOURCES, environment_words
-from infir2.config.keys import Recipe, child, flatten, item_class, leaf_keys, lookup, section_class, takes_text, takes_texts
+from infir2.config.keys import (
+    Recipe,
+    child,
+    flatten,
+    item_class,
+    leaf_keys,
+    lookup,
+    section_class,
+    takes_text,
+    takes_texts,
+)
 from infir2.config.rules import problems
 from infir2.errors import ConfigError
 

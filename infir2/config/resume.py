@@ -26,7 +26,7 @@ SAFE_KEYS = (
     "train.validation_batches",
     "train.skip_nonfinite_steps",
     "train.on_spike",
-    "train.head_chunk_tokens",
+    "train.loss_chunk_tokens",
     "train.log_every",
     "checkpoint",
     "parallel",

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from infir2.config.schema import DataSection, EvalRecipe, ModelSection, RlRecipe, ScheduleSection, TrainRecipe
+from infir2.config.schema import (
+    DataSection,
+    EvalRecipe,
+    ModelSection,
+    RlRecipe,
+    ScheduleSection,
+    TrainRecipe,
+)
 
 Problem = tuple[str, str]
 Rule = tuple[bool, str, str]

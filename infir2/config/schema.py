@@ -57,7 +57,7 @@ class Fp8Section(Section):
     enabled: bool = Field(True, description="FP8 in the Linears of the decoder blocks; false trains the same model in BF16")
     scale_format: ScaleFormat = Field("pow2", description="pow2: scales rounded up to powers of two; fp32: amax/448")
     keep_transposed: bool = Field(True, description="FP8 weights in both layouts (GPU); false: half the bytes, a transpose per backward")
-    high_precision: tuple[str, ...] = Field((), description="glob patterns of exported modules kept in BF16, as 'model.layers.0.*'")
+    skip_modules: tuple[str, ...] = Field((), description="glob patterns of exported modules kept in BF16, as 'model.layers.0.*'")
 
 
 class SourceSection(Section):
@@ -90,9 +90,9 @@ class OptimizerSection(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices (not of norms and biases)")
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm bound (0: no clipping)")
-    states: Literal["fp32", "bf16", "fp8"] = Field("fp32", description="format of AdamW's moments; fp8: 8 bits, a scale per 128 values")
+    moment_dtype: Literal["fp32", "bf16", "fp8"] = Field("fp32", description="format of AdamW's moments; fp8: 8 bits, a scale per 128 values")
     offload: bool = Field(False, description="keep AdamW's moments in the host's memory")
-    gradients: Literal["fp32", "bf16"] = Field("fp32", description="dtype of gradient buffers; masters and clipping stay FP32")
+    grad_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of gradient buffers; masters and clipping stay FP32")
 
 
 class ScheduleSection(Section):
@@ -118,7 +118,7 @@ class TrainSection(Section):
     on_spike: Literal["continue", "stop"] = Field(
         "continue", description="after 4 steps in a row whose loss is twice the mean of the last 100 (cpt, sft): go on, or end the run"
     )
-    head_chunk_tokens: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
+    loss_chunk_tokens: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
     log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
 
 
@@ -143,7 +143,7 @@ class RlSection(Section):
     max_prompt_tokens: int = Field(2048, gt=0, description="longer prompts are dropped and counted")
     overlong_buffer_tokens: int = Field(0, ge=0, description="soft overlong penalty: its ramp before max_response_tokens (0: off)")
     overlong_penalty: float = Field(1.0, ge=0, description="largest soft overlong penalty")
-    normalise_deviation: bool = Field(True, description="divide advantages by the group's standard deviation")
+    normalize_by_std: bool = Field(True, description="divide advantages by the group's standard deviation")
     max_mismatch_kl: float = Field(0.05, gt=0, description="stop when the mean KL between rollout and trainer exceeds this")
     asynchronous: bool = Field(False, description="sample step n + 1 while step n trains, from weights a version older; for engines apart")
     evaluate_every: int = Field(20, ge=0, description="steps between in-loop evaluations (0: never)")

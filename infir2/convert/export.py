@@ -15,7 +15,15 @@ from torch import Tensor
 
 from infir2.config.schema import Fp8Section
 from infir2.convert.selfcheck import check_export
-from infir2.convert.weights import BLOCK, Weights, file_scale_format, hf_weights, meta_decoder, quantized_names, run_weights
+from infir2.convert.weights import (
+    BLOCK,
+    Weights,
+    file_scale_format,
+    hf_weights,
+    meta_decoder,
+    quantized_names,
+    run_weights,
+)
 from infir2.errors import CheckpointError
 from infir2.model import ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX, quantization_config
@@ -38,10 +46,10 @@ def export_hf(src: str | Path, out: str | Path) -> None:
     write_with_progress(weights, Path(out), weights.bf16(), complete_config(weights.config), "exporting")
 
 
-def export_fp8(src: str | Path, out: str | Path, scale_format: str = "pow2", high_precision: Iterable[str] = (), say: Say = print) -> None:
+def export_fp8(src: str | Path, out: str | Path, scale_format: str = "pow2", skip_modules: Iterable[str] = (), say: Say = print) -> None:
     """Quantise a BF16 (or FP32) Hugging Face directory to block-wise FP8, then prove the result by reading it back.
 
-    scale_format: "pow2" or "fp32", as in training. high_precision: patterns of module names kept in BF16.
+    scale_format: "pow2" or "fp32", as in training. skip_modules: patterns of module names kept in BF16.
     The self-check reads the files with an independent reader and holds every value against its source; for small models
     it also compares transformers with our decoder. `say` hears what was checked and what was not.
     Raises OutputExistsError, CheckpointError (bad source) or ConfigError (pattern that matches nothing) before anything
@@ -49,7 +57,7 @@ def export_fp8(src: str | Path, out: str | Path, scale_format: str = "pow2", hig
     """
     out = Path(out)
     weights = hf_weights(Path(src), quantized=False)
-    fp8 = Fp8Section(scale_format=scale_format, high_precision=tuple(high_precision))  # type: ignore[arg-type]
+    fp8 = Fp8Section(scale_format=scale_format, skip_modules=tuple(skip_modules))  # type: ignore[arg-type]
     names = set(quantized_names(weights.config, fp8))
     # scale_fmt "ue8m0" says that scales are powers of two (stored as FP32, as DeepSeek-V3.1 does): engines then use such
     # scales for activations too, as training does.

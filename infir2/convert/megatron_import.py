@@ -24,7 +24,7 @@ from infir2.convert.weights import checked, parameter_shapes
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import ModelConfig
 from infir2.model.safetensors_io import read_json, write_hf
-from infir2.parallel.shard_spec import whole
+from infir2.parallel.shard_spec import unsharded
 from infir2.terminal import byte_progress
 
 EMBEDDING, HEAD, FINAL_NORM = "embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"
@@ -131,10 +131,10 @@ class MegatronCheckpoint:
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
         """A tensor, or one layer of a tensor that stacks them."""
-        place = whole(self.shapes.get(key, ()))
+        spec = unsharded(self.shapes.get(key, ()))
         if layer is None:
             return self._tensors.part(key, place)
-        offset, size = (layer, *place.offset[1:]), (1, *place.size[1:])
+        offset, size = (layer, *spec.offset[1:]), (1, *spec.local_shape[1:])
         return self._tensors.part(key, place._replace(offset=offset, size=size))[0]
 
     def arguments(self) -> dict[str, Any]:

@@ -14,7 +14,15 @@ from infir2.data.chat import ChatTokenizer
 from infir2.data.packing import deal, pack
 from infir2.data.rows import Quarantine, open_source, problem
 from infir2.data.sources import RowError, Source
-from infir2.data.streams import DocumentWindows, Samples, SampleStream, SampleWindows, State, TrainingKind, cut
+from infir2.data.streams import (
+    DocumentWindows,
+    Samples,
+    SampleStream,
+    SampleWindows,
+    State,
+    TrainingKind,
+    cut,
+)
 from infir2.data.types import Batch, Prompt, Sample
 from infir2.errors import ConfigError, DataError
 

@@ -11,7 +11,7 @@ ROUNDS = 6
 PATTERN_ROWS = 1024  # resolution of the shares
 
 
-class Place(NamedTuple):
+class RowPosition(NamedTuple):
     """Where a row of the stream comes from."""
 
     source: int
@@ -45,12 +45,12 @@ class Mixture:
         """Rows of all sources: the length of an epoch."""
         return sum(self._sizes)
 
-    def place(self, index: int) -> Place:
+    def place(self, index: int) -> RowPosition:
         """Source, row and source epoch at place `index` >= 0 of the stream."""
         block, offset = divmod(index, len(self._pattern))
         source = self._pattern[offset]
         epoch, position = divmod(block * self._quotas[source] + self._rank[offset], self._sizes[source])
-        return Place(source, permuted(position, self._sizes[source], (self._seed, source, epoch)), epoch)
+        return RowPosition(source, permuted(position, self._sizes[source], (self._seed, source, epoch)), epoch)
 
 
 def quotas(shares: Sequence[float], total: int) -> list[int]:

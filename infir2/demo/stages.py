@@ -16,7 +16,7 @@ from rich.console import Console
 from infir2.errors import ConfigError, UserError
 from infir2.report import render_stage_table, stage_table, write_report
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "demo"
+RECIPES = Path(__file__).resolve().parent / "recipes"
 STAGES = ("cpt", "sft1", "sft2", "rl1", "rl2")  # each starts from the one before
 EVALUATED = STAGES[1:]
 

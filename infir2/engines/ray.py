@@ -23,9 +23,9 @@ from infir2.engines.native import NativeEngine
 from infir2.engines.types import Ended, Request, SamplingParams
 from infir2.errors import CheckFailedError, RankError
 from infir2.launch.ray import ENGINES, actors_in, connect
-from infir2.parallel.ranks import Team
+from infir2.parallel.ranks import Ranks
 
-Place = tuple[str, int]  # of an engine's process: Ray's node, pid there
+ProcessId = tuple[str, int]  # of an engine's process: Ray's node, pid there
 Piece = tuple[str, str, tuple[int, ...], Any]  # of a weight: name, dtype, shape, reference to its bytes
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 1.0  # between signs of life of an engine whose responses are long
@@ -42,7 +42,7 @@ class EngineActor:
         self._section, self._compute_dtype = section, compute_dtype
         self._engine: NativeEngine | None = None
 
-    def load(self, pieces: Sequence[Piece], policy_version: int) -> tuple[dict[str, str], Place]:
+    def load(self, pieces: Sequence[Piece], policy_version: int) -> tuple[dict[str, str], ProcessId]:
         """Take over these weights, without any those of `rollout.model`. Returns their digest, and where this process is."""
         import ray
 
@@ -69,31 +69,31 @@ class EngineActor:
 class RayEngines:
     """All engines of the run as one `Engine`; every rank has one, and the first rank's does the work."""
 
-    def __init__(self, section: RolloutSection, compute_dtype: torch.dtype, team: Team, timeout_seconds: float) -> None:
+    def __init__(self, section: RolloutSection, compute_dtype: torch.dtype, ranks: Ranks, timeout_seconds: float) -> None:
         """Start the engines with the weights of `rollout.model`, version 0. Errors: those of `NativeEngine.from_hf`.
 
         An engine that makes no token, or loads weights, for longer than `timeout_seconds` is ended.
         """
         self.policy_version, self.shared = 0, True
-        self._team, self._timeout_seconds = team, timeout_seconds
+        self._ranks, self._timeout_seconds = ranks, timeout_seconds
         self._pieces: list[Piece] = []
         self._actors: list[Any] = []  # those that are not dead for good
         self._serving: list[Any] = []
         self._loading: dict[Any, Any] = {}  # reference to the digest that is to come -> actor
-        self._places: dict[Any, Place] = {}  # of actors that have loaded weights in this life of theirs
+        self._places: dict[Any, ProcessId] = {}  # of actors that have loaded weights in this life of theirs
         self._heard: dict[Any, float] = {}  # when a call to an actor began or gave something, time.monotonic()
-        if team.is_first:
+        if ranks.is_rank0:
             self._actors = _start(section, compute_dtype)
-        self._digest = team.first(self._load_all)
+        self._digest = ranks.broadcast_from_rank0(self._load_all)
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """As `Engine`; on other ranks than the first, only go through the weights."""
         self._pieces = []  # the object store need not hold two versions
         for name, tensor in weights:
-            if self._team.is_first:
+            if self._ranks.is_rank0:
                 self._pieces.append(_put(name, tensor))
         self.policy_version = policy_version
-        self._digest = self._team.first(self._load_all)
+        self._digest = self._ranks.broadcast_from_rank0(self._load_all)
 
     def weights_digest(self) -> dict[str, str]:
         """That of every engine that serves."""

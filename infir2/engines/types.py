@@ -8,7 +8,7 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 from torch import Tensor
 
-from infir2.parallel.ranks import Team
+from infir2.parallel.ranks import Ranks
 
 Item = TypeVar("Item")
 
@@ -74,11 +74,11 @@ class Engine(Protocol):
         ...
 
 
-def part_of(engine: Engine, team: Team, items: Sequence[Item]) -> Sequence[Item]:
+def part_of(engine: Engine, ranks: Ranks, items: Sequence[Item]) -> Sequence[Item]:
     """What this rank has `engine` generate of work that all ranks know."""
     if engine.shared:
-        return items if team.is_first else items[:0]
-    return items[team.rank :: team.size]
+        return items if ranks.is_rank0 else items[:0]
+    return items[ranks.rank :: ranks.size]
 
 
 def respond(

@@ -90,7 +90,7 @@ def in_loop_evaluator(recipe: RlRecipe) -> Callable[[Engine, ChatTokenizer, int,
 
     def evaluate(engine: Engine, tokenizer: ChatTokenizer, step: int, session: Session) -> None:
         session.beat(f"the evaluation after step {step}")
-        mine = part_of(engine, session.team, problems)
+        mine = part_of(engine, session.ranks, problems)
         parts = session.divided(lambda check: answer_problems(engine, tokenizer, mine, recipe.evaluate, recipe.run.seed, check))
         scores = summary(problems, list(chain.from_iterable(parts)), recipe.evaluate.samples)
         session.metrics.write("evaluation", step, **asdict(scores))

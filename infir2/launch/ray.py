@@ -19,7 +19,14 @@ from types import FrameType
 from typing import Any
 
 from infir2.errors import ConfigError, RankError
-from infir2.launch.ranks import DIED, RESTARTED, STOPPED_BY, die_with_parent, stop_signals, worst_code
+from infir2.launch.ranks import (
+    DIED,
+    RESTARTED,
+    STOPPED_BY,
+    die_with_parent,
+    stop_signals,
+    worst_code,
+)
 from infir2.launch.torchrun import Layout
 
 FIRST_ROOM_SECONDS = 60.0  # room that never was will not come

@@ -22,7 +22,15 @@ from infir2.model.kv_cache import CacheView, KvCache, cached_attention, view_cac
 from infir2.model.padding import Packing, plan_packing
 from infir2.model.rope import rope_tables
 from infir2.model.safetensors_io import read_json
-from infir2.numerics import Memory, RMSNorm, add_linear, apply_rope, attention_inputs, feed_forward, head_logits
+from infir2.numerics import (
+    Memory,
+    RMSNorm,
+    add_linear,
+    apply_rope,
+    attention_inputs,
+    feed_forward,
+    head_logits,
+)
 from infir2.numerics.formats import GROUP
 from infir2.numerics.kernels import usable
 

@@ -110,7 +110,7 @@ def _fp8_section(raw: Any, model: nn.Module, weights: HfWeights) -> Fp8Section:
             raise CheckpointError(f"{weights.directory}: {name} has {has}, which modules_to_not_convert contradicts; export it again")
         if listed:
             plain.append(name)
-    return Fp8Section(scale_format=_SCALE_FORMATS[stored], high_precision=tuple(plain))
+    return Fp8Section(scale_format=_SCALE_FORMATS[stored], skip_modules=tuple(plain))
 
 
 def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str | None = None) -> None:

@@ -23,4 +23,4 @@ from infir2.numerics.ops import (
 )
 from infir2.numerics.quantize import dequantize, nonfinite_blocks, quantize, transpose
 from infir2.numerics.saved_activations import Memory
-from infir2.numerics.weight_cache import forget
+from infir2.numerics.weight_cache import invalidate

@@ -19,7 +19,7 @@ class Fp8Config(Protocol):
     @property
     def scale_format(self) -> str: ...
     @property
-    def high_precision(self) -> tuple[str, ...]: ...
+    def skip_modules(self) -> tuple[str, ...]: ...
 
 
 def convert_to_fp8(module: AnyModule, fp8: Fp8Config) -> AnyModule:
@@ -28,7 +28,7 @@ def convert_to_fp8(module: AnyModule, fp8: Fp8Config) -> AnyModule:
 
     Kept as they are: the language-model head (a module called `lm_head`, the one a Hugging Face model names as its output
     embeddings, or one that shares its weight with an embedding), subclasses of nn.Linear, and modules whose name
-    matches a pattern of `fp8.high_precision`, such as "model.layers.0.*". Nothing happens unless `fp8.enabled`.
+    matches a pattern of `fp8.skip_modules`, such as "model.layers.0.*". Nothing happens unless `fp8.enabled`.
 
     Raises:
         ConfigError: a pattern matches no module.
@@ -36,15 +36,15 @@ def convert_to_fp8(module: AnyModule, fp8: Fp8Config) -> AnyModule:
     if not fp8.enabled:
         return module
     names = [name for name, _ in module.named_modules()]
-    for pattern in fp8.high_precision:
+    for pattern in fp8.skip_modules:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"fp8.high_precision: {pattern!r} matches no module; use names such as 'model.layers.0.mlp.down_proj'")
+            raise ConfigError(f"fp8.skip_modules: {pattern!r} matches no module; use names such as 'model.layers.0.mlp.down_proj'")
     heads = _heads(module)
     layers: dict[nn.Module, Fp8Linear] = {}  # a layer used in two places stays one layer
     for name, child in list(module.named_modules(remove_duplicate=False)):
         if type(child) is not nn.Linear or id(child.weight) in heads or name.rpartition(".")[2] == "lm_head":
             continue
-        if any(fnmatchcase(name, pattern) for pattern in fp8.high_precision):
+        if any(fnmatchcase(name, pattern) for pattern in fp8.skip_modules):
             continue
         if child not in layers:
             layers[child] = Fp8Linear.from_linear(child, fp8.scale_format)

@@ -16,7 +16,7 @@ from infir2.numerics import gemm_reference as gemm
 from infir2.numerics import ops_cuda as fused
 from infir2.numerics.formats import E4M3, TILE_BLOCK, Fp8Tensor, check_format, scale_shape
 from infir2.numerics.quantize import dequantize, quantize_weight
-from infir2.numerics.weight_cache import forget, once_per_version, rounded
+from infir2.numerics.weight_cache import cached, invalidate, rounded
 
 _PLAIN = ""  # stands among the scale formats for "not quantised"
 
@@ -62,16 +62,16 @@ class Fp8Linear(nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         """Setting `weight` ends its version: torch's `fully_shard` fills the memory of a tensor again and sets it after each gather."""
         if name == "weight" and isinstance(value, Tensor):
-            forget(value)
+            invalidate(value)
         super().__setattr__(name, value)
 
     def quantized_weight(self) -> Fp8Tensor:
         """Codes [N, K] and scales of the current weight, 128x128 blocks; the same object until the weight changes."""
-        return once_per_version(self._source(), ("fp8", self.scale_format), self._quantize_weight)
+        return cached(self._source(), ("fp8", self.scale_format), self._quantize_weight)
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """Dequantised weight [N, K] in FP32 or FP64; kept with the codes for the emulated GEMMs."""
-        return once_per_version(self._source(), ("fp8", self.scale_format, dtype), lambda: dequantize(self.quantized_weight(), dtype))
+        return cached(self._source(), ("fp8", self.scale_format, dtype), lambda: dequantize(self.quantized_weight(), dtype))
 
     def load_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Serve these bytes and drop the master (inference only).

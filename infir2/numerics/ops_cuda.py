@@ -23,7 +23,7 @@ from infir2.numerics.gemm_reference import fp32_product
 from infir2.numerics.gemm_scaled import gemm_nt
 from infir2.numerics.kernels import usable
 from infir2.numerics.saved_activations import Memory
-from infir2.numerics.weight_cache import once_per_versions, replace_made, rounded
+from infir2.numerics.weight_cache import cached_together, replace_cached, rounded
 
 Operand = Tensor | Fp8Tensor  # BF16, or codes
 
@@ -68,7 +68,7 @@ class Stack:
             return codes
         if not keep:
             return kernels().transpose(codes)
-        return once_per_versions([_identity(layer) for layer in self.layers], "transposed", lambda: kernels().transpose(codes))
+        return cached_together([_identity(layer) for layer in self.layers], "transposed", lambda: kernels().transpose(codes))
 
 
 def stack(layers: Sequence[nn.Linear]) -> Stack | None:
@@ -311,11 +311,11 @@ def _stacked_codes(layers: tuple[nn.Linear, ...]) -> Fp8Tensor:
             view = Fp8Tensor(
                 codes[first_row : first_row + rows], whole.scale[first_block : first_block + blocks], TILE_BLOCK, part.scale_format
             )
-            replace_made(_identity(layer), ("fp8", part.scale_format), view)
+            replace_cached(_identity(layer), ("fp8", part.scale_format), view)
             first_row, first_block = first_row + rows, first_block + blocks
         return whole
 
-    return once_per_versions([_identity(layer) for layer in layers], "stacked codes", make)
+    return cached_together([_identity(layer) for layer in layers], "stacked codes", make)
 
 
 def _stacked_values(layers: tuple[nn.Linear, ...]) -> Tensor:
@@ -329,7 +329,7 @@ def _stacked_values(layers: tuple[nn.Linear, ...]) -> Tensor:
             part.copy_(layer.weight.detach())
         return whole
 
-    return once_per_versions([layer.weight for layer in layers], "stacked values", make)
+    return cached_together([layer.weight for layer in layers], "stacked values", make)
 
 
 def _format(layer: nn.Linear) -> str:

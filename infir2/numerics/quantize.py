@@ -10,7 +10,12 @@ from torch import Tensor
 
 from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
 from infir2.numerics.kernels import usable
-from infir2.numerics.quantize_reference import dequantize_reference, encode_rows, quantize_reference, transpose_reference
+from infir2.numerics.quantize_reference import (
+    dequantize_reference,
+    encode_rows,
+    quantize_reference,
+    transpose_reference,
+)
 
 _SMALL, _TOGETHER = 1 << 16, 256
 _INPUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)

@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infir2.numerics.formats import E4M3, E4M3_MAX, GROUP, NAN_CODE, ROW_BLOCK, TILE_BLOCK, Fp8Tensor
+from infir2.numerics.formats import (
+    E4M3,
+    E4M3_MAX,
+    GROUP,
+    NAN_CODE,
+    ROW_BLOCK,
+    TILE_BLOCK,
+    Fp8Tensor,
+)
 
 _SMALLEST_SUBNORMAL = 2.0**-149
 _CODE_VALUES = {dtype: torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype) for dtype in (torch.float32, torch.float64)}

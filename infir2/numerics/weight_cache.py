@@ -40,7 +40,7 @@ class _Version:
 _versions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def once_per_version(tensor: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
+def cached(tensor: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
     """`make()` the first time for this version of `tensor` and `key`; afterwards the same object again.
 
     `make` must depend on nothing but the tensor and the key. What it returns must not refer to the tensor object.
@@ -59,10 +59,10 @@ def once_per_version(tensor: Tensor, key: Hashable, make: Callable[[], Made]) ->
     return version.made[key]
 
 
-def once_per_versions(tensors: Sequence[Tensor], key: Hashable, make: Callable[[], Made]) -> Made:
+def cached_together(tensors: Sequence[Tensor], key: Hashable, make: Callable[[], Made]) -> Made:
     """`make()` once for this combination of versions of several tensors, such as weights that are read as one matrix."""
-    versions = tuple(once_per_version(tensor, "version", object) for tensor in tensors)
-    held = once_per_version(tensors[0], (key, len(tensors)), dict[tuple[object, ...], Any])
+    versions = tuple(cached(tensor, "version", object) for tensor in tensors)
+    held = cached(tensors[0], (key, len(tensors)), dict[tuple[object, ...], Any])
     if versions not in held:
         held.clear()
         with torch.inference_mode(False), torch.no_grad():
@@ -71,14 +71,14 @@ def once_per_versions(tensors: Sequence[Tensor], key: Hashable, make: Callable[[
     return made
 
 
-def replace_made(tensor: Tensor, key: Hashable, made: Any) -> None:
+def replace_cached(tensor: Tensor, key: Hashable, made: Any) -> None:
     """Put an equal object in the place of what `once_per_version` holds, such as a view of memory that is held anyway."""
     version = _versions.get(tensor)
     if version is not None and version.is_of(tensor):
         version.made[key] = made
 
 
-def forget(tensor: Tensor) -> None:
+def invalidate(tensor: Tensor) -> None:
     """Drop what was made from `tensor`: for whoever rewrites its memory without moving its version counter."""
     _versions.pop(tensor, None)
 
@@ -101,4 +101,4 @@ def rounded(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> T
     """The weight rounded to `compute_dtype`, given in `dtype`; made once per version when it differs from the weight."""
     if weight.dtype == compute_dtype == dtype:
         return weight.detach()
-    return once_per_version(weight, ("rounded", compute_dtype, dtype), lambda: weight.detach().to(compute_dtype).to(dtype))
+    return cached(weight, ("rounded", compute_dtype, dtype), lambda: weight.detach().to(compute_dtype).to(dtype))

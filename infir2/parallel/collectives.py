@@ -19,7 +19,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
-def gather_rows(x: Tensor, group: Any, dtype: torch.dtype, as_codes: bool = False) -> Tensor:
+def all_gather(x: Tensor, group: Any, dtype: torch.dtype, as_codes: bool = False) -> Tensor:
     """x [t, ...] of every rank, by rank: [size * t, ...], in `dtype`: FP32, so that gradients are parts not yet rounded, or its own.
 
     `as_codes`: x [t, D] travels as 1x128 "pow2" codes and arrives as their values: quantising those again changes nothing.
@@ -28,12 +28,12 @@ def gather_rows(x: Tensor, group: Any, dtype: torch.dtype, as_codes: bool = Fals
     return _GatherRows.apply(x, group, dtype, as_codes)
 
 
-def sum_rows(x: Tensor, group: Any, dtype: torch.dtype) -> Tensor:
+def reduce_scatter(x: Tensor, group: Any, dtype: torch.dtype) -> Tensor:
     """The sum over ranks of x [size * t, D], rounded to `dtype`; this rank's [t, D] of it."""
     return _SumRows.apply(x, group, dtype)
 
 
-def sum_gradient(x: Tensor, group: Any, first: bool) -> Tensor:
+def all_reduce_gradient(x: Tensor, group: Any, first: bool) -> Tensor:
     """x, which every rank of the group has; its gradient is summed over them and goes on from the `first` one alone.
 
     Quantised once, as in one process: the sum of quantised parts would be another number.
@@ -46,10 +46,10 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: Any, dtype: torch.dtype, as_codes: bool) -> Tensor:
         ctx.group, ctx.dtype = group, x.dtype
         if not as_codes:
-            return gather_as_it_is(x, group).to(dtype)
+            return all_gather_raw(x, group).to(dtype)
         codes = quantize(x, ROW_BLOCK)
         sent = torch.cat((codes.codes.view(torch.uint8), codes.scale.contiguous().view(torch.uint8)), dim=1)
-        values, scale = (part.contiguous() for part in gather_as_it_is(sent, group).tensor_split([x.shape[1]], dim=1))
+        values, scale = (part.contiguous() for part in all_gather_raw(sent, group).tensor_split([x.shape[1]], dim=1))
         return dequantize(Fp8Tensor(values.view(E4M3), scale.view(torch.float32), ROW_BLOCK, codes.scale_format), dtype)
 
     @staticmethod
@@ -65,7 +65,7 @@ class _SumRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return gather_as_it_is(grad, ctx.group).to(ctx.dtype), None, None
+        return all_gather_raw(grad, ctx.group).to(ctx.dtype), None, None
 
 
 class _SumGradient(torch.autograd.Function):
@@ -81,7 +81,7 @@ class _SumGradient(torch.autograd.Function):
         return total.to(grad.dtype) * ctx.first, None, None
 
 
-def gather_as_it_is(x: Tensor, group: Any) -> Tensor:
+def all_gather_raw(x: Tensor, group: Any) -> Tensor:
     """x [t, ...] of every rank, by rank: [size * t, ...], of any dtype and without a gradient."""
     out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
     all_gather_single(out, x.contiguous(), group=group)

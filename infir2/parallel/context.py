@@ -16,7 +16,7 @@ from torch import Tensor
 
 from infir2.data import Batch
 from infir2.model.attention import attention
-from infir2.parallel.collectives import gather_rows, to_device
+from infir2.parallel.collectives import all_gather, to_device
 from infir2.parallel.mesh import Layout
 
 CHUNK_MULTIPLE = 128  # tokens: FP8 tiles of the weight gradient begin where those of one process do
@@ -117,7 +117,7 @@ class ContextParallel:
         inside_q, inside_k, inside_v = (x.index_select(0, self._inside) for x in (q, k, v))
         parts = [attention(inside_q, inside_k, inside_v, self._packing)]
         if self._any_cut:
-            everything = gather_rows(torch.stack((k, v), dim=1), self.group, k.dtype)
+            everything = all_gather(torch.stack((k, v), dim=1), self.group, k.dtype)
             for cut in self._cuts:
                 keys, values = everything.index_select(0, self._order[cut.first : cut.last]).unbind(1)
                 parts.append(attend_to_prefix(q[cut.start : cut.end], keys, values, self._plan))

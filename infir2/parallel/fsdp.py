@@ -22,8 +22,8 @@ from infir2.numerics import Fp8Linear
 from infir2.numerics.formats import E4M3, GROUP, TILE_BLOCK, Fp8Tensor, scale_shape
 from infir2.numerics.quantize import encode_weight_rows, nonfinite_blocks
 from infir2.numerics.quantize_reference import as_tiles, block_scale
-from infir2.numerics.weight_cache import forget, local_tensor
-from infir2.parallel.collectives import gather_as_it_is
+from infir2.numerics.weight_cache import invalidate, local_tensor
+from infir2.parallel.collectives import all_gather_raw
 
 _BF16_VALUES = ("rounded", torch.bfloat16, torch.bfloat16)  # where `operands.rounded` looks
 
@@ -38,7 +38,10 @@ def shard_module(root: Any, blocks: Iterable[Any], mesh: Any, wire_dtype: torch.
     dtype: call it under torch.autocast for BF16 activations. Gradients are FP32, summed over the mesh, not averaged.
     Give the optimizer the parameters as they are afterwards.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # slow import, only several processes need it
+    from torch.distributed.fsdp import (  # slow import, only several processes need it
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     modules = [*blocks, root]
     for parameter in root.parameters():
@@ -76,7 +79,7 @@ def exported_shards(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in root.named_parameters():
         shard: _Shard = local_tensor(parameter).fsdp_pre_all_gather.__self__  # type: ignore[attr-defined]
         part, scale = shard.sent()
-        whole = gather_as_it_is(part, shard.group)[: shard.shape[0]]
+        whole = all_gather_raw(part, shard.group)[: shard.shape[0]]
         yield name, whole.to(torch.bfloat16) if scale is None else whole.view(E4M3)
         if scale is not None:
             yield name + SCALE_SUFFIX, scale
@@ -141,7 +144,7 @@ class _Shard:
             return GatheredWeight.refill(out, _BF16_VALUES, outputs[0][: self.shape[0]], outputs[0].device)
         if out is None:
             return outputs[0], ()
-        forget(out)  # FSDP2 refills the same memory without moving its version
+        invalidate(out)  # FSDP2 refills the same memory without moving its version
         return None
 
     def padded(self, part: Tensor) -> Tensor:

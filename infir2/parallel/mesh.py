@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from infir2.model import ModelConfig
-    from infir2.parallel.ranks import Team
+    from infir2.parallel.ranks import Ranks
 
 MAX_TP = 64
 
@@ -126,17 +126,17 @@ class Layout:
         tp_group, cp_group: process groups; None where the size is 1.
     """
 
-    def __init__(self, sizes: Sizes, team: "Team", device: "torch.device") -> None:
-        assert sizes.world == team.size
-        self.sizes, self.team, self.device = sizes, team, device
-        rest, self.tp_rank = divmod(team.rank, sizes.tp)
+    def __init__(self, sizes: Sizes, ranks: "Ranks", device: "torch.device") -> None:
+        assert sizes.world == ranks.size
+        self.sizes, self.ranks, self.device = sizes, ranks, device
+        rest, self.tp_rank = divmod(ranks.rank, sizes.tp)
         self.data_rank, self.cp_rank = divmod(rest, sizes.cp)
         self.replica, dp_rank = divmod(self.data_rank, sizes.dp)
         self.shard_rank = dp_rank * sizes.cp + self.cp_rank
         self.shard_mesh: Any = None
         self.tp_group: Any = None
         self.cp_group: Any = None
-        if team.size > 1:
+        if ranks.size > 1:
             self._make_groups()
 
     def tp_share(self, x: Any) -> Any:

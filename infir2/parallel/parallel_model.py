@@ -19,20 +19,20 @@ from infir2.model import Decoder
 from infir2.model.hf_names import SCALE_SUFFIX, exported_fp8_weights
 from infir2.numerics.formats import GROUP
 from infir2.numerics.weight_cache import local_tensor
-from infir2.parallel.collectives import gather_as_it_is
+from infir2.parallel.collectives import all_gather_raw
 from infir2.parallel.context import ContextParallel, pad_batch
 from infir2.parallel.fsdp import exported_shards, shard_module
 from infir2.parallel.mesh import Layout, Sizes, Split
-from infir2.parallel.ranks import Team
-from infir2.parallel.shard_spec import Place
+from infir2.parallel.ranks import Ranks
+from infir2.parallel.shard_spec import ShardSpec
 from infir2.parallel.tensor import share_blocks, split_layers
 
 
-class Sharded:
+class ParallelModel:
     """`model` on this process's place of `layout`. Every rank constructs it at the same point, with the same whole model."""
 
     def __init__(self, model: Decoder, layout: Layout) -> None:
-        self.model, self.layout, self.team = model, layout, layout.team
+        self.model, self.layout, self.ranks = model, layout, layout.ranks
         self.splits: dict[str, Split] = {}
         self._fsdp: Any = model  # what FSDP2 makes of the model has more methods
         self._context: ContextParallel | None = None
@@ -45,7 +45,7 @@ class Sharded:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if layout.shard_mesh is not None:
             shard_module(model, model.model.layers, layout.shard_mesh, model.compute_dtype, forward="hidden_states")
-        self.places = {name: self._place(name, shape) for name, shape in shapes.items()}
+        self.shard_specs = {name: self._shard_spec(name, shape) for name, shape in shapes.items()}
 
     def local(self, batch: Batch) -> Batch:
         """What this rank computes of a micro-batch: `token_ids` that it attends with, `labels` and masks of the rows it scores.
@@ -79,7 +79,7 @@ class Sharded:
         for name, part in parts:
             split = self.splits.get(name.removesuffix(SCALE_SUFFIX), Split())
             if split.count > 1:
-                everyone = gather_as_it_is(part.contiguous().view(torch.uint8), self.layout.tp_group).chunk(self.layout.sizes.tp)
+                everyone = all_gather_raw(part.contiguous().view(torch.uint8), self.layout.tp_group).chunk(self.layout.sizes.tp)
                 part = torch.cat(everyone[:: split.copies], dim=split.dim).view(part.dtype)
             yield name, part
 
@@ -121,11 +121,11 @@ class Sharded:
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of FP64 `values` over all ranks; nothing waits for it."""
-        if self.team.size > 1:
+        if self.ranks.size > 1:
             dist.all_reduce(values)
         return values
 
-    def _place(self, name: str, shape: tuple[int, ...]) -> Place:
+    def _shard_spec(self, name: str, shape: tuple[int, ...]) -> ShardSpec:
         """`shape` is that of one tensor-parallel rank; FSDP2 cuts its rows into equal chunks, the last ones short or empty."""
         layout, split = self.layout, self.splits.get(name, Split())
         num_shards = layout.sizes.num_shards
@@ -136,9 +136,9 @@ class Sharded:
         offset[split.dim] += split.index * shape[split.dim]
         whole[split.dim] *= split.count
         owned = layout.replica == 0 and split.first and size[0] > 0
-        return Place(tuple(whole), tuple(offset), size, owned)
+        return ShardSpec(tuple(whole), tuple(offset), size, owned)
 
 
-def alone(model: Decoder) -> Sharded:
+def single_process(model: Decoder) -> ParallelModel:
     """The model in one process."""
-    return Sharded(model, Layout(Sizes(), Team(), model.head_weight.device))
+    return ParallelModel(model, Layout(Sizes(), Ranks(), model.head_weight.device))

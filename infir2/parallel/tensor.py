@@ -18,7 +18,7 @@ from infir2.model.decoder import Attention, FeedForward
 from infir2.numerics import Fp8Linear, Memory, RMSNorm, add_linear, apply_rope
 from infir2.numerics.linear import linear
 from infir2.numerics.ops import rms_norm, swiglu
-from infir2.parallel.collectives import gather_rows, sum_gradient, sum_rows
+from infir2.parallel.collectives import all_gather, all_reduce_gradient, reduce_scatter
 from infir2.parallel.mesh import Layout, Split
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _attention(
         q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in parts)
         q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
     if heads.group is not None:
-        k, v = (sum_gradient(y, heads.group, heads.first) for y in (k, v))
+        k, v = (all_reduce_gradient(y, heads.group, heads.first) for y in (k, v))
     out = (cp.attend(q, k, v) if cp is not None else attention(q, k, v, context)).flatten(1)
     if tp_group is None:
         return add_linear(x, out, self.o_proj, memory)
@@ -83,7 +83,7 @@ def _feed_forward(self: FeedForward, tp_group: Any, x: Tensor, norm: RMSNorm, me
 def _leaving(x: Tensor, layer: nn.Linear, group: Any) -> Tensor:
     """The sum over ranks of `layer(x)` [T, N], x [T, K] of this rank's columns; this rank's [t, N] of it, rounded once."""
     wide = torch.float32 if x.is_cuda else torch.float64
-    return sum_rows(linear(x, (layer,), out_dtype=wide)[0], group, x.dtype)
+    return reduce_scatter(linear(x, (layer,), out_dtype=wide)[0], group, x.dtype)
 
 
 def _entering(x: Tensor, norm: RMSNorm, layers: tuple[nn.Linear, ...], group: Any) -> tuple[Tensor, ...]:
@@ -93,4 +93,4 @@ def _entering(x: Tensor, norm: RMSNorm, layers: tuple[nn.Linear, ...], group: An
     """
     normed = rms_norm(x, norm.weight, norm.eps)
     as_codes = all(isinstance(layer, Fp8Linear) and layer.scale_format == "pow2" for layer in layers)
-    return linear(gather_rows(normed, group, torch.float32, as_codes), layers, dtype=x.dtype)
+    return linear(all_gather(normed, group, torch.float32, as_codes), layers, dtype=x.dtype)

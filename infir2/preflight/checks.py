@@ -187,8 +187,8 @@ class Preflight:
         check_model(fixed, self._known_model().config, self.recipe.fp8.enabled)
         self._sizes = sizes_of(self.recipe)
         number = f"a multiple of {fixed.world}" if section.dp == -1 else str(fixed.world)
-        alone = section.dp != -1 or needs_one_process(self.recipe.optimizer)
-        text = f"for {number} processes" if fixed.world > 1 else "for one process" if alone else "for any number of processes"
+        single_process = section.dp != -1 or needs_one_process(self.recipe.optimizer)
+        text = f"for {number} processes" if fixed.world > 1 else "for one process" if single_process else "for any number of processes"
         doubts = idle_ranks(self.recipe, self._sizes)
         return f"warn: {text}; {doubts}" if doubts else text
 

@@ -9,7 +9,15 @@ import numpy as np
 from infir2.config.schema import EvalRecipe, RlRecipe, SourceSection, TrainRecipe
 from infir2.data import ChatTokenizer
 from infir2.data.chat import PROBE, THINK_MARKERS
-from infir2.data.rows import Kind, check_made_with, conversation, document_text, document_tokens, open_source, problem
+from infir2.data.rows import (
+    Kind,
+    check_made_with,
+    conversation,
+    document_text,
+    document_tokens,
+    open_source,
+    problem,
+)
 from infir2.data.sources import RowError
 from infir2.errors import ConfigError, DataError
 from infir2.train.loop import complete_schedule

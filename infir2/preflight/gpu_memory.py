@@ -23,9 +23,9 @@ def gpu_ledger(config: ModelConfig, recipe: TrainRecipe, sizes: Sizes | None = N
     fp8, optimizer = recipe.fp8, recipe.optimizer
     head = config.vocab_size * config.hidden_size
     code_copies = (2 if fp8.keep_transposed else 1) * linear if fp8.enabled else 2 * linear
-    moments = {"fp32": 8.0, "bf16": 4.0, "fp8": 2 + 2 * _SCALE}[optimizer.states] * (not optimizer.offload)
-    gradient = 4 if optimizer.gradients == "fp32" else 2
-    chunk = min(recipe.train.head_chunk_tokens, tokens)
+    moments = {"fp32": 8.0, "bf16": 4.0, "fp8": 2 + 2 * _SCALE}[optimizer.moment_dtype] * (not optimizer.offload)
+    gradient = 4 if optimizer.grad_dtype == "fp32" else 2
+    chunk = min(recipe.train.loss_chunk_tokens, tokens)
     kept, working = layer_bytes(config, recipe)
     layers = config.num_layers
     activations = tokens * (layers * kept if recipe.model.recompute != "full" else layers * 2 * config.hidden_size + kept)
@@ -38,7 +38,7 @@ def gpu_ledger(config: ModelConfig, recipe: TrainRecipe, sizes: Sizes | None = N
         "optimizer": int(moments * total),
     }
     if end > start:
-        return parts | {"gradients": gradient * total, "activations": 0, "head and working memory": tokens * working}
+        return parts | {"grad_dtype": gradient * total, "activations": 0, "head and working memory": tokens * working}
     return parts | {
         "gradients": gradient * head,
         "activations": activations + tokens * config.hidden_size * 6,  # the stream, the final norm's output, the head's gradient
@@ -54,7 +54,7 @@ def _sharded_ledger(config: ModelConfig, recipe: TrainRecipe, sizes: Sizes) -> d
     streams = 2 * config.hidden_size * config.num_layers + kept if recipe.model.recompute == "full" else config.num_layers * kept
     block, rest = linear / config.num_layers / sizes.tp, total - linear
     local, byte = (linear / sizes.tp + rest) / sizes.num_shards, 1 if recipe.fp8.enabled else 2
-    moments = (8 if recipe.optimizer.states == "fp32" else 4) * (not recipe.optimizer.offload)
+    moments = (8 if recipe.optimizer.moment_dtype == "fp32" else 4) * (not recipe.optimizer.offload)
     parts = {
         "weights": 4 * local,
         "FP8 copies": linear / sizes.tp / sizes.num_shards if recipe.fp8.enabled else 0,
@@ -62,7 +62,7 @@ def _sharded_ledger(config: ModelConfig, recipe: TrainRecipe, sizes: Sizes) -> d
         "gathered weights": 2 * rest + 4 * byte * block,  # root; two blocks, as they arrive and as they are read
         "gradients": 4 * (local + rest + 2 * block),  # root until the end; of a block, and as it is sent
         "activations": tokens * (streams + 6 * config.hidden_size),
-        "head and working memory": max(min(recipe.train.head_chunk_tokens, tokens) * config.vocab_size * 6, tokens * working),
+        "head and working memory": max(min(recipe.train.loss_chunk_tokens, tokens) * config.vocab_size * 6, tokens * working),
     }
     return {name: int(size) for name, size in parts.items() if size}
 

@@ -116,7 +116,7 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> str:
     text = f"about {total / GIB:.2f} GiB ({listed}) of {there / GIB:.1f} GiB on {device.type}, for each of {sizes.world} processes"
     if total > there:
         raise ConfigError(
-            f"{text}; lower data.micro_batch_tokens or train.head_chunk_tokens, set model.recompute = 'full', or share it: parallel.dp."
+            f"{text}; lower data.micro_batch_tokens or train.loss_chunk_tokens, set model.recompute = 'full', or share it: parallel.dp."
         )
     if device.type == "cuda" and recipe.checkpoint.background:
         copy, free = CHECKPOINT_BYTES * model.num_parameters, _available_memory()
@@ -136,7 +136,7 @@ def memory_parts(recipe: TrainRecipe, model: ModelFacts, device: str, sizes: Siz
     layers = 1 if recipe.model.recompute == "full" else config.num_layers
     kept = layers * 4 * (4 * config.hidden_size + 2 * heads + 3 * config.ffn_size) + config.num_layers * 4 * config.hidden_size
     computed = 8 * (12 * config.ffn_size + 8 * config.hidden_size)
-    logits = 8 * min(recipe.train.head_chunk_tokens, tokens) * config.vocab_size
+    logits = 8 * min(recipe.train.loss_chunk_tokens, tokens) * config.vocab_size
     parts = {"weights and optimizer": CPU_STATE_BYTES * model.num_parameters // shards, "activations": tokens * (kept + computed) + logits}
     if recipe.checkpoint.background:
         parts["copy for saving"] = CHECKPOINT_BYTES * model.num_parameters // shards

@@ -50,7 +50,7 @@ class GroupSampler:
         session: Session,
         cursor: int = 0,
     ) -> None:
-        self._tokenizer, self.rl, self._journal, self._team = tokenizer, rl, journal, session.team
+        self._tokenizer, self.rl, self._journal, self._ranks = tokenizer, rl, journal, session.ranks
         self._seed = session.recipe.run.seed
         self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-verify")
         self.cursor = cursor
@@ -82,7 +82,7 @@ class GroupSampler:
         for digest in filter(None, (earlier, weights)):
             keys = [self._journal_key(name, ids, digest) for name, _, ids in drawn]
             found |= {i: kept for i, key in enumerate(keys) if (kept := self._journal.get(key)) is not None}
-        mine = part_of(engine, self._team, [i for i in range(count) if i not in found])
+        mine = part_of(engine, self._ranks, [i for i in range(count) if i not in found])
         for part in divide(lambda check: self._respond(engine, {i: (keys[i], *drawn[i]) for i in mine}, check)):
             found |= part
         return [Group(prompt, ids, found[i]) for i, (_, prompt, ids) in enumerate(drawn)]

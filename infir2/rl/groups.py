@@ -32,19 +32,19 @@ class Group:
         return len({response.reward for response in self.responses}) > 1
 
 
-def group_advantages(rewards: list[float], normalise_deviation: bool) -> np.ndarray:
+def group_advantages(rewards: list[float], normalize_by_std: bool) -> np.ndarray:
     """GRPO's advantages (arXiv 2402.03300, equation 3): reward minus the group's mean, over its standard deviation if asked.
 
     Example: rewards [1, 0, 0, 0] give [1.732, -0.577, -0.577, -0.577].
     """
     values = np.asarray(rewards, dtype=np.float64)
     centred = values - values.mean()
-    return centred / (values.std() + 1e-6) if normalise_deviation else centred
+    return centred / (values.std() + 1e-6) if normalize_by_std else centred
 
 
-def training_samples(group: Group, normalise_deviation: bool) -> list[Sample]:
+def training_samples(group: Group, normalize_by_std: bool) -> list[Sample]:
     """Token sequences whose response tokens are trained, with advantage and rollout_logprobs for each."""
-    advantages = group_advantages([response.reward for response in group.responses], normalise_deviation)
+    advantages = group_advantages([response.reward for response in group.responses], normalize_by_std)
     num_prompt, samples = len(group.prompt_token_ids), []
     for response, advantage in zip(group.responses, advantages, strict=True):
         token_ids = np.array([*group.prompt_token_ids, *response.completion.token_ids], dtype=np.int32)

@@ -15,21 +15,21 @@ import numpy as np
 
 from infir2.checkpoint.record import Lines
 from infir2.engines.types import Completion
-from infir2.parallel.ranks import Team
+from infir2.parallel.ranks import Ranks
 from infir2.rl.groups import Response
 
 
 class Journal:
     """The groups of one step at a time. Example: `journal.open(7)`, then `journal.get(key)` or `journal.add(key, responses)`."""
 
-    def __init__(self, run_dir: Path, team: Team) -> None:
-        self._dir, self._team = run_dir / "rollouts", team
+    def __init__(self, run_dir: Path, ranks: Ranks) -> None:
+        self._dir, self._ranks = run_dir / "rollouts", ranks
         self._kept: dict[str, list[Response]] = {}
 
     def open(self, step: int, saved_step: int) -> None:
         """Begin a step: read what earlier processes finished of it, forget what the newest checkpoint holds. Every rank calls this."""
-        self._kept = self._team.first(lambda: self._read(step, saved_step))
-        self._lines = Lines(self._dir / f"step-{step}-{self._team.rank}.jsonl")
+        self._kept = self._ranks.broadcast_from_rank0(lambda: self._read(step, saved_step))
+        self._lines = Lines(self._dir / f"step-{step}-{self._ranks.rank}.jsonl")
 
     def _read(self, step: int, saved_step: int) -> dict[str, list[Response]]:
         self._dir.mkdir(exist_ok=True)

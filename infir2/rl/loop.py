@@ -13,8 +13,8 @@ from infir2.data import Batch, ChatTokenizer, load_prompts, pack_sequences
 from infir2.engines.types import Engine
 from infir2.engines.weight_sync import open_engine
 from infir2.errors import CheckFailedError
-from infir2.parallel.parallel_model import Sharded
-from infir2.parallel.ranks import Team
+from infir2.parallel.parallel_model import ParallelModel
+from infir2.parallel.ranks import Ranks
 from infir2.rl.dynamic_sampling import Collected, GroupSampler
 from infir2.rl.groups import Group, training_samples
 from infir2.rl.journal import Journal
@@ -37,13 +37,13 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
     with Session(loaded, "rl") as session:
         recipe = loaded.recipe
         tokenizer, tokenizer_dir = open_tokenizer(session.model, recipe.data.tokenizer)
-        prompts = load_prompts(recipe.data, quarantine=session.dir / "quarantine.jsonl" if session.team.is_first else None)
+        prompts = load_prompts(recipe.data, quarantine=session.dir / "quarantine.jsonl" if session.ranks.is_rank0 else None)
         model = build_model(session.model, recipe.fp8, recipe.run, tokenizer.vocab_size, resumed=session.checkpoint is not None)
-        trainer = Trainer(model, recipe.optimizer, recipe.train.head_chunk_tokens, Sharded(model, session.layout))
+        trainer = Trainer(model, recipe.optimizer, recipe.train.loss_chunk_tokens, ParallelModel(model, session.layout))
         done = session.start(trainer, recipe.schedule.total_steps)
         cursor = session.checkpoint.state["cursor"] if session.checkpoint else 0
-        engine, weights = open_engine(recipe, trainer.sharded, policy_version=done)
-        journal = Journal(session.dir, session.team)
+        engine, weights = open_engine(recipe, trainer.parallel_model, policy_version=done)
+        journal = Journal(session.dir, session.ranks)
         sampler = GroupSampler(prompts, tokenizer, recipe.rl, journal, session, cursor)
         if sampler.num_too_long:
             session.event(done, "prompts_too_long", f"{sampler.num_too_long} prompts dropped")
@@ -56,8 +56,8 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
                 rollouts.update(step)
                 evaluate(engine, tokenizer, step, session)
 
-        with Rollouts(sampler, journal, engine, weights, trainer.sharded, session, total) as rollouts:
-            evaluated = session.team.first(lambda: dict(session.metrics.values("evaluation", "avg_at_k")))
+        with Rollouts(sampler, journal, engine, weights, trainer.parallel_model, session, total) as rollouts:
+            evaluated = session.ranks.broadcast_from_rank0(lambda: dict(session.metrics.values("evaluation", "avg_at_k")))
             if done not in evaluated:  # the run was stopped in it
                 evaluate_if_due(done)
             for step in range(done + 1, total + 1):
@@ -99,16 +99,16 @@ def _one_step(recipe: RlRecipe, trainer: Trainer, rollouts: Rollouts, step: int)
 
 def update_policy(recipe: RlRecipe, trainer: Trainer, groups: Sequence[Group], rate: float) -> tuple[list[StepResult], dict[str, float]]:
     """One optimizer step per mini-batch of groups; trainer_logprobs are those of the policy before the first."""
-    rl, layout = recipe.rl, trainer.sharded.layout
+    rl, layout = recipe.rl, trainer.parallel_model.layout
     if not groups:
         return [], {}
     size = -(-len(groups) // rl.mini_batches)
     mini_batches = []
     for first in range(0, len(groups), size):
-        samples = [sample for group in groups[first : first + size] for sample in training_samples(group, rl.normalise_deviation)]
+        samples = [sample for group in groups[first : first + size] for sample in training_samples(group, rl.normalize_by_std)]
         packed = pack_sequences(samples, recipe.data.micro_batch_tokens, layout.data_rank, layout.sizes.num_data)
         mini_batches.append([with_trainer_logprobs(trainer, batch, rl.temperature) for batch in packed])
-    mismatch = mismatch_metrics([batch for batches in mini_batches for batch in batches], layout.team)
+    mismatch = mismatch_metrics([batch for batches in mini_batches for batch in batches], layout.ranks)
     if mismatch["mismatch_kl"] > rl.max_mismatch_kl:
         raise CheckFailedError(
             f"the rollout engine's log-probabilities are not the trainer's: KL {mismatch['mismatch_kl']:.4f} exceeds "
@@ -123,21 +123,21 @@ def update_policy(recipe: RlRecipe, trainer: Trainer, groups: Sequence[Group], r
 @torch.no_grad()
 def with_trainer_logprobs(trainer: Trainer, batch: Batch, temperature: float) -> Batch:
     """The batch with the current policy's log-probability of every trained token."""
-    places = torch.arange(len(batch.token_ids))  # ranks that share the batch score some of it each
-    scores = trainer.score(replace(batch, extras={"place": places}), temperature)
-    values = torch.zeros(len(places), device=scores.logprobs.device).index_copy_(0, scores.extras["place"], scores.logprobs)
-    return replace(batch, extras=batch.extras | {"trainer_logprobs": trainer.sharded.sum_of_batch(values).cpu()})
+    shard_specs = torch.arange(len(batch.token_ids))  # ranks that share the batch score some of it each
+    scores = trainer.score(replace(batch, extras={"place": shard_specs}), temperature)
+    values = torch.zeros(len(shard_specs), device=scores.logprobs.device).index_copy_(0, scores.extras["place"], scores.logprobs)
+    return replace(batch, extras=batch.extras | {"trainer_logprobs": trainer.parallel_model.sum_of_batch(values).cpu()})
 
 
-def mismatch_metrics(batches: Sequence[Batch], team: Team) -> dict[str, float]:
+def mismatch_metrics(batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]:
     """How far the trainer's log-probabilities are from the engine's, for the same tokens and weights, on all ranks' batches.
 
     mismatch_kl is the k3 estimate of KL(rollout || trainer), a mean over tokens; mean and max are of |difference|.
     """
     difference = torch.cat([(b.extras["trainer_logprobs"] - b.extras["rollout_logprobs"])[b.loss_mask] for b in batches]).double()
     sums = (difference.exp() - 1 - difference).sum().item(), difference.abs().sum().item(), len(difference)
-    kls, sizes, counts = zip(*team.gather(sums), strict=True)
-    largest = max(team.gather(difference.abs().max().item() if len(difference) else 0.0))
+    kls, sizes, counts = zip(*ranks.all_gather(sums), strict=True)
+    largest = max(ranks.all_gather(difference.abs().max().item() if len(difference) else 0.0))
     return {"mismatch_kl": sum(kls) / sum(counts), "mismatch_mean": sum(sizes) / sum(counts), "mismatch_max": largest}
 
 

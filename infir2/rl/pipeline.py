@@ -7,7 +7,7 @@ from typing import Any
 from infir2.engines.types import Engine
 from infir2.engines.weight_sync import publish
 from infir2.errors import Interrupted
-from infir2.parallel.parallel_model import Sharded
+from infir2.parallel.parallel_model import ParallelModel
 from infir2.rl.dynamic_sampling import Check, Collected, GroupSampler, Work
 from infir2.rl.journal import Journal
 from infir2.train.supervisor import Session
@@ -25,11 +25,11 @@ class Rollouts:
     """
 
     def __init__(
-        self, sampler: GroupSampler, journal: Journal, engine: Engine, weights: str, sharded: Sharded, session: Session, last_step: int
+        self, sampler: GroupSampler, journal: Journal, engine: Engine, weights: str, parallel_model: ParallelModel, session: Session, last_step: int
     ) -> None:
         """`weights`: digest of those that `engine` holds."""
         self._sampler, self._journal, self._engine, self._weights = sampler, journal, engine, weights
-        self._sharded, self._session, self._last_step = sharded, session, last_step
+        self._parallel_model, self._session, self._last_step = parallel_model, session, last_step
         self._begun: Future[Collected] | None = None  # the next step's groups, on the first rank
         self._ahead: Collected | None = None  # the same, on every rank, once they are there
         self._cancelled = threading.Event()
@@ -53,7 +53,7 @@ class Rollouts:
         if self._in_flight:
             self._ahead, self._in_flight = self._session.divided(self._finished)[0], False
         if self._engine.policy_version != policy_version:
-            self._weights = publish(self._sharded, self._engine, policy_version)
+            self._weights = publish(self._parallel_model, self._engine, policy_version)
 
     def __enter__(self) -> "Rollouts":
         return self
@@ -72,7 +72,7 @@ class Rollouts:
         """Sample a step's groups in a thread of the first rank, which talks to no other rank meanwhile."""
         self._journal.open(step, self._session.saved_step)
         self._in_flight = True
-        if self._session.team.is_first:
+        if self._session.ranks.is_rank0:
             self._begun = self._thread.submit(self._sampler.collect, self._engine, self._weights, self._alone)
 
     def _alone(self, work: Work) -> list[dict[int, Any]]:

@@ -21,7 +21,7 @@ class AdamW(torch.optim.Optimizer):
     clip: Tensor | None = None
 
     def __init__(self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float, states: str, offload: bool) -> None:
-        self.states, self.offload = states, offload
+        self.moment_dtype, self.offload = states, offload
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -59,6 +59,6 @@ class AdamW(torch.optim.Optimizer):
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """`step` on the host, zero moments in the order of `Moments`: exp_avg, exp_avg_sq, with "fp8" also their scales."""
         master = local_tensor(parameter)
-        (m, m_scale), (v, v_scale) = (new_moment(master, self.states, "cpu" if self.offload else master.device) for _ in range(2))
+        (m, m_scale), (v, v_scale) = (new_moment(master, self.moment_dtype, "cpu" if self.offload else master.device) for _ in range(2))
         scales = {} if m_scale is None or v_scale is None else {"exp_avg_scale": m_scale, "exp_avg_sq_scale": v_scale}
         return {"step": torch.zeros(()), "exp_avg": m, "exp_avg_sq": v, **scales}

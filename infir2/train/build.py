@@ -16,7 +16,7 @@ from infir2.errors import CheckpointError, ConfigError
 from infir2.model import Decoder, ModelConfig
 from infir2.model.safetensors_io import read_json
 from infir2.numerics import Memory, convert_to_fp8
-from infir2.parallel.parallel_model import alone
+from infir2.parallel.parallel_model import single_process
 from infir2.train.trainer import load_parameters
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -95,7 +95,7 @@ def build_model(model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_siz
     elif is_run(Path(model.path)):
         checkpoint = open_checkpoint(Path(model.path))
         decoder = _empty_decoder(_saved_config(checkpoint.state, checkpoint.path), dtype, torch.device("cpu"))
-        load_parameters(decoder, checkpoint.tensors(), alone(decoder).places)
+        load_parameters(decoder, checkpoint.tensors(), single_process(decoder).shard_specs)
     else:
         decoder = Decoder.from_hf(Path(model.path), compute_dtype=dtype)
     decoder.recompute = "full" if model.recompute == "full" else "none"

@@ -10,7 +10,7 @@ from infir2.config.schema import ScheduleSection, TrainRecipe
 from infir2.data import Batch, Loader, TrainingKind, validation_batches
 from infir2.data.streams import State
 from infir2.errors import ConfigError
-from infir2.parallel.parallel_model import Sharded
+from infir2.parallel.parallel_model import ParallelModel
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.losses import next_token_loss
 from infir2.train.schedules import learning_rate
@@ -26,11 +26,11 @@ def run_training(loaded: Loaded, kind: str) -> None:
         recipe = session.recipe
         tokenizer, tokenizer_dir = open_tokenizer(session.model, recipe.data.tokenizer)
         place = (session.layout.data_rank, session.layout.sizes.num_data)
-        quarantine = session.dir / "quarantine.jsonl" if session.team.is_first else None
+        quarantine = session.dir / "quarantine.jsonl" if session.ranks.is_rank0 else None
         loader = Loader(recipe.data, DATA_KIND[kind], tokenizer, recipe.run.seed, *place, quarantine=quarantine)
         validation = validation_batches(recipe.data, DATA_KIND[kind], tokenizer, recipe.train.validation_batches, *place)
         model = build_model(session.model, recipe.fp8, recipe.run, tokenizer.vocab_size, resumed=session.checkpoint is not None)
-        trainer = Trainer(model, recipe.optimizer, recipe.train.head_chunk_tokens, Sharded(model, session.layout))
+        trainer = Trainer(model, recipe.optimizer, recipe.train.loss_chunk_tokens, ParallelModel(model, session.layout))
         schedule = complete_schedule(recipe, loader.steps_per_epoch)
         last_step = min(schedule.total_steps, recipe.train.stop_after_step or schedule.total_steps)
         done = session.start(trainer, last_step)

@@ -10,7 +10,7 @@ from infir2.config.schema import OptimizerSection
 from infir2.errors import CheckpointError
 from infir2.numerics.kernels import usable
 from infir2.numerics.weight_cache import local_tensor
-from infir2.parallel.shard_spec import Place, whole
+from infir2.parallel.shard_spec import ShardSpec, unsharded
 from infir2.train.adamw import AdamW
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (section.beta1, section.beta2)
-    if section.states == "fp32" and section.gradients == "fp32" and not section.offload and not usable(matrices[0].device):
+    if section.moment_dtype == "fp32" and section.grad_dtype == "fp32" and not section.offload and not usable(matrices[0].device):
         return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=section.eps, fused=True)
-    if section.gradients == "bf16":
+    if section.grad_dtype == "bf16":
         for parameter in (*matrices, *vectors):
             parameter.grad_dtype = torch.bfloat16
-    return AdamW(groups, betas, section.eps, section.states, section.offload)
+    return AdamW(groups, betas, section.eps, section.moment_dtype, section.offload)
 
 
 def update(optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_rate: float, clip: Tensor | None) -> None:
@@ -54,7 +54,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: "DcpTensors", places: Mapping[str, Place]) -> None:
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: "DcpTensors", shard_specs: Mapping[str, ShardSpec]) -> None:
     """Inverse of `optimizer_tensors`: this rank's parts. CheckpointError when a moment is missing or has another format."""
     if not any(name.startswith("optimizer/") for name in tensors):
         return
@@ -63,13 +63,13 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
             continue
         optimizer.state[parameter] = state = _new_state(optimizer, parameter)
         for key, moment in state.items():
-            name, part, place = f"optimizer/{parameter_name}/{key}", local_tensor(moment), places.get(parameter_name)
+            name, part, spec = f"optimizer/{parameter_name}/{key}", local_tensor(moment), shard_specs.get(parameter_name)
             if name not in tensors or tensors.dtype(name) != part.dtype:
-                states = optimizer.states if isinstance(optimizer, AdamW) else "fp32"
+                states = optimizer.moment_dtype if isinstance(optimizer, AdamW) else "fp32"
                 raise CheckpointError(
-                    f"the checkpoint's AdamW moments are not in optimizer.states = {states!r}; resume with the format it was saved in"
+                    f"the checkpoint's AdamW moments are not in optimizer.moment_dtype = {states!r}; resume with the format it was saved in"
                 )
-            tensors.read(name, place if place and place.size == part.shape else whole(part.shape), part)  # scales are whole
+            tensors.read(name, spec if spec and spec.local_shape == part.shape else unsharded(part.shape), part)  # scales are whole
 
 
 def _new_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

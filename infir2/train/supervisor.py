@@ -28,10 +28,19 @@ from infir2.config.load import Loaded
 from infir2.config.resume import check_resume, dump
 from infir2.config.schema import OptimizerSection, TrainRecipe
 from infir2.data import Batch
-from infir2.errors import CheckFailedError, CheckpointError, ConfigError, Interrupted, NonFiniteError, Preempted, RankError, UserError
+from infir2.errors import (
+    CheckFailedError,
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    NonFiniteError,
+    Preempted,
+    RankError,
+    UserError,
+)
 from infir2.faults import fault
 from infir2.parallel.mesh import Layout, Sizes, check_model, plan_sizes
-from infir2.parallel.ranks import end_team, start_team
+from infir2.parallel.ranks import init_ranks, shutdown_ranks
 from infir2.parallel.watchdog import Watchdog
 from infir2.processes import StopSignals
 from infir2.train.build import device_of, planned_config, resumed_model
@@ -85,18 +94,18 @@ class Session:
     def __enter__(self) -> "Session":
         self.signals = StopSignals().__enter__()
         device, timeout = device_of(self.recipe.run), self.recipe.parallel.timeout_seconds
-        self.team = start_team(device, timeout)
-        self.watch = Watchdog(self.team.rank, timeout) if self.team.size > 1 else None
-        self.layout = Layout(self._sizes, self.team, device)
-        own_channel = self.team.fork()  # a save in the background talks while training does
-        self.store = self.team.together(lambda: Store(self.dir, self.recipe.checkpoint.keep, self._warn, own_channel))
+        self.ranks = init_ranks(device, timeout)
+        self.watch = Watchdog(self.ranks.rank, timeout) if self.ranks.size > 1 else None
+        self.layout = Layout(self._sizes, self.ranks, device)
+        own_channel = self.ranks.fork()  # a save in the background talks while training does
+        self.store = self.ranks.raise_together(lambda: Store(self.dir, self.recipe.checkpoint.keep, self._warn, own_channel))
         try:
-            self.checkpoint = self.team.first(self._starting_point)
+            self.checkpoint = self.ranks.broadcast_from_rank0(self._starting_point)
             self.model = resumed_model(self.recipe.model, self.checkpoint)
             self.saved_step = self.checkpoint.step if self.checkpoint else 0
             self._last = (self.saved_step, {})
             self.metrics: Any = SILENT
-            self._validated, losses = self.team.first(self._open_record)
+            self._validated, losses = self.ranks.broadcast_from_rank0(self._open_record)
         except BaseException:
             self.store.close()
             self.signals.__exit__()
@@ -116,8 +125,8 @@ class Session:
             trainer.load_tensors(tensors)
             torch.set_rng_state(tensors["rng/torch"])
             done = self.checkpoint.step
-        self.progress = StepProgress(self.kind, total_steps, done) if self.team.is_first else SILENT
-        self.store.places = trainer.places()
+        self.progress = StepProgress(self.kind, total_steps, done) if self.ranks.is_rank0 else SILENT
+        self.store.shard_specs = trainer.shard_specs()
         trainer.pending_signal = lambda: self.signals.received
         self.beat("the first step")
         if self.checkpoint:
@@ -125,7 +134,7 @@ class Session:
         if self.recipe.checkpoint.background:
             self._saver = BackgroundSaver(self.store.save)
             trainer.before_update = self._saver.await_copy
-        self.team.first(self._write_description)
+        self.ranks.broadcast_from_rank0(self._write_description)
         fault("train.start")
         self.stop_if_asked()
         return done
@@ -142,7 +151,7 @@ class Session:
         for batch in batches:
             fault("validate")
             self.beat()
-            self._agreed_signal = next(filter(None, self.team.gather(self.signals.received)), None)
+            self._agreed_signal = next(filter(None, self.ranks.all_gather(self.signals.received)), None)
             self.stop_if_asked()
             yield batch
 
@@ -159,7 +168,7 @@ class Session:
         self.progress.update(step, rate)
         self._count_skipped(step, result, batches)
         self._watch(step, result)
-        if self.team.size == 1:  # several ranks hear of a failed save together, at the next one
+        if self.ranks.size == 1:  # several ranks hear of a failed save together, at the next one
             self._settle(wait=False)
         if step % self.recipe.checkpoint.save_every == 0 or last:
             self.save(step, state)
@@ -175,7 +184,7 @@ class Session:
 
     def stop_if_asked(self) -> None:
         """After SIGTERM or Ctrl-C: save the last step done and raise. Callable wherever no parameter has changed since then."""
-        if (self.signals.received if self.team.size == 1 else self._agreed_signal) is None:
+        if (self.signals.received if self.ranks.size == 1 else self._agreed_signal) is None:
             return
         self.signals.received = self._agreed_signal or self.signals.received
         step, state = self._last
@@ -199,7 +208,7 @@ class Session:
                 raise self.signals.error("in the middle of a step")
 
         try:
-            return self.team.gather(self.team.together(lambda: work(check), self.beat))
+            return self.ranks.all_gather(self.ranks.raise_together(lambda: work(check), self.beat))
         except (Preempted, Interrupted) as stop:
             self._agreed_signal = signal.SIGTERM if isinstance(stop, Preempted) else signal.SIGINT
             self.stop_if_asked()
@@ -266,12 +275,12 @@ class Session:
             self.watch.close()
             if error is not None and not isinstance(error, UserError | KeyboardInterrupt):
                 traceback.print_exception(error)
-                raise RankError(f"rank {self.team.rank} failed in {self.watch.phase}: {type(error).__name__}, see above") from error
+                raise RankError(f"rank {self.ranks.rank} failed in {self.watch.phase}: {type(error).__name__}, see above") from error
         if error is None:
-            end_team()
+            shutdown_ranks()
 
     def _warn(self, text: str) -> None:
-        if self.team.is_first:
+        if self.ranks.is_rank0:
             print(f"{self.kind}: {text}", file=sys.stderr)
 
     def _watch(self, step: int, result: StepResult) -> None:
@@ -296,7 +305,7 @@ class Session:
             return
         self._failures_in_a_row += 1
         mine = [origin for batch in batches for origin in batch.origins]  # ranks do not know which of them had it
-        rows = ", ".join(dict.fromkeys(origin for part in self.team.gather(mine) for origin in part))
+        rows = ", ".join(dict.fromkeys(origin for part in self.ranks.all_gather(mine) for origin in part))
         self.event(step, "non_finite", f"loss {result.loss}, gradient norm {result.gradient_norm}; no parameter changed; rows {rows}")
         if self._failures_in_a_row >= self.recipe.train.skip_nonfinite_steps:
             raise NonFiniteError(
@@ -330,15 +339,15 @@ def resume_changes(loaded: Loaded) -> list[str]:
 
 def needs_one_process(section: OptimizerSection) -> bool:
     """8-bit moments, whose scales lie across shards, and BF16 gradients, which ranks sum in FP32."""
-    return section.states == "fp8" or section.gradients == "bf16"
+    return section.moment_dtype == "fp8" or section.grad_dtype == "bf16"
 
 
 def check_optimizer(recipe: TrainRecipe, sizes: Sizes) -> None:
     """ConfigError for what several processes cannot do, before any of them starts."""
     if sizes.world > 1 and needs_one_process(recipe.optimizer):
         raise ConfigError(
-            f'optimizer.states = "fp8" and optimizer.gradients = "bf16" need one process, not {sizes.world}; '
-            'take optimizer.states = "bf16" and optimizer.gradients = "fp32", or optimizer.offload = true'
+            f'optimizer.moment_dtype = "fp8" and optimizer.grad_dtype = "bf16" need one process, not {sizes.world}; '
+            'take optimizer.moment_dtype = "bf16" and optimizer.grad_dtype = "fp32", or optimizer.offload = true'
         )
 
 

@@ -18,8 +18,8 @@ from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, token_logprobs
 from infir2.numerics.weight_cache import local_tensor
 from infir2.parallel.collectives import to_device
-from infir2.parallel.parallel_model import Sharded, alone
-from infir2.parallel.shard_spec import Place
+from infir2.parallel.parallel_model import ParallelModel, single_process
+from infir2.parallel.shard_spec import ShardSpec
 from infir2.train.losses import LossFunction, TokenScores
 from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, update
 
@@ -51,14 +51,14 @@ class Trainer:
     Raises CheckpointError for a model without masters.
     """
 
-    def __init__(self, model: Decoder, section: OptimizerSection, head_chunk_tokens: int, sharded: Sharded | None = None) -> None:
+    def __init__(self, model: Decoder, section: OptimizerSection, loss_chunk_tokens: int, parallel_model: ParallelModel | None = None) -> None:
         if any(isinstance(layer, Fp8Linear) and layer.weight is None for layer in model.modules()):
             raise CheckpointError("the model holds FP8 codes without masters: train from BF16 weights (infir2 import fp8 DIR --to NEW)")
         self.model = model
-        self.sharded = sharded or alone(model)
+        self.parallel_model = parallel_model or single_process(model)
         self.optimizer = make_optimizer(model, section)
         self.clip_norm = section.clip_norm
-        self.head_chunk_tokens = head_chunk_tokens
+        self.loss_chunk_tokens = loss_chunk_tokens
         self.pending_signal: Callable[[], int | None] = lambda: None
         self.before_update: Callable[[], None] = lambda: None  # a save in the background may still be copying
 
@@ -66,26 +66,26 @@ class Trainer:
         """Forward and backward over all micro-batches, one reduction of what was measured, finite check, clip, AdamW."""
         fault("train.step")
         self.model.train()
-        counts = self.sharded.layout.is_data_leader  # what ranks with the same data do not count twice
-        num_tokens = self.sharded.total(self._number(counts * sum(batch.num_trained_tokens for batch in batches)))
+        counts = self.parallel_model.layout.is_data_leader  # what ranks with the same data do not count twice
+        num_tokens = self.parallel_model.total(self._number(counts * sum(batch.num_trained_tokens for batch in batches)))
         loss_sum = self._number(0)
         sums: dict[str, Tensor] = defaultdict(lambda: self._number(0))
         for number, batch in enumerate(batches, 1):
             # with several ranks, a batch that trains nothing has to take part in the collectives
-            if batch.num_trained_tokens == 0 and self.sharded.team.size == 1:
+            if batch.num_trained_tokens == 0 and self.parallel_model.ranks.size == 1:
                 continue
-            self.sharded.before_backward(last=number == len(batches))
-            loss, metrics = loss_function(self._score(self.sharded.local(batch), temperature, with_entropy=bool(batch.extras)))
+            self.parallel_model.before_backward(last=number == len(batches))
+            loss, metrics = loss_function(self._score(self.parallel_model.local(batch), temperature, with_entropy=bool(batch.extras)))
             if fault("train.loss"):
                 loss = loss * math.nan
             (loss / num_tokens.clamp(min=1)).backward()
             loss_sum += loss.detach()
             for name, value in metrics.items():
                 sums[name] += value.detach()
-        self.sharded.finish_gradients()
+        self.parallel_model.finish_gradients()
         tokens = self._number(counts * sum(len(batch.token_ids) for batch in batches))
         stops = [self._number(self.pending_signal() == number) for number in (signal.SIGTERM, signal.SIGINT)]
-        measured = self.sharded.total(torch.stack([self.sharded.squared_norm(), loss_sum, tokens, *stops, *sums.values()]))
+        measured = self.parallel_model.total(torch.stack([self.parallel_model.squared_norm(), loss_sum, tokens, *stops, *sums.values()]))
         *totals, trained = torch.cat([measured, num_tokens[None]]).tolist()  # the one point where the host waits for the device
         result = _result(totals, int(trained), list(sums))
         if not result.skipped:
@@ -95,8 +95,8 @@ class Trainer:
 
     def score(self, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False) -> TokenScores:
         """Log-probabilities of the batch's trained tokens that this rank scores, in stream order, without gradients to come."""
-        scores = self._score(self.sharded.local(batch), temperature, with_entropy)
-        self.sharded.release()
+        scores = self._score(self.parallel_model.local(batch), temperature, with_entropy)
+        self.parallel_model.release()
         return scores
 
     @torch.no_grad()
@@ -105,10 +105,10 @@ class Trainer:
         self.model.eval()
         sums = torch.stack([self._number(0), self._number(0)])
         for batch in batches:
-            if batch.num_trained_tokens or self.sharded.team.size > 1:
+            if batch.num_trained_tokens or self.parallel_model.ranks.size > 1:
                 logprobs = self.score(batch).logprobs
                 sums -= torch.stack([logprobs.sum(dtype=torch.float64), self._number(-len(logprobs))])
-        loss_sum, num_tokens = self.sharded.total(sums).tolist()
+        loss_sum, num_tokens = self.parallel_model.total(sums).tolist()
         return loss_sum / max(1, num_tokens)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -117,17 +117,17 @@ class Trainer:
         tensors = parameters | optimizer_tensors(self.model, self.optimizer)
         return {name: local_tensor(tensor) for name, tensor in tensors.items()}
 
-    def places(self) -> dict[str, Place]:
+    def shard_specs(self) -> dict[str, ShardSpec]:
         """Where each of `tensors` that has a part on several ranks lies in the whole; empty in one process."""
-        if self.sharded.team.size == 1:
+        if self.parallel_model.ranks.size == 1:
             return {}
         names = ("parameters/{}", "optimizer/{}/exp_avg", "optimizer/{}/exp_avg_sq")
-        return {form.format(name): place for name, place in self.sharded.places.items() for form in names}
+        return {form.format(name): place for name, place in self.parallel_model.shard_specs.items() for form in names}
 
     def load_tensors(self, tensors: "DcpTensors") -> None:
         """Read this rank's part of what `tensors` names. CheckpointError on a missing or misshapen one."""
-        load_parameters(self.model, tensors, self.sharded.places)
-        load_optimizer_tensors(self.model, self.optimizer, tensors, self.sharded.places)
+        load_parameters(self.model, tensors, self.parallel_model.shard_specs)
+        load_optimizer_tensors(self.model, self.optimizer, tensors, self.parallel_model.shard_specs)
 
     @property
     def _device(self) -> torch.device:
@@ -147,7 +147,7 @@ class Trainer:
             self.model.head_weight,
             labels[rows],
             temperature,
-            self.head_chunk_tokens,
+            self.loss_chunk_tokens,
             with_entropy=with_entropy,
             uniform_gradient=not batch.extras,  # next_token_loss is a sum; a policy loss weighs every token by its extras
         )
@@ -157,7 +157,7 @@ class Trainer:
         self.before_update()
         # as torch.nn.utils.clip_grads_with_norm_
         clip = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0) if self.clip_norm > 0 else None
-        update(self.optimizer, self.sharded.gradients(), learning_rate, clip)
+        update(self.optimizer, self.parallel_model.gradients(), learning_rate, clip)
 
 
 def _result(measured: list[float], num_tokens: int, names: list[str]) -> StepResult:
@@ -180,7 +180,7 @@ def _result(measured: list[float], num_tokens: int, names: list[str]) -> StepRes
 
 
 @torch.no_grad()
-def load_parameters(model: Decoder, tensors: "DcpTensors", places: Mapping[str, Place]) -> None:
+def load_parameters(model: Decoder, tensors: "DcpTensors", shard_specs: Mapping[str, ShardSpec]) -> None:
     """Read this rank's part of each 'parameters/NAME' of a checkpoint into the model's FP32 masters."""
     for name, parameter in model.named_parameters():
-        tensors.read(f"parameters/{name}", places[name], local_tensor(parameter))
+        tensors.read(f"parameters/{name}", shard_specs[name], local_tensor(parameter))

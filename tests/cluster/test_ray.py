@@ -179,8 +179,8 @@ def test_asynchronous_rl_outlives_an_engine_and_a_rank(world: Path, start: Path,
 def test_two_nodes_go_on_when_a_dead_one_is_replaced(world: Path, tmp_path: Path) -> None:
     """Two raylets, a rank on each: one raylet is killed, and another one started when the launcher waits for it."""
     words = options(world, tmp_path / "run", "cpt", schedule__total_steps=60, checkpoint__save_every=5, train__validate_every=0)
-    alone = [sys.executable, "-m", "infir2", "launch", "torchrun", "--gpus-per-node", "2", "--", *words[:2]]
-    subprocess.run([*alone, *words[2:], f"--run.dir={tmp_path / 'undisturbed'}"], check=True, timeout=240)
+    single_process = [sys.executable, "-m", "infir2", "launch", "torchrun", "--gpus-per-node", "2", "--", *words[:2]]
+    subprocess.run([*single_process, *words[2:], f"--run.dir={tmp_path / 'undisturbed'}"], check=True, timeout=240)
     script = f"""
     node() {{ {shlex.quote(str(RAY))} start --address=$RAY_ADDRESS --node-ip-address=127.0.0.1 --num-cpus=1 --disable-usage-stats; }}
     head=$(pgrep -x raylet); node; second=$(pgrep -x raylet | grep -vx $head)

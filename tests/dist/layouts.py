@@ -30,8 +30,8 @@ from infir2.numerics.quantize import quantize_weight
 from infir2.parallel import fsdp
 from infir2.parallel.fsdp import shard_module
 from infir2.parallel.mesh import Layout, Sizes
-from infir2.parallel.parallel_model import Sharded
-from infir2.parallel.ranks import Team, end_team, start_team
+from infir2.parallel.parallel_model import ParallelModel
+from infir2.parallel.ranks import Ranks, shutdown_ranks, init_ranks
 from infir2.train.losses import next_token_loss
 from infir2.train.trainer import StepResult, Trainer
 
@@ -67,8 +67,8 @@ def make_model(kind: str, **other: Any) -> Decoder:
     return convert_to_fp8(model, Fp8Section(enabled=kind == "-fp8"))
 
 
-def one_step(model: Decoder, mine: list[Batch], sharded: Sharded | None) -> tuple[StepResult, dict[str, Tensor], Trainer]:
-    trainer = Trainer(model, OptimizerSection(clip_norm=0), 256, sharded)
+def one_step(model: Decoder, mine: list[Batch], parallel_model: ParallelModel | None) -> tuple[StepResult, dict[str, Tensor], Trainer]:
+    trainer = Trainer(model, OptimizerSection(clip_norm=0), 256, parallel_model)
     gradients: dict[str, Tensor] = {}
 
     def keep(*_: object) -> None:
@@ -111,35 +111,35 @@ def count_collectives() -> Counter[str]:
     return counts
 
 
-def compare(team: Team, sizes: Sizes, kind: str, **other: Any) -> dict[str, Any]:
+def compare(ranks: Ranks, sizes: Sizes, kind: str, **other: Any) -> dict[str, Any]:
     reference = make_model(kind, **other)
     exported = weights_digest(exported_fp8_weights(reference))
-    expected, wanted, _ = team.first(lambda: (*one_step(reference, batches(), None)[:2], None))
+    expected, wanted, _ = ranks.broadcast_from_rank0(lambda: (*one_step(reference, batches(), None)[:2], None))
     model = make_model(kind, **other)
     codes = {
         name: layer.quantized_weight().codes.view(torch.uint8)
         for name, layer in make_model(kind, **other).named_modules()
         if isinstance(layer, Fp8Linear)
     }
-    layout = Layout(sizes, team, torch.device("cpu"))
-    untrained = Sharded(make_model(kind, **other), layout)
+    layout = Layout(sizes, ranks, torch.device("cpu"))
+    untrained = ParallelModel(make_model(kind, **other), layout)
     with torch.inference_mode():  # as an engine that takes them
         same_export = weights_digest(untrained.exported()) == exported
-    sharded = Sharded(model, layout)
+    parallel_model = ParallelModel(model, layout)
     seen = spy_on_codes(model)
     counts = count_collectives()
-    result, gradients, trainer = one_step(model, batches()[layout.data_rank :: sizes.num_data], sharded)
+    result, gradients, trainer = one_step(model, batches()[layout.data_rank :: sizes.num_data], parallel_model)
     first = dict(counts)
     quantised = {layer.quantizations for layer in model.modules() if isinstance(layer, Fp8Linear)}
-    places = {
-        name: tuple(slice(first, first + size) for first, size in zip(place.offset, place.size, strict=True))
-        for name, place in sharded.places.items()
+    shard_specs = {
+        name: tuple(slice(first, first + size) for first, size in zip(spec.offset, spec.local_shape, strict=True))
+        for name, spec in parallel_model.shard_specs.items()
     }
     named = [name for name in gradients if gradients[name].numel()]
-    parts = [(gradients[name], wanted[name][places[name]]) for name in named]
+    parts = [(gradients[name], wanted[name][shard_specs[name]]) for name in named]
     same = []
     for name, got in seen.items():
-        split = sharded.splits.get(f"{name}.weight")
+        split = parallel_model.splits.get(f"{name}.weight")
         whole = codes[name] if split is None else codes[name].chunk(split.count, split.dim)[split.index]
         same.append(torch.equal(got, whole))
     return {
@@ -190,15 +190,15 @@ def record(block: Any, number: int, events: list[str]) -> None:
     block.mlp.forward = lambda *args: Mark.apply(feed_forward(*args), lambda: events.append(f"backward {number}"))
 
 
-def order_of_gathers(team: Team, recompute: Any) -> list[str]:
+def order_of_gathers(ranks: Ranks, recompute: Any) -> list[str]:
     """What happens in which order on this rank in the second of two steps of three blocks."""
     model = make_model("-fp8", num_layers=3)
     model.recompute = recompute
-    sharded = Sharded(model, Layout(Sizes(dp=team.size), team, torch.device("cpu")))
+    parallel_model = ParallelModel(model, Layout(Sizes(dp=ranks.size), ranks, torch.device("cpu")))
     events: list[str] = []
     for number, block in enumerate(model.model.layers):
         record(block, number, events)
-    trainer = Trainer(model, OptimizerSection(), 256, sharded)
+    trainer = Trainer(model, OptimizerSection(), 256, parallel_model)
     for batch in batches()[:2]:
         events.clear()
         trainer.step([batch], next_token_loss, 1e-3)
@@ -216,13 +216,13 @@ class CountLaunches(TorchDispatchMode):
         return out
 
 
-def launches_of_codes(team: Team) -> list[int]:
+def launches_of_codes(ranks: Ranks) -> list[int]:
     """Operations that make the codes of 7, then of 21 weights; encoding, a single kernel on a GPU, counts as one."""
     encoding, found = fsdp.encode_weight_rows, []
     fsdp.encode_weight_rows = lambda master, scale, scale_format: torch.empty(master.shape, dtype=torch.float8_e4m3fn)
     for num_layers in (1, 3):
         model = make_model("-fp8", hidden_size=256, num_layers=num_layers)  # no padding of groups
-        Sharded(model, Layout(Sizes(dp=team.size), team, torch.device("cpu")))
+        ParallelModel(model, Layout(Sizes(dp=ranks.size), ranks, torch.device("cpu")))
         local: Any = local_tensor(model.model.layers[0].mlp.up_proj.weight)
         with CountLaunches() as count:
             local.fsdp_pre_all_gather.__self__.gather.quantize()
@@ -278,14 +278,14 @@ def transformers_steps(model: Any, adam: torch.optim.Optimizer, share: int, step
     return found
 
 
-def compare_transformers(team: Team, shard: Any, dtype: torch.dtype = torch.float32, **adam: bool) -> dict[str, Any]:
+def compare_transformers(ranks: Ranks, shard: Any, dtype: torch.dtype = torch.float32, **adam: bool) -> dict[str, Any]:
     """FSDP2 of a module of another library with FP8 layers: the same hidden states, gradients and codes as unsharded, over three steps."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    plain, sharded = transformers_model(dtype).float(), transformers_model(dtype)
-    shard(sharded, sharded.model.layers, init_device_mesh("cpu", (team.size,)))
+    plain, parallel_model = transformers_model(dtype).float(), transformers_model(dtype)
+    shard(parallel_model, parallel_model.model.layers, init_device_mesh("cpu", (ranks.size,)))
     results = []
-    for model, share in ((plain, 1), (sharded, team.size)):
+    for model, share in ((plain, 1), (parallel_model, ranks.size)):
         results.append(transformers_steps(model, torch.optim.AdamW(model.parameters(), lr=1e-2, **adam), share, steps=3))
     return {
         "losses": [row["loss"] for row in results[0]],
@@ -294,14 +294,14 @@ def compare_transformers(team: Team, shard: Any, dtype: torch.dtype = torch.floa
         "gradient": [decibels(two["gradient"], one["gradient"]) for one, two in zip(*results, strict=True)],
         "stale": [row["stale"] for rows in results for row in rows],
         "read": {row["read"] for rows in results for row in rows} == {14},
-        "quantised": sorted({layer.quantizations for layer in sharded.modules() if isinstance(layer, Fp8Linear)}),
+        "quantised": sorted({layer.quantizations for layer in parallel_model.modules() if isinstance(layer, Fp8Linear)}),
     }
 
 
 def main() -> None:
     torch.set_num_threads(1)
     out, *words = sys.argv[1:]
-    team = start_team(torch.device("cpu"), 60)
+    ranks = init_ranks(torch.device("cpu"), 60)
     if INTERPRETED:
         fused.serves = lambda x, dtype=None: (dtype or x.dtype) == torch.bfloat16
     found = {}
@@ -313,17 +313,17 @@ def main() -> None:
         if INTERPRETED:
             kinds = ["-fp8"] if name == "tp" else ["-fp8", "-bf16"]
         for kind in kinds:
-            found[name + kind] = team.gather(compare(team, sizes, kind, **other))
-    if team.size == 2 and not INTERPRETED:
-        found["order"] = team.gather({recompute: order_of_gathers(team, recompute) for recompute in ("none", "full")})
-        found["launches"] = team.gather(launches_of_codes(team))
-        found["transformers"] = team.gather(compare_transformers(team, shard_module, fused=True))
-        found["transformers-bf16"] = team.gather(compare_transformers(team, shard_module, torch.bfloat16))
-        found["transformers-fully_shard"] = team.gather(compare_transformers(team, shard_with_torch, foreach=True))
-    if team.is_first:
+            found[name + kind] = ranks.all_gather(compare(ranks, sizes, kind, **other))
+    if ranks.size == 2 and not INTERPRETED:
+        found["order"] = ranks.all_gather({recompute: order_of_gathers(ranks, recompute) for recompute in ("none", "full")})
+        found["launches"] = ranks.all_gather(launches_of_codes(ranks))
+        found["transformers"] = ranks.all_gather(compare_transformers(ranks, shard_module, fused=True))
+        found["transformers-bf16"] = ranks.all_gather(compare_transformers(ranks, shard_module, torch.bfloat16))
+        found["transformers-fully_shard"] = ranks.all_gather(compare_transformers(ranks, shard_with_torch, foreach=True))
+    if ranks.is_rank0:
         with open(out, "w", encoding="utf-8") as file:
             json.dump(found, file, indent=1)
-    end_team()
+    shutdown_ranks()
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from infir2.data import Batch
 from infir2.errors import ConfigError
 from infir2.model import Decoder
 from infir2.parallel.mesh import Layout, Sizes
-from infir2.parallel.parallel_model import Sharded
-from infir2.parallel.ranks import Team
+from infir2.parallel.parallel_model import ParallelModel
+from infir2.parallel.ranks import Ranks
 from infir2.train.losses import next_token_loss
 from infir2.train.supervisor import check_optimizer
 from infir2.train.trainer import Trainer
@@ -31,12 +31,12 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make(section: OptimizerSection, sharded: bool) -> Trainer:
+def make(section: OptimizerSection, parallel_model: bool) -> Trainer:
     model = Decoder.from_shape(SHAPE, vocab_size=31, seed=1)
-    layout = Layout(Sizes(), Team(), torch.device("cpu"))
-    if sharded:
+    layout = Layout(Sizes(), Ranks(), torch.device("cpu"))
+    if parallel_model:
         layout.shard_mesh = init_device_mesh("cpu", (1,))
-    return Trainer(model, section, 64, Sharded(model, layout))
+    return Trainer(model, section, 64, ParallelModel(model, layout))
 
 
 def losses(trainer: Trainer, steps: range) -> list[float]:
@@ -49,19 +49,19 @@ def losses(trainer: Trainer, steps: range) -> list[float]:
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("keys", [{"states": "bf16"}, {"offload": True}])
+@pytest.mark.parametrize("keys", [{"moment_dtype": "bf16"}, {"offload": True}])
 def test_a_sharded_model_trains_with_them_and_goes_on(keys: dict, tmp_path: Path) -> None:
     section = OptimizerSection(**keys)
-    expected = losses(make(section, sharded=False), range(6))
-    trainer = make(section, sharded=True)
+    expected = losses(make(section, parallel_model=False), range(6))
+    trainer = make(section, parallel_model=True)
     assert losses(trainer, range(3)) == expected[:3]
     path = Store(tmp_path / "run").save(3, trainer.tensors(), {})
-    again = make(section, sharded=True)
+    again = make(section, parallel_model=True)
     again.load_tensors(open_checkpoint(path).tensors())
     assert losses(again, range(3, 6)) == expected[3:]
 
 
-@pytest.mark.parametrize("keys", [{"states": "fp8"}, {"gradients": "bf16"}])
+@pytest.mark.parametrize("keys", [{"moment_dtype": "fp8"}, {"grad_dtype": "bf16"}])
 def test_what_several_processes_cannot_have_is_refused(keys: dict) -> None:
     with pytest.raises(ConfigError, match="need one process"):
         check_optimizer(SimpleNamespace(optimizer=OptimizerSection(**keys)), Sizes(dp=2))

@@ -45,7 +45,7 @@ def ranks(tmp_path: Path, num: int, arguments: list[str], struck: int = -1, faul
 
 
 @pytest.fixture(scope="module")
-def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def single_process(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed run in one process."""
     directory = tmp_path_factory.mktemp("alone") / "run"
     run(words(world, directory))
@@ -69,15 +69,15 @@ def by_two(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_f6_two_ranks_train_and_save_what_one_does(alone: Path, by_two: Path, tmp_path: Path) -> None:
+def test_f6_two_ranks_train_and_save_what_one_does(single_process: Path, by_two: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in by_two.glob("checkpoints/step-2/*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
-    close(by_two, alone)
+    close(by_two, single_process)
     ours = open_checkpoint(by_two).tensors()
     read_by_torch = {name: torch.zeros_like(tensor) for name, tensor in ours.items()}
     dcp.load(read_by_torch, storage_reader=dcp.FileSystemReader(ours.path), no_dist=True)
     assert all(torch.equal(read_by_torch[name], tensor) for name, tensor in ours.items())
     export_hf(by_two / "checkpoints" / "step-2", tmp_path / "hf-two")
-    export_hf(alone / "checkpoints" / "step-2", tmp_path / "hf-one")
+    export_hf(single_process / "checkpoints" / "step-2", tmp_path / "hf-one")
     a, b = load_file(tmp_path / "hf-two" / "model.safetensors"), load_file(tmp_path / "hf-one" / "model.safetensors")
     assert a.keys() == b.keys()
     assert max((a[name].float() - b[name].float()).abs().max().item() for name in a) < 1e-2
@@ -101,7 +101,7 @@ def test_f6_a_checkpoint_goes_on_with_another_number_of_ranks(
 
 
 @pytest.mark.parametrize(("fault", "saved"), [("train.start:1", 1), ("train.step:3", 3)])
-def test_f8_sigterm_on_one_rank_saves_the_same_step_on_all(world: Path, alone: Path, tmp_path: Path, fault: str, saved: int) -> None:
+def test_f8_sigterm_on_one_rank_saves_the_same_step_on_all(world: Path, single_process: Path, tmp_path: Path, fault: str, saved: int) -> None:
     run_dir = tmp_path / "run"
     arguments = words(world, run_dir, train__validate_every=0)
     codes, said = ranks(tmp_path, 2, arguments, struck=1, faults=f"{fault}:term")
@@ -111,10 +111,10 @@ def test_f8_sigterm_on_one_rank_saves_the_same_step_on_all(world: Path, alone: P
     if saved == STEPS - 1:  # the other goes on alike
         codes, said = ranks(tmp_path, 2, words(world, run_dir))
         assert codes == [0, 0], said
-        close(run_dir, alone)
+        close(run_dir, single_process)
 
 
-def test_f3_a_full_disk_on_one_rank_fails_the_save_of_all_and_harms_no_other(world: Path, alone: Path, tmp_path: Path) -> None:
+def test_f3_a_full_disk_on_one_rank_fails_the_save_of_all_and_harms_no_other(world: Path, single_process: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     words_of_run = words(world, run_dir, checkpoint__on_save_error="warn")
     codes, said = ranks(tmp_path, 2, words_of_run, struck=1, faults="save.after_shard:1:enospc,save.before_shard:2:enospc")
@@ -123,7 +123,7 @@ def test_f3_a_full_disk_on_one_rank_fails_the_save_of_all_and_harms_no_other(wor
     assert "errno 28" in lines(run_dir, "event")[0]["detail"]
     assert [path.name for path in run_dir.glob("checkpoints/*")] == ["step-4"]
     assert open_checkpoint(run_dir).step == STEPS
-    close(run_dir, alone)
+    close(run_dir, single_process)
 
 
 def rows_of_step(world: Path, rank: int, step: int) -> set[str]:
@@ -153,7 +153,7 @@ def test_f9_a_nan_on_one_rank_changes_no_rank(world: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("point", "saved"), [("validate:2", 2), ("validate:1", 0)])
-def test_f8_sigterm_on_one_rank_in_a_validation_ends_all_there(world: Path, alone: Path, tmp_path: Path, point: str, saved: int) -> None:
+def test_f8_sigterm_on_one_rank_in_a_validation_ends_all_there(world: Path, single_process: Path, tmp_path: Path, point: str, saved: int) -> None:
     """One micro-batch a validation: before the first step, and after the second."""
     run_dir = tmp_path / "run"
     arguments = words(world, run_dir, checkpoint__save_every=100)
@@ -164,7 +164,7 @@ def test_f8_sigterm_on_one_rank_in_a_validation_ends_all_there(world: Path, alon
     codes, said = ranks(tmp_path, 2, arguments)
     assert codes == [0, 0], said
     assert [line["step"] for line in lines(run_dir, "validation")] == [0, 2, 4]
-    close(run_dir, alone)
+    close(run_dir, single_process)
 
 
 def test_f8_sigterm_on_one_rank_in_an_evaluation_ends_all_there(world: Path, tmp_path: Path) -> None:
@@ -222,12 +222,12 @@ def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(world: Pat
     assert not list(run_dir.glob("checkpoints/.tmp*"))
 
 
-def test_f13_uneven_data_and_ranks_without_trained_tokens(world: Path, alone: Path, tmp_path: Path) -> None:
+def test_f13_uneven_data_and_ranks_without_trained_tokens(world: Path, single_process: Path, tmp_path: Path) -> None:
     """Three ranks share two windows a step: one rank trains nothing, no rank waits for another, and all stop together."""
     run_dir = tmp_path / "run"
     codes, said = ranks(tmp_path, 3, words(world, run_dir))
     assert codes == [0, 0, 0], said
-    close(run_dir, alone)
+    close(run_dir, single_process)
     assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == STEPS
 
 
@@ -237,7 +237,7 @@ def test_f7_another_recipe_and_what_needs_one_process_are_refused_before_any_gro
     """`MASTER_PORT` leads nowhere: a process group would wait for it."""
     for option, sentence, run_dir in [
         ("--run.seed=9", "run.seed = 1236, and now it is 9", by_two),
-        ("--optimizer.gradients=bf16", "need one process, not 2", tmp_path / "run"),
+        ("--optimizer.grad_dtype=bf16", "need one process, not 2", tmp_path / "run"),
     ]:
         command = [sys.executable, "-m", "infir2", *words(world, run_dir), option]
         variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}

@@ -34,7 +34,7 @@ def rollouts(run_dir: Path, step: int) -> dict[str, list[dict[str, object]]]:
 
 
 @pytest.fixture(scope="module")
-def alone(world: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def single_process(world: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed run in one process, with all its rollouts."""
     directory = tmp_path_factory.mktemp("alone") / "run"
     run(words(world, start, directory, checkpoint__save_every=100))
@@ -52,24 +52,24 @@ def close(found: Path, wanted: Path) -> None:
 
 @pytest.mark.parametrize("layout", [{}, {"parallel__cp": 2}])
 def test_rollouts_and_the_first_step_are_those_of_one_process(
-    world: Path, start: Path, alone: Path, tmp_path: Path, layout: dict[str, int]
+    world: Path, start: Path, single_process: Path, tmp_path: Path, layout: dict[str, int]
 ) -> None:
     run_dir = tmp_path / "run"
     codes, said = ranks(tmp_path, 2, words(world, start, run_dir, checkpoint__save_every=100, **layout))
     assert codes == [0, 0], said
     assert len(list(run_dir.glob("rollouts/step-1-*.jsonl"))) == 2, "both ranks sampled"
-    assert rollouts(run_dir, 1) == rollouts(alone, 1)
+    assert rollouts(run_dir, 1) == rollouts(single_process, 1)
     assert [line["policy_version"] for line in lines(run_dir, "train")] == [1, 2, 3]
     if layout:  # other roundings flip single codes, and from the second step on other tokens are sampled
-        found, wanted = (curve(path, "loss", "gradient_norm", "entropy", *SAMPLED)[0] for path in (run_dir, alone))
+        found, wanted = (curve(path, "loss", "gradient_norm", "entropy", *SAMPLED)[0] for path in (run_dir, single_process))
         assert found[3:] == pytest.approx(wanted[3:], abs=1e-3)
         assert found[1] == pytest.approx(wanted[1], abs=1e-3)
     else:
-        close(run_dir, alone)
+        close(run_dir, single_process)
     assert max(line["mismatch_max"] for line in lines(run_dir, "train")) < (0.2 if layout else 1e-4)
 
 
-def test_a_killed_rank_ends_the_other_and_one_process_goes_on(world: Path, start: Path, alone: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_other_and_one_process_goes_on(world: Path, start: Path, single_process: Path, tmp_path: Path) -> None:
     """Killed after the rollouts of step 3, which both ranks have written down: one process samples none of them again."""
     run_dir = tmp_path / "run"
     arguments = words(world, start, run_dir, checkpoint__background="false")
@@ -80,7 +80,7 @@ def test_a_killed_rank_ends_the_other_and_one_process_goes_on(world: Path, start
     assert open_checkpoint(run_dir).step == 2
     run(arguments)
     assert rollouts(run_dir, 3) == kept
-    close(run_dir, alone)
+    close(run_dir, single_process)
 
 
 def test_a_nan_and_a_signal_on_one_rank_are_all_ranks(world: Path, start: Path, tmp_path: Path) -> None:
@@ -95,11 +95,11 @@ def test_a_nan_and_a_signal_on_one_rank_are_all_ranks(world: Path, start: Path, 
     assert [line["skipped"] for line in lines(run_dir, "train")] == [True, False, False]
 
 
-def test_two_ranks_go_on_where_one_process_stopped(world: Path, start: Path, alone: Path, tmp_path: Path) -> None:
+def test_two_ranks_go_on_where_one_process_stopped(world: Path, start: Path, single_process: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = words(world, start, run_dir)
     codes, said = ranks(tmp_path, 1, arguments, struck=0, faults="rollout.group:5:term")
     assert codes == [75], said
     codes, said = ranks(tmp_path, 2, arguments)
     assert codes == [0, 0], said
-    close(run_dir, alone)
+    close(run_dir, single_process)

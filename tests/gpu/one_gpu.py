@@ -22,8 +22,8 @@ from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, convert_to_fp8
 from infir2.parallel.context import ContextParallel
 from infir2.parallel.mesh import Layout, Sizes
-from infir2.parallel.parallel_model import Sharded
-from infir2.parallel.ranks import Team
+from infir2.parallel.parallel_model import ParallelModel
+from infir2.parallel.ranks import Ranks
 from infir2.parallel.tensor import share_blocks, split_layers
 from infir2.train.losses import next_token_loss
 from infir2.train.optimizer import make_optimizer
@@ -41,13 +41,13 @@ def batch(number: int) -> Batch:
     return Batch(ids, positions, torch.where(mask, ids.roll(-1), 0), mask, torch.tensor([0, 400, 640], dtype=torch.int32))
 
 
-def make(fp8: bool, sharded: bool) -> Trainer:
+def make(fp8: bool, parallel_model: bool) -> Trainer:
     model = Decoder.from_shape(ShapeSection(**SHAPE), vocab_size=512, seed=3, device="cuda")
     model = convert_to_fp8(model, Fp8Section(enabled=fp8))
-    layout = Layout(Sizes(), Team(), torch.device("cuda"))
-    if sharded:
+    layout = Layout(Sizes(), Ranks(), torch.device("cuda"))
+    if parallel_model:
         layout.shard_mesh = init_device_mesh("cuda", (1,))
-    return Trainer(model, OptimizerSection(), 256, Sharded(model, layout))
+    return Trainer(model, OptimizerSection(), 256, ParallelModel(model, layout))
 
 
 def steps(trainer: Trainer, first: int, last: int) -> list[float]:
@@ -83,34 +83,34 @@ def waits(trainer: Trainer) -> int:
 def make_split(fp8: bool, kind: str) -> Trainer:
     """A model whose tensor- or context-parallel group is this one rank."""
     trainer = make(fp8, False)
-    sharded, layout = trainer.sharded, trainer.sharded.layout
+    parallel_model, layout = trainer.parallel_model, trainer.parallel_model.layout
     group, context = init_device_mesh("cuda", (1,)).get_group(), None
     if kind == "tp":
         layout.tp_group = group
-        sharded.splits = split_layers(trainer.model, layout)
+        parallel_model.splits = split_layers(trainer.model, layout)
     else:
         layout.cp_group = group
-        context = sharded._context = ContextParallel(layout, trainer.model.plan_attention)
-    share_blocks(trainer.model, layout, sharded.splits, context)
+        context = parallel_model._context = ContextParallel(layout, trainer.model.plan_attention)
+    share_blocks(trainer.model, layout, parallel_model.splits, context)
     trainer.optimizer = make_optimizer(trainer.model, OptimizerSection())  # of the parameters as they are now
     return trainer
 
 
 def compare(fp8: bool) -> dict[str, Any]:
-    alone, sharded = make(fp8, False), make(fp8, True)
-    codes = [gathered_bytes(trainer) for trainer in (alone, sharded)]
+    single_process, parallel_model = make(fp8, False), make(fp8, True)
+    codes = [gathered_bytes(trainer) for trainer in (single_process, parallel_model)]
     found: dict[str, Any] = {"bytes": codes[0].keys() == codes[1].keys() and all(torch.equal(codes[0][k], codes[1][k]) for k in codes[0])}
     found["weights"] = len(codes[1])
-    found["alone"], found["sharded"] = steps(alone, 0, STEPS), steps(sharded, 0, 3)
+    found["alone"], found["sharded"] = steps(single_process, 0, STEPS), steps(parallel_model, 0, 3)
     resumed = make(fp8, True)
     with tempfile.TemporaryDirectory() as directory:
         store = Store(Path(directory), keep=1)
-        store.save(3, sharded.tensors(), {"step": 3})
+        store.save(3, parallel_model.tensors(), {"step": 3})
         resumed.load_tensors(open_checkpoint(directory).tensors())
         store.close()
-    found["resumed"], continued = steps(resumed, 3, STEPS), steps(sharded, 3, STEPS)
+    found["resumed"], continued = steps(resumed, 3, STEPS), steps(parallel_model, 3, STEPS)
     found["sharded"] += continued
-    found["waits"] = {"dp": waits(sharded)}
+    found["waits"] = {"dp": waits(parallel_model)}
     for kind in ("tp", "cp"):
         split = make_split(fp8, kind)
         found[kind] = steps(split, 0, STEPS)

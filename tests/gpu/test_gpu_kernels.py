@@ -131,7 +131,7 @@ def test_adamw_on_the_gpu_is_the_reference(states: str, offload: bool) -> None:
         torch.manual_seed(0)
         layers = nn.ModuleList([nn.Linear(300, 257), nn.Linear(128, 64, bias=False), nn.Linear(3, 5)]).to(device)
         # On a CPU the default is torch's own; offloading changes nothing but where the moments lie.
-        optimizer = make_optimizer(layers, OptimizerSection(states=states, offload=offload or device == "cpu", weight_decay=0.1))
+        optimizer = make_optimizer(layers, OptimizerSection(moment_dtype=states, offload=offload or device == "cpu", weight_decay=0.1))
         for step in range(6):
             gradients = []
             for parameter in layers.parameters():

@@ -109,8 +109,8 @@ def test_packed_documents_are_the_documents_alone(fp8: bool, floor: float) -> No
         packed = model.hidden_states(*batch)
         for start, length in zip((0, 256, 333), lengths, strict=True):
             part = slice(start, start + length)
-            alone = model.hidden_states(batch[0][part], batch[1][part], torch.tensor([0, length]))
-            assert snr_db(alone.float(), packed[part].float()) > floor
+            single_process = model.hidden_states(batch[0][part], batch[1][part], torch.tensor([0, length]))
+            assert snr_db(single_process.float(), packed[part].float()) > floor
 
 
 DETERMINISTIC = """

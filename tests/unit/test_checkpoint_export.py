@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from infir2.checkpoint import Store, export_fp8, export_hf, import_fp8, open_checkpoint, verify_weights
+from infir2.checkpoint import (
+    Store,
+    export_fp8,
+    export_hf,
+    import_fp8,
+    open_checkpoint,
+    verify_weights,
+)
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.convert import export as export_module
 from infir2.convert import selfcheck
@@ -105,7 +112,7 @@ def test_run_to_bf16_to_fp8_holds_the_bytes_of_training(tmp_path, make_run, arch
 
 def test_config_of_an_fp8_export(tmp_path, make_run):
     export_hf(make_run(make_decoder()), tmp_path / "bf16")
-    export_fp8(tmp_path / "bf16", tmp_path / "fp8", high_precision=("*.layers.0.mlp.*",), say=lambda _: None)
+    export_fp8(tmp_path / "bf16", tmp_path / "fp8", skip_modules=("*.layers.0.mlp.*",), say=lambda _: None)
     config = json.loads((tmp_path / "fp8" / "config.json").read_text())
     section = config["quantization_config"]
     assert section.pop("modules_to_not_convert") == [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")] + ["lm_head"]
@@ -225,7 +232,7 @@ def test_kinds_of_directory_are_told_apart(tmp_path, make_run):
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
         export_hf(tmp_path / "bf16", tmp_path / "out")
     with pytest.raises(ConfigError, match="nowhere"):
-        export_fp8(tmp_path / "bf16", tmp_path / "out", high_precision=("model.nowhere.*",))
+        export_fp8(tmp_path / "bf16", tmp_path / "out", skip_modules=("model.nowhere.*",))
     assert not (tmp_path / "out").exists()
 
 
@@ -326,7 +333,7 @@ def test_verify_weights_compares_lists_and_formats(tmp_path, make_run):
     export_hf(make_run(decoder), tmp_path / "bf16")
     export_fp8(tmp_path / "bf16", tmp_path / "fp8", say=lambda _: None)
     export_fp8(tmp_path / "bf16", tmp_path / "fp8-fp32", "fp32", say=lambda _: None)
-    other_list = make_run(decoder, "other-list", high_precision=("model.layers.1.*",))
+    other_list = make_run(decoder, "other-list", skip_modules=("model.layers.1.*",))
     with pytest.raises(CheckFailedError, match=r"model\.layers\.1\.\S+' is BF16 in the run and FP8 in"):
         verify_weights(other_list, tmp_path / "fp8")
     with pytest.raises(CheckFailedError, match="declares fp32"):

@@ -18,7 +18,7 @@ from infir2.checkpoint import store as store_module
 from infir2.checkpoint.manifest import FileEntry, encode_manifest, read_manifest
 from infir2.checkpoint.store import published_steps, read_state
 from infir2.errors import CheckpointCorruptError, CheckpointError
-from infir2.parallel.shard_spec import Place, whole
+from infir2.parallel.shard_spec import ShardSpec, unsharded
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -84,15 +84,15 @@ def test_tensors_lie_in_pieces_of_several_files_and_any_part_is_read_from_its_ow
     assert len(files) == 5, "a, b: 160 bytes each in 6 + 4 and 2 + 2 rows; row: 400 in one piece; c: 240 in 25 + 25 and 10 values"
     read = open_checkpoint(tmp_path).tensors()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
-    for place in (Place((10, 4), (5, 1), (3, 2)), Place((10, 4), (0, 3), (10, 1)), Place((10, 4), (9, 0), (0, 4))):
-        rows, columns = (slice(start, start + size) for start, size in zip(place.offset, place.size, strict=True))
-        assert torch.equal(read.part("a", place), wide[rows, columns])
+    for spec in (ShardSpec((10, 4), (5, 1), (3, 2)), ShardSpec((10, 4), (0, 3), (10, 1)), ShardSpec((10, 4), (9, 0), (0, 4))):
+        rows, columns = (slice(start, start + size) for start, size in zip(spec.offset, spec.local_shape, strict=True))
+        assert torch.equal(read.part("a", spec), wide[rows, columns])
     by_torch = {name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}
     torch_dcp.load(by_torch, storage_reader=torch_dcp.FileSystemReader(path), no_dist=True)
     assert all(torch.equal(by_torch[name], tensor) for name, tensor in tensors.items())
     for file in files[1:]:
         file.unlink()
-    assert torch.equal(read.part("a", Place((10, 4), (7, 0), (3, 4))), wide[7:]), "of the first file alone"
+    assert torch.equal(read.part("a", ShardSpec((10, 4), (7, 0), (3, 4))), wide[7:]), "of the first file alone"
     with pytest.raises(CheckpointError, match=r"'c' cannot be read .*No such file"):
         read["c"]
 
@@ -108,7 +108,7 @@ def test_tensors_lie_in_pieces_of_several_files_and_any_part_is_read_from_its_ow
 def test_a_tensor_that_does_not_fit_is_refused(tmp_path, name, out, message):
     Store(tmp_path).save(1, {"a": torch.ones(3)}, {})
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(tmp_path).tensors().read(name, whole(out.shape), out)
+        open_checkpoint(tmp_path).tensors().read(name, unsharded(out.shape), out)
 
 
 class Attack:

@@ -172,8 +172,8 @@ def test_memory_follows_the_keys_that_save_it(recipe: Path) -> None:
     assert activations("--model.recompute=full")["activations"] < plain["activations"] / 3
     assert activations("--fp8.enabled=false")["activations"] > plain["activations"]
     assert activations("--data.micro_batch_tokens=512")["activations"] == 2 * plain["activations"]
-    assert activations("--optimizer.states=fp8")["optimizer"] < plain["optimizer"] / 3
-    wide = [activations(f"--train.head_chunk_tokens={chunk}", "--model.shape.vocab_size=150000") for chunk in (64, 256)]
+    assert activations("--optimizer.moment_dtype=fp8")["optimizer"] < plain["optimizer"] / 3
+    wide = [activations(f"--train.loss_chunk_tokens={chunk}", "--model.shape.vocab_size=150000") for chunk in (64, 256)]
     assert wide[0]["head and working memory"] == wide[1]["head and working memory"] // 4
 
 
@@ -184,19 +184,19 @@ def test_memory_is_that_of_one_process_of_several(recipe: Path) -> None:
     for device in ("cuda", "cpu"):
         one, eight = (sum(memory_parts(loaded, facts, device, Sizes(dp=dp)).values()) for dp in (1, 8))
         assert eight < one / 2
-    half = memory_parts(load(TrainRecipe, [recipe], [*wide, "--optimizer.states=bf16"]).recipe, facts, "cuda", Sizes(dp=8))
+    half = memory_parts(load(TrainRecipe, [recipe], [*wide, "--optimizer.moment_dtype=bf16"]).recipe, facts, "cuda", Sizes(dp=8))
     assert half["optimizer"] == memory_parts(loaded, facts, "cuda", Sizes(dp=8))["optimizer"] // 2
 
 
 @pytest.mark.parametrize(
     ("options", "word", "sentence"),
     [
-        (["--parallel.dp=4", "--optimizer.gradients=bf16"], "FAIL", 'optimizer.gradients = "bf16" need one process, not 4'),
-        (["--parallel.dp=2", "--optimizer.states=fp8"], "FAIL", 'optimizer.states = "fp8"'),
+        (["--parallel.dp=4", "--optimizer.grad_dtype=bf16"], "FAIL", 'optimizer.grad_dtype = "bf16" need one process, not 4'),
+        (["--parallel.dp=2", "--optimizer.moment_dtype=fp8"], "FAIL", 'optimizer.moment_dtype = "fp8"'),
         (["--parallel.dp=4"], "warn", "4 ranks read data and a step has 2 sequences"),
         (["--parallel.dp=1", "--parallel.cp=4"], "warn", "parallel.cp = 4 pads micro-batches of 256 tokens to 1024"),
         (["--parallel.dp=2"], "ok", "for 2 processes"),
-        (["--optimizer.states=fp8"], "ok", "for one process"),
+        (["--optimizer.moment_dtype=fp8"], "ok", "for one process"),
     ],
 )
 def test_what_several_processes_cannot_do_or_do_in_vain(

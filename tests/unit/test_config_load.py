@@ -89,7 +89,7 @@ def test_options_of_each_kind(recipe: str) -> None:
     loaded = sft(
         "--data.sources.1.weight=2",
         "--data.sources.2.path=c.jsonl",
-        "--fp8.high_precision=model.layers.0.*,lm_head",
+        "--fp8.skip_modules=model.layers.0.*,lm_head",
         "--fp8.enabled=false",
         "--fp8.scale_format=fp32",
         "--schedule.learning_rate=1",
@@ -98,7 +98,7 @@ def test_options_of_each_kind(recipe: str) -> None:
         '--data.tokenizer="quo ted"',
     ).recipe
     assert [(source.path, source.weight) for source in loaded.data.sources] == [("a.jsonl", 1.0), ("b.jsonl", 2.0), ("c.jsonl", 1.0)]
-    assert loaded.fp8.high_precision == ("model.layers.0.*", "lm_head")
+    assert loaded.fp8.skip_modules == ("model.layers.0.*", "lm_head")
     assert (loaded.fp8.enabled, loaded.fp8.scale_format) == (False, "fp32")
     assert loaded.schedule.learning_rate == 1.0
     assert loaded.data.system_prompt == "Say 1 = 1, please"

@@ -88,8 +88,8 @@ def test_a_document_does_not_see_its_neighbours() -> None:
     q, k, v, cu_seqlens = stream(LENGTHS, torch.bfloat16)
     packed = attention(q, k, v, plan(cu_seqlens))
     for start, end in pairwise(cu_seqlens.tolist()):
-        alone = attention(q[start:end], k[start:end], v[start:end], plan(torch.tensor([0, end - start])))
-        assert torch.equal(alone, packed[start:end])
+        single_process = attention(q[start:end], k[start:end], v[start:end], plan(torch.tensor([0, end - start])))
+        assert torch.equal(single_process, packed[start:end])
 
 
 def test_nan_in_one_document_stays_there() -> None:

@@ -71,8 +71,8 @@ def test_a_token_does_not_depend_on_what_is_in_the_batch() -> None:
     token_ids, positions, cu_seqlens = packed_stream(LENGTHS)
     packed = model.hidden_states(token_ids, positions, cu_seqlens)
     for start, end in pairwise(cu_seqlens.tolist()):
-        alone = model.hidden_states(token_ids[start:end], positions[start:end], torch.tensor([0, end - start]))
-        assert torch.equal(alone, packed[start:end])
+        single_process = model.hidden_states(token_ids[start:end], positions[start:end], torch.tensor([0, end - start]))
+        assert torch.equal(single_process, packed[start:end])
 
 
 def test_a_slot_can_be_used_again() -> None:

@@ -25,7 +25,7 @@ def single(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def sharded(tmp_path: Path) -> Path:
+def parallel_model(tmp_path: Path) -> Path:
     save_file({"a": TENSORS["a"]}, tmp_path / "model-1.safetensors")
     save_file({"b": TENSORS["b"]}, tmp_path / "model-2.safetensors")
     write_index(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors"})
@@ -56,27 +56,27 @@ def test_tensors_are_described_and_read(single: Path) -> None:
         weights.read("d")
 
 
-def test_a_missing_shard_is_named(sharded: Path) -> None:
-    (sharded / "model-2.safetensors").unlink()
-    assert "model-2.safetensors is missing" in refusal(sharded)
+def test_a_missing_shard_is_named(parallel_model: Path) -> None:
+    (parallel_model / "model-2.safetensors").unlink()
+    assert "model-2.safetensors is missing" in refusal(parallel_model)
 
 
-def test_a_tensor_that_the_index_only_promises_is_named(sharded: Path) -> None:
-    write_index(sharded, {"a": "model-1.safetensors", "x": "model-2.safetensors"})
-    assert "no tensor x" in refusal(sharded)
+def test_a_tensor_that_the_index_only_promises_is_named(parallel_model: Path) -> None:
+    write_index(parallel_model, {"a": "model-1.safetensors", "x": "model-2.safetensors"})
+    assert "no tensor x" in refusal(parallel_model)
 
 
 @pytest.mark.parametrize("file_name", ["../model-1.safetensors", "/etc/passwd", "sub/model.safetensors", "model-1.bin", "..", 7])
-def test_an_index_reaches_no_other_file(sharded: Path, file_name: object) -> None:
-    save_file(TENSORS, sharded.parent / "model-1.safetensors")
-    write_index(sharded, {"a": file_name})
-    assert "is not a .safetensors file of this directory" in refusal(sharded)
+def test_an_index_reaches_no_other_file(parallel_model: Path, file_name: object) -> None:
+    save_file(TENSORS, parallel_model.parent / "model-1.safetensors")
+    write_index(parallel_model, {"a": file_name})
+    assert "is not a .safetensors file of this directory" in refusal(parallel_model)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', "\xff", "[" * 100_000])
-def test_a_broken_index_is_refused(sharded: Path, content: str) -> None:
-    (sharded / INDEX_FILE).write_bytes(content.encode("latin-1"))
-    assert INDEX_FILE in refusal(sharded)
+def test_a_broken_index_is_refused(parallel_model: Path, content: str) -> None:
+    (parallel_model / INDEX_FILE).write_bytes(content.encode("latin-1"))
+    assert INDEX_FILE in refusal(parallel_model)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 60, -1])

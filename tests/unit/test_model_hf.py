@@ -11,7 +11,13 @@ from torch import Tensor
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.errors import CheckpointError
 from infir2.model import Decoder, write_hf
-from infir2.model.hf_names import exported_fp8_weights, exported_weights, load_weights, quantization_config, weights_digest
+from infir2.model.hf_names import (
+    exported_fp8_weights,
+    exported_weights,
+    load_weights,
+    quantization_config,
+    weights_digest,
+)
 from infir2.numerics import Fp8Linear, convert_to_fp8
 
 SHAPE = ShapeSection(architecture="qwen2", hidden_size=96, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=200)
@@ -33,7 +39,7 @@ def write_fp8(directory: Path, model: Decoder, **changes: Any) -> Path:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("scale_format", ["pow2", "fp32"])
 def test_trainer_file_and_engine_hold_the_same_bytes(tied: bool, scale_format: Any, tmp_path: Path) -> None:
-    trainer = make_model(tied, Fp8Section(scale_format=scale_format, high_precision=(KEPT,)))
+    trainer = make_model(tied, Fp8Section(scale_format=scale_format, skip_modules=(KEPT,)))
     engine = Decoder.from_hf(write_fp8(tmp_path / "fp8", trainer))
     assert weights_digest(exported_fp8_weights(engine)) == weights_digest(exported_fp8_weights(trainer))
     kinds = {name: type(module) for name, module in engine.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -142,7 +148,7 @@ def test_more_loading_rules() -> None:
     ],
 )
 def test_a_quantization_config_that_contradicts_the_files_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    model = make_model(fp8=Fp8Section(high_precision=(KEPT,)))
+    model = make_model(fp8=Fp8Section(skip_modules=(KEPT,)))
     with pytest.raises(CheckpointError, match=message):
         Decoder.from_hf(write_fp8(tmp_path / "fp8", model, **changes))
 

@@ -32,10 +32,10 @@ def fp8_names(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, Fp8Linear)]
 
 
-def test_heads_and_listed_modules_stay_in_high_precision() -> None:
+def test_heads_and_listed_modules_stay_in_skip_modules() -> None:
     model = Model()
     parameters = dict(model.named_parameters())
-    convert_to_fp8(model, Fp8Section(scale_format="fp32", high_precision=("layers.0.*", "*.up_proj")))
+    convert_to_fp8(model, Fp8Section(scale_format="fp32", skip_modules=("layers.0.*", "*.up_proj")))
     assert fp8_names(model) == ["layers.1.down_proj"]
     assert model.layers[1].down_proj.scale_format == "fp32"
     assert dict(model.named_parameters()).keys() == parameters.keys()
@@ -46,7 +46,7 @@ def test_disabled_changes_nothing_and_a_mistyped_pattern_is_an_error() -> None:
     model = Model()
     assert fp8_names(convert_to_fp8(model, Fp8Section(enabled=False))) == []
     with pytest.raises(ConfigError, match=r"layers\.7"):
-        convert_to_fp8(model, Fp8Section(high_precision=("layers.7.*",)))
+        convert_to_fp8(model, Fp8Section(skip_modules=("layers.7.*",)))
     assert fp8_names(model) == []
     assert len(fp8_names(convert_to_fp8(model, Fp8Section()))) == 4
 
@@ -78,7 +78,7 @@ def test_sixteen_bit_models_get_fp32_masters() -> None:
 class OwnConfig:
     enabled: bool = True
     scale_format: str = "pow2"
-    high_precision: tuple[str, ...] = ()
+    skip_modules: tuple[str, ...] = ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

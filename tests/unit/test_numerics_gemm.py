@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from infir2.numerics import dequantize, nonfinite_blocks, quantize, transpose
-from infir2.numerics.gemm_reference import gradient_values, input_for_backward, input_values, quantize_input, round_to_e4m3_
+from infir2.numerics.gemm_reference import (
+    gradient_values,
+    input_for_backward,
+    input_values,
+    quantize_input,
+    round_to_e4m3_,
+)
 
 FORMATS = ["pow2", "fp32"]
 SHAPES = [(256, 128), (300, 173), (1, 128), (0, 128), (128, 576), (7, 1)]

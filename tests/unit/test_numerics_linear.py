@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from infir2.numerics import Fp8Linear, dequantize, forget, linear, nonfinite_blocks, quantize, snr_db
+from infir2.numerics import (
+    Fp8Linear,
+    dequantize,
+    invalidate,
+    linear,
+    nonfinite_blocks,
+    quantize,
+    snr_db,
+)
 from infir2.numerics.weight_cache import rounded
 
 FORMATS = ["pow2", "fp32"]
@@ -149,7 +157,7 @@ def write_in_inference_mode(layer: Fp8Linear) -> None:
 
 def write_behind_autograd(layer: Fp8Linear) -> None:
     layer.weight.data.mul_(3)
-    forget(layer.weight)
+    invalidate(layer.weight)
 
 
 @pytest.mark.parametrize(
@@ -231,11 +239,11 @@ def test_layers_that_share_an_input_quantise_it_once_and_round_its_gradient_once
     torch.autograd.backward(outputs, grads)
     assert snr_db(exact.bfloat16(), shared.grad) > 60
     for layer, grad, out in zip(layers, grads, outputs, strict=True):
-        alone = Fp8Linear.from_linear(layer, scale_format)
-        alone.weight = nn.Parameter(layer.weight.detach().clone())
-        alone_out, _ = run(alone, x, grad)
+        single_process = Fp8Linear.from_linear(layer, scale_format)
+        single_process.weight = nn.Parameter(layer.weight.detach().clone())
+        alone_out, _ = run(single_process, x, grad)
         assert torch.equal(out, alone_out)
-        assert torch.equal(layer.weight.grad, alone.weight.grad)
+        assert torch.equal(layer.weight.grad, single_process.weight.grad)
 
 
 def test_plain_and_fp8_layers_mix() -> None:

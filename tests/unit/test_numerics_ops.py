@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infir2.numerics import Fp8Linear, RMSNorm, head_logits, linear, rms_norm, snr_db, swiglu, token_logprobs
+from infir2.numerics import (
+    Fp8Linear,
+    RMSNorm,
+    head_logits,
+    linear,
+    rms_norm,
+    snr_db,
+    swiglu,
+    token_logprobs,
+)
 
 
 def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:

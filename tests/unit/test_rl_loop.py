@@ -8,14 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stages import assert_each_step_once, assert_same_state, curve, lines, make_rl_start, options, run
+from stages import (
+    assert_each_step_once,
+    assert_same_state,
+    curve,
+    lines,
+    make_rl_start,
+    options,
+    run,
+)
 
 import infir2.rl.dynamic_sampling
 import infir2.rl.loop
 from infir2.cli import main
 from infir2.engines.native import NativeEngine
 from infir2.engines.types import Completion
-from infir2.parallel.ranks import Team
+from infir2.parallel.ranks import Ranks
 from infir2.rl.groups import Response
 from infir2.rl.journal import Journal
 
@@ -174,7 +182,7 @@ def test_an_engine_with_other_weights_is_refused(world: Path, start: Path, tmp_p
 
 
 def test_a_journal_that_the_disk_refuses_costs_its_lines_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    journal = Journal(tmp_path, Team())
+    journal = Journal(tmp_path, Ranks())
     journal.open(1, 0)
     (tmp_path / "rollouts" / "step-1-0.jsonl").mkdir()
     response = Response(Completion("p/0", [1, 2], np.array([-0.5, -1.25], dtype=np.float32), "stop", 0), "a", True, 1.0)
@@ -183,7 +191,7 @@ def test_a_journal_that_the_disk_refuses_costs_its_lines_and_not_the_run(tmp_pat
     assert capsys.readouterr().err.count("cannot be written") == 1
     (tmp_path / "rollouts" / "step-1-0.jsonl").rmdir()
     journal.add("third", [response])
-    again = Journal(tmp_path, Team())
+    again = Journal(tmp_path, Ranks())
     again.open(1, 0)
     assert all(again.get(key)[0].completion.rollout_logprobs.tolist() == [-0.5, -1.25] for key in ("first", "second", "third"))
 

@@ -37,10 +37,10 @@ def run(layer: nn.Linear, optimizer: torch.optim.Optimizer, steps: range) -> Non
 
 CASES = [
     ({"offload": True}, 1e-6),
-    ({"states": "bf16"}, 0.01),
-    ({"states": "fp8"}, 0.15),
-    ({"states": "fp8", "offload": True}, 0.15),
-    ({"gradients": "bf16"}, 0.01),
+    ({"moment_dtype": "bf16"}, 0.01),
+    ({"moment_dtype": "fp8"}, 0.15),
+    ({"moment_dtype": "fp8", "offload": True}, 0.15),
+    ({"grad_dtype": "bf16"}, 0.01),
 ]
 
 
@@ -57,14 +57,14 @@ def test_offloaded_moments_are_handed_out_when_the_gpu_has_brought_them_back(mon
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
     for offload, expected in ((False, 0), (True, 1)):
-        layer, optimizer = trained(OptimizerSection(states="bf16", offload=offload), 1)
+        layer, optimizer = trained(OptimizerSection(moment_dtype="bf16", offload=offload), 1)
         optimizer_tensors(layer, optimizer)
         assert len(waits) == expected
 
 
 @pytest.mark.parametrize("states", ["bf16", "fp8"])
 def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, states: str) -> None:
-    section = OptimizerSection(states=states)
+    section = OptimizerSection(moment_dtype=states)
     whole = trained(section, 20)[0]
     first, optimizer = trained(section, 9)
     Store(tmp_path).save(9, optimizer_tensors(first, optimizer), {})
@@ -77,15 +77,15 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, states: str) -> Non
 
 
 def test_moments_of_another_format_are_refused(tmp_path: Path) -> None:
-    first, optimizer = trained(OptimizerSection(states="bf16"), 1)
+    first, optimizer = trained(OptimizerSection(moment_dtype="bf16"), 1)
     Store(tmp_path).save(1, optimizer_tensors(first, optimizer), {})
     other = model()
     with pytest.raises(CheckpointError, match="fp8"):
-        load_optimizer_tensors(other, make_optimizer(other, OptimizerSection(states="fp8")), open_checkpoint(tmp_path).tensors(), {})
+        load_optimizer_tensors(other, make_optimizer(other, OptimizerSection(moment_dtype="fp8")), open_checkpoint(tmp_path).tensors(), {})
 
 
 def test_8_bit_moments_take_two_bytes_per_parameter() -> None:
-    layer, optimizer = trained(OptimizerSection(states="fp8"), 1)
+    layer, optimizer = trained(OptimizerSection(moment_dtype="fp8"), 1)
     moments = {name: value for name, value in optimizer_tensors(layer, optimizer).items() if name.startswith("optimizer/weight/exp")}
     assert sum(t.nbytes for t in moments.values()) < 2.1 * layer.weight.numel()
 
@@ -109,7 +109,7 @@ def test_clipping_scales_the_gradients_of_one_step(states: str) -> None:
     results = []
     for factor, clip in ((0.25, None), (1.0, torch.tensor(0.25))):
         layer = model()
-        optimizer = make_optimizer(layer, OptimizerSection(states=states))
+        optimizer = make_optimizer(layer, OptimizerSection(moment_dtype=states))
         for _ in range(2):
             for parameter in layer.parameters():
                 parameter.grad = (

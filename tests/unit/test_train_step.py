@@ -19,7 +19,7 @@ SHAPE = ShapeSection(hidden_size=40, num_layers=2, num_heads=4, num_kv_heads=2, 
 def make_trainer(fp8: bool, recompute: str = "none", dtype: torch.dtype = torch.bfloat16) -> Trainer:
     model = Decoder.from_shape(SHAPE, vocab_size=61, seed=3, compute_dtype=dtype)
     model.recompute = recompute  # type: ignore[assignment]
-    return Trainer(convert_to_fp8(model, Fp8Section(enabled=fp8)), OptimizerSection(), head_chunk_tokens=16)
+    return Trainer(convert_to_fp8(model, Fp8Section(enabled=fp8)), OptimizerSection(), loss_chunk_tokens=16)
 
 
 def sequences(lengths: list[int], seed: int = 0) -> Batch:

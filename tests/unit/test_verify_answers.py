@@ -4,7 +4,14 @@ import time
 
 import pytest
 
-from infir2.verify.answers import exponent_depth, extract_answer, plain_integer, quick_decision, reference_text, too_hard
+from infir2.verify.answers import (
+    exponent_depth,
+    extract_answer,
+    plain_integer,
+    quick_decision,
+    reference_text,
+    too_hard,
+)
 
 
 @pytest.mark.parametrize(

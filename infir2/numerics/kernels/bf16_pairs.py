@@ -9,7 +9,14 @@ a thread among 256, as pairs 32: the difference between two programs on a proces
 import triton
 import triton.language as tl
 
-from infir2.numerics.kernels.codec import GROUP, INTERPRET, block_scale, encode, reciprocal_of_power, round_to_bf16
+from infir2.numerics.kernels.codec import (
+    GROUP,
+    INTERPRET,
+    block_scale,
+    encode,
+    reciprocal_of_power,
+    round_to_bf16,
+)
 
 PAIRS = tl.constexpr(64)
 

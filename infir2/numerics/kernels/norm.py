@@ -17,10 +17,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infir2.numerics.kernels.codec import GROUP, block_scale, encode, magnitude_bits, round_to_bf16, to_float32
+from infir2.numerics.kernels.codec import (
+    GROUP,
+    block_scale,
+    encode,
+    magnitude_bits,
+    round_to_bf16,
+    to_float32,
+)
 from infir2.numerics.kernels.custom_op import operator
-from infir2.numerics.kernels.quantizers import as_bytes, empty_codes, empty_row_scales, empty_tile_scales, groups, rows_contiguous
-from infir2.numerics.kernels.tiles import load_values, quantize_rows_of, tile_of_program, write_second_layout
+from infir2.numerics.kernels.quantizers import (
+    as_bytes,
+    empty_codes,
+    empty_row_scales,
+    empty_tile_scales,
+    groups,
+    rows_contiguous,
+)
+from infir2.numerics.kernels.tiles import (
+    load_values,
+    quantize_rows_of,
+    tile_of_program,
+    write_second_layout,
+)
 
 # Values that one program holds at a time, and its warps; chosen by bench/kernels.py on an H100.
 FORWARD_CONFIG = {"values": 2048, "num_warps": 4}

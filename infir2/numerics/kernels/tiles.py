@@ -9,7 +9,14 @@ cuBLAS and DeepGEMM; scales of 128x128 blocks are row-major with rows padded to 
 import triton
 import triton.language as tl
 
-from infir2.numerics.kernels.codec import GROUP, block_scale, encode, magnitude_bits, rescale_tile, to_float32
+from infir2.numerics.kernels.codec import (
+    GROUP,
+    block_scale,
+    encode,
+    magnitude_bits,
+    rescale_tile,
+    to_float32,
+)
 
 
 @triton.jit
