@@ -60,7 +60,14 @@ BYTES = {
     "swiglu backward": 10,
     "swiglu backward quantize": 10 + 4 * SCALE,
 }
-PLAIN = ("transpose", "transpose bytes", "norm", "norm backward", "swiglu", "swiglu backward")  # no scale format
+PLAIN = (
+    "transpose",
+    "transpose bytes",
+    "norm",
+    "norm backward",
+    "swiglu",
+    "swiglu backward",
+)  # no scale format
 
 
 def milliseconds(call: Callable[[], Any], rep: int = 40) -> float:
@@ -104,9 +111,13 @@ def fp8(rows: int, columns: int, block: tuple[int, int]) -> Fp8Tensor:
     return operations.quantize(random(rows, columns), block)
 
 
-def product(a: Fp8Tensor, b: Fp8Tensor, dtype: torch.dtype = torch.bfloat16, backend: str | None = None) -> Tensor:
+def product(
+    a: Fp8Tensor, b: Fp8Tensor, dtype: torch.dtype = torch.bfloat16, backend: str | None = None
+) -> Tensor:
     """`gemm_nt` of two quantised matrices."""
-    return gemm_backends.gemm_nt(a.codes, a.scale, b.codes, b.scale, a.block, b.block, dtype, backend)
+    return gemm_backends.gemm_nt(
+        a.codes, a.scale, b.codes, b.scale, a.block, b.block, dtype, backend
+    )
 
 
 def bits(results: dict[str, Any]) -> None:
@@ -123,14 +134,23 @@ def bits(results: dict[str, Any]) -> None:
                     found = kernel(x.cuda(), scale_format)
                     # The reference of a fused quantiser takes the BF16 result of the GPU's own producer.
                     expected = reference(x.cuda() if fused else x, scale_format)
-                    count += sum(cases.mismatches(f, e) for f, e in zip(found, expected, strict=True))
+                    count += sum(
+                        cases.mismatches(f, e) for f, e in zip(found, expected, strict=True)
+                    )
         results[name] = count
         wrong += count
     for columns in (576, 1536, 3584):
-        for name, (found, expected) in cases.producer_results(cases.gaussian(512, columns).cuda()).items():
+        for name, (found, expected) in cases.producer_results(
+            cases.gaussian(512, columns).cuda()
+        ).items():
             results[f"{name} {columns}: error"] = relative_error(expected, found.cpu())
-            results[f"{name} {columns}: differing"] = (found.cpu() != expected).double().mean().item()
-    print(f"bits: {wrong} mismatches", {name: n for name, n in results.items() if isinstance(n, int) and n})
+            results[f"{name} {columns}: differing"] = (
+                (found.cpu() != expected).double().mean().item()
+            )
+    print(
+        f"bits: {wrong} mismatches",
+        {name: n for name, n in results.items() if isinstance(n, int) and n},
+    )
     worst = max((v, k) for k, v in results.items() if k.endswith("error"))
     print(f"producers against FP64: worst error {worst[0]:.2e} ({worst[1]})")
 
@@ -184,18 +204,28 @@ def quantisers(results: dict[str, Any], copy: dict[str, float]) -> None:
         for size, (rows, columns) in SIZES.items():
             for name, call in calls(rows, columns, scale_format == "pow2").items():
                 if scale_format == "pow2" or name not in PLAIN:
-                    results[f"{name} {scale_format} {size}"] = share(name, rows, columns, device_milliseconds(call), peak)
+                    results[f"{name} {scale_format} {size}"] = share(
+                        name, rows, columns, device_milliseconds(call), peak
+                    )
             torch.cuda.empty_cache()
     for rows, columns in ((16384, 1536), (8192, 3584)):
         for name, call in calls(rows, columns, True).items():
-            results[f"{name} pow2 {rows}x{columns}"] = share(name, rows, columns, device_milliseconds(call), peak)
+            results[f"{name} pow2 {rows}x{columns}"] = share(
+                name, rows, columns, device_milliseconds(call), peak
+            )
     sizes = [*SIZES, "16384x1536", "8192x3584"]
-    print(f"share of copy bandwidth ({peak:.2f} TB/s); floor 1.00\n{'':32s}" + "".join(f"{size:>11s}" for size in sizes))
+    print(
+        f"share of copy bandwidth ({peak:.2f} TB/s); floor 1.00\n{'':32s}"
+        + "".join(f"{size:>11s}" for size in sizes)
+    )
     for name in BYTES:
         for scale_format in FORMATS:
             row = [results.get(f"{name} {scale_format} {size}") for size in sizes]
             if any(row):
-                print(f"{name + ' ' + scale_format:32s}" + "".join(f"{'' if v is None else f'{v:.2f}':>11s}" for v in row))
+                print(
+                    f"{name + ' ' + scale_format:32s}"
+                    + "".join(f"{'' if v is None else f'{v:.2f}':>11s}" for v in row)
+                )
 
 
 def gemms(results: dict[str, Any]) -> None:
@@ -204,8 +234,15 @@ def gemms(results: dict[str, Any]) -> None:
     print(f"GEMM TFLOP/s\n{'':44s}" + "".join(f"{name:>14s}" for name in backends))
     for model, (tokens, linears) in MODELS.items():
         for linear, (n, k) in linears.items():
-            for kind, (m_, n_, k_) in {"out": (tokens, n, k), "grad_x": (tokens, k, n), "grad_W": (n, k, tokens)}.items():
-                rates = {name: 2e-9 * m_ * n_ * k_ / t for name, t in gemm_times(m_, n_, k_, kind).items()}
+            for kind, (m_, n_, k_) in {
+                "out": (tokens, n, k),
+                "grad_x": (tokens, k, n),
+                "grad_W": (n, k, tokens),
+            }.items():
+                rates = {
+                    name: 2e-9 * m_ * n_ * k_ / t
+                    for name, t in gemm_times(m_, n_, k_, kind).items()
+                }
                 results[f"{model} {linear} {kind}"] = rates
                 columns = "".join(f"{rates.get(name, 0):>14.0f}" for name in backends)
                 print(f"{model + ' ' + linear + ' ' + kind:24s} {f'{m_}x{n_}x{k_}':>19s}{columns}")
@@ -219,7 +256,10 @@ def gemm_times(m: int, n: int, k: int, kind: str) -> dict[str, float]:
     a, b = fp8(m, k, ROW_BLOCK), fp8(n, k, TILE_BLOCK)
     if kind == "grad_W":  # BF16 reads both operands along the tokens, where they lie
         x, w = random(k, m).t(), random(k, n).t()
-    times = {"bf16": milliseconds(lambda: x @ w.t()), "cublas": milliseconds(lambda: product(a, b, out, "cublas"))}
+    times = {
+        "bf16": milliseconds(lambda: x @ w.t()),
+        "cublas": milliseconds(lambda: product(a, b, out, "cublas")),
+    }
     if "deepgemm" in gemm_backends.candidates(_operand(a), _operand(b), out):
         times["deepgemm"] = milliseconds(lambda: product(a, b, out, "deepgemm"))
     if kind == "grad_W":
@@ -237,7 +277,15 @@ def _operand(t: Fp8Tensor) -> gemm_backends.Operand:
 
 def gemm_correctness(results: dict[str, Any]) -> None:
     """Every backend against the emulation, on whole, padded and tail shapes."""
-    shapes = [(256, 512, 1024), (100, 200, 576), (33, 48, 72), (16, 8960, 1536), (128, 1536, 8960), (7, 5, 3), (2000, 576, 1536)]
+    shapes = [
+        (256, 512, 1024),
+        (100, 200, 576),
+        (33, 48, 72),
+        (16, 8960, 1536),
+        (128, 1536, 8960),
+        (7, 5, 3),
+        (2000, 576, 1536),
+    ]
     pairs = [(ROW_BLOCK, TILE_BLOCK), (TILE_BLOCK, ROW_BLOCK), (ROW_BLOCK, ROW_BLOCK)]
     worst = (0.0, "")
     for m, n, k in shapes:
@@ -263,7 +311,10 @@ def layers(results: dict[str, Any]) -> None:
         layer = Layer(tokens, linears)
         times = {name: milliseconds(call, rep=200) for name, call in layer.variants().items()}
         times["weights quantised"] = milliseconds(layer.quantize_weights)
-        plain, fused = times["bf16 linears"], times["fp8 fused"] - (times["bf16 with producers"] - times["bf16 linears"])
+        plain, fused = (
+            times["bf16 linears"],
+            times["fp8 fused"] - (times["bf16 with producers"] - times["bf16 linears"]),
+        )
         ratios = {
             "quantisers apart": plain / times["fp8 linears"],
             "fused producers": plain / fused,
@@ -282,7 +333,11 @@ def host(results: dict[str, Any]) -> None:
     """Host time per call of an operator, microseconds (hidden while the GPU has more to do than that)."""
     x = random(128, 128)
     a, b = fp8(128, 128, ROW_BLOCK), fp8(128, 128, TILE_BLOCK)
-    for name, call in {"rows": lambda: matrix.quantize_rows(x, True), "gemm": lambda: product(a, b), "bf16 mm": lambda: x @ x}.items():
+    for name, call in {
+        "rows": lambda: matrix.quantize_rows(x, True),
+        "gemm": lambda: product(a, b),
+        "bf16 mm": lambda: x @ x,
+    }.items():
         times = []
         for _ in range(5):
             torch.cuda.synchronize()
@@ -296,22 +351,37 @@ def host(results: dict[str, Any]) -> None:
 
 def _warps(*pairs: tuple[int, int | None]) -> list[dict[str, int]]:
     """Launch configurations from (warps, most registers per thread)."""
-    return [{"num_warps": warps} | ({"maxnreg": registers} if registers else {}) for warps, registers in pairs]
+    return [
+        {"num_warps": warps} | ({"maxnreg": registers} if registers else {})
+        for warps, registers in pairs
+    ]
 
 
 TILES = _warps((4, None), (8, None), (4, 168), (4, 128), (8, 128), (8, 96), (8, 80))
 TUNED = {
-    "rows": (matrix.ROWS_CONFIG, [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 2), (16, 4), (64, 4))]),
+    "rows": (
+        matrix.ROWS_CONFIG,
+        [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 2), (16, 4), (64, 4))],
+    ),
     "gradient": (matrix.GRADIENT_CONFIG, TILES),
     "input": (matrix.INPUT_CONFIG, TILES),
     "transpose": (matrix.TILE_CONFIG, _warps((4, None), (8, None), (8, 128), (8, 64), (16, 64))),
     "norm transposed": (norm.TRANSPOSED_CONFIG, TILES),
     "swiglu transposed": (swiglu.TRANSPOSED_CONFIG, TILES),
-    "swiglu quantize": (matrix.ROWS_CONFIG, [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 4), (32, 4), (64, 8))]),
-    "swiglu backward quantize": (swiglu.BACKWARD_QUANTIZE_CONFIG, [*TILES, *_warps((8, 168), (8, 144), (16, 128), (16, 96))]),
+    "swiglu quantize": (
+        matrix.ROWS_CONFIG,
+        [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 4), (32, 4), (64, 8))],
+    ),
+    "swiglu backward quantize": (
+        swiglu.BACKWARD_QUANTIZE_CONFIG,
+        [*TILES, *_warps((8, 168), (8, 144), (16, 128), (16, 96))],
+    ),
     "norm quantize": (
         norm.FORWARD_CONFIG,
-        [{"values": v, "num_warps": w} for v, w in ((1024, 1), (2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 8))],
+        [
+            {"values": v, "num_warps": w}
+            for v, w in ((1024, 1), (2048, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 8))
+        ],
     ),
     "norm backward": (
         norm.BACKWARD_CONFIG,
@@ -336,7 +406,9 @@ def tune(results: dict[str, Any], copy: dict[str, float], names: list[str]) -> N
             for scale_format in FORMATS if name in ("rows", "gradient") else ("pow2",):
                 for size in ("150M", "25M"):
                     call = calls(*SIZES[size], scale_format == "pow2")[name]
-                    row[f"{scale_format} {size}"] = share(name, *SIZES[size], milliseconds(call, 20), peak)
+                    row[f"{scale_format} {size}"] = share(
+                        name, *SIZES[size], milliseconds(call, 20), peak
+                    )
             results[f"{name} {variant}"] = row
             print(f"{name:26s} {variant!s:72s}", {k: round(v, 2) for k, v in row.items()})
         config.clear()
@@ -351,12 +423,25 @@ def environment() -> dict[str, str]:
 
 def main() -> None:
     """Run the sections; an error in one is printed and recorded, and the others still run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the raw numbers")
-    parser.add_argument("--tune", default="", help="only these kernels in the section `tune`, comma-separated")
-    parser.add_argument("--sections", default="bits,gemm_correctness,quantisers,gemms,layers,host,tune", help="comma-separated")
+    parser.add_argument(
+        "--tune", default="", help="only these kernels in the section `tune`, comma-separated"
+    )
+    parser.add_argument(
+        "--sections",
+        default="bits,gemm_correctness,quantisers,gemms,layers,host,tune",
+        help="comma-separated",
+    )
     arguments = parser.parse_args()
-    report: dict[str, Any] = {"environment": environment(), "command": sys.argv, "seconds": {}, "copy": {}}
+    report: dict[str, Any] = {
+        "environment": environment(),
+        "command": sys.argv,
+        "seconds": {},
+        "copy": {},
+    }
     print(report["environment"])
     torch.manual_seed(0)
     copy_bandwidth(report["copy"])
@@ -367,7 +452,9 @@ def main() -> None:
         "gemms": gemms,
         "layers": layers,
         "host": host,
-        "tune": lambda results: tune(results, report["copy"], arguments.tune.split(",") if arguments.tune else list(TUNED)),
+        "tune": lambda results: tune(
+            results, report["copy"], arguments.tune.split(",") if arguments.tune else list(TUNED)
+        ),
     }
     for name in arguments.sections.split(","):
         start = time.perf_counter()

@@ -16,8 +16,14 @@ from infir2.numerics.kernels import api as fp8
 
 # Tokens, and (N, K) of each fused linear.
 MODELS = {
-    "1.5B": (16384, {"qkv": (2048, 1536), "o": (1536, 1536), "gate_up": (17920, 1536), "down": (1536, 8960)}),
-    "7B": (8192, {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)}),
+    "1.5B": (
+        16384,
+        {"qkv": (2048, 1536), "o": (1536, 1536), "gate_up": (17920, 1536), "down": (1536, 8960)},
+    ),
+    "7B": (
+        8192,
+        {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
+    ),
 }
 EPS = 1e-6
 
@@ -43,7 +49,13 @@ class Layer:
         half = pair.shape[1] // 2
         self.gate, self.up = pair[:, :half], pair[:, half:]
         self.quantize_weights()
-        self.operands = {name: (fp8.quantize_input(self.inputs[name]), fp8.quantize_gradient(self.gradients[name])) for name in linears}
+        self.operands = {
+            name: (
+                fp8.quantize_input(self.inputs[name]),
+                fp8.quantize_gradient(self.gradients[name]),
+            )
+            for name in linears
+        }
 
     def quantize_weights(self) -> None:
         """Both layouts of every weight from its FP32 master: once per optimizer step."""
@@ -59,7 +71,9 @@ class Layer:
             "fp8 linears": self.fp8_linears,
             "fp8 GEMMs alone": self.fp8_gemms,
             "bf16 forward": lambda: [self.inputs[n] @ w.t() for n, w in self.weights.items()],
-            "fp8 forward": lambda: [product(fp8.quantize(self.inputs[n]), w[0]) for n, w in self.quantized.items()],
+            "fp8 forward": lambda: [
+                product(fp8.quantize(self.inputs[n]), w[0]) for n, w in self.quantized.items()
+            ],
             "bf16 with producers": self.bf16_layer,
             "fp8 fused": self.fp8_layer,
         }
@@ -95,7 +109,9 @@ class Layer:
         y = fp8.swiglu_product(self.gate, self.up)
         y @ self.weights["down"].t()
         grad_y = self._bf16_backward("down", y, self.gradients["down"])
-        grad_second = self._bf16_backward("gate_up", second, fp8.swiglu_backward(grad_y, self.gate, self.up))
+        grad_second = self._bf16_backward(
+            "gate_up", second, fp8.swiglu_backward(grad_y, self.gate, self.up)
+        )
         fp8.rms_norm_backward(grad_second, hidden, second_rstd, self.norm_weight, None)
         self._bf16_backward("o", self.inputs["o"], self.gradients["o"])
         grad_normed = self._bf16_backward("qkv", normed, self.gradients["qkv"])
@@ -112,18 +128,24 @@ class Layer:
         product(second, self.quantized["gate_up"][0])
         y = fp8.swiglu_quantize(self.gate, self.up)
         product(y, self.quantized["down"][0])
-        grad_y = self._fp8_backward("down", fp8.transpose(y), *fp8.quantize_gradient(self.gradients["down"]))
+        grad_y = self._fp8_backward(
+            "down", fp8.transpose(y), *fp8.quantize_gradient(self.gradients["down"])
+        )
         gradient = fp8.swiglu_backward_quantize(grad_y, self.gate, self.up)
         grad_second = self._fp8_backward("gate_up", fp8.transpose(second), *gradient)
         fp8.rms_norm_backward(grad_second, hidden, second_rstd, self.norm_weight, None)
         self._fp8_backward("o", attended_t, *fp8.quantize_gradient(self.gradients["o"]))
-        grad_normed = self._fp8_backward("qkv", fp8.transpose(normed), *fp8.quantize_gradient(self.gradients["qkv"]))
+        grad_normed = self._fp8_backward(
+            "qkv", fp8.transpose(normed), *fp8.quantize_gradient(self.gradients["qkv"])
+        )
         fp8.rms_norm_backward(grad_normed, hidden, rstd, self.norm_weight, None)
 
     def _bf16_backward(self, name: str, x: Tensor, grad: Tensor) -> Tensor:
         grad.t() @ x
         return grad @ self.weights[name]
 
-    def _fp8_backward(self, name: str, x_t: Fp8Tensor, grad: Fp8Tensor, grad_t: Fp8Tensor) -> Tensor:
+    def _fp8_backward(
+        self, name: str, x_t: Fp8Tensor, grad: Fp8Tensor, grad_t: Fp8Tensor
+    ) -> Tensor:
         product(grad_t, x_t, torch.float32)
         return product(grad, self.quantized[name][1])

@@ -69,9 +69,18 @@ def hash_rate() -> float:
 
 def stall(directory: Path) -> list[str]:
     """Lines about 0.5 B parameters."""
-    model = Decoder.from_shape(ShapeSection(**HALF_BILLION), vocab_size=HALF_BILLION["vocab_size"], seed=0, compute_dtype=torch.bfloat16)
+    model = Decoder.from_shape(
+        ShapeSection(**HALF_BILLION),
+        vocab_size=HALF_BILLION["vocab_size"],
+        seed=0,
+        compute_dtype=torch.bfloat16,
+    )
     trainer = Trainer(model, OptimizerSection(), loss_chunk_tokens=128)
-    tokens = torch.randint(0, 1000, (64,), generator=torch.Generator().manual_seed(0)).numpy().astype("int32")
+    tokens = (
+        torch.randint(0, 1000, (64,), generator=torch.Generator().manual_seed(0))
+        .numpy()
+        .astype("int32")
+    )
     batches = pack_sequences([Sample(tokens, tokens >= 0)], 128)
 
     def step() -> float:
@@ -103,7 +112,9 @@ def stall(directory: Path) -> list[str]:
         first = step()
         future.result()
         stalled = starting + waited[0]
-        rows.append(f"| background, save {number - 1} | {stalled:.3f} | {100 * stalled / synchronous:.1f} % | {first:.2f} |")
+        rows.append(
+            f"| background, save {number - 1} | {stalled:.3f} | {100 * stalled / synchronous:.1f} % | {first:.2f} |"
+        )
     saver.close()
     store.close()
     began = time.perf_counter()
@@ -143,7 +154,9 @@ def large(directory: Path, billions: float, rounds: int) -> list[str]:
         rate = num_bytes / GIB / (time.perf_counter() - began)
         store.close()
         ratios.append(rate / max(plain, early))
-        rows.append(f"| {number} | {plain:.3f} | {early:.3f} | {rate:.3f} | {ratios[-1]:.2f} | {os.getloadavg()[0]:.1f} |")
+        rows.append(
+            f"| {number} | {plain:.3f} | {early:.3f} | {rate:.3f} | {ratios[-1]:.2f} | {os.getloadavg()[0]:.1f} |"
+        )
     after = peak_memory()
     began = time.perf_counter()
     checkpoint = open_checkpoint(directory / "large")
@@ -171,22 +184,37 @@ def peak_memory() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--to", type=Path)
     parser.add_argument("--dir", type=Path, help="where to write (default: a temporary directory)")
-    parser.add_argument("--large", type=float, default=1.5, metavar="BILLIONS", help="size of the streamed save; 0: none")
-    parser.add_argument("--rounds", type=int, default=3, help="of the streamed save and the writes beside it")
+    parser.add_argument(
+        "--large",
+        type=float,
+        default=1.5,
+        metavar="BILLIONS",
+        help="size of the streamed save; 0: none",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of the streamed save and the writes beside it"
+    )
     words = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="infir2-save-", dir=words.dir))
     load = os.getloadavg()[0]
     try:
-        lines = large(directory, words.large, words.rounds) if words.large else []  # first: the peak of memory is its own
+        lines = (
+            large(directory, words.large, words.rounds) if words.large else []
+        )  # first: the peak of memory is its own
         shutil.rmtree(directory / "large", ignore_errors=True)
         lines += ["", *stall(directory)]
     finally:
         shutil.rmtree(directory)
     noisy = f"{torch.get_num_threads()} of {os.cpu_count()} cores, load average at the start {load:.1f} (not ours)."
-    text = "\n".join(["# Saving and resuming", "", "`python bench/save.py`", "", noisy, "", *lines]) + "\n"
+    text = (
+        "\n".join(["# Saving and resuming", "", "`python bench/save.py`", "", noisy, "", *lines])
+        + "\n"
+    )
     print(text)
     if words.to:
         words.to.write_text(text, encoding="utf-8")

@@ -36,12 +36,37 @@ from infir2.train.losses import TokenScores, next_token_loss
 from infir2.train.trainer import Trainer
 
 # What 8 tensor-parallel ranks can share, with FP8's groups whole; and what a CPU's emulation does in a second.
-SHAPES["small"] = SHAPES["1.5B"] | {"hidden_size": 1024, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 4096, "vocab_size": 32768}
-SHAPES["tiny"] = SHAPES["1.5B"] | {"hidden_size": 256, "num_heads": 2, "num_kv_heads": 2, "ffn_size": 256, "vocab_size": 256}
+SHAPES["small"] = SHAPES["1.5B"] | {
+    "hidden_size": 1024,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "ffn_size": 4096,
+    "vocab_size": 32768,
+}
+SHAPES["tiny"] = SHAPES["1.5B"] | {
+    "hidden_size": 256,
+    "num_heads": 2,
+    "num_kv_heads": 2,
+    "ffn_size": 256,
+    "vocab_size": 256,
+}
 GATHERS = ("all_gather_into_tensor", "all_gather_single")  # until torch 2.12, and since
-COLLECTIVES = ("all_reduce", *GATHERS, "reduce_scatter_tensor", "reduce_scatter_single", "all_to_all_single")
+COLLECTIVES = (
+    "all_reduce",
+    *GATHERS,
+    "reduce_scatter_tensor",
+    "reduce_scatter_single",
+    "all_to_all_single",
+)
 SENDS = ("ncclDevKernel", "ncclKernel", "gloo:")
-NO_WORK = ("gloo:", "c10d::", "Mem", "FSDP::", "Optimizer.", "ProfilerStep")  # copies, and names of stretches of the program
+NO_WORK = (
+    "gloo:",
+    "c10d::",
+    "Mem",
+    "FSDP::",
+    "Optimizer.",
+    "ProfilerStep",
+)  # copies, and names of stretches of the program
 GRADIENT = "decibels of the first gradient"
 Report = dict[str, Any]
 
@@ -57,7 +82,9 @@ class Bench:
         self.ranks: Ranks = init_ranks(torch.device(job["device"]), 300.0)
         if job.get("share_gpu"):
             go_through_the_host()
-        self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
+        )
 
     def note(self, key: str, value: Any) -> None:
         """Keep a result; rank 0 writes all so far."""
@@ -75,7 +102,9 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         model = build(case, str(self.device))
-        parallel_model = None if single_process else ParallelModel(model, Layout(sizes, self.ranks, self.device))
+        parallel_model = (
+            None if single_process else ParallelModel(model, Layout(sizes, self.ranks, self.device))
+        )
         return Trainer(model, OptimizerSection(), case.loss_chunk_tokens, parallel_model)
 
     def wait(self) -> None:
@@ -113,19 +142,31 @@ def go_through_the_host() -> None:
         if original := getattr(dist, name, None):
 
             def on_host(*args: Any, _original: Callable[..., Any] = original, **words: Any) -> None:
-                moved = {id(x): x.cpu() for x in (*args, *words.values()) if isinstance(x, Tensor) and x.is_cuda}
-                _original(*(moved.get(id(x), x) for x in args), **{name: moved.get(id(x), x) for name, x in words.items()})
+                moved = {
+                    id(x): x.cpu()
+                    for x in (*args, *words.values())
+                    if isinstance(x, Tensor) and x.is_cuda
+                }
+                _original(
+                    *(moved.get(id(x), x) for x in args),
+                    **{name: moved.get(id(x), x) for name, x in words.items()},
+                )
                 for x in (*args, *words.values()):
                     if id(x) in moved:
                         x.copy_(moved[id(x)])
 
             setattr(dist, name, on_host)
-    exchange.all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    exchange.all_gather_single = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )
 
 
 def batch_of(ids: Tensor, length: int) -> Batch:
     """Windows of `length` tokens, each predicting its next."""
-    positions, bounds = torch.arange(length).repeat(len(ids) // length), torch.arange(0, len(ids) + 1, length, dtype=torch.int32)
+    positions, bounds = (
+        torch.arange(length).repeat(len(ids) // length),
+        torch.arange(0, len(ids) + 1, length, dtype=torch.int32),
+    )
     mask = positions < length - 1
     return Batch(ids, positions, torch.where(mask, ids.roll(-1), 0), mask, bounds)
 
@@ -134,12 +175,27 @@ def tokens(case: Case, seed: int, text: str) -> Tensor:
     """A micro-batch of token ids: bytes of the text, or random ones."""
     if text:
         data = torch.frombuffer(bytearray(Path(text).read_bytes()), dtype=torch.uint8).long()
-        return data.repeat(-(-(seed + 1) * case.tokens // len(data)))[seed * case.tokens : (seed + 1) * case.tokens]
-    return torch.randint(0, SHAPES[case.model]["vocab_size"], (case.tokens,), generator=torch.Generator().manual_seed(seed))
+        return data.repeat(-(-(seed + 1) * case.tokens // len(data)))[
+            seed * case.tokens : (seed + 1) * case.tokens
+        ]
+    return torch.randint(
+        0,
+        SHAPES[case.model]["vocab_size"],
+        (case.tokens,),
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def case_of(job: Report, fp8: bool) -> Case:
-    return Case(job["model"], job["sequences"], job["length"], fp8, Memory(), job.get("recompute", "none"), job["layers"])
+    return Case(
+        job["model"],
+        job["sequences"],
+        job["length"],
+        fp8,
+        Memory(),
+        job.get("recompute", "none"),
+        job["layers"],
+    )
 
 
 def digest(*tensors: Tensor) -> str:
@@ -173,7 +229,13 @@ def expected_bytes(bench: Bench, case: Case, parallel_model: ParallelModel) -> d
         if isinstance(layer, Fp8Linear):
             fp8, split = layer.quantized_weight(), parallel_model.splits.get(f"{name}.weight")
             parts = (fp8.codes.view(torch.uint8), fp8.scale)
-            whole[name] = digest(*(parts if split is None else (x.chunk(split.count, split.dim)[split.index] for x in parts)))
+            whole[name] = digest(
+                *(
+                    parts
+                    if split is None
+                    else (x.chunk(split.count, split.dim)[split.index] for x in parts)
+                )
+            )
     return whole
 
 
@@ -182,7 +244,9 @@ def losses(trainer: Trainer, case: Case, job: Report, mine: slice) -> list[float
     found = []
     for step in range(job["steps"]):
         numbers = range(step * job["micro_batches"], (step + 1) * job["micro_batches"])[mine]
-        batches = [batch_of(tokens(case, number, job.get("text", "")), case.length) for number in numbers]
+        batches = [
+            batch_of(tokens(case, number, job.get("text", "")), case.length) for number in numbers
+        ]
         found.append(trainer.step(batches, next_token_loss, 1e-3).loss)
     return found
 
@@ -193,13 +257,21 @@ def first_gradients(trainer: Trainer) -> dict[str, Tensor]:
 
     def keep(*_: object) -> None:
         if not seen:
-            seen.update({name: local_tensor(p.grad).clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+            seen.update(
+                {
+                    name: local_tensor(p.grad).clone()
+                    for name, p in trainer.model.named_parameters()
+                    if p.grad is not None
+                }
+            )
 
     trainer.optimizer.register_step_pre_hook(keep)
     return seen
 
 
-def decibels(pairs: Iterable[tuple[Tensor, Tensor]], gather: Callable[[Any], list[Any]] = lambda mine: [mine]) -> float:
+def decibels(
+    pairs: Iterable[tuple[Tensor, Tensor]], gather: Callable[[Any], list[Any]] = lambda mine: [mine]
+) -> float:
     """Of what was found against what was expected, the pairs of all ranks as one vector; 300 where they are equal."""
     error, total = 0.0, 0.0
     for found, expected in pairs:
@@ -209,10 +281,15 @@ def decibels(pairs: Iterable[tuple[Tensor, Tensor]], gather: Callable[[Any], lis
     return 10 * math.log10(sum(totals) / max(sum(errors), 1e-30 * sum(totals)))
 
 
-def parts_and_wanted(parallel_model: ParallelModel, parts: dict[str, Tensor], whole: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def parts_and_wanted(
+    parallel_model: ParallelModel, parts: dict[str, Tensor], whole: dict[str, Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of each gradient, found and cut out of the whole one."""
     for name, spec in parallel_model.shard_specs.items():
-        ranges = tuple(slice(first, first + size) for first, size in zip(spec.offset, spec.local_shape, strict=True))
+        ranges = tuple(
+            slice(first, first + size)
+            for first, size in zip(spec.offset, spec.local_shape, strict=True)
+        )
         yield parts[name], whole[name][ranges]
 
 
@@ -227,30 +304,60 @@ def equality(bench: Bench) -> None:
         single_process = losses(trainer, case, job, slice(None))
         del trainer
         bench.note(f"{name} alone", single_process)
-        trainer = bench.trainer(case, Sizes(), single_process=True)  # what a GPU's own order of sums leaves of equality
+        trainer = bench.trainer(
+            case, Sizes(), single_process=True
+        )  # what a GPU's own order of sums leaves of equality
         again = first_gradients(trainer)
         repeated = losses(trainer, case, job, slice(None))
-        row = {"losses": repeated, "largest difference": max(abs(a - b) for a, b in zip(repeated, single_process, strict=True))}
-        bench.note(f"{name} alone, again", row | {GRADIENT: decibels((again[key], whole[key]) for key in whole)})
+        row = {
+            "losses": repeated,
+            "largest difference": max(
+                abs(a - b) for a, b in zip(repeated, single_process, strict=True)
+            ),
+        }
+        bench.note(
+            f"{name} alone, again",
+            row | {GRADIENT: decibels((again[key], whole[key]) for key in whole)},
+        )
         del trainer, again
         for layout, numbers in job["layouts"].items():
             sizes = Sizes(*numbers)
             trainer = bench.trainer(case, sizes)
             expected = expected_bytes(bench, case, trainer.parallel_model) if fp8 else {}
             seen, parts = spy_on_bytes(trainer.model), first_gradients(trainer)
-            found = losses(trainer, case, job, slice(trainer.parallel_model.layout.data_rank, None, sizes.num_data))
-            row = {"losses": found, "largest difference": max(abs(a - b) for a, b in zip(found, single_process, strict=True))}
-            row[GRADIENT] = decibels(parts_and_wanted(trainer.parallel_model, parts, whole), bench.ranks.all_gather)
+            found = losses(
+                trainer,
+                case,
+                job,
+                slice(trainer.parallel_model.layout.data_rank, None, sizes.num_data),
+            )
+            row = {
+                "losses": found,
+                "largest difference": max(
+                    abs(a - b) for a, b in zip(found, single_process, strict=True)
+                ),
+            }
+            row[GRADIENT] = decibels(
+                parts_and_wanted(trainer.parallel_model, parts, whole), bench.ranks.all_gather
+            )
             if fp8:
-                row["bytes equal on all ranks"] = all(bench.ranks.all_gather(bool(seen) and seen == expected))
+                row["bytes equal on all ranks"] = all(
+                    bench.ranks.all_gather(bool(seen) and seen == expected)
+                )
             bench.note(f"{name} {layout}", row)
             del trainer
 
 
 def throughput(bench: Bench) -> None:
     """FP8 and BF16 with what both keep for the backward; on request also FP8 that keeps gate and up as FP8."""
-    small = {"FP8, gate/up in FP8": (True, Memory(pre_activations="fp8"))} if bench.job.get("small") else {}
-    for name, (fp8, memory) in ({"FP8": (True, Memory()), "BF16": (False, Memory())} | small).items():
+    small = (
+        {"FP8, gate/up in FP8": (True, Memory(pre_activations="fp8"))}
+        if bench.job.get("small")
+        else {}
+    )
+    for name, (fp8, memory) in (
+        {"FP8": (True, Memory()), "BF16": (False, Memory())} | small
+    ).items():
         bench.note(name, measure(bench, replace(case_of(bench.job, fp8), memory=memory)))
 
 
@@ -276,7 +383,10 @@ def measure(bench: Bench, case: Case) -> dict[str, float]:
     total, share = statistics.median(sum(span) for span in spans), sizes.num_data / sizes.world
     peak = torch.cuda.max_memory_allocated() / 2**30 if bench.cuda else 0.0
     row = {"forward": forward, "backward": backward, "update": update, "total": total, "loss": loss}
-    row |= {"peak_gib": max(bench.ranks.all_gather(peak)), "tflops": share * flops(case) / (forward + backward) / 1e9}
+    row |= {
+        "peak_gib": max(bench.ranks.all_gather(peak)),
+        "tflops": share * flops(case) / (forward + backward) / 1e9,
+    }
     return row | {"tokens_per_second": share * case.tokens / total * 1e3}
 
 
@@ -286,7 +396,9 @@ def gather(bench: Bench) -> None:
     for fp8 in (True, False):
         case = case_of(bench.job, fp8)
         trainer = bench.trainer(case, sizes)
-        trainer.step([batch_of(tokens(case, bench.ranks.rank, ""), case.length)], next_token_loss, 1e-5)
+        trainer.step(
+            [batch_of(tokens(case, bench.ranks.rank, ""), case.length)], next_token_loss, 1e-5
+        )
         received = count_gathered_bytes()
         block: Any = trainer.model.model.layers[1]
         marks = Marks(bench.cuda)
@@ -300,7 +412,10 @@ def gather(bench: Bench) -> None:
             block.reshard()
         size = sum(received) * (bench.ranks.size - 1) // bench.ranks.size
         median = statistics.median(span for (span,) in marks.milliseconds()[2:])
-        bench.note("FP8" if fp8 else "BF16", {"bytes": size, "milliseconds": median, "GB/s": size / median / 1e6})
+        bench.note(
+            "FP8" if fp8 else "BF16",
+            {"bytes": size, "milliseconds": median, "GB/s": size / median / 1e6},
+        )
         del trainer, block
 
 
@@ -310,7 +425,9 @@ def count_gathered_bytes() -> list[int]:
     for name in GATHERS:
         if original := getattr(dist, name, None):
 
-            def counted(output: Tensor, *args: Any, _original: Callable[..., Any] = original, **words: Any) -> Any:
+            def counted(
+                output: Tensor, *args: Any, _original: Callable[..., Any] = original, **words: Any
+            ) -> Any:
                 sizes.append(output.nbytes)
                 return _original(output, *args, **words)
 
@@ -327,15 +444,29 @@ def overlap(bench: Bench) -> None:
         batch = batch_of(tokens(case, trainer.parallel_model.layout.data_rank, ""), case.length)
         for _ in range(2):
             trainer.step([batch], next_token_loss, 1e-5)
-        with torch.profiler.profile(activities=[activity.CUDA] if bench.cuda else [activity.CPU]) as trace:
+        with torch.profiler.profile(
+            activities=[activity.CUDA] if bench.cuda else [activity.CPU]
+        ) as trace:
             trainer.step([batch], next_token_loss, 1e-5)
             bench.wait()
         kind = torch.autograd.DeviceType.CUDA if bench.cuda else torch.autograd.DeviceType.CPU
-        spans = [(e.name, e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type == kind]
+        spans = [
+            (e.name, e.time_range.start, e.time_range.end)
+            for e in trace.events()
+            if e.device_type == kind
+        ]
         sends = [span[1:] for span in spans if span[0].startswith(SENDS)]
-        works = [span[1:] for span in spans if not span[0].startswith(NO_WORK) and "nccl" not in span[0]]
+        works = [
+            span[1:] for span in spans if not span[0].startswith(NO_WORK) and "nccl" not in span[0]
+        ]
         total, under = sum(end - start for start, end in sends), covered(sends, works)
-        bench.note("FP8" if fp8 else "BF16", {"communication_ms": total / 1e3, "under_computation": under / total if total else None})
+        bench.note(
+            "FP8" if fp8 else "BF16",
+            {
+                "communication_ms": total / 1e3,
+                "under_computation": under / total if total else None,
+            },
+        )
         del trainer
 
 
@@ -347,7 +478,11 @@ def covered(spans: Iterable[tuple[float, float]], by: Iterable[tuple[float, floa
             union[-1][1] = max(union[-1][1], end)
         else:
             union.append([start, end])
-    return sum(max(0.0, min(end, u_end) - max(start, u_start)) for start, end in spans for u_start, u_end in union)
+    return sum(
+        max(0.0, min(end, u_end) - max(start, u_start))
+        for start, end in spans
+        for u_start, u_end in union
+    )
 
 
 WORK = {work.__name__: work for work in (equality, throughput, gather, overlap)}

@@ -67,10 +67,16 @@ def greedy_parity(model_dir: Path, result: Result, num_tokens: int) -> None:
     theirs: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     ours = Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16)
     for question in QUESTIONS:
-        prompt = tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True)
+        prompt = tokenizer.render(
+            [{"role": "user", "content": question}], add_generation_prompt=True
+        )
         with torch.no_grad():
-            out = theirs.generate(torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False)[0]
-            logits = ours(out[:-1], torch.arange(len(out) - 1), torch.tensor([0, len(out) - 1]))[len(prompt) - 1 :]
+            out = theirs.generate(
+                torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False
+            )[0]
+            logits = ours(out[:-1], torch.arange(len(out) - 1), torch.tensor([0, len(out) - 1]))[
+                len(prompt) - 1 :
+            ]
         expected = out[len(prompt) :]
         gaps = logits.amax(-1) - logits.gather(1, expected[:, None]).squeeze(1)
         ties = int((gaps > 0).sum())
@@ -85,7 +91,9 @@ def mean_loss(model: Decoder, batches: list[Batch]) -> float:
     for batch in batches:
         rows = batch.loss_mask.nonzero().squeeze(1)
         hidden = model.hidden_states(batch.token_ids, batch.positions, batch.cu_seqlens)[rows]
-        logprobs, _ = token_logprobs(hidden, model.head_weight, batch.labels[rows], chunk_tokens=512)
+        logprobs, _ = token_logprobs(
+            hidden, model.head_weight, batch.labels[rows], chunk_tokens=512
+        )
         total += float(next_token_loss(TokenScores(logprobs))[0])
     return total / sum(batch.num_trained_tokens for batch in batches)
 
@@ -96,7 +104,9 @@ class EmulatedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, activations: bool) -> None:
         super().__init__()
         self.activations, self.bias = activations, linear.bias
-        self.weight = nn.Parameter(self._rounded(linear.weight.detach().float(), 128), requires_grad=False)
+        self.weight = nn.Parameter(
+            self._rounded(linear.weight.detach().float(), 128), requires_grad=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activations:
@@ -112,7 +122,13 @@ class EmulatedLinear(nn.Module):
             for c in range(0, columns, 128):
                 tile = x[r : r + block if block > 1 else rows, c : c + 128]
                 amax = tile.abs().amax() if block > 1 else tile.abs().amax(dim=1, keepdim=True)
-                scale = torch.exp2(torch.ceil(torch.log2(torch.where(amax == 0, torch.full_like(amax, 448.0), amax) / 448.0)))
+                scale = torch.exp2(
+                    torch.ceil(
+                        torch.log2(
+                            torch.where(amax == 0, torch.full_like(amax, 448.0), amax) / 448.0
+                        )
+                    )
+                )
                 codes = (tile / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
                 out[r : r + block if block > 1 else rows, c : c + 128] = codes.float() * scale
         return out
@@ -132,7 +148,9 @@ def emulated_loss(model_dir: Path, batches: list[Batch], activations: bool) -> t
                 ids = batch.token_ids[start:end][None]
                 with torch.no_grad():
                     logits = model(ids).logits[0, :-1].double()
-                total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+                total += float(
+                    torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+                )
                 count += end - start - 1
         return total / count
 
@@ -145,13 +163,17 @@ def emulated_loss(model_dir: Path, batches: list[Batch], activations: bool) -> t
     return plain, loss()
 
 
-def perplexity(model_dir: Path, data: Path, result: Result, num_batches: int, pages: Sequence[str] = PAGES) -> None:
+def perplexity(
+    model_dir: Path, data: Path, result: Result, num_batches: int, pages: Sequence[str] = PAGES
+) -> None:
     """FP8 against BF16 on pages of several kinds, and against an emulation on transformers' model."""
     tokenizer = load_tokenizer(model_dir)
     batches = []
     for page in pages:
         sources = (SourceSection(path=str(data / "corpus" / f"{page}.jsonl.gz")),)
-        section = DataSection(validation_sources=sources, sequence_tokens=1024, micro_batch_tokens=1024)
+        section = DataSection(
+            validation_sources=sources, sequence_tokens=1024, micro_batch_tokens=1024
+        )
         batches += validation_batches(section, "documents", tokenizer, num_batches)
     tokens = sum(batch.num_trained_tokens for batch in batches)
     losses = {}
@@ -161,7 +183,10 @@ def perplexity(model_dir: Path, data: Path, result: Result, num_batches: int, pa
             "FP8 pow2": Fp8Section(scale_format="pow2"),
             "FP8 fp32": Fp8Section(scale_format="fp32"),
         }.items():
-            losses[name] = mean_loss(convert_to_fp8(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), fp8), batches)
+            losses[name] = mean_loss(
+                convert_to_fp8(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), fp8),
+                batches,
+            )
     result.say(f"\nPerplexity over {tokens:,} tokens of {', '.join(pages)}:\n")
     result.say("| weights and activations | perplexity | against BF16 |\n|---|---|---|")
     rises = {name: 100 * math.expm1(loss - losses["BF16"]) for name, loss in losses.items()}
@@ -170,11 +195,14 @@ def perplexity(model_dir: Path, data: Path, result: Result, num_batches: int, pa
     plain, emulated = emulated_loss(model_dir, batches, activations=True)
     rise = 100 * math.expm1(emulated - plain)
     result.say(f"| transformers BF16 | {math.exp(plain):.3f} | |")
-    result.say(f"| transformers, FP8 pow2 emulated independently | {math.exp(emulated):.3f} | {rise:+.2f} % |\n")
+    result.say(
+        f"| transformers, FP8 pow2 emulated independently | {math.exp(emulated):.3f} | {rise:+.2f} % |\n"
+    )
     result.check(rises["FP8 pow2"] <= 4.0, "pow2 perplexity within 4 % of BF16's")
     result.check(rises["FP8 fp32"] <= 4.0, "fp32 perplexity within 4 % of BF16's")
     result.check(
-        abs(rises["FP8 pow2"] - rise) <= 0.3, f"within 0.3 points of the independent emulation ({rises['FP8 pow2']:.2f} % and {rise:.2f} %)"
+        abs(rises["FP8 pow2"] - rise) <= 0.3,
+        f"within 0.3 points of the independent emulation ({rises['FP8 pow2']:.2f} % and {rise:.2f} %)",
     )
 
 
@@ -183,18 +211,29 @@ def train(verb: str, model_dir: Path, data: Path, work: Path, result: Result, st
     run = work / verb
     if verb == "cpt":
         # validated on another book of logic than the one trained on, so that the fall is not memory
-        sources = {"sources.0": "corpus/openlogic.jsonl.gz", "validation_sources.0": "corpus/hott_book.jsonl.gz"}
+        sources = {
+            "sources.0": "corpus/openlogic.jsonl.gz",
+            "validation_sources.0": "corpus/hott_book.jsonl.gz",
+        }
     else:
-        sources = {"sources.0": "train/gsm8k_train.jsonl.gz", "validation_sources.0": "eval/gsm8k_test.jsonl.gz"}
+        sources = {
+            "sources.0": "train/gsm8k_train.jsonl.gz",
+            "validation_sources.0": "eval/gsm8k_test.jsonl.gz",
+        }
     words = [f"--data.{name}.path={data / path}" for name, path in sources.items()]
     words += [f"--model.path={model_dir}", f"--run.dir={run}", f"--schedule.total_steps={steps}"]
     start = time.monotonic()
-    subprocess.run([sys.executable, "-m", "infir2", verb, str(RECIPES / f"{verb}.toml"), *words], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "infir2", verb, str(RECIPES / f"{verb}.toml"), *words], check=True
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["validation_loss"] for line in lines if line["kind"] == "validation"]
     seconds = time.monotonic() - start
     shown = " -> ".join(f"{loss:.4f}" for loss in losses)
-    result.check(losses[-1] < losses[0], f"{steps} steps of {verb} in FP8 lower the validation loss: {shown} ({seconds:.0f} s)")
+    result.check(
+        losses[-1] < losses[0],
+        f"{steps} steps of {verb} in FP8 lower the validation loss: {shown} ({seconds:.0f} s)",
+    )
     return run
 
 
@@ -202,25 +241,36 @@ def exported_sentences(run: Path, work: Path, result: Result) -> None:
     """The trained model, exported and reloaded by transformers, writes."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    subprocess.run([sys.executable, "-m", "infir2", "export", "hf", str(run), "--to", str(work / "hf")], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "infir2", "export", "hf", str(run), "--to", str(work / "hf")],
+        check=True,
+    )
     model: Any = AutoModelForCausalLM.from_pretrained(work / "hf")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "hf")
     ids = tokenizer("The sun is a star. It", return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=40, do_sample=False)
     text = tokenizer.decode(out[0], skip_special_tokens=True)
     words = text.split()
-    result.check(len(words) > 15 and len(set(words)) > 10, f"reloaded by transformers, it writes: {text!r}")
+    result.check(
+        len(words) > 15 and len(set(words)) > 10, f"reloaded by transformers, it writes: {text!r}"
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="fewer tokens and steps")
     words = parser.parse_args()
     result = Result()
-    result.say("# SmolLM2-135M-Instruct on a CPU\n\nWritten by `python bench/smollm2.py" + (" --quick" if words.quick else "") + "`.\n")
+    result.say(
+        "# SmolLM2-135M-Instruct on a CPU\n\nWritten by `python bench/smollm2.py"
+        + (" --quick" if words.quick else "")
+        + "`.\n"
+    )
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         greedy_parity(words.model, result, 8 if words.quick else 32)

@@ -38,7 +38,15 @@ from infir2.numerics import gemm_scaled as gemm_backends
 from infir2.preflight.gpu_memory import gpu_ledger
 from infir2.train.optimizer import make_optimizer, update
 
-_KEYS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "vocab_size", "tie_embeddings")
+_KEYS = (
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "ffn_size",
+    "vocab_size",
+    "tie_embeddings",
+)
 SHAPES: dict[str, dict[str, Any]] = {
     "1.5B": dict(zip(_KEYS, (1536, 28, 12, 2, 8960, 151936, True), strict=True)),
     "7B": dict(zip(_KEYS, (3584, 28, 28, 4, 18944, 152064, False), strict=True)),
@@ -74,7 +82,11 @@ class Case:
         pre: Literal["bfloat16", "fp8"] = "fp8" if memory.pre_activations == "fp8" else "bfloat16"
         return TrainRecipe(
             model=ModelSection(recompute=recompute, pre_activations=pre),
-            fp8=Fp8Section(enabled=self.fp8, scale_format=self.scale_format, keep_transposed=memory.keep_transposed_weights),
+            fp8=Fp8Section(
+                enabled=self.fp8,
+                scale_format=self.scale_format,
+                keep_transposed=memory.keep_transposed_weights,
+            ),
             data=DataSection(micro_batch_tokens=self.tokens),
             optimizer=OptimizerSection(moment_dtype=self.moment_dtype, grad_dtype=self.grad_dtype),
             schedule=ScheduleSection(learning_rate=1e-5),
@@ -98,7 +110,10 @@ CASES: dict[str, dict[str, Case]] = {
         "FP8, least memory without full recompute": Case("1.5B", 2, 8192, True, LEANEST, **BEST),
         "FP8, fp32 scales": Case("1.5B", 2, 8192, True, scale_format="fp32"),
     },
-    "1.5B-32k": {"BF16": Case("1.5B", 1, 32768, False, recompute="full"), "FP8": Case("1.5B", 1, 32768, True, recompute="full")},
+    "1.5B-32k": {
+        "BF16": Case("1.5B", 1, 32768, False, recompute="full"),
+        "FP8": Case("1.5B", 1, 32768, True, recompute="full"),
+    },
     "7B-8k": {
         "BF16": Case("7B", 1, 8192, False, layers=14, optimizer=False),
         "FP8": Case("7B", 1, 8192, True, layers=14, optimizer=False),
@@ -114,7 +129,9 @@ def build(case: Case, device: str = "cuda") -> Decoder:
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(0, 0.02) if parameter.ndim == 2 else parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            parameter.normal_(0, 0.02) if parameter.ndim == 2 else parameter.fill_(
+                0.0 if name.endswith("bias") else 1.0
+            )
     model.memory, model.recompute = case.memory, case.recompute
     return convert_to_fp8(model, case.recipe().fp8)
 
@@ -132,14 +149,22 @@ class Step:
         self.activations = 0
 
     def forward(self, measure_activations: bool = False) -> torch.Tensor:
-        if measure_activations:  # the FP8 copies of the weights are made before, so that they do not count
+        if (
+            measure_activations
+        ):  # the FP8 copies of the weights are made before, so that they do not count
             self._touch()
         before = torch.cuda.memory_allocated()
         hidden = self.model.hidden_states(self.ids, self.positions, self.bounds)
         if measure_activations:
             self.activations = torch.cuda.memory_allocated() - before
         chunk = self.case.loss_chunk_tokens
-        logprobs, _ = token_logprobs(hidden, self.model.head_weight, self.ids.roll(-1), chunk_tokens=chunk, uniform_gradient=True)
+        logprobs, _ = token_logprobs(
+            hidden,
+            self.model.head_weight,
+            self.ids.roll(-1),
+            chunk_tokens=chunk,
+            uniform_gradient=True,
+        )
         return -logprobs.mean()
 
     def update(self, learning_rate: float = 0.0) -> None:
@@ -147,7 +172,9 @@ class Step:
         if self.optimizer is not None:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-            update(self.optimizer, gradients, learning_rate, torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+            update(
+                self.optimizer, gradients, learning_rate, torch.clamp(1.0 / (norm + 1e-6), max=1.0)
+            )
         torch.autograd.graph.increment_version(parameters)
         self.drop_gradients()
 
@@ -207,13 +234,30 @@ def measure(case: Case, steps: int) -> dict[str, float]:
     torch.cuda.synchronize()
     spans = [[a.elapsed_time(b) for a, b in itertools.pairwise(events)] for events in marks[3:]]
     forward, backward, update = (statistics.median(span[i] for span in spans) for i in range(3))
-    result = {"forward": forward, "backward": backward, "update": update, "total": statistics.median(sum(span) for span in spans)}
-    result |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "activations_gib": step.activations / 2**30}
-    result |= {"further": _further(step, steps), "further_peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    result = {
+        "forward": forward,
+        "backward": backward,
+        "update": update,
+        "total": statistics.median(sum(span) for span in spans),
+    }
+    result |= {
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "activations_gib": step.activations / 2**30,
+    }
+    result |= {
+        "further": _further(step, steps),
+        "further_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
     if case.optimizer:  # the ledger is of a training step
         ledger = gpu_ledger(step.model.config, case.recipe())
-        result |= {"ledger_gib": sum(ledger.values()) / 2**30, **{f"ledger {name}": size / 2**30 for name, size in ledger.items()}}
-    result |= {"further_tflops": flops(case) / result["further"] / 1e9, "tflops": flops(case) / (forward + backward) / 1e9}
+        result |= {
+            "ledger_gib": sum(ledger.values()) / 2**30,
+            **{f"ledger {name}": size / 2**30 for name, size in ledger.items()},
+        }
+    result |= {
+        "further_tflops": flops(case) / result["further"] / 1e9,
+        "tflops": flops(case) / (forward + backward) / 1e9,
+    }
     result |= {"tokens_per_second": case.tokens / result["total"] * 1e3}
     if case.fp8:
         torch.cuda.synchronize()
@@ -253,7 +297,9 @@ def train_7b(text: Path, steps: int) -> dict[str, Any]:
     """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    step = Step(Case("7B", 1, 8192, True, Memory(keep_transposed_weights=False), recompute="full", **BEST))
+    step = Step(
+        Case("7B", 1, 8192, True, Memory(keep_transposed_weights=False), recompute="full", **BEST)
+    )
     assert step.optimizer is not None
     data = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
     losses, times = [], []
@@ -267,7 +313,12 @@ def train_7b(text: Path, steps: int) -> dict[str, Any]:
         times.append(time.perf_counter() - start)
     ledger = sum(gpu_ledger(step.model.config, step.case.recipe()).values()) / 2**30
     peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"losses": losses, "seconds_per_step": statistics.median(times[2:]), "peak_gib": peak, "ledger_gib": ledger}
+    return {
+        "losses": losses,
+        "seconds_per_step": statistics.median(times[2:]),
+        "peak_gib": peak,
+        "ledger_gib": ledger,
+    }
 
 
 def profile(case: Case) -> list[tuple[str, float, int]]:
@@ -318,7 +369,9 @@ print(json.dumps({"total": total, "peak_gib": torch.cuda.max_memory_allocated() 
 def peer(model: str, sequences: int, length: int) -> dict[str, Any]:
     """Hugging Face with Liger's kernels on the same shape."""
     arguments = json.dumps({**SHAPES[model], "sequences": sequences, "length": length})
-    done = subprocess.run([sys.executable, "-c", PEER, arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PEER, arguments], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return {"error": done.stderr[-600:]}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -327,16 +380,32 @@ def peer(model: str, sequences: int, length: int) -> dict[str, Any]:
 
 def main() -> None:
     """Print the table as it grows and write the raw numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the raw numbers")
     parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument("--profile", default="", metavar="CASES", help="also the kernels of one forward and backward, FP8 and BF16")
-    parser.add_argument("--train-7b", type=Path, metavar="TEXT", help="also 20 steps of 7B, all parameters, on this text")
+    parser.add_argument(
+        "--profile",
+        default="",
+        metavar="CASES",
+        help="also the kernels of one forward and backward, FP8 and BF16",
+    )
+    parser.add_argument(
+        "--train-7b",
+        type=Path,
+        metavar="TEXT",
+        help="also 20 steps of 7B, all parameters, on this text",
+    )
     parser.add_argument("--peer", action="store_true", help="also Hugging Face + Liger")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": sys.argv}
+    report: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "command": sys.argv,
+    }
     report["deepgemm"] = gemm_backends.deep_gemm() is not None
     if arguments.peer:
         report["peer"] = peer("1.5B", 2, 8192)
@@ -349,14 +418,26 @@ def main() -> None:
                 report[f"{name} {label}"] = {"error": str(error)[:200]}
                 print(f"{name} {label}: out of memory", flush=True)
                 continue
-            print(f"{name} {label:42s}", {k: round(v, 2) for k, v in row.items() if not k.startswith("ledger ")}, flush=True)
+            print(
+                f"{name} {label:42s}",
+                {k: round(v, 2) for k, v in row.items() if not k.startswith("ledger ")},
+                flush=True,
+            )
             arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     if arguments.train_7b:
         report["7B, all parameters"] = row = train_7b(arguments.train_7b, 20)
         print("7B, all parameters on one GPU:", row, flush=True)
-    for name, label in itertools.product(filter(None, arguments.profile.split(",")), ("FP8", "BF16")):
+    for name, label in itertools.product(
+        filter(None, arguments.profile.split(",")), ("FP8", "BF16")
+    ):
         report[f"profile {name} {label}"] = rows = profile(CASES[name][label])
-        print(name, label, *(f"{ms:8.2f} ms {count:4d} {key}" for key, ms, count in rows), sep="\n", flush=True)
+        print(
+            name,
+            label,
+            *(f"{ms:8.2f} ms {count:4d} {key}" for key, ms, count in rows),
+            sep="\n",
+            flush=True,
+        )
     arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 

@@ -40,7 +40,9 @@ def _encode(texts: list[str], tokenizer_file: str, barrier: Any, results: Any) -
     started, cpu = time.perf_counter(), time.process_time()
     num_tokens = 0
     for first in range(0, len(texts), BATCH):
-        encodings = tokenizer.encode_batch_fast(texts[first : first + BATCH], add_special_tokens=False)
+        encodings = tokenizer.encode_batch_fast(
+            texts[first : first + BATCH], add_special_tokens=False
+        )
         num_tokens += sum(len(encoding.ids) for encoding in encodings)
     results.put((num_tokens, time.perf_counter() - started, time.process_time() - cpu))
 
@@ -51,7 +53,12 @@ def library_alone(texts: list[str], tokenizer: Path, processes: int) -> tuple[fl
     barrier, results = context.Barrier(processes), context.Queue()
     by_length = sorted(texts, key=len, reverse=True)  # equal shares: nobody waits for the other
     shares = [by_length[index::processes] for index in range(processes)]
-    workers = [context.Process(target=_encode, args=(share, str(tokenizer / "tokenizer.json"), barrier, results)) for share in shares]
+    workers = [
+        context.Process(
+            target=_encode, args=(share, str(tokenizer / "tokenizer.json"), barrier, results)
+        )
+        for share in shares
+    ]
     for worker in workers:
         worker.start()
     found = [results.get() for _ in workers]
@@ -70,12 +77,19 @@ def ours(source: Path, tokenizer: Path, processes: int) -> tuple[float, float, f
         started, cpu = time.perf_counter(), cpu_seconds()
         done = tokenize([source], tokenizer, Path(directory) / "out", processes)
         seconds, used = time.perf_counter() - started, cpu_seconds() - cpu
-    return done.tokens / (seconds - loading), done.tokens / seconds, done.tokens / (used - loading_cpu)
+    return (
+        done.tokens / (seconds - loading),
+        done.tokens / seconds,
+        done.tokens / (used - loading_cpu),
+    )
 
 
 def cpu_seconds() -> float:
     """Of this process and of its children that have ended."""
-    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def main() -> None:
@@ -89,8 +103,15 @@ def main() -> None:
     texts = read_texts(words.source)
     rows = []
     for _ in range(words.rounds):
-        rows.append((*library_alone(texts, words.tokenizer, words.processes), *ours(words.source, words.tokenizer, words.processes)))
-    single_process, alone_cpu, without, whole, without_cpu = (statistics.median(column) for column in zip(*rows, strict=True))
+        rows.append(
+            (
+                *library_alone(texts, words.tokenizer, words.processes),
+                *ours(words.source, words.tokenizer, words.processes),
+            )
+        )
+    single_process, alone_cpu, without, whole, without_cpu = (
+        statistics.median(column) for column in zip(*rows, strict=True)
+    )
     lines = [
         "# Tokenising, thousand tokens per second",
         "",
@@ -101,13 +122,25 @@ def main() -> None:
         "|---|---|---|---|",
     ]
     for name, value, base, column in (
-        ("tokenizers library alone, texts in memory, nothing written", single_process, single_process, 0),
-        ("`infir2 tokenize`, from the first byte read to the renamed files", without, single_process, 2),
+        (
+            "tokenizers library alone, texts in memory, nothing written",
+            single_process,
+            single_process,
+            0,
+        ),
+        (
+            "`infir2 tokenize`, from the first byte read to the renamed files",
+            without,
+            single_process,
+            2,
+        ),
         ("the same with loading of the tokenizer", whole, single_process, 3),
         ("tokenizers library alone, per CPU second", alone_cpu, alone_cpu, 1),
         ("`infir2 tokenize`, per CPU second", without_cpu, alone_cpu, 4),
     ):
-        lines.append(f"| {name} | {value / 1e3:,.0f} | {value / base:.2f} | {', '.join(f'{row[column] / 1e3:,.0f}' for row in rows)} |")
+        lines.append(
+            f"| {name} | {value / 1e3:,.0f} | {value / base:.2f} | {', '.join(f'{row[column] / 1e3:,.0f}' for row in rows)} |"
+        )
     command = f"python bench/tokenizing.py SOURCE --tokenizer {words.tokenizer.name} --processes {words.processes} --rounds {words.rounds}"
     lines += ["", f"Measured with `{command}`."]
     print("\n".join(lines))

@@ -47,11 +47,15 @@ def parse_faults(text: str) -> dict[tuple[str, int], str]:
         point, _, rest = item.partition(":")
         number, _, action = rest.partition(":")
         if point not in POINTS:
-            raise ConfigError(f"{VARIABLE}: unknown point '{point}'; the points are {', '.join(POINTS)}.")
+            raise ConfigError(
+                f"{VARIABLE}: unknown point '{point}'; the points are {', '.join(POINTS)}."
+            )
         if not number.isdecimal() or int(number) < 1:
             raise ConfigError(f"{VARIABLE}: '{item}' must read point:n[:action] with n >= 1.")
         if (action or "kill") not in ACTIONS:
-            raise ConfigError(f"{VARIABLE}: unknown action '{action}' in '{item}'; the actions are {', '.join(ACTIONS)}.")
+            raise ConfigError(
+                f"{VARIABLE}: unknown action '{action}' in '{item}'; the actions are {', '.join(ACTIONS)}."
+            )
         faults[point, int(number)] = action or "kill"
     return faults
 

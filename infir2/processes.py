@@ -64,7 +64,9 @@ class StopSignals:
     def error(self, what_was_saved: str) -> UserError:
         """The error that ends the command: exit code 75 after SIGTERM, 130 after Ctrl-C."""
         kind = Preempted if self.received == signal.SIGTERM else Interrupted
-        return kind(f"stopped; {what_was_saved}; the same command goes on from there").of_all_ranks()
+        return kind(
+            f"stopped; {what_was_saved}; the same command goes on from there"
+        ).of_all_ranks()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

@@ -24,7 +24,9 @@ Check = tuple[Callable[[Tensor, str], list[Fp8Tensor]], Callable[[Tensor, str], 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
     """BF16 activations [rows, columns] whose tokens differ in magnitude by factors of e**2."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, columns, generator=generator) * torch.exp(2 * torch.randn(rows, 1, generator=generator))
+    x = torch.randn(rows, columns, generator=generator) * torch.exp(
+        2 * torch.randn(rows, 1, generator=generator)
+    )
     return x.bfloat16()
 
 
@@ -32,7 +34,9 @@ def hostile(rows: int, columns: int, seed: int = 0) -> Tensor:
     """BF16 [rows, columns] with every kind of block that a scale or a cast can get wrong, row after row."""
     x = gaussian(rows, columns, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    tie = torch.randint(8, 16, (columns,), generator=generator).float() + 0.5  # halfway between two codes
+    tie = (
+        torch.randint(8, 16, (columns,), generator=generator).float() + 0.5
+    )  # halfway between two codes
     patterns = [
         lambda row: row.zero_(),
         lambda row: row.zero_().neg_(),  # minus zero
@@ -42,7 +46,9 @@ def hostile(rows: int, columns: int, seed: int = 0) -> Tensor:
         lambda row: row.mul_(2.0**-133),
         lambda row: row.fill_(2.0**-133),
         lambda row: row.copy_(torch.sign(row) * 3.3895313892515355e38),  # the largest BF16
-        lambda row: row.copy_(1.75 * torch.exp2(torch.randint(-30, 30, (columns,), generator=generator).float())),
+        lambda row: row.copy_(
+            1.75 * torch.exp2(torch.randint(-30, 30, (columns,), generator=generator).float())
+        ),
         lambda row: row.copy_(tie * torch.sign(row)),
         lambda row: row[:1].fill_(30000.0),  # one outlier: the rest lands in the subnormals
         lambda row: row.mul_(1e-30),
@@ -57,7 +63,11 @@ def hostile(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 def mismatches(found: Fp8Tensor, expected: Fp8Tensor) -> int:
     """Number of code bytes and scales that differ; NaN scales are equal to each other."""
-    assert (found.shape, found.block, found.scale_format) == (expected.shape, expected.block, expected.scale_format)
+    assert (found.shape, found.block, found.scale_format) == (
+        expected.shape,
+        expected.block,
+        expected.scale_format,
+    )
     codes = (found.codes.cpu().view(torch.uint8) != expected.codes.cpu().view(torch.uint8)).sum()
     a, b = found.scale.cpu(), expected.scale.cpu()
     return int(codes + (~((a == b) | (a.isnan() & b.isnan()))).sum())
@@ -77,7 +87,11 @@ def _weight_reference(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
 
 def _master(x: Tensor) -> Tensor:
     """FP32 values between BF16 ones, ties included."""
-    return (x.float().view(torch.int32) + 0x7FFF + torch.arange(x.shape[1], device=x.device, dtype=torch.int32) % 3).view(torch.float32)
+    return (
+        x.float().view(torch.int32)
+        + 0x7FFF
+        + torch.arange(x.shape[1], device=x.device, dtype=torch.int32) % 3
+    ).view(torch.float32)
 
 
 def norm_weight(x: Tensor) -> Tensor:
@@ -97,18 +111,33 @@ def upstream(x: Tensor) -> Tensor:
 
 
 CONVERSIONS: dict[str, Check] = {
-    "rows": (lambda x, f: [kernels.quantize(x, ROW_BLOCK, f)], lambda x, f: [quantize_reference(x, ROW_BLOCK, f)]),
-    "tiles": (lambda x, f: [kernels.quantize(x, TILE_BLOCK, f)], lambda x, f: [quantize_reference(x, TILE_BLOCK, f)]),
+    "rows": (
+        lambda x, f: [kernels.quantize(x, ROW_BLOCK, f)],
+        lambda x, f: [quantize_reference(x, ROW_BLOCK, f)],
+    ),
+    "tiles": (
+        lambda x, f: [kernels.quantize(x, TILE_BLOCK, f)],
+        lambda x, f: [quantize_reference(x, TILE_BLOCK, f)],
+    ),
     "gradient": (
         lambda x, f: list(kernels.quantize_gradient(x, f)),
         lambda x, f: [quantize_reference(x, ROW_BLOCK, f), quantize_reference(x.t(), ROW_BLOCK, f)],
     ),
-    "input": (lambda x, f: list(kernels.quantize_input(x, f)), lambda x, f: [quantize_reference(x, ROW_BLOCK, f), second_layout(x, f)]),
+    "input": (
+        lambda x, f: list(kernels.quantize_input(x, f)),
+        lambda x, f: [quantize_reference(x, ROW_BLOCK, f), second_layout(x, f)],
+    ),
     "weight": (
-        lambda x, f: [kernels.quantize_weight(_master(x), f), kernels.transpose(kernels.quantize_weight(_master(x), f))],
+        lambda x, f: [
+            kernels.quantize_weight(_master(x), f),
+            kernels.transpose(kernels.quantize_weight(_master(x), f)),
+        ],
         _weight_reference,
     ),
-    "second layout alone": (lambda x, f: [kernels.quantize_transposed(x, f)], lambda x, f: [second_layout(x, f)]),
+    "second layout alone": (
+        lambda x, f: [kernels.quantize_transposed(x, f)],
+        lambda x, f: [second_layout(x, f)],
+    ),
     "transpose rows": (
         lambda x, f: [kernels.transpose(kernels.quantize(x, ROW_BLOCK, "pow2"))],
         lambda x, f: [transpose_reference(quantize_reference(x, ROW_BLOCK, "pow2"))],
@@ -135,7 +164,10 @@ def _norm_expected(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
 
 def _swiglu(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
     gate, up = gate_and_up(x)
-    return [kernels.swiglu_quantize(gate, up, scale_format), kernels.swiglu_transposed(gate, up, scale_format)]
+    return [
+        kernels.swiglu_quantize(gate, up, scale_format),
+        kernels.swiglu_transposed(gate, up, scale_format),
+    ]
 
 
 def _swiglu_expected(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
@@ -149,7 +181,10 @@ def _swiglu_backward(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
 
 def _swiglu_backward_expected(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
     grad = kernels.swiglu_backward(upstream(x), *gate_and_up(x))
-    return [quantize_reference(grad, ROW_BLOCK, scale_format), quantize_reference(grad.t(), ROW_BLOCK, scale_format)]
+    return [
+        quantize_reference(grad, ROW_BLOCK, scale_format),
+        quantize_reference(grad.t(), ROW_BLOCK, scale_format),
+    ]
 
 
 FUSED: dict[str, Check] = {
@@ -176,7 +211,10 @@ def producer_results(x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     with_residual, _ = kernels.rms_norm_backward(grad, x, rstd, weight, residual)
     return {
         "norm": (y, normed.detach()),
-        "reciprocal root mean square": (rstd, x.cpu().double().square().mean(dim=1).add(EPS).rsqrt().float()),
+        "reciprocal root mean square": (
+            rstd,
+            x.cpu().double().square().mean(dim=1).add(EPS).rsqrt().float(),
+        ),
         "norm backward and residual": (with_residual, grad_x.cpu() + residual.cpu()),
         "norm backward": (grad_x, gradients[0]),
         "norm weight": (grad_weight, gradients[1]),
@@ -185,32 +223,48 @@ def producer_results(x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def rope_results(tokens: int, q_heads: int, k_heads: int, size: int, device: str) -> dict[str, tuple[Tensor, Tensor]]:
+def rope_results(
+    tokens: int, q_heads: int, k_heads: int, size: int, device: str
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> (kernel's result, definition's result) of bias + rotation and of the rotation back."""
     heads = q_heads + 2 * k_heads
     fused = gaussian(tokens, heads * size).to(device)
     bias = torch.linspace(-1, 1, heads * size, device=device)
-    angles = torch.arange(tokens, device=device)[:, None, None] * torch.linspace(1, 0.01, size // 2, device=device)
+    angles = torch.arange(tokens, device=device)[:, None, None] * torch.linspace(
+        1, 0.01, size // 2, device=device
+    )
     cos, sin = angles.cos(), angles.sin()
     q, k, v = fused.view(tokens, heads, size).split([q_heads, k_heads, k_heads], dim=1)
     biased = fused + bias.bfloat16()
-    expected = [apply_rope(t, cos, sin) for t in biased.view(tokens, heads, size).split([q_heads, k_heads, k_heads], dim=1)[:2]]
+    expected = [
+        apply_rope(t, cos, sin)
+        for t in biased.view(tokens, heads, size).split([q_heads, k_heads, k_heads], dim=1)[:2]
+    ]
     found = rope_kernels.rope(q, k, v, bias, cos, sin, False)
     back = rope_kernels.rope(q.contiguous(), k.contiguous(), v, None, cos, sin, True)
     expected_back = [apply_rope(t, cos, -sin) for t in (q, k)]
     return {
-        "rope": (found, torch.cat([*expected, biased.view(tokens, heads, size)[:, q_heads + k_heads :]], dim=1).flatten(1)),
+        "rope": (
+            found,
+            torch.cat(
+                [*expected, biased.view(tokens, heads, size)[:, q_heads + k_heads :]], dim=1
+            ).flatten(1),
+        ),
         "rope back": (back, torch.cat([*expected_back, v], dim=1).flatten(1)),
     }
 
 
-def softmax_results(rows: int, columns: int, temperature: float, device: str) -> dict[str, tuple[Tensor, Tensor]]:
+def softmax_results(
+    rows: int, columns: int, temperature: float, device: str
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> (kernel's result, FP64 result) of the head's softmax and its backward."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, columns, generator=generator).mul_(5).to(device)
     labels = torch.randint(0, columns, (rows,), generator=generator).to(device)
     grad = torch.randn(rows, generator=generator).to(device)
-    logprobs, normalizer, entropy = softmax_kernels.label_logprobs(logits, labels, temperature, True)
+    logprobs, normalizer, entropy = softmax_kernels.label_logprobs(
+        logits, labels, temperature, True
+    )
     exact = logits.double().div(temperature).log_softmax(dim=1)
     one_hot = torch.nn.functional.one_hot(labels, columns)
     return {

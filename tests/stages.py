@@ -16,9 +16,18 @@ from infir2.cli import main
 from infir2.demo.world import DemoWorld, make_demo_world
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "demo"
-SHAPE = {"hidden_size": 40, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "ffn_size": 136}
+SHAPE = {
+    "hidden_size": 40,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "ffn_size": 136,
+}
 BEGUN: "list[subprocess.Popen[str]]" = []
-WORLD = DemoWorld(cpt_tokens=12_000, validation_documents=8, sft_rows=64, rl_rows=(24, 24), held_out_rows=12)
+WORLD = DemoWorld(
+    cpt_tokens=12_000, validation_documents=8, sft_rows=64, rl_rows=(24, 24), held_out_rows=12
+)
 
 
 def make_world(directory: Path) -> Path:
@@ -29,16 +38,31 @@ def make_world(directory: Path) -> Path:
 def options(world: Path, run: Path, stage: str, **values: Any) -> list[str]:
     """Words after `infir2`: the demo's recipe of a stage, made small. A double underscore in a name stands for a dot."""
     verb = stage.rstrip("12")
-    words = [verb, str(RECIPES / f"{stage}.toml"), f"--run.dir={run}", f"--data.tokenizer={world / 'tokenizer'}", "--run.threads=1"]
+    words = [
+        verb,
+        str(RECIPES / f"{stage}.toml"),
+        f"--run.dir={run}",
+        f"--data.tokenizer={world / 'tokenizer'}",
+        "--run.threads=1",
+    ]
     words.append(f"--data.sources.0.path={world / stage}.jsonl")
     if verb == "cpt":
         words.append(f"--data.validation_sources.0.path={world / 'cpt_validation.jsonl'}")
         words += [f"--model.shape.{name}={value}" for name, value in SHAPE.items()]
-        words += ["--data.batch_sequences=2", "--schedule.warmup_steps=2", "--schedule.decay_steps=2"]
+        words += [
+            "--data.batch_sequences=2",
+            "--schedule.warmup_steps=2",
+            "--schedule.decay_steps=2",
+        ]
     if verb == "sft":
         words.append("--data.batch_samples=4")
     if verb == "rl":
-        words += ["--rl.prompts_per_step=3", "--rl.over_sample_prompts=4", "--rl.group_size=4", "--rl.max_response_tokens=8"]
+        words += [
+            "--rl.prompts_per_step=3",
+            "--rl.over_sample_prompts=4",
+            "--rl.group_size=4",
+            "--rl.max_response_tokens=8",
+        ]
     return words + [f"--{name.replace('__', '.')}={value}" for name, value in values.items()]
 
 
@@ -51,7 +75,9 @@ def run(words: list[str]) -> None:
 def begin(command: list[str], **variables: str) -> "subprocess.Popen[str]":
     """A process with its own session, which ends with the test that began it, whatever becomes of that."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     BEGUN.append(process)
     return process
 
@@ -63,10 +89,20 @@ def end_leftovers() -> None:
     BEGUN.clear()
 
 
-def torchrun(num_processes: int, *words: str, timeout: float = 240, **variables: str) -> tuple[int, str]:
+def torchrun(
+    num_processes: int, *words: str, timeout: float = 240, **variables: str
+) -> tuple[int, str]:
     """Exit code and what was said on stderr."""
     process = begin(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", *words], **variables
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={num_processes}",
+            *words,
+        ],
+        **variables,
     )
     _, said = process.communicate(timeout=timeout)
     return process.returncode, said
@@ -117,7 +153,11 @@ def assert_each_step_once(run_dir: Path, steps: int) -> None:
     assert [line["step"] for line in trained] == list(range(1, steps + 1))
     assert all(line["staleness"] in (0, 1) for line in trained)
     tensors = checkpoint.tensors()
-    updates = {int(tensors[name]) for name in tensors if name.startswith("optimizer/") and name.endswith("/step")}
+    updates = {
+        int(tensors[name])
+        for name in tensors
+        if name.startswith("optimizer/") and name.endswith("/step")
+    }
     assert checkpoint.step == steps
     assert updates == {sum(not line["skipped"] for line in trained)}
     assert checkpoint.state["cursor"] == sum(line["groups_sampled"] for line in trained)

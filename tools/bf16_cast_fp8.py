@@ -8,7 +8,21 @@ from infir2.cli import main
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--input-bf16-hf-path", required=True)
 parser.add_argument("--output-fp8-hf-path", required=True)
-parser.add_argument("--force-pow-2-scale", choices=("True", "False"), default="True", type=str.capitalize)
+parser.add_argument(
+    "--force-pow-2-scale", choices=("True", "False"), default="True", type=str.capitalize
+)
 words = parser.parse_args()
 scale_format = "pow2" if words.force_pow_2_scale == "True" else "fp32"
-sys.exit(main(["export", "fp8", words.input_bf16_hf_path, "--to", words.output_fp8_hf_path, "--scale-format", scale_format]))
+sys.exit(
+    main(
+        [
+            "export",
+            "fp8",
+            words.input_bf16_hf_path,
+            "--to",
+            words.output_fp8_hf_path,
+            "--scale-format",
+            scale_format,
+        ]
+    )
+)

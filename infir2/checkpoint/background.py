@@ -26,7 +26,9 @@ class BackgroundSaver:
         self._copied = threading.Event()
         self._copied.set()
 
-    def start(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Future[float]:
+    def start(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> Future[float]:
         """Begin a save; the future has the time (monotonic) when it was published, or its error.
 
         The caller has waited for the one before, and changes `state` no more.
@@ -42,13 +44,21 @@ class BackgroundSaver:
         """Wait for the save in flight."""
         self._thread.shutdown()
 
-    def _run(self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], stream: "torch.cuda.Stream | None") -> float:
+    def _run(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        state: Mapping[str, Any],
+        stream: "torch.cuda.Stream | None",
+    ) -> float:
         try:
             with torch.no_grad(), torch.cuda.stream(stream):
                 for name, tensor in tensors.items():
                     copy = self._copies.get(name)
                     if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                        copy = self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                        copy = self._copies[name] = torch.empty_like(
+                            tensor, device="cpu", pin_memory=tensor.is_cuda
+                        )
                     copy.copy_(tensor, non_blocking=True)
                 if stream is not None:
                     stream.synchronize()

@@ -51,17 +51,29 @@ WRITERS = min(4, os.cpu_count() or 1)
 
 
 def save_tensors(
-    directory: Path, tensors: Mapping[str, Tensor], shard_specs: Mapping[str, ShardSpec], ranks: Ranks, on_bytes: Callable[[int], None]
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    shard_specs: Mapping[str, ShardSpec],
+    ranks: Ranks,
+    on_bytes: Callable[[int], None],
 ) -> dict[str, FileEntry]:
     """Write this rank's tensors, whole where they have no spec; every rank calls this at the same point.
 
     Returns the entries of the files that this rank has written. Where a rank fails, every rank raises, its own error or the first.
     """
-    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is nothing to warn of
+    warnings.filterwarnings(
+        "ignore", "torch.distributed is disabled", UserWarning
+    )  # one process is nothing to warn of
     writer = _Writer(directory)
     planner = _SavePlanner(tensors, shard_specs, on_bytes)
     try:
-        dcp.save({}, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.size == 1)
+        dcp.save(
+            {},
+            storage_writer=writer,
+            planner=planner,
+            process_group=ranks.group,
+            no_dist=ranks.size == 1,
+        )
     except dcp.api.CheckpointException as error:
         first = min(error.failures)
         raise error.failures.get(ranks.rank, error.failures[first])[0] from None
@@ -71,17 +83,28 @@ def save_tensors(
 class _SavePlanner(dcp.DefaultSavePlanner):
     """Plans one write per piece of a tensor."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], shard_specs: Mapping[str, ShardSpec], on_bytes: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        shard_specs: Mapping[str, ShardSpec],
+        on_bytes: Callable[[int], None],
+    ) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._on_bytes = on_bytes
-        self._pieces = {index: (piece, spec) for name in tensors for index, piece, spec in _cut(name, tensors[name], shard_specs.get(name))}
+        self._pieces = {
+            index: (piece, spec)
+            for name in tensors
+            for index, piece, spec in _cut(name, tensors[name], shard_specs.get(name))
+        }
 
     def create_local_plan(self) -> SavePlan:
         items = []
         for index, (piece, spec) in self._pieces.items():
             assert index.offset is not None
             chunk = ChunkStorageMetadata(index.offset, piece.shape)
-            data = TensorWriteData(chunk, TensorProperties(dtype=piece.dtype), torch.Size(spec.global_shape))
+            data = TensorWriteData(
+                chunk, TensorProperties(dtype=piece.dtype), torch.Size(spec.global_shape)
+            )
             items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         return SavePlan(items)
 
@@ -95,7 +118,9 @@ class _SavePlanner(dcp.DefaultSavePlanner):
         return torch.from_numpy(array).view(piece.dtype).view(piece.shape)
 
 
-def _cut(name: str, tensor: Tensor, spec: ShardSpec | None) -> Iterator[tuple[MetadataIndex, Tensor, ShardSpec]]:
+def _cut(
+    name: str, tensor: Tensor, spec: ShardSpec | None
+) -> Iterator[tuple[MetadataIndex, Tensor, ShardSpec]]:
     """Views of whole rows, `PIECE_BYTES` at most unless a row has more, and where they begin in the whole tensor."""
     spec, tensor = spec or unsharded(tensor.shape), tensor.detach()
     assert spec.local_shape == tuple(tensor.shape), f"'{name}' is not the part that its spec says"
@@ -120,28 +145,41 @@ class _Writer(dcp.FileSystemWriter):
         def write(number: int, items: list[WriteItem]) -> list[WriteResult]:
             return self._write_file(f"{plan.storage_data.prefix}{number}.distcp", items, planner)
 
-        with ThreadPoolExecutor(WRITERS) as pool:  # hashing and writing let go of the interpreter's lock
+        with ThreadPoolExecutor(
+            WRITERS
+        ) as pool:  # hashing and writing let go of the interpreter's lock
             results = list(pool.map(write, itertools.count(), _files(plan.items)))
         done: Future[list[WriteResult]] = Future()
         done.set_result(list(itertools.chain(*results)))
         return done
 
-    def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    def _write_file(
+        self, name: str, items: list[WriteItem], planner: SavePlanner
+    ) -> list[WriteResult]:
         fault("save.before_shard")
         results = []
         # no CRC-32 either: SHA-256 says more; the setting is this thread's
-        with HashedFile(self._directory / name) as file, serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+        with (
+            HashedFile(self._directory / name) as file,
+            serialization.patch("save.compute_crc32", False),
+        ):  # type: ignore[attr-defined]
             stream: Any = file  # all that torch.save asks for
             for item in items:
                 start = file.size
                 torch.save(planner.resolve_data(item), stream)
-                results.append(WriteResult(item.index, file.size - start, _StorageInfo(name, start, file.size - start)))
+                results.append(
+                    WriteResult(
+                        item.index, file.size - start, _StorageInfo(name, start, file.size - start)
+                    )
+                )
         self.files[name] = file.entry
         fault("save.after_shard")
         return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
+        metadata.storage_data = {
+            result.index: result.storage_data for part in results for result in part
+        }
         metadata.version = CURRENT_DCP_VERSION
         self.files[METADATA] = write_file(self._directory / METADATA, pickle.dumps(metadata))
 
@@ -152,7 +190,9 @@ def _files(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
     size = 0
     for item in items:
         assert item.tensor_data is not None
-        num_bytes = item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+        num_bytes = (
+            item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+        )
         if group and size + num_bytes > FILE_BYTES:
             yield group
             group, size = [], 0
@@ -177,7 +217,11 @@ class DcpTensors(Mapping[str, Tensor]):
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.files = {info.relative_path for info in metadata.storage_data.values()}
         self._file_bytes = sum(file.stat().st_size for file in path.glob("*.distcp"))
-        self._entries = {key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+        self._entries = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         return self.part(name, unsharded(self._entries[name].size))
@@ -203,7 +247,9 @@ class DcpTensors(Mapping[str, Tensor]):
         entry = self._entry(name)
         num_bytes = entry.size.numel() * entry.properties.dtype.itemsize
         if num_bytes > self._file_bytes:
-            raise CheckpointError(f"{self.path}: tensor '{name}' claims {num_bytes} bytes, more than all its files hold; it is refused.")
+            raise CheckpointError(
+                f"{self.path}: tensor '{name}' claims {num_bytes} bytes, more than all its files hold; it is refused."
+            )
         tensor = torch.empty(spec.local_shape, dtype=entry.properties.dtype)
         self.read(name, spec, tensor)
         return tensor
@@ -216,7 +262,9 @@ class DcpTensors(Mapping[str, Tensor]):
         entry = self._entry(name)
         stored, wanted = (tuple(entry.size), entry.properties.dtype), (spec.global_shape, out.dtype)
         if stored != wanted:
-            raise CheckpointError(f"{self.path}: '{name}' is {list(stored[0])} {stored[1]}, and {list(wanted[0])} {wanted[1]} is needed.")
+            raise CheckpointError(
+                f"{self.path}: '{name}' is {list(stored[0])} {stored[1]}, and {list(wanted[0])} {wanted[1]} is needed."
+            )
         try:
             chunk = ChunkStorageMetadata(torch.Size(spec.offset), torch.Size(spec.local_shape))
             items = create_read_items_for_chunk_list(name, entry, [chunk])
@@ -227,11 +275,15 @@ class DcpTensors(Mapping[str, Tensor]):
         except Exception as error:  # whatever torch finds in a damaged file
             if not self.path.exists():
                 raise CheckpointError(removed(self.path)) from error
-            raise CheckpointError(f"{self.path}: tensor '{name}' cannot be read ({error}); a shard file is damaged or missing.") from error
+            raise CheckpointError(
+                f"{self.path}: tensor '{name}' cannot be read ({error}); a shard file is damaged or missing."
+            ) from error
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self._entries:
-            raise CheckpointError(f"{self.path}: has no tensor '{name}', which the model calls for.")
+            raise CheckpointError(
+                f"{self.path}: has no tensor '{name}', which the model calls for."
+            )
         return self._entries[name]
 
 
@@ -256,5 +308,7 @@ def _read_metadata(path: Path, foreign: bool) -> Metadata:
     for info in metadata.storage_data.values():
         name = str(info.relative_path) if isinstance(info, _StorageInfo) else ""
         if Path(name).name != name or name in ("", ".."):
-            raise CheckpointError(f"{path}: names the file '{name}', which is outside the checkpoint; it is refused.")
+            raise CheckpointError(
+                f"{path}: names the file '{name}', which is outside the checkpoint; it is refused."
+            )
     return metadata

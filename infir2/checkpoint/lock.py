@@ -23,8 +23,12 @@ BEAT_SECONDS = 15.0
 WATCH_SECONDS = 25.0  # more than a beat, and what a busy host may be late with one
 STALE_SECONDS = 90.0  # so long without a beat, and nobody waits for another
 
-_held: dict[tuple[Path, int], "RunLock"] = {}  # a process may open its own run directory more than once
-_held_guard = threading.RLock()  # the garbage collector may let go of one store's lock while the same thread takes another's
+_held: dict[
+    tuple[Path, int], "RunLock"
+] = {}  # a process may open its own run directory more than once
+_held_guard = (
+    threading.RLock()
+)  # the garbage collector may let go of one store's lock while the same thread takes another's
 
 
 class RunLock:
@@ -72,7 +76,9 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a beat that fails only makes this lock look older than it is
+            with contextlib.suppress(
+                OSError
+            ):  # a beat that fails only makes this lock look older than it is
                 os.utime(self._fd)
 
 
@@ -85,7 +91,9 @@ def _open_locked(path: Path, run_dir: Path, warn: Callable[[str], None]) -> int:
             os.close(fd)
             raise
     except OSError as error:
-        raise CheckpointError(f"{run_dir}: its lock file cannot be written ({disk_reason(error)}); {MEND_DISK}") from error
+        raise CheckpointError(
+            f"{run_dir}: its lock file cannot be written ({disk_reason(error)}); {MEND_DISK}"
+        ) from error
     return fd
 
 
@@ -97,14 +105,22 @@ def _take(fd: int, path: Path, run_dir: Path, warn: Callable[[str], None]) -> No
     if not granted:
         raise OutputExistsError(_refusal(path, run_dir, holder))
     if holder:
-        warn(f"{run_dir}: took over the lock of a job that ended without letting go ({_describe(holder)}).")
-    content = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        warn(
+            f"{run_dir}: took over the lock of a job that ended without letting go ({_describe(holder)})."
+        )
+    content = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
     os.ftruncate(fd, 0)
     os.pwrite(fd, json.dumps(content).encode(), 0)
     os.utime(fd)
 
 
-def _try_lock(fd: int, run_dir: Path, holder: dict[str, object], warn: Callable[[str], None]) -> bool:
+def _try_lock(
+    fd: int, run_dir: Path, holder: dict[str, object], warn: Callable[[str], None]
+) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -112,7 +128,9 @@ def _try_lock(fd: int, run_dir: Path, holder: dict[str, object], warn: Callable[
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
-        warn(f"{run_dir}: its file system has no locks; only the lock file's age tells whether another job works here.")
+        warn(
+            f"{run_dir}: its file system has no locks; only the lock file's age tells whether another job works here."
+        )
         return not _is_alive_here(holder)
     return True
 
@@ -130,7 +148,9 @@ def _describe(holder: dict[str, object]) -> str:
 
 
 def _is_alive_here(holder: dict[str, object]) -> bool:
-    return holder.get("host") == socket.gethostname() and Path(f"/proc/{holder.get('pid')}").exists()
+    return (
+        holder.get("host") == socket.gethostname() and Path(f"/proc/{holder.get('pid')}").exists()
+    )
 
 
 def _refusal(path: Path, run_dir: Path, holder: dict[str, object]) -> str:
@@ -139,7 +159,14 @@ def _refusal(path: Path, run_dir: Path, holder: dict[str, object]) -> str:
     return f"{run_dir}: another job works in this run directory ({_describe(holder)}); stop that job or choose another run.dir."
 
 
-def _await_silence(fd: int, granted: bool, path: Path, run_dir: Path, holder: dict[str, object], warn: Callable[[str], None]) -> bool:
+def _await_silence(
+    fd: int,
+    granted: bool,
+    path: Path,
+    run_dir: Path,
+    holder: dict[str, object],
+    warn: Callable[[str], None],
+) -> bool:
     """Whether the lock is ours once a holder on another host has missed a beat; OutputExistsError at its next sign of life.
 
     It is asked for again until `STALE_SECONDS`: a file server keeps the lock of a host that died for a while.
@@ -150,11 +177,17 @@ def _await_silence(fd: int, granted: bool, path: Path, run_dir: Path, holder: di
     os.utime(fd, ns=(last_beat, last_beat))
     if granted and age >= STALE_SECONDS:
         return True
-    warn(f"{run_dir}: its last job was on another host ({_describe(holder)}); waiting for a sign of life from it, {WATCH_SECONDS:.0f} s.")
+    warn(
+        f"{run_dir}: its last job was on another host ({_describe(holder)}); waiting for a sign of life from it, {WATCH_SECONDS:.0f} s."
+    )
     began = time.monotonic()
-    while (waited := time.monotonic() - began) < WATCH_SECONDS or (not granted and waited < STALE_SECONDS):
+    while (waited := time.monotonic() - began) < WATCH_SECONDS or (
+        not granted and waited < STALE_SECONDS
+    ):
         time.sleep(WATCH_SECONDS / 50)
-        watched = os.open(path, os.O_RDONLY)  # only opening a file makes NFS ask its server for news
+        watched = os.open(
+            path, os.O_RDONLY
+        )  # only opening a file makes NFS ask its server for news
         beat = os.fstat(watched).st_mtime_ns
         os.close(watched)
         if beat != last_beat:

@@ -54,7 +54,9 @@ class HashedFile:
         try:
             while left:
                 left = left[self._file.write(left) :]
-            if len(data) >= _LARGE_BYTES:  # Linux begins to write out what it is told to forget; left alone, it would at the sync
+            if (
+                len(data) >= _LARGE_BYTES
+            ):  # Linux begins to write out what it is told to forget; left alone, it would at the sync
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             self._failure = error
@@ -66,7 +68,12 @@ class HashedFile:
     def flush(self) -> None:
         """Nothing is kept back."""
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         with self._file:
             if self._failure:
                 raise self._failure
@@ -92,12 +99,16 @@ def replace_file(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written ({disk_reason(error)}); {MEND_DISK}") from error
+        raise CheckpointError(
+            f"{path}: cannot be written ({disk_reason(error)}); {MEND_DISK}"
+        ) from error
 
 
 def removed(path: Path) -> str:
     """The sentence for a checkpoint that is not there any more."""
-    return f"{path}: was removed by its run, which keeps only its newest checkpoints; open the newest."
+    return (
+        f"{path}: was removed by its run, which keeps only its newest checkpoints; open the newest."
+    )
 
 
 def _canonical(content: Mapping[str, object]) -> bytes:
@@ -106,7 +117,11 @@ def _canonical(content: Mapping[str, object]) -> bytes:
 
 def encode_manifest(step: int, files: Mapping[str, FileEntry]) -> bytes:
     """The bytes of manifest.json for these files."""
-    content: dict[str, object] = {"format": FORMAT, "step": step, "files": {name: entry._asdict() for name, entry in files.items()}}
+    content: dict[str, object] = {
+        "format": FORMAT,
+        "step": step,
+        "files": {name: entry._asdict() for name, entry in files.items()},
+    }
     digest = hashlib.sha256(_canonical(content)).hexdigest()
     return _canonical({**content, "manifest_sha256": digest})
 
@@ -117,24 +132,40 @@ def read_manifest(directory: Path) -> tuple[int, dict[str, FileEntry]]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointCorruptError(f"{path}: cannot be read ({error.strerror}); the checkpoint is not complete.") from error
+        raise CheckpointCorruptError(
+            f"{path}: cannot be read ({error.strerror}); the checkpoint is not complete."
+        ) from error
     try:
         content = json.loads(data)
         digest = content.pop("manifest_sha256")
-        if content["format"] == FORMAT and hashlib.sha256(_canonical(content)).hexdigest() == digest:
-            files = {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
+        if (
+            content["format"] == FORMAT
+            and hashlib.sha256(_canonical(content)).hexdigest() == digest
+        ):
+            files = {
+                name: FileEntry(entry["size"], entry["sha256"])
+                for name, entry in content["files"].items()
+            }
             whole = encode_manifest(content["step"], files) == data
         elif isinstance(content["format"], int) and content["format"] > FORMAT:
-            raise CheckpointError(f"{path}: has format {content['format']} of a newer infir2; use that version to read it.")
+            raise CheckpointError(
+                f"{path}: has format {content['format']} of a newer infir2; use that version to read it."
+            )
         else:
             whole = False
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorruptError(f"{path}: is not a manifest ({type(error).__name__}); the file is damaged.") from error
+        raise CheckpointCorruptError(
+            f"{path}: is not a manifest ({type(error).__name__}); the file is damaged."
+        ) from error
     if not whole:
-        raise CheckpointCorruptError(f"{path}: its content does not match its own checksum; the file is damaged.")
+        raise CheckpointCorruptError(
+            f"{path}: its content does not match its own checksum; the file is damaged."
+        )
     for name in files:
         if name != os.path.basename(name) or name in ("", ".", ".."):
-            raise CheckpointCorruptError(f"{path}: names '{name}', which is not a file inside the checkpoint.")
+            raise CheckpointCorruptError(
+                f"{path}: names '{name}', which is not a file inside the checkpoint."
+            )
     return content["step"], files
 
 
@@ -142,18 +173,26 @@ def _verify_file(path: Path, entry: FileEntry, whole: bool) -> None:
     try:
         size = path.stat().st_size
         if size != entry.size:
-            raise CheckpointCorruptError(f"{path}: has {size} bytes instead of {entry.size}; the file was cut or changed.")
+            raise CheckpointCorruptError(
+                f"{path}: has {size} bytes instead of {entry.size}; the file was cut or changed."
+            )
         if not whole:
             return
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointCorruptError(f"{path}: cannot be read ({error.strerror}); the checkpoint is not complete.") from error
+        raise CheckpointCorruptError(
+            f"{path}: cannot be read ({error.strerror}); the checkpoint is not complete."
+        ) from error
     if digest != entry.sha256:
-        raise CheckpointCorruptError(f"{path}: its SHA-256 differs from its manifest; its bytes have changed since it was written.")
+        raise CheckpointCorruptError(
+            f"{path}: its SHA-256 differs from its manifest; its bytes have changed since it was written."
+        )
 
 
-def verify_directory(directory: Path, read: Collection[str] | None = None) -> tuple[int, dict[str, FileEntry]]:
+def verify_directory(
+    directory: Path, read: Collection[str] | None = None
+) -> tuple[int, dict[str, FileEntry]]:
     """Read every byte of a checkpoint and compare; (step, files), or CheckpointCorruptError that names the file.
 
     `read`: names of the only files to read, in seconds however large a run is; of the others the sizes are compared.
@@ -161,6 +200,11 @@ def verify_directory(directory: Path, read: Collection[str] | None = None) -> tu
     """
     step, files = read_manifest(directory)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda item: _verify_file(directory / item[0], item[1], read is None or item[0] in read), files.items()):
+        for _ in pool.map(
+            lambda item: _verify_file(
+                directory / item[0], item[1], read is None or item[0] in read
+            ),
+            files.items(),
+        ):
             pass
     return step, files

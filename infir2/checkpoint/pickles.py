@@ -30,7 +30,12 @@ _FOREIGN = {
     f"{_DCP}.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
 }
 _INERT_PACKAGES = ("megatron", "transformer_engine", "numpy")
-_INERT = {("torch._utils", "_rebuild_tensor_v2"), ("torch.storage", "UntypedStorage"), ("_codecs", "encode"), ("signal", "Signals")}
+_INERT = {
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch.storage", "UntypedStorage"),
+    ("_codecs", "encode"),
+    ("signal", "Signals"),
+}
 
 
 class Inert:
@@ -64,7 +69,9 @@ class AllowListUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise CheckpointError(f"{self._origin}: asks for '{module}.{name}', which no checkpoint needs; the file is refused.")
+        raise CheckpointError(
+            f"{self._origin}: asks for '{module}.{name}', which no checkpoint needs; the file is refused."
+        )
 
 
 class ForeignUnpickler(AllowListUnpickler):
@@ -73,7 +80,11 @@ class ForeignUnpickler(AllowListUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _FOREIGN.get(module, ()):
             return pickle.Unpickler.find_class(self, module, name)
-        if module.partition(".")[0] in _INERT_PACKAGES or (module, name) in _INERT or (module == "torch" and name.endswith("Storage")):
+        if (
+            module.partition(".")[0] in _INERT_PACKAGES
+            or (module, name) in _INERT
+            or (module == "torch" and name.endswith("Storage"))
+        ):
             return Inert
         return super().find_class(module, name)
 
@@ -81,12 +92,25 @@ class ForeignUnpickler(AllowListUnpickler):
         return Inert()
 
 
-def read_pickle(file: IO[bytes], origin: Path, unpickler: type[AllowListUnpickler] = ForeignUnpickler) -> Any:
+def read_pickle(
+    file: IO[bytes], origin: Path, unpickler: type[AllowListUnpickler] = ForeignUnpickler
+) -> Any:
     """The object of a pickle stream; CheckpointError when it is damaged or asks for a class that is not allowed."""
     try:
         return unpickler(file, origin).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError, ImportError) as error:
-        raise CheckpointError(f"{origin}: is not a readable pickle ({type(error).__name__}: {error}).") from error
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        ImportError,
+    ) as error:
+        raise CheckpointError(
+            f"{origin}: is not a readable pickle ({type(error).__name__}: {error})."
+        ) from error
 
 
 def read_torch_save(path: Path) -> Any:
@@ -99,4 +123,6 @@ def read_torch_save(path: Path) -> Any:
             with archive.open(inner[0]) as file:
                 return read_pickle(file, path)
     except (OSError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path}: cannot be read as a file of torch.save ({error}).") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as a file of torch.save ({error})."
+        ) from error

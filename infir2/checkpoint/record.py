@@ -29,7 +29,10 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
-        self._lines, self._samples = Lines(run_dir / "metrics.jsonl"), Lines(run_dir / "samples.jsonl")
+        self._lines, self._samples = (
+            Lines(run_dir / "metrics.jsonl"),
+            Lines(run_dir / "samples.jsonl"),
+        )
         for lines in (self._lines, self._samples):
             _drop_lines_after(lines.path, resumed_step)
         self._lines.add()  # the record is there from the start
@@ -38,13 +41,26 @@ class MetricsWriter:
     def values(self, kind: str, name: str) -> list[tuple[int, Any]]:
         """(step, value) of every line of a kind that has the name."""
         found = map(json.loads, self._lines.path.read_text(encoding="utf-8").splitlines())
-        return [(line["step"], line[name]) for line in found if line["kind"] == kind and line.get(name) is not None]
+        return [
+            (line["step"], line[name])
+            for line in found
+            if line["kind"] == kind and line.get(name) is not None
+        ]
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line; non-finite numbers become null, because JSON has none."""
-        self._lines.add(json.dumps({"kind": kind, "step": step} | {name: _plain(value) for name, value in values.items()}))
+        self._lines.add(
+            json.dumps(
+                {"kind": kind, "step": step}
+                | {name: _plain(value) for name, value in values.items()}
+            )
+        )
         for name, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            if (
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+            ):
                 self._view.add(f"{kind}/{name}", value, step)
 
     def write_samples(self, rows: list[dict[str, Any]]) -> None:
@@ -73,7 +89,10 @@ class Lines:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
             if not self._told:
-                print(f"infir2: {self.path} cannot be written ({disk_reason(error)}); its lines are kept until it can", file=sys.stderr)
+                print(
+                    f"infir2: {self.path} cannot be written ({disk_reason(error)}); its lines are kept until it can",
+                    file=sys.stderr,
+                )
             self._told = True
 
     def close(self) -> None:
@@ -81,7 +100,9 @@ class Lines:
         if self._waiting:
             self.add()
         if self._file:
-            with contextlib.suppress(OSError):  # a network file system may refuse here what it took before
+            with contextlib.suppress(
+                OSError
+            ):  # a network file system may refuse here what it took before
                 self._file.close()
 
 
@@ -107,12 +128,17 @@ class TensorBoardView:
                 SummaryWriter,  # slow import, only runs need it
             )
 
-            writer = SummaryWriter(str(run_dir), purge_step=resumed_step + 1 if resumed_step else None)
+            writer = SummaryWriter(
+                str(run_dir), purge_step=resumed_step + 1 if resumed_step else None
+            )
             for item in iter(self._waiting.get, None):
                 writer.add_scalar(*item)
             writer.close()
         except Exception as error:  # of any library
-            print(f"infir2: no TensorBoard events from here on ({error}); metrics.jsonl goes on", file=sys.stderr)
+            print(
+                f"infir2: no TensorBoard events from here on ({error}); metrics.jsonl goes on",
+                file=sys.stderr,
+            )
 
 
 class StepProgress:
@@ -123,8 +149,17 @@ class StepProgress:
         self._start = self._last = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
-            name_column, text_column = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
-            columns = (name_column, BarColumn(), MofNCompleteColumn(), text_column, TimeRemainingColumn())
+            name_column, text_column = (
+                TextColumn("{task.description}"),
+                TextColumn("{task.fields[text]}"),
+            )
+            columns = (
+                name_column,
+                BarColumn(),
+                MofNCompleteColumn(),
+                text_column,
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(name, total=total, completed=done, text="")
             self._bar.start()
@@ -136,7 +171,11 @@ class StepProgress:
         now = time.monotonic()
         if now - self._last >= _PLAIN_INTERVAL_SECONDS or step == self._total:
             left = (now - self._start) / max(1, step - self._first) * (self._total - step)
-            print(f"{self._name} step {step}/{self._total} {text} left {_duration(left)}", file=sys.stderr, flush=True)
+            print(
+                f"{self._name} step {step}/{self._total} {text} left {_duration(left)}",
+                file=sys.stderr,
+                flush=True,
+            )
             self._last = now
 
     def say(self, text: str) -> None:

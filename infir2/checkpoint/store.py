@@ -82,7 +82,9 @@ class Checkpoint:
 
         tensors = DcpTensors(self.path)
         if unlisted := tensors.files - self.files.keys():
-            raise CheckpointCorruptError(f"{self.path / METADATA}: names {min(unlisted)}, which the manifest does not list.")
+            raise CheckpointCorruptError(
+                f"{self.path / METADATA}: names {min(unlisted)}, which the manifest does not list."
+            )
         return tensors
 
 
@@ -93,7 +95,9 @@ def load_checkpoint(path: Path, glance: bool = False) -> Checkpoint:
     """
     step, files = verify_directory(path, (STATE, METADATA) if glance else None)
     if path.name != f"step-{step}":
-        raise CheckpointCorruptError(f"{path}: its manifest says step {step}; the directory was renamed.")
+        raise CheckpointCorruptError(
+            f"{path}: its manifest says step {step}; the directory was renamed."
+        )
     if missing := {STATE, METADATA} - files.keys():
         raise CheckpointCorruptError(f"{path / MANIFEST}: lists no {min(missing)}.")
     return Checkpoint(step, path, files)
@@ -108,7 +112,9 @@ def published_steps(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
 
 
-def newest_checkpoint(directory: Path, warn: Warn, skipped: set[int] | None = None, glance: bool = False) -> Checkpoint | None:
+def newest_checkpoint(
+    directory: Path, warn: Warn, skipped: set[int] | None = None, glance: bool = False
+) -> Checkpoint | None:
     """The newest checkpoint that verifies, None if there are none; CheckpointError if there are some and none verifies.
 
     Each one that is passed over is named through `warn`, with the reason, and its step added to `skipped`. `glance`: see `load_checkpoint`.
@@ -118,7 +124,9 @@ def newest_checkpoint(directory: Path, warn: Warn, skipped: set[int] | None = No
         try:
             return load_checkpoint(directory / f"step-{step}", glance)
         except CheckpointCorruptError as error:
-            if not (directory / f"step-{step}").exists():  # its run has removed it meanwhile, and has a newer one
+            if not (
+                directory / f"step-{step}"
+            ).exists():  # its run has removed it meanwhile, and has a newer one
                 return newest_checkpoint(directory, warn, skipped, glance)
             warn(f"skipped checkpoint step-{step}: {error}")
             if skipped is not None:
@@ -131,7 +139,9 @@ def newest_checkpoint(directory: Path, warn: Warn, skipped: set[int] | None = No
     return None
 
 
-def open_checkpoint(path: str | Path, warn: Warn = _log_warning, glance: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, warn: Warn = _log_warning, glance: bool = False
+) -> Checkpoint:
     """The newest good checkpoint of a run directory, or exactly the one named: `runs/x` or `runs/x/checkpoints/step-N`.
 
     Reading takes no lock: a running job's published checkpoints can be opened at any time. `glance`: see `load_checkpoint`.
@@ -143,7 +153,9 @@ def open_checkpoint(path: str | Path, warn: Warn = _log_warning, glance: bool = 
         return load_checkpoint(path.resolve(), glance)
     checkpoint = newest_checkpoint(path / CHECKPOINTS, warn, glance=glance)
     if checkpoint is None:
-        raise CheckpointError(f"{path}: is neither a checkpoint (step-N) nor a run directory with a saved checkpoint in {CHECKPOINTS}/.")
+        raise CheckpointError(
+            f"{path}: is neither a checkpoint (step-N) nor a run directory with a saved checkpoint in {CHECKPOINTS}/."
+        )
     return checkpoint
 
 
@@ -157,7 +169,9 @@ def _sync_directory(path: Path) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a directory, and need not
+        if (
+            error.errno != errno.EINVAL
+        ):  # some network file systems cannot sync a directory, and need not
             raise
     finally:
         os.close(fd)
@@ -173,7 +187,13 @@ class Store:
     Example: `Store("runs/cpt", keep=2).save(20, {"parameters/model.norm.weight": weight}, {"step": 20})`.
     """
 
-    def __init__(self, run_dir: str | Path, keep: int = 2, warn: Warn = _log_warning, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        keep: int = 2,
+        warn: Warn = _log_warning,
+        ranks: Ranks | None = None,
+    ) -> None:
         assert keep >= 1
         self.ranks = ranks or Ranks()
         self.shard_specs: Mapping[str, ShardSpec] = {}
@@ -239,13 +259,19 @@ class Store:
     def _failure(self, what: str, error: OSError) -> CheckpointError:
         return CheckpointError(f"{self.directory}: {what} ({disk_reason(error)}); {MEND_DISK}")
 
-    def _publish(self, target: Path, step: int, tensors: Mapping[str, Tensor], payload: bytes) -> None:
+    def _publish(
+        self, target: Path, step: int, tensors: Mapping[str, Tensor], payload: bytes
+    ) -> None:
         mine = {name: tensor for name, tensor in tensors.items() if self._is_mine(name)}
         num_bytes = sum(self.ranks.all_gather(sum(tensor.nbytes for tensor in mine.values())))
-        temporary = self.ranks.broadcast_from_rank0(lambda: self._new_directory(step, num_bytes + len(payload)))
+        temporary = self.ranks.broadcast_from_rank0(
+            lambda: self._new_directory(step, num_bytes + len(payload))
+        )
         try:
             entries = self.ranks.all_gather(self._write_tensors(temporary, mine, step))
-            self.ranks.broadcast_from_rank0(lambda: self._finish(temporary, target, step, payload, entries))
+            self.ranks.broadcast_from_rank0(
+                lambda: self._finish(temporary, target, step, payload, entries)
+            )
         except BaseException:
             if self.ranks.is_rank0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -263,15 +289,26 @@ class Store:
         temporary.mkdir()
         return temporary
 
-    def _write_tensors(self, directory: Path, tensors: Mapping[str, Tensor], step: int) -> dict[str, FileEntry]:
+    def _write_tensors(
+        self, directory: Path, tensors: Mapping[str, Tensor], step: int
+    ) -> dict[str, FileEntry]:
         """Write this rank's tensors. Returns the entries of its files."""
         from infir2.checkpoint.dcp import save_tensors
 
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        with byte_progress(f"saving step {step}", num_bytes if self.ranks.is_rank0 else 0) as on_bytes:
+        with byte_progress(
+            f"saving step {step}", num_bytes if self.ranks.is_rank0 else 0
+        ) as on_bytes:
             return save_tensors(directory, tensors, self.shard_specs, self.ranks, on_bytes)
 
-    def _finish(self, temporary: Path, target: Path, step: int, payload: bytes, entries: list[dict[str, FileEntry]]) -> None:
+    def _finish(
+        self,
+        temporary: Path,
+        target: Path,
+        step: int,
+        payload: bytes,
+        entries: list[dict[str, FileEntry]],
+    ) -> None:
         """What rank 0 adds to the files of all ranks, and the rename that publishes them."""
         files = {name: entry for part in entries for name, entry in part.items()}
         files[STATE] = write_file(temporary / STATE, payload)
@@ -286,11 +323,16 @@ class Store:
         try:
             _sync_directory(self.directory)
         except OSError as error:  # published and whole; only a power cut in the next seconds could undo the rename
-            self._warn(f"{self.directory}: could not be synced after publishing step {step} ({disk_reason(error)}).")
+            self._warn(
+                f"{self.directory}: could not be synced after publishing step {step} ({disk_reason(error)})."
+            )
         fault("save.after_rename")
 
     def _temporary(self, step: int) -> Path:
-        return self.directory / f"{LEFTOVER}{step}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        return (
+            self.directory
+            / f"{LEFTOVER}{step}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        )
 
     def _remove(self, path: Path, step: int) -> None:
         """Out of sight by one rename first, so that a kill in the middle leaves no half checkpoint behind."""
@@ -303,12 +345,19 @@ class Store:
         """Keep the one just published and the newest `keep - 1` good ones; set damaged ones aside until they are old too."""
         try:
             self._thin_out(newest)
-        except OSError as error:  # the new checkpoint is safe; too many old ones are no reason to stop
-            self._warn(f"{self.directory}: an old checkpoint could not be removed ({disk_reason(error)}).")
+        except (
+            OSError
+        ) as error:  # the new checkpoint is safe; too many old ones are no reason to stop
+            self._warn(
+                f"{self.directory}: an old checkpoint could not be removed ({disk_reason(error)})."
+            )
 
     def _thin_out(self, newest: int) -> None:
         for step in sorted(self._corrupt & set(published_steps(self.directory))):
-            os.rename(self.directory / f"step-{step}", self.directory / f"corrupt-step-{step}-{secrets.token_hex(4)}")
+            os.rename(
+                self.directory / f"step-{step}",
+                self.directory / f"corrupt-step-{step}-{secrets.token_hex(4)}",
+            )
         self._corrupt.clear()
         older = [step for step in published_steps(self.directory) if step != newest]
         num_removed = max(0, len(older) - (self._keep - 1))

@@ -24,12 +24,32 @@ VERBS = {
     "sft": ("recipe", "sft", "supervised fine-tuning on conversations"),
     "rl": ("recipe", "rl", "reinforcement learning with verified rewards"),
     "eval": ("recipe", "evaluate", "score a model on problems with known answers"),
-    "launch": ("launch", "launch", "cpt, sft, rl or eval on many processes and nodes: launch torchrun|ray|slurm -- VERB ..."),
+    "launch": (
+        "launch",
+        "launch",
+        "cpt, sft, rl or eval on many processes and nodes: launch torchrun|ray|slurm -- VERB ...",
+    ),
     "check": ("check", "check", "try everything a recipe needs, and train nothing"),
-    "export": ("conversion", "export", "write what others load: export hf|fp8|megatron SRC --to DIR"),
-    "import": ("conversion", "import_", "read foreign weights: import hf|fp8|megatron SRC --to DIR"),
-    "verify-weights": ("conversion", "verify_weights", "prove that an FP8 export holds the trainer's bytes"),
-    "tokenize": ("conversion", "tokenize", "text to Megatron's .bin/.idx files: tokenize SOURCE... --tokenizer DIR --out PREFIX"),
+    "export": (
+        "conversion",
+        "export",
+        "write what others load: export hf|fp8|megatron SRC --to DIR",
+    ),
+    "import": (
+        "conversion",
+        "import_",
+        "read foreign weights: import hf|fp8|megatron SRC --to DIR",
+    ),
+    "verify-weights": (
+        "conversion",
+        "verify_weights",
+        "prove that an FP8 export holds the trainer's bytes",
+    ),
+    "tokenize": (
+        "conversion",
+        "tokenize",
+        "text to Megatron's .bin/.idx files: tokenize SOURCE... --tokenizer DIR --out PREFIX",
+    ),
     "report": ("conversion", "report", "one HTML page about one or more runs"),
 }
 
@@ -50,9 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _stopped_early(verb: list[str]) -> str:
     """What a command says that SIGTERM ends before its run has begun; empty where it ends like any other program."""
-    if not verb or VERBS.get(verb[0], ("",))[0] != "recipe" or threading.current_thread() is not threading.main_thread():
+    if (
+        not verb
+        or VERBS.get(verb[0], ("",))[0] != "recipe"
+        or threading.current_thread() is not threading.main_thread()
+    ):
         return ""
-    return "stopped; an evaluation begins anew." if verb == ["eval"] else "stopped before the first step; there was nothing to save."
+    return (
+        "stopped; an evaluation begins anew."
+        if verb == ["eval"]
+        else "stopped before the first step; there was nothing to save."
+    )
 
 
 def _main(arguments: list[str], signals: CommandSignals) -> int:
@@ -72,7 +100,10 @@ def _main(arguments: list[str], signals: CommandSignals) -> int:
         signals.has_own_end = True
         traceback.print_exc()
         command = " ".join(["infir2", *arguments])
-        return _say(f"internal error in `{command}`; please report it with the lines above and the output of `infir2 --version`.", 70)
+        return _say(
+            f"internal error in `{command}`; please report it with the lines above and the output of `infir2 --version`.",
+            70,
+        )
 
 
 def _tell(error: UserError, signals: CommandSignals) -> int:
@@ -80,9 +111,16 @@ def _tell(error: UserError, signals: CommandSignals) -> int:
     it may still be importing, and the first rank to end makes torchrun end the others of its node."""
     ran, signals.has_own_end = signals.has_own_end, True
     told = error.reported_by_rank0 and os.environ.get("RANK", "0") != "0"
-    ends_rank_0 = not ran and os.environ.get("GROUP_RANK", "0") == "0" and code_for_torchrun(error.exit_code) != 0
+    ends_rank_0 = (
+        not ran
+        and os.environ.get("GROUP_RANK", "0") == "0"
+        and code_for_torchrun(error.exit_code) != 0
+    )
     if not told or (ends_rank_0 and not signals.wait(20.0)):
-        _say(str(error) if isinstance(error, Preempted | Interrupted) else f"error: {error}", error.exit_code)
+        _say(
+            str(error) if isinstance(error, Preempted | Interrupted) else f"error: {error}",
+            error.exit_code,
+        )
     return error.exit_code
 
 
@@ -96,7 +134,10 @@ def _dispatch(arguments: list[str]) -> None:
     verb, *rest = arguments
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
-        raise ConfigError(f"{verb} is not a verb; " + (f"did you mean {near[0]}?" if near else "`infir2 --help` lists the verbs."))
+        raise ConfigError(
+            f"{verb} is not a verb; "
+            + (f"did you mean {near[0]}?" if near else "`infir2 --help` lists the verbs.")
+        )
     module, function, _ = VERBS[verb]
     getattr(importlib.import_module(f"infir2.cli.{module}"), function)(rest)
 
@@ -113,7 +154,9 @@ def _versions() -> str:
     from importlib.metadata import version
     from platform import platform, python_version
 
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors", "numpy"))
+    libraries = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors", "numpy")
+    )
     return f"infir2 {version('infir2')}, Python {python_version()}, {libraries}, {platform()}"
 
 

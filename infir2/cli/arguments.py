@@ -42,17 +42,23 @@ def split_recipe_words(arguments: Sequence[str], verb: str) -> RecipeWords:
         elif word.startswith("--") and "." in word.partition("=")[0]:
             options.append(word)
         elif word.startswith("-"):
-            raise ConfigError(f"{word} is not an option of infir2 {verb}; options are --section.key=value, see `infir2 {verb} --help`.")
+            raise ConfigError(
+                f"{word} is not an option of infir2 {verb}; options are --section.key=value, see `infir2 {verb} --help`."
+            )
         elif paths and options and "=" not in options[-1]:
             raise ConfigError(f"option {options[-1]}: write it as {options[-1]}={word}.")
         else:
             paths.append(word)
     if not paths and not options:
-        raise ConfigError(f"infir2 {verb} needs a recipe, such as one in recipes/demo; see `infir2 {verb} --help`.")
+        raise ConfigError(
+            f"infir2 {verb} needs a recipe, such as one in recipes/demo; see `infir2 {verb} --help`."
+        )
     return RecipeWords(tuple(paths), tuple(options))
 
 
-def load_recipe(recipe_class: type[R], arguments: Sequence[str], verb: str, command: str = "") -> Loaded[R]:
+def load_recipe(
+    recipe_class: type[R], arguments: Sequence[str], verb: str, command: str = ""
+) -> Loaded[R]:
     """The recipe of a command line, checked for `verb`; says on stderr which environment variables took part.
 
     `command` is the verb that was typed, if it is another one.

@@ -12,8 +12,14 @@ RESUME = "The same command run again resumes from the newest good checkpoint in 
 KINDS: dict[str, tuple[type, str]] = {
     "cpt": (TrainRecipe, f"Trains on documents packed into windows of tokens. {RESUME}"),
     "sft": (TrainRecipe, f"Trains on the assistant's tokens of conversations. {RESUME}"),
-    "rl": (RlRecipe, f"Trains a model on its own answers, rewarded when they are right (GRPO). {RESUME}"),
-    "eval": (EvalRecipe, "Samples answers to held-out problems and reports avg@k and pass@k with intervals."),
+    "rl": (
+        RlRecipe,
+        f"Trains a model on its own answers, rewarded when they are right (GRPO). {RESUME}",
+    ),
+    "eval": (
+        EvalRecipe,
+        "Samples answers to held-out problems and reports avg@k and pass@k with intervals.",
+    ),
 }
 
 

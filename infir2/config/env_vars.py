@@ -33,7 +33,10 @@ _TRAIN = {
     "MAX_TOKENS_PER_GPU": "data.micro_batch_tokens",
     "LOG_DIR": "",
 }
-_RL = _TRAIN | {"HF_CHECKPOINT": "rollout.model", "ROLLOUT_MAX_RESPONSE_LEN": "rl.max_response_tokens"}
+_RL = _TRAIN | {
+    "HF_CHECKPOINT": "rollout.model",
+    "ROLLOUT_MAX_RESPONSE_LEN": "rl.max_response_tokens",
+}
 _EVAL = {
     "MODEL_PATH": "model.path",
     "DATASET_LOCAL": "evaluate.problems",
@@ -44,7 +47,9 @@ _EVAL = {
     "TEMPERATURE": "evaluate.temperature",
     "TOP_P": "evaluate.top_p",
 }
-_SERVED = dict.fromkeys(("SERVED_NAME", "TP_SIZE", "API_PORT"), "the model is loaded in this process")
+_SERVED = dict.fromkeys(
+    ("SERVED_NAME", "TP_SIZE", "API_PORT"), "the model is loaded in this process"
+)
 _UNUSED = {"LOG_DIR": "logs and metrics are in the run directory", **_SERVED}
 SOURCES = ("data.sources", "evaluate.problems")
 
@@ -56,7 +61,9 @@ def variables_of(recipe_class: Recipe) -> dict[str, str]:
     return dict(_RL if issubclass(recipe_class, RlRecipe) else _TRAIN)
 
 
-def environment_words(recipe_class: Recipe, environ: Mapping[str, str], run_dir: str) -> Iterator[Word]:
+def environment_words(
+    recipe_class: Recipe, environ: Mapping[str, str], run_dir: str
+) -> Iterator[Word]:
     """The variables that are set (an empty one is not) for this kind of recipe.
 
     Args:
@@ -71,11 +78,22 @@ def environment_words(recipe_class: Recipe, environ: Mapping[str, str], run_dir:
         keys["HF_CHECKPOINT"] = "data.tokenizer"
     for name, key in keys.items():
         text = texts[name]
-        twins = [other for other in keys if other != name and keys[other] == key and texts[other] != text]
+        twins = [
+            other for other in keys if other != name and keys[other] == key and texts[other] != text
+        ]
         if key and twins:
-            raise ConfigError(f"environment {name}: {name} and {twins[0]} both set {key}, to different values; unset one of them.")
-        if name == "LOAD_DIR" and os.path.normpath(text) == os.path.normpath(texts.get("SAVE_DIR", run_dir) or "."):
-            yield Word(name, text, "", f"LOAD_DIR={text} is the run directory itself: the run resumes from its newest checkpoint anyway.")
+            raise ConfigError(
+                f"environment {name}: {name} and {twins[0]} both set {key}, to different values; unset one of them."
+            )
+        if name == "LOAD_DIR" and os.path.normpath(text) == os.path.normpath(
+            texts.get("SAVE_DIR", run_dir) or "."
+        ):
+            yield Word(
+                name,
+                text,
+                "",
+                f"LOAD_DIR={text} is the run directory itself: the run resumes from its newest checkpoint anyway.",
+            )
         elif not key:
             yield Word(name, text, "", f"{name} is set but not needed: {_UNUSED[name]}.")
         else:

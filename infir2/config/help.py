@@ -19,10 +19,24 @@ def describe_keys(recipe_class: Recipe, width: int = 100) -> str:
         parent = key.name.rpartition(".")[0]
         if parent != section:
             section = parent
-            lines += ["", f"[{section}]" if not section.endswith(".0") else f"[[{section.removesuffix('.0')}]]  (a list; .0 is the first)"]
-        default = "required" if key.field.is_required() else f"default {json.dumps(key.field.get_default())}"
+            lines += [
+                "",
+                f"[{section}]"
+                if not section.endswith(".0")
+                else f"[[{section.removesuffix('.0')}]]  (a list; .0 is the first)",
+            ]
+        default = (
+            "required"
+            if key.field.is_required()
+            else f"default {json.dumps(key.field.get_default())}"
+        )
         lines.append(f"  --{key.name}={_type_word(key.field.annotation)}")
-        lines += textwrap.wrap(f"{key.field.description} ({default})", width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(
+            f"{key.field.description} ({default})",
+            width,
+            initial_indent=" " * 6,
+            subsequent_indent=" " * 6,
+        )
     return "\n".join(lines)
 
 
@@ -36,5 +50,7 @@ def _type_word(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "|".join(str(choice) for choice in get_args(annotation))
     if get_origin(annotation) in (Union, types.UnionType):
-        return "|".join(_type_word(option) for option in get_args(annotation) if option is not type(None))
+        return "|".join(
+            _type_word(option) for option in get_args(annotation) if option is not type(None)
+        )
     return "TEXT,TEXT" if takes_texts(annotation) else _TYPE_WORDS[annotation]

@@ -16,9 +16,13 @@ Recipe = type[BaseModel]
 def section_class(annotation: Any) -> Recipe | None:
     """The section that an annotation stands for: `S` and `S | None` give S, anything else None."""
     if get_origin(annotation) in (Union, types.UnionType):
-        kinds = [section_class(option) for option in get_args(annotation) if option is not type(None)]
+        kinds = [
+            section_class(option) for option in get_args(annotation) if option is not type(None)
+        ]
         return kinds[0] if len(kinds) == 1 else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return (
+        annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    )
 
 
 def item_class(annotation: Any) -> Recipe | None:

@@ -69,42 +69,67 @@ class _Layers:
         self.place = _place(origin, key)
         self._merge_section(self.values, self.recipe_class, table, "", origin)
 
-    def _merge_section(self, into: dict[str, Any], annotation: Any, table: Mapping[str, Any], prefix: str, origin: str) -> None:
+    def _merge_section(
+        self,
+        into: dict[str, Any],
+        annotation: Any,
+        table: Mapping[str, Any],
+        prefix: str,
+        origin: str,
+    ) -> None:
         for name, value in table.items():
             key, kind = f"{prefix}{name}", child(annotation, name)
             if kind is None:
                 raise ConfigError(f"{self.place}: {unknown_key(self.recipe_class, key)}")
             if section_class(kind) is not None:
                 if not isinstance(value, Mapping):
-                    raise ConfigError(f"{self.place}: {key} is a section, so write [{key}] and keys under it, not a single value.")
+                    raise ConfigError(
+                        f"{self.place}: {key} is a section, so write [{key}] and keys under it, not a single value."
+                    )
                 self._merge_section(into.setdefault(name, {}), kind, value, f"{key}.", origin)
             elif item_class(kind) is not None:
                 self._merge_tables(into, name, kind, value, key, origin)
             elif isinstance(value, Mapping) and value:
-                raise ConfigError(f"{self.place}: {unknown_key(self.recipe_class, f'{key}.{next(iter(value))}')}")
+                raise ConfigError(
+                    f"{self.place}: {unknown_key(self.recipe_class, f'{key}.{next(iter(value))}')}"
+                )
             else:
                 into[name], self.origins[key] = value, origin
 
-    def _merge_tables(self, into: dict[str, Any], name: str, kind: Any, value: Any, key: str, origin: str) -> None:
+    def _merge_tables(
+        self, into: dict[str, Any], name: str, kind: Any, value: Any, key: str, origin: str
+    ) -> None:
         if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
             into[name] = []
-            self.origins = {k: o for k, o in self.origins.items() if k != key and not k.startswith(f"{key}.")}
+            self.origins = {
+                k: o for k, o in self.origins.items() if k != key and not k.startswith(f"{key}.")
+            }
             self.origins[key] = origin
             value = {str(index): item for index, item in enumerate(value)}
-        elif not isinstance(value, Mapping) or not all(index.isdecimal() and isinstance(item, Mapping) for index, item in value.items()):
-            raise ConfigError(f"{self.place}: {key} is a list of tables, so write [[{key}]] and keys under it, or {key}.0.KEY for one.")
+        elif not isinstance(value, Mapping) or not all(
+            index.isdecimal() and isinstance(item, Mapping) for index, item in value.items()
+        ):
+            raise ConfigError(
+                f"{self.place}: {key} is a list of tables, so write [[{key}]] and keys under it, or {key}.0.KEY for one."
+            )
         items = into.setdefault(name, [])
         for index, item in value.items():
             if int(index) > len(items):
-                raise ConfigError(f"{self.place}: {key}.{index} is not an element of {key}, which has {len(items)}; count from 0.")
+                raise ConfigError(
+                    f"{self.place}: {key}.{index} is not an element of {key}, which has {len(items)}; count from 0."
+                )
             if int(index) == len(items):
                 items.append({})
-            self._merge_section(items[int(index)], item_class(kind), item, f"{key}.{index}.", origin)
+            self._merge_section(
+                items[int(index)], item_class(kind), item, f"{key}.{index}.", origin
+            )
 
     def set_text(self, key: str, text: str, origin: str) -> None:
         """One value that arrives as text, from an option or the environment."""
         if text != text.encode("utf-8", "ignore").decode():
-            raise ConfigError(f"{_place(origin, key)}: the value is not valid UTF-8, and a recipe is text; rename what it names.")
+            raise ConfigError(
+                f"{_place(origin, key)}: the value is not valid UTF-8, and a recipe is text; rename what it names."
+            )
         value: Any = _parse_text(lookup(self.recipe_class, key), text)
         for name in reversed(key.split(".")):
             value = {name: value}
@@ -116,7 +141,11 @@ class _Layers:
         table = self.values.get(section, {})
         if name in table:
             del table[name][1:]
-            self.origins = {k: o for k, o in self.origins.items() if not k.startswith(f"{key}.") or k.startswith(f"{key}.0.")}
+            self.origins = {
+                k: o
+                for k, o in self.origins.items()
+                if not k.startswith(f"{key}.") or k.startswith(f"{key}.0.")
+            }
         self.set_text(f"{key}.0.path", path, origin)
 
 
@@ -165,7 +194,9 @@ def sections_in(paths: Sequence[str | Path]) -> set[str]:
 
 def _merge_environment(layers: _Layers, environ: Mapping[str, str]) -> tuple[str, ...]:
     notes = []
-    for word in environment_words(layers.recipe_class, environ, str(layers.values.get("run", {}).get("dir", ""))):
+    for word in environment_words(
+        layers.recipe_class, environ, str(layers.values.get("run", {}).get("dir", ""))
+    ):
         if word.key:
             put = layers.set_source if word.key in SOURCES else layers.set_text
             put(word.key, word.text, f"environment {word.name}")
@@ -176,11 +207,15 @@ def _merge_environment(layers: _Layers, environ: Mapping[str, str]) -> tuple[str
 def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """The file's table after those it extends, each with the name to show."""
     if path.resolve() in seen:
-        raise ConfigError(f"{path}: extends goes round in a circle; remove one of the extends lines.")
+        raise ConfigError(
+            f"{path}: extends goes round in a circle; remove one of the extends lines."
+        )
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such recipe file; recipes are in recipes/.") from None
+        raise ConfigError(
+            f"{path}: there is no such recipe file; recipes are in recipes/."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: this is not valid TOML: {error}.") from None
     except OSError as error:
@@ -189,7 +224,9 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict
     if base is None:
         return [(str(path), table)]
     if not isinstance(base, str):
-        raise ConfigError(f'{path}: extends must be the name of one file, such as extends = "base.toml".')
+        raise ConfigError(
+            f'{path}: extends must be the name of one file, such as extends = "base.toml".'
+        )
     below = Path(os.path.normpath(path.parent / base))
     return [*_read_chain(below, (*seen, path.resolve())), (str(path), table)]
 
@@ -223,7 +260,11 @@ def _sentence(recipe_class: Recipe, key: str, error: Any) -> str:
     if error["type"] == "missing":
         section = section_class(lookup(recipe_class, key))
         if section is not None:
-            needed = ", ".join(f"{key}.{name}" for name, field in section.model_fields.items() if field.is_required())
+            needed = ", ".join(
+                f"{key}.{name}"
+                for name, field in section.model_fields.items()
+                if field.is_required()
+            )
             return f"section [{key}] is missing; set {needed}."
         leaf = key.rsplit(".", 1)[-1]
         parent = section_class(lookup(recipe_class, key.rpartition(".")[0]))
@@ -245,7 +286,9 @@ def unknown_key(recipe_class: Recipe, key: str) -> str:
     leaf_name = key.rsplit(".", 1)[-1]
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf_name]
     near = same_leaf[:1] or difflib.get_close_matches(key, known, 1, 0.6)
-    return f"{key} is not a key" + (f"; did you mean {near[0]}?" if near else "; `infir2 VERB --help` lists the keys.")
+    return f"{key} is not a key" + (
+        f"; did you mean {near[0]}?" if near else "; `infir2 VERB --help` lists the keys."
+    )
 
 
 def _tuples(value: Any) -> Any:

@@ -43,10 +43,16 @@ def dump(loaded: Loaded[Any]) -> str:
     return head + "".join(_section(loaded.recipe, loaded.provenance, "", "")) + "\n"
 
 
-def _section(section: BaseModel, provenance: dict[str, str], prefix: str, header: str) -> Iterator[str]:
+def _section(
+    section: BaseModel, provenance: dict[str, str], prefix: str, header: str
+) -> Iterator[str]:
     values = {name: getattr(section, name) for name in type(section).model_fields}
     tables = {name: value for name, value in values.items() if isinstance(value, BaseModel)}
-    lists = {name: value for name, value in values.items() if isinstance(value, tuple) and value and isinstance(value[0], BaseModel)}
+    lists = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, tuple) and value and isinstance(value[0], BaseModel)
+    }
     if header:
         yield f"\n{header}"
     for name, value in values.items():
@@ -79,7 +85,11 @@ def _printable(origin: str) -> str:
 def changed_keys(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ -> (old, new); None stands for a key that one of them does not have."""
     before, after = flatten(old), flatten(new)
-    return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
+    return {
+        key: (before.get(key), after.get(key))
+        for key in before | after
+        if before.get(key) != after.get(key)
+    }
 
 
 def is_safe(key: str) -> bool:
@@ -110,5 +120,10 @@ def check_resume(loaded: Loaded[R], recipe_path: Path) -> list[str]:
         key = unsafe[0]
         before, after = changes[key]
         rest = f" (and {len(unsafe) - 1} more: {', '.join(unsafe[1:4])})" if len(unsafe) > 1 else ""
-        raise ConfigError(f"{recipe_path}: this run was started with {key} = {before!r}, and now it is {after!r}{rest}; {mend}")
-    return [f"resumed with {key} = {after!r} (was {before!r})" for key, (before, after) in changes.items()]
+        raise ConfigError(
+            f"{recipe_path}: this run was started with {key} = {before!r}, and now it is {after!r}{rest}; {mend}"
+        )
+    return [
+        f"resumed with {key} = {after!r} (was {before!r})"
+        for key, (before, after) in changes.items()
+    ]

@@ -43,10 +43,18 @@ def export_hf(src: str | Path, out: str | Path) -> None:
     cases nothing is left at `out`.
     """
     weights = run_weights(Path(src))
-    write_with_progress(weights, Path(out), weights.bf16(), complete_config(weights.config), "exporting")
+    write_with_progress(
+        weights, Path(out), weights.bf16(), complete_config(weights.config), "exporting"
+    )
 
 
-def export_fp8(src: str | Path, out: str | Path, scale_format: str = "pow2", skip_modules: Iterable[str] = (), say: Say = print) -> None:
+def export_fp8(
+    src: str | Path,
+    out: str | Path,
+    scale_format: str = "pow2",
+    skip_modules: Iterable[str] = (),
+    say: Say = print,
+) -> None:
     """Quantise a BF16 (or FP32) Hugging Face directory to block-wise FP8, then prove the result by reading it back.
 
     scale_format: "pow2" or "fp32", as in training. skip_modules: patterns of module names kept in BF16.
@@ -78,14 +86,23 @@ def import_fp8(src: str | Path, out: str | Path) -> None:
     is_pow2 = file_scale_format(src) == "pow2"
     weights = hf_weights(src, quantized=True)
     files = HfWeights(src)
-    scales = {name: files.read(name).float() for name in files.names() if is_pow2 and name.endswith(SCALE_SUFFIX)}
-    write_with_progress(weights, Path(out), weights.bf16(), complete_config(weights.config), "dequantising", scales)
+    scales = {
+        name: files.read(name).float()
+        for name in files.names()
+        if is_pow2 and name.endswith(SCALE_SUFFIX)
+    }
+    write_with_progress(
+        weights, Path(out), weights.bf16(), complete_config(weights.config), "dequantising", scales
+    )
 
 
 def complete_config(config: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
     """The config with its dtype and rope settings under the keys of transformers 4 (vLLM, SGLang) and 5."""
     written = ModelConfig.from_hf(config).to_hf(dtype)
-    return config | {key: written[key] for key in ("dtype", "torch_dtype", "rope_theta", "rope_parameters", "rope_scaling")}
+    return config | {
+        key: written[key]
+        for key in ("dtype", "torch_dtype", "rope_theta", "rope_parameters", "rope_scaling")
+    }
 
 
 def _imported_scales(src: Path, scale_format: str) -> dict[str, Tensor]:
@@ -95,21 +112,31 @@ def _imported_scales(src: Path, scale_format: str) -> dict[str, Tensor]:
     try:
         return load_file(src / SCALES_FILE)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{src / SCALES_FILE}: is not readable ({error}); remove it, values will not change.") from error
+        raise CheckpointError(
+            f"{src / SCALES_FILE}: is not readable ({error}); remove it, values will not change."
+        ) from error
 
 
 def _quantized(tensor: Tensor, scale: Tensor | None, scale_format: str) -> Fp8Tensor:
     """`tensor` [N, K] in FP8: at the `scale` it was imported with where that holds every value exactly, else by the rule."""
     ours = quantize(tensor, BLOCK, scale_format)
-    if scale is None or scale.shape != ours.scale.shape or not bool((scale.isfinite() & (scale > 0)).all()):
+    if (
+        scale is None
+        or scale.shape != ours.scale.shape
+        or not bool((scale.isfinite() & (scale > 0)).all())
+    ):
         return ours
-    steps = scale.repeat_interleave(128, 0)[: tensor.shape[0]].repeat_interleave(128, 1)[:, : tensor.shape[1]]
+    steps = scale.repeat_interleave(128, 0)[: tensor.shape[0]].repeat_interleave(128, 1)[
+        :, : tensor.shape[1]
+    ]
     codes = (tensor.float() / steps).clamp(-448, 448).to(torch.float8_e4m3fn)
     exact = torch.equal(codes.float() * steps, tensor.float())
     return Fp8Tensor(codes, scale, BLOCK, "pow2") if exact else ours
 
 
-def _fp8_tensors(weights: Weights, names: set[str], scale_format: str, scales: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _fp8_tensors(
+    weights: Weights, names: set[str], scale_format: str, scales: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in weights.bf16():
         if name not in names:
             yield name, tensor
@@ -132,7 +159,9 @@ def write_with_progress(
         write_hf(out, _counted(tensors, on_bytes), config, weights.side_files, SHARD_BYTES, scales)
 
 
-def _counted(tensors: Iterator[tuple[str, Tensor]], on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
+def _counted(
+    tensors: Iterator[tuple[str, Tensor]], on_bytes: Callable[[int], None]
+) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         yield name, tensor
         if tensor.dtype != torch.float32:  # scales come on top of the weight they belong to

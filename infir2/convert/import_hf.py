@@ -29,18 +29,30 @@ def import_hf(src: str | Path, out: str | Path) -> None:
         raise OutputExistsError(f"{out} already exists; remove it or choose another output")
     if not src.exists():
         raise CheckpointError(f"{src} does not exist; give a model directory or a .gguf file")
-    if (src / "config.json").is_file() and list(src.glob("*.safetensors")) and "quantization_config" not in read_json(src / "config.json"):
+    if (
+        (src / "config.json").is_file()
+        and list(src.glob("*.safetensors"))
+        and "quantization_config" not in read_json(src / "config.json")
+    ):
         weights = hf_weights(src, quantized=False)  # ours to read, tensor by tensor
-        write_with_progress(weights, out, weights.bf16(), complete_config(weights.config), "importing")
+        write_with_progress(
+            weights, out, weights.bf16(), complete_config(weights.config), "importing"
+        )
         return
-    directory, options = (src.parent, {"gguf_file": src.name}) if src.suffix == ".gguf" else (src, {})
+    directory, options = (
+        (src.parent, {"gguf_file": src.name}) if src.suffix == ".gguf" else (src, {})
+    )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
-        theirs = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.bfloat16, **options)
+        theirs = AutoModelForCausalLM.from_pretrained(
+            directory, local_files_only=True, dtype=torch.bfloat16, **options
+        )
     except ImportError as error:
-        raise CheckpointError(f"{src}: transformers needs another package to read this: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{src}: transformers needs another package to read this: {first_line(error)}"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{src}: transformers cannot load it: {first_line(error)}") from error
     config = theirs.config.to_dict()
@@ -56,5 +68,9 @@ def import_hf(src: str | Path, out: str | Path) -> None:
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    tied = (
+        set(getattr(model, "_tied_weights_keys", None) or ())
+        if model.config.tie_word_embeddings
+        else set()
+    )
     return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)

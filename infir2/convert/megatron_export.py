@@ -29,9 +29,16 @@ from infir2.model import ModelConfig
 from infir2.model.safetensors_io import new_directory
 from infir2.terminal import byte_progress
 
-_EXTRA_STATES = [f"self_attention.{name}" for name in ("linear_qkv", "core_attention", "linear_proj")]
+_EXTRA_STATES = [
+    f"self_attention.{name}" for name in ("linear_qkv", "core_attention", "linear_proj")
+]
 _EXTRA_STATES += ["mlp.linear_fc1", "mlp.linear_fc2"]
-_METADATA = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+_METADATA = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -57,21 +64,35 @@ def export_megatron(src: str | Path, out: str | Path) -> None:
     """
     src = Path(src)
     with new_directory(Path(out)) as work:
-        weights = hf_weights(src, quantized=False) if (src / "config.json").is_file() else run_weights(src)
+        weights = (
+            hf_weights(src, quantized=False)
+            if (src / "config.json").is_file()
+            else run_weights(src)
+        )
         _write(work / "release", weights, ModelConfig.from_hf(weights.config))
         (work / "latest_checkpointed_iteration.txt").write_text("release\n")
 
 
 def _write(directory: Path, weights: Weights, config: ModelConfig) -> None:
     directory.mkdir()
-    with byte_progress(f"exporting {directory.parent.name}", weights.num_bf16_bytes) as on_bytes, warnings.catch_warnings():
+    with (
+        byte_progress(f"exporting {directory.parent.name}", weights.num_bf16_bytes) as on_bytes,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", UserWarning)  # torch remarks that no process group runs
-        planner = _Planner(list(_pieces(weights.shapes, config.num_layers)), weights, config, on_bytes)
+        planner = _Planner(
+            list(_pieces(weights.shapes, config.num_layers)), weights, config, on_bytes
+        )
         try:
-            dcp.save({}, storage_writer=dcp.FileSystemWriter(directory), planner=planner, no_dist=True)
+            dcp.save(
+                {}, storage_writer=dcp.FileSystemWriter(directory), planner=planner, no_dist=True
+            )
         except dcp.api.CheckpointException as error:
             raise error.failures[0][0] from None
-    torch.save({"iteration": 0, "checkpoint_version": 3.0, "args": _arguments(config)}, directory / "common.pt")
+    torch.save(
+        {"iteration": 0, "checkpoint_version": 3.0, "args": _arguments(config)},
+        directory / "common.pt",
+    )
     (directory / "metadata.json").write_text(json.dumps(_METADATA))
 
 
@@ -87,20 +108,35 @@ def _pieces(shapes: dict[str, tuple[int, ...]], num_layers: int) -> Iterator[_Pi
             if left.issuperset(names):
                 left.difference_update(names)
                 shape = (sum(shapes[name][0] for name in names), *shapes[names[0]][1:])
-                yield _Piece(LAYERS + suffix, names, (1, *shape), (num_layers, *shape), (layer, *(0 for _ in shape)))
+                yield _Piece(
+                    LAYERS + suffix,
+                    names,
+                    (1, *shape),
+                    (num_layers, *shape),
+                    (layer, *(0 for _ in shape)),
+                )
     assert not left, f"no place in Megatron for {sorted(left)}"
 
 
 class _Planner(dcp.DefaultSavePlanner):
     """Plans one write per piece and makes each piece when it is written."""
 
-    def __init__(self, pieces: list[_Piece], weights: Weights, config: ModelConfig, on_bytes: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        pieces: list[_Piece],
+        weights: Weights,
+        config: ModelConfig,
+        on_bytes: Callable[[int], None],
+    ) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._weights, self._config, self._on_bytes = weights, config, on_bytes
         self._pieces = {piece.index: piece for piece in pieces}
 
     def create_local_plan(self) -> SavePlan:
-        items, layers = [self._item(piece) for piece in self._pieces.values()], self._config.num_layers
+        items, layers = (
+            [self._item(piece) for piece in self._pieces.values()],
+            self._config.num_layers,
+        )
         for module in _EXTRA_STATES:
             for layer in range(layers):
                 index = MetadataIndex(f"{LAYERS}{module}._extra_state/shard_{layer}_{layers}")
@@ -114,9 +150,13 @@ class _Planner(dcp.DefaultSavePlanner):
             return nothing
         piece = self._pieces[write_item.index]
         tensors = [self._weights.read_bf16(name) for name in piece.names]
-        if "linear_qkv." in piece.key and len(tensors) == 3:  # per group its queries, its key, its value
+        if (
+            "linear_qkv." in piece.key and len(tensors) == 3
+        ):  # per group its queries, its key, its value
             groups = self._config.num_kv_heads
-            tensors = [torch.cat([part.reshape(groups, -1, *part.shape[1:]) for part in tensors], dim=1)]
+            tensors = [
+                torch.cat([part.reshape(groups, -1, *part.shape[1:]) for part in tensors], dim=1)
+            ]
         whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         self._on_bytes(2 * whole.numel())
         return whole.reshape(piece.shape)
@@ -124,7 +164,9 @@ class _Planner(dcp.DefaultSavePlanner):
     @staticmethod
     def _item(piece: _Piece) -> WriteItem:
         chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.shape))
-        data = TensorWriteData(chunk, TensorProperties(dtype=torch.bfloat16), torch.Size(piece.whole))
+        data = TensorWriteData(
+            chunk, TensorProperties(dtype=torch.bfloat16), torch.Size(piece.whole)
+        )
         return WriteItem(piece.index, WriteItemType.SHARD, tensor_data=data)
 
 

@@ -26,10 +26,14 @@ def verify_weights(run: str | Path, hf_dir: str | Path) -> int:
     fp8 = weights.fp8
     assert fp8 is not None
     if not fp8.enabled:
-        raise CheckFailedError(f"{weights.origin}: trains without FP8 (fp8.enabled = false), so it has no FP8 weights to compare.")
+        raise CheckFailedError(
+            f"{weights.origin}: trains without FP8 (fp8.enabled = false), so it has no FP8 weights to compare."
+        )
     scale_format = file_scale_format(hf_dir)
     if scale_format != fp8.scale_format:
-        raise CheckFailedError(f"the run trains with {fp8.scale_format} scales, {hf_dir} declares {scale_format}; export it again.")
+        raise CheckFailedError(
+            f"the run trains with {fp8.scale_format} scales, {hf_dir} declares {scale_format}; export it again."
+        )
     files = HfWeights(hf_dir)
     quantized = set(quantized_names(weights.config, fp8))
     compare_names(set(files.names()), set(weights.shapes), quantized, hf_dir)
@@ -37,7 +41,12 @@ def verify_weights(run: str | Path, hf_dir: str | Path) -> int:
         for name in weights.shapes:
             master = weights.read(name)
             if name in quantized:
-                _compare_codes(name, training_codes(master, fp8.scale_format), files.read(name), files.read(name + SCALE_SUFFIX))
+                _compare_codes(
+                    name,
+                    training_codes(master, fp8.scale_format),
+                    files.read(name),
+                    files.read(name + SCALE_SUFFIX),
+                )
             else:
                 _compare_bf16(name, master.to(torch.bfloat16), files.read(name))
             on_bytes(2 * master.numel())
@@ -52,13 +61,23 @@ def training_codes(master: Tensor, scale_format: str) -> Fp8Tensor:
 
 
 def _compare_codes(name: str, ours: Fp8Tensor, codes: Tensor, scale: Tensor) -> None:
-    if codes.shape != ours.codes.shape or codes.dtype != ours.codes.dtype or scale.shape != ours.scale.shape:
-        raise CheckFailedError(f"'{name}': the file holds {codes.dtype} {list(codes.shape)} with scales {list(scale.shape)}.")
+    if (
+        codes.shape != ours.codes.shape
+        or codes.dtype != ours.codes.dtype
+        or scale.shape != ours.scale.shape
+    ):
+        raise CheckFailedError(
+            f"'{name}': the file holds {codes.dtype} {list(codes.shape)} with scales {list(scale.shape)}."
+        )
     if scale.dtype != torch.float32:
-        raise CheckFailedError(f"'{name}{SCALE_SUFFIX}': must be FP32, the file holds {scale.dtype}.")
+        raise CheckFailedError(
+            f"'{name}{SCALE_SUFFIX}': must be FP32, the file holds {scale.dtype}."
+        )
     for row, column in _first_difference(ours.scale.view(torch.int32), scale.view(torch.int32)):
         run_scale, file_scale = ours.scale[row, column].item(), scale[row, column].item()
-        raise CheckFailedError(f"'{name}': scale of block [{row}, {column}] is {run_scale!r} in the run and {file_scale!r} in the file.")
+        raise CheckFailedError(
+            f"'{name}': scale of block [{row}, {column}] is {run_scale!r} in the run and {file_scale!r} in the file."
+        )
     run_bytes, file_bytes = ours.codes.view(torch.uint8), codes.view(torch.uint8)
     for row, column in _first_difference(run_bytes, file_bytes):
         raise CheckFailedError(
@@ -69,9 +88,13 @@ def _compare_codes(name: str, ours: Fp8Tensor, codes: Tensor, scale: Tensor) -> 
 
 def _compare_bf16(name: str, ours: Tensor, theirs: Tensor) -> None:
     if theirs.dtype != torch.bfloat16 or theirs.shape != ours.shape:
-        raise CheckFailedError(f"'{name}': the file holds {theirs.dtype} {list(theirs.shape)}, the run BF16 {list(ours.shape)}.")
+        raise CheckFailedError(
+            f"'{name}': the file holds {theirs.dtype} {list(theirs.shape)}, the run BF16 {list(ours.shape)}."
+        )
     for index in _first_difference(ours.view(torch.int16), theirs.view(torch.int16)):
-        raise CheckFailedError(f"'{name}'{list(index)}: {ours[index].item()!r} in the run and {theirs[index].item()!r} in the file.")
+        raise CheckFailedError(
+            f"'{name}'{list(index)}: {ours[index].item()!r} in the run and {theirs[index].item()!r} in the file."
+        )
 
 
 def _first_difference(ours: Tensor, theirs: Tensor) -> list[tuple[int, ...]]:

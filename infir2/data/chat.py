@@ -27,7 +27,10 @@ THINK_MARKERS = ("<think>", "</think>")
 SAMPLE = "It's 1,234.5 in ``x = {'a': [0x1F]}\n\t  return``;  naïve Größe 数学 текст 👩‍🔬 $\\frac{1}{2}$ <|im_end|>\r\n "
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 PLACEHOLDER = re.compile("\U000f0000([0-9]+)\U000f0001")
-PROBE: list[Message] = [{"role": "user", "content": "What is 2+3?"}, {"role": "assistant", "content": "2+3=5"}]
+PROBE: list[Message] = [
+    {"role": "user", "content": "What is 2+3?"},
+    {"role": "assistant", "content": "2+3=5"},
+]
 
 
 @dataclass(frozen=True)
@@ -71,20 +74,34 @@ class ChatTokenizer:
         self.directory = directory
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if not (directory / name).is_file():
-                raise ConfigError(f"data.tokenizer: {directory} has no {name}; name a directory with both tokenizer files.")
+                raise ConfigError(
+                    f"data.tokenizer: {directory} has no {name}; name a directory with both tokenizer files."
+                )
         try:
             self._hf: Any = PreTrainedTokenizerFast.from_pretrained(str(directory))
             specification = json.loads(self._hf.backend_tokenizer.to_str())
         except Exception as error:  # the library raises bare Exception for a broken file
-            raise ConfigError(f"data.tokenizer: {directory} cannot be loaded ({first_line(error)}); copy the files again.") from error
+            raise ConfigError(
+                f"data.tokenizer: {directory} cannot be loaded ({first_line(error)}); copy the files again."
+            ) from error
         added, unknown = specification["added_tokens"], specification["model"].get("unk_token")
-        control = [entry for entry in added if (entry["special"] or entry["content"].strip()) and entry["content"] != unknown]
+        control = [
+            entry
+            for entry in added
+            if (entry["special"] or entry["content"].strip()) and entry["content"] != unknown
+        ]
         self._control = {entry["content"]: entry["id"] for entry in control}
-        self._hidden_ids = {entry["id"] for entry in control if entry["special"] and entry["content"] not in THINK_MARKERS}
+        self._hidden_ids = {
+            entry["id"]
+            for entry in control
+            if entry["special"] and entry["content"] not in THINK_MARKERS
+        }
         specification["added_tokens"] = [entry for entry in added if entry not in control]
         self._plain = Tokenizer.from_str(json.dumps(specification))
         self._control_ids = set(self._control.values())
-        markers = "|".join(re.escape(marker) for marker in sorted(self._control, key=len, reverse=True))
+        markers = "|".join(
+            re.escape(marker) for marker in sorted(self._control, key=len, reverse=True)
+        )
         self._marker = re.compile(markers or "(?!)")
         self._placeholder_or_marker = re.compile(f"{PLACEHOLDER.pattern}|{self._marker.pattern}")
         self.vocab_size: int = max(self._hf.get_vocab().values()) + 1
@@ -93,7 +110,11 @@ class ChatTokenizer:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end a response: the template's end of turn, the tokenizer's eos, the end of a document."""
-        ends = (self._turn_end, self._hf.eos_token_id, *(self._control.get(marker) for marker in DOCUMENT_ENDS))
+        ends = (
+            self._turn_end,
+            self._hf.eos_token_id,
+            *(self._control.get(marker) for marker in DOCUMENT_ENDS),
+        )
         return tuple(sorted({end for end in ends if end is not None}))
 
     @property
@@ -103,14 +124,18 @@ class ChatTokenizer:
             if marker in self._control:
                 return self._control[marker]
         if self._hf.eos_token_id is None:
-            raise ConfigError(f"data.tokenizer: set eos_token in {self.directory}/tokenizer_config.json; documents must end with a token.")
+            raise ConfigError(
+                f"data.tokenizer: set eos_token in {self.directory}/tokenizer_config.json; documents must end with a token."
+            )
         return int(self._hf.eos_token_id)
 
     def fingerprint(self) -> str:
         """sha256 of all that decides how a conversation becomes tokens, the vocabulary's entries aside."""
         parts = {
             "chat_template": self._hf.chat_template,
-            "special_tokens": {name: str(token) for name, token in self._hf.special_tokens_map.items()},
+            "special_tokens": {
+                name: str(token) for name, token in self._hf.special_tokens_map.items()
+            },
             "control_tokens": self._control,
             "vocab_size": self.vocab_size,
         }
@@ -119,13 +144,19 @@ class ChatTokenizer:
     @functools.cached_property
     def document_fingerprint(self) -> str:
         """sha256 of what decides how a document becomes tokens: the vocabulary, how it cuts a sample of text, the end token."""
-        parts = [sorted(self._plain.get_vocab().items()), self.encode_text(SAMPLE), self.document_end_id]
+        parts = [
+            sorted(self._plain.get_vocab().items()),
+            self.encode_text(SAMPLE),
+            self.document_end_id,
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def require_chat(self) -> None:
         """Raise ConfigError unless there is a chat template."""
         if not self._hf.chat_template:
-            raise ConfigError(f"data.tokenizer: {self.directory} has no chat_template in tokenizer_config.json: add one, or name another.")
+            raise ConfigError(
+                f"data.tokenizer: {self.directory} has no chat_template in tokenizer_config.json: add one, or name another."
+            )
 
     def encode_text(self, text: str) -> list[int]:
         """Plain text; a marker spelled in it never becomes a control token."""
@@ -135,7 +166,10 @@ class ChatTokenizer:
         """`encode_document` of each; faster, and in several threads unless TOKENIZERS_PARALLELISM=false."""
         encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         pairs = zip(texts, encodings, strict=True)
-        return [[*self._without_control(text, encoding.ids), self.document_end_id] for text, encoding in pairs]
+        return [
+            [*self._without_control(text, encoding.ids), self.document_end_id]
+            for text, encoding in pairs
+        ]
 
     def _without_control(self, text: str, token_ids: list[int]) -> list[int]:
         """`token_ids` of `text`, or others without control tokens."""
@@ -146,7 +180,10 @@ class ChatTokenizer:
         for match in self._marker.finditer(text):
             parts.append(text[start : match.start() + 1])
             start = match.start() + 1
-        pieces = [self._plain.encode(part, add_special_tokens=False).ids for part in [*parts, text[start:]]]
+        pieces = [
+            self._plain.encode(part, add_special_tokens=False).ids
+            for part in [*parts, text[start:]]
+        ]
         token_ids = [token for piece in pieces for token in piece]
         assert self._control_ids.isdisjoint(token_ids)
         return token_ids
@@ -161,7 +198,10 @@ class ChatTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text, without tokens that are flagged special; `<think>` and `</think>` stay."""
-        return self._hf.decode([int(token) for token in token_ids if int(token) not in self._hidden_ids], skip_special_tokens=False)
+        return self._hf.decode(
+            [int(token) for token in token_ids if int(token) not in self._hidden_ids],
+            skip_special_tokens=False,
+        )
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         """The tokens of a conversation, up to where the assistant begins if `add_generation_prompt`.
@@ -170,7 +210,11 @@ class ChatTokenizer:
         that the template refuses, ConfigError without a template.
         """
         rendering = self._render(messages, add_generation_prompt)
-        return [token for chunk in self._chunks(rendering.text, rendering.contents, rendering.cuts) for token in chunk.token_ids]
+        return [
+            token
+            for chunk in self._chunks(rendering.text, rendering.contents, rendering.cuts)
+            for token in chunk.token_ids
+        ]
 
     def encode_conversation(self, messages: Sequence[Message], origin: str = "") -> Sample:
         """Tokens and loss mask of a conversation that ends with an assistant turn.
@@ -185,19 +229,37 @@ class ChatTokenizer:
         if len(messages) == 1:
             raise RowError("no_trained_tokens", "an assistant message without a question")
         if not rendering.turns or rendering.turns[-1][1] != len(rendering.text):
-            raise RowError("template_alters", "the chat template changes the last assistant turn, or what precedes it, when it renders it")
+            raise RowError(
+                "template_alters",
+                "the chat template changes the last assistant turn, or what precedes it, when it renders it",
+            )
         chunks = list(self._chunks(rendering.text, rendering.contents, rendering.cuts))
         token_ids: list[int] = []
         mask: list[bool] = []
-        ends = [max((c.offset for c in chunks if c.is_control and first <= c.offset < last), default=-1) for first, last in rendering.turns]
+        ends = [
+            max((c.offset for c in chunks if c.is_control and first <= c.offset < last), default=-1)
+            for first, last in rendering.turns
+        ]
         for chunk in chunks:
-            trained = any(first <= chunk.offset <= end for (first, _), end in zip(rendering.turns, ends, strict=True))
+            trained = any(
+                first <= chunk.offset <= end
+                for (first, _), end in zip(rendering.turns, ends, strict=True)
+            )
             token_ids += chunk.token_ids
             mask += [trained] * len(chunk.token_ids)
         if True not in mask:
-            raise RowError("no_trained_tokens", "the chat template puts no end token behind the assistant's turn")
-        end = len(mask) - mask[::-1].index(True)  # what the template puts behind the last end token is no use
-        return Sample(np.asarray(token_ids[:end], dtype=np.int32), np.asarray(mask[:end], dtype=np.bool_), origin)
+            raise RowError(
+                "no_trained_tokens",
+                "the chat template puts no end token behind the assistant's turn",
+            )
+        end = len(mask) - mask[::-1].index(
+            True
+        )  # what the template puts behind the last end token is no use
+        return Sample(
+            np.asarray(token_ids[:end], dtype=np.int32),
+            np.asarray(mask[:end], dtype=np.bool_),
+            origin,
+        )
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> _Rendering:
         masked, contents, owners = _masked(messages)
@@ -205,7 +267,9 @@ class ChatTokenizer:
         cuts, turns = [], []
         kept = [int(match[1]) for match in PLACEHOLDER.finditer(text)]
         for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index == 0:  # what opens a conversation answers nothing
+            if (
+                message["role"] != "assistant" or index == 0
+            ):  # what opens a conversation answers nothing
                 continue
             start = self._apply(masked[:index], True)
             if not text.startswith(start):
@@ -216,10 +280,18 @@ class ChatTokenizer:
             found = [int(match[1]) for match in PLACEHOLDER.finditer(text[len(start) : len(turn)])]
             if text.startswith(turn) and found == own:
                 turns.append((len(start), len(turn)))
-        past_thoughts = {place for place, owner in enumerate(owners) if messages[owner]["role"] == "assistant"}
-        lost = [place for place in range(len(contents)) if place not in kept and place not in past_thoughts]
+        past_thoughts = {
+            place for place, owner in enumerate(owners) if messages[owner]["role"] == "assistant"
+        }
+        lost = [
+            place
+            for place in range(len(contents))
+            if place not in kept and place not in past_thoughts
+        ]
         if lost or kept != sorted(set(kept)):
-            raise RowError("template_alters", "the chat template drops, repeats or reorders a message")
+            raise RowError(
+                "template_alters", "the chat template drops, repeats or reorders a message"
+            )
         return _Rendering(text, contents, cuts, turns)
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -227,9 +299,15 @@ class ChatTokenizer:
         from jinja2 import TemplateError
 
         try:
-            return str(self._hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt))
+            return str(
+                self._hf.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
         except TemplateError as error:
-            raise RowError("template_refused", f"the chat template refuses the conversation: {error}") from None
+            raise RowError(
+                "template_refused", f"the chat template refuses the conversation: {error}"
+            ) from None
 
     def _chunks(self, text: str, contents: Sequence[str], cuts: Sequence[int]) -> Iterator[_Chunk]:
         """Tokens of a rendered text: each control token of the template alone, all between them in one piece up to a cut."""
@@ -254,11 +332,17 @@ class ChatTokenizer:
         """The token that ends an assistant's turn. Raises ConfigError for a template we cannot train with."""
         try:
             sample = self.encode_conversation(PROBE)
-            expected = self._hf.encode(self._hf.apply_chat_template(PROBE, tokenize=False), add_special_tokens=False)
+            expected = self._hf.encode(
+                self._hf.apply_chat_template(PROBE, tokenize=False), add_special_tokens=False
+            )
         except Exception as error:  # whatever the template does wrong, the user has to mend it
-            raise ConfigError(f"data.tokenizer: the chat template in {self.directory} cannot be used ({error}): use another.") from error
+            raise ConfigError(
+                f"data.tokenizer: the chat template in {self.directory} cannot be used ({error}): use another."
+            ) from error
         if expected[: sample.num_tokens] != sample.token_ids.tolist():
-            raise ConfigError(f"data.tokenizer: {self.directory}'s chat template rewrites the messages: use another one.")
+            raise ConfigError(
+                f"data.tokenizer: {self.directory}'s chat template rewrites the messages: use another one."
+            )
         return int(sample.token_ids[-1])
 
 
@@ -272,7 +356,11 @@ def _masked(messages: Sequence[Message]) -> tuple[list[Message], list[str], list
     owners: list[int] = []
     for index, message in enumerate(messages):
         thinks = message["role"] == "assistant"
-        parts = re.split("(" + "|".join(THINK_MARKERS) + ")", message["content"]) if thinks else [message["content"]]
+        parts = (
+            re.split("(" + "|".join(THINK_MARKERS) + ")", message["content"])
+            if thinks
+            else [message["content"]]
+        )
         shown = ""
         for part in parts:
             core = part.strip()

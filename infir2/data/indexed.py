@@ -43,7 +43,11 @@ def write_index(path: Path, dtype: type[np.integer[Any]], lengths: np.ndarray) -
     code = next(code for code, known in DTYPES.items() if known is dtype)
     with path.open("xb") as file:
         file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(sizes) + 1))
-        for part in (sizes.astype("<i4"), offsets.astype("<i8"), np.arange(len(sizes) + 1, dtype="<i8")):
+        for part in (
+            sizes.astype("<i4"),
+            offsets.astype("<i8"),
+            np.arange(len(sizes) + 1, dtype="<i8"),
+        ):
             file.write(part.tobytes())
         file.flush()
         os.fsync(file.fileno())
@@ -63,10 +67,14 @@ class IndexedDocuments:
         self._read_index(index)
         side = prefix.with_name(prefix.name + ".json")
         try:
-            self.about: dict[str, Any] = dict(json.loads(side.read_text(encoding="utf-8"))) if side.is_file() else {}
+            self.about: dict[str, Any] = (
+                dict(json.loads(side.read_text(encoding="utf-8"))) if side.is_file() else {}
+            )
         except (ValueError, TypeError):
             raise DataError(f"{side} is not readable JSON: remove it, or tokenise again.") from None
-        self.num_bytes = int(self.about.get("source_bytes") or TEXT_BYTES_PER_TOKEN * len(self._tokens))
+        self.num_bytes = int(
+            self.about.get("source_bytes") or TEXT_BYTES_PER_TOKEN * len(self._tokens)
+        )
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -76,33 +84,61 @@ class IndexedDocuments:
         size = self._tokens.itemsize
         places = zip(self._offsets[first:last], self._lengths[first:last], strict=True)
         parts = [self._tokens[start // size :][:length] for start, length in places]
-        return {"token_ids": parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else self._tokens[:0]}
+        return {
+            "token_ids": parts[0]
+            if len(parts) == 1
+            else np.concatenate(parts)
+            if parts
+            else self._tokens[:0]
+        }
 
     def _read_index(self, path: Path) -> None:
         with path.open("rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise DataError(f"{path} is not the index of a Megatron data set: mend the path in the recipe, or copy the file again.")
+            raise DataError(
+                f"{path} is not the index of a Megatron data set: mend the path in the recipe, or copy the file again."
+            )
         _, version, code, sequences, bounds = HEADER.unpack(header)
         if version != 1 or code not in DTYPES:
-            raise DataError(f"{path} has version {version} and dtype code {code}: only integer tokens of version 1 can be read.")
+            raise DataError(
+                f"{path} has version {version} and dtype code {code}: only integer tokens of version 1 can be read."
+            )
         size, expected = path.stat().st_size, HEADER.size + 12 * sequences + 8 * bounds
-        if size not in (expected, expected + sequences):  # one byte per sequence more: modes, which plain text does not need
-            raise DataError(f"{path} has {size} bytes, but its header calls for {expected}: it was cut or changed, copy it again.")
+        if size not in (
+            expected,
+            expected + sequences,
+        ):  # one byte per sequence more: modes, which plain text does not need
+            raise DataError(
+                f"{path} has {size} bytes, but its header calls for {expected}: it was cut or changed, copy it again."
+            )
         if bounds < 2 or not self.path.is_file() or not self.path.stat().st_size:
-            raise DataError(f"{path} lists no document, or {self.path.name} is missing or empty: copy both files again.")
+            raise DataError(
+                f"{path} lists no document, or {self.path.name} is missing or empty: copy both files again."
+            )
         data = np.memmap(path, dtype=np.uint8, mode="r")[HEADER.size :]
         self._lengths = data[: 4 * sequences].view("<i4")
         self._offsets = data[4 * sequences : 12 * sequences].view("<i8")
         self._bounds = data[12 * sequences : 12 * sequences + 8 * bounds].view("<i8")
         num_bytes, dtype = self.path.stat().st_size, np.dtype(DTYPES[code]).newbyteorder("<")
         if num_bytes % dtype.itemsize or not self._fits(num_bytes, dtype.itemsize):
-            raise DataError(f"{path} does not fit {self.path.name} ({num_bytes} bytes): one of them was cut or changed, copy both again.")
+            raise DataError(
+                f"{path} does not fit {self.path.name} ({num_bytes} bytes): one of them was cut or changed, copy both again."
+            )
         self._tokens = np.memmap(self.path, dtype=dtype, mode="r")
 
     def _fits(self, num_bytes: int, itemsize: int) -> bool:
         """Whether every sequence lies inside the .bin and the bounds rise from 0 to the number of sequences."""
         ends = self._offsets + self._lengths.astype(np.int64) * itemsize
-        inside = (self._lengths >= 0) & (self._offsets >= 0) & (self._offsets <= num_bytes) & (ends <= num_bytes)
-        rising = self._bounds[0] == 0 and self._bounds[-1] == len(self._lengths) and bool((np.diff(self._bounds) >= 0).all())
+        inside = (
+            (self._lengths >= 0)
+            & (self._offsets >= 0)
+            & (self._offsets <= num_bytes)
+            & (ends <= num_bytes)
+        )
+        rising = (
+            self._bounds[0] == 0
+            and self._bounds[-1] == len(self._lengths)
+            and bool((np.diff(self._bounds) >= 0).all())
+        )
         return rising and bool((inside & (self._offsets % itemsize == 0)).all())

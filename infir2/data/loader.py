@@ -50,8 +50,12 @@ class Loader:
         _check_tokenizer(kind, tokenizer)
         self._section, self._kind, self._seed = section, kind, seed
         self._rank, self._world_size = rank, world_size
-        self._quarantine = Quarantine(section.max_quarantined_fraction, quarantine if rank == 0 else None)
-        self._stream = SampleStream(section.sources, section, kind, tokenizer, seed, self._quarantine)
+        self._quarantine = Quarantine(
+            section.max_quarantined_fraction, quarantine if rank == 0 else None
+        )
+        self._stream = SampleStream(
+            section.sources, section, kind, tokenizer, seed, self._quarantine
+        )
         self._units = self._make_units()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-data")
         self._pending: Future[tuple[list[Batch], State]] | None = None
@@ -98,7 +102,9 @@ class Loader:
                     "restore data.sources and run.seed, or start a new run."
                 )
         self._units.load_state_dict(state["place"])
-        self._quarantine.load_state_dict(state["quarantined"])  # last: going to the place may meet counted rows again
+        self._quarantine.load_state_dict(
+            state["quarantined"]
+        )  # last: going to the place may meet counted rows again
         self._state = copy.deepcopy(state)
 
     def _make_units(self) -> "Samples | DocumentWindows | SampleWindows":
@@ -107,11 +113,18 @@ class Loader:
             return Samples(self._stream)
         if self._kind == "documents":
             return DocumentWindows(self._stream, section.sequence_tokens)
-        return SampleWindows(self._stream, section.sequence_tokens, section.pack_window_samples, self._seed)
+        return SampleWindows(
+            self._stream, section.sequence_tokens, section.pack_window_samples, self._seed
+        )
 
     def _make_step(self) -> tuple[list[Batch], State]:
-        units = [self._units.unit() for _ in range(self._section.batch_samples or self._section.batch_sequences)]
-        return deal(units, self._section.micro_batch_tokens, self._rank, self._world_size), self._snapshot()
+        units = [
+            self._units.unit()
+            for _ in range(self._section.batch_samples or self._section.batch_sequences)
+        ]
+        return deal(
+            units, self._section.micro_batch_tokens, self._rank, self._world_size
+        ), self._snapshot()
 
     def _snapshot(self) -> State:
         return {
@@ -124,7 +137,12 @@ class Loader:
 
 
 def validation_batches(
-    section: DataSection, kind: TrainingKind, tokenizer: ChatTokenizer, limit: int, rank: int = 0, world_size: int = 1
+    section: DataSection,
+    kind: TrainingKind,
+    tokenizer: ChatTokenizer,
+    limit: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[Batch]:
     """This rank's part of at most `limit` micro-batches per rank of `validation_sources`, the same ones for every run.
 
@@ -134,7 +152,9 @@ def validation_batches(
         return []
     _check_tokenizer(kind, tokenizer)
     quarantine = Quarantine(section.max_quarantined_fraction)
-    stream = SampleStream(section.validation_sources, section, kind, tokenizer, seed=0, quarantine=quarantine)
+    stream = SampleStream(
+        section.validation_sources, section, kind, tokenizer, seed=0, quarantine=quarantine
+    )
     groups: list[list[Sample]] = [[]]
     room = section.micro_batch_tokens
     for sample in _one_pass(stream, min(section.sequence_tokens, section.micro_batch_tokens)):
@@ -149,26 +169,44 @@ def validation_batches(
     return [pack(group or groups[0], range(len(group))) for group in groups[rank::world_size]]
 
 
-def load_prompts(data: DataSection | Sequence[SourceSection], quarantine: Path | None = None) -> list[Prompt]:
+def load_prompts(
+    data: DataSection | Sequence[SourceSection], quarantine: Path | None = None
+) -> list[Prompt]:
     """All prompts in file order: of a data section (with its system prompt and quarantine), or of sources alone.
 
     Sources alone are problems to be scored: there, any unusable row is an error. Raises DataError; ConfigError for
     weights, which mean nothing here.
     """
-    section = data if isinstance(data, DataSection) else DataSection(sources=tuple(data), max_quarantined_fraction=0.0)
+    section = (
+        data
+        if isinstance(data, DataSection)
+        else DataSection(sources=tuple(data), max_quarantined_fraction=0.0)
+    )
     if len({source.weight for source in section.sources}) > 1:
-        raise ConfigError("data.sources.weight: prompts are all used equally often; remove the weights, or repeat rows in the files.")
+        raise ConfigError(
+            "data.sources.weight: prompts are all used equally often; remove the weights, or repeat rows in the files."
+        )
     counts = Quarantine(section.max_quarantined_fraction, quarantine)
     prompts: list[Prompt] = []
     for number, entry in enumerate(section.sources):
         source = open_source(entry, "prompts")
         for index in range(len(source)):
             try:
-                messages, answer, difficulty = problem(source.read(index), entry, section.system_prompt)
+                messages, answer, difficulty = problem(
+                    source.read(index), entry, section.system_prompt
+                )
             except RowError as error:
                 counts.add(source, index, error)
                 continue
-            prompts.append(Prompt(f"{number}/{_name(source, index)}", messages, answer, difficulty, source.origin(index)))
+            prompts.append(
+                Prompt(
+                    f"{number}/{_name(source, index)}",
+                    messages,
+                    answer,
+                    difficulty,
+                    source.origin(index),
+                )
+            )
     if not prompts:
         raise DataError("data.sources holds no usable prompt: name a file with prompts.")
     return prompts

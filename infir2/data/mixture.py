@@ -33,7 +33,10 @@ class Mixture:
         resolution = PATTERN_ROWS * (1 + len(sizes) // 64)
         self._quotas = quotas(shares, resolution)
         by_source = [source for source, quota in enumerate(self._quotas) for _ in range(quota)]
-        self._pattern = [by_source[permuted(place, len(by_source), (seed, -1, 0))] for place in range(len(by_source))]
+        self._pattern = [
+            by_source[permuted(place, len(by_source), (seed, -1, 0))]
+            for place in range(len(by_source))
+        ]
         seen = [0] * len(sizes)
         self._rank = []  # how often the pattern's source has come before
         for source in self._pattern:
@@ -49,8 +52,12 @@ class Mixture:
         """Source, row and source epoch at place `index` >= 0 of the stream."""
         block, offset = divmod(index, len(self._pattern))
         source = self._pattern[offset]
-        epoch, position = divmod(block * self._quotas[source] + self._rank[offset], self._sizes[source])
-        return RowPosition(source, permuted(position, self._sizes[source], (self._seed, source, epoch)), epoch)
+        epoch, position = divmod(
+            block * self._quotas[source] + self._rank[offset], self._sizes[source]
+        )
+        return RowPosition(
+            source, permuted(position, self._sizes[source], (self._seed, source, epoch)), epoch
+        )
 
 
 def quotas(shares: Sequence[float], total: int) -> list[int]:

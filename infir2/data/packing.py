@@ -48,7 +48,9 @@ def balanced_bins(lengths: Sequence[int], capacity: int, multiple: int) -> list[
     return sorted(bins, key=lambda members: (-sum(lengths[place] for place in members), members))
 
 
-def deal(units: Sequence[Sequence[Sample]], micro_batch_tokens: int, rank: int, world_size: int) -> list[Batch]:
+def deal(
+    units: Sequence[Sequence[Sample]], micro_batch_tokens: int, rank: int, world_size: int
+) -> list[Batch]:
     """This rank's micro-batches of a step: as many as every other rank's, with loads as equal as the units allow.
 
     A unit, one sample or a full window of them, stays in one batch: taken apart, full windows would not fit again. A
@@ -56,13 +58,22 @@ def deal(units: Sequence[Sequence[Sample]], micro_batch_tokens: int, rank: int, 
     """
     samples = [sample for unit in units for sample in unit]
     check_lengths(samples, micro_batch_tokens)
-    bins = balanced_bins([sum(sample.num_tokens for sample in unit) for unit in units], micro_batch_tokens, world_size)
+    bins = balanced_bins(
+        [sum(sample.num_tokens for sample in unit) for unit in units],
+        micro_batch_tokens,
+        world_size,
+    )
     starts = list(itertools.accumulate((len(unit) for unit in units), initial=0))
-    members = [[place for unit in sorted(chosen) for place in range(starts[unit], starts[unit + 1])] for chosen in bins]
+    members = [
+        [place for unit in sorted(chosen) for place in range(starts[unit], starts[unit + 1])]
+        for chosen in bins
+    ]
     return [pack(samples, places) for places in members[rank::world_size]]
 
 
-def pack_sequences(samples: Sequence[Sample], micro_batch_tokens: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
+def pack_sequences(
+    samples: Sequence[Sample], micro_batch_tokens: int, rank: int = 0, world_size: int = 1
+) -> list[Batch]:
     """All samples in as few batches of at most `micro_batch_tokens` as best-fit finds; `Batch.sample_indices` leads back.
 
     Of several ranks each gets its part of the same batches, as many as every other; the last may train nothing.
@@ -86,7 +97,11 @@ def check_lengths(samples: Sequence[Sample], micro_batch_tokens: int) -> None:
 def pack(samples: Sequence[Sample], members: Sequence[int]) -> Batch:
     """The samples named by `members`, one after another. Nothing named: one masked token of the first sample."""
     if not members:
-        blank = Sample(samples[0].token_ids[:1], np.zeros(1, dtype=np.bool_), extras={k: v[:1] for k, v in samples[0].extras.items()})
+        blank = Sample(
+            samples[0].token_ids[:1],
+            np.zeros(1, dtype=np.bool_),
+            extras={k: v[:1] for k, v in samples[0].extras.items()},
+        )
         return replace(pack([blank], [0]), sample_indices=(), origins=())
     chosen = [samples[place] for place in members]
     lengths = np.array([sample.num_tokens for sample in chosen])
@@ -94,7 +109,10 @@ def pack(samples: Sequence[Sample], members: Sequence[int]) -> Batch:
     starts = np.concatenate([[0], np.cumsum(lengths)])
     mask = _shifted([sample.loss_mask for sample in chosen])
     labels = np.where(mask, np.append(token_ids[1:], 0), 0)
-    extras = {name: np.where(mask, _shifted([sample.extras[name] for sample in chosen]), 0) for name in chosen[0].extras}
+    extras = {
+        name: np.where(mask, _shifted([sample.extras[name] for sample in chosen]), 0)
+        for name in chosen[0].extras
+    }
     return Batch(
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(np.arange(len(token_ids)) - np.repeat(starts[:-1], lengths)),

@@ -29,14 +29,18 @@ def open_source(section: SourceSection, kind: Kind) -> Source:
     source = Source(section.path, {*fields, "difficulty"})
     for file in source.files:
         if isinstance(file, IndexedDocuments) and kind != "documents":
-            raise DataError(f"{file.path} holds tokens of documents, which only `infir2 cpt` trains on: name a file with {kind}.")
+            raise DataError(
+                f"{file.path} holds tokens of documents, which only `infir2 cpt` trains on: name a file with {kind}."
+            )
         missing = [field for field in fields if file.fields and field not in file.fields]
         if missing == ["messages"]:
             hint = "convert it, or set prompt_field and solution_field of the source"
         else:
             hint = f"set the source's field keys to its names, for {kind}"
         if missing:
-            raise DataError(f"{file.path} has no field `{missing[0]}` (it has {', '.join(sorted(file.fields))}): {hint}.")
+            raise DataError(
+                f"{file.path} has no field `{missing[0]}` (it has {', '.join(sorted(file.fields))}): {hint}."
+            )
     return source
 
 
@@ -45,13 +49,18 @@ def document_text(row: dict[str, Any], section: SourceSection) -> str:
     return _text(row, section.text_field)
 
 
-def document_tokens(row: dict[str, Any], section: SourceSection, tokenizer: ChatTokenizer) -> np.ndarray:
+def document_tokens(
+    row: dict[str, Any], section: SourceSection, tokenizer: ChatTokenizer
+) -> np.ndarray:
     """Tokens int32 [n] of a document with its end: of its text, or those an indexed file holds. Raises RowError."""
     if "token_ids" not in row:
         return np.asarray(tokenizer.encode_document(document_text(row, section)), dtype=np.int32)
     token_ids: np.ndarray = row["token_ids"]
     if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < tokenizer.vocab_size:
-        raise RowError("bad_token", f"tokens {token_ids.min()} to {token_ids.max()}, and the tokenizer has {tokenizer.vocab_size}")
+        raise RowError(
+            "bad_token",
+            f"tokens {token_ids.min()} to {token_ids.max()}, and the tokenizer has {tokenizer.vocab_size}",
+        )
     ended = len(token_ids) and int(token_ids[-1]) in tokenizer.eos_ids
     return np.append(token_ids, [] if ended else [tokenizer.document_end_id]).astype(np.int32)
 
@@ -59,18 +68,28 @@ def document_tokens(row: dict[str, Any], section: SourceSection, tokenizer: Chat
 def check_made_with(source: Source, tokenizer: ChatTokenizer) -> None:
     """Raise DataError for an indexed file that says it was made with another tokenizer."""
     for file in source.files:
-        if isinstance(file, IndexedDocuments) and file.about.get("tokenizer") not in (None, tokenizer.document_fingerprint):
+        if isinstance(file, IndexedDocuments) and file.about.get("tokenizer") not in (
+            None,
+            tokenizer.document_fingerprint,
+        ):
             where = tokenizer.directory
-            raise DataError(f"{file.path} was made with another tokenizer than {where}: set data.tokenizer to that one, or tokenise again.")
+            raise DataError(
+                f"{file.path} was made with another tokenizer than {where}: set data.tokenizer to that one, or tokenise again."
+            )
 
 
-def conversation(row: dict[str, Any], section: SourceSection, system_prompt: str = "") -> list[Message]:
+def conversation(
+    row: dict[str, Any], section: SourceSection, system_prompt: str = ""
+) -> list[Message]:
     """The messages to train on, ending with the last assistant turn: nothing after it is a target. Raises RowError."""
     if section.solution_field:
         question, solution = _text(row, section.prompt_field), _text(row, section.solution_field)
         if section.thought_field:
             solution = f"<think>\n{_text(row, section.thought_field)}\n</think>\n\n{solution}"
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": solution}]
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": solution},
+        ]
     else:
         messages = _messages(row, "messages")
     while messages and messages[-1]["role"] != "assistant":
@@ -80,7 +99,9 @@ def conversation(row: dict[str, Any], section: SourceSection, system_prompt: str
     return _with_system(messages, system_prompt)
 
 
-def problem(row: dict[str, Any], section: SourceSection, system_prompt: str = "") -> tuple[list[Message], str, int | None]:
+def problem(
+    row: dict[str, Any], section: SourceSection, system_prompt: str = ""
+) -> tuple[list[Message], str, int | None]:
     """Messages, reference answer and difficulty (None if the row has no number there) of a prompt. Raises RowError."""
     if isinstance(row.get(section.prompt_field), list):
         messages = _messages(row, section.prompt_field)
@@ -120,7 +141,10 @@ class Quarantine:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"origin": origin, "reason": error.reason, "detail": str(error)}) + "\n")
+                    file.write(
+                        json.dumps({"origin": origin, "reason": error.reason, "detail": str(error)})
+                        + "\n"
+                    )
             except OSError:  # a full disk does not end a run here: the row is counted, and listed when it is met again
                 self._listed.discard(origin)
         if counts.total() > self._max_fraction * len(source):

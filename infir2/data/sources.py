@@ -55,11 +55,17 @@ class JsonLines:
         self.path = path
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty: fill it, or take it out of the sources.")
-        self._bytes = np.memmap(_unpacked(path) if path.suffix == ".gz" else path, dtype=np.uint8, mode="r")
+        self._bytes = np.memmap(
+            _unpacked(path) if path.suffix == ".gz" else path, dtype=np.uint8, mode="r"
+        )
         self.num_bytes = len(self._bytes)
         head = self._bytes[:4096].tobytes()
-        if not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and (b"\0" in head or head.startswith(GZIP_MAGIC)):
-            raise DataError(f"{path} is not JSON Lines but a binary file: a compressed file must be named .jsonl.gz.")
+        if not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and (
+            b"\0" in head or head.startswith(GZIP_MAGIC)
+        ):
+            raise DataError(
+                f"{path} is not JSON Lines but a binary file: a compressed file must be named .jsonl.gz."
+            )
         self._starts = self._find_lines()
         self.fields = self._first_fields()
 
@@ -93,7 +99,9 @@ class JsonLines:
         """Offsets of the lines' first bytes, then the end of the last line that is not blank."""
         found = [np.zeros(1, dtype=np.int64)]
         for first in range(0, self.num_bytes, CHUNK_BYTES):
-            found.append(np.flatnonzero(self._bytes[first : first + CHUNK_BYTES] == ord("\n")) + first + 1)
+            found.append(
+                np.flatnonzero(self._bytes[first : first + CHUNK_BYTES] == ord("\n")) + first + 1
+            )
         starts = np.concatenate(found)
         if starts[-1] != self.num_bytes:
             starts = np.append(starts, self.num_bytes)
@@ -101,7 +109,9 @@ class JsonLines:
         while last and not self._bytes[starts[last - 1] : starts[last]].tobytes().strip():
             last -= 1
         if not last:
-            raise DataError(f"{self.path} has no row, only blank lines: fill it, or take it out of the sources.")
+            raise DataError(
+                f"{self.path} has no row, only blank lines: fill it, or take it out of the sources."
+            )
         return starts[: last + 1]
 
 
@@ -114,20 +124,36 @@ class ParquetRows:
 
         self.path = path
         try:
-            with pq.ParquetFile(path) as parquet, tempfile.NamedTemporaryFile(prefix="infir2-", suffix=".arrow") as file:
+            with (
+                pq.ParquetFile(path) as parquet,
+                tempfile.NamedTemporaryFile(prefix="infir2-", suffix=".arrow") as file,
+            ):
                 self.fields = frozenset(parquet.schema_arrow.names)
-                names = [name for name in parquet.schema_arrow.names if name in columns] or parquet.schema_arrow.names
-                schema = pa.schema([_without_dictionary(parquet.schema_arrow.field(name)) for name in names])
+                names = [
+                    name for name in parquet.schema_arrow.names if name in columns
+                ] or parquet.schema_arrow.names
+                schema = pa.schema(
+                    [_without_dictionary(parquet.schema_arrow.field(name)) for name in names]
+                )
                 with pa.ipc.new_file(file, schema) as writer:
                     for batch in parquet.iter_batches(columns=names):
                         writer.write_batch(batch.select(names).cast(schema))
                 file.flush()
-                options = pa.ipc.IpcReadOptions(use_threads=False)  # `infir2 tokenize` reads in forked processes
-                self._batches = pa.ipc.open_file(pa.memory_map(file.name), options=options)  # the mapping outlives the file's name
+                options = pa.ipc.IpcReadOptions(
+                    use_threads=False
+                )  # `infir2 tokenize` reads in forked processes
+                self._batches = pa.ipc.open_file(
+                    pa.memory_map(file.name), options=options
+                )  # the mapping outlives the file's name
                 self.num_bytes = Path(file.name).stat().st_size
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read as Parquet ({first_line(error)}): make it again, or leave it out.") from None
-        sizes = [self._batches.get_batch(index).num_rows for index in range(self._batches.num_record_batches)]
+            raise DataError(
+                f"{path} cannot be read as Parquet ({first_line(error)}): make it again, or leave it out."
+            ) from None
+        sizes = [
+            self._batches.get_batch(index).num_rows
+            for index in range(self._batches.num_record_batches)
+        ]
         self._ends = list(itertools.accumulate(sizes))
         if not sum(sizes):
             raise DataError(f"{path} has no row: fill it, or take it out of the sources.")
@@ -203,11 +229,18 @@ def _files(path: Path, columns: Collection[str]) -> list[Path]:
         return [path]
     if not path.exists():
         raise DataError(f"data source {path} does not exist: mend the path in the recipe.")
-    for suffixes in (SUFFIXES, (".txt",) if "text" in columns else ()):  # beside other files, a .txt is a licence or a remark
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())
+    for suffixes in (
+        SUFFIXES,
+        (".txt",) if "text" in columns else (),
+    ):  # beside other files, a .txt is a licence or a remark
+        files = sorted(
+            file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file()
+        )
         if files:
             return files
-    raise DataError(f"directory {path} has no {', '.join(SUFFIXES)} file: mend the path in the recipe.")
+    raise DataError(
+        f"directory {path} has no {', '.join(SUFFIXES)} file: mend the path in the recipe."
+    )
 
 
 def _open_file(path: Path, columns: Collection[str]) -> Rows:
@@ -221,8 +254,12 @@ def _open_file(path: Path, columns: Collection[str]) -> Rows:
         if path.suffix == ".txt":
             return TextFile(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}): mend the file or the path in the recipe.") from None
-    raise DataError(f"{path} is of an unknown kind: a source is a {', '.join((*SUFFIXES, '.txt'))} file or a directory of them.")
+        raise DataError(
+            f"{path} cannot be read ({error.strerror or error}): mend the file or the path in the recipe."
+        ) from None
+    raise DataError(
+        f"{path} is of an unknown kind: a source is a {', '.join((*SUFFIXES, '.txt'))} file or a directory of them."
+    )
 
 
 def _unpacked(path: Path) -> Any:
@@ -233,7 +270,9 @@ def _unpacked(path: Path) -> Any:
             while chunk := packed.read(CHUNK_BYTES):
                 file.write(chunk)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file ({first_line(error)}): copy or compress it again.") from None
+        raise DataError(
+            f"{path} is not a whole gzip file ({first_line(error)}): copy or compress it again."
+        ) from None
     if not file.tell():
         raise DataError(f"{path} is empty: fill it, or take it out of the sources.")
     file.flush()

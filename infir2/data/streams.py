@@ -41,13 +41,21 @@ class SampleStream:
         seed: int,
         quarantine: Quarantine,
     ) -> None:
-        self._sections, self._section, self._kind, self._tokenizer = sources, section, kind, tokenizer
+        self._sections, self._section, self._kind, self._tokenizer = (
+            sources,
+            section,
+            kind,
+            tokenizer,
+        )
         self.sources = [open_source(source, kind) for source in sources]
         for opened in self.sources:
             check_made_with(opened, tokenizer)
         shares = [source.weight for source in sources]
         if kind == "documents":
-            shares = [share * len(source) / source.num_bytes for share, source in zip(shares, self.sources, strict=True)]
+            shares = [
+                share * len(source) / source.num_bytes
+                for share, source in zip(shares, self.sources, strict=True)
+            ]
         self.mixture = Mixture([len(source) for source in self.sources], shares, seed)
         self.position, self.quarantine = 0, quarantine
 
@@ -61,7 +69,9 @@ class SampleStream:
             except RowError as error:
                 if place.epoch == 0:  # later passes meet the same rows again
                     self.quarantine.add(self.sources[place.source], place.row, error)
-        raise DataError(f"{self.sources[0].path}: no row of data.sources can be used; quarantine.jsonl names the reasons.")
+        raise DataError(
+            f"{self.sources[0].path}: no row of data.sources can be used; quarantine.jsonl names the reasons."
+        )
 
     def read(self, source: int, row: int) -> Sample:
         """One row as tokens. Raises RowError."""
@@ -80,7 +90,9 @@ class SampleStream:
         if sample.num_tokens <= limit:
             return sample
         if self._section.too_long == "drop":
-            raise RowError("too_long", f"{sample.num_tokens} tokens, more than data.sequence_tokens")
+            raise RowError(
+                "too_long", f"{sample.num_tokens} tokens, more than data.sequence_tokens"
+            )
         end = cut(sample, sample.num_tokens - limit, sample.num_tokens)
         if not end.loss_mask.any():
             raise RowError("no_trained_tokens", "no trained token is left after truncation")
@@ -113,7 +125,10 @@ class DocumentWindows:
     def __init__(self, stream: SampleStream, sequence_tokens: int) -> None:
         self._stream, self._length = stream, sequence_tokens
         self._rest: Sample | None = None
-        self._document, self._offset = 0, 0  # of the rest: its place in the mixture, and its first token
+        self._document, self._offset = (
+            0,
+            0,
+        )  # of the rest: its place in the mixture, and its first token
 
     def unit(self) -> list[Sample]:
         """Pieces of at most `sequence_tokens` together; a last place that could hold no target stays free."""
@@ -146,10 +161,15 @@ class DocumentWindows:
 class SampleWindows:
     """Windows of at most `sequence_tokens` made of whole samples, packed over `pack_window_samples` of them."""
 
-    def __init__(self, stream: SampleStream, sequence_tokens: int, pack_samples: int, seed: int) -> None:
+    def __init__(
+        self, stream: SampleStream, sequence_tokens: int, pack_samples: int, seed: int
+    ) -> None:
         self._stream, self._length = stream, sequence_tokens
         self._pack_samples, self._seed = pack_samples, seed
-        self._start, self._done = stream.position, 0  # where the present pack begins, and its windows taken
+        self._start, self._done = (
+            stream.position,
+            0,
+        )  # where the present pack begins, and its windows taken
         self._windows: list[list[Sample]] = []
 
     def unit(self) -> list[Sample]:
@@ -172,5 +192,7 @@ class SampleWindows:
         self._start, self._done = self._stream.position, 0
         samples = [self._stream.take() for _ in range(self._pack_samples)]
         bins = best_fit_decreasing([sample.num_tokens for sample in samples], self._length)
-        order = [permuted(place, len(bins), (self._seed, self._start, 1)) for place in range(len(bins))]  # not by length
+        order = [
+            permuted(place, len(bins), (self._seed, self._start, 1)) for place in range(len(bins))
+        ]  # not by length
         self._windows = [[samples[place] for place in sorted(bins[number])] for number in order]

@@ -62,7 +62,9 @@ class _Work:
         for source in self.sources:
             for file in source.files:
                 if isinstance(file, IndexedDocuments):
-                    raise DataError(f"{file.path} holds tokens already: take it out of the sources.")
+                    raise DataError(
+                        f"{file.path} holds tokens already: take it out of the sources."
+                    )
 
     def chunks(self, parts: Path) -> list[_Chunk]:
         found: list[_Chunk] = []
@@ -70,12 +72,24 @@ class _Work:
             count = min(len(source), -(-source.num_bytes // CHUNK_BYTES))
             edges = [len(source) * index // count for index in range(count + 1)]
             for first, last in itertools.pairwise(edges):
-                found.append(_Chunk(number, first, last, source.num_bytes // count, parts / f"{len(found):08d}.npz"))
+                found.append(
+                    _Chunk(
+                        number,
+                        first,
+                        last,
+                        source.num_bytes // count,
+                        parts / f"{len(found):08d}.npz",
+                    )
+                )
         return found
 
     def plan(self) -> str:
         """All that decides the parts, as text."""
-        files = [(str(file.path), file.path.stat().st_size, file.path.stat().st_mtime_ns) for s in self.sources for file in s.files]
+        files = [
+            (str(file.path), file.path.stat().st_size, file.path.stat().st_mtime_ns)
+            for s in self.sources
+            for file in s.files
+        ]
         fields = [section.text_field for section in self.sections]
         return json.dumps([files, fields, CHUNK_BYTES, self.tokenizer.document_fingerprint])
 
@@ -91,11 +105,18 @@ class _Work:
                     texts.append(document_text(source.read(row), section))
                 except RowError as error:
                     errors.append((row, error.reason, str(error)))
-            tokens += [np.asarray(ids, dtype=self.dtype) for ids in self.tokenizer.encode_documents(texts)]
+            tokens += [
+                np.asarray(ids, dtype=self.dtype) for ids in self.tokenizer.encode_documents(texts)
+            ]
         temporary = chunk.part.with_suffix(f".{os.getpid()}")
         with temporary.open("wb") as file:
             joined = np.concatenate(tokens) if tokens else np.zeros(0, self.dtype)
-            np.savez(file, tokens=joined, lengths=np.asarray([len(ids) for ids in tokens], np.int64), errors=np.asarray(json.dumps(errors)))
+            np.savez(
+                file,
+                tokens=joined,
+                lengths=np.asarray([len(ids) for ids in tokens], np.int64),
+                errors=np.asarray(json.dumps(errors)),
+            )
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(chunk.part)
@@ -129,12 +150,20 @@ def tokenize(
     PREFIX.quarantine.jsonl and left out. Raises OutputExistsError, ConfigError (tokenizer, parts of another job), DataError
     (sources, more unusable rows than the share allowed, a full disk); finished chunks stay for the next run.
     """
-    outputs = {suffix: prefix.with_name(f"{prefix.name}.{suffix}") for suffix in ("idx", "bin", "json", "parts", "quarantine.jsonl")}
+    outputs = {
+        suffix: prefix.with_name(f"{prefix.name}.{suffix}")
+        for suffix in ("idx", "bin", "json", "parts", "quarantine.jsonl")
+    }
     parts = outputs["parts"]
     if outputs["idx"].exists() or (outputs["bin"].exists() and not parts.exists()):
-        raise OutputExistsError(f"{outputs['idx']} or its .bin exists already; name another prefix, nothing was written.")
+        raise OutputExistsError(
+            f"{outputs['idx']} or its .bin exists already; name another prefix, nothing was written."
+        )
     global _work
-    _work = _Work([SourceSection(path=str(path), text_field=text_field) for path in sources], load_tokenizer(tokenizer_dir))
+    _work = _Work(
+        [SourceSection(path=str(path), text_field=text_field) for path in sources],
+        load_tokenizer(tokenizer_dir),
+    )
     try:
         _claim(parts, _work.plan())
         chunks = _work.chunks(parts)
@@ -143,14 +172,20 @@ def tokenize(
         _run(chunks, workers or len(os.sched_getaffinity(0)), quarantine)
         lengths = _join(chunks, parts)
         num_tokens = int(lengths.sum())
-        about = {"tokenizer": _work.tokenizer.document_fingerprint, "documents": len(lengths), "tokens": num_tokens}
+        about = {
+            "tokenizer": _work.tokenizer.document_fingerprint,
+            "documents": len(lengths),
+            "tokens": num_tokens,
+        }
         about["source_bytes"] = sum(source.num_bytes for source in _work.sources)
         (parts / "json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         for suffix in ("bin", "json", "idx"):
             (parts / suffix).rename(outputs[suffix])
         shutil.rmtree(parts)
     except OSError as error:
-        raise DataError(f"{prefix} cannot be written ({error.strerror or error}): make room or name another place.") from error
+        raise DataError(
+            f"{prefix} cannot be written ({error.strerror or error}): make room or name another place."
+        ) from error
     num_unusable = sum(counts.total() for counts in quarantine.counts.values())
     return Tokenized(len(lengths), num_tokens, num_unusable, kept)
 
@@ -160,12 +195,16 @@ def _claim(parts: Path, plan: str) -> None:
     parts.mkdir(parents=True, exist_ok=True)
     stamp = parts / "plan"
     if stamp.exists() and stamp.read_text() != plan:
-        raise ConfigError(f"{parts} is of another job (other sources, fields or tokenizer): remove it, or name another prefix.")
+        raise ConfigError(
+            f"{parts} is of another job (other sources, fields or tokenizer): remove it, or name another prefix."
+        )
     stamp.write_text(plan)
 
 
 def _run(chunks: Sequence[_Chunk], workers: int, quarantine: Quarantine) -> None:
-    context = multiprocessing.get_context("fork")  # the tokenizer and the opened sources are inherited, not loaded again
+    context = multiprocessing.get_context(
+        "fork"
+    )  # the tokenizer and the opened sources are inherited, not loaded again
     with (
         ProcessPoolExecutor(workers, context, _begin) as pool,
         byte_progress("tokenising", sum(chunk.num_bytes for chunk in chunks)) as on_bytes,
@@ -176,7 +215,9 @@ def _run(chunks: Sequence[_Chunk], workers: int, quarantine: Quarantine) -> None
                 for row, reason, detail in json.loads(str(_read(chunk.part)["errors"])):
                     quarantine.add(_work.sources[chunk.source], row, RowError(reason, detail))
         except BrokenProcessPool:
-            raise DataError("a process was killed, probably for lack of memory: run the same command again with fewer --workers.") from None
+            raise DataError(
+                "a process was killed, probably for lack of memory: run the same command again with fewer --workers."
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -194,7 +235,9 @@ def _join(chunks: Sequence[_Chunk], parts: Path) -> np.ndarray:
         os.fsync(file.fileno())
     joined = np.concatenate(lengths)
     if not len(joined):
-        raise DataError(f"{_work.sources[0].path}: no row can be used; the quarantine file names the reasons.")
+        raise DataError(
+            f"{_work.sources[0].path}: no row can be used; the quarantine file names the reasons."
+        )
     write_index(parts / "idx", _work.dtype, joined)
     return joined
 

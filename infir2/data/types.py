@@ -41,7 +41,9 @@ class Batch:
     loss_mask: Tensor  # bool [T]
     cu_seqlens: Tensor  # int32 [B+1], first token of each sequence, then T
     extras: dict[str, Tensor] = field(default_factory=dict)  # each [T]
-    sample_indices: tuple[int, ...] = ()  # [B], places of the sequences in the list that was packed; () for a filler
+    sample_indices: tuple[
+        int, ...
+    ] = ()  # [B], places of the sequences in the list that was packed; () for a filler
 
     origins: tuple[str, ...] = ()  # [B], file:line of each sequence
 

@@ -39,7 +39,9 @@ class Stage:
         return [sys.executable, "-m", "infir2", *self.words]
 
     def failure(self, code: int, where: str) -> UserError:
-        error = UserError(f"the demo stopped: stage {self.name} ended with code {code}, {where}; the same command goes on from there")
+        error = UserError(
+            f"the demo stopped: stage {self.name} ended with code {code}, {where}; the same command goes on from there"
+        )
         error.exit_code = code if code > 0 else 70
         return error
 
@@ -60,13 +62,23 @@ def run_demo(directory: Path, seed: int) -> None:
             if stage.is_done:
                 console.print(f"{stage.name}: done before, {stage.done}")
             else:
-                console.rule(f"{stage.name}   [dim]infir2 {' '.join(stage.words[:2])} ...[/dim]", align="left")
+                console.rule(
+                    f"{stage.name}   [dim]infir2 {' '.join(stage.words[:2])} ...[/dim]",
+                    align="left",
+                )
                 if code := subprocess.run(stage.command, check=False).returncode:
                     raise stage.failure(code, "its message is above")
             for other in side:
                 if other.needs == stage.name and not other.is_done:
                     with (logs / f"{other.name}.log").open("wb") as log:
-                        beside.append((other, subprocess.Popen(other.command, stdout=log, stderr=subprocess.STDOUT)))
+                        beside.append(
+                            (
+                                other,
+                                subprocess.Popen(
+                                    other.command, stdout=log, stderr=subprocess.STDOUT
+                                ),
+                            )
+                        )
         console.rule("waiting for the comparisons beside", align="left")
         for other, process in beside:
             if code := process.wait():
@@ -75,30 +87,51 @@ def run_demo(directory: Path, seed: int) -> None:
         for _, process in beside:  # nothing goes on after the demo has ended
             process.terminate()
             process.wait()
-    runs = [directory / name for name in (*STAGES[:1], "cpt-bf16", *STAGES[1:], *(f"eval-{name}" for name in EVALUATED))]
+    runs = [
+        directory / name
+        for name in (*STAGES[:1], "cpt-bf16", *STAGES[1:], *(f"eval-{name}" for name in EVALUATED))
+    ]
     page = write_report(runs, directory / "report.html")
     console.print(render_stage_table(stage_table(runs)))
-    console.print(f"{(time.monotonic() - start) / 60:.1f} minutes. Report: {page.resolve()}", soft_wrap=True)
+    console.print(
+        f"{(time.monotonic() - start) / 60:.1f} minutes. Report: {page.resolve()}", soft_wrap=True
+    )
 
 
 def plan(directory: Path, seed: int) -> tuple[list[Stage], list[Stage]]:
     """The stages in order, and those that run beside them as soon as their model exists."""
     world = directory / "world"
     main = [Stage("data", ("data", "demo", "--to", str(world), "--seed", str(seed)), world)]
-    main += [_train("cpt", "cpt", directory, seed), _train("sft", "sft1", directory, seed), _train("sft", "sft2", directory, seed)]
+    main += [
+        _train("cpt", "cpt", directory, seed),
+        _train("sft", "sft1", directory, seed),
+        _train("sft", "sft2", directory, seed),
+    ]
     main += [*_export("sft2", directory), _train("rl", "rl1", directory, seed)]
-    main += [*_export("rl1", directory), _train("rl", "rl2", directory, seed), *_export("rl2", directory)]
-    main.append(Stage("verify", ("verify-weights", str(directory / "rl2"), str(directory / "rl2-fp8"))))
+    main += [
+        *_export("rl1", directory),
+        _train("rl", "rl2", directory, seed),
+        *_export("rl2", directory),
+    ]
+    main.append(
+        Stage("verify", ("verify-weights", str(directory / "rl2"), str(directory / "rl2-fp8")))
+    )
     comparison = replace(_train("cpt", "cpt-bf16", directory, seed), needs="data")
     return main, [comparison, *(_evaluate(name, directory, seed) for name in EVALUATED)]
 
 
 def _train(verb: str, name: str, directory: Path, seed: int) -> Stage:
     data = name.removesuffix("-bf16")
-    options = [f"--run.dir={directory / name}", f"--run.seed={seed}", f"--data.tokenizer={directory / 'world' / 'tokenizer'}"]
+    options = [
+        f"--run.dir={directory / name}",
+        f"--run.seed={seed}",
+        f"--data.tokenizer={directory / 'world' / 'tokenizer'}",
+    ]
     options.append(f"--data.sources.0.path={directory / 'world' / data}.jsonl")
     if data == "cpt":
-        options.append(f"--data.validation_sources.0.path={directory / 'world' / 'cpt_validation.jsonl'}")
+        options.append(
+            f"--data.validation_sources.0.path={directory / 'world' / 'cpt_validation.jsonl'}"
+        )
     else:
         options.append(f"--model.path={directory / STAGES[STAGES.index(name) - 1]}")
     if verb == "rl":
@@ -117,5 +150,12 @@ def _export(name: str, directory: Path) -> list[Stage]:
 def _evaluate(name: str, directory: Path, seed: int) -> Stage:
     out = directory / f"eval-{name}"
     problems = f"--evaluate.problems.0.path={directory / 'world' / 'heldout.jsonl'}"
-    words = ("eval", str(RECIPES / "eval.toml"), f"--model.path={directory / name}", f"--run.dir={out}", f"--run.seed={seed}", problems)
+    words = (
+        "eval",
+        str(RECIPES / "eval.toml"),
+        f"--model.path={directory / name}",
+        f"--run.dir={out}",
+        f"--run.seed={seed}",
+        problems,
+    )
     return Stage(f"eval-{name}", words, out / "metrics.jsonl", needs=name)

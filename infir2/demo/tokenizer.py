@@ -47,11 +47,19 @@ def write_tokenizer(directory: Path, vocabulary: list[str]) -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     entries = [UNKNOWN_TOKEN, *vocabulary]
-    tokenizer = Tokenizer(models.WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token=UNKNOWN_TOKEN))
+    tokenizer = Tokenizer(
+        models.WordLevel(
+            {entry: index for index, entry in enumerate(entries)}, unk_token=UNKNOWN_TOKEN
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PRE_TOKENS), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINK_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(token, special=False, normalized=False) for token in THINK_TOKENS]
+    )
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     configuration = {
@@ -63,4 +71,6 @@ def write_tokenizer(directory: Path, vocabulary: list[str]) -> None:
         "model_max_length": 32768,
         "chat_template": CHAT_TEMPLATE,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(configuration, indent=2) + "\n", encoding="utf-8"
+    )

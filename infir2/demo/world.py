@@ -37,7 +37,11 @@ class DemoWorld:
     """Sizes and proportions. Shares of difficulties are for 2, 3 and 4 steps."""
 
     cpt_tokens: int = 1_638_400  # 1,600 steps of 1,024 tokens
-    cpt_shares: tuple[float, float, float] = (0.85, 0.1, 0.05)  # solved problems, single facts, told stories
+    cpt_shares: tuple[float, float, float] = (
+        0.85,
+        0.1,
+        0.05,
+    )  # solved problems, single facts, told stories
     cpt_difficulty: tuple[float, float, float] = (0.3, 0.35, 0.35)
     validation_documents: int = 1024
     sft_rows: int = 4096
@@ -73,7 +77,10 @@ class Chain:
     @property
     def thought(self) -> str:
         befores = (self.start, *self.values)
-        return ";".join(f"{before}{step:+d}={after}" for before, step, after in zip(befores, self.steps, self.values, strict=False))
+        return ";".join(
+            f"{before}{step:+d}={after}"
+            for before, step, after in zip(befores, self.steps, self.values, strict=False)
+        )
 
 
 @cache
@@ -87,13 +94,20 @@ def contains_held_out(chain: Chain) -> bool:
     """Whether any two or more consecutive steps of the chain are a held-out problem."""
     befores = (chain.start, *chain.values)
     length = len(chain.steps)
-    return any(held_out(befores[first], chain.steps[first:last]) for first in range(length - 1) for last in range(first + 2, length + 1))
+    return any(
+        held_out(befores[first], chain.steps[first:last])
+        for first in range(length - 1)
+        for last in range(first + 2, length + 1)
+    )
 
 
 def random_chain(random_source: random.Random, num_steps: int, is_held_out: bool = False) -> Chain:
     """A chain with all partial results in 0-49; plus and minus are equally likely. It, or no part of it, is held out."""
     while True:
-        steps = tuple(random_source.choice((-1, 1)) * random_source.randint(1, LARGEST_STEP) for _ in range(num_steps))
+        steps = tuple(
+            random_source.choice((-1, 1)) * random_source.randint(1, LARGEST_STEP)
+            for _ in range(num_steps)
+        )
         chain = Chain(random_source.randint(1, LARGEST_START), steps)
         if not all(0 <= value <= LARGEST_VALUE for value in chain.values):
             continue
@@ -106,7 +120,9 @@ def story(random_source: random.Random, chain: Chain, with_results: bool) -> str
     name, thing = random_source.choice(NAMES), random_source.choice(THINGS)
     sentences = [f"{name} has {chain.start} {thing}."]
     for step, value in zip(chain.steps, chain.values, strict=True):
-        sentences.append(f"{name} {random_source.choice(GAINS if step > 0 else LOSSES)} {abs(step)}{' more' * (step > 0)}.")
+        sentences.append(
+            f"{name} {random_source.choice(GAINS if step > 0 else LOSSES)} {abs(step)}{' more' * (step > 0)}."
+        )
         if with_results:
             sentences.append(f"Now {name} has {value} {thing}.")
     if not with_results:
@@ -167,13 +183,18 @@ def documents(random_source: random.Random, world: DemoWorld) -> Iterator[str]:
 
 
 def problems(
-    random_source: random.Random, count: int, difficulty: tuple[float, ...], is_held_out: bool = False
+    random_source: random.Random,
+    count: int,
+    difficulty: tuple[float, ...],
+    is_held_out: bool = False,
 ) -> Iterator[tuple[str, Chain]]:
     """`count` problems, all different while there are enough; the shares of the difficulties are met up to rounding."""
     seen: set[Chain] = set()
     sizes = [round(count * share / sum(difficulty)) for share in difficulty]
     sizes[-1] = count - sum(sizes[:-1])
-    order = [num_steps for num_steps, size in zip(DIFFICULTIES, sizes, strict=True) for _ in range(size)]
+    order = [
+        num_steps for num_steps, size in zip(DIFFICULTIES, sizes, strict=True) for _ in range(size)
+    ]
     random_source.shuffle(order)
     for num_steps in order:
         for _ in range(100):  # draws before a repeat is accepted
@@ -192,7 +213,13 @@ def conversations(random_source: random.Random, world: DemoWorld, stage: int) ->
     rows = problems(random_source, world.sft_rows, world.sft_difficulty[stage])
     for think, (text, chain) in zip(thinks, rows, strict=True):
         answer = f"<think>{chain.thought if think else ''}</think>\\boxed{{{chain.answer}}}"
-        yield {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], "difficulty": len(chain.steps)}
+        yield {
+            "messages": [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": answer},
+            ],
+            "difficulty": len(chain.steps),
+        }
 
 
 def prompts(rows: Iterable[tuple[str, Chain]]) -> Iterator[dict]:
@@ -226,11 +253,15 @@ def make_demo_world(directory: Path, seed: int, world: DemoWorld | None = None) 
     """
     world = world or DemoWorld()
     if directory.exists() and any(directory.iterdir()):
-        raise OutputExistsError(f"{directory} already holds files: choose another directory for the demo's data, or remove it.")
+        raise OutputExistsError(
+            f"{directory} already holds files: choose another directory for the demo's data, or remove it."
+        )
     write_tokenizer(directory / "tokenizer", build_vocabulary(every_phrase()))
 
     def source(name: str) -> random.Random:
-        return random.Random(f"{seed}/{name}")  # a text seed is hashed with SHA-512: the same on every platform
+        return random.Random(
+            f"{seed}/{name}"
+        )  # a text seed is hashed with SHA-512: the same on every platform
 
     corpus = list(documents(source("cpt"), world))
     write_rows(directory / "cpt.jsonl", ({"text": text} for text in corpus))
@@ -239,7 +270,10 @@ def make_demo_world(directory: Path, seed: int, world: DemoWorld | None = None) 
         unseen |= {document(validation_source, world)} - known
     write_rows(directory / "cpt_validation.jsonl", ({"text": text} for text in sorted(unseen)))
     for stage in range(len(world.sft_empty_thoughts)):
-        write_rows(directory / f"sft{stage + 1}.jsonl", conversations(source(f"sft{stage + 1}"), world, stage))
+        write_rows(
+            directory / f"sft{stage + 1}.jsonl",
+            conversations(source(f"sft{stage + 1}"), world, stage),
+        )
     for stage, count in enumerate(world.rl_rows):
         rows = problems(source(f"rl{stage + 1}"), count, world.rl_difficulty[stage])
         write_rows(directory / f"rl{stage + 1}.jsonl", prompts(rows))

@@ -47,9 +47,17 @@ class NativeEngine:
         self._max_running = max_running_requests
 
     @classmethod
-    def from_hf(cls, directory: Path, max_running_requests: int, compute_dtype: torch.dtype, device: torch.device) -> "NativeEngine":
+    def from_hf(
+        cls,
+        directory: Path,
+        max_running_requests: int,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+    ) -> "NativeEngine":
         """Serve an exported Hugging Face directory, FP8 or BF16. Errors: CheckpointError."""
-        return cls(Decoder.from_hf(directory, compute_dtype=compute_dtype).to(device), max_running_requests)
+        return cls(
+            Decoder.from_hf(directory, compute_dtype=compute_dtype).to(device), max_running_requests
+        )
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """One completion per request, in order."""
@@ -63,7 +71,13 @@ class NativeEngine:
             return
         num_slots = min(self._max_running, len(requests))
         longest = max(len(request.token_ids) for request in requests) + params.max_tokens
-        cache = KvCache(self.model.config, num_slots, longest, self.model.compute_dtype, self.model.head_weight.device)
+        cache = KvCache(
+            self.model.config,
+            num_slots,
+            longest,
+            self.model.compute_dtype,
+            self.model.head_weight.device,
+        )
         # longest prompts first: similar lengths stay together, which keeps padding small
         waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
         free, running = list(range(num_slots)), list[_Running]()
@@ -89,9 +103,15 @@ class NativeEngine:
         """sha256 of each weight's bytes by exported name."""
         return weights_digest(exported_fp8_weights(self.model))
 
-    def _admit(self, requests: Sequence[Request], waiting: list[int], free: list[int]) -> list[_Running]:
+    def _admit(
+        self, requests: Sequence[Request], waiting: list[int], free: list[int]
+    ) -> list[_Running]:
         admitted, tokens = list[_Running](), 0
-        while waiting and free and (not admitted or tokens + len(requests[waiting[-1]].token_ids) <= PREFILL_TOKENS):
+        while (
+            waiting
+            and free
+            and (not admitted or tokens + len(requests[waiting[-1]].token_ids) <= PREFILL_TOKENS)
+        ):
             index = waiting.pop()
             tokens += len(requests[index].token_ids)
             admitted.append(_Running(index, requests[index], free.pop()))
@@ -103,7 +123,12 @@ class NativeEngine:
         lengths = np.array([len(tokens) for tokens in new])
         ends = np.cumsum(lengths)
         last = np.array([s.position for s in sequences])
-        positions = np.concatenate([np.arange(end - length + 1, end + 1) for end, length in zip(last, lengths, strict=True)])
+        positions = np.concatenate(
+            [
+                np.arange(end - length + 1, end + 1)
+                for end, length in zip(last, lengths, strict=True)
+            ]
+        )
         device = self.model.head_weight.device
         hidden = self.model.hidden_states(
             torch.tensor([token for tokens in new for token in tokens], device=device),
@@ -116,14 +141,21 @@ class NativeEngine:
         keys = np.array([s.request.key for s in sequences], dtype=np.uint64)
         draws = uniforms(keys, np.array([len(s.token_ids) for s in sequences]))
         chosen, logprobs = sample(logits, params.temperature, params.top_p, draws)
-        for sequence, token, logprob in zip(sequences, chosen.tolist(), logprobs.tolist(), strict=True):
+        for sequence, token, logprob in zip(
+            sequences, chosen.tolist(), logprobs.tolist(), strict=True
+        ):
             sequence.token_ids.append(token)
             sequence.logprobs.append(logprob)
 
     def _finished(self, sequence: _Running, params: SamplingParams) -> bool:
-        return sequence.token_ids[-1] in params.stop_ids or len(sequence.token_ids) >= params.max_tokens
+        return (
+            sequence.token_ids[-1] in params.stop_ids
+            or len(sequence.token_ids) >= params.max_tokens
+        )
 
     def _complete(self, sequence: _Running, params: SamplingParams) -> Completion:
         finish = "stop" if sequence.token_ids[-1] in params.stop_ids else "length"
         logprobs = np.array(sequence.logprobs, dtype=np.float32)
-        return Completion(sequence.request.id, sequence.token_ids, logprobs, finish, self.policy_version)  # type: ignore[arg-type]
+        return Completion(
+            sequence.request.id, sequence.token_ids, logprobs, finish, self.policy_version
+        )  # type: ignore[arg-type]

@@ -35,32 +35,62 @@ def check_engine(url: str, hf_dir: Path) -> str:
     tokenizer = load_tokenizer(hf_dir)
     engine = NativeEngine.from_hf(hf_dir, NUM_PROBES, torch.bfloat16, torch.device("cpu"))
     vocabulary = tokenizer.vocab_size
-    prompts = [[(7919 * probe + 104729 * place) % vocabulary for place in range(1, PROBE_TOKENS + 1)] for probe in range(1, NUM_PROBES + 1)]
+    prompts = [
+        [(7919 * probe + 104729 * place) % vocabulary for place in range(1, PROBE_TOKENS + 1)]
+        for probe in range(1, NUM_PROBES + 1)
+    ]
     requests = [Request(str(index), prompt, index) for index, prompt in enumerate(prompts)]
-    ours = engine.generate(requests, SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, stop_ids=()))
+    ours = engine.generate(
+        requests, SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, stop_ids=())
+    )
     differences: list[float] = []
     try:
         model = _call(f"{base}/models")["data"][0]["id"]
         for prompt, mine in zip(prompts, ours, strict=True):
-            words = {"prompt": prompt, "model": model, "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1, "ignore_eos": True}
-            theirs = _call(f"{base}/completions", words | {"return_tokens_as_token_ids": True})["choices"][0]["logprobs"]
+            words = {
+                "prompt": prompt,
+                "model": model,
+                "max_tokens": NEW_TOKENS,
+                "temperature": 0,
+                "logprobs": 1,
+                "ignore_eos": True,
+            }
+            theirs = _call(f"{base}/completions", words | {"return_tokens_as_token_ids": True})[
+                "choices"
+            ][0]["logprobs"]
             for token, logprob, text, value in zip(
-                mine.token_ids, mine.rollout_logprobs, theirs["tokens"], theirs["token_logprobs"], strict=False
+                mine.token_ids,
+                mine.rollout_logprobs,
+                theirs["tokens"],
+                theirs["token_logprobs"],
+                strict=False,
             ):
                 if text not in (f"token_id:{token}", tokenizer.decode([token])):
                     break
                 differences.append(abs(float(logprob) - float(value)))
     except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(f"{base}: gives no completions with log-probabilities ({error}); check the URL and {KEY_VARIABLE}.") from error
-    agreed, mean = len(differences) / (NUM_PROBES * NEW_TOKENS), sum(differences) / max(1, len(differences))
+        raise ConfigError(
+            f"{base}: gives no completions with log-probabilities ({error}); check the URL and {KEY_VARIABLE}."
+        ) from error
+    agreed, mean = (
+        len(differences) / (NUM_PROBES * NEW_TOKENS),
+        sum(differences) / max(1, len(differences)),
+    )
     found = f"{agreed:.0%} of {NUM_PROBES * NEW_TOKENS} greedy tokens agree, their log-probabilities within {mean:.3g} on average"
     if agreed < MIN_AGREEMENT or not mean <= MAX_DIFFERENCE:
-        raise CheckFailedError(f"{url} does not compute what {hf_dir} says: {found} (allowed {MIN_AGREEMENT:.0%}, {MAX_DIFFERENCE}).")
+        raise CheckFailedError(
+            f"{url} does not compute what {hf_dir} says: {found} (allowed {MIN_AGREEMENT:.0%}, {MAX_DIFFERENCE})."
+        )
     return f"{url}: {found}."
 
 
 def _call(url: str, body: dict[str, Any] | None = None) -> Any:
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get(KEY_VARIABLE, '')}"}
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {os.environ.get(KEY_VARIABLE, '')}",
+    }
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS
+    ) as answer:
         return json.loads(answer.read())

@@ -26,7 +26,9 @@ from infir2.launch.ray import ENGINES, actors_in, connect
 from infir2.parallel.ranks import Ranks
 
 ProcessId = tuple[str, int]  # of an engine's process: Ray's node, pid there
-Piece = tuple[str, str, tuple[int, ...], Any]  # of a weight: name, dtype, shape, reference to its bytes
+Piece = tuple[
+    str, str, tuple[int, ...], Any
+]  # of a weight: name, dtype, shape, reference to its bytes
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 1.0  # between signs of life of an engine whose responses are long
 
@@ -42,19 +44,25 @@ class EngineActor:
         self._section, self._compute_dtype = section, compute_dtype
         self._engine: NativeEngine | None = None
 
-    def load(self, pieces: Sequence[Piece], policy_version: int) -> tuple[dict[str, str], ProcessId]:
+    def load(
+        self, pieces: Sequence[Piece], policy_version: int
+    ) -> tuple[dict[str, str], ProcessId]:
         """Take over these weights, without any those of `rollout.model`. Returns their digest, and where this process is."""
         import ray
 
         if self._engine is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             directory = Path(self._section.model)
-            self._engine = NativeEngine.from_hf(directory, self._section.max_running_requests, self._compute_dtype, device)
+            self._engine = NativeEngine.from_hf(
+                directory, self._section.max_running_requests, self._compute_dtype, device
+            )
         if pieces:
             self._engine.update_weights(_fetched(pieces), policy_version)
         return self._engine.weights_digest(), (ray.get_runtime_context().get_node_id(), os.getpid())
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams, policy_version: int) -> Iterator[list[Ended]]:
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, policy_version: int
+    ) -> Iterator[list[Ended]]:
         """What has ended, as it ends; nothing, every BEAT_SECONDS in which tokens were made."""
         engine = self._engine
         if engine is None or engine.policy_version != policy_version:
@@ -69,7 +77,13 @@ class EngineActor:
 class RayEngines:
     """All engines of the run as one `Engine`; every rank has one, and the first rank's does the work."""
 
-    def __init__(self, section: RolloutSection, compute_dtype: torch.dtype, ranks: Ranks, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        section: RolloutSection,
+        compute_dtype: torch.dtype,
+        ranks: Ranks,
+        timeout_seconds: float,
+    ) -> None:
         """Start the engines with the weights of `rollout.model`, version 0. Errors: those of `NativeEngine.from_hf`.
 
         An engine that makes no token, or loads weights, for longer than `timeout_seconds` is ended.
@@ -80,8 +94,12 @@ class RayEngines:
         self._actors: list[Any] = []  # those that are not dead for good
         self._serving: list[Any] = []
         self._loading: dict[Any, Any] = {}  # reference to the digest that is to come -> actor
-        self._places: dict[Any, ProcessId] = {}  # of actors that have loaded weights in this life of theirs
-        self._heard: dict[Any, float] = {}  # when a call to an actor began or gave something, time.monotonic()
+        self._places: dict[
+            Any, ProcessId
+        ] = {}  # of actors that have loaded weights in this life of theirs
+        self._heard: dict[
+            Any, float
+        ] = {}  # when a call to an actor began or gave something, time.monotonic()
         if ranks.is_rank0:
             self._actors = _start(section, compute_dtype)
         self._digest = ranks.broadcast_from_rank0(self._load_all)
@@ -126,12 +144,18 @@ class RayEngines:
                 actor, share = streams[stream]
                 self._heard[stream] = time.monotonic()
                 try:
-                    yield [(share[place], completion) for place, completion in ray.get(next(stream))]
+                    yield [
+                        (share[place], completion) for place, completion in ray.get(next(stream))
+                    ]
                 except StopIteration:
                     del streams[stream]
                 except (ray.exceptions.RayActorError, NotServing) as error:
                     del streams[stream]
-                    print(f"rl: a rollout engine died ({type(error).__name__}); the others do its work", file=sys.stderr, flush=True)
+                    print(
+                        f"rl: a rollout engine died ({type(error).__name__}); the others do its work",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     self._serving.remove(actor)
                     self._places.pop(actor, None)
                     self._load(actor)
@@ -146,8 +170,15 @@ class RayEngines:
 
         now = time.monotonic()
         for call, actor in calls.items():
-            if now - self._heard[call] > self._timeout_seconds and not ray.wait([call], timeout=0)[0]:
-                print(f"rl: a rollout engine made no progress in {self._timeout_seconds:g} s; ending it", file=sys.stderr, flush=True)
+            if (
+                now - self._heard[call] > self._timeout_seconds
+                and not ray.wait([call], timeout=0)[0]
+            ):
+                print(
+                    f"rl: a rollout engine made no progress in {self._timeout_seconds:g} s; ending it",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if place := self._places.pop(actor, None):
                     _kill(*place)
                 else:
@@ -175,7 +206,9 @@ class RayEngines:
         self._admit(0)
         while not self._serving:
             if not self._loading:
-                raise RankError("every rollout engine has died, more often than --max-restarts allows; see above")
+                raise RankError(
+                    "every rollout engine has died, more often than --max-restarts allows; see above"
+                )
             yield []
             self._admit(POLL_SECONDS)
 
@@ -184,7 +217,9 @@ class RayEngines:
         import ray
 
         self._end_wedged(self._loading)
-        for loaded in ray.wait(list(self._loading), timeout=wait_seconds)[0] if self._loading else ():
+        for loaded in (
+            ray.wait(list(self._loading), timeout=wait_seconds)[0] if self._loading else ()
+        ):
             actor = self._loading.pop(loaded)
             try:
                 digest, self._places[actor] = ray.get(loaded)
@@ -201,7 +236,9 @@ class RayEngines:
                 raise error.cause from error
             self._digest = self._digest or digest
             if digest != self._digest:
-                raise CheckFailedError("two rollout engines hold different weights: rollout.model must be the same on every node")
+                raise CheckFailedError(
+                    "two rollout engines hold different weights: rollout.model must be the same on every node"
+                )
             self._serving.append(actor)
 
 

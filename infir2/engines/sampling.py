@@ -22,7 +22,9 @@ def uniforms(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, draws: np.ndarray) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, temperature: float, top_p: float, draws: np.ndarray
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution.
 
     Args:
@@ -49,7 +51,9 @@ def _invert(probabilities: Tensor, top_p: float, draws: Tensor) -> Tensor:
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
     cumulative = probabilities.cumsum(-1)
-    index = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True).squeeze(1)
+    index = torch.searchsorted(
+        cumulative, (draws * cumulative[:, -1])[:, None], right=True
+    ).squeeze(1)
     # the last token with any probability, should rounding put the draw at the very end
     last = probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1)
     return torch.minimum(index, last)

@@ -82,11 +82,18 @@ def part_of(engine: Engine, ranks: Ranks, items: Sequence[Item]) -> Sequence[Ite
 
 
 def respond(
-    engine: Engine, prompts: Sequence[tuple[str, list[int]]], samples: int, seed: int, params: SamplingParams, check: Callable[[], None]
+    engine: Engine,
+    prompts: Sequence[tuple[str, list[int]]],
+    samples: int,
+    seed: int,
+    params: SamplingParams,
+    check: Callable[[], None],
 ) -> Iterator[tuple[int, list[Completion]]]:
     """The responses to each prompt (its id, token_ids), with its place, as the last of them ends; what `check` raises ends the work."""
     requests = [
-        Request(f"{name}/{i}", ids, sampling_key(seed, name, i, engine.policy_version)) for name, ids in prompts for i in range(samples)
+        Request(f"{name}/{i}", ids, sampling_key(seed, name, i, engine.policy_version))
+        for name, ids in prompts
+        for i in range(samples)
     ]
     found: dict[int, Completion] = {}
     for ended in engine.stream(requests, params):

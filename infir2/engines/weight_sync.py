@@ -17,7 +17,9 @@ from infir2.model.hf_names import weights_digest
 from infir2.parallel.parallel_model import ParallelModel
 
 
-def open_engine(recipe: RlRecipe, parallel_model: ParallelModel, policy_version: int) -> tuple[Engine, str]:
+def open_engine(
+    recipe: RlRecipe, parallel_model: ParallelModel, policy_version: int
+) -> tuple[Engine, str]:
     """This rank's engine of `rollout.model`, or all ranks' where the launcher made room for engines apart.
 
     Its bytes are compared with the trainer's before anything is generated.
@@ -26,9 +28,15 @@ def open_engine(recipe: RlRecipe, parallel_model: ParallelModel, policy_version:
     Raises CheckFailedError naming the first weight that differs.
     """
     if not recipe.rollout.model:
-        raise ConfigError("rollout.model is empty: name the FP8 export of model.path (infir2 export hf, infir2 export fp8)")
+        raise ConfigError(
+            "rollout.model is empty: name the FP8 export of model.path (infir2 export hf, infir2 export fp8)"
+        )
     apart = bool(os.environ.get(ENGINES))
-    if recipe.rl.asynchronous and not apart and (parallel_model.ranks.size > 1 or parallel_model.layout.device.type != "cpu"):
+    if (
+        recipe.rl.asynchronous
+        and not apart
+        and (parallel_model.ranks.size > 1 or parallel_model.layout.device.type != "cpu")
+    ):
         raise ConfigError(
             "rl.asynchronous needs engines apart from the trainer, for otherwise both wait for the same processor: start with "
             "infir2 launch ray --engines N -- rl ... (one process on a CPU may try it without)"
@@ -38,7 +46,9 @@ def open_engine(recipe: RlRecipe, parallel_model: ParallelModel, policy_version:
     if apart:
         engine = RayEngines(section, dtype, parallel_model.ranks, recipe.parallel.timeout_seconds)
     else:
-        engine = NativeEngine.from_hf(Path(section.model), section.max_running_requests, dtype, parallel_model.layout.device)
+        engine = NativeEngine.from_hf(
+            Path(section.model), section.max_running_requests, dtype, parallel_model.layout.device
+        )
     if policy_version > 0:
         return engine, publish(parallel_model, engine, policy_version)
     return engine, _assert_same(parallel_model, weights_digest(parallel_model.exported()), engine)

@@ -34,15 +34,22 @@ def answer_problems(
 ) -> list[dict[str, Any]]:
     """A row per response (prompt, response, answer, correct, truncated), k per problem. `check` is called all the time."""
     prompts = [(problem.id, prompt_token_ids(tokenizer, problem, section)) for problem in problems]
-    params = SamplingParams(section.temperature, section.max_response_tokens, tokenizer.eos_ids, section.top_p)
+    params = SamplingParams(
+        section.temperature, section.max_response_tokens, tokenizer.eos_ids, section.top_p
+    )
     found: dict[int, list[Completion]] = {}
     for place, responses in respond(engine, prompts, section.samples, seed, params, check):
         found[place] = responses
         fault("evaluate")
     completions = [completion for place in range(len(problems)) for completion in found[place]]
-    texts = [section.response_prefix + tokenizer.decode(completion.token_ids) for completion in completions]
+    texts = [
+        section.response_prefix + tokenizer.decode(completion.token_ids)
+        for completion in completions
+    ]
     owners = [problem for problem in problems for _ in range(section.samples)]
-    verdicts = check_math_batch([(text, owner.answer) for text, owner in zip(texts, owners, strict=True)])
+    verdicts = check_math_batch(
+        [(text, owner.answer) for text, owner in zip(texts, owners, strict=True)]
+    )
     return [
         {
             "problem": owner.id,
@@ -52,15 +59,23 @@ def answer_problems(
             "reward": float(verdict.correct),
             "truncated": completion.finish == "length",
         }
-        for owner, text, verdict, completion in zip(owners, texts, verdicts, completions, strict=True)
+        for owner, text, verdict, completion in zip(
+            owners, texts, verdicts, completions, strict=True
+        )
     ]
 
 
-def prompt_token_ids(tokenizer: ChatTokenizer, problem: Prompt, section: EvaluateSection) -> list[int]:
+def prompt_token_ids(
+    tokenizer: ChatTokenizer, problem: Prompt, section: EvaluateSection
+) -> list[int]:
     """The problem as a chat, up to where the assistant's answer goes on."""
     system = [{"role": "system", "content": section.system_prompt}] if section.system_prompt else []
     ids = tokenizer.render([*system, *problem.messages], add_generation_prompt=True)
-    return [*ids, *tokenizer.encode_marked(section.response_prefix)] if section.response_prefix else ids
+    return (
+        [*ids, *tokenizer.encode_marked(section.response_prefix)]
+        if section.response_prefix
+        else ids
+    )
 
 
 def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
@@ -68,13 +83,18 @@ def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
     recipe = loaded.recipe
     tokenizer, _ = open_tokenizer(recipe.model)
     problems = open_problems(recipe.evaluate)
-    engine = NativeEngine(build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size), recipe.rollout.max_running_requests)
+    engine = NativeEngine(
+        build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size),
+        recipe.rollout.max_running_requests,
+    )
     rows = answer_problems(engine, tokenizer, problems, recipe.evaluate, recipe.run.seed)
     scores = summary(problems, rows, recipe.evaluate.samples)
     directory = Path(recipe.run.dir)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "recipe.toml").write_text(dump(loaded), encoding="utf-8")
-    (directory / "environment.json").write_text(json.dumps(describe_environment(), indent=1) + "\n", encoding="utf-8")
+    (directory / "environment.json").write_text(
+        json.dumps(describe_environment(), indent=1) + "\n", encoding="utf-8"
+    )
     metrics = MetricsWriter(directory, resumed_step=0)
     metrics.write("evaluation", 1, **asdict(scores))
     metrics.write_samples([{"step": 1} | row for row in rows[:SAMPLE_ROWS]])
@@ -82,7 +102,9 @@ def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
     print(describe(scores), file=sys.stderr)
 
 
-def in_loop_evaluator(recipe: RlRecipe) -> Callable[[Engine, ChatTokenizer, int, Session], None] | None:
+def in_loop_evaluator(
+    recipe: RlRecipe,
+) -> Callable[[Engine, ChatTokenizer, int, Session], None] | None:
     """The evaluation that `run_rl` calls every `rl.evaluate_every` steps; None when the recipe names no problems."""
     if not recipe.evaluate.problems:
         return None
@@ -91,7 +113,11 @@ def in_loop_evaluator(recipe: RlRecipe) -> Callable[[Engine, ChatTokenizer, int,
     def evaluate(engine: Engine, tokenizer: ChatTokenizer, step: int, session: Session) -> None:
         session.beat(f"the evaluation after step {step}")
         mine = part_of(engine, session.ranks, problems)
-        parts = session.divided(lambda check: answer_problems(engine, tokenizer, mine, recipe.evaluate, recipe.run.seed, check))
+        parts = session.divided(
+            lambda check: answer_problems(
+                engine, tokenizer, mine, recipe.evaluate, recipe.run.seed, check
+            )
+        )
         scores = summary(problems, list(chain.from_iterable(parts)), recipe.evaluate.samples)
         session.metrics.write("evaluation", step, **asdict(scores))
         session.progress.say(f"step {step}: {describe(scores)}")

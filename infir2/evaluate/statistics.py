@@ -67,22 +67,36 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, equation 1), as a product that neither overflows nor cancels.
     """
     if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
-        raise ValueError(f"pass@k needs 0 <= correct <= samples and 1 <= k <= samples, got {num_correct}, {num_samples}, k = {k}")
+        raise ValueError(
+            f"pass@k needs 0 <= correct <= samples and 1 <= k <= samples, got {num_correct}, {num_samples}, k = {k}"
+        )
     if num_samples - num_correct < k:
         return 1.0
-    return 1.0 - math.prod(1.0 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1))
+    return 1.0 - math.prod(
+        1.0 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1)
+    )
 
 
 def mean_pass_at_k(scores: Sequence[Sequence[float]], k: int) -> float:
     """pass@k averaged over problems. A sample is correct when its score is greater than 0."""
-    return _mean([pass_at_k(len(samples), sum(score > 0 for score in samples), k) for samples in scores])
+    return _mean(
+        [pass_at_k(len(samples), sum(score > 0 for score in samples), k) for samples in scores]
+    )
 
 
-def by_difficulty(scores: Sequence[Sequence[float]], difficulties: Sequence[int | None]) -> dict[str, float]:
+def by_difficulty(
+    scores: Sequence[Sequence[float]], difficulties: Sequence[int | None]
+) -> dict[str, float]:
     """avg@k of each difficulty, easiest first; problems without one come last under "unknown"."""
     levels = sorted(set(difficulties), key=lambda level: (level is None, level or 0))
-    by_level = {level: [s for s, d in zip(scores, difficulties, strict=True) if d == level] for level in levels}
-    return {"unknown" if level is None else str(level): average_at_k(own).mean for level, own in by_level.items()}
+    by_level = {
+        level: [s for s, d in zip(scores, difficulties, strict=True) if d == level]
+        for level in levels
+    }
+    return {
+        "unknown" if level is None else str(level): average_at_k(own).mean
+        for level, own in by_level.items()
+    }
 
 
 def _mean(values: Sequence[float] | Sequence[bool]) -> float:

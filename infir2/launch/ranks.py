@@ -22,13 +22,23 @@ PREEMPTED, INTERRUPTED = 75, 130
 # From mild to bad. Any other code names a cause, and outranks its echo on other ranks (70, 71 of a broken collective).
 _MILD_TO_BAD = (0, PREEMPTED, INTERRUPTED, DIED, 70)
 RESTARTED = (70, DIED)
-STOPPED_BY: dict[int, int] = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}  # signal -> code of what it ended
+STOPPED_BY: dict[int, int] = {
+    signal.SIGTERM: PREEMPTED,
+    signal.SIGINT: INTERRUPTED,
+}  # signal -> code of what it ended
 _PR_SET_PDEATHSIG = 1
 
 
 def worst_code(codes: Iterable[int]) -> int:
     """The code that says most about what went wrong. Example: [75, 71, 2] -> 2; no codes at all -> 71."""
-    return max(codes, key=lambda code: (_MILD_TO_BAD.index(code) if code in _MILD_TO_BAD else len(_MILD_TO_BAD), code), default=DIED)
+    return max(
+        codes,
+        key=lambda code: (
+            _MILD_TO_BAD.index(code) if code in _MILD_TO_BAD else len(_MILD_TO_BAD),
+            code,
+        ),
+        default=DIED,
+    )
 
 
 @contextlib.contextmanager
@@ -86,7 +96,12 @@ def code_for_torchrun(code: int) -> int:
     and add a traceback. Only between nodes an error is needed to tell the others.
     """
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    return 0 if _launched() and (code in (PREEMPTED, INTERRUPTED) or (one_node and code not in RESTARTED)) else code
+    return (
+        0
+        if _launched()
+        and (code in (PREEMPTED, INTERRUPTED) or (one_node and code not in RESTARTED))
+        else code
+    )
 
 
 def _launched() -> bool:
@@ -106,7 +121,9 @@ def run_rank(main: Callable[[], int]) -> int:
     attempt.mkdir(exist_ok=True)
 
     def leave(code: int) -> int:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this code stands, whatever torchrun sends to all
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # this code stands, whatever torchrun sends to all
         _write(attempt / f"rank-{rank}.code", str(code))
         return code_for_torchrun(code)
 

@@ -34,7 +34,14 @@ LATER_ROOM_SECONDS = 1800.0  # after a death: a machine has to start again, or a
 PEER_SECONDS = 60.0  # one node has ended badly: the others notice, and tell their reason
 POLL_SECONDS = 0.5
 ENGINES = "INFIR2_ENGINES"  # ID:N, the placement group of engines apart and how often each may be started again
-_PASSED = ("INFIR2_", "OMP_", "MKL_", "NCCL_", "TORCH_", "HF_")  # variables that travel to every node, beside the user's words
+_PASSED = (
+    "INFIR2_",
+    "OMP_",
+    "MKL_",
+    "NCCL_",
+    "TORCH_",
+    "HF_",
+)  # variables that travel to every node, beside the user's words
 
 
 class Node:
@@ -73,10 +80,26 @@ class Node:
 
 def node_command(layout: Layout, words: Sequence[str]) -> list[str]:
     """What runs on every node, after the interpreter."""
-    command = ["-m", "infir2", "launch", "torchrun", "--nodes", str(layout.nodes), "--gpus-per-node", str(layout.ranks_per_node)]
+    command = [
+        "-m",
+        "infir2",
+        "launch",
+        "torchrun",
+        "--nodes",
+        str(layout.nodes),
+        "--gpus-per-node",
+        str(layout.ranks_per_node),
+    ]
     command += ["--max-restarts", "0"]  # the driver counts restarts, of all nodes together
     if layout.nodes > 1:
-        command += ["--endpoint", layout.endpoint, "--run-id", layout.run_id, "--local-address", layout.local_address]
+        command += [
+            "--endpoint",
+            layout.endpoint,
+            "--run-id",
+            layout.run_id,
+            "--local-address",
+            layout.local_address,
+        ]
     return [*command, "--", *words]
 
 
@@ -84,16 +107,27 @@ def placement(layout: Layout) -> list[tuple[list[dict[str, float]], str]]:
     """Bundles and strategy of each placement group: nodes, every one on a machine of its own, and engines apart."""
 
     def bundle(processes: int) -> dict[str, float]:
-        return {"CPU": layout.cpus_per_rank * processes} | ({} if layout.cpu else {"GPU": float(processes)})
+        return {"CPU": layout.cpus_per_rank * processes} | (
+            {} if layout.cpu else {"GPU": float(processes)}
+        )
 
-    nodes = [bundle(layout.ranks_per_node)] * layout.nodes, "STRICT_SPREAD" if layout.nodes > 1 else "STRICT_PACK"
+    nodes = (
+        [bundle(layout.ranks_per_node)] * layout.nodes,
+        "STRICT_SPREAD" if layout.nodes > 1 else "STRICT_PACK",
+    )
     return [nodes, ([bundle(1)] * layout.engines, "PACK")] if layout.engines else [nodes]
 
 
 def description(layout: Layout, words: Sequence[str]) -> str:
     """For --dry-run: the placement groups, and the command of a node."""
-    command = [sys.executable, *node_command(replace(layout, endpoint="HOST:PORT", local_address="HOST"), words)]
-    groups = "; ".join(f"{len(bundles)} bundles of {bundles[0]}, {strategy}" for bundles, strategy in placement(layout))
+    command = [
+        sys.executable,
+        *node_command(replace(layout, endpoint="HOST:PORT", local_address="HOST"), words),
+    ]
+    groups = "; ".join(
+        f"{len(bundles)} bundles of {bundles[0]}, {strategy}"
+        for bundles, strategy in placement(layout)
+    )
     return f"# {groups}; in each of the first:\n{shlex.join(command)}"
 
 
@@ -102,7 +136,10 @@ def connect(address: str) -> None:
     import ray
 
     # ray.init takes SIGTERM over, to exit at once; one that comes meanwhile waits for the handler's return
-    handler, blocked = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    handler, blocked = (
+        signal.getsignal(signal.SIGTERM),
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}),
+    )
     try:
         ray.init(address=address, log_to_driver=True)
     finally:
@@ -117,7 +154,12 @@ def actors_in(group: Any, kind: type, *arguments: Any, **options: Any) -> list[A
 
     return [
         ray.remote(kind)
-        .options(num_cpus=room["CPU"], num_gpus=room.get("GPU", 0), scheduling_strategy=In(group, index), **options)
+        .options(
+            num_cpus=room["CPU"],
+            num_gpus=room.get("GPU", 0),
+            scheduling_strategy=In(group, index),
+            **options,
+        )
         .remote(*arguments)
         for index, room in enumerate(group.bundle_specs)
     ]
@@ -138,7 +180,9 @@ def run_ray(layout: Layout, words: Sequence[str], variables: Sequence[str]) -> i
         try:
             connect(os.environ.get("RAY_ADDRESS", "auto"))
         except ConnectionError as error:
-            raise ConfigError("no Ray cluster runs here: start one with `ray start --head`, or set RAY_ADDRESS.") from error
+            raise ConfigError(
+                "no Ray cluster runs here: start one with `ray start --head`, or set RAY_ADDRESS."
+            ) from error
         try:
             return driver.run()
         finally:
@@ -153,7 +197,9 @@ class _Driver:
     def __init__(self, layout: Layout, words: Sequence[str], variables: Sequence[str]) -> None:
         self._layout, self._words = layout, words
         passed = {name: os.environ[name] for name in variables if name in os.environ}
-        self._variables = passed | {name: value for name, value in os.environ.items() if name.startswith(_PASSED)}
+        self._variables = passed | {
+            name: value for name, value in os.environ.items() if name.startswith(_PASSED)
+        }
         self._nodes: list[Any] = []
         self._stopped = 0  # the newest stop signal
         self._unsent: list[int] = []  # stop signals of which the nodes have not heard
@@ -161,7 +207,10 @@ class _Driver:
     def run(self) -> int:
         from ray.util.placement_group import placement_group, remove_placement_group
 
-        groups = [placement_group(bundles, strategy=strategy) for bundles, strategy in placement(self._layout)]
+        groups = [
+            placement_group(bundles, strategy=strategy)
+            for bundles, strategy in placement(self._layout)
+        ]
         if self._layout.engines:
             self._variables |= {ENGINES: f"{groups[1].id.hex()}:{self._layout.max_restarts}"}
         code = DIED
@@ -171,7 +220,11 @@ class _Driver:
                 if self._stopped or code not in RESTARTED:
                     break
                 left = self._layout.max_restarts - attempt
-                print(f"infir2 launch: a worker died; {left} restarts left, from the newest checkpoint", file=sys.stderr, flush=True)
+                print(
+                    f"infir2 launch: a worker died; {left} restarts left, from the newest checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
         except _Stopped:
             code = -self._stopped
         finally:
@@ -212,12 +265,18 @@ class _Driver:
         for group, (bundles, _) in zip(groups, placement(self._layout), strict=True):
             wanted = f"room for {len(bundles)} bundles of {bundles[0]}"
             if attempt and not group.wait(1):
-                print(f"infir2 launch: waits up to {seconds / 60:.0f} minutes for {wanted}", file=sys.stderr, flush=True)
+                print(
+                    f"infir2 launch: waits up to {seconds / 60:.0f} minutes for {wanted}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             if not self._until(partial(group.wait, 1), seconds):
                 there = ray.cluster_resources()
                 has = f"{wanted} after {seconds:.0f} s (in all it has CPU {there.get('CPU', 0):g}, GPU {there.get('GPU', 0):g})"
                 if attempt:
-                    raise RankError(f"the Ray cluster again has no {has}: start the dead node again; the same command goes on.")
+                    raise RankError(
+                        f"the Ray cluster again has no {has}: start the dead node again; the same command goes on."
+                    )
                 raise ConfigError(f"the Ray cluster has no {has}: ask for less, or end other jobs.")
 
     def _until(self, ready: Callable[[], bool], seconds: float) -> bool:
@@ -240,21 +299,30 @@ class _Driver:
         starts = []
         for node, (address, _) in zip(self._nodes, addresses, strict=True):
             layout = replace(self._layout, endpoint=endpoint, run_id=run_id, local_address=address)
-            starts.append(node.start.remote(node_command(layout, self._words), variables, os.getcwd()))
+            starts.append(
+                node.start.remote(node_command(layout, self._words), variables, os.getcwd())
+            )
         self._get(starts)
 
     def _get(self, references: list[Any]) -> list[Any]:
         """What the nodes answer. Raises _Stopped, RayActorError."""
         import ray
 
-        if not self._until(lambda: not ray.wait(references, num_returns=len(references), timeout=POLL_SECONDS)[1], LATER_ROOM_SECONDS):
-            raise RankError(f"a node of the Ray cluster gave no answer in {LATER_ROOM_SECONDS:.0f} s: `ray status` shows the nodes")
+        if not self._until(
+            lambda: not ray.wait(references, num_returns=len(references), timeout=POLL_SECONDS)[1],
+            LATER_ROOM_SECONDS,
+        ):
+            raise RankError(
+                f"a node of the Ray cluster gave no answer in {LATER_ROOM_SECONDS:.0f} s: `ray status` shows the nodes"
+            )
         return list(ray.get(references))
 
     def _wait(self) -> int:
         """The worst node's code, when all have ended, or one has badly and the others have had time to."""
         codes: list[int | None] = [None] * self._layout.nodes
-        while None in codes and worst_code([code for code in codes if code is not None] or [0]) == 0:
+        while (
+            None in codes and worst_code([code for code in codes if code is not None] or [0]) == 0
+        ):
             codes = self._poll()
         deadline = time.monotonic() + PEER_SECONDS
         while None in codes and time.monotonic() < deadline:

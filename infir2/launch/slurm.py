@@ -24,13 +24,28 @@ def batch_script(layout: Layout, words: Sequence[str], options: Sequence[str] = 
     """The script; `options` are further ones of sbatch, such as `--partition=gpu`."""
     cores = max(1, round(layout.cpus_per_rank * layout.ranks_per_node))
     gpus = [] if layout.cpu else [f"--gpus-per-node={layout.ranks_per_node}"]
-    asked = [f"--job-name=infir2-{words[0]}", f"--nodes={layout.nodes}", "--ntasks-per-node=1", f"--cpus-per-task={cores}", *gpus]
+    asked = [
+        f"--job-name=infir2-{words[0]}",
+        f"--nodes={layout.nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={cores}",
+        *gpus,
+    ]
     requeue = words[0] != "eval"
     asked += ["--requeue" if requeue else "--no-requeue", f"--signal=TERM@{SAVE_SECONDS}"]
     asked += ["--open-mode=append", f"--output=infir2-{words[0]}-%j.log", *options]
     launch = [sys.executable, "-m", "infir2", "launch", "torchrun", "--nodes", str(layout.nodes)]
-    launch += ["--gpus-per-node", str(layout.ranks_per_node), "--max-restarts", str(layout.max_restarts)]
-    meet = '--endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" --run-id "$SLURM_JOB_ID"' if layout.nodes > 1 else ""
+    launch += [
+        "--gpus-per-node",
+        str(layout.ranks_per_node),
+        "--max-restarts",
+        str(layout.max_restarts),
+    ]
+    meet = (
+        '--endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" --run-id "$SLURM_JOB_ID"'
+        if layout.nodes > 1
+        else ""
+    )
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in asked),
@@ -41,7 +56,11 @@ def batch_script(layout: Layout, words: Sequence[str], options: Sequence[str] = 
         f"srun {shlex.join(launch)} {meet} -- {shlex.join(words)}",
         f'{shlex.quote(sys.executable)} -m infir2.launch.ranks "${VARIABLE}"; code=$?; rm -rf "${VARIABLE}"',
         'echo "infir2 launch: the worst rank ended with code $code"',
-        *([f'[ $code != {PREEMPTED} ] || {_IS_CANCELLED} || scontrol requeue "$SLURM_JOB_ID"'] if requeue else []),
+        *(
+            [f'[ $code != {PREEMPTED} ] || {_IS_CANCELLED} || scontrol requeue "$SLURM_JOB_ID"']
+            if requeue
+            else []
+        ),
         "exit $code",
     ]
     return "\n".join(lines) + "\n"
@@ -53,6 +72,10 @@ def submit(script: str, wait: bool) -> int:
         file.write(script)
         file.flush()
         try:
-            return subprocess.run(["sbatch", *(["--wait"] if wait else []), file.name], env=os.environ, check=False).returncode
+            return subprocess.run(
+                ["sbatch", *(["--wait"] if wait else []), file.name], env=os.environ, check=False
+            ).returncode
         except FileNotFoundError as error:
-            raise ConfigError("sbatch is not on this machine: run this where SLURM is, or use infir2 launch torchrun.") from error
+            raise ConfigError(
+                "sbatch is not on this machine: run this where SLURM is, or use infir2 launch torchrun."
+            ) from error

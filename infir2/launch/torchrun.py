@@ -54,9 +54,13 @@ def default_endpoint() -> str:
 def check_words(words: Sequence[str], layout: Layout) -> None:
     """Raises ConfigError for what cannot be launched."""
     if not words or words[0] not in VERBS:
-        raise ConfigError(f"infir2 launch needs a verb after --: one of {', '.join(VERBS)}, then its words.")
+        raise ConfigError(
+            f"infir2 launch needs a verb after --: one of {', '.join(VERBS)}, then its words."
+        )
     if words[0] == "eval" and layout.nodes * layout.ranks_per_node > 1:
-        raise ConfigError("infir2 eval runs in one process: launch it with --nodes 1 --gpus-per-node 1.")
+        raise ConfigError(
+            "infir2 eval runs in one process: launch it with --nodes 1 --gpus-per-node 1."
+        )
 
 
 def torchrun_command(layout: Layout, words: Sequence[str]) -> list[str]:
@@ -65,19 +69,27 @@ def torchrun_command(layout: Layout, words: Sequence[str]) -> list[str]:
     if layout.nodes == 1:
         command.append("--standalone")
     elif not layout.endpoint:
-        raise ConfigError("several nodes have to meet somewhere: set MASTER_ADDR, or --endpoint HOST:PORT with the first node's address.")
+        raise ConfigError(
+            "several nodes have to meet somewhere: set MASTER_ADDR, or --endpoint HOST:PORT with the first node's address."
+        )
     else:
         command += [f"--nnodes={layout.nodes}", "--rdzv-backend=c10d"]
         command += [f"--rdzv-endpoint={layout.endpoint}", f"--rdzv-id={layout.run_id}"]
         command += [f"--local-addr={layout.local_address}"] if layout.local_address else []
-    command += [f"--nproc-per-node={layout.ranks_per_node}", f"--max-restarts={layout.max_restarts}"]
+    command += [
+        f"--nproc-per-node={layout.ranks_per_node}",
+        f"--max-restarts={layout.max_restarts}",
+    ]
     return [*command, "-m", "infir2", *words]
 
 
 def run_torchrun(layout: Layout, words: Sequence[str]) -> int:
     """Run to the end. SIGTERM and Ctrl-C go to the ranks, which save; returns the worst code of this node's ranks."""
     with tempfile.TemporaryDirectory(prefix="infir2-ranks-") as temporary:
-        place = Path(os.environ.get(ranks.VARIABLE) or temporary) / f"{socket.gethostname()}-{os.getpid()}"
+        place = (
+            Path(os.environ.get(ranks.VARIABLE) or temporary)
+            / f"{socket.gethostname()}-{os.getpid()}"
+        )
         place.mkdir(parents=True)
 
         def forward(number: int, _frame: FrameType | None) -> None:
@@ -94,7 +106,10 @@ def run_torchrun(layout: Layout, words: Sequence[str]) -> int:
         codes = ranks.last_codes(place)
         code = ranks.worst_code(codes.values())
         if code and len(codes) != 1:
-            ended = ", ".join(f"rank {rank}: {'killed' if each == ranks.DIED else each}" for rank, each in codes.items())
+            ended = ", ".join(
+                f"rank {rank}: {'killed' if each == ranks.DIED else each}"
+                for rank, each in codes.items()
+            )
             print(f"infir2 launch: {ended or 'no rank started'}", file=sys.stderr)
         return code
 
@@ -111,7 +126,9 @@ def _wait(process: subprocess.Popen[bytes], place: Path) -> None:
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
         causes = [
-            code for code in ranks.last_codes(place).values() if code not in (0, ranks.PREEMPTED, ranks.INTERRUPTED, *ranks.RESTARTED)
+            code
+            for code in ranks.last_codes(place).values()
+            if code not in (0, ranks.PREEMPTED, ranks.INTERRUPTED, *ranks.RESTARTED)
         ]
         if causes and given_up == float("inf"):
             given_up = time.monotonic() + PEER_SECONDS

@@ -28,12 +28,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing | Varlen) -> Ten
         return torch.zeros_like(q)
     if isinstance(packing, Varlen):
         return varlen_attention(q, k, v, packing)
-    assert q.shape[0] == k.shape[0] == v.shape[0] == packing.num_tokens, "packing belongs to another stream"
+    assert q.shape[0] == k.shape[0] == v.shape[0] == packing.num_tokens, (
+        "packing belongs to another stream"
+    )
     out: Tensor = _ReferenceAttention.apply(q, k, v, packing)
     return out
 
 
-def softmax_values(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, want_lse: bool = False) -> tuple[Tensor, Tensor | None]:
+def softmax_values(
+    q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, want_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """FP64 softmax(q @ k.T) @ v for pre-scaled q [n*G, R*L, H] and k, v [n*G, S, H].
 
     `blocked` [n or 1, 1, L, S] marks keys that a query must not see: they contribute exactly zero. Every query sees at
@@ -75,7 +79,9 @@ class _ReferenceAttention(torch.autograd.Function):
         outs, lses = [], []
         for rectangle in packing.rectangles:
             q_r, k_r, v_r = (heads_first(x, rectangle, groups, torch.float64) for x in (q, k, v))
-            out, lse = _forward_rectangle(q_r.mul_(scale), k_r.flatten(0, 2), v_r.flatten(0, 2), rectangle.query_chunk)
+            out, lse = _forward_rectangle(
+                q_r.mul_(scale), k_r.flatten(0, 2), v_r.flatten(0, 2), rectangle.query_chunk
+            )
             outs.append(tokens_first(out.to(q.dtype)))
             lses.append(tokens_first(lse.float()[..., None]))
         out = torch.cat(outs).index_select(0, packing.unpad)
@@ -92,12 +98,17 @@ class _ReferenceAttention(torch.autograd.Function):
         row_sums = (grad_out.float() * out.float()).sum(-1, keepdim=True)
         parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
         for rectangle in packing.rectangles:
-            tensors = [heads_first(x, rectangle, groups, torch.float32) for x in (q, k, v, grad_out, lse, row_sums)]
+            tensors = [
+                heads_first(x, rectangle, groups, torch.float32)
+                for x in (q, k, v, grad_out, lse, row_sums)
+            ]
             # padded queries repeat a real row; without this they would add to its keys' gradients
             padding = ~rectangle.is_real[:, None, None, :, None]
             tensors[3].masked_fill_(padding, 0.0)
             tensors[5].masked_fill_(padding, 0.0)
-            for part, grad, like in zip(parts, _backward_rectangle(tensors, rectangle.query_chunk), (q, k, v), strict=True):
+            for part, grad, like in zip(
+                parts, _backward_rectangle(tensors, rectangle.query_chunk), (q, k, v), strict=True
+            ):
                 part.append(tokens_first(grad.to(like.dtype)))
         grad_q, grad_k, grad_v = (torch.cat(part).index_select(0, packing.unpad) for part in parts)
         return grad_q, grad_k, grad_v, None
@@ -110,7 +121,9 @@ def _forward_rectangle(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> tuple[Ten
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
         rows = q[:, :, :, start:end].reshape(n * groups, ratio * (end - start), size)
-        part, part_lse = softmax_values(rows, k[:, :end], v[:, :end], _blocked(start, end, q.device), want_lse=True)
+        part, part_lse = softmax_values(
+            rows, k[:, :end], v[:, :end], _blocked(start, end, q.device), want_lse=True
+        )
         assert part_lse is not None
         out[:, :, :, start:end] = part.view(n, groups, ratio, end - start, size)
         lse[:, :, :, start:end] = part_lse.view(n, groups, ratio, end - start)
@@ -123,11 +136,15 @@ def _backward_rectangle(tensors: list[Tensor], chunk: int) -> tuple[Tensor, Tens
     n, groups, ratio, length, size = q.shape
     scale = size**-0.5
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    keys, values, grad_keys, grad_values = (x.view(n * groups, length, size) for x in (k, v, grad_k, grad_v))
+    keys, values, grad_keys, grad_values = (
+        x.view(n * groups, length, size) for x in (k, v, grad_k, grad_v)
+    )
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
         chunks = (x[:, :, :, start:end] for x in (q, grad_out, lse, row_sums))
-        q_c, go_c, lse_c, sums_c = (x.reshape(n * groups, ratio * (end - start), -1) for x in chunks)
+        q_c, go_c, lse_c, sums_c = (
+            x.reshape(n * groups, ratio * (end - start), -1) for x in chunks
+        )
         q_c = q_c * scale
         weights = torch.bmm(q_c, keys[:, :end].transpose(1, 2)).sub_(lse_c).exp_()
         weights.view(1, -1, end - start, end).masked_fill_(_blocked(start, end, q.device), 0.0)

@@ -20,7 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from infir2.numerics.torch_compat import varlen_causal
 
-_FASTEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,29 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: Varlen) -> Tensor:
     flash = flash_attention_4() if q.is_cuda else None
     longest = max(plan.lengths)
     if flash is not None:
-        bounds = {"cu_seqlens_q": plan.cu_seqlens, "cu_seqlens_k": plan.cu_seqlens, "max_seqlen_q": longest, "max_seqlen_k": longest}
-        out = flash(q, k, v, **bounds, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
+        bounds = {
+            "cu_seqlens_q": plan.cu_seqlens,
+            "cu_seqlens_k": plan.cu_seqlens,
+            "max_seqlen_q": longest,
+            "max_seqlen_k": longest,
+        }
+        out = flash(
+            q,
+            k,
+            v,
+            **bounds,
+            causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
         return out[0] if isinstance(out, tuple) else out
     if len(set(plan.lengths)) == 1:
         return _equal_lengths(q, k, v, len(plan.lengths))
     if q.is_cuda:
         return varlen_causal(q, k, v, plan.cu_seqlens, longest)
     parts = zip(*(t.split(list(plan.lengths)) for t in (q, k, v)), strict=True)
-    return torch.cat([_equal_lengths(q_part, k_part, v_part, 1) for q_part, k_part, v_part in parts])
+    return torch.cat(
+        [_equal_lengths(q_part, k_part, v_part, 1) for q_part, k_part, v_part in parts]
+    )
 
 
 def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:
@@ -70,11 +89,19 @@ def flash_attention_4() -> Callable[..., Any] | None:
         from flash_attn.cute import flash_attn_varlen_func
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "flash_attn":
-            warnings.warn(f"FlashAttention 4 is installed, but {error.name} is not; using torch's attention", stacklevel=2)
+            warnings.warn(
+                f"FlashAttention 4 is installed, but {error.name} is not; using torch's attention",
+                stacklevel=2,
+            )
         return None
     except Exception as error:  # it loads libraries of one torch and one CUDA
-        warnings.warn(f"FlashAttention 4 is installed but does not load ({error}); using torch's attention", stacklevel=2)
+        warnings.warn(
+            f"FlashAttention 4 is installed but does not load ({error}); using torch's attention",
+            stacklevel=2,
+        )
         return None
-    warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)  # its compiler's, about its own code
+    warnings.filterwarnings(
+        "ignore", message="Argument aux_data", category=UserWarning
+    )  # its compiler's, about its own code
     function: Callable[..., Any] = flash_attn_varlen_func
     return function

@@ -14,7 +14,11 @@ from infir2.errors import CheckpointError, ConfigError
 
 Architecture = Literal["qwen2", "qwen3", "llama"]
 
-_CLASS_NAMES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_CLASS_NAMES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # keys of config.json that stand for one of our sizes
 _SIZES = {
@@ -50,7 +54,9 @@ class ModelConfig:
     ffn_size: int
     rms_eps: float = 1e-6
     rope_theta: float = 1e6
-    rope_scaling: dict[str, float] | None = field(default=None, hash=False)  # Llama 3's four numbers, or None
+    rope_scaling: dict[str, float] | None = field(
+        default=None, hash=False
+    )  # Llama 3's four numbers, or None
     tie_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
@@ -63,21 +69,34 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.architecture not in get_args(Architecture):
-            raise ConfigError(f"architecture {self.architecture!r} is not supported; use one of {', '.join(get_args(Architecture))}")
+            raise ConfigError(
+                f"architecture {self.architecture!r} is not supported; use one of {', '.join(get_args(Architecture))}"
+            )
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.type in (int, float) and not value > 0:
                 raise ConfigError(f"{entry.name} = {value} must be greater than 0")
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"num_kv_heads = {self.num_kv_heads} must divide num_heads = {self.num_heads}")
+            raise ConfigError(
+                f"num_kv_heads = {self.num_kv_heads} must divide num_heads = {self.num_heads}"
+            )
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim = {self.head_dim} must be even, because rotary embedding turns pairs")
+            raise ConfigError(
+                f"head_dim = {self.head_dim} must be even, because rotary embedding turns pairs"
+            )
         if self.architecture == "llama" and self.hidden_size % self.num_heads:
-            raise ConfigError(f"num_heads = {self.num_heads} must divide hidden_size = {self.hidden_size} in a llama model")
+            raise ConfigError(
+                f"num_heads = {self.num_heads} must divide hidden_size = {self.hidden_size} in a llama model"
+            )
         if self.rope_scaling is not None and sorted(self.rope_scaling) != sorted(_LLAMA3_KEYS):
             raise ConfigError(f"rope_scaling must have exactly the keys {', '.join(_LLAMA3_KEYS)}")
-        if self.rope_scaling is not None and not self.rope_scaling["high_freq_factor"] > self.rope_scaling["low_freq_factor"] > 0:
-            raise ConfigError("rope_scaling.high_freq_factor must be greater than low_freq_factor, and both greater than 0")
+        if (
+            self.rope_scaling is not None
+            and not self.rope_scaling["high_freq_factor"] > self.rope_scaling["low_freq_factor"] > 0
+        ):
+            raise ConfigError(
+                "rope_scaling.high_freq_factor must be greater than low_freq_factor, and both greater than 0"
+            )
         self._check_variant()
 
     def _check_variant(self) -> None:
@@ -97,7 +116,9 @@ class ModelConfig:
         """The config of a new model; `vocab_size` is the tokenizer's, and `shape.vocab_size` may only add rows to it."""
         rows = shape.vocab_size or vocab_size
         if rows < vocab_size:
-            raise ConfigError(f"model.shape.vocab_size = {rows} is below the tokenizer's {vocab_size} tokens; raise it or set it to 0")
+            raise ConfigError(
+                f"model.shape.vocab_size = {rows} is below the tokenizer's {vocab_size} tokens; raise it or set it to 0"
+            )
         same_name = {entry.name for entry in fields(cls)} & ShapeSection.model_fields.keys()
         derived = {
             "vocab_size": rows,
@@ -143,7 +164,9 @@ class ModelConfig:
     def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
         """The `config.json` of this model, with the keys of transformers 4 (vLLM, SGLang) and 5 side by side."""
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
-        scaling = None if self.rope_scaling is None else {"rope_type": "llama3", **self.rope_scaling}
+        scaling = (
+            None if self.rope_scaling is None else {"rope_type": "llama3", **self.rope_scaling}
+        )
         raw: dict[str, Any] = {
             "architectures": [_CLASS_NAMES[self.architecture]],
             "model_type": self.architecture,
@@ -153,7 +176,10 @@ class ModelConfig:
             "rms_norm_eps": self.rms_eps,
             "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
-            "rope_parameters": {"rope_theta": self.rope_theta, **(scaling or {"rope_type": "default"})},
+            "rope_parameters": {
+                "rope_theta": self.rope_theta,
+                **(scaling or {"rope_type": "default"}),
+            },
             "tie_word_embeddings": self.tie_embeddings,
             "initializer_range": 0.02,
             "use_cache": True,
@@ -168,7 +194,11 @@ class ModelConfig:
         if self.architecture == "llama":
             raw["mlp_bias"] = self.mlp_bias
         else:
-            raw |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": self.num_layers}
+            raw |= {
+                "use_sliding_window": False,
+                "sliding_window": None,
+                "max_window_layers": self.num_layers,
+            }
         return raw
 
 
@@ -177,26 +207,42 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
         if raw.get("model_type") == architecture:
             expected, classes = _CLASS_NAMES[architecture], raw.get("architectures")
             if classes and expected not in classes:
-                raise CheckpointError(f"config.json: architectures = {classes} is not supported; a {architecture} model must be {expected}")
+                raise CheckpointError(
+                    f"config.json: architectures = {classes} is not supported; a {architecture} model must be {expected}"
+                )
             return architecture
     supported = ", ".join(get_args(Architecture))
-    raise CheckpointError(f"config.json: model_type {raw.get('model_type')!r} is not supported; use a model of {supported}")
+    raise CheckpointError(
+        f"config.json: model_type {raw.get('model_type')!r} is not supported; use a model of {supported}"
+    )
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     """Refuse what would change the result: other activations, dropout, experts, sliding windows."""
     if raw.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"config.json: hidden_act = {raw['hidden_act']!r} is not supported; only 'silu' is")
+        raise CheckpointError(
+            f"config.json: hidden_act = {raw['hidden_act']!r} is not supported; only 'silu' is"
+        )
     if raw.get("attention_dropout"):
-        raise CheckpointError(f"config.json: attention_dropout = {raw['attention_dropout']} is not supported; set it to 0.0")
+        raise CheckpointError(
+            f"config.json: attention_dropout = {raw['attention_dropout']} is not supported; set it to 0.0"
+        )
     for key in _MOE_KEYS:
         if raw.get(key):
-            raise CheckpointError(f"config.json: {key} = {raw[key]} is a mixture of experts, which is not supported; use a dense model")
-    has_window = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None  # transformers' defaults
+            raise CheckpointError(
+                f"config.json: {key} = {raw[key]} is a mixture of experts, which is not supported; use a dense model"
+            )
+    has_window = (
+        raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None
+    )  # transformers' defaults
     if has_window and raw.get("max_window_layers", 28) < _integer(raw, "num_hidden_layers"):
-        raise CheckpointError("config.json: use_sliding_window = true is not supported; set it to false if the model was trained without")
+        raise CheckpointError(
+            "config.json: use_sliding_window = true is not supported; set it to false if the model was trained without"
+        )
     if set(raw.get("layer_types") or ()) - {"full_attention"}:
-        raise CheckpointError("config.json: layer_types has layers other than 'full_attention', which are not supported")
+        raise CheckpointError(
+            "config.json: layer_types has layers other than 'full_attention', which are not supported"
+        )
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, float] | None]:
@@ -207,18 +253,26 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, float] | None]:
         raise CheckpointError(f"config.json: {key} must be an object")
     theta = _number({"rope_theta": raw.get("rope_theta"), **scaling}, "rope_theta", default=10000.0)
     if raw.get("rope_theta") is not None and raw["rope_theta"] != theta:
-        raise CheckpointError(f"config.json: rope_theta = {raw['rope_theta']} contradicts {key}.rope_theta = {theta}; make them equal")
+        raise CheckpointError(
+            f"config.json: rope_theta = {raw['rope_theta']} contradicts {key}.rope_theta = {theta}; make them equal"
+        )
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"config.json: {key}.partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported; only 1 is")
+        raise CheckpointError(
+            f"config.json: {key}.partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported; only 1 is"
+        )
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise CheckpointError(f"config.json: {key}.rope_type = {kind!r} is not supported; use 'default' or 'llama3'")
+        raise CheckpointError(
+            f"config.json: {key}.rope_type = {kind!r} is not supported; use 'default' or 'llama3'"
+        )
     return theta, {name: _number(scaling, name, where=f"{key}.") for name in _LLAMA3_KEYS}
 
 
-def _number(raw: Mapping[str, Any], key: str, default: float | None = None, where: str = "") -> float:
+def _number(
+    raw: Mapping[str, Any], key: str, default: float | None = None, where: str = ""
+) -> float:
     value = default if raw.get(key) is None else raw[key]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CheckpointError(f"config.json: {where}{key} must be a number, not {value!r}")
@@ -228,5 +282,7 @@ def _number(raw: Mapping[str, Any], key: str, default: float | None = None, wher
 def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = default if raw.get(key) is None else raw[key]
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise CheckpointError(f"config.json: {key} must be a whole number greater than 0, not {value!r}")
+        raise CheckpointError(
+            f"config.json: {key} must be a whole number greater than 0, not {value!r}"
+        )
     return value

@@ -55,10 +55,14 @@ class Attention(nn.Module):
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if not isinstance(self.q_norm, RMSNorm):
             return attention_inputs(x, norm, layers, self.head_dim, rope, memory)
-        x, q, k, v = attention_inputs(x, norm, layers, self.head_dim, None, memory)  # a norm stands before the rotation
+        x, q, k, v = attention_inputs(
+            x, norm, layers, self.head_dim, None, memory
+        )  # a norm stands before the rotation
         return x, apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope), v
 
-    def forward(self, x: Tensor, norm: RMSNorm, rope: Rope, context: Context, memory: Memory) -> Tensor:
+    def forward(
+        self, x: Tensor, norm: RMSNorm, rope: Rope, context: Context, memory: Memory
+    ) -> Tensor:
         """x + o(attention(rope(q), rope(k), v)) of norm(x), [T, D] -> [T, D]."""
         x, q, k, v = self.inputs(x, norm, rope, memory)
         if isinstance(context, CacheView):
@@ -117,22 +121,37 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, compute_dtype: torch.dtype = torch.bfloat16, recompute: Literal["none", "full"] = "none"
+        self,
+        config: ModelConfig,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        recompute: Literal["none", "full"] = "none",
     ) -> None:
         super().__init__()
-        self.config, self.compute_dtype, self.recompute, self.memory = config, compute_dtype, recompute, Memory()
+        self.config, self.compute_dtype, self.recompute, self.memory = (
+            config,
+            compute_dtype,
+            recompute,
+            Memory(),
+        )
         self.model = Backbone(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @classmethod
-    def from_hf(cls, directory: str | Path, compute_dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> "Decoder":
+    def from_hf(
+        cls,
+        directory: str | Path,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> "Decoder":
         """Load a Hugging Face directory tensor by tensor, BF16 or block FP8 (then the model serves the file's codes).
 
         Raises CheckpointError for a directory that is unreadable, incomplete or of an unsupported model.
         """
         with torch.device("meta"):
-            model = cls(ModelConfig.from_hf(read_json(Path(directory) / "config.json")), compute_dtype)
+            model = cls(
+                ModelConfig.from_hf(read_json(Path(directory) / "config.json")), compute_dtype
+            )
         load_directory(model, Path(directory), device)
         return model
 
@@ -165,7 +184,9 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> nn.Parameter:
         """FP32 master [V, D] of the output projection; the embedding's if they are tied."""
-        weight = self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        weight = (
+            self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        )
         assert isinstance(weight, nn.Parameter)
         return weight
 
@@ -176,11 +197,18 @@ class Decoder(nn.Module):
     def plan_attention(self, cu_seqlens: Tensor, device: torch.device) -> Packing | Varlen:
         """The layout of sequences that `attention` takes on a device, for parts of a stream."""
         if device.type == "cuda" and self.compute_dtype == torch.bfloat16:
-            return plan_varlen(tuple(length for length in cu_seqlens.diff().tolist() if length), device)
+            return plan_varlen(
+                tuple(length for length in cu_seqlens.diff().tolist() if length), device
+            )
         return self._plan_packing(cu_seqlens, device)
 
     def _plan_packing(self, cu_seqlens: Tensor, device: torch.device) -> Packing:
-        return plan_packing(cu_seqlens, self.config.num_heads, self.config.num_kv_heads * self.config.head_dim, device=device)
+        return plan_packing(
+            cu_seqlens,
+            self.config.num_heads,
+            self.config.num_kv_heads * self.config.head_dim,
+            device=device,
+        )
 
     def hidden_states(
         self,
@@ -199,7 +227,9 @@ class Decoder(nn.Module):
         cu_seqlens = torch.as_tensor(cu_seqlens)
         if token_ids.shape != positions.shape or int(cu_seqlens[-1]) != token_ids.numel():
             sizes = f"{token_ids.numel()} token_ids, {positions.numel()} positions, cu_seqlens up to {int(cu_seqlens[-1])}"
-            raise ValueError(f"token_ids, positions and cu_seqlens must describe the same tokens; got {sizes}")
+            raise ValueError(
+                f"token_ids, positions and cu_seqlens must describe the same tokens; got {sizes}"
+            )
         context: Context
         num_tokens = token_ids.numel()
         if cache is None and self.compute_dtype == torch.bfloat16 and usable(token_ids.device):
@@ -219,7 +249,15 @@ class Decoder(nn.Module):
             rope = rope_tables(self.config, positions)
             for block in self.model.layers:
                 if self.recompute == "full" and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rope, context, self.memory, use_reentrant=False, preserve_rng_state=False)
+                    x = checkpoint(
+                        block,
+                        x,
+                        rope,
+                        context,
+                        self.memory,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                    )
                 else:
                     x = block(x, rope, context, self.memory)
             return self.model.norm(x[:num_tokens])

@@ -32,7 +32,9 @@ def exported_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module, leaf in _slots(model):
         parameter = getattr(module, leaf)
         if parameter is None:
-            raise CheckpointError(f"{name} has FP8 codes and no master; export from the training checkpoint instead")
+            raise CheckpointError(
+                f"{name} has FP8 codes and no master; export from the training checkpoint instead"
+            )
         yield name, parameter.detach().to(torch.bfloat16)
 
 
@@ -52,7 +54,9 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     digests = {}
     for name, tensor in tensors:
         content = tensor.detach().to("cpu").contiguous()
-        digest = hashlib.sha256(f"{str(content.dtype).removeprefix('torch.')} {list(content.shape)} ".encode())
+        digest = hashlib.sha256(
+            f"{str(content.dtype).removeprefix('torch.')} {list(content.shape)} ".encode()
+        )
         raw: Any = content.reshape(-1).view(torch.uint8).numpy()
         digest.update(raw)
         digests[name] = digest.hexdigest()
@@ -66,8 +70,14 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     """
     formats = {module.scale_format for module in model.modules() if isinstance(module, Fp8Linear)}
     if len(formats) != 1:
-        raise CheckpointError(f"an FP8 export needs FP8 layers of one scale format, not {sorted(formats)}; set fp8.enabled = true")
-    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not isinstance(module, Fp8Linear)]
+        raise CheckpointError(
+            f"an FP8 export needs FP8 layers of one scale format, not {sorted(formats)}; set fp8.enabled = true"
+        )
+    plain = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, Fp8Linear)
+    ]
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -89,31 +99,49 @@ def load_directory(model: nn.Module, directory: Path, device: torch.device | str
 
 def _fp8_section(raw: Any, model: nn.Module, weights: HfWeights) -> Fp8Section:
     """Which Linears are FP8, according to `modules_to_not_convert`, checked against the scales that the files hold."""
-    expected = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    expected = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "fmt": "e4m3",
+    }
     if not isinstance(raw, dict):
         raise CheckpointError("config.json: quantization_config must be an object")
     for key, value in expected.items():
         found = raw.get(key, value if key in ("fmt", "activation_scheme") else None)
         if found != value:
-            raise CheckpointError(f"config.json: quantization_config.{key} = {found!r} is not supported; only {value!r} is")
+            raise CheckpointError(
+                f"config.json: quantization_config.{key} = {found!r} is not supported; only {value!r} is"
+            )
     stored = raw.get("scale_fmt")
     if stored not in _SCALE_FORMATS:
-        raise CheckpointError(f"config.json: quantization_config.scale_fmt = {stored!r} is not supported; use 'ue8m0' or 'float'")
+        raise CheckpointError(
+            f"config.json: quantization_config.scale_fmt = {stored!r} is not supported; use 'ue8m0' or 'float'"
+        )
     kept = raw.get("modules_to_not_convert") or []
     names, plain = set(weights.names()), []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or name == "lm_head":
             continue
-        listed = any(name == entry or name.startswith(f"{entry}.") or fnmatchcase(name, entry) for entry in kept)
+        listed = any(
+            name == entry or name.startswith(f"{entry}.") or fnmatchcase(name, entry)
+            for entry in kept
+        )
         if listed == (f"{name}.weight{SCALE_SUFFIX}" in names):
             has = "FP8 scales" if listed else "no FP8 scales"
-            raise CheckpointError(f"{weights.directory}: {name} has {has}, which modules_to_not_convert contradicts; export it again")
+            raise CheckpointError(
+                f"{weights.directory}: {name} has {has}, which modules_to_not_convert contradicts; export it again"
+            )
         if listed:
             plain.append(name)
     return Fp8Section(scale_format=_SCALE_FORMATS[stored], skip_modules=tuple(plain))
 
 
-def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str | None = None) -> None:
+def load_weights(
+    model: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: torch.device | str | None = None,
+) -> None:
     """Load every parameter of `model` by name: floating tensors into masters, FP8 pairs into `Fp8Linear.load_codes`.
 
     Parameters on the meta device are made on `device`. A tied head that a file stores too must equal the embedding.
@@ -126,15 +154,23 @@ def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device
         if weight_name not in targets:
             if name == "lm_head.weight":
                 spare[name] = tensor
-            elif not name.endswith("rotary_emb.inv_freq"):  # derived values that old Llama files store
-                raise CheckpointError(f"tensor {name} has no place in this model; its config.json describes another one")
+            elif not name.endswith(
+                "rotary_emb.inv_freq"
+            ):  # derived values that old Llama files store
+                raise CheckpointError(
+                    f"tensor {name} has no place in this model; its config.json describes another one"
+                )
             continue
         module, leaf = targets[weight_name]
         is_fp8 = name != weight_name or tensor.dtype == torch.float8_e4m3fn
         if is_fp8 and not (isinstance(module, Fp8Linear) and leaf == "weight"):
-            raise CheckpointError(f"tensor {name} is of an FP8 weight, but its layer is in high precision here; make the lists equal")
+            raise CheckpointError(
+                f"tensor {name} is of an FP8 weight, but its layer is in high precision here; make the lists equal"
+            )
         if weight_name not in missing:
-            raise CheckpointError(f"tensor {weight_name} comes twice; every weight must have its own name")
+            raise CheckpointError(
+                f"tensor {weight_name} comes twice; every weight must have its own name"
+            )
         if is_fp8:
             pair = pairs.setdefault(weight_name, {})
             pair["scale" if name != weight_name else "codes"] = tensor
@@ -147,12 +183,16 @@ def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device
         missing.discard(weight_name)
     if missing:
         half = [f"{name} (its codes or its scales)" for name in sorted(pairs)]
-        raise CheckpointError(f"{len(missing)} tensors are missing, such as {(half or sorted(missing))[0]}; the model is incomplete")
+        raise CheckpointError(
+            f"{len(missing)} tensors are missing, such as {(half or sorted(missing))[0]}; the model is incomplete"
+        )
     if spare:
         _check_tied(model, spare["lm_head.weight"])
 
 
-def _load_codes(name: str, module: Fp8Linear, pair: dict[str, Tensor], device: torch.device | str | None) -> None:
+def _load_codes(
+    name: str, module: Fp8Linear, pair: dict[str, Tensor], device: torch.device | str | None
+) -> None:
     where = device if device is not None else _device(module)
     where = "cpu" if torch.device(where).type == "meta" else where
     scale = pair["scale"].float() if pair["scale"].dtype == torch.float8_e8m0fnu else pair["scale"]
@@ -162,16 +202,26 @@ def _load_codes(name: str, module: Fp8Linear, pair: dict[str, Tensor], device: t
         raise CheckpointError(f"tensor {name} cannot be loaded: {error}") from error
 
 
-def _load_master(name: str, module: nn.Module, leaf: str, tensor: Tensor, device: torch.device | str | None) -> None:
+def _load_master(
+    name: str, module: nn.Module, leaf: str, tensor: Tensor, device: torch.device | str | None
+) -> None:
     parameter = getattr(module, leaf)
     if parameter is None:
-        raise CheckpointError(f"tensor {name} is {tensor.dtype}, but its layer serves FP8 codes; load FP8 weights")
+        raise CheckpointError(
+            f"tensor {name} is {tensor.dtype}, but its layer serves FP8 codes; load FP8 weights"
+        )
     if tensor.shape != parameter.shape:
-        raise CheckpointError(f"tensor {name} has shape {list(tensor.shape)}, but the model needs {list(parameter.shape)}")
+        raise CheckpointError(
+            f"tensor {name} has shape {list(tensor.shape)}, but the model needs {list(parameter.shape)}"
+        )
     if not tensor.is_floating_point():
-        raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which is not a weight's; convert the model to BF16")
+        raise CheckpointError(
+            f"tensor {name} has dtype {tensor.dtype}, which is not a weight's; convert the model to BF16"
+        )
     if parameter.is_meta:
-        parameter = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device or "cpu"))
+        parameter = nn.Parameter(
+            torch.empty(parameter.shape, dtype=parameter.dtype, device=device or "cpu")
+        )
         setattr(module, leaf, parameter)
     with torch.no_grad():
         parameter.copy_(tensor)
@@ -180,7 +230,9 @@ def _load_master(name: str, module: nn.Module, leaf: str, tensor: Tensor, device
 def _check_tied(model: nn.Module, stored: Tensor) -> None:
     embedding = dict(model.named_parameters())["model.embed_tokens.weight"]
     if not torch.equal(stored.to(embedding.device, embedding.dtype), embedding):
-        raise CheckpointError("lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; set it to false")
+        raise CheckpointError(
+            "lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; set it to false"
+        )
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -193,7 +245,9 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for prefix, module in model.named_modules():
         for leaf, parameter in module._parameters.items():
             codes_only = parameter is None and leaf == "weight" and isinstance(module, Fp8Linear)
-            if (parameter is None and not codes_only) or (parameter is not None and id(parameter) in seen):
+            if (parameter is None and not codes_only) or (
+                parameter is not None and id(parameter) in seen
+            ):
                 continue
             seen.add(id(parameter) if parameter is not None else id(module))
             yield f"{prefix}.{leaf}" if prefix else leaf, module, leaf

@@ -13,11 +13,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-SCORE_BUDGET = 1 << 20  # scores (sequences x heads x queries x keys) that exist at one time; 8 MiB in FP64
-KEY_BUDGET = 1 << 18  # key elements (sequences x keys x G x H) of a rectangle: 2 MiB in FP64 stay in a core's cache
+SCORE_BUDGET = (
+    1 << 20
+)  # scores (sequences x heads x queries x keys) that exist at one time; 8 MiB in FP64
+KEY_BUDGET = (
+    1 << 18
+)  # key elements (sequences x keys x G x H) of a rectangle: 2 MiB in FP64 stay in a core's cache
 MIN_QUERY_CHUNK = 16  # fewer queries waste the matrix product; one very long sequence overdraws the budget instead
-SHARED_QUERY_CHUNK = 64  # sequences share a rectangle only if chunks of this many queries fit the budget
-MAX_QUERY_CHUNK = 256  # a causal chunk skips the keys after it, so chunks also save the upper triangle
+SHARED_QUERY_CHUNK = (
+    64  # sequences share a rectangle only if chunks of this many queries fit the budget
+)
+MAX_QUERY_CHUNK = (
+    256  # a causal chunk skips the keys after it, so chunks also save the upper triangle
+)
 SAME_RECTANGLE = 0.7  # a sequence joins a rectangle if it fills at least this share of its rows
 
 
@@ -72,8 +80,13 @@ def plan_packing(
         sizes = torch.tensor([lengths[member] for member in members])[:, None]
         columns = torch.arange(longest)[None, :]
         rows, is_real = starts + torch.minimum(columns, sizes - 1), columns < sizes
-        chunk = max(MIN_QUERY_CHUNK, SCORE_BUDGET // (len(members) * num_heads * max(keys[member] for member in members)))
-        rectangles.append(Rectangle(members, rows.to(device), is_real.to(device), min(chunk, MAX_QUERY_CHUNK)))
+        chunk = max(
+            MIN_QUERY_CHUNK,
+            SCORE_BUDGET // (len(members) * num_heads * max(keys[member] for member in members)),
+        )
+        rectangles.append(
+            Rectangle(members, rows.to(device), is_real.to(device), min(chunk, MAX_QUERY_CHUNK))
+        )
         order.append(torch.where(is_real, rows, -1).flatten())
     unpad = torch.empty(bounds[-1], dtype=torch.int64)
     if order:
@@ -83,15 +96,24 @@ def plan_packing(
     return Packing(rectangles, unpad.to(device), bounds[-1])
 
 
-def _groups(lengths: Sequence[int], keys: Sequence[int], num_heads: int, key_width: int) -> Iterator[list[int]]:
+def _groups(
+    lengths: Sequence[int], keys: Sequence[int], num_heads: int, key_width: int
+) -> Iterator[list[int]]:
     """Members of each rectangle, longest first; a rectangle closes when the next is too short or a budget is spent."""
-    order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (lengths[i], keys[i]), reverse=True)
+    order = sorted(
+        (i for i, length in enumerate(lengths) if length),
+        key=lambda i: (lengths[i], keys[i]),
+        reverse=True,
+    )
     group: list[int] = []
     longest = widest = 0
     for member in order:
         longest, widest = longest or lengths[member], max(widest, keys[member])
         num_keys = (len(group) + 1) * widest
-        too_large = num_keys * num_heads * min(longest, SHARED_QUERY_CHUNK) > SCORE_BUDGET or num_keys * key_width > KEY_BUDGET
+        too_large = (
+            num_keys * num_heads * min(longest, SHARED_QUERY_CHUNK) > SCORE_BUDGET
+            or num_keys * key_width > KEY_BUDGET
+        )
         if group and (lengths[member] < SAME_RECTANGLE * longest or too_large):
             yield group
             group, longest, widest = [], lengths[member], keys[member]

@@ -16,14 +16,20 @@ from infir2.model.config import ModelConfig
 @functools.lru_cache(maxsize=8)
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position of each pair, FP64 [H/2] on the CPU."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device="cpu") / config.head_dim
+    exponents = (
+        torch.arange(0, config.head_dim, 2, dtype=torch.float64, device="cpu") / config.head_dim
+    )
     plain = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return plain
     # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
-    factor, low, high = (config.rope_scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    factor, low, high = (
+        config.rope_scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor")
+    )
     wavelengths = 2 * math.pi / plain
-    smooth = (config.rope_scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+    smooth = (config.rope_scaling["original_max_position_embeddings"] / wavelengths - low) / (
+        high - low
+    )
     smooth = smooth.clamp(0.0, 1.0)
     return (1 - smooth) * plain / factor + smooth * plain
 

@@ -24,7 +24,15 @@ from infir2.errors import CheckpointError, OutputExistsError, first_line
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SCALES_FILE = "fp8_scales.st"  # safetensors under a name that no engine loads as weights
-TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model")
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+)
 SIDE_FILES = (*TOKENIZER_FILES, "chat_template*", "generation_config.json")
 MAX_JSON_BYTES = 64 * 2**20
 
@@ -40,7 +48,9 @@ class HfWeights:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory} is not a directory; give a Hugging Face model directory")
+            raise CheckpointError(
+                f"{self.directory} is not a directory; give a Hugging Face model directory"
+            )
         self._files: dict[str, Any] = {}
         index = self.directory / INDEX_FILE
         if index.exists():
@@ -64,7 +74,9 @@ class HfWeights:
             tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             where = f"{self.directory / self._shards[name]}: tensor {name}"
-            raise CheckpointError(f"{where} cannot be read ({first_line(error)}); copy the model again") from error
+            raise CheckpointError(
+                f"{where} cannot be read ({first_line(error)}); copy the model again"
+            ) from error
         return tensor
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -73,7 +85,9 @@ class HfWeights:
 
     def _shard(self, name: str) -> str:
         if name not in self._shards:
-            raise CheckpointError(f"{self.directory} has no tensor {name}; it is not the model that its config.json describes")
+            raise CheckpointError(
+                f"{self.directory} has no tensor {name}; it is not the model that its config.json describes"
+            )
         return self._shards[name]
 
     def _open(self, file_name: str) -> Any:
@@ -84,7 +98,9 @@ class HfWeights:
             try:
                 self._files[file_name] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{path} is not a whole safetensors file ({first_line(error)}); copy the model again") from error
+                raise CheckpointError(
+                    f"{path} is not a whole safetensors file ({first_line(error)}); copy the model again"
+                ) from error
         return self._files[file_name]
 
     def _read_index(self, index: Path) -> dict[str, str]:
@@ -92,12 +108,23 @@ class HfWeights:
         if not isinstance(shards, dict) or not shards:
             raise CheckpointError(f"{index} has no weight_map; copy the model again")
         for name, file_name in shards.items():
-            if not isinstance(file_name, str) or file_name != os.path.basename(file_name) or not file_name.endswith(".safetensors"):
-                raise CheckpointError(f"{index}: {file_name!r} of {name} is not a .safetensors file of this directory; do not use it")
-        present = {file_name: set(self._open(file_name).keys()) for file_name in sorted(set(shards.values()))}
+            if (
+                not isinstance(file_name, str)
+                or file_name != os.path.basename(file_name)
+                or not file_name.endswith(".safetensors")
+            ):
+                raise CheckpointError(
+                    f"{index}: {file_name!r} of {name} is not a .safetensors file of this directory; do not use it"
+                )
+        present = {
+            file_name: set(self._open(file_name).keys())
+            for file_name in sorted(set(shards.values()))
+        }
         for name, file_name in shards.items():
             if name not in present[file_name]:
-                raise CheckpointError(f"{self.directory / file_name} has no tensor {name}, as the index promises; copy the model again")
+                raise CheckpointError(
+                    f"{self.directory / file_name} has no tensor {name}, as the index promises; copy the model again"
+                )
         return shards
 
 
@@ -105,12 +132,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of at most 64 MiB. Raises CheckpointError naming the file."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB, which no model's JSON is; do not use this file")
+            raise CheckpointError(
+                f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB, which no model's JSON is; do not use this file"
+            )
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; give a Hugging Face model directory") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({first_line(error)}); copy the model again") from error
+        raise CheckpointError(
+            f"{path} is not readable JSON ({first_line(error)}); copy the model again"
+        ) from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} must hold a JSON object; copy the model again")
     return raw
@@ -146,7 +177,9 @@ def new_directory(target: Path) -> Iterator[Path]:
     Raises OutputExistsError if there is a `target`, CheckpointError for a disk that refuses the data.
     """
     if target.exists() or target.is_symlink():
-        raise OutputExistsError(f"{target}: exists already; name a directory that does not, nothing was written.")
+        raise OutputExistsError(
+            f"{target}: exists already; name a directory that does not, nothing was written."
+        )
     work = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:12]}")
     try:
         work.mkdir(parents=True)
@@ -156,8 +189,14 @@ def new_directory(target: Path) -> Iterator[Path]:
         work.rename(target)
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and target.exists():
-            raise OutputExistsError(f"{target} was created meanwhile; remove it or choose another output") from error
+        if (
+            isinstance(error, OSError)
+            and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+            and target.exists()
+        ):
+            raise OutputExistsError(
+                f"{target} was created meanwhile; remove it or choose another output"
+            ) from error
         raise CheckpointError(f"{target} cannot be written: {first_line(error)}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -170,7 +209,9 @@ def _write_shards(work: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_b
     for shard in _shards(tensors, max_shard_bytes):
         for name, tensor in shard.items():
             if name in seen:
-                raise CheckpointError(f"tensor {name} comes twice; every weight must have its own name")
+                raise CheckpointError(
+                    f"tensor {name} comes twice; every weight must have its own name"
+                )
             _check_finite(name, tensor)
             total += tensor.numel() * tensor.element_size()
         seen |= shard.keys()
@@ -189,7 +230,9 @@ def _write_shards(work: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_b
     _write_json(work / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+def _shards(
+    tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -209,7 +252,9 @@ def _check_finite(name: str, tensor: Tensor) -> None:
     else:
         finite = not tensor.is_floating_point() or all_finite(tensor)
     if not finite:
-        raise CheckpointError(f"tensor {name} has values that are not finite; go back to an earlier checkpoint")
+        raise CheckpointError(
+            f"tensor {name} has values that are not finite; go back to an earlier checkpoint"
+        )
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -220,7 +265,9 @@ def all_finite(tensor: Tensor) -> bool:
 
 def _copy_side_files(source: Path, work: Path) -> None:
     if not source.is_dir():
-        raise CheckpointError(f"{source} is not a directory; give the directory with the model's tokenizer")
+        raise CheckpointError(
+            f"{source} is not a directory; give the directory with the model's tokenizer"
+        )
     for pattern in SIDE_FILES:
         for path in source.glob(pattern):
             if path.is_file():

@@ -47,7 +47,9 @@ class Moments:
     v_scale: Tensor | None = None
 
 
-def new_moment(parameter: Tensor, states: str, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+def new_moment(
+    parameter: Tensor, states: str, device: torch.device | str
+) -> tuple[Tensor, Tensor | None]:
     """A zero moment of `parameter` and its scales ("fp8" only); states: "fp32", "bf16" or "fp8"; pinned where device is "cpu"."""
     pinned = torch.cuda.is_available() and torch.device(device).type == "cpu"
     if states != "fp8":
@@ -58,7 +60,13 @@ def new_moment(parameter: Tensor, states: str, device: torch.device | str) -> tu
 
 
 @torch.no_grad()
-def adamw_(parameters: Sequence[Tensor], gradients: Sequence[Tensor], moments: Sequence[Moments], hyper: Hyper, clip: Tensor) -> None:
+def adamw_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    moments: Sequence[Moments],
+    hyper: Hyper,
+    clip: Tensor,
+) -> None:
     """Update parameters (FP32, contiguous, on one device) and their moments in place.
 
     gradients: FP32 or BF16, all alike; `clip` [] float32 multiplies them.
@@ -67,8 +75,21 @@ def adamw_(parameters: Sequence[Tensor], gradients: Sequence[Tensor], moments: S
     if parameters and usable(parameters[0].device):
         from infir2.numerics.kernels import adamw
 
-        tensors = [(p, g, s.m, s.m_scale, s.v, s.v_scale) for p, g, s in zip(parameters, gradients, moments, strict=True)]
-        adamw.adamw_(tensors, clip, hyper.step, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.decay, *hyper.corrections)
+        tensors = [
+            (p, g, s.m, s.m_scale, s.v, s.v_scale)
+            for p, g, s in zip(parameters, gradients, moments, strict=True)
+        ]
+        adamw.adamw_(
+            tensors,
+            clip,
+            hyper.step,
+            hyper.lr,
+            hyper.beta1,
+            hyper.beta2,
+            hyper.eps,
+            hyper.decay,
+            *hyper.corrections,
+        )
         return
     for parameter, gradient, state in zip(parameters, gradients, moments, strict=True):
         _update(parameter, gradient.float() * clip, state, hyper)
@@ -80,7 +101,9 @@ def _update(p: Tensor, g: Tensor, state: Moments, hyper: Hyper) -> None:
     first = first * hyper.beta1 + g * (1 - hyper.beta1)
     second = second * hyper.beta2 + g * g * (1 - hyper.beta2)
     correction1, correction2 = hyper.corrections
-    p.mul_(1 - hyper.lr * hyper.decay).sub_(hyper.lr * (first / correction1) / ((second / correction2).sqrt() + hyper.eps))
+    p.mul_(1 - hyper.lr * hyper.decay).sub_(
+        hyper.lr * (first / correction1) / ((second / correction2).sqrt() + hyper.eps)
+    )
     _store(state.m, state.m_scale, first, hyper.step)
     _store(state.v, state.v_scale, second if state.v_scale is None else second.sqrt(), hyper.step)
 
@@ -114,7 +137,9 @@ def _groups(flat: Tensor) -> Tensor:
 
 def _noise(size: int, step: int, device: torch.device) -> Tensor:
     """20 bits per position, int32: the hash of `kernels.adamw`."""
-    x = (torch.arange(size, dtype=torch.int64, device=device) * 0x9E3779B1 + step * 0x85EBCA77) & _MASK
+    x = (
+        torch.arange(size, dtype=torch.int64, device=device) * 0x9E3779B1 + step * 0x85EBCA77
+    ) & _MASK
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
     return ((x ^ (x >> 16)) & 0xFFFFF).to(torch.int32)

@@ -38,11 +38,17 @@ def convert_to_fp8(module: AnyModule, fp8: Fp8Config) -> AnyModule:
     names = [name for name, _ in module.named_modules()]
     for pattern in fp8.skip_modules:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"fp8.skip_modules: {pattern!r} matches no module; use names such as 'model.layers.0.mlp.down_proj'")
+            raise ConfigError(
+                f"fp8.skip_modules: {pattern!r} matches no module; use names such as 'model.layers.0.mlp.down_proj'"
+            )
     heads = _heads(module)
     layers: dict[nn.Module, Fp8Linear] = {}  # a layer used in two places stays one layer
     for name, child in list(module.named_modules(remove_duplicate=False)):
-        if type(child) is not nn.Linear or id(child.weight) in heads or name.rpartition(".")[2] == "lm_head":
+        if (
+            type(child) is not nn.Linear
+            or id(child.weight) in heads
+            or name.rpartition(".")[2] == "lm_head"
+        ):
             continue
         if any(fnmatchcase(name, pattern) for pattern in fp8.skip_modules):
             continue

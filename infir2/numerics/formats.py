@@ -40,7 +40,9 @@ class Fp8Tensor:
     def __post_init__(self) -> None:
         check_format(self.block, self.scale_format)
         if self.codes.dtype != E4M3 or self.codes.ndim != 2:
-            raise ValueError(f"codes must be float8_e4m3fn [R, C]; got {self.codes.dtype} {list(self.codes.shape)}")
+            raise ValueError(
+                f"codes must be float8_e4m3fn [R, C]; got {self.codes.dtype} {list(self.codes.shape)}"
+            )
         expected = scale_shape(self.codes.shape[0], self.codes.shape[1], self.block)
         if self.scale.dtype != torch.float32 or tuple(self.scale.shape) != expected:
             found = f"{self.scale.dtype} {list(self.scale.shape)}"

@@ -76,10 +76,14 @@ def input_values(saved: Fp8Tensor) -> Tensor:
     row_scale, tile_scale = tile_scales(saved.scale, scratch.amax(dim=3) != 0)
     moved = round_to_e4m3_(tiles.mul_((row_scale / tile_scale[:, None, :])[..., None]), scratch)
     values = moved.mul_(tile_scale[:, None, :, None])
-    return values.view(values.shape[0] * GROUP, values.shape[2] * GROUP)[: saved.shape[0], : saved.shape[1]]
+    return values.view(values.shape[0] * GROUP, values.shape[2] * GROUP)[
+        : saved.shape[0], : saved.shape[1]
+    ]
 
 
-def gradient_values(grad: Tensor, scale_format: str, by_row: bool, by_column: bool) -> tuple[Tensor | None, Tensor | None]:
+def gradient_values(
+    grad: Tensor, scale_format: str, by_row: bool, by_column: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """FP32 values [T, N] of the output gradient in the layouts asked for, from one read.
 
     Returns:
@@ -101,10 +105,18 @@ def gradient_values(grad: Tensor, scale_format: str, by_row: bool, by_column: bo
     row_values = column_values = None
     if row_scale is not None:
         scaled = wide.view(along_columns) / row_scale
-        row_values = round_to_e4m3_(scaled, scratch.view(along_columns)).mul_(row_scale).view_as(wide)[:rows, :columns]
+        row_values = (
+            round_to_e4m3_(scaled, scratch.view(along_columns))
+            .mul_(row_scale)
+            .view_as(wide)[:rows, :columns]
+        )
     if column_scale is not None:
         scaled = wide.view(along_tokens).div_(column_scale)
-        column_values = round_to_e4m3_(scaled, scratch.view(along_tokens)).mul_(column_scale).view_as(wide)[:rows, :columns]
+        column_values = (
+            round_to_e4m3_(scaled, scratch.view(along_tokens))
+            .mul_(column_scale)
+            .view_as(wide)[:rows, :columns]
+        )
     return row_values, column_values
 
 

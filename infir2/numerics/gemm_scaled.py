@@ -43,16 +43,27 @@ class Operand:
     @property
     def scaling(self) -> F.ScalingType:
         """The name that torch has for this block."""
-        return F.ScalingType.BlockWise1x128 if self.block_rows == 1 else F.ScalingType.BlockWise128x128
+        return (
+            F.ScalingType.BlockWise1x128 if self.block_rows == 1 else F.ScalingType.BlockWise128x128
+        )
 
     def padded(self) -> "Operand":
         """Rows padded to a multiple of 16 and columns to one of 128, with zero codes (scale 1); itself where they are."""
         rows, columns = self.codes.shape
-        more_rows, more_columns = -rows % _ALIGNMENT, -columns % GROUP if columns % _ALIGNMENT else 0
+        more_rows, more_columns = (
+            -rows % _ALIGNMENT,
+            -columns % GROUP if columns % _ALIGNMENT else 0,
+        )
         if not more_rows and not more_columns:
             return self
-        codes = F.pad(self.codes.view(torch.uint8), (0, more_columns, 0, more_rows)).view(self.codes.dtype)
-        scale = F.pad(self.scale, (0, 0, 0, more_rows), value=1.0) if self.block_rows == 1 else self.scale
+        codes = F.pad(self.codes.view(torch.uint8), (0, more_columns, 0, more_rows)).view(
+            self.codes.dtype
+        )
+        scale = (
+            F.pad(self.scale, (0, 0, 0, more_rows), value=1.0)
+            if self.block_rows == 1
+            else self.scale
+        )
         return Operand(codes, scale, self.block_rows)
 
     def values(self) -> Tensor:
@@ -103,14 +114,23 @@ def gemm_nt(
     if tuple(a_block) not in BLOCKS or tuple(b_block) not in BLOCKS:
         raise ValueError(f"blocks must be (1, 128) or (128, 128); got {a_block} and {b_block}")
     if a_codes.shape[1] != b_codes.shape[1]:
-        raise ValueError(f"a {list(a_codes.shape)} and b {list(b_codes.shape)} must have the same number of columns")
+        raise ValueError(
+            f"a {list(a_codes.shape)} and b {list(b_codes.shape)} must have the same number of columns"
+        )
     chosen = backend or os.environ.get("INFIR2_GEMM") or "auto"
     return _gemm_nt(a_codes, a_scale, b_codes, b_scale, a_block[0], b_block[0], out_dtype, chosen)
 
 
 @operator("infir2::gemm_nt")
 def _gemm_nt(
-    a_codes: Tensor, a_scale: Tensor, b_codes: Tensor, b_scale: Tensor, a_rows: int, b_rows: int, out_dtype: torch.dtype, backend: str
+    a_codes: Tensor,
+    a_scale: Tensor,
+    b_codes: Tensor,
+    b_scale: Tensor,
+    a_rows: int,
+    b_rows: int,
+    out_dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     a, b = Operand(a_codes, a_scale, a_rows), Operand(b_codes, b_scale, b_rows)
     if 0 in (a_codes.shape[0], b_codes.shape[0], a_codes.shape[1]):
@@ -119,16 +139,30 @@ def _gemm_nt(
     if backend == "auto":
         backend = usable[0] if len(usable) == 1 else _fastest(a, b, out_dtype, usable)
     elif backend not in BACKENDS:
-        raise ConfigError(f"INFIR2_GEMM is {backend!r}; use one of {', '.join(BACKENDS)} or leave it empty")
+        raise ConfigError(
+            f"INFIR2_GEMM is {backend!r}; use one of {', '.join(BACKENDS)} or leave it empty"
+        )
     elif backend not in usable and backend != "emulation":
-        reason = missing_block_scaling(a_codes.device) or f"it cannot multiply {a_rows}x128 by {b_rows}x128 blocks into {out_dtype}"
-        raise ConfigError(f"the {backend} GEMM was asked for (INFIR2_GEMM), but {reason}; use emulation, BF16 layers, or leave it empty")
+        reason = (
+            missing_block_scaling(a_codes.device)
+            or f"it cannot multiply {a_rows}x128 by {b_rows}x128 blocks into {out_dtype}"
+        )
+        raise ConfigError(
+            f"the {backend} GEMM was asked for (INFIR2_GEMM), but {reason}; use emulation, BF16 layers, or leave it empty"
+        )
     return _RUN[backend](a, b, out_dtype)
 
 
 @_gemm_nt.register_fake
 def _fake_gemm_nt(
-    a_codes: Tensor, a_scale: Tensor, b_codes: Tensor, b_scale: Tensor, a_rows: int, b_rows: int, out_dtype: torch.dtype, backend: str
+    a_codes: Tensor,
+    a_scale: Tensor,
+    b_codes: Tensor,
+    b_scale: Tensor,
+    a_rows: int,
+    b_rows: int,
+    out_dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     return a_codes.new_empty((a_codes.shape[0], b_codes.shape[0]), dtype=out_dtype)
 
@@ -139,7 +173,12 @@ def candidates(a: Operand, b: Operand, out_dtype: torch.dtype) -> tuple[str, ...
         return ("emulation",)
     # DeepGEMM's tiles: shapes that do not fill one are not compiled.
     filled = a.codes.shape[0] >= 64 and b.codes.shape[0] % 64 == 0 and a.codes.shape[1] % GROUP == 0
-    if filled and a.block_rows == 1 and (b.block_rows == 1) == (out_dtype == torch.float32) and deep_gemm() is not None:
+    if (
+        filled
+        and a.block_rows == 1
+        and (b.block_rows == 1) == (out_dtype == torch.float32)
+        and deep_gemm() is not None
+    ):
         return ("cublas", "deepgemm")
     return ("cublas",)
 
@@ -151,10 +190,14 @@ def deep_gemm() -> ModuleType | None:
         import deep_gemm as module
     except ModuleNotFoundError as error:
         if error.name != "deep_gemm":
-            warnings.warn(f"DeepGEMM is installed, but {error.name} is not; using cuBLAS", stacklevel=2)
+            warnings.warn(
+                f"DeepGEMM is installed, but {error.name} is not; using cuBLAS", stacklevel=2
+            )
         return None
     except Exception as error:  # it loads libraries of one torch and one CUDA, and asserts on both
-        warnings.warn(f"DeepGEMM is installed but does not load ({error}); using cuBLAS", stacklevel=2)
+        warnings.warn(
+            f"DeepGEMM is installed but does not load ({error}); using cuBLAS", stacklevel=2
+        )
         return None
     return module
 
@@ -173,10 +216,17 @@ def _cublas_scale(operand: Operand) -> Tensor:
     scale = operand.scale
     if operand.block_rows == 1:
         strides = (1, scale.shape[0])
-        return scale if scale.stride() == strides else torch.empty_strided(scale.shape, strides, device=scale.device).copy_(scale)
+        return (
+            scale
+            if scale.stride() == strides
+            else torch.empty_strided(scale.shape, strides, device=scale.device).copy_(scale)
+        )
     blocks, num_groups = scale.shape
     wide = -(-num_groups // 4) * 4
-    fits = scale.storage_offset() + blocks * wide <= scale.untyped_storage().nbytes() // scale.element_size()
+    fits = (
+        scale.storage_offset() + blocks * wide
+        <= scale.untyped_storage().nbytes() // scale.element_size()
+    )
     if scale.stride() == (wide, 1) and fits:
         return scale.as_strided((wide, blocks), (1, wide))
     return F.pad(scale, (0, wide - num_groups)).contiguous().t()
@@ -187,7 +237,10 @@ def _deepgemm(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
     assert module is not None
     rows, columns = a.codes.shape[0], b.codes.shape[0]
     a, b = a.padded(), b.padded()
-    left, right = (a.codes, a.scale), (b.codes, b.scale.contiguous() if b.block_rows != 1 else b.scale)
+    left, right = (
+        (a.codes, a.scale),
+        (b.codes, b.scale.contiguous() if b.block_rows != 1 else b.scale),
+    )
     if b.block_rows == 1:  # this kernel adds to its output
         out = a.codes.new_zeros((a.codes.shape[0], b.codes.shape[0]), dtype=out_dtype)
         module.fp8_gemm_nt(left, right, out, c=out, recipe=(1, 1, GROUP), disable_ue8m0_cast=True)
@@ -201,7 +254,11 @@ def _emulation(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
     return (a.values() @ b.values().t()).to(out_dtype)
 
 
-_RUN: dict[str, Callable[[Operand, Operand, torch.dtype], Tensor]] = {"cublas": _cublas, "deepgemm": _deepgemm, "emulation": _emulation}
+_RUN: dict[str, Callable[[Operand, Operand, torch.dtype], Tensor]] = {
+    "cublas": _cublas,
+    "deepgemm": _deepgemm,
+    "emulation": _emulation,
+}
 
 
 _chosen: dict[Hashable, str] = {}
@@ -237,6 +294,9 @@ def _milliseconds(name: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> 
             end.synchronize()
             times.append(start.elapsed_time(end))
     except Exception as error:  # a compiler that is missing, a shape that is refused: the other backend still works
-        warnings.warn(f"the {name} GEMM failed on {[*a.codes.shape]} x {[*b.codes.shape]} and is not used: {error}", stacklevel=2)
+        warnings.warn(
+            f"the {name} GEMM failed on {[*a.codes.shape]} x {[*b.codes.shape]} and is not used: {error}",
+            stacklevel=2,
+        )
         return float("inf")
     return statistics.median(times[2:])

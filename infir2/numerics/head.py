@@ -20,7 +20,9 @@ def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
 
     All T x V values exist at once: for sampling and tests. Training takes `token_logprobs`.
     """
-    if fused.serves(hidden) and not (torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)):
+    if fused.serves(hidden) and not (
+        torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
+    ):
         return fp32_product(hidden, rounded(head_weight, torch.bfloat16, torch.bfloat16).t())
     work = _work_dtype(hidden)
     if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
@@ -55,21 +57,38 @@ def token_logprobs(
     Raises:
         ValueError: shapes that do not fit, a temperature or a chunk that is not positive.
     """
-    if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1] or labels.shape != hidden.shape[:1]:
+    if (
+        hidden.ndim != 2
+        or head_weight.ndim != 2
+        or hidden.shape[1] != head_weight.shape[1]
+        or labels.shape != hidden.shape[:1]
+    ):
         found = ", ".join(str(list(t.shape)) for t in (hidden, head_weight, labels))
-        raise ValueError(f"token_logprobs takes hidden [T, D], head_weight [V, D], labels [T]; got {found}")
+        raise ValueError(
+            f"token_logprobs takes hidden [T, D], head_weight [V, D], labels [T]; got {found}"
+        )
     if not temperature > 0 or chunk_tokens < 1:
-        raise ValueError(f"temperature must be > 0 and chunk_tokens >= 1; got {temperature} and {chunk_tokens}")
+        raise ValueError(
+            f"temperature must be > 0 and chunk_tokens >= 1; got {temperature} and {chunk_tokens}"
+        )
     if uniform_gradient and fused.serves(hidden) and hidden.shape[0] and torch.is_grad_enabled():
         return _SummedLogprobs.apply(hidden, head_weight, labels, temperature, chunk_tokens), None
-    logprobs, entropy = _TokenLogprobs.apply(hidden, head_weight, labels, temperature, chunk_tokens, with_entropy)
+    logprobs, entropy = _TokenLogprobs.apply(
+        hidden, head_weight, labels, temperature, chunk_tokens, with_entropy
+    )
     return logprobs, entropy if with_entropy else None
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, temperature: float, chunk_tokens: int, with_entropy: bool
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        chunk_tokens: int,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         num_tokens = hidden.shape[0]
         logprobs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
@@ -83,7 +102,9 @@ class _TokenLogprobs(torch.autograd.Function):
             for start in range(0, num_tokens, chunk_tokens):
                 chunk = slice(start, start + chunk_tokens)
                 logits = fp32_product(hidden[chunk], bf16)
-                results = fused.kernels().label_logprobs(logits, labels[chunk], temperature, with_entropy)
+                results = fused.kernels().label_logprobs(
+                    logits, labels[chunk], temperature, with_entropy
+                )
                 logprobs[chunk], normalizer[chunk] = results[:2]
                 if with_entropy:
                     entropy[chunk] = results[2]
@@ -108,7 +129,11 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, head_weight, labels, normalizer = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(head_weight.shape, dtype=torch.float32, device=head_weight.device) if need_weight else None
+        grad_weight = (
+            torch.zeros(head_weight.shape, dtype=torch.float32, device=head_weight.device)
+            if need_weight
+            else None
+        )
         with torch.autocast(hidden.device.type, enabled=False):
             if fused.serves(hidden):
                 _backward_on_gpu(ctx, grad, grad_hidden, grad_weight)
@@ -118,33 +143,68 @@ class _TokenLogprobs(torch.autograd.Function):
                 chunk = slice(start, start + ctx.chunk_tokens)
                 x = hidden[chunk].float()
                 # d logprob / d logits = (one_hot(label) - softmax) / temperature
-                probabilities = (x @ weight.t()).div_(ctx.temperature).sub_(normalizer[chunk, None]).exp_()
+                probabilities = (
+                    (x @ weight.t()).div_(ctx.temperature).sub_(normalizer[chunk, None]).exp_()
+                )
                 scaled = grad[chunk, None] / ctx.temperature
-                grad_logits = probabilities.mul_(-scaled).scatter_add_(1, labels[chunk, None], scaled)
+                grad_logits = probabilities.mul_(-scaled).scatter_add_(
+                    1, labels[chunk, None], scaled
+                )
                 if grad_hidden is not None:
                     grad_hidden[chunk] = grad_logits @ weight
                 if grad_weight is not None:
                     grad_weight.addmm_(grad_logits.t(), x)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(head_weight.dtype), None, None, None, None
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(head_weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _SummedLogprobs(torch.autograd.Function):
     """Log-probabilities whose gradients are all alike: made for a gradient of one, scaled in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, temperature: float, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> Tensor:
         weight = rounded(head_weight, torch.bfloat16, torch.bfloat16)
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         ones = torch.ones_like(logprobs)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros(head_weight.shape, dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            torch.zeros(head_weight.shape, dtype=torch.float32, device=hidden.device)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             logits = fp32_product(hidden[chunk], weight.t())
-            logprobs[chunk], normalizer, _ = fused.kernels().label_logprobs(logits, labels[chunk], temperature, False)
-            grad_logits = fused.kernels().label_logprobs_backward(logits, labels[chunk], normalizer, ones[chunk], temperature)
-            _add_products(grad_logits, hidden[chunk], weight, None if grad_hidden is None else grad_hidden[chunk], grad_weight)
-        ctx.grads = (grad_hidden, grad_weight)  # no inputs or outputs, and needed once: not for save_for_backward
+            logprobs[chunk], normalizer, _ = fused.kernels().label_logprobs(
+                logits, labels[chunk], temperature, False
+            )
+            grad_logits = fused.kernels().label_logprobs_backward(
+                logits, labels[chunk], normalizer, ones[chunk], temperature
+            )
+            _add_products(
+                grad_logits,
+                hidden[chunk],
+                weight,
+                None if grad_hidden is None else grad_hidden[chunk],
+                grad_weight,
+            )
+        ctx.grads = (
+            grad_hidden,
+            grad_weight,
+        )  # no inputs or outputs, and needed once: not for save_for_backward
         return logprobs
 
     @staticmethod
@@ -154,14 +214,22 @@ class _SummedLogprobs(torch.autograd.Function):
         return *(None if part is None else part.mul_(grad[0]) for part in grads), None, None, None
 
 
-def _add_products(grad_logits: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None) -> None:
+def _add_products(
+    grad_logits: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
     if grad_x is not None:
         torch.mm(grad_logits, weight, out=grad_x)
     if grad_weight is not None:
         fp32_product(grad_logits.t(), x, grad_weight)
 
 
-def _backward_on_gpu(ctx: Any, grad: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> None:
+def _backward_on_gpu(
+    ctx: Any, grad: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None
+) -> None:
     """Fill the gradients: logits again in FP32, their gradient in BF16, products summed in FP32."""
     hidden, head_weight, labels, normalizer = ctx.saved_tensors
     weight = rounded(head_weight, torch.bfloat16, torch.bfloat16)
@@ -173,7 +241,9 @@ def _backward_on_gpu(ctx: Any, grad: Tensor, grad_hidden: Tensor | None, grad_we
             logits, labels[chunk], normalizer[chunk], grad[chunk].contiguous(), ctx.temperature
         )
         del logits
-        _add_products(grad_logits, x, weight, None if grad_hidden is None else grad_hidden[chunk], grad_weight)
+        _add_products(
+            grad_logits, x, weight, None if grad_hidden is None else grad_hidden[chunk], grad_weight
+        )
 
 
 def _work_dtype(hidden: Tensor) -> torch.dtype:

@@ -53,7 +53,13 @@ class Fp8Linear(nn.Linear):
     @classmethod
     def from_linear(cls, source: nn.Linear, scale_format: str = "pow2") -> "Fp8Linear":
         """The FP8 layer of a plain one. An FP32 parameter is shared, another dtype gets an FP32 master."""
-        layer = cls(source.in_features, source.out_features, bias=False, scale_format=scale_format, device="meta")
+        layer = cls(
+            source.in_features,
+            source.out_features,
+            bias=False,
+            scale_format=scale_format,
+            device="meta",
+        )
         layer.weight = _master(source.weight)
         if source.bias is not None:
             layer.bias = _master(source.bias)
@@ -71,7 +77,11 @@ class Fp8Linear(nn.Linear):
 
     def weight_values(self, dtype: torch.dtype) -> Tensor:
         """Dequantised weight [N, K] in FP32 or FP64; kept with the codes for the emulated GEMMs."""
-        return cached(self._source(), ("fp8", self.scale_format, dtype), lambda: dequantize(self.quantized_weight(), dtype))
+        return cached(
+            self._source(),
+            ("fp8", self.scale_format, dtype),
+            lambda: dequantize(self.quantized_weight(), dtype),
+        )
 
     def load_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Serve these bytes and drop the master (inference only).
@@ -85,7 +95,9 @@ class Fp8Linear(nn.Linear):
         """
         shape = (self.out_features, self.in_features)
         if codes.dtype != E4M3 or tuple(codes.shape) != shape:
-            raise ValueError(f"codes of this layer must be float8_e4m3fn {list(shape)}; got {codes.dtype} {list(codes.shape)}")
+            raise ValueError(
+                f"codes of this layer must be float8_e4m3fn {list(shape)}; got {codes.dtype} {list(codes.shape)}"
+            )
         if scale.dtype != torch.float32 or tuple(scale.shape) != scale_shape(*shape, TILE_BLOCK):
             raise ValueError(
                 f"scales of this layer must be float32 {list(scale_shape(*shape, TILE_BLOCK))}; got {scale.dtype} {list(scale.shape)}"
@@ -93,7 +105,9 @@ class Fp8Linear(nn.Linear):
         if not bool(torch.all(torch.isfinite(scale) & (scale > 0))):
             raise ValueError("scales must be finite and positive; export the weights again")
         if self.scale_format == "pow2" and bool(torch.any(torch.frexp(scale).mantissa != 0.5)):
-            raise ValueError('scales are not powers of two; set fp8.scale_format = "fp32" or export with "pow2"')
+            raise ValueError(
+                'scales are not powers of two; set fp8.scale_format = "fp32" or export with "pow2"'
+            )
         self.register_parameter("weight", None)
         with torch.inference_mode(False):  # tensors that count versions, wherever this is called
             self.code_bytes = codes.detach().contiguous().view(torch.uint8).clone()
@@ -112,13 +126,21 @@ class Fp8Linear(nn.Linear):
 
     def _quantize_weight(self) -> Fp8Tensor:
         if self.weight is None:
-            return Fp8Tensor(self.code_bytes.view(E4M3), self.scale_bytes.view(torch.float32), TILE_BLOCK, self.scale_format)
+            return Fp8Tensor(
+                self.code_bytes.view(E4M3),
+                self.scale_bytes.view(torch.float32),
+                TILE_BLOCK,
+                self.scale_format,
+            )
         self.quantizations += 1
         return quantize_weight(self.weight, self.scale_format)
 
 
 def linear(
-    x: Tensor, layers: Sequence[nn.Linear], dtype: torch.dtype | None = None, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    layers: Sequence[nn.Linear],
+    dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs [T, N_i] of layers that share the input x [T, K], each in x's dtype.
 
@@ -135,7 +157,9 @@ def linear(
     if fused.serves(x, dtype):
         return fused.linear(x, layers, dtypes[1])
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-    if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(p is not None and p.requires_grad for p in parameters)
+    ):
         return _SharedInput.apply(tuple(layers), x, dtypes, *parameters)
     return _forward(x, layers, *dtypes)[0]
 
@@ -148,18 +172,30 @@ class _SharedInput(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layers: tuple[nn.Linear, ...], x: Tensor, dtypes: tuple[torch.dtype, torch.dtype], *parameters: Tensor | None
+        ctx: Any,
+        layers: tuple[nn.Linear, ...],
+        x: Tensor,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         outputs, quantized = _forward(x, layers, *dtypes)
         ctx.layers, ctx.x_dtype, ctx.dtype = layers, x.dtype, dtypes[0]
         ctx.set_materialize_grads(False)
-        trained = [layer for layer, needed in zip(layers, ctx.needs_input_grad[3::2], strict=True) if needed]
+        trained = [
+            layer
+            for layer, needed in zip(layers, ctx.needs_input_grad[3::2], strict=True)
+            if needed
+        ]
         formats = {layer.scale_format for layer in trained if isinstance(layer, Fp8Linear)}
         saved = {name: gemm.input_for_backward(x, quantized[name]) for name in sorted(formats)}
         ctx.saved_formats = [(t.block, t.scale_format) for t in saved.values()]
         keep_x = any(not isinstance(layer, Fp8Linear) for layer in trained)
         # The weights are saved so that autograd notices a change between forward and backward; they take no memory.
-        ctx.save_for_backward(x if keep_x else None, *(part for t in saved.values() for part in (t.codes, t.scale)), *parameters[::2])
+        ctx.save_for_backward(
+            x if keep_x else None,
+            *(part for t in saved.values() for part in (t.codes, t.scale)),
+            *parameters[::2],
+        )
         return outputs
 
     @staticmethod
@@ -196,7 +232,10 @@ def _forward(
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of (x, weight_0, bias_0, ...)."""
     x, *parts = ctx.saved_tensors
-    saved = {name: Fp8Tensor(parts[2 * i], parts[2 * i + 1], block, name) for i, (block, name) in enumerate(ctx.saved_formats)}
+    saved = {
+        name: Fp8Tensor(parts[2 * i], parts[2 * i + 1], block, name)
+        for i, (block, name) in enumerate(ctx.saved_formats)
+    }
     x_values: dict[str, Tensor] = {name: gemm.input_values(t) for name, t in saved.items()}
     if x is not None:
         x_values[_PLAIN] = x.to(gemm.backward_dtype(x))
@@ -215,7 +254,9 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if grad_x is None else grad_x.to(ctx.x_dtype), *results]
 
 
-def _gradient_operands(layer: nn.Linear, grad: Tensor, by_row: bool, by_column: bool) -> tuple[Tensor | None, Tensor | None]:
+def _gradient_operands(
+    layer: nn.Linear, grad: Tensor, by_row: bool, by_column: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """Values [T, N] of the output gradient for grad_x and for grad_W, where asked for."""
     if isinstance(layer, Fp8Linear):
         return gemm.gradient_values(grad, layer.scale_format, by_row, by_column)

@@ -25,7 +25,9 @@ Rope = tuple[Tensor, Tensor]
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x**2) + eps) * weight` over the last dimension. weight: FP32 master [D], rounded to x's dtype."""
 
-    def __init__(self, size: int, eps: float = 1e-6, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, size: int, eps: float = 1e-6, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32, device=device))
         self.eps = eps
@@ -59,7 +61,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_inputs(
-    x: Tensor, norm: RMSNorm, layers: Sequence[nn.Linear], head_dim: int, rope: Rope | None, memory: Memory
+    x: Tensor,
+    norm: RMSNorm,
+    layers: Sequence[nn.Linear],
+    head_dim: int,
+    rope: Rope | None,
+    memory: Memory,
 ) -> tuple[Tensor, ...]:
     """(x, q, k, v): the heads [T, N, H] of `layer(norm(x))`, q and k rotated if `rope` is given.
 
@@ -80,10 +87,18 @@ def add_linear(residual: Tensor, x: Tensor, layer: nn.Linear, memory: Memory) ->
     return residual + linear(x, (layer,))[0]
 
 
-def feed_forward(x: Tensor, norm: RMSNorm, gate: nn.Linear, up: nn.Linear, down: nn.Linear, memory: Memory) -> Tensor:
+def feed_forward(
+    x: Tensor, norm: RMSNorm, gate: nn.Linear, up: nn.Linear, down: nn.Linear, memory: Memory
+) -> Tensor:
     """`x + down(silu(gate(n)) * up(n))` with n = norm(x), [T, D] -> [T, D]."""
-    pair, last = (fused.stack((gate, up)), fused.stack((down,))) if fused.serves(x) else (None, None)
-    if pair is not None and last is not None and all(layer.bias is None for layer in (gate, up, down)):
+    pair, last = (
+        (fused.stack((gate, up)), fused.stack((down,))) if fused.serves(x) else (None, None)
+    )
+    if (
+        pair is not None
+        and last is not None
+        and all(layer.bias is None for layer in (gate, up, down))
+    ):
         return fused.feed_forward(x, norm.weight, norm.eps, pair, last, memory)
     gate_values, up_values = linear(norm(x), (gate, up))
     return x + linear(swiglu(gate_values, up_values, memory), (down,))[0]
@@ -125,7 +140,9 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, as_fp8: bool) -> Tensor:
         kept = [quantize(t) for t in (gate, up)] if as_fp8 else None
-        ctx.save_for_backward(*((gate, up) if kept is None else (part for t in kept for part in (t.codes, t.scale))))
+        ctx.save_for_backward(
+            *((gate, up) if kept is None else (part for t in kept for part in (t.codes, t.scale)))
+        )
         ctx.dtype = gate.dtype
         if fused.serves(gate):
             return fused.kernels().swiglu_product(gate, up)
@@ -136,7 +153,10 @@ class _SwiGlu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         gate, up, *rest = ctx.saved_tensors
         if rest:
-            gate, up = (dequantize(Fp8Tensor(codes, scale, ROW_BLOCK, "pow2"), ctx.dtype) for codes, scale in ((gate, up), rest))
+            gate, up = (
+                dequantize(Fp8Tensor(codes, scale, ROW_BLOCK, "pow2"), ctx.dtype)
+                for codes, scale in ((gate, up), rest)
+            )
         if fused.serves(gate):
             return *fused.kernels().swiglu_backward(grad, gate, up).chunk(2, dim=1), None
         grad, wide = grad.float(), gate.float()

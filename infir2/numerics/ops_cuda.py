@@ -54,7 +54,12 @@ class Stack:
         if all(layer.bias is None for layer in self.layers):
             return None
         return torch.cat(
-            [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in self.layers]
+            [
+                layer.weight.new_zeros(layer.out_features)
+                if layer.bias is None
+                else layer.bias.detach()
+                for layer in self.layers
+            ]
         )
 
     def operand(self) -> Operand:
@@ -68,7 +73,11 @@ class Stack:
             return codes
         if not keep:
             return kernels().transpose(codes)
-        return cached_together([_identity(layer) for layer in self.layers], "transposed", lambda: kernels().transpose(codes))
+        return cached_together(
+            [_identity(layer) for layer in self.layers],
+            "transposed",
+            lambda: kernels().transpose(codes),
+        )
 
 
 def stack(layers: Sequence[nn.Linear]) -> Stack | None:
@@ -84,13 +93,21 @@ def serves(x: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def attention_inputs(
-    x: Tensor, weight: Tensor, eps: float, layers: Stack, head_dim: int, rope: tuple[Tensor, Tensor] | None, memory: Memory
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    layers: Stack,
+    head_dim: int,
+    rope: tuple[Tensor, Tensor] | None,
+    memory: Memory,
 ) -> tuple[Tensor, ...]:
     """(x, q, k, v) with heads [T, N, H]; q and k rotated if `rope` is given. Use the returned x for the residual."""
     return _NormLinear.apply(x, weight, eps, layers, head_dim, rope, memory, *layers.parameters)
 
 
-def linear(x: Tensor, layers: Sequence[nn.Linear], out_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+def linear(
+    x: Tensor, layers: Sequence[nn.Linear], out_dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, ...]:
     """The outputs [T, N_i] of layers that share x [T, K]; keeps the codes of x, or x where a layer is BF16.
 
     x may be FP32 with BF16 values, its gradient then is FP32 too; outputs that are not BF16 are as the GEMM sums them.
@@ -98,7 +115,9 @@ def linear(x: Tensor, layers: Sequence[nn.Linear], out_dtype: torch.dtype = torc
     whole = stack(layers)
     if whole is None:
         return tuple(linear(x, (layer,), out_dtype)[0] for layer in layers)
-    return _AddLinear.apply(None, x, whole, Memory(), False, out_dtype, *whole.parameters).split(whole.sizes, dim=1)
+    return _AddLinear.apply(None, x, whole, Memory(), False, out_dtype, *whole.parameters).split(
+        whole.sizes, dim=1
+    )
 
 
 def add_linear(residual: Tensor, x: Tensor, layers: Stack, memory: Memory) -> Tensor:
@@ -106,9 +125,13 @@ def add_linear(residual: Tensor, x: Tensor, layers: Stack, memory: Memory) -> Te
     return _AddLinear.apply(residual, x, layers, memory, True, torch.bfloat16, *layers.parameters)
 
 
-def feed_forward(x: Tensor, weight: Tensor, eps: float, gate_up: Stack, down: Stack, memory: Memory) -> Tensor:
+def feed_forward(
+    x: Tensor, weight: Tensor, eps: float, gate_up: Stack, down: Stack, memory: Memory
+) -> Tensor:
     """`x + down(silu(gate(n)) * up(n))`, n = norm(x); layers without bias."""
-    return _FeedForward.apply(x, weight, eps, gate_up, down, memory, *gate_up.parameters, *down.parameters)
+    return _FeedForward.apply(
+        x, weight, eps, gate_up, down, memory, *gate_up.parameters, *down.parameters
+    )
 
 
 class _NormLinear(torch.autograd.Function):
@@ -122,7 +145,9 @@ class _NormLinear(torch.autograd.Function):
         sizes = [size // head_dim for size in layers.sizes]
         bias = layers.bias()
         if rope is None:
-            heads = (out if bias is None else out.add_(bias.bfloat16())).view(len(out), -1, head_dim)
+            heads = (out if bias is None else out.add_(bias.bfloat16())).view(
+                len(out), -1, head_dim
+            )
         else:
             parts = out.view(len(out), -1, head_dim).split(sizes, dim=1)
             heads = kernels().rope(*parts, bias, *rope, False).view(len(out), -1, head_dim)
@@ -143,7 +168,9 @@ class _NormLinear(torch.autograd.Function):
         rows, columns = _gradient(grad, layers.scale_format)
         normed_t = _normed_t(x, weight, rstd, ctx.eps, kept, layers.scale_format)
         weights = _weight_gradients(ctx, 7, layers, columns, normed_t, grad)
-        grad_normed = product(rows, layers.operand_t(ctx.memory.keep_transposed_weights), transposed=True)
+        grad_normed = product(
+            rows, layers.operand_t(ctx.memory.keep_transposed_weights), transposed=True
+        )
         grad_x, grad_weight = kernels().rms_norm_backward(grad_normed, x, rstd, weight, residual)
         return grad_x, grad_weight, None, None, None, None, None, *weights
 
@@ -151,7 +178,14 @@ class _NormLinear(torch.autograd.Function):
 class _AddLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, residual: Tensor | None, x: Tensor, layers: Stack, memory: Memory, keep_x: bool, out_dtype: torch.dtype, *_: Tensor | None
+        ctx: Any,
+        residual: Tensor | None,
+        x: Tensor,
+        layers: Stack,
+        memory: Memory,
+        keep_x: bool,
+        out_dtype: torch.dtype,
+        *_: Tensor | None,
     ) -> Tensor:
         scale_format, ctx.x_dtype = layers.scale_format, x.dtype
         x = x.bfloat16()  # exact
@@ -166,7 +200,11 @@ class _AddLinear(torch.autograd.Function):
         bias = layers.bias()
         out = product(operand, layers.operand(), add=residual, dtype=out_dtype)
         ctx.save_for_backward(*_tensors(kept))
-        ctx.layers, ctx.memory, ctx.block = layers, memory, kept.block if isinstance(kept, Fp8Tensor) else None
+        ctx.layers, ctx.memory, ctx.block = (
+            layers,
+            memory,
+            kept.block if isinstance(kept, Fp8Tensor) else None,
+        )
         return out if bias is None else out.add_(bias.bfloat16())
 
     @staticmethod
@@ -179,7 +217,10 @@ class _AddLinear(torch.autograd.Function):
             x_t = codes if ctx.block == TILE_BLOCK else kernels().transpose(codes)
         elif layers.scale_format:
             x_t = kernels().quantize_transposed(x, layers.scale_format)
-        grad, grad_x = grad.bfloat16(), None  # exact: that of an unrounded output comes from a rounded sum
+        grad, grad_x = (
+            grad.bfloat16(),
+            None,
+        )  # exact: that of an unrounded output comes from a rounded sum
         rows, columns = _gradient(grad, layers.scale_format)
         weights = _weight_gradients(ctx, 6, layers, columns, x_t, grad)
         if ctx.needs_input_grad[1]:
@@ -190,18 +231,35 @@ class _AddLinear(torch.autograd.Function):
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gate_up: Stack, down: Stack, memory: Memory, *_: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        gate_up: Stack,
+        down: Stack,
+        memory: Memory,
+        *_: Tensor | None,
+    ) -> Tensor:
         normed, rstd = _norm(x, weight, eps, gate_up.scale_format)
         pre = product(normed, gate_up.operand())
         gate, up = pre.chunk(2, dim=1)
-        y: Operand = kernels().swiglu_quantize(gate, up, down.scale_format) if down.scale_format else kernels().swiglu_product(gate, up)
+        y: Operand = (
+            kernels().swiglu_quantize(gate, up, down.scale_format)
+            if down.scale_format
+            else kernels().swiglu_product(gate, up)
+        )
         out = product(y, down.operand(), add=x)
         small = memory.pre_activations == "fp8"
         kept_pre: Operand = kernels().quantize(pre) if small else pre
         kept_normed = normed if memory.keeps_norms(gate_up.scale_format) else None
         kept_y = None
-        if memory.keeps_products():  # "fp32" codes cannot be transposed: the second layout is kept instead
-            kept_y = kernels().swiglu_transposed(gate, up, "fp32") if down.scale_format == "fp32" else y
+        if (
+            memory.keeps_products()
+        ):  # "fp32" codes cannot be transposed: the second layout is kept instead
+            kept_y = (
+                kernels().swiglu_transposed(gate, up, "fp32") if down.scale_format == "fp32" else y
+            )
         parts = [_tensors(kept_pre, small), _tensors(kept_normed), _tensors(kept_y, small)]
         ctx.save_for_backward(x, weight, rstd, *(t for part in parts for t in part))
         ctx.counts = [len(part) for part in parts]
@@ -213,19 +271,35 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd, *rest = ctx.saved_tensors
         pre_count, normed_count, _ = ctx.counts
-        kept_normed, kept_y = rest[pre_count : pre_count + normed_count], rest[pre_count + normed_count :]
+        kept_normed, kept_y = (
+            rest[pre_count : pre_count + normed_count],
+            rest[pre_count + normed_count :],
+        )
         gate_up, down, keep = ctx.gate_up, ctx.down, ctx.memory.keep_transposed_weights
-        pre = rest[0] if pre_count == 1 else kernels().dequantize(_restored(rest[0], rest[1], ROW_BLOCK, "pow2"))
+        pre = (
+            rest[0]
+            if pre_count == 1
+            else kernels().dequantize(_restored(rest[0], rest[1], ROW_BLOCK, "pow2"))
+        )
         gate, up = pre.chunk(2, dim=1)
         rows, columns = _gradient(grad, down.scale_format)
         down_weights = _weight_gradients(
-            ctx, 6 + len(gate_up.parameters), down, columns, _product_t(gate, up, kept_y, down.scale_format), grad
+            ctx,
+            6 + len(gate_up.parameters),
+            down,
+            columns,
+            _product_t(gate, up, kept_y, down.scale_format),
+            grad,
         )
         grad_y = product(rows, down.operand_t(keep), transposed=True)
         if gate_up.scale_format and gate.shape[1] % GROUP == 0:
-            rows, columns = kernels().swiglu_backward_quantize(grad_y, gate, up, gate_up.scale_format)
+            rows, columns = kernels().swiglu_backward_quantize(
+                grad_y, gate, up, gate_up.scale_format
+            )
         else:
-            rows, columns = _gradient(kernels().swiglu_backward(grad_y, gate, up), gate_up.scale_format)
+            rows, columns = _gradient(
+                kernels().swiglu_backward(grad_y, gate, up), gate_up.scale_format
+            )
         del grad_y, pre, gate, up
         normed_t = _normed_t(x, weight, rstd, ctx.eps, kept_normed, gate_up.scale_format)
         gate_up_weights = _weight_gradients(ctx, 6, gate_up, columns, normed_t, None)
@@ -234,7 +308,13 @@ class _FeedForward(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None, *gate_up_weights, *down_weights
 
 
-def product(a: Operand, b: Operand, add: Tensor | None = None, transposed: bool = False, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def product(
+    a: Operand,
+    b: Operand,
+    add: Tensor | None = None,
+    transposed: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
     """`a @ b.T (+ add)` [M, N] in BF16, or as it is summed (FP32) for a wider `dtype`.
 
     With `transposed`, b is W.T's codes or, in BF16, W itself.
@@ -251,7 +331,11 @@ def product(a: Operand, b: Operand, add: Tensor | None = None, transposed: bool 
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, scale_format: str) -> tuple[Operand, Tensor]:
-    return kernels().rms_norm_quantize(x, weight, eps, scale_format) if scale_format else kernels().rms_norm(x, weight, eps)
+    return (
+        kernels().rms_norm_quantize(x, weight, eps, scale_format)
+        if scale_format
+        else kernels().rms_norm(x, weight, eps)
+    )
 
 
 def _gradient(grad: Tensor, scale_format: str) -> tuple[Operand, Operand]:
@@ -259,7 +343,9 @@ def _gradient(grad: Tensor, scale_format: str) -> tuple[Operand, Operand]:
     return kernels().quantize_gradient(grad, scale_format) if scale_format else (grad, grad)
 
 
-def _normed_t(x: Tensor, weight: Tensor, rstd: Tensor, eps: float, kept: Sequence[Tensor], scale_format: str) -> Operand:
+def _normed_t(
+    x: Tensor, weight: Tensor, rstd: Tensor, eps: float, kept: Sequence[Tensor], scale_format: str
+) -> Operand:
     """norm(x) as the weight gradient reads it."""
     if not scale_format:
         return kept[0] if kept else kernels().rms_norm(x, weight, eps)[0]
@@ -279,21 +365,40 @@ def _product_t(gate: Tensor, up: Tensor, kept: Sequence[Tensor], scale_format: s
     return kernels().swiglu_transposed(gate, up, scale_format)
 
 
-def _weight_gradients(ctx: Any, first: int, layers: Stack, grad_t: Operand, x_t: Operand, grad: Tensor | None) -> list[Tensor | None]:
+def _weight_gradients(
+    ctx: Any, first: int, layers: Stack, grad_t: Operand, x_t: Operand, grad: Tensor | None
+) -> list[Tensor | None]:
     """FP32 gradients of (weight, bias) of each layer; `first` is where they stand among the node's inputs."""
     needed = ctx.needs_input_grad[first : first + len(layers.parameters)]
     stacked: Tensor | None = None
     if any(needed[::2]):
         if isinstance(grad_t, Fp8Tensor):
             assert isinstance(x_t, Fp8Tensor)
-            stacked = gemm_nt(grad_t.codes, grad_t.scale, x_t.codes, x_t.scale, grad_t.block, x_t.block, torch.float32)
+            stacked = gemm_nt(
+                grad_t.codes,
+                grad_t.scale,
+                x_t.codes,
+                x_t.scale,
+                grad_t.block,
+                x_t.block,
+                torch.float32,
+            )
         else:
             assert isinstance(x_t, Tensor)
             stacked = fp32_product(grad_t.t(), x_t)
-    bias = grad.sum(0, dtype=torch.float32).split(layers.sizes) if grad is not None and any(needed[1::2]) else None
+    bias = (
+        grad.sum(0, dtype=torch.float32).split(layers.sizes)
+        if grad is not None and any(needed[1::2])
+        else None
+    )
     results: list[Tensor | None] = []
-    for index, weight in enumerate(stacked.split(layers.sizes) if stacked is not None else [None] * len(layers.layers)):
-        results += [weight if needed[2 * index] else None, bias[index] if bias is not None and needed[2 * index + 1] else None]
+    for index, weight in enumerate(
+        stacked.split(layers.sizes) if stacked is not None else [None] * len(layers.layers)
+    ):
+        results += [
+            weight if needed[2 * index] else None,
+            bias[index] if bias is not None and needed[2 * index + 1] else None,
+        ]
     return results
 
 
@@ -303,13 +408,22 @@ def _stacked_codes(layers: tuple[nn.Linear, ...]) -> Fp8Tensor:
         return parts[0]
 
     def make() -> Fp8Tensor:
-        codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(parts[0].codes.dtype)
-        whole = Fp8Tensor(codes, torch.cat([part.scale for part in parts]), TILE_BLOCK, parts[0].scale_format)
+        codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(
+            parts[0].codes.dtype
+        )
+        whole = Fp8Tensor(
+            codes, torch.cat([part.scale for part in parts]), TILE_BLOCK, parts[0].scale_format
+        )
         first_row = first_block = 0
-        for layer, part in zip(layers, parts, strict=True):  # the layers' own codes become views of the whole
+        for layer, part in zip(
+            layers, parts, strict=True
+        ):  # the layers' own codes become views of the whole
             rows, blocks = part.shape[0], part.scale.shape[0]
             view = Fp8Tensor(
-                codes[first_row : first_row + rows], whole.scale[first_block : first_block + blocks], TILE_BLOCK, part.scale_format
+                codes[first_row : first_row + rows],
+                whole.scale[first_block : first_block + blocks],
+                TILE_BLOCK,
+                part.scale_format,
             )
             replace_cached(_identity(layer), ("fp8", part.scale_format), view)
             first_row, first_block = first_row + rows, first_block + blocks
@@ -324,8 +438,14 @@ def _stacked_values(layers: tuple[nn.Linear, ...]) -> Tensor:
         return rounded(first, torch.bfloat16, torch.bfloat16)
 
     def make() -> Tensor:
-        whole = torch.empty((sum(layer.out_features for layer in layers), first.shape[1]), dtype=torch.bfloat16, device=first.device)
-        for part, layer in zip(whole.split([layer.out_features for layer in layers]), layers, strict=True):
+        whole = torch.empty(
+            (sum(layer.out_features for layer in layers), first.shape[1]),
+            dtype=torch.bfloat16,
+            device=first.device,
+        )
+        for part, layer in zip(
+            whole.split([layer.out_features for layer in layers]), layers, strict=True
+        ):
             part.copy_(layer.weight.detach())
         return whole
 

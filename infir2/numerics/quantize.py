@@ -35,7 +35,9 @@ class NonFiniteBlocks:
         """Count the NaN scales in `scale` (float32, any shape)."""
         if scale.is_meta:
             return
-        if scale.is_cuda and scale.numel() < _SMALL:  # a weight's: counted many at a time, for a launch costs more than the count
+        if (
+            scale.is_cuda and scale.numel() < _SMALL
+        ):  # a weight's: counted many at a time, for a launch costs more than the count
             self._waiting.append(scale)
             if len(self._waiting) < _TOGETHER:
                 return
@@ -49,8 +51,12 @@ class NonFiniteBlocks:
     def _add(self, scale: Tensor) -> None:
         count = self._counts.get(scale.device)
         if count is None:
-            with torch.inference_mode(False):  # a tensor born in inference mode could not count outside it
-                count = self._counts[scale.device] = torch.zeros((), dtype=torch.int64, device=scale.device)
+            with torch.inference_mode(
+                False
+            ):  # a tensor born in inference mode could not count outside it
+                count = self._counts[scale.device] = torch.zeros(
+                    (), dtype=torch.int64, device=scale.device
+                )
         count += torch.isnan(scale).sum()
 
     def read(self) -> int:
@@ -69,7 +75,9 @@ class NonFiniteBlocks:
 nonfinite_blocks = NonFiniteBlocks()
 
 
-def quantize(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2") -> Fp8Tensor:
+def quantize(
+    x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2"
+) -> Fp8Tensor:
     """Quantise x [R, C] to E4M3 with one scale per block; any shape (zero rows too), any strides.
 
     Args:
@@ -87,9 +95,15 @@ def quantize(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = 
     block = (block[0], block[1])
     check_format(block, scale_format)
     if x.ndim != 2 or x.dtype not in _INPUT_DTYPES:
-        raise ValueError(f"quantize takes a BF16, FP32 or FP16 matrix [R, C]; got {x.dtype} {list(x.shape)}")
+        raise ValueError(
+            f"quantize takes a BF16, FP32 or FP16 matrix [R, C]; got {x.dtype} {list(x.shape)}"
+        )
     with torch.no_grad():
-        result: Fp8Tensor = _kernels().quantize(x, block, scale_format) if usable(x.device) else quantize_reference(x, block, scale_format)
+        result: Fp8Tensor = (
+            _kernels().quantize(x, block, scale_format)
+            if usable(x.device)
+            else quantize_reference(x, block, scale_format)
+        )
     nonfinite_blocks.add(result.scale)
     return result
 
@@ -120,7 +134,9 @@ def dequantize(t: Fp8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def transpose(t: Fp8Tensor) -> Fp8Tensor:
     """Fp8Tensor of the transposed matrix in 128x128 blocks, from the codes alone; ValueError for 1x128 "fp32"."""
-    result: Fp8Tensor = _kernels().transpose(t) if usable(t.codes.device) else transpose_reference(t)
+    result: Fp8Tensor = (
+        _kernels().transpose(t) if usable(t.codes.device) else transpose_reference(t)
+    )
     return result
 
 

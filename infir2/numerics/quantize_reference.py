@@ -29,7 +29,10 @@ from infir2.numerics.formats import (
 )
 
 _SMALLEST_SUBNORMAL = 2.0**-149
-_CODE_VALUES = {dtype: torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype) for dtype in (torch.float32, torch.float64)}
+_CODE_VALUES = {
+    dtype: torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype)
+    for dtype in (torch.float32, torch.float64)
+}
 
 
 def block_scale(amax: Tensor, scale_format: str) -> Tensor:
@@ -45,13 +48,17 @@ def block_scale(amax: Tensor, scale_format: str) -> Tensor:
     return torch.where(amax < torch.inf, scale, torch.nan)
 
 
-def quantize_reference(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2") -> Fp8Tensor:
+def quantize_reference(
+    x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2"
+) -> Fp8Tensor:
     """Quantise x [R, C] (any float dtype up to FP32) by the rules above."""
     rows, columns = x.shape
     tiles = as_tiles(x.detach().float(), block[0])
     scratch = tiles.abs()
     scale = block_scale(scratch.amax(dim=3).amax(dim=1), scale_format)
-    scaled = torch.div(tiles, scale[:, None, :, None], out=scratch)  # fresh memory costs a CPU as much as the division
+    scaled = torch.div(
+        tiles, scale[:, None, :, None], out=scratch
+    )  # fresh memory costs a CPU as much as the division
     codes = _encode(scaled.clamp_(-E4M3_MAX, E4M3_MAX), torch.isnan(scale))
     return Fp8Tensor(from_tiles(codes, rows, columns), scale, block, scale_format)
 
@@ -79,15 +86,24 @@ def transpose_reference(t: Fp8Tensor) -> Fp8Tensor:
     re-scaled exactly; quantise the transposed matrix instead.
     """
     if t.block == TILE_BLOCK:
-        return Fp8Tensor(t.codes.t().contiguous(), t.scale.t().contiguous(), TILE_BLOCK, t.scale_format)
+        return Fp8Tensor(
+            t.codes.t().contiguous(), t.scale.t().contiguous(), TILE_BLOCK, t.scale_format
+        )
     if t.scale_format != "pow2":
-        raise ValueError('1x128 codes with "fp32" scales cannot be transposed exactly; use quantize(x.T, (128, 128), "fp32")')
+        raise ValueError(
+            '1x128 codes with "fp32" scales cannot be transposed exactly; use quantize(x.T, (128, 128), "fp32")'
+        )
     rows, columns = t.shape
     tiles = as_tiles(decode(t.codes, torch.float32), GROUP)
     row_scale, tile_scale = tile_scales(t.scale, (tiles != 0).any(dim=-1))
     moved = tiles * (row_scale / tile_scale[:, None, :])[..., None]
     codes = _encode(moved, torch.isnan(tile_scale))
-    return Fp8Tensor(from_tiles(codes, rows, columns).t().contiguous(), tile_scale.t().contiguous(), TILE_BLOCK, "pow2")
+    return Fp8Tensor(
+        from_tiles(codes, rows, columns).t().contiguous(),
+        tile_scale.t().contiguous(),
+        TILE_BLOCK,
+        "pow2",
+    )
 
 
 def tile_scales(scale: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:

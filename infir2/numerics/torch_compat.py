@@ -17,7 +17,9 @@ def varlen_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: 
     known = _parameters_of(varlen_attn)
     causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
     grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
-    out: Tensor = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal, **grouped)  # type: ignore[arg-type,assignment]
+    out: Tensor = varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal, **grouped
+    )  # type: ignore[arg-type,assignment]
     return out
 
 

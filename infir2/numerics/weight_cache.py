@@ -45,7 +45,9 @@ def cached(tensor: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
 
     `make` must depend on nothing but the tensor and the key. What it returns must not refer to the tensor object.
     """
-    given = getattr(tensor, "made", None)  # a weight gathered as codes has no master to make anything from
+    given = getattr(
+        tensor, "made", None
+    )  # a weight gathered as codes has no master to make anything from
     if given is not None:
         return given[key] if key in given else make()
     if tensor.is_inference():  # such tensors count no versions
@@ -54,7 +56,10 @@ def cached(tensor: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
     if version is None or not version.is_of(tensor):
         version = _versions[tensor] = _Version(tensor)
     if key not in version.made:
-        with torch.inference_mode(False), torch.no_grad():  # what is made outlives an inference block
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # what is made outlives an inference block
             version.made[key] = make()
     return version.made[key]
 
@@ -90,15 +95,25 @@ def local_tensor(parameter: Tensor) -> Tensor:
 
 def _end_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """A fused step moves no counter, and no step of a sharded parameter moves its local part's."""
-    tensors = [local_tensor(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+    tensors = [
+        local_tensor(parameter) for group in optimizer.param_groups for parameter in group["params"]
+    ]
+    torch.autograd.graph.increment_version(
+        [tensor for tensor in tensors if not tensor.is_inference()]
+    )
 
 
-register_optimizer_step_post_hook(_end_versions)  # of every optimizer, whoever owns it: codes of an old version train on in silence
+register_optimizer_step_post_hook(
+    _end_versions
+)  # of every optimizer, whoever owns it: codes of an old version train on in silence
 
 
 def rounded(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
     """The weight rounded to `compute_dtype`, given in `dtype`; made once per version when it differs from the weight."""
     if weight.dtype == compute_dtype == dtype:
         return weight.detach()
-    return cached(weight, ("rounded", compute_dtype, dtype), lambda: weight.detach().to(compute_dtype).to(dtype))
+    return cached(
+        weight,
+        ("rounded", compute_dtype, dtype),
+        lambda: weight.detach().to(compute_dtype).to(dtype),
+    )

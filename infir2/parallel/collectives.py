@@ -16,7 +16,11 @@ from infir2.numerics.torch_compat import all_gather_single
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """x on `device`, by a copy that the host does not wait for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and not x.is_cuda
+        else x.to(device)
+    )
 
 
 def all_gather(x: Tensor, group: Any, dtype: torch.dtype, as_codes: bool = False) -> Tensor:
@@ -48,9 +52,17 @@ class _GatherRows(torch.autograd.Function):
         if not as_codes:
             return all_gather_raw(x, group).to(dtype)
         codes = quantize(x, ROW_BLOCK)
-        sent = torch.cat((codes.codes.view(torch.uint8), codes.scale.contiguous().view(torch.uint8)), dim=1)
-        values, scale = (part.contiguous() for part in all_gather_raw(sent, group).tensor_split([x.shape[1]], dim=1))
-        return dequantize(Fp8Tensor(values.view(E4M3), scale.view(torch.float32), ROW_BLOCK, codes.scale_format), dtype)
+        sent = torch.cat(
+            (codes.codes.view(torch.uint8), codes.scale.contiguous().view(torch.uint8)), dim=1
+        )
+        values, scale = (
+            part.contiguous()
+            for part in all_gather_raw(sent, group).tensor_split([x.shape[1]], dim=1)
+        )
+        return dequantize(
+            Fp8Tensor(values.view(E4M3), scale.view(torch.float32), ROW_BLOCK, codes.scale_format),
+            dtype,
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -90,6 +102,8 @@ def all_gather_raw(x: Tensor, group: Any) -> Tensor:
 
 def _sum(x: Tensor, group: Any) -> Tensor:
     parts = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(parts, x.contiguous(), group=group)  # not reduce-scatter, which would round on the way or send FP32
+    dist.all_to_all_single(
+        parts, x.contiguous(), group=group
+    )  # not reduce-scatter, which would round on the way or send FP32
     wide = torch.promote_types(x.dtype, torch.float32)
     return parts.unflatten(0, (dist.get_world_size(group), -1)).sum(0, dtype=wide).to(x.dtype)

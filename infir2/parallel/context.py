@@ -48,7 +48,9 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
         positions=torch.cat((batch.positions, torch.arange(missing))),
         labels=padded(batch.labels),
         loss_mask=padded(batch.loss_mask),
-        cu_seqlens=torch.cat((batch.cu_seqlens, torch.tensor([total], dtype=batch.cu_seqlens.dtype))),
+        cu_seqlens=torch.cat(
+            (batch.cu_seqlens, torch.tensor([total], dtype=batch.cu_seqlens.dtype))
+        ),
         extras={name: padded(values) for name, values in batch.extras.items()},
     )
 
@@ -81,7 +83,12 @@ class ContextParallel:
 
     def __init__(self, layout: Layout, plan: Any) -> None:
         """`plan(cu_seqlens, device)`, such as `Decoder.plan_attention`, lays out sequences for `attention`."""
-        self.group, self.rank, self.size, self._plan = layout.cp_group, layout.cp_rank, layout.sizes.cp, plan
+        self.group, self.rank, self.size, self._plan = (
+            layout.cp_group,
+            layout.cp_rank,
+            layout.sizes.cp,
+            plan,
+        )
         self.multiple = 2 * self.size * math.lcm(CHUNK_MULTIPLE, layout.sizes.tp)
         self._device = layout.device
 
@@ -92,12 +99,19 @@ class ContextParallel:
         local, self._cuts = cuts_of(self.rank, self.size, bounds)
         self._any_cut = any(cuts_of(rank, self.size, bounds)[1] for rank in range(self.size))
         held = torch.cat([rows_of(rank, self.size, num_tokens) for rank in range(self.size)])
-        self._order = to_device(held.argsort(), self._device)  # where the gathered keys have each row of the stream
+        self._order = to_device(
+            held.argsort(), self._device
+        )  # where the gathered keys have each row of the stream
         inside = torch.ones(len(rows), dtype=torch.bool)
         for cut in self._cuts:
             inside[cut.start : cut.end] = False
-        pieces = [inside.nonzero().squeeze(1), *(torch.arange(cut.start, cut.end) for cut in self._cuts)]
-        self._inside, self._restore = (to_device(x, self._device) for x in (pieces[0], torch.cat(pieces).argsort()))
+        pieces = [
+            inside.nonzero().squeeze(1),
+            *(torch.arange(cut.start, cut.end) for cut in self._cuts),
+        ]
+        self._inside, self._restore = (
+            to_device(x, self._device) for x in (pieces[0], torch.cat(pieces).argsort())
+        )
         lengths = [end - start for start, end in pairwise(local) if inside[start]]
         self._packing = self._plan(torch.tensor([0, *lengths]).cumsum(0).int(), self._device)
         return replace(
@@ -119,7 +133,9 @@ class ContextParallel:
         if self._any_cut:
             everything = all_gather(torch.stack((k, v), dim=1), self.group, k.dtype)
             for cut in self._cuts:
-                keys, values = everything.index_select(0, self._order[cut.first : cut.last]).unbind(1)
+                keys, values = everything.index_select(0, self._order[cut.first : cut.last]).unbind(
+                    1
+                )
                 parts.append(attend_to_prefix(q[cut.start : cut.end], keys, values, self._plan))
             if not self._cuts:  # its backward is a collective that the others wait in
                 parts.append(everything[:0].flatten(1)[:, :0].reshape(0, *q.shape[1:]).to(q.dtype))
@@ -136,5 +152,12 @@ def attend_to_prefix(q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
         from torch.nn.attention.bias import causal_lower_right
 
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n, m), enable_gqa=True)[0].transpose(0, 1)
-    return attention(F.pad(q, (0, 0, 0, 0, m - n, 0)), k, v, plan(torch.tensor([0, m], dtype=torch.int32), q.device))[m - n :]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=causal_lower_right(n, m), enable_gqa=True
+        )[0].transpose(0, 1)
+    return attention(
+        F.pad(q, (0, 0, 0, 0, m - n, 0)),
+        k,
+        v,
+        plan(torch.tensor([0, m], dtype=torch.int32), q.device),
+    )[m - n :]

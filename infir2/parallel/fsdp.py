@@ -28,7 +28,13 @@ from infir2.parallel.collectives import all_gather_raw
 _BF16_VALUES = ("rounded", torch.bfloat16, torch.bfloat16)  # where `operands.rounded` looks
 
 
-def shard_module(root: Any, blocks: Iterable[Any], mesh: Any, wire_dtype: torch.dtype = torch.float32, forward: str = "forward") -> None:
+def shard_module(
+    root: Any,
+    blocks: Iterable[Any],
+    mesh: Any,
+    wire_dtype: torch.dtype = torch.float32,
+    forward: str = "forward",
+) -> None:
     """Shard `root` over `mesh` (1-D, or replicas x shards), in place; each of `blocks`, as they follow each other, is gathered
     and freed as one, the next one's gather on its way while one computes.
 
@@ -95,7 +101,9 @@ class GatheredWeight(Tensor):
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, shape: torch.Size, device: torch.device, made: dict[Any, Any]) -> "GatheredWeight":
+    def __new__(
+        cls, shape: torch.Size, device: torch.device, made: dict[Any, Any]
+    ) -> "GatheredWeight":
         weight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=device)
         weight.made = made
         return weight
@@ -109,13 +117,20 @@ class GatheredWeight(Tensor):
         return None
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # type: ignore[override]
         aten, first = torch.ops.aten, next(arg for arg in args if isinstance(arg, cls))
         if function in (aten.detach.default, aten.as_strided.default, aten.alias.default):
             return cls(first.shape, first.device, first.made)
         if _BF16_VALUES not in first.made:
-            raise TypeError(f"a gathered FP8 weight has codes and no values: only FP8 operations read it, not {function}")
-        light = function in (aten.copy_.default, aten.embedding.default)  # exact from BF16, and no FP32 copy of the whole
+            raise TypeError(
+                f"a gathered FP8 weight has codes and no values: only FP8 operations read it, not {function}"
+            )
+        light = function in (
+            aten.copy_.default,
+            aten.embedding.default,
+        )  # exact from BF16, and no FP32 copy of the whole
         values = first.made[_BF16_VALUES] if light else first.made[_BF16_VALUES].float()
         out = function(*(values if arg is first else arg for arg in args), **(kwargs or {}))
         return out.float() if function is aten.embedding.default else out
@@ -127,11 +142,20 @@ class _Shard:
     `rows` are a full shard's, the last may have fewer. Matrices travel in `wire_dtype`, everything else in FP32.
     """
 
-    def __init__(self, local: Tensor, shape: torch.Size, rows: int, group: Any, wire_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        local: Tensor,
+        shape: torch.Size,
+        rows: int,
+        group: Any,
+        wire_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.local, self.shape, self.rows, self.group = local, shape, rows, group
         self.wire_dtype = wire_dtype if len(shape) == 2 else torch.float32
 
-    def before(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def before(
+        self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         part, scale = self.sent()
         return (part,), scale
 
@@ -139,9 +163,13 @@ class _Shard:
         """This rank's `rows` as they travel, and the scales of the whole weight if they are codes."""
         return self.padded(self.local.detach().to(self.wire_dtype)), None
 
-    def after(self, outputs: Sequence[Tensor], scale: Any, dtype: torch.dtype, *, out: Any = None) -> Any:
+    def after(
+        self, outputs: Sequence[Tensor], scale: Any, dtype: torch.dtype, *, out: Any = None
+    ) -> Any:
         if self.wire_dtype == torch.bfloat16:
-            return GatheredWeight.refill(out, _BF16_VALUES, outputs[0][: self.shape[0]], outputs[0].device)
+            return GatheredWeight.refill(
+                out, _BF16_VALUES, outputs[0][: self.shape[0]], outputs[0].device
+            )
         if out is None:
             return outputs[0], ()
         invalidate(out)  # FSDP2 refills the same memory without moving its version
@@ -158,22 +186,39 @@ class _Fp8Shard(_Shard):
     codes: Tensor  # uint8 [rows, K]
     scale: Tensor  # float32 of the whole weight
 
-    def __init__(self, local: Tensor, shape: torch.Size, rows: int, first: int, layer: Fp8Linear, gather: "Fp8Gather") -> None:
+    def __init__(
+        self,
+        local: Tensor,
+        shape: torch.Size,
+        rows: int,
+        first: int,
+        layer: Fp8Linear,
+        gather: "Fp8Gather",
+    ) -> None:
         super().__init__(local, shape, rows, gather.group)
         self.layer, self.gather = layer, gather
         self.version = -1
         num_blocks, self.groups = scale_shape(shape[0], shape[1], TILE_BLOCK)
-        self.grid = (num_blocks, -(-self.groups // 4) * 4)  # of blocks in memory: rows are padded to 16 bytes, as cuBLAS reads scales
-        self.blocks = torch.arange(first, first + local.shape[0], device=local.device) // GROUP  # each row's row of scales
+        self.grid = (
+            num_blocks,
+            -(-self.groups // 4) * 4,
+        )  # of blocks in memory: rows are padded to 16 bytes, as cuBLAS reads scales
+        self.blocks = (
+            torch.arange(first, first + local.shape[0], device=local.device) // GROUP
+        )  # each row's row of scales
 
     def sent(self) -> tuple[Tensor, Tensor]:
         if self.version != self.local._version:
             self.gather.quantize()
         return self.codes, self.scale
 
-    def after(self, outputs: Sequence[Tensor], scale: Any, dtype: torch.dtype, *, out: Any = None) -> Any:
+    def after(
+        self, outputs: Sequence[Tensor], scale: Any, dtype: torch.dtype, *, out: Any = None
+    ) -> Any:
         self.gather.count_nonfinite()
-        whole = Fp8Tensor(outputs[0][: self.shape[0]].view(E4M3), scale, TILE_BLOCK, self.layer.scale_format)
+        whole = Fp8Tensor(
+            outputs[0][: self.shape[0]].view(E4M3), scale, TILE_BLOCK, self.layer.scale_format
+        )
         return GatheredWeight.refill(out, ("fp8", whole.scale_format), whole, scale.device)
 
     def encode(self, scale: Tensor) -> None:
@@ -202,8 +247,13 @@ class Fp8Gather:
         """
         largest = self._largest()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        scales = {name: block_scale(largest, name) for name in {weight.layer.scale_format for weight in self.weights}}
-        self._uncounted = list(scales.values())[:1]  # a block that is not finite is so in every format
+        scales = {
+            name: block_scale(largest, name)
+            for name in {weight.layer.scale_format for weight in self.weights}
+        }
+        self._uncounted = list(scales.values())[
+            :1
+        ]  # a block that is not finite is so in every format
         views = {name: self._by_weight(scale) for name, scale in scales.items()}
         for i, weight in enumerate(self.weights):
             weight.encode(views[weight.layer.scale_format][i])
@@ -226,9 +276,14 @@ class Fp8Gather:
         for weight, part, blocks in zip(self.weights, parts, self._by_weight(largest), strict=True):
             rows = part.view(-1, weight.groups)
             blocks.scatter_reduce_(0, weight.blocks[:, None].expand_as(rows), rows, "amax")
-        return largest.bfloat16().float()  # the largest of rounded values is the largest value, rounded
+        return (
+            largest.bfloat16().float()
+        )  # the largest of rounded values is the largest value, rounded
 
     def _by_weight(self, flat: Tensor) -> list[Tensor]:
         """Each weight's blocks [N / 128, K / 128] in a vector of all."""
         parts = flat.split([math.prod(weight.grid) for weight in self.weights])
-        return [part.view(weight.grid)[:, : weight.groups] for weight, part in zip(self.weights, parts, strict=True)]
+        return [
+            part.view(weight.grid)[:, : weight.groups]
+            for weight, part in zip(self.weights, parts, strict=True)
+        ]

@@ -79,7 +79,9 @@ def check_model(sizes: Sizes, config: "ModelConfig", fp8: bool) -> None:
         below = max((tp for tp in working if tp < sizes.tp), default=1)
         above = min((tp for tp in working if tp > sizes.tp), default=0)
         nearest = f"{below} and {above}" if above else f"{below}"
-        raise ConfigError(f"parallel.tp = {sizes.tp}: {problem}; the nearest sizes that work for this model: {nearest}.")
+        raise ConfigError(
+            f"parallel.tp = {sizes.tp}: {problem}; the nearest sizes that work for this model: {nearest}."
+        )
 
 
 def tp_problem(config: "ModelConfig", tp: int, fp8: bool) -> str:
@@ -91,7 +93,9 @@ def tp_problem(config: "ModelConfig", tp: int, fp8: bool) -> str:
     if config.num_heads % tp:
         return f"it does not divide the {config.num_heads} query heads"
     if config.num_kv_heads % tp and tp % config.num_kv_heads:
-        return f"the {config.num_kv_heads} key/value heads can be neither divided nor repeated evenly"
+        return (
+            f"the {config.num_kv_heads} key/value heads can be neither divided nor repeated evenly"
+        )
     if config.ffn_size % tp:
         return f"it does not divide the feed-forward width {config.ffn_size}"
     parts = {
@@ -150,9 +154,9 @@ class Layout:
             return None
         from torch.distributed.device_mesh import init_device_mesh
 
-        return init_device_mesh(self.device.type, (self.sizes.world // size, size), mesh_dim_names=("sets", "members"))[
-            "members"
-        ].get_group()
+        return init_device_mesh(
+            self.device.type, (self.sizes.world // size, size), mesh_dim_names=("sets", "members")
+        )["members"].get_group()
 
     @property
     def is_data_leader(self) -> bool:
@@ -163,7 +167,11 @@ class Layout:
         from torch.distributed.device_mesh import init_device_mesh
 
         sizes, kind = self.sizes, self.device.type
-        weights = init_device_mesh(kind, (sizes.dp_replicate, sizes.num_shards, sizes.tp), mesh_dim_names=("replicate", "shard", "tp"))
+        weights = init_device_mesh(
+            kind,
+            (sizes.dp_replicate, sizes.num_shards, sizes.tp),
+            mesh_dim_names=("replicate", "shard", "tp"),
+        )
         if sizes.dp_replicate > 1:
             self.shard_mesh = weights["replicate", "shard"]
         elif sizes.num_shards > 1:
@@ -171,5 +179,7 @@ class Layout:
         if sizes.tp > 1:
             self.tp_group = weights["tp"].get_group()
         if sizes.cp > 1:
-            tokens = init_device_mesh(kind, (sizes.num_data, sizes.cp, sizes.tp), mesh_dim_names=("data", "cp", "tp"))
+            tokens = init_device_mesh(
+                kind, (sizes.num_data, sizes.cp, sizes.tp), mesh_dim_names=("data", "cp", "tp")
+            )
             self.cp_group = tokens["cp"].get_group()

@@ -44,7 +44,13 @@ class ParallelModel:
             share_blocks(model, layout, self.splits, self._context)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if layout.shard_mesh is not None:
-            shard_module(model, model.model.layers, layout.shard_mesh, model.compute_dtype, forward="hidden_states")
+            shard_module(
+                model,
+                model.model.layers,
+                layout.shard_mesh,
+                model.compute_dtype,
+                forward="hidden_states",
+            )
         self.shard_specs = {name: self._shard_spec(name, shape) for name, shape in shapes.items()}
 
     def local(self, batch: Batch) -> Batch:
@@ -60,7 +66,9 @@ class ParallelModel:
             return batch
         share = self.layout.tp_share
         extras = {name: share(values) for name, values in batch.extras.items()}
-        return replace(batch, labels=share(batch.labels), loss_mask=share(batch.loss_mask), extras=extras)
+        return replace(
+            batch, labels=share(batch.labels), loss_mask=share(batch.loss_mask), extras=extras
+        )
 
     def sum_of_batch(self, values: Tensor) -> Tensor:
         """`values`, one per token of a micro-batch as it came, from the ranks that share it: each scored other tokens."""
@@ -75,11 +83,17 @@ class ParallelModel:
 
         Every rank has to go through all of it.
         """
-        parts = exported_fp8_weights(self.model) if self.layout.shard_mesh is None else exported_shards(self.model)
+        parts = (
+            exported_fp8_weights(self.model)
+            if self.layout.shard_mesh is None
+            else exported_shards(self.model)
+        )
         for name, part in parts:
             split = self.splits.get(name.removesuffix(SCALE_SUFFIX), Split())
             if split.count > 1:
-                everyone = all_gather_raw(part.contiguous().view(torch.uint8), self.layout.tp_group).chunk(self.layout.sizes.tp)
+                everyone = all_gather_raw(
+                    part.contiguous().view(torch.uint8), self.layout.tp_group
+                ).chunk(self.layout.sizes.tp)
                 part = torch.cat(everyone[:: split.copies], dim=split.dim).view(part.dtype)
             yield name, part
 
@@ -107,7 +121,11 @@ class ParallelModel:
 
     def gradients(self) -> list[Tensor]:
         """This rank's parts of all gradients."""
-        return [local_tensor(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
+        return [
+            local_tensor(parameter.grad)
+            for parameter in self.model.parameters()
+            if parameter.grad is not None
+        ]
 
     def squared_norm(self) -> Tensor:
         """This rank's share of the squared norm of the gradient, FP64: the sum over all ranks counts every part once."""
@@ -115,9 +133,16 @@ class ParallelModel:
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
                 copies = self.splits[name].copies if self.splits else 1
-                by_copies[copies * self.layout.sizes.dp_replicate].append(local_tensor(parameter.grad))
-        norms = [torch.nn.utils.get_total_norm(gradients).double().square() / copies for copies, gradients in by_copies.items()]
-        return torch.stack([torch.zeros((), dtype=torch.float64, device=self.layout.device), *norms]).sum()
+                by_copies[copies * self.layout.sizes.dp_replicate].append(
+                    local_tensor(parameter.grad)
+                )
+        norms = [
+            torch.nn.utils.get_total_norm(gradients).double().square() / copies
+            for copies, gradients in by_copies.items()
+        ]
+        return torch.stack(
+            [torch.zeros((), dtype=torch.float64, device=self.layout.device), *norms]
+        ).sum()
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of FP64 `values` over all ranks; nothing waits for it."""

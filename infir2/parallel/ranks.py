@@ -26,7 +26,9 @@ class Ranks:
     Example: `ranks.broadcast_from_rank0(lambda: read_newest())` runs on rank 0 and gives every rank its result, or its UserError.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None, patient: Any = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, group: Any = None, patient: Any = None
+    ) -> None:
         self.rank, self.size, self.group, self._patient = rank, size, group, patient
 
     @property
@@ -35,7 +37,9 @@ class Ranks:
 
     def fork(self) -> "Ranks":
         """The same ranks over a channel of their own, for another thread. Every rank calls this at the same point."""
-        return Ranks(self.rank, self.size, dist.new_group(backend="gloo")) if self.size > 1 else self
+        return (
+            Ranks(self.rank, self.size, dist.new_group(backend="gloo")) if self.size > 1 else self
+        )
 
     def all_gather(self, value: Value) -> list[Value]:
         """Every rank's value, by rank, on every rank."""
@@ -63,7 +67,9 @@ class Ranks:
             raise failure
         return value
 
-    def raise_together(self, work: Callable[[], Value], waiting: Callable[[], None] | None = None) -> Value:
+    def raise_together(
+        self, work: Callable[[], Value], waiting: Callable[[], None] | None = None
+    ) -> Value:
         """`work()` on every rank; where one raises a UserError or an OSError, every rank raises (its own, else the first).
 
         With `waiting`, called all the time, a rank that has finished waits for the others without a limit.
@@ -102,7 +108,12 @@ def init_ranks(device: torch.device, timeout_seconds: float) -> Ranks:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    return Ranks(dist.get_rank(), size, dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=_NO_LIMIT))
+    return Ranks(
+        dist.get_rank(),
+        size,
+        dist.new_group(backend="gloo"),
+        dist.new_group(backend="gloo", timeout=_NO_LIMIT),
+    )
 
 
 def shutdown_ranks() -> None:

@@ -32,33 +32,61 @@ def split_layers(model: Decoder, layout: Layout) -> dict[str, Split]:
     splits = {name: whole for name, _ in model.named_parameters()}
     copies = max(1, tp // model.config.num_kv_heads)  # ranks that hold the same key and value head
     rows, columns = Split(0, rank, tp), Split(1, rank, tp)
-    heads = Split(0, rank // copies, tp // copies, copies, rank % copies == 0, layout.neighbours(copies))
-    kinds = {"q_proj": rows, "k_proj": heads, "v_proj": heads, "o_proj": columns, "gate_proj": rows, "up_proj": rows, "down_proj": columns}
+    heads = Split(
+        0, rank // copies, tp // copies, copies, rank % copies == 0, layout.neighbours(copies)
+    )
+    kinds = {
+        "q_proj": rows,
+        "k_proj": heads,
+        "v_proj": heads,
+        "o_proj": columns,
+        "gate_proj": rows,
+        "up_proj": rows,
+        "down_proj": columns,
+    }
     for name, layer in model.named_modules():
         split = kinds.get(name.rpartition(".")[2])
         if split is not None and isinstance(layer, nn.Linear):
             for leaf, parameter in list(layer.named_parameters(recurse=False)):
-                part = parameter.detach().chunk(split.count, dim=split.dim)[split.index].clone(memory_format=torch.contiguous_format)
+                part = (
+                    parameter.detach()
+                    .chunk(split.count, dim=split.dim)[split.index]
+                    .clone(memory_format=torch.contiguous_format)
+                )
                 setattr(layer, leaf, nn.Parameter(part))
                 splits[f"{name}.{leaf}"] = split
             layer.out_features, layer.in_features = layer.weight.shape
     return splits
 
 
-def share_blocks(model: Decoder, layout: Layout, splits: dict[str, Split], context: "ContextParallel | None") -> None:
+def share_blocks(
+    model: Decoder, layout: Layout, splits: dict[str, Split], context: "ContextParallel | None"
+) -> None:
     """Let every block, divided by `splits`, work with the ranks of its tensor- and context-parallel groups."""
     blocks: list[Any] = list(model.model.layers)
     heads = splits.get("model.layers.0.self_attn.k_proj.weight", Split())
     for block in blocks:
-        block.self_attn.forward = partial(_attention, block.self_attn, layout.tp_group, heads, context)
+        block.self_attn.forward = partial(
+            _attention, block.self_attn, layout.tp_group, heads, context
+        )
         if layout.tp_group is not None:
             block.mlp.forward = partial(_feed_forward, block.mlp, layout.tp_group)
     if layout.tp_group is not None:
-        model.model.embed_tokens.register_forward_pre_hook(lambda _, args: (layout.tp_share(args[0]),))
+        model.model.embed_tokens.register_forward_pre_hook(
+            lambda _, args: (layout.tp_share(args[0]),)
+        )
 
 
 def _attention(
-    self: Attention, tp_group: Any, heads: Split, cp: Any, x: Tensor, norm: RMSNorm, rope: Any, context: Any, memory: Memory
+    self: Attention,
+    tp_group: Any,
+    heads: Split,
+    cp: Any,
+    x: Tensor,
+    norm: RMSNorm,
+    rope: Any,
+    context: Any,
+    memory: Memory,
 ) -> Tensor:
     """`Attention.forward` of this rank's heads and tokens: x + o(attention(...)) [t, D]. `heads`: how keys are divided."""
     if tp_group is None:
@@ -75,7 +103,9 @@ def _attention(
     return x + _leaving(out, self.o_proj, tp_group)
 
 
-def _feed_forward(self: FeedForward, tp_group: Any, x: Tensor, norm: RMSNorm, memory: Memory) -> Tensor:
+def _feed_forward(
+    self: FeedForward, tp_group: Any, x: Tensor, norm: RMSNorm, memory: Memory
+) -> Tensor:
     gate, up = _entering(x, norm, (self.gate_proj, self.up_proj), tp_group)
     return x + _leaving(swiglu(gate, up, memory), self.down_proj, tp_group)
 
@@ -86,11 +116,15 @@ def _leaving(x: Tensor, layer: nn.Linear, group: Any) -> Tensor:
     return reduce_scatter(linear(x, (layer,), out_dtype=wide)[0], group, x.dtype)
 
 
-def _entering(x: Tensor, norm: RMSNorm, layers: tuple[nn.Linear, ...], group: Any) -> tuple[Tensor, ...]:
+def _entering(
+    x: Tensor, norm: RMSNorm, layers: tuple[nn.Linear, ...], group: Any
+) -> tuple[Tensor, ...]:
     """`layer(norm(x))` of all ranks' tokens; their normed values travel as FP8 where every layer reads them so.
 
     Gradients of those values are parts of a sum, in FP32; `gather_rows` rounds the sum.
     """
     normed = rms_norm(x, norm.weight, norm.eps)
-    as_codes = all(isinstance(layer, Fp8Linear) and layer.scale_format == "pow2" for layer in layers)
+    as_codes = all(
+        isinstance(layer, Fp8Linear) and layer.scale_format == "pow2" for layer in layers
+    )
     return linear(all_gather(normed, group, torch.float32, as_codes), layers, dtype=x.dtype)

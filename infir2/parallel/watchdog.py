@@ -8,7 +8,9 @@ import time
 
 from infir2.errors import RankError
 
-GRACE_SECONDS = 3.0  # a rank that waits for a hanging one in a collective fails there first, and says so
+GRACE_SECONDS = (
+    3.0  # a rank that waits for a hanging one in a collective fails there first, and says so
+)
 
 
 class Watchdog:

@@ -44,7 +44,9 @@ def check(arguments: Sequence[str]) -> None:
     preflight = Preflight(load_recipe(KINDS[verb][0], words, verb, command="check"), verb)
     failed = [name for name, function in preflight.checks() if not _report(name, function)]
     if failed:
-        raise CheckFailedError(f"{len(failed)} of the checks failed ({', '.join(failed)}); the lines marked FAIL say what to do.")
+        raise CheckFailedError(
+            f"{len(failed)} of the checks failed ({', '.join(failed)}); the lines marked FAIL say what to do."
+        )
 
 
 def _verb(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -58,7 +60,9 @@ def _verb(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     if sections and "schedule" not in sections:
         return "eval", arguments
     recipe = load(TrainRecipe, words.paths, words.options, os.environ).recipe
-    return "sft" if recipe.data.batch_samples or _first_row_is_conversation(recipe) else "cpt", arguments
+    return "sft" if recipe.data.batch_samples or _first_row_is_conversation(
+        recipe
+    ) else "cpt", arguments
 
 
 def _first_row_is_conversation(recipe: TrainRecipe) -> bool:
@@ -93,25 +97,39 @@ class Preflight:
 
     def __init__(self, loaded: Loaded[Any], verb: str) -> None:
         self.loaded, self.verb = loaded, verb
-        self.recipe = loaded.recipe  # an RlRecipe in the checks of `rl`, an EvalRecipe in those of `eval`
+        self.recipe = (
+            loaded.recipe
+        )  # an RlRecipe in the checks of `rl`, an EvalRecipe in those of `eval`
         self._tokenizer: ChatTokenizer | None = None
         self._sizes: Sizes | None = None
         self._model: ModelFacts | None = None
 
     def checks(self) -> list[tuple[str, Callable[[], str]]]:
         """Name and function of each check that applies, in the order to run them."""
-        checks = [("recipe", self.resolved), ("tokenizer", self.tokenizer), ("data", self.data), ("model", self.model)]
+        checks = [
+            ("recipe", self.resolved),
+            ("tokenizer", self.tokenizer),
+            ("data", self.data),
+            ("model", self.model),
+        ]
         if self.verb in ("rl", "eval"):
             checks += [("verifier", self.verifier), ("jail", self.jail)]
         if self.verb == "rl":
             checks += [("engine", self.engine)]
         if self.verb != "eval":
-            checks += [("parallel", self.parallel), ("memory", self.memory), ("run dir", self.run_dir), ("disk", self.disk)]
+            checks += [
+                ("parallel", self.parallel),
+                ("memory", self.memory),
+                ("run dir", self.run_dir),
+                ("disk", self.disk),
+            ]
         return [*checks, ("machine", self.machine)]
 
     def resolved(self) -> str:
         """Strict parsing is done by now; the digest tells whether two recipes resolve to the same values."""
-        digest = hashlib.sha256(json.dumps(flatten(self.recipe), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(
+            json.dumps(flatten(self.recipe), sort_keys=True).encode()
+        ).hexdigest()
         files = {origin for origin in self.loaded.provenance.values() if origin.startswith("file:")}
         return f"infir2 {self.verb}, {len(self.loaded.provenance)} keys from {len(files)} files, sha256 of the values {digest[:12]}"
 
@@ -136,7 +154,9 @@ class Preflight:
         """Every weight is there with the right shape; headers only, no weight is read."""
         from infir2.preflight.model import model_facts
 
-        self._model = model_facts(self._model_section(), self._tokenizer.vocab_size if self._tokenizer else 1)
+        self._model = model_facts(
+            self._model_section(), self._tokenizer.vocab_size if self._tokenizer else 1
+        )
         if self._tokenizer and self._tokenizer.vocab_size > self._model.config.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {self._tokenizer.vocab_size} tokens and the model {self._model.config.vocab_size} rows; "
@@ -149,9 +169,14 @@ class Preflight:
         from infir2.verify import check_math
 
         start = time.perf_counter()
-        right, wrong = check_math(r"\boxed{\sqrt{8}}", r"2\sqrt{2}"), check_math(r"\boxed{\sqrt{8}}", r"3\sqrt{2}")
+        right, wrong = (
+            check_math(r"\boxed{\sqrt{8}}", r"2\sqrt{2}"),
+            check_math(r"\boxed{\sqrt{8}}", r"3\sqrt{2}"),
+        )
         if not right.correct or wrong.correct:
-            raise ConfigError(f"the answer checker does not work here ({right.reason}, {wrong.reason}: {right.detail}).")
+            raise ConfigError(
+                f"the answer checker does not work here ({right.reason}, {wrong.reason}: {right.detail})."
+            )
         return f"a right and a wrong answer are told apart ({time.perf_counter() - start:.1f} s with the start of a worker)"
 
     def jail(self) -> str:
@@ -162,11 +187,16 @@ class Preflight:
         honest, cheat, loop = "return 2 * x", "import os; os._exit(0)", "while True: pass"
         start = time.perf_counter()
         try:
-            found = [run_code(f"def double(x):\n    {body}", tests, Limits(seconds=1.0)).reason for body in (honest, cheat, loop)]
+            found = [
+                run_code(f"def double(x):\n    {body}", tests, Limits(seconds=1.0)).reason
+                for body in (honest, cheat, loop)
+            ]
         except JailError as error:
             return f"warn: {error}"
         if found[0] != "ok" or found[1] == "ok" or found[2] != "timeout":
-            raise ConfigError(f"the jail does not work here: an honest program gave {found[0]}, a cheat {found[1]}, a loop {found[2]}.")
+            raise ConfigError(
+                f"the jail does not work here: an honest program gave {found[0]}, a cheat {found[1]}, a loop {found[2]}."
+            )
         return f"honest {found[0]}, cheat {found[1]}, endless loop {found[2]} ({time.perf_counter() - start:.1f} s)"
 
     def engine(self) -> str:
@@ -188,7 +218,13 @@ class Preflight:
         self._sizes = sizes_of(self.recipe)
         number = f"a multiple of {fixed.world}" if section.dp == -1 else str(fixed.world)
         single_process = section.dp != -1 or needs_one_process(self.recipe.optimizer)
-        text = f"for {number} processes" if fixed.world > 1 else "for one process" if single_process else "for any number of processes"
+        text = (
+            f"for {number} processes"
+            if fixed.world > 1
+            else "for one process"
+            if single_process
+            else "for any number of processes"
+        )
         doubts = idle_ranks(self.recipe, self._sizes)
         return f"warn: {text}; {doubts}" if doubts else text
 
@@ -213,14 +249,20 @@ class Preflight:
         RunLock.acquire(path, warnings.append).release()
         newest = self._newest(warnings.append)
         warnings += resume_changes(self.loaded)
-        found = f"{path} resumes after step {newest.step}" if newest else f"{path} has no checkpoint yet"
+        found = (
+            f"{path} resumes after step {newest.step}"
+            if newest
+            else f"{path} has no checkpoint yet"
+        )
         return f"warn: {found}; {'; '.join(warnings)}" if warnings else found
 
     def disk(self) -> str:
         """Room for the kept checkpoints and the one being written."""
         from infir2.preflight.model import check_disk
 
-        return check_disk(self.recipe, self._known_model(), _existing_parent(Path(self.recipe.run.dir)))
+        return check_disk(
+            self.recipe, self._known_model(), _existing_parent(Path(self.recipe.run.dir))
+        )
 
     def machine(self) -> str:
         """Cores, open files, versions of what computes."""
@@ -243,7 +285,11 @@ class Preflight:
         """What a run builds its model from: a checkpoint of its own, if there is one."""
         from infir2.train.build import resumed_model
 
-        return self.recipe.model if self.verb == "eval" else resumed_model(self.recipe.model, self._newest(lambda _: None))
+        return (
+            self.recipe.model
+            if self.verb == "eval"
+            else resumed_model(self.recipe.model, self._newest(lambda _: None))
+        )
 
     def _known_model(self) -> "ModelFacts":
         if self._model is None:
@@ -263,5 +309,7 @@ def _try_rename(directory: Path) -> str:
             Path(place, "new", "file").write_text("x")
             Path(place, "new").rename(Path(place, "published"))
     except OSError as error:
-        raise ConfigError(f"run.dir: {directory} cannot be written to ({error.strerror}); choose another run.dir.") from None
+        raise ConfigError(
+            f"run.dir: {directory} cannot be written to ({error.strerror}); choose another run.dir."
+        ) from None
     return f"{directory} can be written to"

@@ -21,8 +21,12 @@ def pick_samples(samples: Sequence[Row], count: int) -> list[Row]:
 
 
 def _by_turns(samples: Sequence[Row], count: int) -> list[Row]:
-    rewarded, others = ([sample for sample in samples if (sample["reward"] > 0) is good] for good in (True, False))
-    turns = (sample for pair in itertools.zip_longest(rewarded, others) for sample in pair if sample)
+    rewarded, others = (
+        [sample for sample in samples if (sample["reward"] > 0) is good] for good in (True, False)
+    )
+    turns = (
+        sample for pair in itertools.zip_longest(rewarded, others) for sample in pair if sample
+    )
     return list(itertools.islice(turns, count))
 
 
@@ -35,7 +39,10 @@ def samples_html(run: Run) -> str:
         step = f'<span class="step">step {sample["step"]:.0f}</span>' if run.train else ""
         question = escape(" ".join(str(sample.get("prompt")).split())[:160])
         parts = (("Prompt", "prompt"), ("Response", "response"), ("Expected answer", "answer"))
-        body = "".join(f"<dt>{title}</dt><dd><pre>{_long(str(sample.get(name, '')))}</pre></dd>" for title, name in parts)
+        body = "".join(
+            f"<dt>{title}</dt><dd><pre>{_long(str(sample.get(name, '')))}</pre></dd>"
+            for title, name in parts
+        )
         summary = f'<summary>{step}{badges}<span class="question">{question}</span></summary>'
         items.append(f'<details class="sample">{summary}<dl>{body}</dl></details>')
     return f"<h3>{escape(run.name)}</h3>{''.join(items)}" if items else ""
@@ -52,27 +59,49 @@ def _long(text: str) -> str:
 def recipe_html(run: Run) -> str:
     """The resolved recipe, folded."""
     text = escape(run.recipe_text[:RECIPE_CHARACTERS])
-    more = "\n# … the run directory has the rest" if len(run.recipe_text) > RECIPE_CHARACTERS else ""
-    return f"<details><summary>{escape(run.name)}/recipe.toml</summary><pre>{text}{more}</pre></details>" if text else ""
+    more = (
+        "\n# … the run directory has the rest" if len(run.recipe_text) > RECIPE_CHARACTERS else ""
+    )
+    return (
+        f"<details><summary>{escape(run.name)}/recipe.toml</summary><pre>{text}{more}</pre></details>"
+        if text
+        else ""
+    )
 
 
 def environment_html(runs: Sequence[Run]) -> str:
     """A table for each environment, headed by the runs that share it."""
     sharing: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for run in runs:
-        rows = tuple((escape(key), escape(str(value))) for key, value in run.environment.items() if key != "command")
+        rows = tuple(
+            (escape(key), escape(str(value)))
+            for key, value in run.environment.items()
+            if key != "command"
+        )
         sharing.setdefault(rows, []).append(run.name)
-    tables = (html_table(["", escape(", ".join(names))], rows, text_columns=2) for rows, names in sharing.items() if rows)
+    tables = (
+        html_table(["", escape(", ".join(names))], rows, text_columns=2)
+        for rows, names in sharing.items()
+        if rows
+    )
     return "".join(tables)
 
 
 def commands_html(runs: Sequence[Run]) -> str:
     """The commands as they were given, and where every value is that they used."""
-    words = [(run.environment["command"], run) for run in runs if isinstance(run.environment.get("command"), list)]
+    words = [
+        (run.environment["command"], run)
+        for run in runs
+        if isinstance(run.environment.get("command"), list)
+    ]
     lines = [shlex.join(["infir2", *map(str, command[1:])]) for command, _ in words if command]
     if not lines:
         return ""
-    commits = sorted({str(run.environment["commit"]) for run in runs if run.environment.get("commit")})
+    commits = sorted(
+        {str(run.environment["commit"]) for run in runs if run.environment.get("commit")}
+    )
     note = "Each run directory's recipe.toml has every value that was used, and runs again under a new run.dir."
     note += f" Commit: {', '.join(commits)}." if commits else ""
-    return f"<pre>{escape(chr(10).join(dict.fromkeys(lines)))}</pre><p class=note>{escape(note)}</p>"
+    return (
+        f"<pre>{escape(chr(10).join(dict.fromkeys(lines)))}</pre><p class=note>{escape(note)}</p>"
+    )

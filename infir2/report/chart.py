@@ -107,7 +107,10 @@ def nice_step(span: float, count: int) -> float:
 
 def linear_ticks(low: float, high: float, count: int) -> list[float]:
     step = nice_step(high - low, count)
-    return [index * step for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        index * step
+        for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -122,7 +125,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 def smooth(y: np.ndarray, window: int) -> np.ndarray:
     """Centred mean over `window` (odd, at most len(y)) values, fewer at the ends; NaN counts for nothing and stays NaN."""
     good = np.isfinite(y)
-    sums, counts = (np.convolve(values, np.ones(window), "same") for values in (np.where(good, y, 0.0), good.astype(float)))
+    sums, counts = (
+        np.convolve(values, np.ones(window), "same")
+        for values in (np.where(good, y, 0.0), good.astype(float))
+    )
     return np.where(good, sums / np.maximum(counts, 1), np.nan)
 
 
@@ -154,12 +160,18 @@ def _y_axis(chart: Chart, top: float, bottom: float) -> tuple[Axis, list[float]]
         low, high = low - 0.1 * abs(low), high + (0.1 * abs(high) or 1.0)
     step = nice_step(high - low, 5)
     low, high = math.floor(low / step + 1e-6) * step, math.ceil(high / step - 1e-6) * step
-    return Axis(low, high, bottom, top), [low + index * step for index in range(round((high - low) / step) + 1)]
+    return Axis(low, high, bottom, top), [
+        low + index * step for index in range(round((high - low) / step) + 1)
+    ]
 
 
 def _tick_texts(ticks: Sequence[float], chart: Chart) -> list[str]:
     if chart.percent:
-        digits = max(0, -math.floor(math.log10(100 * (ticks[1] - ticks[0])) + 1e-9)) if len(ticks) > 1 else 1
+        digits = (
+            max(0, -math.floor(math.log10(100 * (ticks[1] - ticks[0])) + 1e-9))
+            if len(ticks) > 1
+            else 1
+        )
         return [percent(tick, digits) for tick in ticks]
     return [compact(float(f"{tick:.6g}")) for tick in ticks]
 
@@ -186,7 +198,9 @@ def _path(series: Series, x_axis: Axis, y_axis: Axis, points: int) -> str:
     for index in np.flatnonzero(good):
         joined = not dots and index > 0 and good[index - 1]
         alone = dots or not (joined or good[index + 1 : index + 2].any())
-        parts.append(f"{'L' if joined else 'M'}{px[index]:.1f} {py[index]:.1f}{'h0' if alone else ''}")
+        parts.append(
+            f"{'L' if joined else 'M'}{px[index]:.1f} {py[index]:.1f}{'h0' if alone else ''}"
+        )
     steps = " ".join(f"{step:.0f}" for step in np.diff(x[good], prepend=0))
     svg = (
         f'<path class="{series.style} c{series.color}" d="{"".join(parts)}" data-label="{escape(series.label)}" '
@@ -195,8 +209,15 @@ def _path(series: Series, x_axis: Axis, y_axis: Axis, points: int) -> str:
     if series.style in ("line", "dashed") and len(x) <= MARKED_POINTS:
         svg += f'<path class="small points c{series.color}" d="{"".join(f"M{px[i]:.1f} {py[i]:.1f}h0" for i in np.flatnonzero(good))}"/>'
     if series.half_width is not None and len(x) == len(series.x):
-        ends = [y_axis.place(np.clip(y + sign * series.half_width, y_axis.low, y_axis.high)) for sign in (-1, 1)]
-        bars = [f"M{at:.1f} {low:.1f}V{high:.1f}" for at, low, high in zip(px, *ends, strict=True) if math.isfinite(low + high)]
+        ends = [
+            y_axis.place(np.clip(y + sign * series.half_width, y_axis.low, y_axis.high))
+            for sign in (-1, 1)
+        ]
+        bars = [
+            f"M{at:.1f} {low:.1f}V{high:.1f}"
+            for at, low, high in zip(px, *ends, strict=True)
+            if math.isfinite(low + high)
+        ]
         svg += f'<path class="whisker c{series.color}" d="{"".join(bars)}"/>'
     return svg
 
@@ -205,7 +226,13 @@ def _end_labels(chart: Chart) -> list[tuple[Series, str]]:
     """The last value of every line, with its name where there are several."""
     lines = [series for series in chart.series if series.style != "faint" and len(series.finite)]
     lines = [series for series in lines if series.style != "points"] or lines
-    return [(series, (f"{series.label} " if len(lines) > 1 else "") + chart.text(float(series.finite[-1]))) for series in lines]
+    return [
+        (
+            series,
+            (f"{series.label} " if len(lines) > 1 else "") + chart.text(float(series.finite[-1])),
+        )
+        for series in lines
+    ]
 
 
 def line_svg(chart: Chart, width: int, height: int, points: int) -> str:
@@ -216,25 +243,37 @@ def line_svg(chart: Chart, width: int, height: int, points: int) -> str:
     y_axis, y_ticks = _y_axis(chart, TOP, bottom)
     steps = np.concatenate([series.x for series in chart.series])
     low, high = float(steps.min()), float(steps.max())
-    x_axis = Axis(low, high, LEFT + 4, right) if high > low else Axis(low - 1, high + 1, LEFT + 4, right)
+    x_axis = (
+        Axis(low, high, LEFT + 4, right) if high > low else Axis(low - 1, high + 1, LEFT + 4, right)
+    )
     parts = []
     for tick, text in zip(y_ticks, _tick_texts(y_ticks, chart), strict=True):
         y = y_axis.at(tick)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right:.1f}"/><text class="end" x="{LEFT - 6}" y="{y + 4:.1f}">{text}</text>')
+        parts.append(
+            f'<path class="grid" d="M{LEFT} {y:.1f}H{right:.1f}"/><text class="end" x="{LEFT - 6}" y="{y + 4:.1f}">{text}</text>'
+        )
     x_ticks = linear_ticks(x_axis.low, x_axis.high, max(2, int((right - LEFT) / 62)))
     for tick in [tick for tick in x_ticks if low <= tick <= high and tick == int(tick)] or [low]:
         x = x_axis.at(tick)
-        parts.append(f'<path class="base" d="M{x:.1f} {bottom}v4"/><text class="mid" x="{x:.1f}" y="{bottom + 16}">{compact(tick)}</text>')
+        parts.append(
+            f'<path class="base" d="M{x:.1f} {bottom}v4"/><text class="mid" x="{x:.1f}" y="{bottom + 16}">{compact(tick)}</text>'
+        )
     parts.append(f'<path class="base" d="M{LEFT} {bottom}H{right:.1f}"/>')
     parts.append(f'<text class="mid" x="{(LEFT + right) / 2:.1f}" y="{height - 4}">step</text>')
     for step, text in chart.marks[:200]:
-        parts.append(f'<path class="mark" d="M{x_axis.at(step):.1f} {bottom}l-4 7h8z"><title>{escape(text)}</title></path>')
-    drawn = sorted(chart.series, key=lambda series: ("faint", "line", "dashed", "points").index(series.style))
+        parts.append(
+            f'<path class="mark" d="M{x_axis.at(step):.1f} {bottom}l-4 7h8z"><title>{escape(text)}</title></path>'
+        )
+    drawn = sorted(
+        chart.series, key=lambda series: ("faint", "line", "dashed", "points").index(series.style)
+    )
     parts += [_path(series, x_axis, y_axis, points) for series in drawn if len(series.finite)]
     ends = [float(series.finite[-1]) for series, _ in labels]
     places = [y_axis.at(end) if end > 0 or not y_axis.log else bottom for end in ends]
     for (series, text), y in zip(labels, _spread(places, TOP, bottom), strict=True):
-        parts.append(f'<text class="f{series.color} label" x="{right + 6:.1f}" y="{y + 4:.1f}">{escape(text)}</text>')
+        parts.append(
+            f'<text class="f{series.color} label" x="{right + 6:.1f}" y="{y + 4:.1f}">{escape(text)}</text>'
+        )
     return (
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(f"{chart.title}: {values}")}" '
         f'data-area="{LEFT} {TOP} {right:.1f} {bottom}" data-percent="{int(chart.percent)}">{"".join(parts)}</svg>'
@@ -251,7 +290,10 @@ def figure(chart: Chart, points: int, wide_height: int = 0) -> str:
     unit = ", ".join(filter(None, (chart.unit, "log scale" if chart.is_log else "")))
     head = f"<h4>{escape(chart.title)} <small>{escape(unit)}</small></h4>"
     if len(shown) > 1:
-        keys = (f'<span class="key {series.style} k{series.color}">{escape(series.label)}</span>' for series in shown)
+        keys = (
+            f'<span class="key {series.style} k{series.color}">{escape(series.label)}</span>'
+            for series in shown
+        )
         head += f'<p class="keys">{"".join(keys)}</p>'
     svg = line_svg(chart, 1080 if wide_height else 360, wide_height or 220, points)
     if wide_height:
@@ -263,8 +305,13 @@ def figure(chart: Chart, points: int, wide_height: int = 0) -> str:
 def _value_table(chart: Chart, shown: Sequence[Series]) -> str:
     """About a dozen steps with every line's value."""
     steps = np.unique(np.concatenate([series.x[np.isfinite(series.y)] for series in shown]))
-    steps = steps[np.unique(np.linspace(0, len(steps) - 1, min(TABLE_ROWS, len(steps))).astype(int))]
+    steps = steps[
+        np.unique(np.linspace(0, len(steps) - 1, min(TABLE_ROWS, len(steps))).astype(int))
+    ]
     values = [dict(zip(series.x, series.y, strict=True)) for series in shown]
-    rows = [[f"{step:,.0f}", *(chart.text(float(value.get(step, math.nan))) for value in values)] for step in steps]
+    rows = [
+        [f"{step:,.0f}", *(chart.text(float(value.get(step, math.nan))) for value in values)]
+        for step in steps
+    ]
     table = html_table(["step", *(escape(series.label) for series in shown)], rows)
     return f'<details class="values"><summary>Values</summary>{table}</details>'

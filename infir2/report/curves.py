@@ -33,13 +33,26 @@ def twins(runs: Sequence[Run]) -> dict[str, Run]:
     """Name of an FP8 run -> the BF16 run that differs from it in precision only, by its recipe or by its name NAME-bf16."""
 
     def same(fp8: Run, bf16: Run) -> bool:
-        left, right = ({name: section for name, section in run.recipe.items() if name not in ("run", "fp8")} for run in (fp8, bf16))
+        left, right = (
+            {name: section for name, section in run.recipe.items() if name not in ("run", "fp8")}
+            for run in (fp8, bf16)
+        )
         return bf16.name == f"{fp8.name}-bf16" or (bool(right) and left == right)
 
     trained = [run for run in runs if run.train]
     found: dict[str, Run] = {}
     for bf16 in (run for run in trained if run.fp8 is not True):
-        fp8 = next((run for run in trained if run is not bf16 and run.fp8 is not False and run.name not in found and same(run, bf16)), None)
+        fp8 = next(
+            (
+                run
+                for run in trained
+                if run is not bf16
+                and run.fp8 is not False
+                and run.name not in found
+                and same(run, bf16)
+            ),
+            None,
+        )
         if fp8:
             found[fp8.name] = bf16
     return found
@@ -62,31 +75,57 @@ def final_difference(fp8: Run, bf16: Run) -> Difference | None:
         last = np.flatnonzero(np.isfinite(values).all(axis=0))[-count:]
         if len(last):
             ours, theirs = values[:, last].mean(axis=1)
-            return Difference(what, int(steps[last[-1]]), float(ours), float(theirs)) if theirs else None
+            return (
+                Difference(what, int(steps[last[-1]]), float(ours), float(theirs))
+                if theirs
+                else None
+            )
     return None
 
 
-def curve(table: Table, column: str, label: str, color: int = 0, raw: bool = True, dashed: bool = False) -> list[Series]:
+def curve(
+    table: Table, column: str, label: str, color: int = 0, raw: bool = True, dashed: bool = False
+) -> list[Series]:
     """The smoothed column over the single steps; only these when not `raw` or when the run is too short to smooth."""
     style: Literal["line", "dashed"] = "dashed" if dashed else "line"
     x, y, width = table.steps, table[column], window(table)
     if not raw or width < 3:
         return [Series(label, x, y, color, style)]
-    return [Series(f"{label}, single steps", x, y, color, "faint"), Series(label, x, smooth(y, width), color, style)]
+    return [
+        Series(f"{label}, single steps", x, y, color, "faint"),
+        Series(label, x, smooth(y, width), color, style),
+    ]
 
 
 def _loss_series(run: Run, twin: Run | None) -> tuple[Series, ...]:
     names = ("FP8", "BF16") if twin else ("training", "")
-    series = curve(run.train, "loss", names[0], FP8) + (curve(twin.train, "loss", names[1], BF16, dashed=True) if twin else [])
-    points = [(twin, "BF16 validation", BF16), (run, "FP8 validation", FP8)] if twin else [(run, "validation", VALIDATION)]
+    series = curve(run.train, "loss", names[0], FP8) + (
+        curve(twin.train, "loss", names[1], BF16, dashed=True) if twin else []
+    )
+    points = (
+        [(twin, "BF16 validation", BF16), (run, "FP8 validation", FP8)]
+        if twin
+        else [(run, "validation", VALIDATION)]
+    )
     for source, label, color in points:
         if source and source.validation.has("validation_loss"):
-            series.append(Series(label, source.validation.steps, source.validation["validation_loss"], color, "points"))
+            series.append(
+                Series(
+                    label,
+                    source.validation.steps,
+                    source.validation["validation_loss"],
+                    color,
+                    "points",
+                )
+            )
     return tuple(series)
 
 
 def _marks(run: Run) -> tuple[tuple[float, str], ...]:
-    return tuple((float(step), f"step {step:.0f} skipped") for step in run.train.steps[run.train["skipped"] == 1])
+    return tuple(
+        (float(step), f"step {step:.0f} skipped")
+        for step in run.train.steps[run.train["skipped"] == 1]
+    )
 
 
 def precision_section(fp8: Run, bf16: Run, points: int) -> str:
@@ -97,28 +136,60 @@ def precision_section(fp8: Run, bf16: Run, points: int) -> str:
         values = f"{final.what} {final.fp8:.4f} in FP8, {final.bf16:.4f} in BF16"
         html += f'<p class="facts">At step {final.step}: {values}, <b>{final.text}</b>.</p>'
     note = f"Lines are means over {width} steps, faint lines the single steps." if width > 1 else ""
-    loss = Chart(f"Loss of {fp8.name} and {bf16.name}", _loss_series(fp8, bf16), "nats per token", "auto", marks=_marks(fp8), note=note)
+    loss = Chart(
+        f"Loss of {fp8.name} and {bf16.name}",
+        _loss_series(fp8, bf16),
+        "nats per token",
+        "auto",
+        marks=_marks(fp8),
+        note=note,
+    )
     steps, left, right = np.intersect1d(fp8.train.steps, bf16.train.steps, return_indices=True)
     ours, theirs = fp8.train["loss"][left], bf16.train["loss"][right]
     ratio = np.divide(ours - theirs, theirs, out=np.full_like(ours, np.nan), where=theirs != 0)
     width = min(4 * width + 1, (len(steps) - 1) | 1) if len(steps) else 1
     relative = Series("(FP8 − BF16) / BF16", steps, smooth(ratio, width))
     note = f"Mean over {counted(width, 'step')}."
-    difference = Chart("Training loss, (FP8 − BF16) / BF16", (relative,), percent=True, from_zero=True, note=note)
-    return html + "".join(figure(chart, 2 * points, height) for chart, height in ((loss, 340), (difference, 220)) if chart.drawable)
+    difference = Chart(
+        "Training loss, (FP8 − BF16) / BF16", (relative,), percent=True, from_zero=True, note=note
+    )
+    return html + "".join(
+        figure(chart, 2 * points, height)
+        for chart, height in ((loss, 340), (difference, 220))
+        if chart.drawable
+    )
 
 
 def run_charts(run: Run, twin: Run | None, points: int) -> str:
     """Every chart that the run has data for; a BF16 twin's curves are drawn beside the run's own, their losses elsewhere."""
-    loss = Chart("Loss", _loss_series(run, None), "policy loss" if run.is_rl else "nats per token", "auto", marks=_marks(run))
-    rate = Chart("Learning rate", tuple(curve(run.train, "learning_rate", "learning rate", raw=False)), from_zero=True)
+    loss = Chart(
+        "Loss",
+        _loss_series(run, None),
+        "policy loss" if run.is_rl else "nats per token",
+        "auto",
+        marks=_marks(run),
+    )
+    rate = Chart(
+        "Learning rate",
+        tuple(curve(run.train, "learning_rate", "learning rate", raw=False)),
+        from_zero=True,
+    )
     charts = [*_rl_charts(run), loss, rate] if run.is_rl else [rate]
-    for column, title, unit in (("gradient_norm", "Gradient norm", "before clipping"), ("tokens_per_second", "Throughput", "tokens/s")):
+    for column, title, unit in (
+        ("gradient_norm", "Gradient norm", "before clipping"),
+        ("tokens_per_second", "Throughput", "tokens/s"),
+    ):
         series = curve(run.train, column, "FP8" if twin else title.lower(), FP8)
         series += curve(twin.train, column, "BF16", BF16, dashed=True) if twin else []
         speed = column == "tokens_per_second"
-        charts.append(Chart(title, tuple(series), unit, "linear" if speed else "auto", from_zero=speed))
-    first = figure(loss, 2 * points, wide_height=250) if loss.drawable and not run.is_rl and not twin else ""
+        charts.append(
+            Chart(title, tuple(series), unit, "linear" if speed else "auto", from_zero=speed)
+        )
+    first = (
+        figure(loss, 2 * points, wide_height=250)
+        if loss.drawable and not run.is_rl and not twin
+        else ""
+    )
     return f'{first}<div class="grid-3">{"".join(figure(chart, points) for chart in charts if chart.drawable)}</div>'
 
 
@@ -128,21 +199,46 @@ def _rl_charts(run: Run) -> list[Chart]:
     def lines(*columns: tuple[str, str], raw: bool = True) -> tuple[Series, ...]:
         present = [(column, label) for column, label in columns if table.has(column)]
         return tuple(
-            series for color, (column, label) in enumerate(present) for series in curve(table, column, label, color, raw, dashed=color == 1)
+            series
+            for color, (column, label) in enumerate(present)
+            for series in curve(table, column, label, color, raw, dashed=color == 1)
         )
 
     capped = lines(("clip_fraction", "clip"), ("tis_capped_fraction", "TIS"))
-    mismatch = lines(("mismatch_kl", "KL"), ("mismatch_mean", "mean"), ("mismatch_max", "max"), raw=False)
+    mismatch = lines(
+        ("mismatch_kl", "KL"), ("mismatch_mean", "mean"), ("mismatch_max", "max"), raw=False
+    )
     scores = run.evaluations
     average = Series("avg@k", scores.steps, scores["avg_at_k"], 0, half_width=scores["interval"])
     return [
         Chart("Reward", lines(("reward", "reward")), "mean of a step", from_zero=True),
-        Chart("Evaluation in the loop", (average, Series("pass@k", scores.steps, scores["pass_at_k"], 2)), percent=True),
-        Chart("Response length", lines(("response_tokens", "length")), "tokens, mean", from_zero=True),
-        Chart("Truncated responses", lines(("truncated_fraction", "truncated")), percent=True, from_zero=True),
+        Chart(
+            "Evaluation in the loop",
+            (average, Series("pass@k", scores.steps, scores["pass_at_k"], 2)),
+            percent=True,
+        ),
+        Chart(
+            "Response length", lines(("response_tokens", "length")), "tokens, mean", from_zero=True
+        ),
+        Chart(
+            "Truncated responses",
+            lines(("truncated_fraction", "truncated")),
+            percent=True,
+            from_zero=True,
+        ),
         Chart("Entropy", lines(("entropy", "entropy")), "nats per token", from_zero=True),
         Chart("Clipped and capped", capped, "of tokens", percent=True, from_zero=True),
         Chart("Rollout against trainer", mismatch, "KL, |Δ log-prob|", "log"),
-        Chart("Groups", lines(("groups_sampled", "all"), ("groups_without_signal", "no signal")), "in a step", from_zero=True),
-        Chart("Time of a step", lines(("seconds", "all"), ("rollout_seconds", "rollout")), "seconds", from_zero=True),
+        Chart(
+            "Groups",
+            lines(("groups_sampled", "all"), ("groups_without_signal", "no signal")),
+            "in a step",
+            from_zero=True,
+        ),
+        Chart(
+            "Time of a step",
+            lines(("seconds", "all"), ("rollout_seconds", "rollout")),
+            "seconds",
+            from_zero=True,
+        ),
     ]

@@ -26,7 +26,10 @@ from infir2.report.read import Run, read_runs
 from infir2.report.stages import CHANGE, HEADINGS, StageRow, accuracy_text, stage_rows
 from infir2.report.text import compact, counted, duration, html_table, percent
 
-POINT_BUDGET, LINES_PER_RUN = 30_000, 20  # vertices on a page, about 25 bytes each, and drawn lines that share them
+POINT_BUDGET, LINES_PER_RUN = (
+    30_000,
+    20,
+)  # vertices on a page, about 25 bytes each, and drawn lines that share them
 EVENTS_SHOWN = 40
 
 
@@ -50,7 +53,9 @@ def render(runs: Sequence[Run]) -> str:
     points = int(np.clip(POINT_BUDGET / (LINES_PER_RUN * max(1, len(leaders))), 40, 400))
     sections = {
         "What improved": _accuracy(rows),
-        "FP8 against BF16": "".join(precision_section(run, pairs[run.name], points) for run in leaders if run.name in pairs),
+        "FP8 against BF16": "".join(
+            precision_section(run, pairs[run.name], points) for run in leaders if run.name in pairs
+        ),
         "Runs": "".join(_run(run, pairs.get(run.name), points) for run in leaders),
         "Sample responses": "".join(map(samples_html, runs)),
         "Configuration": "".join(map(recipe_html, runs)),
@@ -58,11 +63,20 @@ def render(runs: Sequence[Run]) -> str:
         "How to reproduce": commands_html(runs),
     }
     missing = ", ".join(title for title, html in sections.items() if not html)
-    notes = ([f"Nothing recorded for: {missing}."] if missing else []) + [f"{run.name}: {note}." for run in runs for note in run.notes]
-    shown = [(title.lower().replace(" ", "-"), title, html) for title, html in sections.items() if html]
+    notes = ([f"Nothing recorded for: {missing}."] if missing else []) + [
+        f"{run.name}: {note}." for run in runs for note in run.notes
+    ]
+    shown = [
+        (title.lower().replace(" ", "-"), title, html) for title, html in sections.items() if html
+    ]
     nav = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in shown)
-    body = "".join(f'<section id="{anchor}"><h2>{title}</h2>{html}</section>' for anchor, title, html in shown)
-    style, script = (resources.files("infir2.report").joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "hover.js"))
+    body = "".join(
+        f'<section id="{anchor}"><h2>{title}</h2>{html}</section>' for anchor, title, html in shown
+    )
+    style, script = (
+        resources.files("infir2.report").joinpath(name).read_text(encoding="utf-8")
+        for name in ("style.css", "hover.js")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     return (
@@ -87,31 +101,63 @@ def _chain(runs: Sequence[Run]) -> str:
     return " → ".join(names if len(names) <= 7 else [*names[:3], "…", *names[-3:]])
 
 
-def _headline(runs: Sequence[Run], leaders: Sequence[Run], rows: Sequence[StageRow], pairs: Mapping[str, Run]) -> str:
+def _headline(
+    runs: Sequence[Run], leaders: Sequence[Run], rows: Sequence[StageRow], pairs: Mapping[str, Run]
+) -> str:
     """What was trained and what came of it, in one sentence and a few figures."""
     scored = [row for row in rows if math.isfinite(row.evaluation.avg_at_k)]
     found = []
     if len(scored) > 1:
-        found.append("accuracy " + ", ".join(f"{percent(row.evaluation.avg_at_k)} after {row.stage}" for row in (scored[0], scored[-1])))
-    differences = [(run, final_difference(run, pairs[run.name])) for run in leaders if run.name in pairs]
-    found += [f"{difference.what} of {run.name} {difference.text}" for run, difference in differences if difference]
+        found.append(
+            "accuracy "
+            + ", ".join(
+                f"{percent(row.evaluation.avg_at_k)} after {row.stage}"
+                for row in (scored[0], scored[-1])
+            )
+        )
+    differences = [
+        (run, final_difference(run, pairs[run.name])) for run in leaders if run.name in pairs
+    ]
+    found += [
+        f"{difference.what} of {run.name} {difference.text}"
+        for run, difference in differences
+        if difference
+    ]
     precision = {run.fp8 for run in leaders}
-    title = _chain(leaders or runs) + (" in FP8" if precision == {True} else " in BF16" if precision == {False} else "")
+    title = _chain(leaders or runs) + (
+        " in FP8" if precision == {True} else " in BF16" if precision == {False} else ""
+    )
     title += f": {'; '.join(found)}" if found else ""
     configs = [run.state.get("model_config") or {} for run in leaders]
     largest = max(configs, key=parameter_count, default={})
     num_parameters = parameter_count(largest)
-    seconds, tokens = (sum(run.total(column) for run in leaders) for column in ("seconds", "trained_tokens"))
+    seconds, tokens = (
+        sum(run.total(column) for run in leaders) for column in ("seconds", "trained_tokens")
+    )
     tiles = [
         (compact(num_parameters), f"parameters, {largest.get('model_type', '')}", num_parameters),
-        (f"{sum(run.num_steps for run in leaders):,}", f"optimizer steps in {counted(len(leaders), 'run')}", leaders),
+        (
+            f"{sum(run.num_steps for run in leaders):,}",
+            f"optimizer steps in {counted(len(leaders), 'run')}",
+            leaders,
+        ),
         (compact(tokens), "trained tokens", tokens),
-        (duration(seconds), "in training steps" + (", without the BF16 comparison" if pairs else ""), seconds),
+        (
+            duration(seconds),
+            "in training steps" + (", without the BF16 comparison" if pairs else ""),
+            seconds,
+        ),
     ]
     if scored:
         last = scored[-1]
-        tiles.append((accuracy_text(last.evaluation), f"avg@{last.evaluation.k} after {last.stage}", True))
-    html = "".join(f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text, known in tiles if known)
+        tiles.append(
+            (accuracy_text(last.evaluation), f"avg@{last.evaluation.k} after {last.stage}", True)
+        )
+    html = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
+        for value, text, known in tiles
+        if known
+    )
     return f"<h1>{escape(title)}</h1>" + (f'<div class="tiles">{html}</div>' if html else "")
 
 
@@ -124,7 +170,9 @@ def _accuracy(rows: Sequence[StageRow]) -> str:
     for row in rows:
         cells = [escape(cell) for cell in row.cells]
         cells[CHANGE] = f"<b>{cells[CHANGE]}</b>" if row.is_sure else cells[CHANGE]
-        cells[CHANGE] += f" <small>from {escape(row.compared_with)}</small>" if row.compared_with else ""
+        cells[CHANGE] += (
+            f" <small>from {escape(row.compared_with)}</small>" if row.compared_with else ""
+        )
         body.append([cells[0], interval_plot(row.evaluation), *cells[1:]])
     axis = '<div class="axis"><span>0</span><span>50</span><span>100 %</span></div>'
     return (
@@ -136,26 +184,54 @@ def _accuracy(rows: Sequence[StageRow]) -> str:
 
 def interval_plot(evaluation: Evaluation) -> str:
     """A table's cell with avg@k, its interval and pass@k on an axis from 0 to 100 %, drawn by style.css."""
-    low, high = np.clip([evaluation.avg_at_k - evaluation.interval, evaluation.avg_at_k + evaluation.interval], 0, 1)
-    marks = (("bar", low, high - low), ("ring", evaluation.pass_at_k, 0), ("dot", evaluation.avg_at_k, 0))
-    drawn = (f'<i class="{kind}" style="left:{at:.1%};width:{width:.1%}"></i>' for kind, at, width in marks if math.isfinite(at))
+    low, high = np.clip(
+        [evaluation.avg_at_k - evaluation.interval, evaluation.avg_at_k + evaluation.interval], 0, 1
+    )
+    marks = (
+        ("bar", low, high - low),
+        ("ring", evaluation.pass_at_k, 0),
+        ("dot", evaluation.avg_at_k, 0),
+    )
+    drawn = (
+        f'<i class="{kind}" style="left:{at:.1%};width:{width:.1%}"></i>'
+        for kind, at, width in marks
+        if math.isfinite(at)
+    )
     return f'<td class="plot"><div>{"".join(drawn)}</div></td>'
 
 
 def _difficulty(rows: Sequence[StageRow]) -> str:
-    levels = sorted({level for row in rows for level in row.evaluation.by_difficulty}, key=lambda level: (len(level), level))
+    levels = sorted(
+        {level for row in rows for level in row.evaluation.by_difficulty},
+        key=lambda level: (len(level), level),
+    )
     body = []
     for row in rows:
         values = [row.evaluation.by_difficulty.get(level, math.nan) for level in levels]
-        cells = [f'<td class="num heat" style="--v:{np.nan_to_num(value):.3f}">{percent(value, 0)}</td>' for value in values]
+        cells = [
+            f'<td class="num heat" style="--v:{np.nan_to_num(value):.3f}">{percent(value, 0)}</td>'
+            for value in values
+        ]
         body.append([escape(row.stage), *cells])
-    return f"<h3>avg@k by difficulty</h3>{html_table(['stage', *map(escape, levels)], body)}" if levels else ""
+    return (
+        f"<h3>avg@k by difficulty</h3>{html_table(['stage', *map(escape, levels)], body)}"
+        if levels
+        else ""
+    )
 
 
 def _run(run: Run, twin: Run | None, points: int) -> str:
-    facts = [counted(run.num_steps, "step"), f"{compact(run.total('trained_tokens'))} trained tokens", duration(run.total("seconds"))]
+    facts = [
+        counted(run.num_steps, "step"),
+        f"{compact(run.total('trained_tokens'))} trained tokens",
+        duration(run.total("seconds")),
+    ]
     if run.fp8 is not None:
-        facts.append(f"FP8, {run.recipe.get('fp8', {}).get('scale_format', 'pow2')} scales" if run.fp8 else "BF16")
+        facts.append(
+            f"FP8, {run.recipe.get('fp8', {}).get('scale_format', 'pow2')} scales"
+            if run.fp8
+            else "BF16"
+        )
     facts += [f"from {run.base}"] if run.base else []
     num_skipped = int(np.nansum(run.train["skipped"]))
     facts += [f"{counted(num_skipped, 'step')} skipped"] if num_skipped else []
@@ -167,8 +243,13 @@ def _events(run: Run) -> str:
     events = run.events[-EVENTS_SHOWN:]
     if not events:
         return ""
-    rows = [[escape(str(event.get(name, "–"))[:400]) for name in ("step", "event", "detail")] for event in events]
-    summary = counted(len(run.events), "event") + (f", the last {len(events)}" if len(events) < len(run.events) else "")
+    rows = [
+        [escape(str(event.get(name, "–"))[:400]) for name in ("step", "event", "detail")]
+        for event in events
+    ]
+    summary = counted(len(run.events), "event") + (
+        f", the last {len(events)}" if len(events) < len(run.events) else ""
+    )
     return f"<details><summary>{summary}</summary>{html_table(('step', 'event', 'detail'), rows, text_columns=3)}</details>"
 
 

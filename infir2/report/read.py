@@ -35,7 +35,9 @@ class Table:
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.columns:
-            self.columns[name] = np.array([number(row.get(name)) for row in self.rows], dtype=np.float64)
+            self.columns[name] = np.array(
+                [number(row.get(name)) for row in self.rows], dtype=np.float64
+            )
         return self.columns[name]
 
     @property
@@ -75,7 +77,11 @@ class Run:
     @property
     def base(self) -> str:
         """The path that the run started from (a run directory, a checkpoint or a Hugging Face directory), or ''."""
-        return str(self.recipe.get("checkpoint", {}).get("branch_from") or self.recipe.get("model", {}).get("path") or "")
+        return str(
+            self.recipe.get("checkpoint", {}).get("branch_from")
+            or self.recipe.get("model", {}).get("path")
+            or ""
+        )
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -83,10 +89,19 @@ class Run:
         if not self.evaluations:
             return None
         row = self.evaluations.rows[-1]
-        rates: Row = {name: number(row.get(name)) for name in ("avg_at_k", "interval", "pass_at_k", "truncated_fraction")}
-        counts: Row = {name: int(np.nan_to_num(number(row.get(name)))) for name in ("k", "num_problems")}
+        rates: Row = {
+            name: number(row.get(name))
+            for name in ("avg_at_k", "interval", "pass_at_k", "truncated_fraction")
+        }
+        counts: Row = {
+            name: int(np.nan_to_num(number(row.get(name)))) for name in ("k", "num_problems")
+        }
         levels = row.get("by_difficulty")
-        by_difficulty = {str(level): number(value) for level, value in levels.items()} if isinstance(levels, dict) else {}
+        by_difficulty = (
+            {str(level): number(value) for level, value in levels.items()}
+            if isinstance(levels, dict)
+            else {}
+        )
         return Evaluation(**rates, **counts, by_difficulty=by_difficulty)
 
     @property
@@ -103,7 +118,9 @@ class Run:
     def total(self, column: str) -> float:
         """Sum of a train column over all steps; steps between logged ones count as the mean of those."""
         values = self.train[column]
-        return float(np.nansum(values)) / max(1, len(values)) * (self.num_steps if self.train else 0)
+        return (
+            float(np.nansum(values)) / max(1, len(values)) * (self.num_steps if self.train else 0)
+        )
 
 
 def number(value: Any) -> float:
@@ -126,19 +143,30 @@ def read_runs(run_dirs: Iterable[Path]) -> list[Run]:
         if any((directory / name).is_file() for name in ("metrics.jsonl", "recipe.toml")):
             found = [read_run(directory)]
         else:
-            found = _bases_first([read_run(path.parent) for path in sorted(directory.glob("*/metrics.jsonl"))])
+            found = _bases_first(
+                [read_run(path.parent) for path in sorted(directory.glob("*/metrics.jsonl"))]
+            )
         if not found:
-            raise DataError(f"{directory} holds no run (no metrics.jsonl in it or just below it); name run directories or the one above")
+            raise DataError(
+                f"{directory} holds no run (no metrics.jsonl in it or just below it); name run directories or the one above"
+            )
         runs |= {run.path.resolve(): run for run in found if run.path.resolve() not in runs}
     names = Counter(run.name for run in runs.values())
-    return [run if names[run.name] == 1 else replace(run, name=f"{path.parent.name}/{run.name}") for path, run in runs.items()]
+    return [
+        run if names[run.name] == 1 else replace(run, name=f"{path.parent.name}/{run.name}")
+        for path, run in runs.items()
+    ]
 
 
 def _bases_first(runs: list[Run]) -> list[Run]:
     ordered: list[Run] = []
     while len(ordered) < len(runs):
         left = [run for run in runs if run not in ordered]
-        ready = [run for run in left if not any(run.starts_from(other) for other in left if other is not run)]
+        ready = [
+            run
+            for run in left
+            if not any(run.starts_from(other) for other in left if other is not run)
+        ]
         ordered += ready or left
     return ordered
 
@@ -148,8 +176,16 @@ def read_run(run_dir: Path) -> Run:
     notes: list[str] = []
     rows = _read_lines(run_dir / "metrics.jsonl", notes)
     recipe_text, recipe = _read_file(run_dir / "recipe.toml", tomllib.loads, notes)
-    samples = _read_lines(run_dir / "samples.jsonl", notes) if (run_dir / "samples.jsonl").exists() else []
-    checkpoints = {int(path.name[5:]): path for path in run_dir.glob("checkpoints/step-*") if path.name[5:].isdecimal()}
+    samples = (
+        _read_lines(run_dir / "samples.jsonl", notes)
+        if (run_dir / "samples.jsonl").exists()
+        else []
+    )
+    checkpoints = {
+        int(path.name[5:]): path
+        for path in run_dir.glob("checkpoints/step-*")
+        if path.name[5:].isdecimal()
+    }
     return Run(
         path=run_dir,
         name=run_dir.resolve().name,
@@ -157,11 +193,15 @@ def read_run(run_dir: Path) -> Run:
         validation=_by_step(rows, "validation"),
         evaluations=_by_step(rows, "evaluation"),
         events=tuple(row for row in rows if row.get("kind") == "event"),
-        samples=tuple(row | {name: number(row.get(name, 0)) for name in ("step", "reward")} for row in samples),
+        samples=tuple(
+            row | {name: number(row.get(name, 0)) for name in ("step", "reward")} for row in samples
+        ),
         recipe={name: value for name, value in recipe.items() if isinstance(value, dict)},
         recipe_text=recipe_text,
         environment=_read_file(run_dir / "environment.json", json.loads, notes)[1],
-        state=_read_file(checkpoints[max(checkpoints)] / "state.json", json.loads, [])[1] if checkpoints else {},
+        state=_read_file(checkpoints[max(checkpoints)] / "state.json", json.loads, [])[1]
+        if checkpoints
+        else {},
         notes=tuple(notes),
     )
 
@@ -200,7 +240,9 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
     except OSError:
         notes.append(f"no {path.name}")
     if num_bad:
-        notes.append(f"{path.name}: {num_bad} unreadable {'line' if num_bad == 1 else 'lines'} left out")
+        notes.append(
+            f"{path.name}: {num_bad} unreadable {'line' if num_bad == 1 else 'lines'} left out"
+        )
     return rows
 
 

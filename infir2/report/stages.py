@@ -40,10 +40,19 @@ class StageRow:
     def cells(self) -> list[str]:
         """The row as text under HEADINGS: '61.2 ± 3.9 %', '+21.0 ± 5.1' in points of 1 %, ..."""
         result = self.evaluation
-        interval = f" ± {100 * self.change_interval:.1f}" if math.isfinite(self.change_interval) else ""
+        interval = (
+            f" ± {100 * self.change_interval:.1f}" if math.isfinite(self.change_interval) else ""
+        )
         change = minus(f"{100 * self.change:+.1f}{interval}") if math.isfinite(self.change) else "–"
         rates = (percent(result.pass_at_k), percent(result.truncated_fraction))
-        return [self.stage, accuracy_text(result), change, *rates, str(result.k or "–"), str(result.num_problems or "–")]
+        return [
+            self.stage,
+            accuracy_text(result),
+            change,
+            *rates,
+            str(result.k or "–"),
+            str(result.num_problems or "–"),
+        ]
 
 
 def stage_table(run_dirs: Iterable[Path]) -> list[StageRow]:
@@ -58,7 +67,9 @@ def stage_rows(runs: Sequence[Run]) -> list[StageRow]:
     for run in (run for run in runs if run.evaluation):
         subject = run if run.train else _subject(run, trained)
         stage = subject.name if subject else run.name.removeprefix(EVALUATION_PREFIX)
-        if stage not in found or not run.train:  # an evaluation of its own replaces the smaller one in the loop
+        if (
+            stage not in found or not run.train
+        ):  # an evaluation of its own replaces the smaller one in the loop
             found[stage] = (trained.index(subject) if subject else -1, run)
     rows: list[StageRow] = []
     for stage, (order, run) in sorted(found.items(), key=lambda item: item[1][0]):
@@ -66,15 +77,22 @@ def stage_rows(runs: Sequence[Run]) -> list[StageRow]:
         assert evaluation is not None
         before = _before(trained[order], trained, rows) if order >= 0 else None
         change = evaluation.avg_at_k - before.evaluation.avg_at_k if before else math.nan
-        interval = math.hypot(evaluation.interval, before.evaluation.interval) if before else math.nan
-        rows.append(StageRow(stage, run.path, evaluation, change, interval, before.stage if before else ""))
+        interval = (
+            math.hypot(evaluation.interval, before.evaluation.interval) if before else math.nan
+        )
+        rows.append(
+            StageRow(stage, run.path, evaluation, change, interval, before.stage if before else "")
+        )
     return rows
 
 
 def _subject(evaluation: Run, trained: Sequence[Run]) -> Run | None:
     """The run that an evaluation directory evaluated: the model it names, or by its own name."""
     named = [run for run in trained if evaluation.starts_from(run)]
-    return next(iter(named or [run for run in trained if evaluation.name == EVALUATION_PREFIX + run.name]), None)
+    return next(
+        iter(named or [run for run in trained if evaluation.name == EVALUATION_PREFIX + run.name]),
+        None,
+    )
 
 
 def _before(run: Run, trained: Sequence[Run], rows: Sequence[StageRow]) -> StageRow | None:
@@ -82,7 +100,9 @@ def _before(run: Run, trained: Sequence[Run], rows: Sequence[StageRow]) -> Stage
     if not run.recipe:
         return rows[-1] if rows else None
     by_stage, seen = {row.stage: row for row in rows}, {run.name}
-    while parent := next((other for other in trained if run.starts_from(other) and other.name not in seen), None):
+    while parent := next(
+        (other for other in trained if run.starts_from(other) and other.name not in seen), None
+    ):
         if parent.name in by_stage:
             return by_stage[parent.name]
         seen.add(parent.name)
@@ -100,10 +120,19 @@ def accuracy_text(evaluation: Evaluation) -> str:
 
 def render_stage_table(rows: Sequence[StageRow]) -> RichTable:
     """The rows for a terminal: `rich.print(render_stage_table(stage_table(run_dirs)))`."""
-    table = RichTable(title="What improved", title_justify="left", caption="± is a 95 % interval", caption_justify="left")
+    table = RichTable(
+        title="What improved",
+        title_justify="left",
+        caption="± is a 95 % interval",
+        caption_justify="left",
+    )
     for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right", no_wrap=True)
+        table.add_column(
+            heading, justify="left" if heading == HEADINGS[0] else "right", no_wrap=True
+        )
     for row in rows:
         style = ("green" if row.change > 0 else "red") if row.is_sure else ""
-        table.add_row(*(Text(cell, style if index == CHANGE else "") for index, cell in enumerate(row.cells)))
+        table.add_row(
+            *(Text(cell, style if index == CHANGE else "") for index, cell in enumerate(row.cells))
+        )
     return table

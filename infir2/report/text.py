@@ -9,7 +9,12 @@ def compact(value: float) -> str:
     if not math.isfinite(value):
         return "–"
     size = abs(value)
-    for limit, unit, suffix in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+    for limit, unit, suffix in (
+        (1e12, 1e12, "T"),
+        (1e9, 1e9, "B"),
+        (1e6, 1e6, "M"),
+        (1e4, 1e3, "k"),
+    ):
         if size >= limit:
             return minus(f"{value / unit:.4g} {suffix}")
     if size >= 1000:
@@ -49,10 +54,19 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns:
     def cell(index: int, html: str) -> str:
         if index == 0:
             return f'<th scope="row">{html}</th>'
-        return html if html.startswith("<td") else f"<td{' class=num' if index >= text_columns else ''}>{html}</td>"
+        return (
+            html
+            if html.startswith("<td")
+            else f"<td{' class=num' if index >= text_columns else ''}>{html}</td>"
+        )
 
-    names = (f'<th scope="col"{" class=num" if index >= text_columns else ""}>{name}</th>' for index, name in enumerate(head))
-    body = (f"<tr>{''.join(cell(index, html) for index, html in enumerate(row))}</tr>" for row in rows)
+    names = (
+        f'<th scope="col"{" class=num" if index >= text_columns else ""}>{name}</th>'
+        for index, name in enumerate(head)
+    )
+    body = (
+        f"<tr>{''.join(cell(index, html) for index, html in enumerate(row))}</tr>" for row in rows
+    )
     kind = ' class="text"' if text_columns > 1 else ""
     table = f"<table{kind}><thead><tr>{''.join(names)}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f'<div class="scroll" tabindex="0">{table}</div>'

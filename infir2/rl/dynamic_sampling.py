@@ -18,7 +18,9 @@ from infir2.rl.rewards import rate
 from infir2.train.supervisor import Session
 
 Check = Callable[[], None]
-Work = Callable[[Check], dict[int, list[Response]]]  # responses by place of their prompt; calls its argument all the time
+Work = Callable[
+    [Check], dict[int, list[Response]]
+]  # responses by place of their prompt; calls its argument all the time
 Divide = Callable[[Work], Sequence[dict[int, list[Response]]]]  # what each rank's work gave
 
 
@@ -54,11 +56,18 @@ class GroupSampler:
         self._seed = session.recipe.run.seed
         self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-verify")
         self.cursor = cursor
-        rendered = [(prompt, tokenizer.render(prompt.messages, add_generation_prompt=True)) for prompt in prompts]
-        self._prompts = [(prompt, ids) for prompt, ids in rendered if len(ids) <= rl.max_prompt_tokens]
+        rendered = [
+            (prompt, tokenizer.render(prompt.messages, add_generation_prompt=True))
+            for prompt in prompts
+        ]
+        self._prompts = [
+            (prompt, ids) for prompt, ids in rendered if len(ids) <= rl.max_prompt_tokens
+        ]
         self.num_too_long = len(rendered) - len(self._prompts)
         if not self._prompts:
-            raise DataError(f"no prompt has at most {rl.max_prompt_tokens} tokens: raise rl.max_prompt_tokens or mend data.sources")
+            raise DataError(
+                f"no prompt has at most {rl.max_prompt_tokens} tokens: raise rl.max_prompt_tokens or mend data.sources"
+            )
 
     def collect(self, engine: Engine, weights: str, divide: Divide, earlier: str = "") -> Collected:
         """At most `over_sample_prompts` prompts, in rounds of `prompts_per_step`, until that many groups have signal.
@@ -67,7 +76,10 @@ class GroupSampler:
         rank do its part.
         """
         collected, drawn = Collected(), 0
-        while len(collected.trained) < self.rl.prompts_per_step and drawn < self.rl.over_sample_prompts:
+        while (
+            len(collected.trained) < self.rl.prompts_per_step
+            and drawn < self.rl.over_sample_prompts
+        ):
             count = min(self.rl.prompts_per_step, self.rl.over_sample_prompts - drawn)
             drawn += count
             for group in self._sample(engine, weights, divide, earlier, count):
@@ -75,25 +87,39 @@ class GroupSampler:
                 (collected.trained if wanted else collected.without_signal).append(group)
         return collected
 
-    def _sample(self, engine: Engine, weights: str, divide: Divide, earlier: str, count: int) -> list[Group]:
+    def _sample(
+        self, engine: Engine, weights: str, divide: Divide, earlier: str, count: int
+    ) -> list[Group]:
         drawn = [self._prompt(self.cursor + i) for i in range(count)]
         self.cursor += count
         found: dict[int, list[Response]] = {}
         for digest in filter(None, (earlier, weights)):
             keys = [self._journal_key(name, ids, digest) for name, _, ids in drawn]
-            found |= {i: kept for i, key in enumerate(keys) if (kept := self._journal.get(key)) is not None}
+            found |= {
+                i: kept
+                for i, key in enumerate(keys)
+                if (kept := self._journal.get(key)) is not None
+            }
         mine = part_of(engine, self._ranks, [i for i in range(count) if i not in found])
-        for part in divide(lambda check: self._respond(engine, {i: (keys[i], *drawn[i]) for i in mine}, check)):
+        for part in divide(
+            lambda check: self._respond(engine, {i: (keys[i], *drawn[i]) for i in mine}, check)
+        ):
             found |= part
         return [Group(prompt, ids, found[i]) for i, (_, prompt, ids) in enumerate(drawn)]
 
-    def _respond(self, engine: Engine, drawn: dict[int, tuple[str, str, Prompt, list[int]]], check: Check) -> dict[int, list[Response]]:
+    def _respond(
+        self, engine: Engine, drawn: dict[int, tuple[str, str, Prompt, list[int]]], check: Check
+    ) -> dict[int, list[Response]]:
         """Responses to prompts, given with their keys and names."""
         missing = list(drawn.items())
         prompts = [(name, ids) for _, (_, name, _, ids) in missing]
-        params = SamplingParams(self.rl.temperature, self.rl.max_response_tokens, self._tokenizer.eos_ids)
+        params = SamplingParams(
+            self.rl.temperature, self.rl.max_response_tokens, self._tokenizer.eos_ids
+        )
         checks: dict[int, Future[list[Response]]] = {}
-        for place, completions in respond(engine, prompts, self.rl.group_size, self._seed, params, check):
+        for place, completions in respond(
+            engine, prompts, self.rl.group_size, self._seed, params, check
+        ):
             i, (key, _, prompt, _) = missing[place]
             checks[i] = self._checker.submit(self._finish, key, completions, prompt.answer)
         return {i: checked.result() for i, checked in checks.items()}

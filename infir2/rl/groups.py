@@ -44,12 +44,21 @@ def group_advantages(rewards: list[float], normalize_by_std: bool) -> np.ndarray
 
 def training_samples(group: Group, normalize_by_std: bool) -> list[Sample]:
     """Token sequences whose response tokens are trained, with advantage and rollout_logprobs for each."""
-    advantages = group_advantages([response.reward for response in group.responses], normalize_by_std)
+    advantages = group_advantages(
+        [response.reward for response in group.responses], normalize_by_std
+    )
     num_prompt, samples = len(group.prompt_token_ids), []
     for response, advantage in zip(group.responses, advantages, strict=True):
-        token_ids = np.array([*group.prompt_token_ids, *response.completion.token_ids], dtype=np.int32)
+        token_ids = np.array(
+            [*group.prompt_token_ids, *response.completion.token_ids], dtype=np.int32
+        )
         rollout_logprobs = np.zeros(len(token_ids), dtype=np.float32)
         rollout_logprobs[num_prompt:] = response.completion.rollout_logprobs
-        extras = {"advantages": np.full(len(token_ids), advantage, dtype=np.float32), "rollout_logprobs": rollout_logprobs}
-        samples.append(Sample(token_ids, np.arange(len(token_ids)) >= num_prompt, group.prompt.origin, extras))
+        extras = {
+            "advantages": np.full(len(token_ids), advantage, dtype=np.float32),
+            "rollout_logprobs": rollout_logprobs,
+        }
+        samples.append(
+            Sample(token_ids, np.arange(len(token_ids)) >= num_prompt, group.prompt.origin, extras)
+        )
     return samples

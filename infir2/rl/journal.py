@@ -41,8 +41,13 @@ class Journal:
             elif of_step == step:
                 lines = path.read_bytes().splitlines(keepends=True)
                 whole = [line for line in lines if line.endswith(b"\n")]
-                os.truncate(path, sum(map(len, whole)))  # a line cut by the kill must not spoil the next one
-                kept |= {row["key"]: [_response(each) for each in row["responses"]] for row in map(json.loads, whole)}
+                os.truncate(
+                    path, sum(map(len, whole))
+                )  # a line cut by the kill must not spoil the next one
+                kept |= {
+                    row["key"]: [_response(each) for each in row["responses"]]
+                    for row in map(json.loads, whole)
+                }
         return kept
 
     def get(self, key: str) -> list[Response] | None:
@@ -52,7 +57,9 @@ class Journal:
     def add(self, key: str, responses: list[Response]) -> None:
         """Write a finished group down. One that the disk refuses is sampled again by a resumed run."""
         row = {"key": key, "responses": [asdict(response) for response in responses]}
-        self._lines.add(json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist))  # decimals give every float32 back exactly
+        self._lines.add(
+            json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist)
+        )  # decimals give every float32 back exactly
 
 
 def _response(row: dict[str, Any]) -> Response:

@@ -37,9 +37,23 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
     with Session(loaded, "rl") as session:
         recipe = loaded.recipe
         tokenizer, tokenizer_dir = open_tokenizer(session.model, recipe.data.tokenizer)
-        prompts = load_prompts(recipe.data, quarantine=session.dir / "quarantine.jsonl" if session.ranks.is_rank0 else None)
-        model = build_model(session.model, recipe.fp8, recipe.run, tokenizer.vocab_size, resumed=session.checkpoint is not None)
-        trainer = Trainer(model, recipe.optimizer, recipe.train.loss_chunk_tokens, ParallelModel(model, session.layout))
+        prompts = load_prompts(
+            recipe.data,
+            quarantine=session.dir / "quarantine.jsonl" if session.ranks.is_rank0 else None,
+        )
+        model = build_model(
+            session.model,
+            recipe.fp8,
+            recipe.run,
+            tokenizer.vocab_size,
+            resumed=session.checkpoint is not None,
+        )
+        trainer = Trainer(
+            model,
+            recipe.optimizer,
+            recipe.train.loss_chunk_tokens,
+            ParallelModel(model, session.layout),
+        )
         done = session.start(trainer, recipe.schedule.total_steps)
         cursor = session.checkpoint.state["cursor"] if session.checkpoint else 0
         engine, weights = open_engine(recipe, trainer.parallel_model, policy_version=done)
@@ -47,17 +61,30 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
         sampler = GroupSampler(prompts, tokenizer, recipe.rl, journal, session, cursor)
         if sampler.num_too_long:
             session.event(done, "prompts_too_long", f"{sampler.num_too_long} prompts dropped")
-        description = {"model_config": model.config.to_hf(), "tokenizer_dir": str(tokenizer_dir), "fp8": recipe.fp8.model_dump()}
+        description = {
+            "model_config": model.config.to_hf(),
+            "tokenizer_dir": str(tokenizer_dir),
+            "fp8": recipe.fp8.model_dump(),
+        }
         description["tokenizer_fingerprint"] = tokenizer.fingerprint()
         total = recipe.schedule.total_steps
 
         def evaluate_if_due(step: int) -> None:
-            if evaluate and recipe.rl.evaluate_every and step and (step % recipe.rl.evaluate_every == 0 or step == total):
+            if (
+                evaluate
+                and recipe.rl.evaluate_every
+                and step
+                and (step % recipe.rl.evaluate_every == 0 or step == total)
+            ):
                 rollouts.update(step)
                 evaluate(engine, tokenizer, step, session)
 
-        with Rollouts(sampler, journal, engine, weights, trainer.parallel_model, session, total) as rollouts:
-            evaluated = session.ranks.broadcast_from_rank0(lambda: dict(session.metrics.values("evaluation", "avg_at_k")))
+        with Rollouts(
+            sampler, journal, engine, weights, trainer.parallel_model, session, total
+        ) as rollouts:
+            evaluated = session.ranks.broadcast_from_rank0(
+                lambda: dict(session.metrics.values("evaluation", "avg_at_k"))
+            )
             if done not in evaluated:  # the run was stopped in it
                 evaluate_if_due(done)
             for step in range(done + 1, total + 1):
@@ -68,11 +95,15 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
                 evaluate_if_due(step)
 
 
-def _one_step(recipe: RlRecipe, trainer: Trainer, rollouts: Rollouts, step: int) -> tuple[dict[str, Any], StepResult, Collected]:
+def _one_step(
+    recipe: RlRecipe, trainer: Trainer, rollouts: Rollouts, step: int
+) -> tuple[dict[str, Any], StepResult, Collected]:
     start = time.monotonic()
     collected = rollouts.take(step)
     generated = time.monotonic()
-    results, mismatch = update_policy(recipe, trainer, collected.trained, learning_rate(recipe.schedule, step))
+    results, mismatch = update_policy(
+        recipe, trainer, collected.trained, learning_rate(recipe.schedule, step)
+    )
     result = _combined(results)
     responses = [response for group in collected.groups for response in group.responses]
     num_tokens = sum(len(response.completion.token_ids) for response in responses)
@@ -88,7 +119,8 @@ def _one_step(recipe: RlRecipe, trainer: Trainer, rollouts: Rollouts, step: int)
         "skipped": result.skipped,
         "reward": sum(response.reward for response in responses) / len(responses),
         "response_tokens": num_tokens / len(responses),
-        "truncated_fraction": sum(response.completion.finish == "length" for response in responses) / len(responses),
+        "truncated_fraction": sum(response.completion.finish == "length" for response in responses)
+        / len(responses),
         "groups_sampled": len(collected.groups),
         "groups_without_signal": sum(not group.has_signal for group in collected.groups),
         "policy_version": step,
@@ -97,7 +129,9 @@ def _one_step(recipe: RlRecipe, trainer: Trainer, rollouts: Rollouts, step: int)
     return line | mismatch | result.metrics, result, collected
 
 
-def update_policy(recipe: RlRecipe, trainer: Trainer, groups: Sequence[Group], rate: float) -> tuple[list[StepResult], dict[str, float]]:
+def update_policy(
+    recipe: RlRecipe, trainer: Trainer, groups: Sequence[Group], rate: float
+) -> tuple[list[StepResult], dict[str, float]]:
     """One optimizer step per mini-batch of groups; trainer_logprobs are those of the policy before the first."""
     rl, layout = recipe.rl, trainer.parallel_model.layout
     if not groups:
@@ -105,10 +139,20 @@ def update_policy(recipe: RlRecipe, trainer: Trainer, groups: Sequence[Group], r
     size = -(-len(groups) // rl.mini_batches)
     mini_batches = []
     for first in range(0, len(groups), size):
-        samples = [sample for group in groups[first : first + size] for sample in training_samples(group, rl.normalize_by_std)]
-        packed = pack_sequences(samples, recipe.data.micro_batch_tokens, layout.data_rank, layout.sizes.num_data)
-        mini_batches.append([with_trainer_logprobs(trainer, batch, rl.temperature) for batch in packed])
-    mismatch = mismatch_metrics([batch for batches in mini_batches for batch in batches], layout.ranks)
+        samples = [
+            sample
+            for group in groups[first : first + size]
+            for sample in training_samples(group, rl.normalize_by_std)
+        ]
+        packed = pack_sequences(
+            samples, recipe.data.micro_batch_tokens, layout.data_rank, layout.sizes.num_data
+        )
+        mini_batches.append(
+            [with_trainer_logprobs(trainer, batch, rl.temperature) for batch in packed]
+        )
+    mismatch = mismatch_metrics(
+        [batch for batches in mini_batches for batch in batches], layout.ranks
+    )
     if mismatch["mismatch_kl"] > rl.max_mismatch_kl:
         raise CheckFailedError(
             f"the rollout engine's log-probabilities are not the trainer's: KL {mismatch['mismatch_kl']:.4f} exceeds "
@@ -117,16 +161,26 @@ def update_policy(recipe: RlRecipe, trainer: Trainer, groups: Sequence[Group], r
             * rl.asynchronous
         )
     loss = PolicyLoss(rl.clip_low, rl.clip_high, rl.tis_cap)
-    return [trainer.step(batches, loss, rate, temperature=rl.temperature) for batches in mini_batches], mismatch
+    return [
+        trainer.step(batches, loss, rate, temperature=rl.temperature) for batches in mini_batches
+    ], mismatch
 
 
 @torch.no_grad()
 def with_trainer_logprobs(trainer: Trainer, batch: Batch, temperature: float) -> Batch:
     """The batch with the current policy's log-probability of every trained token."""
-    shard_specs = torch.arange(len(batch.token_ids))  # ranks that share the batch score some of it each
+    shard_specs = torch.arange(
+        len(batch.token_ids)
+    )  # ranks that share the batch score some of it each
     scores = trainer.score(replace(batch, extras={"place": shard_specs}), temperature)
-    values = torch.zeros(len(shard_specs), device=scores.logprobs.device).index_copy_(0, scores.extras["place"], scores.logprobs)
-    return replace(batch, extras=batch.extras | {"trainer_logprobs": trainer.parallel_model.sum_of_batch(values).cpu()})
+    values = torch.zeros(len(shard_specs), device=scores.logprobs.device).index_copy_(
+        0, scores.extras["place"], scores.logprobs
+    )
+    return replace(
+        batch,
+        extras=batch.extras
+        | {"trainer_logprobs": trainer.parallel_model.sum_of_batch(values).cpu()},
+    )
 
 
 def mismatch_metrics(batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]:
@@ -134,18 +188,33 @@ def mismatch_metrics(batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]
 
     mismatch_kl is the k3 estimate of KL(rollout || trainer), a mean over tokens; mean and max are of |difference|.
     """
-    difference = torch.cat([(b.extras["trainer_logprobs"] - b.extras["rollout_logprobs"])[b.loss_mask] for b in batches]).double()
-    sums = (difference.exp() - 1 - difference).sum().item(), difference.abs().sum().item(), len(difference)
+    difference = torch.cat(
+        [
+            (b.extras["trainer_logprobs"] - b.extras["rollout_logprobs"])[b.loss_mask]
+            for b in batches
+        ]
+    ).double()
+    sums = (
+        (difference.exp() - 1 - difference).sum().item(),
+        difference.abs().sum().item(),
+        len(difference),
+    )
     kls, sizes, counts = zip(*ranks.all_gather(sums), strict=True)
     largest = max(ranks.all_gather(difference.abs().max().item() if len(difference) else 0.0))
-    return {"mismatch_kl": sum(kls) / sum(counts), "mismatch_mean": sum(sizes) / sum(counts), "mismatch_max": largest}
+    return {
+        "mismatch_kl": sum(kls) / sum(counts),
+        "mismatch_mean": sum(sizes) / sum(counts),
+        "mismatch_max": largest,
+    }
 
 
 def _combined(results: Sequence[StepResult]) -> StepResult:
     """The mini-batches' results as one, weighted by tokens."""
     tokens = sum(result.trained_tokens for result in results)
     if not tokens:
-        return StepResult(loss=float("nan"), gradient_norm=0.0, trained_tokens=0, tokens=0, skipped=True)
+        return StepResult(
+            loss=float("nan"), gradient_norm=0.0, trained_tokens=0, tokens=0, skipped=True
+        )
 
     def mean(values: list[float]) -> float:
         return sum(v * r.trained_tokens for v, r in zip(values, results, strict=True)) / tokens

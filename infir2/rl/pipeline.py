@@ -25,10 +25,22 @@ class Rollouts:
     """
 
     def __init__(
-        self, sampler: GroupSampler, journal: Journal, engine: Engine, weights: str, parallel_model: ParallelModel, session: Session, last_step: int
+        self,
+        sampler: GroupSampler,
+        journal: Journal,
+        engine: Engine,
+        weights: str,
+        parallel_model: ParallelModel,
+        session: Session,
+        last_step: int,
     ) -> None:
         """`weights`: digest of those that `engine` holds."""
-        self._sampler, self._journal, self._engine, self._weights = sampler, journal, engine, weights
+        self._sampler, self._journal, self._engine, self._weights = (
+            sampler,
+            journal,
+            engine,
+            weights,
+        )
         self._parallel_model, self._session, self._last_step = parallel_model, session, last_step
         self._begun: Future[Collected] | None = None  # the next step's groups, on the first rank
         self._ahead: Collected | None = None  # the same, on every rank, once they are there
@@ -73,7 +85,9 @@ class Rollouts:
         self._journal.open(step, self._session.saved_step)
         self._in_flight = True
         if self._session.ranks.is_rank0:
-            self._begun = self._thread.submit(self._sampler.collect, self._engine, self._weights, self._alone)
+            self._begun = self._thread.submit(
+                self._sampler.collect, self._engine, self._weights, self._alone
+            )
 
     def _alone(self, work: Work) -> list[dict[int, Any]]:
         def check() -> None:

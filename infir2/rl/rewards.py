@@ -16,10 +16,17 @@ def overlong_penalty(num_tokens: int, rl: RlSection) -> float:
     return -rl.overlong_penalty * min(1.0, max(0.0, excess / rl.overlong_buffer_tokens))
 
 
-def rate(completions: Sequence[Completion], texts: Sequence[str], answers: Sequence[str], rl: RlSection) -> list[Response]:
+def rate(
+    completions: Sequence[Completion], texts: Sequence[str], answers: Sequence[str], rl: RlSection
+) -> list[Response]:
     """Responses with their rewards, in order."""
     verdicts = check_math_batch(list(zip(texts, answers, strict=True)))
     return [
-        Response(completion, text, verdict.correct, float(verdict.correct) + overlong_penalty(len(completion.token_ids), rl))
+        Response(
+            completion,
+            text,
+            verdict.correct,
+            float(verdict.correct) + overlong_penalty(len(completion.token_ids), rl),
+        )
         for completion, text, verdict in zip(completions, texts, verdicts, strict=True)
     ]

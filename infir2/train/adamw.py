@@ -20,7 +20,14 @@ class AdamW(torch.optim.Optimizer):
 
     clip: Tensor | None = None
 
-    def __init__(self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float, states: str, offload: bool) -> None:
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        betas: tuple[float, float],
+        eps: float,
+        states: str,
+        offload: bool,
+    ) -> None:
         self.moment_dtype, self.offload = states, offload
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
@@ -29,7 +36,9 @@ class AdamW(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
-            by_step: dict[int, list[Tensor]] = defaultdict(list)  # one, unless a parameter was without gradient in some step
+            by_step: dict[int, list[Tensor]] = defaultdict(
+                list
+            )  # one, unless a parameter was without gradient in some step
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     state = self.state[parameter] or self.state.setdefault(parameter, {})
@@ -39,16 +48,23 @@ class AdamW(torch.optim.Optimizer):
             for step, parameters in by_step.items():
                 beta1, beta2 = group["betas"]
                 hyper = Hyper(step, group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-                for some in [[parameter] for parameter in parameters] if self.offload else [parameters]:
+                for some in (
+                    [[parameter] for parameter in parameters] if self.offload else [parameters]
+                ):
                     self._update(some, hyper)
         self.clip = None
 
     def _update(self, parameters: list[Tensor], hyper: Hyper) -> None:
         masters = [local_tensor(parameter) for parameter in parameters]
         device = masters[0].device
-        stored = [[value for name, value in self.state[parameter].items() if name != "step"] for parameter in parameters]
+        stored = [
+            [value for name, value in self.state[parameter].items() if name != "step"]
+            for parameter in parameters
+        ]
         here = [[value.to(device, non_blocking=True) for value in values] for values in stored]
-        gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        gradients = [
+            local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None
+        ]
         clip = torch.ones((), device=device) if self.clip is None else self.clip
         adamw_(masters, gradients, [Moments(*values) for values in here], hyper, clip)
         for there, values in zip(stored, here, strict=True):
@@ -59,6 +75,13 @@ class AdamW(torch.optim.Optimizer):
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """`step` on the host, zero moments in the order of `Moments`: exp_avg, exp_avg_sq, with "fp8" also their scales."""
         master = local_tensor(parameter)
-        (m, m_scale), (v, v_scale) = (new_moment(master, self.moment_dtype, "cpu" if self.offload else master.device) for _ in range(2))
-        scales = {} if m_scale is None or v_scale is None else {"exp_avg_scale": m_scale, "exp_avg_sq_scale": v_scale}
+        (m, m_scale), (v, v_scale) = (
+            new_moment(master, self.moment_dtype, "cpu" if self.offload else master.device)
+            for _ in range(2)
+        )
+        scales = (
+            {}
+            if m_scale is None or v_scale is None
+            else {"exp_avg_scale": m_scale, "exp_avg_sq_scale": v_scale}
+        )
         return {"step": torch.zeros(()), "exp_avg": m, "exp_avg_sq": v, **scales}

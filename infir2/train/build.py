@@ -28,7 +28,11 @@ def reuse_freed_memory() -> None:
     Does nothing where the C library has no mallopt.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
-    for parameter, value in ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 1 << 26)):
+    for parameter, value in (
+        (_M_MMAP_THRESHOLD, 1 << 30),
+        (_M_TRIM_THRESHOLD, 2**31 - 1),
+        (_M_TOP_PAD, 1 << 26),
+    ):
         mallopt(parameter, value)
 
 
@@ -37,7 +41,9 @@ def device_of(section: RunSection) -> torch.device:
     if section.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if section.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device is cuda, but torch sees no GPU: set run.device = 'cpu' or check the driver")
+        raise ConfigError(
+            "run.device is cuda, but torch sees no GPU: set run.device = 'cpu' or check the driver"
+        )
     return torch.device(section.device)
 
 
@@ -51,12 +57,18 @@ def planned_config(model: ModelSection, vocab_size: int = 1) -> ModelConfig:
     if model.shape is not None:
         return ModelConfig.from_shape(model.shape, vocab_size=model.shape.vocab_size or vocab_size)
     path = Path(model.path)
-    return _saved_config(read_state(path), path) if is_run(path) else ModelConfig.from_hf(read_json(path / "config.json"))
+    return (
+        _saved_config(read_state(path), path)
+        if is_run(path)
+        else ModelConfig.from_hf(read_json(path / "config.json"))
+    )
 
 
 def _saved_config(state: Mapping[str, Any], origin: Path) -> ModelConfig:
     if not isinstance(state.get("model_config"), dict):
-        raise CheckpointError(f"{origin}: its state has no 'model_config'; it was not saved by a training run.")
+        raise CheckpointError(
+            f"{origin}: its state has no 'model_config'; it was not saved by a training run."
+        )
     return ModelConfig.from_hf(state["model_config"])
 
 
@@ -70,7 +82,9 @@ def resumed_model(model: ModelSection, checkpoint: Checkpoint | None) -> ModelSe
     config = _saved_config(checkpoint.state, checkpoint.path)
     if model.shape is not None:
         asked = ModelConfig.from_shape(model.shape, model.shape.vocab_size or config.vocab_size)
-        for name in (field.name for field in fields(config) if not field.name.endswith("_token_id")):
+        for name in (
+            field.name for field in fields(config) if not field.name.endswith("_token_id")
+        ):
             if getattr(asked, name) != getattr(config, name):
                 raise ConfigError(
                     f"model.shape makes {name} = {getattr(asked, name)}, and {checkpoint.path} has {getattr(config, name)}; "
@@ -79,7 +93,9 @@ def resumed_model(model: ModelSection, checkpoint: Checkpoint | None) -> ModelSe
     return model.model_copy(update={"path": str(checkpoint.path), "shape": None})
 
 
-def build_model(model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_size: int, resumed: bool = False) -> Decoder:
+def build_model(
+    model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_size: int, resumed: bool = False
+) -> Decoder:
     """FP32 masters on the run's device, FP8 Linears where the recipe wants them. Errors: ConfigError, CheckpointError.
 
     `resumed`: the caller fills the masters, or its part of them, from the checkpoint that `model` names (`resumed_model`): they are
@@ -91,10 +107,17 @@ def build_model(model: ModelSection, fp8: Fp8Section, run: RunSection, vocab_siz
     if resumed:
         decoder = _empty_decoder(planned_config(model, vocab_size), dtype, device_of(run))
     elif model.shape is not None:
-        decoder = Decoder.from_shape(model.shape, vocab_size=model.shape.vocab_size or vocab_size, seed=run.seed, compute_dtype=dtype)
+        decoder = Decoder.from_shape(
+            model.shape,
+            vocab_size=model.shape.vocab_size or vocab_size,
+            seed=run.seed,
+            compute_dtype=dtype,
+        )
     elif is_run(Path(model.path)):
         checkpoint = open_checkpoint(Path(model.path))
-        decoder = _empty_decoder(_saved_config(checkpoint.state, checkpoint.path), dtype, torch.device("cpu"))
+        decoder = _empty_decoder(
+            _saved_config(checkpoint.state, checkpoint.path), dtype, torch.device("cpu")
+        )
         load_parameters(decoder, checkpoint.tensors(), single_process(decoder).shard_specs)
     else:
         decoder = Decoder.from_hf(Path(model.path), compute_dtype=dtype)

@@ -27,16 +27,35 @@ def run_training(loaded: Loaded, kind: str) -> None:
         tokenizer, tokenizer_dir = open_tokenizer(session.model, recipe.data.tokenizer)
         place = (session.layout.data_rank, session.layout.sizes.num_data)
         quarantine = session.dir / "quarantine.jsonl" if session.ranks.is_rank0 else None
-        loader = Loader(recipe.data, DATA_KIND[kind], tokenizer, recipe.run.seed, *place, quarantine=quarantine)
-        validation = validation_batches(recipe.data, DATA_KIND[kind], tokenizer, recipe.train.validation_batches, *place)
-        model = build_model(session.model, recipe.fp8, recipe.run, tokenizer.vocab_size, resumed=session.checkpoint is not None)
-        trainer = Trainer(model, recipe.optimizer, recipe.train.loss_chunk_tokens, ParallelModel(model, session.layout))
+        loader = Loader(
+            recipe.data, DATA_KIND[kind], tokenizer, recipe.run.seed, *place, quarantine=quarantine
+        )
+        validation = validation_batches(
+            recipe.data, DATA_KIND[kind], tokenizer, recipe.train.validation_batches, *place
+        )
+        model = build_model(
+            session.model,
+            recipe.fp8,
+            recipe.run,
+            tokenizer.vocab_size,
+            resumed=session.checkpoint is not None,
+        )
+        trainer = Trainer(
+            model,
+            recipe.optimizer,
+            recipe.train.loss_chunk_tokens,
+            ParallelModel(model, session.layout),
+        )
         schedule = complete_schedule(recipe, loader.steps_per_epoch)
         last_step = min(schedule.total_steps, recipe.train.stop_after_step or schedule.total_steps)
         done = session.start(trainer, last_step)
         if session.checkpoint and session.checkpoint.state["kind"] == kind:
             go_on(loader, session.checkpoint.state["loader"], session, loaded.accept_changes)
-        description = {"model_config": model.config.to_hf(), "tokenizer_dir": str(tokenizer_dir), "fp8": recipe.fp8.model_dump()}
+        description = {
+            "model_config": model.config.to_hf(),
+            "tokenizer_dir": str(tokenizer_dir),
+            "fp8": recipe.fp8.model_dump(),
+        }
         if not done and loader.num_rows < recipe.data.batch_samples:
             what = f"{loader.num_rows} rows for data.batch_samples = {recipe.data.batch_samples}: a step takes rows more than once"
             session.event(0, "few_rows", what)
@@ -45,18 +64,29 @@ def run_training(loaded: Loaded, kind: str) -> None:
             session.beat(f"step {step}")
             batches = loader.next_step()
             line, result = _one_step(trainer, batches, learning_rate(schedule, step))
-            state = description | {"loader": loader.state_dict(), "tokenizer_fingerprint": tokenizer.fingerprint()}
+            state = description | {
+                "loader": loader.state_dict(),
+                "tokenizer_fingerprint": tokenizer.fingerprint(),
+            }
             session.finish_step(step, step == last_step, result, line, state, batches)
             session.validate(step, last_step, validation)
         if loader.quarantined:
-            session.event(last_step, "quarantined_rows", f"{loader.quarantined}; {session.dir}/quarantine.jsonl names each")
+            session.event(
+                last_step,
+                "quarantined_rows",
+                f"{loader.quarantined}; {session.dir}/quarantine.jsonl names each",
+            )
 
 
 def go_on(loader: Loader, saved: State, session: Session, accept_changes: bool) -> None:
     """Put the loader where the checkpoint's was, or with `--accept-changes` and other data or another seed at its beginning."""
     here = loader.state_dict()
     if accept_changes and any(saved[name] != here[name] for name in ("kind", "seed", "rows")):
-        session.event(session.saved_step, "data_from_its_start", "the data or its seed was changed with --accept-changes")
+        session.event(
+            session.saved_step,
+            "data_from_its_start",
+            "the data or its seed was changed with --accept-changes",
+        )
     else:
         loader.load_state_dict(saved)
 
@@ -68,10 +98,14 @@ def complete_schedule(recipe: TrainRecipe, steps_per_epoch: int | None) -> Sched
         return schedule
     if not recipe.train.epochs or steps_per_epoch is None:
         raise ConfigError("schedule.total_steps is 0: set it, or train.epochs with finite data")
-    return schedule.model_copy(update={"total_steps": max(1, math.ceil(recipe.train.epochs * steps_per_epoch))})
+    return schedule.model_copy(
+        update={"total_steps": max(1, math.ceil(recipe.train.epochs * steps_per_epoch))}
+    )
 
 
-def _one_step(trainer: Trainer, batches: Sequence[Batch], rate: float) -> tuple[dict[str, Any], StepResult]:
+def _one_step(
+    trainer: Trainer, batches: Sequence[Batch], rate: float
+) -> tuple[dict[str, Any], StepResult]:
     start = time.monotonic()
     result = trainer.step(batches, next_token_loss, rate)
     seconds = time.monotonic() - start

@@ -21,9 +21,17 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
     """AdamW over the model's parameters; norms, biases and other vectors are not decayed."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": section.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     betas = (section.beta1, section.beta2)
-    if section.moment_dtype == "fp32" and section.grad_dtype == "fp32" and not section.offload and not usable(matrices[0].device):
+    if (
+        section.moment_dtype == "fp32"
+        and section.grad_dtype == "fp32"
+        and not section.offload
+        and not usable(matrices[0].device)
+    ):
         return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=section.eps, fused=True)
     if section.grad_dtype == "bf16":
         for parameter in (*matrices, *vectors):
@@ -31,7 +39,12 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
     return AdamW(groups, betas, section.eps, section.moment_dtype, section.offload)
 
 
-def update(optimizer: torch.optim.Optimizer, gradients: list[Tensor], learning_rate: float, clip: Tensor | None) -> None:
+def update(
+    optimizer: torch.optim.Optimizer,
+    gradients: list[Tensor],
+    learning_rate: float,
+    clip: Tensor | None,
+) -> None:
     """One step with `gradients`, this rank's parts of all parameters', multiplied by `clip` [] if it is given."""
     if isinstance(optimizer, AdamW):
         optimizer.clip = clip
@@ -54,7 +67,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: "DcpTensors", shard_specs: Mapping[str, ShardSpec]) -> None:
+def load_optimizer_tensors(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: "DcpTensors",
+    shard_specs: Mapping[str, ShardSpec],
+) -> None:
     """Inverse of `optimizer_tensors`: this rank's parts. CheckpointError when a moment is missing or has another format."""
     if not any(name.startswith("optimizer/") for name in tensors):
         return
@@ -63,17 +81,27 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
             continue
         optimizer.state[parameter] = state = _new_state(optimizer, parameter)
         for key, moment in state.items():
-            name, part, spec = f"optimizer/{parameter_name}/{key}", local_tensor(moment), shard_specs.get(parameter_name)
+            name, part, spec = (
+                f"optimizer/{parameter_name}/{key}",
+                local_tensor(moment),
+                shard_specs.get(parameter_name),
+            )
             if name not in tensors or tensors.dtype(name) != part.dtype:
                 states = optimizer.moment_dtype if isinstance(optimizer, AdamW) else "fp32"
                 raise CheckpointError(
                     f"the checkpoint's AdamW moments are not in optimizer.moment_dtype = {states!r}; resume with the format it was saved in"
                 )
-            tensors.read(name, spec if spec and spec.local_shape == part.shape else unsharded(part.shape), part)  # scales are whole
+            tensors.read(
+                name,
+                spec if spec and spec.local_shape == part.shape else unsharded(part.shape),
+                part,
+            )  # scales are whole
 
 
 def _new_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     if isinstance(optimizer, AdamW):
         return optimizer.new_state(parameter)
     step = torch.zeros((), device=parameter.device)
-    return {"step": step} | {key: torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": step} | {
+        key: torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")
+    }

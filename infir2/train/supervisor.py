@@ -74,7 +74,9 @@ class Session:
         recipe = loaded.recipe
         assert isinstance(recipe, TrainRecipe)
         if not recipe.run.dir:
-            raise ConfigError("run.dir is empty: name the directory for this run's checkpoints and metrics")
+            raise ConfigError(
+                "run.dir is empty: name the directory for this run's checkpoints and metrics"
+            )
         self.recipe, self.kind, self.dir = recipe, kind, Path(recipe.run.dir)
         self._loaded = loaded
         if recipe.run.threads:
@@ -89,7 +91,9 @@ class Session:
         self.saved_step = 0  # of the newest checkpoint
         self._last: tuple[int, dict[str, Any]] = (0, {})  # the last step done, and its state
         self._saver: BackgroundSaver | None = None
-        self._saving: tuple[int, float, Future[float]] | None = None  # step, when it began, when it was published
+        self._saving: tuple[int, float, Future[float]] | None = (
+            None  # step, when it began, when it was published
+        )
 
     def __enter__(self) -> "Session":
         self.signals = StopSignals().__enter__()
@@ -98,7 +102,9 @@ class Session:
         self.watch = Watchdog(self.ranks.rank, timeout) if self.ranks.size > 1 else None
         self.layout = Layout(self._sizes, self.ranks, device)
         own_channel = self.ranks.fork()  # a save in the background talks while training does
-        self.store = self.ranks.raise_together(lambda: Store(self.dir, self.recipe.checkpoint.keep, self._warn, own_channel))
+        self.store = self.ranks.raise_together(
+            lambda: Store(self.dir, self.recipe.checkpoint.keep, self._warn, own_channel)
+        )
         try:
             self.checkpoint = self.ranks.broadcast_from_rank0(self._starting_point)
             self.model = resumed_model(self.recipe.model, self.checkpoint)
@@ -125,7 +131,9 @@ class Session:
             trainer.load_tensors(tensors)
             torch.set_rng_state(tensors["rng/torch"])
             done = self.checkpoint.step
-        self.progress = StepProgress(self.kind, total_steps, done) if self.ranks.is_rank0 else SILENT
+        self.progress = (
+            StepProgress(self.kind, total_steps, done) if self.ranks.is_rank0 else SILENT
+        )
         self.store.shard_specs = trainer.shard_specs()
         trainer.pending_signal = lambda: self.signals.received
         self.beat("the first step")
@@ -142,21 +150,36 @@ class Session:
     def validate(self, step: int, last_step: int, batches: Sequence[Batch]) -> None:
         """Log the validation loss before the first step, every `train.validate_every` steps and at the end, unless it is there."""
         every = self.recipe.train.validate_every
-        if batches and every and (step % every == 0 or step == last_step) and step not in self._validated:
+        if (
+            batches
+            and every
+            and (step % every == 0 or step == last_step)
+            and step not in self._validated
+        ):
             self.beat(f"the validation after step {step}")
-            self.metrics.write("validation", step, validation_loss=self.trainer.mean_loss(self._heard(batches)))
+            self.metrics.write(
+                "validation", step, validation_loss=self.trainer.mean_loss(self._heard(batches))
+            )
 
     def _heard(self, batches: Sequence[Batch]) -> Any:
         """Iterates over the batches; between them a stop signal to any rank ends all."""
         for batch in batches:
             fault("validate")
             self.beat()
-            self._agreed_signal = next(filter(None, self.ranks.all_gather(self.signals.received)), None)
+            self._agreed_signal = next(
+                filter(None, self.ranks.all_gather(self.signals.received)), None
+            )
             self.stop_if_asked()
             yield batch
 
     def finish_step(
-        self, step: int, last: bool, result: StepResult, line: dict[str, Any], state: dict[str, Any], batches: Sequence[Batch] = ()
+        self,
+        step: int,
+        last: bool,
+        result: StepResult,
+        line: dict[str, Any],
+        state: dict[str, Any],
+        batches: Sequence[Batch] = (),
     ) -> None:
         """Log the step, count skipped ones, save when due, stop when asked to. `batches`: to name rows that made a loss non-finite."""
         self._last = (step, state)
@@ -192,9 +215,15 @@ class Session:
         if step > self.saved_step:
             self.save(step, state)
             self._settle()
-        begun = self.checkpoint  # that of another run, where this one branched and has saved nothing yet
+        begun = (
+            self.checkpoint
+        )  # that of another run, where this one branched and has saved nothing yet
         where = begun.path.parents[1] if begun and begun.step == self.saved_step else self.dir
-        raise self.signals.error(f"step {self.saved_step} is saved in {where}" if self.saved_step else "there was nothing to save yet")
+        raise self.signals.error(
+            f"step {self.saved_step} is saved in {where}"
+            if self.saved_step
+            else "there was nothing to save yet"
+        )
 
     def divided(self, work: Callable[[Callable[[], None]], Value]) -> list[Value]:
         """`work(check)` of every rank, by rank, on every rank, however long each takes; no parameter changes in it.
@@ -223,7 +252,11 @@ class Session:
         began = time.monotonic()
         tensors = self.trainer.tensors() | {"rng/torch": torch.get_rng_state()}
         if self._saver:
-            self._saving = (step, began, self._saver.start(step, tensors, state | {"kind": self.kind}))
+            self._saving = (
+                step,
+                began,
+                self._saver.start(step, tensors, state | {"kind": self.kind}),
+            )
             return
         done: Future[float] = Future()
         self._saving = (step, began, done)
@@ -256,7 +289,12 @@ class Session:
         if self.watch:
             self.watch.beat(phase or self.watch.phase)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             self._close(error)
         finally:
@@ -265,7 +303,9 @@ class Session:
     def _close(self, error: BaseException | None) -> None:
         if self._saver:
             self._saver.close()
-        if self._saving and (failure := self._saving[-1].exception()):  # another error ends the run: this one is only told
+        if self._saving and (
+            failure := self._saving[-1].exception()
+        ):  # another error ends the run: this one is only told
             print(f"{self.kind}: {failure}", file=sys.stderr)
         if hasattr(self, "progress"):
             self.progress.close()
@@ -275,7 +315,9 @@ class Session:
             self.watch.close()
             if error is not None and not isinstance(error, UserError | KeyboardInterrupt):
                 traceback.print_exception(error)
-                raise RankError(f"rank {self.ranks.rank} failed in {self.watch.phase}: {type(error).__name__}, see above") from error
+                raise RankError(
+                    f"rank {self.ranks.rank} failed in {self.watch.phase}: {type(error).__name__}, see above"
+                ) from error
         if error is None:
             shutdown_ranks()
 
@@ -289,7 +331,11 @@ class Session:
             return
         in_a_row = self._spikes.add(result.loss)
         if in_a_row in (1, PATIENCE):
-            self.event(step, "loss_spike", f"loss {result.loss:.4g}, mean before {self._spikes.mean:.4g}, {in_a_row} in a row")
+            self.event(
+                step,
+                "loss_spike",
+                f"loss {result.loss:.4g}, mean before {self._spikes.mean:.4g}, {in_a_row} in a row",
+            )
         if in_a_row >= PATIENCE and self.recipe.train.on_spike == "stop":
             raise CheckFailedError(
                 f"stopped at step {step}: the loss was over twice its mean {in_a_row} steps in a row; "
@@ -301,12 +347,22 @@ class Session:
             self._failures_in_a_row = 0
             return
         if result.trained_tokens == 0:
-            self.event(step, "nothing_to_train", "the step had no trained token; no parameter changed")
+            self.event(
+                step, "nothing_to_train", "the step had no trained token; no parameter changed"
+            )
             return
         self._failures_in_a_row += 1
-        mine = [origin for batch in batches for origin in batch.origins]  # ranks do not know which of them had it
-        rows = ", ".join(dict.fromkeys(origin for part in self.ranks.all_gather(mine) for origin in part))
-        self.event(step, "non_finite", f"loss {result.loss}, gradient norm {result.gradient_norm}; no parameter changed; rows {rows}")
+        mine = [
+            origin for batch in batches for origin in batch.origins
+        ]  # ranks do not know which of them had it
+        rows = ", ".join(
+            dict.fromkeys(origin for part in self.ranks.all_gather(mine) for origin in part)
+        )
+        self.event(
+            step,
+            "non_finite",
+            f"loss {result.loss}, gradient norm {result.gradient_norm}; no parameter changed; rows {rows}",
+        )
         if self._failures_in_a_row >= self.recipe.train.skip_nonfinite_steps:
             raise NonFiniteError(
                 f"stopped at step {step}: loss or gradient was not finite {self._failures_in_a_row} steps in a row; "
@@ -328,13 +384,20 @@ class Session:
     def _write_description(self) -> None:
         """Once nothing can refuse this command any more: what is written here, the next one is compared with."""
         replace_file(self.dir / "recipe.toml", dump(self._loaded).encode())
-        replace_file(self.dir / "environment.json", json.dumps(describe_environment(), indent=1).encode() + b"\n")
+        replace_file(
+            self.dir / "environment.json",
+            json.dumps(describe_environment(), indent=1).encode() + b"\n",
+        )
 
 
 def resume_changes(loaded: Loaded) -> list[str]:
     """`check_resume` of a run directory that has checkpoints; of another nothing. Reads one small file."""
     run_dir = Path(loaded.recipe.run.dir)
-    return check_resume(loaded, run_dir / "recipe.toml") if published_steps(run_dir / CHECKPOINTS) else []
+    return (
+        check_resume(loaded, run_dir / "recipe.toml")
+        if published_steps(run_dir / CHECKPOINTS)
+        else []
+    )
 
 
 def needs_one_process(section: OptimizerSection) -> bool:
@@ -372,4 +435,6 @@ def _commit() -> str:
     if shutil.which("git") is None:
         return ""
     here = Path(__file__).parent
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=here).stdout.strip()
+    return subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=here
+    ).stdout.strip()

@@ -39,7 +39,9 @@ class StepResult:
     trained_tokens: int
     tokens: int  # in the step's micro-batches, trained or not
     skipped: bool  # True: non-finite loss or gradient, or nothing to train; no parameter changed
-    metrics: dict[str, float] = field(default_factory=dict)  # the loss function's metrics, means over trained tokens
+    metrics: dict[str, float] = field(
+        default_factory=dict
+    )  # the loss function's metrics, means over trained tokens
     signal: int | None = None  # a stop signal that some rank has received
 
 
@@ -51,23 +53,44 @@ class Trainer:
     Raises CheckpointError for a model without masters.
     """
 
-    def __init__(self, model: Decoder, section: OptimizerSection, loss_chunk_tokens: int, parallel_model: ParallelModel | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        section: OptimizerSection,
+        loss_chunk_tokens: int,
+        parallel_model: ParallelModel | None = None,
+    ) -> None:
         if any(isinstance(layer, Fp8Linear) and layer.weight is None for layer in model.modules()):
-            raise CheckpointError("the model holds FP8 codes without masters: train from BF16 weights (infir2 import fp8 DIR --to NEW)")
+            raise CheckpointError(
+                "the model holds FP8 codes without masters: train from BF16 weights (infir2 import fp8 DIR --to NEW)"
+            )
         self.model = model
         self.parallel_model = parallel_model or single_process(model)
         self.optimizer = make_optimizer(model, section)
         self.clip_norm = section.clip_norm
         self.loss_chunk_tokens = loss_chunk_tokens
         self.pending_signal: Callable[[], int | None] = lambda: None
-        self.before_update: Callable[[], None] = lambda: None  # a save in the background may still be copying
+        self.before_update: Callable[[], None] = lambda: (
+            None
+        )  # a save in the background may still be copying
 
-    def step(self, batches: Sequence[Batch], loss_function: LossFunction, learning_rate: float, *, temperature: float = 1.0) -> StepResult:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        loss_function: LossFunction,
+        learning_rate: float,
+        *,
+        temperature: float = 1.0,
+    ) -> StepResult:
         """Forward and backward over all micro-batches, one reduction of what was measured, finite check, clip, AdamW."""
         fault("train.step")
         self.model.train()
-        counts = self.parallel_model.layout.is_data_leader  # what ranks with the same data do not count twice
-        num_tokens = self.parallel_model.total(self._number(counts * sum(batch.num_trained_tokens for batch in batches)))
+        counts = (
+            self.parallel_model.layout.is_data_leader
+        )  # what ranks with the same data do not count twice
+        num_tokens = self.parallel_model.total(
+            self._number(counts * sum(batch.num_trained_tokens for batch in batches))
+        )
         loss_sum = self._number(0)
         sums: dict[str, Tensor] = defaultdict(lambda: self._number(0))
         for number, batch in enumerate(batches, 1):
@@ -75,7 +98,11 @@ class Trainer:
             if batch.num_trained_tokens == 0 and self.parallel_model.ranks.size == 1:
                 continue
             self.parallel_model.before_backward(last=number == len(batches))
-            loss, metrics = loss_function(self._score(self.parallel_model.local(batch), temperature, with_entropy=bool(batch.extras)))
+            loss, metrics = loss_function(
+                self._score(
+                    self.parallel_model.local(batch), temperature, with_entropy=bool(batch.extras)
+                )
+            )
             if fault("train.loss"):
                 loss = loss * math.nan
             (loss / num_tokens.clamp(min=1)).backward()
@@ -84,16 +111,27 @@ class Trainer:
                 sums[name] += value.detach()
         self.parallel_model.finish_gradients()
         tokens = self._number(counts * sum(len(batch.token_ids) for batch in batches))
-        stops = [self._number(self.pending_signal() == number) for number in (signal.SIGTERM, signal.SIGINT)]
-        measured = self.parallel_model.total(torch.stack([self.parallel_model.squared_norm(), loss_sum, tokens, *stops, *sums.values()]))
-        *totals, trained = torch.cat([measured, num_tokens[None]]).tolist()  # the one point where the host waits for the device
+        stops = [
+            self._number(self.pending_signal() == number)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        ]
+        measured = self.parallel_model.total(
+            torch.stack(
+                [self.parallel_model.squared_norm(), loss_sum, tokens, *stops, *sums.values()]
+            )
+        )
+        *totals, trained = torch.cat(
+            [measured, num_tokens[None]]
+        ).tolist()  # the one point where the host waits for the device
         result = _result(totals, int(trained), list(sums))
         if not result.skipped:
             self._update(measured[0].sqrt().float(), learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def score(self, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False) -> TokenScores:
+    def score(
+        self, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False
+    ) -> TokenScores:
         """Log-probabilities of the batch's trained tokens that this rank scores, in stream order, without gradients to come."""
         scores = self._score(self.parallel_model.local(batch), temperature, with_entropy)
         self.parallel_model.release()
@@ -107,13 +145,18 @@ class Trainer:
         for batch in batches:
             if batch.num_trained_tokens or self.parallel_model.ranks.size > 1:
                 logprobs = self.score(batch).logprobs
-                sums -= torch.stack([logprobs.sum(dtype=torch.float64), self._number(-len(logprobs))])
+                sums -= torch.stack(
+                    [logprobs.sum(dtype=torch.float64), self._number(-len(logprobs))]
+                )
         loss_sum, num_tokens = self.parallel_model.total(sums).tolist()
         return loss_sum / max(1, num_tokens)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a bit-equal continuation needs, by name: this rank's part of the FP32 masters and moments."""
-        parameters = {f"parameters/{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        parameters = {
+            f"parameters/{name}": parameter.detach()
+            for name, parameter in self.model.named_parameters()
+        }
         tensors = parameters | optimizer_tensors(self.model, self.optimizer)
         return {name: local_tensor(tensor) for name, tensor in tensors.items()}
 
@@ -122,7 +165,11 @@ class Trainer:
         if self.parallel_model.ranks.size == 1:
             return {}
         names = ("parameters/{}", "optimizer/{}/exp_avg", "optimizer/{}/exp_avg_sq")
-        return {form.format(name): place for name, place in self.parallel_model.shard_specs.items() for form in names}
+        return {
+            form.format(name): place
+            for name, place in self.parallel_model.shard_specs.items()
+            for form in names
+        }
 
     def load_tensors(self, tensors: "DcpTensors") -> None:
         """Read this rank's part of what `tensors` names. CheckpointError on a missing or misshapen one."""
@@ -134,12 +181,17 @@ class Trainer:
         return self.model.head_weight.device
 
     def _number(self, value: float) -> Tensor:
-        return torch.full((), float(value), dtype=torch.float64, device=self._device)  # torch.tensor would wait for a GPU
+        return torch.full(
+            (), float(value), dtype=torch.float64, device=self._device
+        )  # torch.tensor would wait for a GPU
 
     def _score(self, batch: Batch, temperature: float, with_entropy: bool = False) -> TokenScores:
         """Only the rows of trained tokens reach the head."""
         rows = batch.loss_mask.nonzero().squeeze(1)
-        rows, ids, positions, labels = (to_device(x, self._device) for x in (rows, batch.token_ids, batch.positions, batch.labels))
+        rows, ids, positions, labels = (
+            to_device(x, self._device)
+            for x in (rows, batch.token_ids, batch.positions, batch.labels)
+        )
         # cu_seqlens stay on the host, which lays out the attention: asking a GPU for them would wait for it.
         hidden = self.model.hidden_states(ids, positions, batch.cu_seqlens.numpy())
         logprobs, entropy = token_logprobs(
@@ -151,7 +203,11 @@ class Trainer:
             with_entropy=with_entropy,
             uniform_gradient=not batch.extras,  # next_token_loss is a sum; a policy loss weighs every token by its extras
         )
-        return TokenScores(logprobs, entropy, {name: to_device(value, self._device)[rows] for name, value in batch.extras.items()})
+        return TokenScores(
+            logprobs,
+            entropy,
+            {name: to_device(value, self._device)[rows] for name, value in batch.extras.items()},
+        )
 
     def _update(self, norm: Tensor, learning_rate: float) -> None:
         self.before_update()
@@ -180,7 +236,9 @@ def _result(measured: list[float], num_tokens: int, names: list[str]) -> StepRes
 
 
 @torch.no_grad()
-def load_parameters(model: Decoder, tensors: "DcpTensors", shard_specs: Mapping[str, ShardSpec]) -> None:
+def load_parameters(
+    model: Decoder, tensors: "DcpTensors", shard_specs: Mapping[str, ShardSpec]
+) -> None:
     """Read this rank's part of each 'parameters/NAME' of a checkpoint into the model's FP32 masters."""
     for name, parameter in model.named_parameters():
         tensors.read(f"parameters/{name}", shard_specs[name], local_tensor(parameter))

@@ -12,14 +12,26 @@ MAX_OUTER_BRACES = 4
 
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_BRACE, _BRACE_DEPTH = re.compile(r"\\.|[{}]", re.DOTALL), {"{": 1, "}": -1}  # an escaped one counts for nothing
+_BRACE, _BRACE_DEPTH = (
+    re.compile(r"\\.|[{}]", re.DOTALL),
+    {"{": 1, "}": -1},
+)  # an escaped one counts for nothing
 _INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\{([^{}\\]*)\}")
 _LETTER = re.compile(r"\(([A-Za-z])\)")
 _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 _AROUND_POWER = re.compile(r" ?(?:\^|\*\*) ?")
 _SIZE_OR_SPACE = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\(?= )")
-_EQUAL_SPELLINGS = {"\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\!": "", "{,}": ",", "\\,": " ", "\\;": " ", "~": " ", "−": "-"}
+_EQUAL_SPELLINGS = {
+    "\\dfrac": "\\frac",
+    "\\tfrac": "\\frac",
+    "\\!": "",
+    "{,}": ",",
+    "\\,": " ",
+    "\\;": " ",
+    "~": " ",
+    "−": "-",
+}
 
 
 def visible_text(response: str) -> str | None:
@@ -27,7 +39,11 @@ def visible_text(response: str) -> str | None:
 
     A caller that started the assistant's turn with a prefix such as `<think>` passes prefix and response together.
     """
-    text = response[response.rfind(_THINK_CLOSE) + len(_THINK_CLOSE) :] if _THINK_CLOSE in response else response
+    text = (
+        response[response.rfind(_THINK_CLOSE) + len(_THINK_CLOSE) :]
+        if _THINK_CLOSE in response
+        else response
+    )
     return None if _THINK_OPEN in text else text
 
 

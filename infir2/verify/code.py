@@ -32,7 +32,9 @@ _outcomes_lock = threading.Lock()
 _places = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))
 
 
-def run_code(program: str, tests: Sequence[dict[str, Any]], limits: Limits | None = None) -> Verdict:
+def run_code(
+    program: str, tests: Sequence[dict[str, Any]], limits: Limits | None = None
+) -> Verdict:
     """Run a Python program (standard library only) against its tests; "ok" when all pass, else the first failure.
 
     A test is one of
@@ -49,8 +51,13 @@ def run_code(program: str, tests: Sequence[dict[str, Any]], limits: Limits | Non
     if not tests:
         raise ValueError("run_code needs at least one test: a program without tests has no verdict")
     for place, test in enumerate(tests):
-        if not any(kind <= test.keys() for kind in ({"input", "output"}, {"fn_name", "args", "expected"}, {"code"})):
-            raise ValueError(f"test {place} needs input and output, or fn_name, args and expected, or code; it has {sorted(test)}")
+        if not any(
+            kind <= test.keys()
+            for kind in ({"input", "output"}, {"fn_name", "args", "expected"}, {"code"})
+        ):
+            raise ValueError(
+                f"test {place} needs input and output, or fn_name, args and expected, or code; it has {sorted(test)}"
+            )
     limits = limits or Limits()
     began = time.monotonic()
     with _places:
@@ -61,7 +68,9 @@ def run_code(program: str, tests: Sequence[dict[str, Any]], limits: Limits | Non
         outcomes[reason] += 1
         failures, total = outcomes["jail_error"], outcomes.total()
     if failures > max(3, total // 100):
-        raise JailError(f"{failures} of {total} jails broke down (last: {detail}); look at this machine's memory and processes")
+        raise JailError(
+            f"{failures} of {total} jails broke down (last: {detail}); look at this machine's memory and processes"
+        )
     return Verdict(reason, detail=detail, seconds=time.monotonic() - began)
 
 
@@ -93,14 +102,20 @@ class _Run:
         with Cell(self.limits, stdin=str(test["input"]).encode(errors="replace")) as cell:
             deadline = self._deadline()
             cell.send({"mode": "script", "program": self.program})
-            output, code, stopped = cell.output(deadline, max(self.limits.output_bytes, 2 * len(expected.encode())))
+            output, code, stopped = cell.output(
+                deadline, max(self.limits.output_bytes, 2 * len(expected.encode()))
+            )
             if stopped == "timeout":
                 return "timeout", "the time was over"
             if stopped:
                 return "wrong", "more output than allowed"
             if code != 0:
                 return _ended(cell, code)
-        return ("ok", "") if same_output(output.decode(errors="replace"), expected) else ("wrong", "the output differs")
+        return (
+            ("ok", "")
+            if same_output(output.decode(errors="replace"), expected)
+            else ("wrong", "the output differs")
+        )
 
     def _load(self, cell: Cell, prelude: str, deadline: float) -> tuple[Reason, str, list[str]]:
         cell.send({"mode": "serve", "program": self.program, "prelude": prelude})
@@ -130,7 +145,11 @@ class _Run:
                 return reason, detail
             with Cell(self.limits, peer=solution.channel.socket) as examiner:
                 key = secrets.token_hex(8)
-                request = {"entry_point": test.get("entry_point", ""), "setup": test.get("setup", ""), "code": test["code"]}
+                request = {
+                    "entry_point": test.get("entry_point", ""),
+                    "setup": test.get("setup", ""),
+                    "code": test["code"],
+                }
                 examiner.send({"mode": "examine", "names": names, "key": key} | request)
                 said = examiner.channel.receive(deadline)
         if said == {}:
@@ -144,16 +163,25 @@ def _ended(cell: Cell, code: int | None) -> tuple[Reason, str]:
     """Why a program ended early, from its own last words (they choose among reasons that all score 0)."""
     if code is not None and code < 0:
         return "killed", f"ended by signal {-code}"
-    return _complaint(cell.channel.receive(time.monotonic() + 0.1) or {"error": f"exit code {code}"})
+    return _complaint(
+        cell.channel.receive(time.monotonic() + 0.1) or {"error": f"exit code {code}"}
+    )
 
 
 def _complaint(said: dict[str, Any]) -> tuple[Reason, str]:
-    return ("oom" if said.get("error") == "MemoryError" else "error"), f"{said.get('error')}: {said.get('detail', '')}"
+    return (
+        "oom" if said.get("error") == "MemoryError" else "error"
+    ), f"{said.get('error')}: {said.get('detail', '')}"
 
 
 def _call(cell: Cell, test: dict[str, Any], deadline: float) -> tuple[Reason, str]:
     key = secrets.token_hex(8)
-    request = {"id": key, "target": ["name", test["fn_name"]], "arguments": encode(list(test["args"])), "options": encode({})}
+    request = {
+        "id": key,
+        "target": ["name", test["fn_name"]],
+        "arguments": encode(list(test["args"])),
+        "options": encode({}),
+    }
     cell.send(request)
     said = cell.channel.receive(deadline)
     if said == {}:
@@ -174,7 +202,9 @@ def same_value(value: Any, expected: Any) -> bool:
     if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
         return len(value) == len(expected) and all(map(same_value, value, expected))
     if isinstance(value, dict) and isinstance(expected, dict):
-        return value.keys() == expected.keys() and all(same_value(value[key], expected[key]) for key in expected)
+        return value.keys() == expected.keys() and all(
+            same_value(value[key], expected[key]) for key in expected
+        )
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(value, float) and isinstance(expected, float):
@@ -184,8 +214,12 @@ def same_value(value: Any, expected: Any) -> bool:
 
 def same_output(output: str, expected: str) -> bool:
     """Equality of printed text: trailing space and blank last lines do not count, numbers in a line compare as decimals."""
-    lines, wanted = ([line.split() for line in text.rstrip().splitlines()] for text in (output, expected))
-    return len(lines) == len(wanted) and all(len(a) == len(b) and all(map(_same_word, a, b)) for a, b in zip(lines, wanted, strict=True))
+    lines, wanted = (
+        [line.split() for line in text.rstrip().splitlines()] for text in (output, expected)
+    )
+    return len(lines) == len(wanted) and all(
+        len(a) == len(b) and all(map(_same_word, a, b)) for a, b in zip(lines, wanted, strict=True)
+    )
 
 
 def _same_word(word: str, expected: str) -> bool:

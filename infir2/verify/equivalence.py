@@ -9,7 +9,9 @@ _QUOTIENT = re.compile(r"\\[dt]?frac|\d\s*(?:/|\\div)\s*\d")
 
 def prepare() -> None:
     """Import and warm the library: its first parse builds tables that take longer than most answers."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off; ours kills the process
+    logging.getLogger("math_verify").setLevel(
+        logging.ERROR
+    )  # it warns that its own time limit is off; ours kills the process
     assert equivalent("\\frac{1}{2}", "0.5")
 
 
@@ -22,7 +24,9 @@ def equivalent(reference: str, answer: str) -> bool:
     from math_verify import parse, verify
 
     # Time limits of the library are off: it uses SIGALRM between bytecodes, which neither stops C code nor survives a broad except.
-    gold, predicted = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer))
+    gold, predicted = (
+        parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer)
+    )
     if not gold or not predicted or _repeats_the_question(gold[0], predicted[0], answer):
         return False
     return bool(verify(gold, predicted, timeout_seconds=None))
@@ -39,5 +43,7 @@ def _repeats_the_question(gold: Any, predicted: Any, answer: str) -> bool:
         predicted = predicted.rhs
     if not isinstance(predicted, Expr) or isinstance(predicted, Number | NumberSymbol):
         return False
-    percent = isinstance(predicted, Mul) and any(isinstance(factor, UnevaluatedExpr) for factor in predicted.args)
+    percent = isinstance(predicted, Mul) and any(
+        isinstance(factor, UnevaluatedExpr) for factor in predicted.args
+    )
     return isinstance(predicted, Basic) and not predicted.free_symbols and not percent

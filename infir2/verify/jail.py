@@ -56,18 +56,35 @@ def _serve(channel: socket.socket, requests: BinaryIO, program: str, prelude: st
         _say(channel, names=list(names))
     except BaseException as error:
         return _say(channel, error=type(error).__name__, detail=str(error)[:200])
-    tools: dict[str, Any] = {"getattr": getattr, "setattr": setattr, "len": len, "list": list, "str": str, "repr": repr, "bool": bool}
+    tools: dict[str, Any] = {
+        "getattr": getattr,
+        "setattr": setattr,
+        "len": len,
+        "list": list,
+        "str": str,
+        "repr": repr,
+        "bool": bool,
+    }
     tools["getitem"] = lambda container, key: container[key]
-    tools["name"] = lambda name: ("module", names[name].__name__) if isinstance(names[name], types.ModuleType) else ("value", names[name])
+    tools["name"] = lambda name: (
+        ("module", names[name].__name__)
+        if isinstance(names[name], types.ModuleType)
+        else ("value", names[name])
+    )
     for line in requests:
         request = json.loads(line)
         try:
             kind, target = request["target"]
             if kind == "name":
-                function = names[target] if target in names else getattr(names["Solution"](), target)
+                function = (
+                    names[target] if target in names else getattr(names["Solution"](), target)
+                )
             else:
                 function = tools[target] if kind == "tool" else kept[target]
-            arguments, options = decode(request["arguments"], kept.__getitem__), decode(request["options"], kept.__getitem__)
+            arguments, options = (
+                decode(request["arguments"], kept.__getitem__),
+                decode(request["options"], kept.__getitem__),
+            )
             _say(channel, id=request["id"], value=encode(function(*arguments, **options), keep))
         except BaseException as error:
             _say(channel, id=request["id"], error=type(error).__name__, detail=str(error)[:200])
@@ -109,12 +126,20 @@ class Remote:
 
 def _examine(channel: socket.socket, peer: socket.socket, request: dict) -> None:
     """Run an assert-style test against the program in the other jail, and say how it ended."""
-    peer.setblocking(True)  # the parent's time-out on its end of the same socket made it non-blocking
+    peer.setblocking(
+        True
+    )  # the parent's time-out on its end of the same socket made it non-blocking
     replies = peer.makefile("rb")
 
     def ask(target: list, arguments: tuple, options: dict) -> Any:
         key = os.urandom(8).hex()
-        _say(peer, id=key, target=target, arguments=encode(arguments, handle), options=encode(options, handle))
+        _say(
+            peer,
+            id=key,
+            target=target,
+            arguments=encode(arguments, handle),
+            options=encode(options, handle),
+        )
         reply = json.loads(replies.readline(MAX_LINE_BYTES) or "{}")
         if reply.get("id") != key:
             raise ConnectionError("the program ended, or answered out of turn")
@@ -124,7 +149,9 @@ def _examine(channel: socket.socket, peer: socket.socket, request: dict) -> None
 
     def handle(value: Any) -> int:
         if type(value) is not Remote or value._target[0] != "object":
-            raise ValueError("only plain values and the program's own objects can be passed to the program")
+            raise ValueError(
+                "only plain values and the program's own objects can be passed to the program"
+            )
         return value._target[1]
 
     def remote(index: int) -> Remote:
@@ -151,7 +178,11 @@ def _examine(channel: socket.socket, peer: socket.socket, request: dict) -> None
 def _exception(name: str) -> type[Exception]:
     """The builtin exception of that name; not StopIteration, with which a program could cut a test's loop short."""
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, StopIteration | StopAsyncIteration):
+    if (
+        isinstance(kind, type)
+        and issubclass(kind, Exception)
+        and not issubclass(kind, StopIteration | StopAsyncIteration)
+    ):
         return kind
     return RuntimeError
 
@@ -163,7 +194,9 @@ def _bind(space: dict[str, Any], name: str, kind: str, value: Any) -> None:
         if value in sys.stdlib_module_names:
             space[name] = importlib.import_module(value)
     elif isinstance(value, Remote) and name in sys.stdlib_module_names:
-        space[name] = value.__call__  # a function of that name may be called, a fake module has nothing to give
+        space[name] = (
+            value.__call__
+        )  # a function of that name may be called, a fake module has nothing to give
     else:
         space[name] = value
 

@@ -30,7 +30,9 @@ def check_math(response: str, answer: str, seconds: float = ITEM_SECONDS) -> Ver
 
 
 def check_math_batch(
-    pairs: Sequence[tuple[str, str]], item_seconds: float = ITEM_SECONDS, batch_seconds: float = BATCH_SECONDS
+    pairs: Sequence[tuple[str, str]],
+    item_seconds: float = ITEM_SECONDS,
+    batch_seconds: float = BATCH_SECONDS,
 ) -> list[Verdict]:
     """`check_math` of each (response, answer), in order. An item that hangs, dies or exhausts memory costs its neighbours nothing.
 
@@ -38,7 +40,9 @@ def check_math_batch(
     """
     verdicts = [_decide_here(response, answer) for response, answer in pairs]
     places = [place for place, found in enumerate(verdicts) if found is None]
-    items = [(reference_text(pairs[place][1]), extract_answer(pairs[place][0]) or "") for place in places]
+    items = [
+        (reference_text(pairs[place][1]), extract_answer(pairs[place][0]) or "") for place in places
+    ]
     outcomes = shared_pool().run(items, item_seconds, batch_seconds) if items else []
     for place, (_, found), outcome in zip(places, items, outcomes, strict=True):
         reason = cast(Reason, outcome.reason or ("ok" if outcome.value is True else "wrong"))
@@ -50,7 +54,10 @@ def _decide_here(response: str, answer: str) -> Verdict | None:
     found = extract_answer(response)
     if found is None:
         return Verdict("no_answer")
-    if len(found) <= 10 * len(answer) + 1000 and (same := quick_decision(reference_text(answer), found)) is not None:
+    if (
+        len(found) <= 10 * len(answer) + 1000
+        and (same := quick_decision(reference_text(answer), found)) is not None
+    ):
         return Verdict("ok" if same else "wrong", found)
     if problem := too_hard(found):
         return Verdict("wrong", found[:100], problem)

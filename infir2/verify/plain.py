@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 _CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset)
-_TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, dict, *_CONTAINERS)}
+_TYPES = {
+    kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, dict, *_CONTAINERS)
+}
 
 
 def encode(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
@@ -24,7 +26,10 @@ def encode(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
         if issubclass(kind, container):
             return [container.__name__, [encode(item, keep) for item in container.__iter__(value)]]
     if issubclass(kind, dict):
-        return ["dict", [[encode(key, keep), encode(item, keep)] for key, item in dict.items(value)]]
+        return [
+            "dict",
+            [[encode(key, keep), encode(item, keep)] for key, item in dict.items(value)],
+        ]
     if issubclass(kind, complex):
         return ["complex", [value.real, value.imag]]
     if issubclass(kind, bytes | bytearray):
@@ -51,6 +56,10 @@ def decode(data: Any, remote: Callable[[int], Any] | None = None) -> Any:
             return remote(int(content))
         if kind == "type":
             return _TYPES[content]
-        return {"int": lambda: int(content, 16), "complex": lambda: complex(*content), "bytes": lambda: bytes.fromhex(content)}[kind]()
+        return {
+            "int": lambda: int(content, 16),
+            "complex": lambda: complex(*content),
+            "bytes": lambda: bytes.fromhex(content),
+        }[kind]()
     except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"no plain value: {type(error).__name__}") from error

@@ -38,12 +38,20 @@ class _Worker:
 
     def __init__(self, function: str, memory_bytes: int) -> None:
         root = str(Path(__file__).resolve().parents[2])
-        variables = os.environ | {"PYTHONPATH": os.pathsep.join([root, *(place for place in sys.path if place)])}
+        variables = os.environ | {
+            "PYTHONPATH": os.pathsep.join([root, *(place for place in sys.path if place)])
+        }
         ours, theirs = socket.socketpair()
         self.channel = Channel(ours)
         words = [sys.executable, "-P", "-m", "infir2.verify.worker", function, str(memory_bytes)]
         with theirs:
-            self.process = subprocess.Popen(words, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=variables, start_new_session=True)
+            self.process = subprocess.Popen(
+                words,
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                env=variables,
+                start_new_session=True,
+            )
 
     def kill(self) -> None:
         kill_tree(self.process)
@@ -59,11 +67,15 @@ class Pool:
     def __init__(self, function: str, size: int, memory_bytes: int = 1 << 30) -> None:
         self._function, self._size, self._memory_bytes = function, size, memory_bytes
         self._workers: set[_Worker] = set()
-        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()  # the warmest first; None may be started
+        self._idle: queue.LifoQueue[_Worker | None] = (
+            queue.LifoQueue()
+        )  # the warmest first; None may be started
         for _ in range(size):
             self._idle.put(None)
 
-    def run(self, items: Sequence[Sequence[Any]], item_seconds: float, batch_seconds: float) -> list[Outcome]:
+    def run(
+        self, items: Sequence[Sequence[Any]], item_seconds: float, batch_seconds: float
+    ) -> list[Outcome]:
         """Outcomes in the order of `items` (argument lists). An item over its time, or not begun in the batch's, is a timeout.
 
         Raises ConfigError when workers cannot start.
@@ -101,9 +113,13 @@ class Pool:
                 self._kill(worker)
                 worker = None
             if reply == {}:
-                return Outcome(reason="timeout", detail=f"stopped after {taken:.1f} s", seconds=taken)
+                return Outcome(
+                    reason="timeout", detail=f"stopped after {taken:.1f} s", seconds=taken
+                )
             reply = reply or {"reason": "killed", "detail": "its process died"}
-            return Outcome(reply.get("value"), reply.get("reason", ""), reply.get("detail", ""), taken)
+            return Outcome(
+                reply.get("value"), reply.get("reason", ""), reply.get("detail", ""), taken
+            )
         finally:
             self._idle.put(worker)
 
@@ -121,8 +137,14 @@ class Pool:
             self._kill(worker)
             if time.monotonic() >= last:
                 return None
-            why = f"not ready within {START_SECONDS:.0f} s" if said == {} else (said or {}).get("failed", "ended before it was ready")
-        raise ConfigError(f"the process that checks answers cannot start ({why}); reinstall infir2 with its dependencies")
+            why = (
+                f"not ready within {START_SECONDS:.0f} s"
+                if said == {}
+                else (said or {}).get("failed", "ended before it was ready")
+            )
+        raise ConfigError(
+            f"the process that checks answers cannot start ({why}); reinstall infir2 with its dependencies"
+        )
 
     def _kill(self, worker: _Worker) -> None:
         worker.kill()

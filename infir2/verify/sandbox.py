@@ -32,7 +32,9 @@ START_SECONDS = 30.0
 def _boot_text() -> str:
     """The program that `python -c` starts: plain, walls and jail as modules of their names, without files."""
     texts = [("infir2", ""), ("infir2.verify", "")]
-    texts += [(module.__name__, Path(str(module.__file__)).read_text()) for module in (plain, walls, jail)]
+    texts += [
+        (module.__name__, Path(str(module.__file__)).read_text()) for module in (plain, walls, jail)
+    ]
     return f"""
 import sys, types
 for name, text in {texts!r}:
@@ -73,7 +75,14 @@ class JailBrokenError(Exception):
 
 def libraries() -> list[str]:
     """Directories that a jail shows read-only (installed packages inside them are covered): standard and shared libraries."""
-    wanted = [str(Path(os.__file__).resolve().parents[1]), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"]
+    wanted = [
+        str(Path(os.__file__).resolve().parents[1]),
+        "/lib",
+        "/lib64",
+        "/usr/lib",
+        "/usr/lib64",
+        "/usr/local/lib",
+    ]
     return sorted({path for path in wanted if os.path.isdir(path)})
 
 
@@ -84,7 +93,9 @@ class Cell:
     Raises JailError when this machine cannot make a jail of that level, JailBrokenError when this one did not start.
     """
 
-    def __init__(self, limits: Limits, stdin: bytes = b"", peer: socket.socket | None = None) -> None:
+    def __init__(
+        self, limits: Limits, stdin: bytes = b"", peer: socket.socket | None = None
+    ) -> None:
         if sys.platform != "linux":
             raise JailError("programs can be checked on Linux only: its namespaces are the jail")
         if limits.level == "process":
@@ -103,8 +114,14 @@ class Cell:
             self.close()
             raise
 
-    def _start(self, mine: ExitStack, theirs: ExitStack, stdin: bytes, peer: socket.socket | None) -> None:
-        folder = mine.enter_context(tempfile.TemporaryDirectory(prefix="infir2-jail-")) if self.limits.level == "process" else "/"
+    def _start(
+        self, mine: ExitStack, theirs: ExitStack, stdin: bytes, peer: socket.socket | None
+    ) -> None:
+        folder = (
+            mine.enter_context(tempfile.TemporaryDirectory(prefix="infir2-jail-"))
+            if self.limits.level == "process"
+            else "/"
+        )
         ours, control = socket.socketpair()
         self.channel = Channel(mine.enter_context(ours))
         theirs.enter_context(control)
@@ -118,15 +135,27 @@ class Cell:
         os.lseek(input_file, 0, os.SEEK_SET)
         shown = libraries()
         config = asdict(self.limits) | {
-            "cpu_seconds": math.ceil(self.limits.total_seconds) + 1,  # a backstop: the parent's wall clock decides
+            "cpu_seconds": math.ceil(self.limits.total_seconds)
+            + 1,  # a backstop: the parent's wall clock decides
             "libraries": shown,
-            "hidden": [path for place in shown for path in glob.glob(f"{place}/python3*/*-packages")],
+            "hidden": [
+                path for place in shown for path in glob.glob(f"{place}/python3*/*-packages")
+            ],
             "control": control.fileno(),
             "status": status,
             "peer": peer.fileno() if peer else -1,
         }
         self.process = subprocess.Popen(
-            [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", "-c", _BOOT_TEXT, json.dumps(config)],
+            [
+                os.path.realpath(sys.executable),
+                "-I",
+                "-S",
+                "-X",
+                "utf8",
+                "-c",
+                _BOOT_TEXT,
+                json.dumps(config),
+            ],
             stdin=input_file,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -141,7 +170,9 @@ class Cell:
     def _await_ready(self) -> None:
         said = self.channel.receive(time.monotonic() + START_SECONDS)
         if said and "jail" in said:
-            raise JailError(f"this machine refuses a jail of level '{self.limits.level}' ({said['jail']}): {_REMEDY}")
+            raise JailError(
+                f"this machine refuses a jail of level '{self.limits.level}' ({said['jail']}): {_REMEDY}"
+            )
         if not said or "ready" not in said:
             raise JailBrokenError("the jail did not start")
 

@@ -8,14 +8,24 @@ from contextlib import suppress
 from typing import Any
 
 # Linux's numbers (sched.h, mount.h, prctl.h): the standard library has no names for them.
-_NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+_NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
+    0x20000,
+    0x4000000,
+    0x8000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
 _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _DETACH = 2
 _PDEATHSIG, _CAPBSET_DROP, _SUBREAPER, _NO_NEW_PRIVS = 1, 24, 36, 38
 
 
 def _call(libc: ctypes.CDLL, name: str, *arguments: Any) -> None:
-    values = [a.encode() if isinstance(a, str) else ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
+    values = [
+        a.encode() if isinstance(a, str) else ctypes.c_ulong(a) if isinstance(a, int) else a
+        for a in arguments
+    ]
     if getattr(libc, name)(*values) != 0:
         error = ctypes.get_errno()
         raise OSError(error, f"{name}: {os.strerror(error)}")
@@ -31,7 +41,11 @@ def _unshare(libc: ctypes.CDLL) -> None:
             pass
     user, group = os.geteuid(), os.getegid()
     _call(libc, "unshare", flags | _NEWUSER)
-    for name, text in (("setgroups", "deny"), ("uid_map", f"65534 {user} 1"), ("gid_map", f"65534 {group} 1")):
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"65534 {user} 1"),
+        ("gid_map", f"65534 {group} 1"),
+    ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
 
@@ -48,7 +62,9 @@ def _bind(libc: ctypes.CDLL, source: str, target: str, flags: int) -> None:
     _call(libc, "mount", None, target, None, _BIND | _REMOUNT | same | flags, None)
 
 
-def _build_root(libc: ctypes.CDLL, libraries: list[str], hidden: list[str], file_bytes: int) -> None:
+def _build_root(
+    libc: ctypes.CDLL, libraries: list[str], hidden: list[str], file_bytes: int
+) -> None:
     """Make a root of read-only libraries, /dev/null, /dev/urandom and a tmpfs of `file_bytes` at /tmp, and stay there."""
     _call(libc, "mount", None, "/", None, _REC | _PRIVATE, None)
     top = "/proc"  # covered by the new root while it is built: the one directory that no library lives under
@@ -62,12 +78,22 @@ def _build_root(libc: ctypes.CDLL, libraries: list[str], hidden: list[str], file
         os.makedirs(folder, exist_ok=True)
     for device in ("/dev/null", "/dev/urandom"):
         _bind(libc, device, base + device, _NOSUID)
-    _call(libc, "mount", "tmpfs", base + "/tmp", "tmpfs", _NOSUID | _NODEV, f"size={file_bytes},mode=1777,nr_inodes=4096")
+    _call(
+        libc,
+        "mount",
+        "tmpfs",
+        base + "/tmp",
+        "tmpfs",
+        _NOSUID | _NODEV,
+        f"size={file_bytes},mode=1777,nr_inodes=4096",
+    )
     os.chdir(top)
     _call(libc, "pivot_root", ".", "old")
     _call(libc, "umount2", "/old", _DETACH)
     _call(libc, "mount", None, "/", None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV, None)
-    os.chroot("/jail")  # the kernel denies user namespaces, and so new capabilities, to a process whose root is not its world's
+    os.chroot(
+        "/jail"
+    )  # the kernel denies user namespaces, and so new capabilities, to a process whose root is not its world's
     os.chdir("/tmp")
 
 
@@ -110,7 +136,9 @@ def confine(config: dict) -> None:
     if namespaces:
         _unshare(libc)
     libc.prctl(_SUBREAPER, 1, 0, 0, 0)
-    libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # fires when the parent's thread ends, and that waits in run_code
+    libc.prctl(
+        _PDEATHSIG, signal.SIGKILL, 0, 0, 0
+    )  # fires when the parent's thread ends, and that waits in run_code
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     child = os.fork()
     if child:

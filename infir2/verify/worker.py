@@ -19,7 +19,10 @@ from typing import Any
 
 from infir2.verify.process import Channel, adopt_orphans
 
-SEND_SECONDS, IDLE_SECONDS = 60.0, 7 * 86_400.0  # a worker that nobody asks for a week ends; the pool starts another
+SEND_SECONDS, IDLE_SECONDS = (
+    60.0,
+    7 * 86_400.0,
+)  # a worker that nobody asks for a week ends; the pool starts another
 
 
 def main() -> None:
@@ -46,7 +49,9 @@ def main() -> None:
     channel.send({"ready": True}, SEND_SECONDS)
     while request := channel.receive(time.monotonic() + IDLE_SECONDS):
         channel.send(_answer(function, request) | {"unclean": _has_children()}, SEND_SECONDS)
-    os.killpg(0, signal.SIGKILL)  # the parent is gone; so is whatever a check left running in this session
+    os.killpg(
+        0, signal.SIGKILL
+    )  # the parent is gone; so is whatever a check left running in this session
 
 
 def _answer(function: Callable[..., Any], request: dict[str, Any]) -> dict[str, Any]:

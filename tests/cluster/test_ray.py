@@ -16,7 +16,10 @@ from stages import assert_each_step_once, assert_same_state, curve, make_rl_star
 
 RAY = Path(os.environ.get("INFIR2_RAY_BIN") or "/nonexistent") / "ray"
 pytestmark = pytest.mark.skipif(
-    os.environ.get("INFIR2_CLUSTER") != "1" or os.geteuid() != 0 or not RAY.exists() or shutil.which("unshare") is None,
+    os.environ.get("INFIR2_CLUSTER") != "1"
+    or os.geteuid() != 0
+    or not RAY.exists()
+    or shutil.which("unshare") is None,
     reason="needs make test-cluster, root and unshare",
 )
 INFIR2 = f"{shlex.quote(str(RAY.with_name('python')))} -m infir2"
@@ -26,10 +29,25 @@ LAUNCH = f"{INFIR2} launch ray --cpu --cpus-per-rank 0.5 --gpus-per-node"
 def on_ray(script: str, directory: Path) -> "subprocess.CompletedProcess[str]":
     """The shell script beside a Ray head, working in `directory`."""
     head = str(Path(__file__).parent / "ray_head.sh")
-    command = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", head, str(RAY), "bash", "-c", script]
+    command = [
+        "unshare",
+        "--net",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        "bash",
+        head,
+        str(RAY),
+        "bash",
+        "-c",
+        script,
+    ]
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=900
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +56,20 @@ def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rl_words(world: Path, start: Path, run_dir: Path, **values: object) -> list[str]:
-    given = {"schedule__total_steps": 6, "checkpoint__save_every": 2, "rl__max_response_tokens": 24, "rl__overlong_buffer_tokens": 24}
-    return options(world, run_dir, "rl1", model__path=start / "cpt", rollout__model=start / "fp8", **(given | values))
+    given = {
+        "schedule__total_steps": 6,
+        "checkpoint__save_every": 2,
+        "rl__max_response_tokens": 24,
+        "rl__overlong_buffer_tokens": 24,
+    }
+    return options(
+        world,
+        run_dir,
+        "rl1",
+        model__path=start / "cpt",
+        rollout__model=start / "fp8",
+        **(given | values),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +80,20 @@ def undisturbed_rl(world: Path, start: Path, tmp_path_factory: pytest.TempPathFa
     return directory
 
 
-def test_sft_and_rl_survive_a_dead_rank_and_a_dead_node(world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path) -> None:
+def test_sft_and_rl_survive_a_dead_rank_and_a_dead_node(
+    world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path
+) -> None:
     """RL on two ranks, each with an engine."""
 
     def sft(name: str) -> list[str]:
-        return options(world, tmp_path / name, "sft1", schedule__total_steps=30, checkpoint__save_every=5, model__path=start / "cpt")
+        return options(
+            world,
+            tmp_path / name,
+            "sft1",
+            schedule__total_steps=30,
+            checkpoint__save_every=5,
+            model__path=start / "cpt",
+        )
 
     run(sft("sft-undisturbed"))
     script = f"""
@@ -68,9 +107,13 @@ def test_sft_and_rl_survive_a_dead_rank_and_a_dead_node(world: Path, start: Path
     result = on_ray(script, tmp_path)
     said = result.stdout + result.stderr
     assert result.stdout.count("code 0") == 2, said
-    assert said.count("restarts left, from the newest checkpoint") in (2, 3), said  # the 18th step of one life or two, as saves went
+    assert said.count("restarts left, from the newest checkpoint") in (2, 3), (
+        said
+    )  # the 18th step of one life or two, as saves went
     assert "resumed from" in said  # the ranks' words reach the driver
-    assert curve(tmp_path / "sft", "loss", "gradient_norm") == curve(tmp_path / "sft-undisturbed", "loss", "gradient_norm")
+    assert curve(tmp_path / "sft", "loss", "gradient_norm") == curve(
+        tmp_path / "sft-undisturbed", "loss", "gradient_norm"
+    )
     assert_same_state(tmp_path / "sft", tmp_path / "sft-undisturbed")
     close(tmp_path / "rl", undisturbed_rl)
     print(f"{time.monotonic() - began:.0f} s")
@@ -96,7 +139,13 @@ def kill_engines(times: int) -> str:
 
 @pytest.mark.parametrize(("engines", "kills", "restarts"), [(2, 1, 3), (1, 2, 1)])
 def test_engines_apart_die_in_a_step(
-    world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path, engines: int, kills: int, restarts: int
+    world: Path,
+    start: Path,
+    undisturbed_rl: Path,
+    tmp_path: Path,
+    engines: int,
+    kills: int,
+    restarts: int,
 ) -> None:
     """One of two: the other does its work, and it comes back. The only one, twice: all starts again from the newest checkpoint."""
     words = shlex.join(rl_words(world, start, tmp_path / "rl"))
@@ -107,12 +156,16 @@ def test_engines_apart_die_in_a_step(
     assert said.count("a rollout engine died") == kills, said
     assert ("every rollout engine has died" in said) == (kills > restarts), said
     assert said.count("restarts left, from the newest checkpoint") == (kills > restarts), said
-    assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(undisturbed_rl, "reward", "loss", "gradient_norm")
+    assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(
+        undisturbed_rl, "reward", "loss", "gradient_norm"
+    )
     assert_same_state(tmp_path / "rl", undisturbed_rl)
 
 
 @pytest.mark.parametrize("call", ["generate", "load"])
-def test_an_engine_that_makes_no_progress_is_ended(world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path, call: str) -> None:
+def test_an_engine_that_makes_no_progress_is_ended(
+    world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path, call: str
+) -> None:
     """SIGSTOP to one of two: it is killed after the timeout, the other does its work, and it comes back."""
     words = shlex.join(rl_words(world, start, tmp_path / "rl", parallel__timeout_seconds=20))
     script = f"""
@@ -126,15 +179,21 @@ def test_an_engine_that_makes_no_progress_is_ended(world: Path, start: Path, und
     assert "code 0" in result.stdout, said
     assert said.count("a rollout engine made no progress in 20 s; ending it") == 1, said
     assert said.count("a rollout engine died") == (call == "generate"), said
-    assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(undisturbed_rl, "reward", "loss", "gradient_norm")
+    assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(
+        undisturbed_rl, "reward", "loss", "gradient_norm"
+    )
     assert_same_state(tmp_path / "rl", undisturbed_rl)
 
 
-def test_a_preempted_run_with_engines_apart_saves_and_goes_on(world: Path, start: Path, tmp_path: Path) -> None:
+def test_a_preempted_run_with_engines_apart_saves_and_goes_on(
+    world: Path, start: Path, tmp_path: Path
+) -> None:
     """SIGTERM to the launcher: code 75, the last step saved; the resumed run ends as the undisturbed one."""
 
     def words(name: str) -> list[str]:
-        return rl_words(world, start, tmp_path / name, schedule__total_steps=16, checkpoint__save_every=100)
+        return rl_words(
+            world, start, tmp_path / name, schedule__total_steps=16, checkpoint__save_every=100
+        )
 
     run(words("undisturbed"))
     launch = f"{LAUNCH} 1 --engines 1 -- {shlex.join(words('rl'))}"
@@ -149,15 +208,26 @@ def test_a_preempted_run_with_engines_apart_saves_and_goes_on(world: Path, start
     assert [word.split()[0] for word in result.stdout.split("code ")[1:]] == ["75", "0"], said
     assert "step-" in result.stdout.split("code ")[1], said
     assert "resumed from" in said
-    assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(tmp_path / "undisturbed", "reward", "loss", "gradient_norm")
+    assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(
+        tmp_path / "undisturbed", "reward", "loss", "gradient_norm"
+    )
     assert_same_state(tmp_path / "rl", tmp_path / "undisturbed")
 
 
-def test_asynchronous_rl_outlives_an_engine_and_a_rank(world: Path, start: Path, tmp_path: Path) -> None:
+def test_asynchronous_rl_outlives_an_engine_and_a_rank(
+    world: Path, start: Path, tmp_path: Path
+) -> None:
     """Engines apart sample while two ranks train: one of two engines dies, then, in another run, a rank."""
 
     def asynchronous(name: str) -> list[str]:
-        return rl_words(world, start, tmp_path / name, rl__asynchronous="true", rl__mini_batches=1, schedule__total_steps=8)
+        return rl_words(
+            world,
+            start,
+            tmp_path / name,
+            rl__asynchronous="true",
+            rl__mini_batches=1,
+            schedule__total_steps=8,
+        )
 
     run(asynchronous("undisturbed"))
     script = f"""
@@ -178,9 +248,30 @@ def test_asynchronous_rl_outlives_an_engine_and_a_rank(world: Path, start: Path,
 
 def test_two_nodes_go_on_when_a_dead_one_is_replaced(world: Path, tmp_path: Path) -> None:
     """Two raylets, a rank on each: one raylet is killed, and another one started when the launcher waits for it."""
-    words = options(world, tmp_path / "run", "cpt", schedule__total_steps=60, checkpoint__save_every=5, train__validate_every=0)
-    single_process = [sys.executable, "-m", "infir2", "launch", "torchrun", "--gpus-per-node", "2", "--", *words[:2]]
-    subprocess.run([*single_process, *words[2:], f"--run.dir={tmp_path / 'undisturbed'}"], check=True, timeout=240)
+    words = options(
+        world,
+        tmp_path / "run",
+        "cpt",
+        schedule__total_steps=60,
+        checkpoint__save_every=5,
+        train__validate_every=0,
+    )
+    single_process = [
+        sys.executable,
+        "-m",
+        "infir2",
+        "launch",
+        "torchrun",
+        "--gpus-per-node",
+        "2",
+        "--",
+        *words[:2],
+    ]
+    subprocess.run(
+        [*single_process, *words[2:], f"--run.dir={tmp_path / 'undisturbed'}"],
+        check=True,
+        timeout=240,
+    )
     script = f"""
     node() {{ {shlex.quote(str(RAY))} start --address=$RAY_ADDRESS --node-ip-address=127.0.0.1 --num-cpus=1 --disable-usage-stats; }}
     head=$(pgrep -x raylet); node; second=$(pgrep -x raylet | grep -vx $head)
@@ -196,12 +287,18 @@ def test_two_nodes_go_on_when_a_dead_one_is_replaced(world: Path, tmp_path: Path
     assert "code 0" in result.stdout, said
     assert said.count("restarts left, from the newest checkpoint") == 1, said
     assert "resumed from" in said
-    assert curve(tmp_path / "run", "loss", "gradient_norm") == curve(tmp_path / "undisturbed", "loss", "gradient_norm")
+    assert curve(tmp_path / "run", "loss", "gradient_norm") == curve(
+        tmp_path / "undisturbed", "loss", "gradient_norm"
+    )
     assert_same_state(tmp_path / "run", tmp_path / "undisturbed")
 
 
-def test_the_budget_of_restarts_is_the_whole_runs_and_a_stop_is_heard_without_room(world: Path, tmp_path: Path) -> None:
-    words = shlex.join(options(world, tmp_path / "run", "cpt", schedule__total_steps=5, train__validate_every=0))
+def test_the_budget_of_restarts_is_the_whole_runs_and_a_stop_is_heard_without_room(
+    world: Path, tmp_path: Path
+) -> None:
+    words = shlex.join(
+        options(world, tmp_path / "run", "cpt", schedule__total_steps=5, train__validate_every=0)
+    )
     script = f"""
     INFIR2_FAULTS=train.step:1 {LAUNCH} 1 --max-restarts 2 -- {words} 2> log; echo "code $?"
     {LAUNCH} 1 --cpus-per-rank 9 -- {words} & waiting=$!
@@ -209,16 +306,29 @@ def test_the_budget_of_restarts_is_the_whole_runs_and_a_stop_is_heard_without_ro
     """
     result = on_ray(script, tmp_path)
     log = (tmp_path / "log").read_text()
-    assert [text.split()[0] for text in result.stdout.split("code ")[1:]] == ["71", "75"], result.stdout + result.stderr + log
-    assert [f"a worker died; {left} restarts left" in log for left in (3, 2, 1, 0)] == [False, True, True, True], log
+    assert [text.split()[0] for text in result.stdout.split("code ")[1:]] == ["71", "75"], (
+        result.stdout + result.stderr + log
+    )
+    assert [f"a worker died; {left} restarts left" in log for left in (3, 2, 1, 0)] == [
+        False,
+        True,
+        True,
+        True,
+    ], log
     assert log.count("a worker died") == 3
 
 
-def test_ray_job_submit_runs_a_recipe_and_a_wrong_one_is_said(world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path) -> None:
+def test_ray_job_submit_runs_a_recipe_and_a_wrong_one_is_said(
+    world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path
+) -> None:
     """CPT; RL on two ranks that share an engine apart."""
-    words = options(world, tmp_path / "run", "cpt", schedule__total_steps=5, train__validate_every=0)
+    words = options(
+        world, tmp_path / "run", "cpt", schedule__total_steps=5, train__validate_every=0
+    )
     (tmp_path / "empty").mkdir()
-    submit = f"env -u RAY_ADDRESS {shlex.quote(str(RAY))} job submit --working-dir empty -- {LAUNCH}"
+    submit = (
+        f"env -u RAY_ADDRESS {shlex.quote(str(RAY))} job submit --working-dir empty -- {LAUNCH}"
+    )
     script = f"""
     {submit} 1 -- {shlex.join(words)}; echo "code $?"
     {submit} 2 --engines 1 -- {shlex.join(rl_words(world, start, tmp_path / "rl"))}; echo "code $?"

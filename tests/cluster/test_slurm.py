@@ -16,7 +16,9 @@ from stages import RECIPES, assert_same_state, curve, lines, options, run
 NODES = Path(__file__).parent / "slurm_nodes.sh"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
 pytestmark = pytest.mark.skipif(
-    os.environ.get("INFIR2_CLUSTER") != "1" or os.geteuid() != 0 or any(shutil.which(name) is None for name in NEEDED),
+    os.environ.get("INFIR2_CLUSTER") != "1"
+    or os.geteuid() != 0
+    or any(shutil.which(name) is None for name in NEEDED),
     reason=f"needs make test-cluster, root and {', '.join(NEEDED)}",
 )
 INFIR2 = f"{shlex.quote(sys.executable)} -m infir2"
@@ -31,15 +33,39 @@ REQUEUED = """
 
 def on_slurm(script: str, directory: Path) -> "subprocess.CompletedProcess[str]":
     """The shell script on two idle nodes, working in `directory`."""
-    command = ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", "bash", str(NODES), "bash", "-c", script]
+    command = [
+        "unshare",
+        "--net",
+        "--pid",
+        "--mount",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        "bash",
+        str(NODES),
+        "bash",
+        "-c",
+        script,
+    ]
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=500
+    )
 
 
-def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(world: Path, tmp_path: Path) -> None:
+def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(
+    world: Path, tmp_path: Path
+) -> None:
     def words(name: str) -> list[str]:
-        return options(world, tmp_path / name, "cpt", schedule__total_steps=80, checkpoint__save_every=1000, train__validate_every=0)
+        return options(
+            world,
+            tmp_path / name,
+            "cpt",
+            schedule__total_steps=80,
+            checkpoint__save_every=1000,
+            train__validate_every=0,
+        )
 
     run(words("undisturbed"))
     script = f"""
@@ -55,13 +81,22 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(world: P
     assert "code 0" in result.stdout, result.stdout + result.stderr + log
     assert "the worst rank ended with code 75" in log
     assert "resumed from" in log
-    assert curve(tmp_path / "run", "loss", "gradient_norm") == curve(tmp_path / "undisturbed", "loss", "gradient_norm")
+    assert curve(tmp_path / "run", "loss", "gradient_norm") == curve(
+        tmp_path / "undisturbed", "loss", "gradient_norm"
+    )
     assert_same_state(tmp_path / "run", tmp_path / "undisturbed")
     assert not list(tmp_path.glob(".infir2-ranks-*"))
 
 
 def test_the_time_limit_queues_a_job_again_and_scancel_ends_it(world: Path, tmp_path: Path) -> None:
-    words = options(world, tmp_path / "run", "cpt", schedule__total_steps=100000, checkpoint__save_every=100000, train__validate_every=0)
+    words = options(
+        world,
+        tmp_path / "run",
+        "cpt",
+        schedule__total_steps=100000,
+        checkpoint__save_every=100000,
+        train__validate_every=0,
+    )
     limit = "--sbatch=--time=1 --sbatch=--signal=TERM@45"
     script = f"""
     lines() {{ wc -l < run/metrics.jsonl 2>/dev/null || echo 0; }}
@@ -82,9 +117,20 @@ def test_the_time_limit_queues_a_job_again_and_scancel_ends_it(world: Path, tmp_
 
 def test_sft_and_an_evaluation_are_jobs_too(world: Path, tmp_path: Path) -> None:
     run(options(world, tmp_path / "cpt", "cpt", schedule__total_steps=4))
-    sft = options(world, tmp_path / "sft", "sft1", schedule__total_steps=6, model__path=tmp_path / "cpt")
-    score = ["eval", str(RECIPES / "eval.toml"), f"--model.path={tmp_path / 'sft'}", f"--run.dir={tmp_path / 'eval'}", "--run.threads=1"]
-    score += [f"--evaluate.problems.0.path={world / 'heldout.jsonl'}", "--evaluate.max_response_tokens=16"]
+    sft = options(
+        world, tmp_path / "sft", "sft1", schedule__total_steps=6, model__path=tmp_path / "cpt"
+    )
+    score = [
+        "eval",
+        str(RECIPES / "eval.toml"),
+        f"--model.path={tmp_path / 'sft'}",
+        f"--run.dir={tmp_path / 'eval'}",
+        "--run.threads=1",
+    ]
+    score += [
+        f"--evaluate.problems.0.path={world / 'heldout.jsonl'}",
+        "--evaluate.max_response_tokens=16",
+    ]
     long = [*score, "--evaluate.samples=400", f"--run.dir={tmp_path / 'stopped'}"]
     script = f"""
     {LAUNCH} {shlex.join(sft)}; echo "code $?"
@@ -104,7 +150,14 @@ def test_sft_and_an_evaluation_are_jobs_too(world: Path, tmp_path: Path) -> None
 
 
 def test_ranks_of_two_nodes_meet_and_the_worst_code_comes_back(world: Path, tmp_path: Path) -> None:
-    words = options(world, tmp_path / "run", "cpt", schedule__total_steps=4, checkpoint__save_every=2, train__validate_every=0)
+    words = options(
+        world,
+        tmp_path / "run",
+        "cpt",
+        schedule__total_steps=4,
+        checkpoint__save_every=2,
+        train__validate_every=0,
+    )
     launch = f"{INFIR2} launch slurm --cpu --nodes 2 --gpus-per-node 1 --max-restarts 0 --"
     script = f"""
     {launch} {shlex.join(words)}; echo "code $?"
@@ -112,6 +165,8 @@ def test_ranks_of_two_nodes_meet_and_the_worst_code_comes_back(world: Path, tmp_
     """
     result = on_slurm(script, tmp_path)
     log = "".join(path.read_text() for path in sorted(tmp_path.glob("infir2-cpt-*.log")))
-    assert result.stdout.split("code ")[1:] == ["0\nSubmitted batch job 2\n", "2\n"], result.stdout + result.stderr + log
+    assert result.stdout.split("code ")[1:] == ["0\nSubmitted batch job 2\n", "2\n"], (
+        result.stdout + result.stderr + log
+    )
     assert [step for step, _ in curve(tmp_path / "run", "loss")] == [1, 2, 3, 4]
     assert "did you mean run.seed" in log

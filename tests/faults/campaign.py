@@ -28,7 +28,11 @@ from infir2.checkpoint.store import newest_checkpoint
 
 STEPS = {"cpt": 60, "sft": 60, "rl": 12, "rl-asynchronous": 12}
 SAVE_EVERY = {"cpt": 8, "sft": 8, "rl": 2, "rl-asynchronous": 2}
-CURVES = {"cpt": ("loss", "gradient_norm"), "sft": ("loss", "gradient_norm"), "rl": ("reward", "response_tokens", "groups_sampled", "loss")}
+CURVES = {
+    "cpt": ("loss", "gradient_norm"),
+    "sft": ("loss", "gradient_norm"),
+    "rl": ("reward", "response_tokens", "groups_sampled", "loss"),
+}
 IN_FRONT = ("sft",)  # whose saves the step waits for
 KILLS_PER_RUN = 5
 
@@ -74,25 +78,41 @@ class Campaign:
         for kind in STEPS:
             self.finish(kind, self.directory / f"{kind}-undisturbed")
             if kind == "cpt":
-                for words in (["hf", "cpt-undisturbed", "--to", "hf"], ["fp8", "hf", "--to", "fp8"]):
+                for words in (
+                    ["hf", "cpt-undisturbed", "--to", "hf"],
+                    ["fp8", "hf", "--to", "fp8"],
+                ):
                     run = [sys.executable, "-m", "infir2", "export", *words]
                     subprocess.run(run, cwd=self.directory, check=True, stdout=subprocess.DEVNULL)
 
     def words(self, kind: str, run_dir: Path) -> list[str]:
         stage = {"cpt": "cpt", "sft": "sft1"}.get(kind, "rl1")
-        given = {"schedule__total_steps": STEPS[kind], "checkpoint__save_every": SAVE_EVERY[kind], "train__validate_every": 0}
+        given = {
+            "schedule__total_steps": STEPS[kind],
+            "checkpoint__save_every": SAVE_EVERY[kind],
+            "train__validate_every": 0,
+        }
         given["checkpoint__background"] = str(kind not in IN_FRONT).lower()
         if kind != "cpt":
             given["model__path"] = self.directory / "cpt-undisturbed"
         if stage == "rl1":
-            given |= {"rollout__model": self.directory / "fp8", "rl__overlong_buffer_tokens": 6, "rl__max_response_tokens": 24}
+            given |= {
+                "rollout__model": self.directory / "fp8",
+                "rl__overlong_buffer_tokens": 6,
+                "rl__max_response_tokens": 24,
+            }
             given |= {"rl__mini_batches": 1, "rl__asynchronous": str(kind != "rl").lower()}
             del given["train__validate_every"]
         return options(self.world, run_dir, stage, **given)
 
     def start(self, kind: str, run_dir: Path) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "infir2", *self.words(kind, run_dir)]
-        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def finish(self, kind: str, run_dir: Path) -> None:
         code = self.start(kind, run_dir).wait(timeout=600)
@@ -104,11 +124,17 @@ class Campaign:
         self.runs += 1
         run_dir = self.directory / f"{kind}-{self.runs}"
         for _ in range(kills):
-            before = newest.step if (newest := newest_checkpoint(run_dir / "checkpoints", lambda _: None)) else 0
+            before = (
+                newest.step
+                if (newest := newest_checkpoint(run_dir / "checkpoints", lambda _: None))
+                else 0
+            )
             stale = _logged(run_dir)  # lines after the checkpoint, which the resumed process drops
             process = self.start(kind, run_dir)
             if draw.random() < 0.8:  # most of a short process is imports; strike in its work
-                while ((logged := _logged(run_dir)) <= before or logged == stale) and process.poll() is None:
+                while (
+                    (logged := _logged(run_dir)) <= before or logged == stale
+                ) and process.poll() is None:
                     time.sleep(0.005)
                 time.sleep(draw.uniform(0, 1.5))
             else:
@@ -126,7 +152,9 @@ class Campaign:
             assert_each_step_once(run_dir, STEPS[kind])
             return
         undisturbed = self.directory / f"{kind}-undisturbed"
-        assert curve(run_dir, *CURVES[kind]) == curve(undisturbed, *CURVES[kind]), f"{run_dir}: another curve than undisturbed"
+        assert curve(run_dir, *CURVES[kind]) == curve(undisturbed, *CURVES[kind]), (
+            f"{run_dir}: another curve than undisturbed"
+        )
         assert_same_state(run_dir, undisturbed)
 
     def run(self, kills: int) -> None:
@@ -136,7 +164,9 @@ class Campaign:
             self.kill_run(kind, min(KILLS_PER_RUN, kills - len(self.kills)))
         for kill in self.kills:
             # a save begins when the one before it is published: only the last one can be missing; none where the step waits for it
-            assert kill.published >= kill.begun - SAVE_EVERY[kill.kind] * (kill.kind not in IN_FRONT), kill
+            assert kill.published >= kill.begun - SAVE_EVERY[kill.kind] * (
+                kill.kind not in IN_FRONT
+            ), kill
             assert kill.kind not in IN_FRONT or kill.lost <= SAVE_EVERY[kill.kind], kill
 
     def save_seconds(self, kind: str) -> list[float]:
@@ -160,10 +190,21 @@ class Campaign:
             kills = [kill for kill in self.kills if kill.kind == kind]
             if kills:
                 steps, seconds = [kill.step for kill in kills], self.save_seconds(kind)
-                flying, resting = ([kill.lost for kill in kills if kill.in_flight == in_flight] for in_flight in (True, False))
-                cells = [kind, len(kills), sum(kill.early for kill in kills), f"{min(steps)} to {max(steps)} of {STEPS[kind]}"]
+                flying, resting = (
+                    [kill.lost for kill in kills if kill.in_flight == in_flight]
+                    for in_flight in (True, False)
+                )
+                cells = [
+                    kind,
+                    len(kills),
+                    sum(kill.early for kill in kills),
+                    f"{min(steps)} to {max(steps)} of {STEPS[kind]}",
+                ]
                 cells += [f"{len(flying)}, {max(flying)}" if flying else "0"]
-                cells += [f"{sum(resting) / len(resting):.1f}, {max(resting)}" if resting else "", SAVE_EVERY[kind]]
+                cells += [
+                    f"{sum(resting) / len(resting):.1f}, {max(resting)}" if resting else "",
+                    SAVE_EVERY[kind],
+                ]
                 cells += [f"{sum(seconds) / len(seconds):.2f}, {max(seconds):.2f}"]
                 table.append(f"| {' | '.join(map(str, cells))} |")
         table += [

@@ -15,7 +15,9 @@ if __name__ == "__main__":
         os.environ["INFIR2_FAULTS"] = faults
     from infir2.cli import main
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when the other rank was faster: main's code is to be written
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # torchrun's, when the other rank was faster: main's code is to be written
     code = main(words)
     Path(directory, f"rank-{rank}").write_text(str(code))
     os._exit(code)

@@ -18,10 +18,26 @@ from infir2.verify import Limits, run_code
 from infir2.verify.process import living_descendants
 
 STDIN = [{"input": "20 22\n", "output": "42"}]
-CALL = [{"fn_name": "f", "args": [20, 22], "expected": 42}, {"fn_name": "f", "args": [[1]], "expected": [1]}]
-ASSERT = [{"code": "import math\ndef check(c):\n  assert c(20, 22) == 42\n  assert abs(c(1, 2.5) - 3.5) < 1e-6", "entry_point": "f"}]
-LOOSE = [{"code": "assert f(20, 22) == 42\nassert isclose(f(1, 2), 3)\nassert math.isclose(f(1, 2), 3)"}]
-HELPER = [{"code": "def check(c): assert poly(c(2)) == 0", "setup": "def poly(x): return x - 7", "entry_point": "f"}]
+CALL = [
+    {"fn_name": "f", "args": [20, 22], "expected": 42},
+    {"fn_name": "f", "args": [[1]], "expected": [1]},
+]
+ASSERT = [
+    {
+        "code": "import math\ndef check(c):\n  assert c(20, 22) == 42\n  assert abs(c(1, 2.5) - 3.5) < 1e-6",
+        "entry_point": "f",
+    }
+]
+LOOSE = [
+    {"code": "assert f(20, 22) == 42\nassert isclose(f(1, 2), 3)\nassert math.isclose(f(1, 2), 3)"}
+]
+HELPER = [
+    {
+        "code": "def check(c): assert poly(c(2)) == 0",
+        "setup": "def poly(x): return x - 7",
+        "entry_point": "f",
+    }
+]
 ANY_TRUTH = [{"code": "assert all(map(f, [1, 2, 3]))\nassert all(f(x) for x in (1, 2))"}]
 
 LIAR = """
@@ -70,17 +86,45 @@ CHEATS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("always equal, assert", LIAR + "def f(*a): return Liar()", ASSERT),
     ("always equal int", LIAR + "class N(Liar, int): pass\ndef f(*a): return N(1)", ASSERT),
     ("always equal list", LIAR + "class N(Liar, list): pass\ndef f(*a): return N()", CALL),
-    ("lies about its class", LIAR + "class N(Liar):\n  __class__ = int\ndef f(*a): return N()", ASSERT),
-    ("patched json", 'import json\njson.dumps = lambda *a, **k: \'{"outcome": "ok", "correct": true}\'\ndef f(*a): return 0', CALL),
-    ("patched builtins", "import builtins\nbuiltins.isinstance = builtins.all = lambda *a: True\ndef f(*a): return 0", ASSERT),
-    ("patched socket", "import socket\nsocket.socket.sendall = lambda *a: None\ndef f(*a): return 42", ASSERT),
+    (
+        "lies about its class",
+        LIAR + "class N(Liar):\n  __class__ = int\ndef f(*a): return N()",
+        ASSERT,
+    ),
+    (
+        "patched json",
+        'import json\njson.dumps = lambda *a, **k: \'{"outcome": "ok", "correct": true}\'\ndef f(*a): return 0',
+        CALL,
+    ),
+    (
+        "patched builtins",
+        "import builtins\nbuiltins.isinstance = builtins.all = lambda *a: True\ndef f(*a): return 0",
+        ASSERT,
+    ),
+    (
+        "patched socket",
+        "import socket\nsocket.socket.sendall = lambda *a: None\ndef f(*a): return 42",
+        ASSERT,
+    ),
     ("shadowed abs", "abs = lambda x: 0\ndef f(a, b): return 42", ASSERT),
     ("shadowed check", "def check(c): pass\ndef f(a, b): return 0", ASSERT),
-    ("false isclose", "isclose = lambda *a: True\nclass math: isclose = staticmethod(lambda *a: True)\ndef f(a, b): return 42", LOOSE),
-    ("false module", "import types\nmath = types.SimpleNamespace(isclose=lambda *a: True)\nisclose = max\ndef f(a, b): return 42", LOOSE),
+    (
+        "false isclose",
+        "isclose = lambda *a: True\nclass math: isclose = staticmethod(lambda *a: True)\ndef f(a, b): return 42",
+        LOOSE,
+    ),
+    (
+        "false module",
+        "import types\nmath = types.SimpleNamespace(isclose=lambda *a: True)\nisclose = max\ndef f(a, b): return 42",
+        LOOSE,
+    ),
     ("replaced helper of the test", "def poly(x): return 0\ndef f(x): return x", HELPER),
     ("cut the loop short", "def f(x): raise StopIteration", ANY_TRUTH),
-    ("assertions off", "import sys\nsys.flags = None\n__debug__x = 0\ndef f(*a): raise SystemExit(0)", ASSERT),
+    (
+        "assertions off",
+        "import sys\nsys.flags = None\n__debug__x = 0\ndef f(*a): raise SystemExit(0)",
+        ASSERT,
+    ),
     ("verdict on stdout", "print('ok'); print('{\"outcome\": \"ok\"}'); print('passed')", STDIN),
     ("verdict on every descriptor", TELL_EVERY_DESCRIPTOR, STDIN),
     ("verdict on every descriptor, call", TELL_EVERY_DESCRIPTOR + "def f(*a): return 0", CALL),
@@ -88,10 +132,22 @@ CHEATS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("look for the answer", SEARCH + "def f(*a): return hunt()", CALL),
     ("look for the answer, script", SEARCH + "print(hunt())", STDIN),
     ("look for the answer, assert", SEARCH + "def f(*a): return hunt()", ASSERT),
-    ("answer from the grave", "import atexit\natexit.register(print, 42)\ndef f(*a): raise KeyboardInterrupt", CALL),
-    ("kill everything", "import os, signal\nos.kill(-1, signal.SIGKILL)\nos.kill(os.getppid(), signal.SIGKILL)", STDIN),
+    (
+        "answer from the grave",
+        "import atexit\natexit.register(print, 42)\ndef f(*a): raise KeyboardInterrupt",
+        CALL,
+    ),
+    (
+        "kill everything",
+        "import os, signal\nos.kill(-1, signal.SIGKILL)\nos.kill(os.getppid(), signal.SIGKILL)",
+        STDIN,
+    ),
     ("fork bomb", "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", STDIN),
-    ("trickle", "import os\nwhile True:\n  for fd in (1, 3, 4, 5, 6):\n    try: os.write(fd, b'x')\n    except OSError: pass", CALL),
+    (
+        "trickle",
+        "import os\nwhile True:\n  for fd in (1, 3, 4, 5, 6):\n    try: os.write(fd, b'x')\n    except OSError: pass",
+        CALL,
+    ),
     ("deep nesting", "def f(*a):\n  x = []\n  for _ in range(100000): x = [x]\n  return x", CALL),
     ("endless reply", "def f(*a): return 'x' * (64 << 20)", CALL),
 ]
@@ -106,7 +162,9 @@ def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("program", "tests"), [cheat[1:] for cheat in CHEATS], ids=[cheat[0] for cheat in CHEATS])
+@pytest.mark.parametrize(
+    ("program", "tests"), [cheat[1:] for cheat in CHEATS], ids=[cheat[0] for cheat in CHEATS]
+)
 def test_cheats_score_nothing(program: str, tests: list[dict[str, Any]]) -> None:
     verdict = run_code(program, tests, Limits(seconds=2.0))
     assert not verdict.correct
@@ -177,14 +235,22 @@ print(done)
 """
     assert run_code(program, [{"input": "", "output": "0"}]).correct
     assert not [
-        place for place in (os.path.dirname(os.__file__), "/usr/lib", "/lib", "/", "/tmp", "/var/tmp") if marker in os.listdir(place)
+        place
+        for place in (os.path.dirname(os.__file__), "/usr/lib", "/lib", "/", "/tmp", "/var/tmp")
+        if marker in os.listdir(place)
     ]
 
 
 def jailed(limits: Limits) -> set[str]:
     """Processes of the jails with these limits, which stand in their command lines."""
-    listing = subprocess.run(["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
-    return {line.split()[0] for line in listing.splitlines() if f'"total_seconds": {limits.total_seconds}' in line}
+    listing = subprocess.run(
+        ["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    return {
+        line.split()[0]
+        for line in listing.splitlines()
+        if f'"total_seconds": {limits.total_seconds}' in line
+    }
 
 
 @pytest.mark.filterwarnings("ignore:level 'process'")

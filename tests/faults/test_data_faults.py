@@ -57,30 +57,55 @@ def test_f12_poisoned_rows_are_quarantined_and_no_neighbour_is_lost(
 ) -> None:
     """Fourteen kinds, each between two good rows: a step of as many samples as there are good rows trains each of them."""
     good = (world / "sft1.jsonl").read_bytes().splitlines()[: 2 * len(POISON)]
-    mixed = [row for place, (bad, _) in enumerate(POISON) for row in (good[2 * place], bad, good[2 * place + 1])]
-    words = sft(world, tmp_path / "run", mixed, data__max_quarantined_fraction=0.5, data__batch_samples=len(good))
+    mixed = [
+        row
+        for place, (bad, _) in enumerate(POISON)
+        for row in (good[2 * place], bad, good[2 * place + 1])
+    ]
+    words = sft(
+        world,
+        tmp_path / "run",
+        mixed,
+        data__max_quarantined_fraction=0.5,
+        data__batch_samples=len(good),
+    )
     run(words)
-    listed = [json.loads(text) for text in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
-    wanted = {f"{tmp_path}/run.jsonl:{3 * place + 2}": reason for place, (_, reason) in enumerate(POISON)}
+    listed = [
+        json.loads(text)
+        for text in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    ]
+    wanted = {
+        f"{tmp_path}/run.jsonl:{3 * place + 2}": reason for place, (_, reason) in enumerate(POISON)
+    }
     assert {row["origin"]: row["reason"] for row in listed} == wanted
     assert len(listed) == len(POISON)
-    (said,) = [event["detail"] for event in lines(tmp_path / "run", "event") if event["event"] == "quarantined_rows"]
+    (said,) = [
+        event["detail"]
+        for event in lines(tmp_path / "run", "event")
+        if event["event"] == "quarantined_rows"
+    ]
     assert all(f"'{reason}': {count}" in said for reason, count in Counter(wanted.values()).items())
     run(sft(world, tmp_path / "clean", good, data__batch_samples=len(good)))
     first, clean = (curve(tmp_path / name, "trained_tokens")[0] for name in ("run", "clean"))
     assert first == clean
-    assert main([*sft(world, tmp_path / "strict", mixed), "--data.max_quarantined_fraction=0.01"]) == 4
+    assert (
+        main([*sft(world, tmp_path / "strict", mixed), "--data.max_quarantined_fraction=0.01"]) == 4
+    )
     assert "raise data.max_quarantined_fraction" in capsys.readouterr().err
 
 
-def test_f15_a_file_in_which_nothing_can_be_trained_ends_the_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_f15_a_file_in_which_nothing_can_be_trained_ends_the_run(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = sft(world, tmp_path / "run", [line(ASKED)] * 5, data__max_quarantined_fraction=1.0)
     assert main(words) == 4
     assert "no row of data.sources can be used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale_format", ["pow2", "fp32"])
-@pytest.mark.parametrize("value", [0.0, 1e-40, 1e-30, 1e30], ids=["zero", "subnormal", "tiny", "large"])
+@pytest.mark.parametrize(
+    "value", [0.0, 1e-40, 1e-30, 1e30], ids=["zero", "subnormal", "tiny", "large"]
+)
 def test_f16_blocks_at_the_ends_of_the_range_stay_finite(value: float, scale_format: str) -> None:
     """One group of a token and one block of the weight, whose rows are no multiple of 128 long; the others are ordinary."""
     torch.manual_seed(0)
@@ -95,7 +120,9 @@ def test_f16_blocks_at_the_ends_of_the_range_stay_finite(value: float, scale_for
     sizes = x.abs().double() @ layer.weight.abs().double().t()
     largest = x.abs().amax(1, keepdim=True).double() @ layer.weight.abs().double().sum(1)[None]
     # two operands, each to half a step of three bits, and to half the smallest code of its block
-    assert ((out - x.double() @ layer.weight.double().t()).abs() <= sizes * 0.14 + largest * 2.0**-16).all()
+    assert (
+        (out - x.double() @ layer.weight.double().t()).abs() <= sizes * 0.14 + largest * 2.0**-16
+    ).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -120,13 +147,20 @@ def test_f16_what_is_not_finite_is_counted_and_never_exported(
     tensors[name][:] = 0.0
     save_file(tensors, path, metadata={"format": "pt"})
     run(["export", "fp8", str(tmp_path / "hf"), "--to", str(tmp_path / "fp8")])
-    assert not torch.isnan(load_file(tmp_path / "fp8" / "model.safetensors")[f"{name}_scale_inv"]).any()
+    assert not torch.isnan(
+        load_file(tmp_path / "fp8" / "model.safetensors")[f"{name}_scale_inv"]
+    ).any()
 
 
 def test_f12_a_damaged_list_of_quarantined_rows_stops_no_run(world: Path, tmp_path: Path) -> None:
     """A line whose bytes were lost and one cut by a kill: rows are listed anew, on lines of their own."""
     good = (world / "sft1.jsonl").read_bytes().splitlines()[:8]
-    words = sft(world, tmp_path / "run", [*good, b'{"messages": null}', b'{"messages": ['], data__max_quarantined_fraction=0.5)
+    words = sft(
+        world,
+        tmp_path / "run",
+        [*good, b'{"messages": null}', b'{"messages": ['],
+        data__max_quarantined_fraction=0.5,
+    )
     run([*words, "--train.stop_after_step=1"])
     path = tmp_path / "run" / "quarantine.jsonl"
     path.write_bytes(b'{"origin": "lost\xff\n{}}\n"x"\n' + path.read_bytes()[:-5])

@@ -35,7 +35,9 @@ def words(world: Path, run_dir: Path, **values: object) -> list[str]:
     return options(world, run_dir, "cpt", **(VALUES | values))
 
 
-def ranks(tmp_path: Path, num: int, arguments: list[str], struck: int = -1, faults: str = "") -> tuple[list[int], str]:
+def ranks(
+    tmp_path: Path, num: int, arguments: list[str], struck: int = -1, faults: str = ""
+) -> tuple[list[int], str]:
     """Exit codes by rank (-1: none was left) and what they said."""
     codes = tmp_path / f"codes-{time.monotonic_ns()}"
     codes.mkdir()
@@ -69,8 +71,13 @@ def by_two(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_f6_two_ranks_train_and_save_what_one_does(single_process: Path, by_two: Path, tmp_path: Path) -> None:
-    assert sorted(path.name for path in by_two.glob("checkpoints/step-2/*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
+def test_f6_two_ranks_train_and_save_what_one_does(
+    single_process: Path, by_two: Path, tmp_path: Path
+) -> None:
+    assert sorted(path.name for path in by_two.glob("checkpoints/step-2/*.distcp")) == [
+        "__0_0.distcp",
+        "__1_0.distcp",
+    ]
     close(by_two, single_process)
     ours = open_checkpoint(by_two).tensors()
     read_by_torch = {name: torch.zeros_like(tensor) for name, tensor in ours.items()}
@@ -78,12 +85,17 @@ def test_f6_two_ranks_train_and_save_what_one_does(single_process: Path, by_two:
     assert all(torch.equal(read_by_torch[name], tensor) for name, tensor in ours.items())
     export_hf(by_two / "checkpoints" / "step-2", tmp_path / "hf-two")
     export_hf(single_process / "checkpoints" / "step-2", tmp_path / "hf-one")
-    a, b = load_file(tmp_path / "hf-two" / "model.safetensors"), load_file(tmp_path / "hf-one" / "model.safetensors")
+    a, b = (
+        load_file(tmp_path / "hf-two" / "model.safetensors"),
+        load_file(tmp_path / "hf-one" / "model.safetensors"),
+    )
     assert a.keys() == b.keys()
     assert max((a[name].float() - b[name].float()).abs().max().item() for name in a) < 1e-2
 
 
-@pytest.mark.parametrize(("start", "num", "cp"), [("by_two", 1, 1), ("alone", 4, 1), ("alone", 2, 2)])
+@pytest.mark.parametrize(
+    ("start", "num", "cp"), [("by_two", 1, 1), ("alone", 4, 1), ("alone", 2, 2)]
+)
 def test_f6_a_checkpoint_goes_on_with_another_number_of_ranks(
     world: Path, tmp_path: Path, request: pytest.FixtureRequest, start: str, num: int, cp: int
 ) -> None:
@@ -94,14 +106,21 @@ def test_f6_a_checkpoint_goes_on_with_another_number_of_ranks(
     codes, said = ranks(tmp_path, num, words(world, run_dir, parallel__cp=cp))
     assert codes == [0] * num, said
     assert "(step 2)" in said
-    loss = [{line["step"]: line["loss"] for line in lines(directory, "train")} for directory in (run_dir, undisturbed)]
+    loss = [
+        {line["step"]: line["loss"] for line in lines(directory, "train")}
+        for directory in (run_dir, undisturbed)
+    ]
     assert loss[0][3] == pytest.approx(loss[1][3], abs=1e-6)
     close(run_dir, undisturbed)
-    assert open_checkpoint(run_dir).state["loader"] == open_checkpoint(undisturbed).state["loader"], "the data's place has no layout"
+    assert (
+        open_checkpoint(run_dir).state["loader"] == open_checkpoint(undisturbed).state["loader"]
+    ), "the data's place has no layout"
 
 
 @pytest.mark.parametrize(("fault", "saved"), [("train.start:1", 1), ("train.step:3", 3)])
-def test_f8_sigterm_on_one_rank_saves_the_same_step_on_all(world: Path, single_process: Path, tmp_path: Path, fault: str, saved: int) -> None:
+def test_f8_sigterm_on_one_rank_saves_the_same_step_on_all(
+    world: Path, single_process: Path, tmp_path: Path, fault: str, saved: int
+) -> None:
     run_dir = tmp_path / "run"
     arguments = words(world, run_dir, train__validate_every=0)
     codes, said = ranks(tmp_path, 2, arguments, struck=1, faults=f"{fault}:term")
@@ -114,12 +133,22 @@ def test_f8_sigterm_on_one_rank_saves_the_same_step_on_all(world: Path, single_p
         close(run_dir, single_process)
 
 
-def test_f3_a_full_disk_on_one_rank_fails_the_save_of_all_and_harms_no_other(world: Path, single_process: Path, tmp_path: Path) -> None:
+def test_f3_a_full_disk_on_one_rank_fails_the_save_of_all_and_harms_no_other(
+    world: Path, single_process: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     words_of_run = words(world, run_dir, checkpoint__on_save_error="warn")
-    codes, said = ranks(tmp_path, 2, words_of_run, struck=1, faults="save.after_shard:1:enospc,save.before_shard:2:enospc")
+    codes, said = ranks(
+        tmp_path,
+        2,
+        words_of_run,
+        struck=1,
+        faults="save.after_shard:1:enospc,save.before_shard:2:enospc",
+    )
     assert codes == [0, 0], said
-    assert [(line["step"], line["event"]) for line in lines(run_dir, "event")] == [(2, "save_failed")]
+    assert [(line["step"], line["event"]) for line in lines(run_dir, "event")] == [
+        (2, "save_failed")
+    ]
     assert "errno 28" in lines(run_dir, "event")[0]["detail"]
     assert [path.name for path in run_dir.glob("checkpoints/*")] == ["step-4"]
     assert open_checkpoint(run_dir).step == STEPS
@@ -129,7 +158,9 @@ def test_f3_a_full_disk_on_one_rank_fails_the_save_of_all_and_harms_no_other(wor
 def rows_of_step(world: Path, rank: int, step: int) -> set[str]:
     """Origins of the rows that a rank of two reads in a step of the run."""
     recipe = load(TrainRecipe, [words(world, Path("x"))[1]], words(world, Path("x"))[2:]).recipe
-    loader = Loader(recipe.data, "documents", ChatTokenizer(world / "tokenizer"), recipe.run.seed, rank, 2)
+    loader = Loader(
+        recipe.data, "documents", ChatTokenizer(world / "tokenizer"), recipe.run.seed, rank, 2
+    )
     for _ in range(step):
         batches = loader.next_step()
     return {origin for batch in batches for origin in batch.origins}
@@ -137,23 +168,38 @@ def rows_of_step(world: Path, rank: int, step: int) -> set[str]:
 
 def test_f9_a_nan_on_one_rank_changes_no_rank(world: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    arguments = words(world, run_dir, checkpoint__save_every=1, checkpoint__keep=9, train__validate_every=0)
+    arguments = words(
+        world, run_dir, checkpoint__save_every=1, checkpoint__keep=9, train__validate_every=0
+    )
     codes, said = ranks(tmp_path, 2, arguments, struck=1, faults="train.loss:2:nan")
     assert codes == [0, 0], said
     assert [line["skipped"] for line in lines(run_dir, "train")] == [False, True, False, False]
-    before, after = (open_checkpoint(run_dir / "checkpoints" / f"step-{step}").tensors() for step in (1, 2))
+    before, after = (
+        open_checkpoint(run_dir / "checkpoints" / f"step-{step}").tensors() for step in (1, 2)
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
     (event,) = lines(run_dir, "event")
     detail, by_rank = event["detail"], [rows_of_step(world, rank, 2) for rank in (0, 1)]
     assert by_rank[1] - by_rank[0], "the ranks read different rows"
-    assert all(f"{origin}" in detail.partition("rows ")[2].split(", ") for origin in by_rank[0] | by_rank[1]), detail
+    assert all(
+        f"{origin}" in detail.partition("rows ")[2].split(", ")
+        for origin in by_rank[0] | by_rank[1]
+    ), detail
     shutil.rmtree(run_dir)
-    codes, said = ranks(tmp_path, 2, arguments, struck=1, faults="train.loss:1:nan,train.loss:2:nan,train.loss:3:nan")
+    codes, said = ranks(
+        tmp_path,
+        2,
+        arguments,
+        struck=1,
+        faults="train.loss:1:nan,train.loss:2:nan,train.loss:3:nan",
+    )
     assert codes == [17, 17], said
 
 
 @pytest.mark.parametrize(("point", "saved"), [("validate:2", 2), ("validate:1", 0)])
-def test_f8_sigterm_on_one_rank_in_a_validation_ends_all_there(world: Path, single_process: Path, tmp_path: Path, point: str, saved: int) -> None:
+def test_f8_sigterm_on_one_rank_in_a_validation_ends_all_there(
+    world: Path, single_process: Path, tmp_path: Path, point: str, saved: int
+) -> None:
     """One micro-batch a validation: before the first step, and after the second."""
     run_dir = tmp_path / "run"
     arguments = words(world, run_dir, checkpoint__save_every=100)
@@ -167,18 +213,37 @@ def test_f8_sigterm_on_one_rank_in_a_validation_ends_all_there(world: Path, sing
     close(run_dir, single_process)
 
 
-def test_f8_sigterm_on_one_rank_in_an_evaluation_ends_all_there(world: Path, tmp_path: Path) -> None:
+def test_f8_sigterm_on_one_rank_in_an_evaluation_ends_all_there(
+    world: Path, tmp_path: Path
+) -> None:
     start, run_dir = make_rl_start(world, tmp_path / "start"), tmp_path / "run"
-    arguments = options(world, run_dir, "rl1", schedule__total_steps=2, checkpoint__save_every=100, rl__evaluate_every=1)
-    arguments += [f"--model.path={start / 'cpt'}", f"--rollout.model={start / 'fp8'}", "--evaluate.samples=1", "--evaluate.max_problems=6"]
-    arguments += [f"--evaluate.problems.0.path={world / 'heldout.jsonl'}", "--evaluate.max_response_tokens=8"]
+    arguments = options(
+        world,
+        run_dir,
+        "rl1",
+        schedule__total_steps=2,
+        checkpoint__save_every=100,
+        rl__evaluate_every=1,
+    )
+    arguments += [
+        f"--model.path={start / 'cpt'}",
+        f"--rollout.model={start / 'fp8'}",
+        "--evaluate.samples=1",
+        "--evaluate.max_problems=6",
+    ]
+    arguments += [
+        f"--evaluate.problems.0.path={world / 'heldout.jsonl'}",
+        "--evaluate.max_response_tokens=8",
+    ]
     codes, said = ranks(tmp_path, 2, arguments, struck=1, faults="evaluate:2:term")
     assert codes == [75, 75], said
     assert said.count("step 1 is saved in") == 1
     assert (len(lines(run_dir, "train")), lines(run_dir, "evaluation")) == (1, [])
     codes, said = ranks(tmp_path, 2, arguments)
     assert codes == [0, 0], said
-    assert [line["step"] for line in lines(run_dir, "evaluation")] == [1, 2], "the one that was stopped is made up for"
+    assert [line["step"] for line in lines(run_dir, "evaluation")] == [1, 2], (
+        "the one that was stopped is made up for"
+    )
 
 
 @pytest.mark.parametrize(("pause", "code"), [(2.5, 0), (9.0, 71)])
@@ -191,13 +256,25 @@ def test_the_watchdog_lets_a_collective_fail_first(pause: float, code: int) -> N
     assert ("rank 1 gave no sign of life for 1 s in step 7" in said) == bool(code)
 
 
-@pytest.mark.parametrize("faults", ["train.loss:2:kill", "train.loss:2:exit", "train.loss:2:enospc", "train.step:2:hang"])
-def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(world: Path, tmp_path: Path, faults: str) -> None:
+@pytest.mark.parametrize(
+    "faults", ["train.loss:2:kill", "train.loss:2:exit", "train.loss:2:enospc", "train.step:2:hang"]
+)
+def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(
+    world: Path, tmp_path: Path, faults: str
+) -> None:
     """At the latest 10 seconds after `timeout_seconds`; at "train.loss" the other rank is in a collective."""
     run_dir = tmp_path / "run"
     timeout = 15 if "hang" in faults else 120  # which the others need not wait for
-    codes, said = ranks(tmp_path, 2, words(world, run_dir, parallel__timeout_seconds=timeout), struck=1, faults=faults)
-    ended = next(tmp_path.glob("codes-*")) / "rank-0"  # the other rank's code, written last; torchrun's own end is not ours to bound
+    codes, said = ranks(
+        tmp_path,
+        2,
+        words(world, run_dir, parallel__timeout_seconds=timeout),
+        struck=1,
+        faults=faults,
+    )
+    ended = (
+        next(tmp_path.glob("codes-*")) / "rank-0"
+    )  # the other rank's code, written last; torchrun's own end is not ours to bound
     assert ended.exists(), said
     assert ended.stat().st_mtime - (run_dir / "metrics.jsonl").stat().st_mtime < 15 + 10
     assert 0 not in codes
@@ -205,7 +282,9 @@ def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(world: Pat
     # the other says where the collective broke; who was killed says nothing, and torchrun names it
     assert re.search(r"rank 0 failed in step 2: \w*Error", said), said
     assert "in _one_step" in said, "its stack, in the step"
-    assert 'distributed_c10d.py", line' in said or "_engine_run_backward" in said, "and in the collective"
+    assert 'distributed_c10d.py", line' in said or "_engine_run_backward" in said, (
+        "and in the collective"
+    )
     struck = {
         "kill": "(SIGKILL)",
         "exit": "exitcode  : 1 ",
@@ -222,7 +301,9 @@ def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(world: Pat
     assert not list(run_dir.glob("checkpoints/.tmp*"))
 
 
-def test_f13_uneven_data_and_ranks_without_trained_tokens(world: Path, single_process: Path, tmp_path: Path) -> None:
+def test_f13_uneven_data_and_ranks_without_trained_tokens(
+    world: Path, single_process: Path, tmp_path: Path
+) -> None:
     """Three ranks share two windows a step: one rank trains nothing, no rank waits for another, and all stop together."""
     run_dir = tmp_path / "run"
     codes, said = ranks(tmp_path, 3, words(world, run_dir))
@@ -240,14 +321,29 @@ def test_f7_another_recipe_and_what_needs_one_process_are_refused_before_any_gro
         ("--optimizer.grad_dtype=bf16", "need one process, not 2", tmp_path / "run"),
     ]:
         command = [sys.executable, "-m", "infir2", *words(world, run_dir), option]
-        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120, check=False)
+        variables = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",
+        }
+        done = subprocess.run(
+            command,
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert done.returncode == 2, done.stderr
         assert sentence in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_sizes_that_cannot_work_are_refused_before_any_group_starts(world: Path, tmp_path: Path) -> None:
+def test_sizes_that_cannot_work_are_refused_before_any_group_starts(
+    world: Path, tmp_path: Path
+) -> None:
     codes, said = ranks(tmp_path, 2, words(world, tmp_path / "run", parallel__tp=3))
     assert codes[0] == 2
     assert said.count("does not divide the 2 processes") == 1

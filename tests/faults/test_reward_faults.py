@@ -38,7 +38,9 @@ def worker_ids(pool: Pool) -> list[int]:
 
 
 def zombies() -> list[str]:
-    listing = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "stat=,args="], capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        ["ps", "--ppid", str(os.getpid()), "-o", "stat=,args="], capture_output=True, text=True
+    ).stdout
     return [line for line in listing.splitlines() if line.startswith("Z")]
 
 
@@ -46,18 +48,25 @@ def one(pool: Pool, kind: str, value: object = None) -> Outcome:
     return pool.run([(kind, value)], SECONDS, 60)[0]
 
 
-def test_four_poison_items_among_64_cost_less_than_twice_the_time_limit(pool: Pool, tmp_path: Path) -> None:
+def test_four_poison_items_among_64_cost_less_than_twice_the_time_limit(
+    pool: Pool, tmp_path: Path
+) -> None:
     began = time.monotonic()
     pool.run([("good", i) for i in range(4)], SECONDS, 60)
     starting = time.monotonic() - began
     poison = {3: "spin_in_c", 17: "swallow_exceptions", 18: "fork_and_hang", 40: "eat_memory"}
-    items = [(poison.get(i, "good"), str(tmp_path / "pids") if poison.get(i) == "fork_and_hang" else i) for i in range(64)]
+    items = [
+        (poison.get(i, "good"), str(tmp_path / "pids") if poison.get(i) == "fork_and_hang" else i)
+        for i in range(64)
+    ]
     began = time.monotonic()
     outcomes = pool.run(items, SECONDS, 60)
     assert time.monotonic() - began < 2 * SECONDS + starting
     assert {outcomes[i].reason for i in (3, 17, 18)} == {"timeout"}
     assert outcomes[40].reason in ("oom", "timeout")
-    assert [(o.value, o.reason) for i, o in enumerate(outcomes) if i not in poison] == [(i, "") for i in range(64) if i not in poison]
+    assert [(o.value, o.reason) for i, o in enumerate(outcomes) if i not in poison] == [
+        (i, "") for i in range(64) if i not in poison
+    ]
     daemons = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(daemons) == 5
     assert gone(daemons)
@@ -75,7 +84,9 @@ def test_four_poison_items_among_64_cost_less_than_twice_the_time_limit(pool: Po
         ("huge_reply", "killed", None),
     ],
 )
-def test_each_kind_of_failure_has_its_reason_and_the_next_item_is_fine(pool: Pool, kind: str, reason: str, value: object) -> None:
+def test_each_kind_of_failure_has_its_reason_and_the_next_item_is_fine(
+    pool: Pool, kind: str, reason: str, value: object
+) -> None:
     outcomes = pool.run([(kind, None), ("good", 1)], SECONDS, 60)
     assert [(o.reason, o.value) for o in outcomes] == [(reason, value), ("", 1)]
     assert (one(pool, "good", 2).value, one(pool, kind).reason) == (2, reason)
@@ -101,7 +112,9 @@ def test_a_worker_killed_while_idle_is_replaced(pool: Pool) -> None:
     for pid in worker_ids(pool):
         os.kill(pid, signal.SIGKILL)
     assert gone(worker_ids(pool))
-    assert [o.value for o in pool.run([("good", i) for i in range(8)], SECONDS, 60)] == list(range(8))
+    assert [o.value for o in pool.run([("good", i) for i in range(8)], SECONDS, 60)] == list(
+        range(8)
+    )
 
 
 def test_threads_share_the_pool(pool: Pool) -> None:
@@ -157,7 +170,9 @@ def test_a_forked_child_neither_uses_nor_kills_its_parents_workers() -> None:
     workers = worker_ids(shared_pool())
     child = os.fork()
     if child == 0:
-        own = check_math("\\boxed{1/4}", "0.25", seconds=20).correct and not set(worker_ids(shared_pool())) & set(workers)
+        own = check_math("\\boxed{1/4}", "0.25", seconds=20).correct and not set(
+            worker_ids(shared_pool())
+        ) & set(workers)
         close_workers()
         os._exit(0 if own else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -10,8 +10,17 @@ from test_rank_faults import ranks
 from infir2.checkpoint import open_checkpoint
 
 STEPS = 5
-VALUES = {"schedule__total_steps": STEPS, "rl__asynchronous": "true", "rl__mini_batches": 1, "rl__evaluate_every": 0}
-VALUES |= {"rl__overlong_buffer_tokens": 24, "rl__max_response_tokens": 24, "checkpoint__background": "false"}
+VALUES = {
+    "schedule__total_steps": STEPS,
+    "rl__asynchronous": "true",
+    "rl__mini_batches": 1,
+    "rl__evaluate_every": 0,
+}
+VALUES |= {
+    "rl__overlong_buffer_tokens": 24,
+    "rl__max_response_tokens": 24,
+    "checkpoint__background": "false",
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +29,12 @@ def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(world: Path, start: Path, run_dir: Path, **values: object) -> list[str]:
-    return options(world, run_dir, "rl1", **(VALUES | {"model__path": start / "cpt", "rollout__model": start / "fp8", **values}))
+    return options(
+        world,
+        run_dir,
+        "rl1",
+        **(VALUES | {"model__path": start / "cpt", "rollout__model": start / "fp8", **values}),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +47,48 @@ def undisturbed(world: Path, start: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("save_every", [1, 2])
 @pytest.mark.parametrize(
-    "faults", ["rollout.group:2", "rollout.group:6", "rollout.group:11", "save.before_rename:2", "save.after_rename:1"]
+    "faults",
+    [
+        "rollout.group:2",
+        "rollout.group:6",
+        "rollout.group:11",
+        "save.before_rename:2",
+        "save.after_rename:1",
+    ],
 )
-def test_killed_anywhere(world: Path, start: Path, tmp_path: Path, faults: str, save_every: int) -> None:
+def test_killed_anywhere(
+    world: Path, start: Path, tmp_path: Path, faults: str, save_every: int
+) -> None:
     arguments = words(world, start, tmp_path / "run", checkpoint__save_every=save_every)
     assert ranks(tmp_path, 1, arguments, struck=0, faults=faults)[0] == [-1]
     run(arguments)
     assert_each_step_once(tmp_path / "run", STEPS)
 
 
-def test_killed_in_an_update_it_goes_on_bit_for_bit(world: Path, start: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_in_an_update_it_goes_on_bit_for_bit(
+    world: Path, start: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     """All responses of the step after the checkpoint are in the journal, from weights that no longer exist."""
     arguments = words(world, start, tmp_path / "run", checkpoint__save_every=2)
     assert ranks(tmp_path, 1, arguments, struck=0, faults="train.step:3")[0] == [-1]
     assert open_checkpoint(tmp_path / "run").step == 2
     run(arguments)
-    names = ("loss", "reward", "gradient_norm", "response_tokens", "groups_sampled", "staleness", "mismatch_max")
+    names = (
+        "loss",
+        "reward",
+        "gradient_norm",
+        "response_tokens",
+        "groups_sampled",
+        "staleness",
+        "mismatch_max",
+    )
     assert curve(tmp_path / "run", *names) == curve(undisturbed, *names)
     assert_same_state(tmp_path / "run", undisturbed)
 
 
-def test_without_its_journal_the_step_is_sampled_from_newer_weights(world: Path, start: Path, tmp_path: Path) -> None:
+def test_without_its_journal_the_step_is_sampled_from_newer_weights(
+    world: Path, start: Path, tmp_path: Path
+) -> None:
     arguments = words(world, start, tmp_path / "run", checkpoint__save_every=2)
     assert ranks(tmp_path, 1, arguments, struck=0, faults="train.step:4")[0] == [-1]
     shutil.rmtree(tmp_path / "run" / "rollouts")
@@ -71,7 +106,9 @@ def test_a_signal_while_the_next_step_is_sampled(world: Path, start: Path, tmp_p
     assert_each_step_once(tmp_path / "run", STEPS)
 
 
-def test_ranks_that_share_their_processors_with_engines_are_refused(world: Path, start: Path, tmp_path: Path) -> None:
+def test_ranks_that_share_their_processors_with_engines_are_refused(
+    world: Path, start: Path, tmp_path: Path
+) -> None:
     codes, said = ranks(tmp_path, 2, words(world, start, tmp_path / "run"))
     assert codes in ([2, 2], [2, -1], [-1, 2]), said
     assert "rl.asynchronous needs engines apart" in said

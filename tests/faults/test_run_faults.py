@@ -38,13 +38,27 @@ def passings_from_nought(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cpt(world: Path, directory: Path, **values: object) -> list[str]:
     return options(
-        world, directory, "cpt", **{"schedule__total_steps": 8, "checkpoint__save_every": 2, "train__validate_every": 0, **values}
+        world,
+        directory,
+        "cpt",
+        **{
+            "schedule__total_steps": 8,
+            "checkpoint__save_every": 2,
+            "train__validate_every": 0,
+            **values,
+        },
     )
 
 
 def infir2(words: list[str], **variables: str) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run([sys.executable, "-m", "infir2", *words], env=environment, stderr=subprocess.PIPE, text=True, timeout=240)
+    return subprocess.run(
+        [sys.executable, "-m", "infir2", *words],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=240,
+    )
 
 
 def events(run_dir: Path) -> list[tuple[int, str]]:
@@ -70,8 +84,12 @@ def test_three_random_kills_change_nothing(tmp_path: Path, monkeypatch: pytest.M
         runs.kill_run(kind, 1)
 
 
-@pytest.mark.parametrize(("point", "passing"), [(point, 2) for point in faults.POINTS if point.startswith("save.")])
-def test_f1_a_kill_at_any_point_of_a_save_changes_nothing(world: Path, tmp_path: Path, undisturbed: Path, point: str, passing: int) -> None:
+@pytest.mark.parametrize(
+    ("point", "passing"), [(point, 2) for point in faults.POINTS if point.startswith("save.")]
+)
+def test_f1_a_kill_at_any_point_of_a_save_changes_nothing(
+    world: Path, tmp_path: Path, undisturbed: Path, point: str, passing: int
+) -> None:
     """The second save of a run; the run after it starts from the newest whole checkpoint and ends with the same bits."""
     words = cpt(world, tmp_path / "run", checkpoint__keep=1)
     pid = os.fork()
@@ -87,13 +105,23 @@ def test_f1_a_kill_at_any_point_of_a_save_changes_nothing(world: Path, tmp_path:
     assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-8"]
 
 
-def test_f1_a_kill_during_a_save_loses_two_intervals_at_most(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_f1_a_kill_during_a_save_loses_two_intervals_at_most(
+    world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
     """The save of step 4 hangs: training goes on to step 6, whose save would begin, and not beyond."""
     words, metrics = cpt(world, tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "INFIR2_FAULTS": "save.before_rename:2:hang"}
-    process = subprocess.Popen([sys.executable, "-m", "infir2", *words], env=environment, stderr=subprocess.DEVNULL)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "INFIR2_FAULTS": "save.before_rename:2:hang",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "infir2", *words], env=environment, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and '"kind": "train", "step": 6' in metrics.read_text()) and time.monotonic() < deadline:
+    while (
+        not (metrics.exists() and '"kind": "train", "step": 6' in metrics.read_text())
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     time.sleep(1)
     assert curve(tmp_path / "run", "loss")[-1][0] == 6
@@ -115,10 +143,15 @@ def test_f2_a_damaged_checkpoint_is_passed_over_and_named(
     run([*words, "--train.stop_after_step=6"])
 
     def spoil(step: int) -> str:
-        path = max((tmp_path / "run" / "checkpoints" / f"step-{step}").iterdir(), key=lambda path: path.stat().st_size)
+        path = max(
+            (tmp_path / "run" / "checkpoints" / f"step-{step}").iterdir(),
+            key=lambda path: path.stat().st_size,
+        )
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
-        path.unlink() if damage == "remove" else path.write_bytes(data if damage == "flip" else data[:-1])
+        path.unlink() if damage == "remove" else path.write_bytes(
+            data if damage == "flip" else data[:-1]
+        )
         return path.name
 
     name = spoil(6)
@@ -174,11 +207,19 @@ NUM_STEPS = 70
 
 def unshared(flags: str, script: str, directory: Path) -> "subprocess.CompletedProcess[str]":
     """Run a script in namespaces of its own; skips the test where there are none."""
-    if shutil.which("unshare") is None or subprocess.run(["unshare", flags, "true"], capture_output=True, check=False).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(["unshare", flags, "true"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("no private namespaces on this machine")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        ["unshare", flags, "bash", "-c", script], cwd=directory, env=environment, capture_output=True, text=True, timeout=240
+        ["unshare", flags, "bash", "-c", script],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
 
 
@@ -194,18 +235,35 @@ def test_f3_a_real_full_disk_stops_the_run_or_is_told_and_harms_nothing(
     world: Path, tmp_path: Path, long: Path, policy: str, free: int
 ) -> None:
     """The run directory on a disk of 4 MB that something else fills at step 32: more lines than a page follow until the save of 60."""
-    values = {"schedule__total_steps": NUM_STEPS, "checkpoint__save_every": 30, "checkpoint__keep": 2}
+    values = {
+        "schedule__total_steps": NUM_STEPS,
+        "checkpoint__save_every": 30,
+        "checkpoint__keep": 2,
+    }
     words = cpt(world, Path("run"), checkpoint__on_save_error=policy, **values)
     fill = shlex.join([sys.executable, "-c", FILL, "32", str(free), *words])
-    done = unshared("-Urm", ON_A_SMALL_DISK.format(fill=fill, run=shlex.join([sys.executable, "-m", "infir2", *words])), tmp_path)
+    done = unshared(
+        "-Urm",
+        ON_A_SMALL_DISK.format(fill=fill, run=shlex.join([sys.executable, "-m", "infir2", *words])),
+        tmp_path,
+    )
     failed = [(60, "save_failed")] if policy == "warn" else []
-    codes = [0] if policy == "warn" else [3, 3, 0]  # when it fills up, while it is full, when there is room again
+    codes = (
+        [0] if policy == "warn" else [3, 3, 0]
+    )  # when it fills up, while it is full, when there is room again
     expected = [word for code in codes for word in ("code", str(code))]
     older = "step-30" if policy == "warn" else "step-60"  # a failed save costs no older one
     assert done.stdout.split() == [*expected, older, f"step-{NUM_STEPS}"], done.stderr
-    assert done.stderr.count("run/metrics.jsonl cannot be written (No space left on device, errno 28 ENOSPC); its lines are kept") == 1
+    assert (
+        done.stderr.count(
+            "run/metrics.jsonl cannot be written (No space left on device, errno 28 ENOSPC); its lines are kept"
+        )
+        == 1
+    )
     assert "step 60 could not be saved" in done.stderr
-    assert ("cannot be written (No space left on device, errno 28 ENOSPC); free space" in done.stderr) == (policy == "stop")
+    assert (
+        "cannot be written (No space left on device, errno 28 ENOSPC); free space" in done.stderr
+    ) == (policy == "stop")
     assert "internal error" not in done.stderr
     assert curve(tmp_path / "kept", "loss") == curve(long, "loss")
     assert_same_state(tmp_path / "kept", long)
@@ -214,7 +272,11 @@ def test_f3_a_real_full_disk_stops_the_run_or_is_told_and_harms_nothing(
 
 @pytest.mark.parametrize("name", ["recipe.toml", "metrics.jsonl"])
 def test_f3_a_start_that_the_disk_refuses_is_a_checkpoint_error(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
     words = cpt(world, tmp_path / "run")
     run([*words, "--train.stop_after_step=4"])
@@ -229,7 +291,10 @@ def test_f3_a_start_that_the_disk_refuses_is_a_checkpoint_error(
 
     monkeypatch.setattr(Path, "replace", replace_file)
     assert main(words) == 3
-    assert f"{name}: cannot be written (No space left on device, errno 28 ENOSPC)" in capsys.readouterr().err
+    assert (
+        f"{name}: cannot be written (No space left on device, errno 28 ENOSPC)"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "run" / name).read_bytes() == before
     monkeypatch.undo()
     run(words)
@@ -239,25 +304,44 @@ def test_f3_a_start_that_the_disk_refuses_is_a_checkpoint_error(
 def test_f3_a_last_save_that_fails_is_not_success(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("INFIR2_FAULTS", "save.before_manifest:4:enospc,save.before_manifest:5:enospc")
+    monkeypatch.setenv(
+        "INFIR2_FAULTS", "save.before_manifest:4:enospc,save.before_manifest:5:enospc"
+    )
     words = cpt(world, tmp_path / "run", checkpoint__on_save_error="warn")
     assert main(words) == 3
-    assert "its last step, 8, could not be saved, and the newest checkpoint is step 6" in capsys.readouterr().err
+    assert (
+        "its last step, 8, could not be saved, and the newest checkpoint is step 6"
+        in capsys.readouterr().err
+    )
     run(words)
     assert open_checkpoint(tmp_path / "run").step == 8
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_f3_a_save_that_fails_twice_stops_the_run_or_is_told(
-    world: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], background: str
+    world: Path,
+    tmp_path: Path,
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    background: str,
 ) -> None:
-    monkeypatch.setenv("INFIR2_FAULTS", "save.before_manifest:2:enospc,save.before_manifest:3:enospc")
+    monkeypatch.setenv(
+        "INFIR2_FAULTS", "save.before_manifest:2:enospc,save.before_manifest:3:enospc"
+    )
     words = cpt(world, tmp_path / "stop", checkpoint__background=background)
     assert main(words) == 3
     assert "step 4 could not be saved" in capsys.readouterr().err
     assert open_checkpoint(tmp_path / "stop").step == 2
     monkeypatch.setattr(faults, "_passings", Counter())
-    run(cpt(world, tmp_path / "warn", checkpoint__background=background, checkpoint__on_save_error="warn"))
+    run(
+        cpt(
+            world,
+            tmp_path / "warn",
+            checkpoint__background=background,
+            checkpoint__on_save_error="warn",
+        )
+    )
     ((step, name),) = events(tmp_path / "warn")
     assert (step, name) == (4, "save_failed")
     monkeypatch.delenv("INFIR2_FAULTS")
@@ -282,11 +366,16 @@ def test_f4_a_directory_that_vanishes_is_an_error_with_its_errno(
     monkeypatch.setattr(Loader, "next_step", vanish)
     stopped = main(cpt(world, tmp_path / "run", checkpoint__background="false"))
     assert stopped == 3
-    assert "step 4 could not be saved (No such file or directory, errno 2 ENOENT)" in capsys.readouterr().err
+    assert (
+        "step 4 could not be saved (No such file or directory, errno 2 ENOENT)"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "gone" / "step-2").is_dir()
 
 
-def test_a_background_save_holds_the_weights_of_its_step(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_background_save_holds_the_weights_of_its_step(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The copy is slow, the next update waits for it: the published bytes are those of a save that stopped everything."""
     real = torch.Tensor.copy_
     waited = []
@@ -317,7 +406,12 @@ def test_a_background_save_holds_the_weights_of_its_step(world: Path, tmp_path: 
     ],
 )
 def test_f7_a_recipe_that_makes_another_run_is_refused(
-    world: Path, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str], change: str, sentence: str
+    world: Path,
+    tmp_path: Path,
+    undisturbed: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: str,
+    sentence: str,
 ) -> None:
     before = sorted((undisturbed / "checkpoints").iterdir())
     assert main([*cpt(world, undisturbed), change.format(copy=tmp_path)]) == 2
@@ -356,11 +450,15 @@ def test_f7_a_refusal_comes_first_and_leaves_the_recipe_as_it_was(
     assert [step for step, _ in curve(tmp_path / "run", "loss")] == list(range(1, 9))
 
 
-def test_f7_other_data_that_is_accepted_begins_at_its_start(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_f7_other_data_that_is_accepted_begins_at_its_start(
+    world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
     words = cpt(world, tmp_path / "run", checkpoint__save_every=4)
     run([*words, "--train.stop_after_step=4"])
     changed = [*words, "--run.seed=9", "--accept-changes"]
-    stopped = infir2(changed, INFIR2_FAULTS="train.step:2")  # killed before it has saved: the same command goes on
+    stopped = infir2(
+        changed, INFIR2_FAULTS="train.step:2"
+    )  # killed before it has saved: the same command goes on
     assert stopped.returncode == -signal.SIGKILL
     run(changed)
     assert events(tmp_path / "run") == [(4, "data_from_its_start")] * 2
@@ -381,10 +479,19 @@ def test_f7_a_recipe_that_cannot_be_read_back_counts_as_changed(
     run(words)
 
 
-def test_f7_a_resumed_run_needs_nothing_of_the_run_it_began_with(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_f7_a_resumed_run_needs_nothing_of_the_run_it_began_with(
+    world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
     """Neither its model nor, without data.tokenizer, what it says of its tokenizer."""
     shutil.copytree(undisturbed, tmp_path / "parent")
-    words = options(world, tmp_path / "run", "sft1", model__path=tmp_path / "parent", schedule__total_steps=4, checkpoint__save_every=2)
+    words = options(
+        world,
+        tmp_path / "run",
+        "sft1",
+        model__path=tmp_path / "parent",
+        schedule__total_steps=4,
+        checkpoint__save_every=2,
+    )
     words = [*words, "--data.tokenizer="]
     run([*words, "--train.stop_after_step=2"])
     shutil.rmtree(tmp_path / "parent")
@@ -396,7 +503,9 @@ def test_f7_a_resumed_run_needs_nothing_of_the_run_it_began_with(world: Path, tm
 def test_f8_sigterm_in_a_validation(world: Path, tmp_path: Path, undisturbed: Path) -> None:
     """The step is saved, the rest of the validation made up for."""
     words = cpt(world, tmp_path / "run", checkpoint__save_every=100, train__validate_every=4)
-    stopped = infir2([*words, "--data.micro_batch_tokens=1024"], INFIR2_FAULTS="validate:2:term")  # one before the first step
+    stopped = infir2(
+        [*words, "--data.micro_batch_tokens=1024"], INFIR2_FAULTS="validate:2:term"
+    )  # one before the first step
     assert stopped.returncode == 75, stopped.stderr
     assert "step 4 is saved in" in stopped.stderr
     assert [line["step"] for line in lines(tmp_path / "run", "validation")] == [0]
@@ -405,20 +514,28 @@ def test_f8_sigterm_in_a_validation(world: Path, tmp_path: Path, undisturbed: Pa
     assert [step for step, _ in curve(tmp_path / "run", "loss")] == list(range(1, 9))
 
 
-def test_f8_sigterm_where_a_branch_has_saved_nothing_names_what_it_goes_on_from(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_f8_sigterm_where_a_branch_has_saved_nothing_names_what_it_goes_on_from(
+    world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
     source = undisturbed / "checkpoints" / "step-8"
-    words = cpt(world, tmp_path / "branch", checkpoint__branch_from=source, schedule__total_steps=10)
+    words = cpt(
+        world, tmp_path / "branch", checkpoint__branch_from=source, schedule__total_steps=10
+    )
     stopped = infir2(words, INFIR2_FAULTS="train.start:1:term")
     assert stopped.returncode == 75, stopped.stderr
     assert f"step 8 is saved in {undisturbed};" in stopped.stderr
 
 
 @pytest.mark.parametrize(("point", "saved"), [("train.start:1", 0), ("train.step:6", 6)])
-def test_f8_sigterm_in_start_up_and_in_a_step(world: Path, tmp_path: Path, undisturbed: Path, point: str, saved: int) -> None:
+def test_f8_sigterm_in_start_up_and_in_a_step(
+    world: Path, tmp_path: Path, undisturbed: Path, point: str, saved: int
+) -> None:
     words = cpt(world, tmp_path / "run", checkpoint__save_every=100)
     stopped = infir2(words, INFIR2_FAULTS=f"{point}:term")
     assert stopped.returncode == 75, stopped.stderr
-    assert ("there was nothing to save yet" if saved == 0 else f"step {saved} is saved") in stopped.stderr
+    assert (
+        "there was nothing to save yet" if saved == 0 else f"step {saved} is saved"
+    ) in stopped.stderr
     run(words)
     assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
     assert_same_state(tmp_path / "run", undisturbed)
@@ -430,13 +547,25 @@ def rl_words(world: Path, undisturbed: Path) -> list[str]:
     directory = undisturbed.parent
     run(["export", "hf", str(undisturbed), "--to", str(directory / "hf")])
     run(["export", "fp8", str(directory / "hf"), "--to", str(directory / "fp8")])
-    words = options(world, directory, "rl1", schedule__total_steps=3, checkpoint__save_every=100, rl__evaluate_every=2)
+    words = options(
+        world,
+        directory,
+        "rl1",
+        schedule__total_steps=3,
+        checkpoint__save_every=100,
+        rl__evaluate_every=2,
+    )
     words += [
         f"--model.path={undisturbed}",
         f"--rollout.model={directory / 'fp8'}",
         f"--evaluate.problems.0.path={world / 'heldout.jsonl'}",
     ]
-    return [*words, "--evaluate.max_response_tokens=8", "--evaluate.samples=1", "--evaluate.max_problems=6"]
+    return [
+        *words,
+        "--evaluate.max_response_tokens=8",
+        "--evaluate.samples=1",
+        "--evaluate.max_problems=6",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +575,9 @@ def undisturbed_rl(rl_words: list[str], tmp_path_factory: pytest.TempPathFactory
     return directory
 
 
-@pytest.mark.parametrize(("point", "saved"), [("rollout.group:2", 0), ("rollout.group:10", 2), ("evaluate:2", 2)])
+@pytest.mark.parametrize(
+    ("point", "saved"), [("rollout.group:2", 0), ("rollout.group:10", 2), ("evaluate:2", 2)]
+)
 def test_f8_sigterm_in_a_rollout_and_in_an_evaluation(
     rl_words: list[str], undisturbed_rl: Path, tmp_path: Path, point: str, saved: int
 ) -> None:
@@ -454,19 +585,26 @@ def test_f8_sigterm_in_a_rollout_and_in_an_evaluation(
     words = [*rl_words, f"--run.dir={tmp_path / 'run'}"]
     stopped = infir2(words, INFIR2_FAULTS=f"{point}:term")
     assert stopped.returncode == 75, stopped.stderr
-    assert ("there was nothing to save yet" if saved == 0 else f"step {saved} is saved") in stopped.stderr
+    assert (
+        "there was nothing to save yet" if saved == 0 else f"step {saved} is saved"
+    ) in stopped.stderr
     assert len(curve(tmp_path / "run", "reward")) == saved
     run(words)
     names = ("reward", "response_tokens", "groups_sampled", "policy_version")
     assert curve(tmp_path / "run", *names) == curve(undisturbed_rl, *names)
-    scores = [[(line["step"], line["truncated_fraction"]) for line in lines(d, "evaluation")] for d in (tmp_path / "run", undisturbed_rl)]
+    scores = [
+        [(line["step"], line["truncated_fraction"]) for line in lines(d, "evaluation")]
+        for d in (tmp_path / "run", undisturbed_rl)
+    ]
     assert [step for step, _ in scores[0]] == [2, 3]
     assert scores[0] == scores[1]
     assert_same_state(tmp_path / "run", undisturbed_rl)
 
 
 def test_f8_sigterm_before_there_is_a_run(world: Path, tmp_path: Path) -> None:
-    process = begin([sys.executable, "-X", "importtime", "-m", "infir2", *cpt(world, tmp_path / "run")])
+    process = begin(
+        [sys.executable, "-X", "importtime", "-m", "infir2", *cpt(world, tmp_path / "run")]
+    )
     assert process.stderr is not None
     for line in process.stderr:  # torch is being imported: the run directory does not exist yet
         if "torch._utils" in line:
@@ -480,7 +618,11 @@ def test_f8_sigterm_before_there_is_a_run(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [0, 4])
 def test_f8_sigterm_while_a_run_is_being_closed_changes_nothing(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
 ) -> None:
     """A launcher sends it to all ranks when one has ended: each keeps its own exit code and says nothing of signals."""
     signals = []
@@ -514,9 +656,14 @@ def test_f8_sigterm_while_a_run_is_being_closed_changes_nothing(
 def test_f9_a_nan_changes_nothing_and_three_in_a_row_stop_the_run(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("INFIR2_FAULTS", "train.loss:2:nan,train.loss:4:nan,train.loss:5:nan,train.loss:6:nan")
+    monkeypatch.setenv(
+        "INFIR2_FAULTS", "train.loss:2:nan,train.loss:4:nan,train.loss:5:nan,train.loss:6:nan"
+    )
     assert main(cpt(world, tmp_path / "run", checkpoint__save_every=1, checkpoint__keep=9)) == 17
-    assert "stopped at step 6: loss or gradient was not finite 3 steps in a row" in capsys.readouterr().err
+    assert (
+        "stopped at step 6: loss or gradient was not finite 3 steps in a row"
+        in capsys.readouterr().err
+    )
     assert events(tmp_path / "run") == [(step, "non_finite") for step in (2, 4, 5, 6)]
     assert "cpt.jsonl:" in lines(tmp_path / "run", "event")[0]["detail"]  # the rows of the batch
     first, second, third = (checkpoint(tmp_path / "run", step) for step in (1, 2, 3))
@@ -564,7 +711,11 @@ def sft(world: Path, tmp_path: Path, rows: list[dict], **values: object) -> list
     """An SFT run of a new model on these rows."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = options(world, tmp_path / "run", "sft1", train__validate_every=0, **values)
-    words += [f"--data.sources.0.path={tmp_path / 'rows.jsonl'}", "--model.path=", "--data.max_quarantined_fraction=0.5"]
+    words += [
+        f"--data.sources.0.path={tmp_path / 'rows.jsonl'}",
+        "--model.path=",
+        "--data.max_quarantined_fraction=0.5",
+    ]
     return words + [f"--model.shape.{name}={value}" for name, value in SHAPE.items()]
 
 
@@ -575,30 +726,53 @@ def test_f13_a_dataset_shorter_than_one_step_wraps(world: Path, tmp_path: Path) 
     trained = lines(tmp_path / "run", "train")
     assert [line["step"] for line in trained] == [1, 2]
     assert all(line["trained_tokens"] > 0 and not line["skipped"] for line in trained)
-    ((said,),) = [[event["detail"] for event in lines(tmp_path / "run", "event") if event["event"] == "few_rows"]]
+    ((said,),) = [
+        [
+            event["detail"]
+            for event in lines(tmp_path / "run", "event")
+            if event["event"] == "few_rows"
+        ]
+    ]
     assert said.startswith("3 rows for data.batch_samples = 4")
 
 
 @pytest.mark.parametrize(("policy", "counted"), [("drop", {"too_long": 2}), ("truncate", {})])
-def test_f15_rows_that_are_too_long_follow_the_recipe(world: Path, tmp_path: Path, policy: str, counted: dict[str, int]) -> None:
+def test_f15_rows_that_are_too_long_follow_the_recipe(
+    world: Path, tmp_path: Path, policy: str, counted: dict[str, int]
+) -> None:
     rows = [json.loads(line) for line in (world / "sft1.jsonl").read_text().splitlines()[:6]]
     for row in rows[:2]:
         row["messages"][0]["content"] = " ".join([row["messages"][0]["content"]] * 30)
     words = sft(world, tmp_path, rows, schedule__total_steps=3, data__too_long=policy)
     run([*words, "--data.sequence_tokens=128", "--data.micro_batch_tokens=256"])
     path = tmp_path / "run" / "quarantine.jsonl"
-    assert Counter(json.loads(line)["reason"] for line in (path.read_text().splitlines() if path.exists() else [])) == counted
-    assert all(line["trained_tokens"] > 0 and not line["skipped"] for line in lines(tmp_path / "run", "train"))
+    assert (
+        Counter(
+            json.loads(line)["reason"]
+            for line in (path.read_text().splitlines() if path.exists() else [])
+        )
+        == counted
+    )
+    assert all(
+        line["trained_tokens"] > 0 and not line["skipped"]
+        for line in lines(tmp_path / "run", "train")
+    )
 
 
-def test_f15_a_step_without_a_trained_token_is_skipped_and_counted(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f15_a_step_without_a_trained_token_is_skipped_and_counted(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = Loader.next_step
     taken: list[int] = []
 
     def masked(self: Loader) -> list:
         taken.append(1)
         batches = real(self)
-        return [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)) for batch in batches] if len(taken) == 3 else batches
+        return (
+            [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)) for batch in batches]
+            if len(taken) == 3
+            else batches
+        )
 
     monkeypatch.setattr(Loader, "next_step", masked)
     run(cpt(world, tmp_path / "run", checkpoint__save_every=1, checkpoint__keep=9))
@@ -632,7 +806,9 @@ def test_f26_a_broken_view_neither_stops_nor_delays_the_run(
     assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
 
 
-def test_f27_a_clock_that_jumps_changes_no_timer(world: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f27_a_clock_that_jumps_changes_no_timer(
+    world: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = time.time, []
 
     def jumping() -> float:
@@ -645,10 +821,15 @@ def test_f27_a_clock_that_jumps_changes_no_timer(world: Path, tmp_path: Path, un
     run(words)
     assert calls
     assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
-    assert all(0 < line["seconds"] < 60 and line["tokens_per_second"] > 0 for line in lines(tmp_path / "run", "train"))
+    assert all(
+        0 < line["seconds"] < 60 and line["tokens_per_second"] > 0
+        for line in lines(tmp_path / "run", "train")
+    )
 
 
-def test_f27_few_open_files_are_a_warning(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_f27_few_open_files_are_a_warning(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
     try:
@@ -667,11 +848,17 @@ echo $?
 """
 
 
-def test_f27_a_restart_under_another_host_name_goes_on(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_f27_a_restart_under_another_host_name_goes_on(
+    world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
     """As where a launcher starts a run again on another node, seconds after its own had died in a save."""
     words = shlex.join(cpt(world, Path("run")))
     python = shlex.quote(sys.executable)
-    done = unshared("-Uru", TWO_HOSTS.format(run=f"{python} -m infir2 {words}", python=python, words=words), tmp_path)
+    done = unshared(
+        "-Uru",
+        TWO_HOSTS.format(run=f"{python} -m infir2 {words}", python=python, words=words),
+        tmp_path,
+    )
     assert done.stdout.split() == ["137", "0"], done.stderr
     assert "was on another host" in done.stderr
     assert "on node-a" in done.stderr

@@ -36,7 +36,11 @@ def small_shards(monkeypatch):
 
 
 def save(store: Store, step: int) -> Path:
-    return store.save(step, {"parameters/a": torch.full((64,), float(step)), "optimizer/a": torch.ones(3)}, {"step": step})
+    return store.save(
+        step,
+        {"parameters/a": torch.full((64,), float(step)), "optimizer/a": torch.ones(3)},
+        {"step": step},
+    )
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -57,8 +61,13 @@ def assert_whole(run_dir: Path, step: int) -> None:
     assert checkpoint.tensors()["parameters/a"].tolist() == [float(step)] * 64
 
 
-@pytest.mark.parametrize(("point", "passing"), [(point, 1) for point in SAVE_POINTS] + [("save.before_shard", 2), ("save.after_shard", 2)])
-def test_a_kill_at_any_point_leaves_the_newest_whole_checkpoint(tmp_path, monkeypatch, point, passing):
+@pytest.mark.parametrize(
+    ("point", "passing"),
+    [(point, 1) for point in SAVE_POINTS] + [("save.before_shard", 2), ("save.after_shard", 2)],
+)
+def test_a_kill_at_any_point_leaves_the_newest_whole_checkpoint(
+    tmp_path, monkeypatch, point, passing
+):
     store = Store(tmp_path, keep=1)
     save(store, 1)
     store.close()
@@ -74,7 +83,9 @@ def test_a_kill_at_any_point_leaves_the_newest_whole_checkpoint(tmp_path, monkey
     expected = 2 if point in ("save.after_rename", "save.during_retention") else 1
     assert_whole(tmp_path, expected)
 
-    leftovers = [entry.name for entry in store.directory.iterdir() if not entry.name.startswith("step-")]
+    leftovers = [
+        entry.name for entry in store.directory.iterdir() if not entry.name.startswith("step-")
+    ]
     warnings: list[str] = []
     resumed = Store(tmp_path, keep=1, warn=warnings.append)
     assert resumed.newest().step == expected
@@ -97,7 +108,9 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-@pytest.mark.parametrize("name", ["__0_0.distcp", "__0_1.distcp", ".metadata", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["__0_0.distcp", "__0_1.distcp", ".metadata", "state.json", "manifest.json"]
+)
 def test_a_damaged_file_is_named_and_the_previous_checkpoint_taken(tmp_path, name, damage):
     warnings: list[str] = []
     store = Store(tmp_path, keep=2, warn=warnings.append)
@@ -118,7 +131,9 @@ def test_a_flip_of_any_byte_of_the_manifest_is_found(tmp_path):
     manifest = save(Store(tmp_path), 1) / "manifest.json"
     good = manifest.read_bytes()
     for position in range(len(good)):
-        manifest.write_bytes(good[:position] + bytes([good[position] ^ 0x01]) + good[position + 1 :])
+        manifest.write_bytes(
+            good[:position] + bytes([good[position] ^ 0x01]) + good[position + 1 :]
+        )
         with pytest.raises(CheckpointError, match=r"manifest\.json|checkpoints verifies"):
             open_checkpoint(tmp_path, warn=lambda _: None)
     manifest.write_bytes(good)
@@ -130,7 +145,9 @@ def test_full_disk_once_makes_room_and_succeeds(tmp_path, monkeypatch):
     store = Store(tmp_path, keep=3, warn=warnings.append)
     for step in (1, 2, 3):
         save(store, step)
-    flip(store.directory / "step-3" / "state.json")  # a damaged newest one must not cost the newest good one
+    flip(
+        store.directory / "step-3" / "state.json"
+    )  # a damaged newest one must not cost the newest good one
     monkeypatch.setattr(faults, "_passings", Counter())
     monkeypatch.setenv("INFIR2_FAULTS", "save.after_shard:2:enospc")
     save(store, 4)
@@ -144,8 +161,12 @@ def test_full_disk_twice_is_an_error_and_harms_nothing(tmp_path, monkeypatch):
     store = Store(tmp_path, keep=2, warn=lambda _: None)
     save(store, 1)
     monkeypatch.setattr(faults, "_passings", Counter())
-    monkeypatch.setenv("INFIR2_FAULTS", "save.before_manifest:1:enospc,save.before_manifest:2:enospc")
-    with pytest.raises(CheckpointError, match=r"checkpoints: step 2 could not be saved .*errno 28 ENOSPC"):
+    monkeypatch.setenv(
+        "INFIR2_FAULTS", "save.before_manifest:1:enospc,save.before_manifest:2:enospc"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints: step 2 could not be saved .*errno 28 ENOSPC"
+    ):
         save(store, 2)
     assert [entry.name for entry in store.directory.iterdir()] == ["step-1"]
     assert_whole(tmp_path, 1)
@@ -165,7 +186,9 @@ def test_a_vanished_directory_is_an_error_with_its_name(tmp_path):
     warnings: list[str] = []
     store = Store(tmp_path / "run", warn=warnings.append)
     store.directory.rmdir()
-    with pytest.raises(CheckpointError, match=r"run/checkpoints: step 1 could not be saved .*errno 2 ENOENT"):
+    with pytest.raises(
+        CheckpointError, match=r"run/checkpoints: step 1 could not be saved .*errno 2 ENOENT"
+    ):
         save(store, 1)
 
 
@@ -218,12 +241,21 @@ except CheckpointError as error:
 def test_a_real_full_and_a_real_read_only_disk(tmp_path):
     unshare = ["unshare", "-Urm"]
     try:
-        possible = subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True).returncode == 0
+        possible = (
+            subprocess.run(
+                [*unshare, "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True
+            ).returncode
+            == 0
+        )
     except FileNotFoundError:
         possible = False
     if not possible:
         pytest.skip("no private mount namespace on this machine")
-    result = subprocess.run([*unshare, sys.executable, "-c", NAMESPACE_SCRIPT, str(tmp_path)], capture_output=True, text=True)
+    result = subprocess.run(
+        [*unshare, sys.executable, "-c", NAMESPACE_SCRIPT, str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -294,7 +326,9 @@ def test_a_dead_job_whose_child_lives_on_is_told_apart(tmp_path):
     assert Store(tmp_path, warn=lambda _: None).newest().step == 1
 
 
-def test_a_directory_that_cannot_be_synced_after_the_rename_keeps_the_checkpoint(tmp_path, monkeypatch):
+def test_a_directory_that_cannot_be_synced_after_the_rename_keeps_the_checkpoint(
+    tmp_path, monkeypatch
+):
     warnings: list[str] = []
     store = Store(tmp_path, warn=warnings.append)
     real = store_module._sync_directory
@@ -352,14 +386,18 @@ def test_a_lock_is_let_go_while_the_same_thread_takes_another(tmp_path, monkeypa
     assert not (tmp_path / "a" / lock_module.LOCK).read_bytes()
 
 
-def test_another_host_that_shows_life_is_respected_and_a_silent_one_taken_over(tmp_path, monkeypatch):
+def test_another_host_that_shows_life_is_respected_and_a_silent_one_taken_over(
+    tmp_path, monkeypatch
+):
     """The kernel gives us the lock, as where a file system does not carry it between hosts: beats of the other's tell."""
     monkeypatch.setattr(lock_module, "WATCH_SECONDS", 30.0)
     (tmp_path / "checkpoints").mkdir()
     path = tmp_path / ".lock"
     path.write_text(FAR_AWAY)
     refused = threading.Event()
-    beats = threading.Thread(target=lambda: [os.utime(path) for _ in iter(lambda: refused.wait(0.5), True)])
+    beats = threading.Thread(
+        target=lambda: [os.utime(path) for _ in iter(lambda: refused.wait(0.5), True)]
+    )
     beats.start()
     warnings: list[str] = []
     with pytest.raises(OutputExistsError, match=r"another job works.*pid 7 on far-away"):
@@ -378,10 +416,14 @@ def test_another_host_that_shows_life_is_respected_and_a_silent_one_taken_over(t
     os.utime(path, (old, old))
     told = len(warnings)
     Store(tmp_path, warn=warnings.append).close()
-    assert not [text for text in warnings[told:] if "waiting" in text], "silent for long: nobody waits"
+    assert not [text for text in warnings[told:] if "waiting" in text], (
+        "silent for long: nobody waits"
+    )
 
 
-def test_a_lock_that_the_file_server_still_keeps_for_a_dead_host_is_waited_for(tmp_path, monkeypatch):
+def test_a_lock_that_the_file_server_still_keeps_for_a_dead_host_is_waited_for(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(lock_module, "WATCH_SECONDS", 0.5)
     path = tmp_path / ".lock"
     path.write_text(FAR_AWAY)
@@ -411,7 +453,9 @@ def test_a_holder_keeps_touching_its_lock(tmp_path, monkeypatch):
 
 def test_leftovers_are_removed_and_named_whatever_host_left_them(tmp_path):
     directory, warnings = tmp_path / "checkpoints", []
-    leftovers = [directory / f".tmp-step-3-{host}-99-aa" for host in ("far-away", os.uname().nodename)]
+    leftovers = [
+        directory / f".tmp-step-3-{host}-99-aa" for host in ("far-away", os.uname().nodename)
+    ]
     for path in leftovers:
         path.mkdir(parents=True)
     (unrelated := directory / ".tmp-notes").mkdir()
@@ -421,7 +465,14 @@ def test_leftovers_are_removed_and_named_whatever_host_left_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", ["save.nowhere:1", "save.after_shard", "save.after_shard:0", "save.after_shard:x", "train.step:1:explode"]
+    "value",
+    [
+        "save.nowhere:1",
+        "save.after_shard",
+        "save.after_shard:0",
+        "save.after_shard:x",
+        "train.step:1:explode",
+    ],
 )
 def test_a_wrong_fault_variable_is_refused(monkeypatch, value):
     monkeypatch.setenv("INFIR2_FAULTS", value)
@@ -446,6 +497,10 @@ def test_the_term_action_is_a_real_signal(monkeypatch):
 def test_every_fault_point_in_the_package_is_declared_and_every_declared_one_exists():
     import re
 
-    source = "\n".join(path.read_text() for path in Path(faults.__file__).parent.rglob("*.py") if path != Path(faults.__file__))
+    source = "\n".join(
+        path.read_text()
+        for path in Path(faults.__file__).parent.rglob("*.py")
+        if path != Path(faults.__file__)
+    )
     used = set(re.findall(r'\bfault\("([^"]+)"\)', source))
     assert used == set(faults.POINTS)

@@ -18,16 +18,27 @@ from stages import curve, make_rl_start, make_world, options, run
 import infir2.rl.dynamic_sampling
 from infir2.rl.groups import Response
 
-VARIABLES = {"CUDA_VISIBLE_DEVICES": "", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
+VARIABLES = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "MKL_CBWR": "COMPATIBLE",
+    "ATEN_CPU_CAPABILITY": "default",
+    "OMP_NUM_THREADS": "1",
+}
 # one step that moves nothing: each stage is a curve of its own, not the continuation of another's differences
-UNTRAINED = {f"schedule__{name}": value for name, value in {"total_steps": 1, "warmup_steps": 0, "decay_steps": 0}.items()}
+UNTRAINED = {
+    f"schedule__{name}": value
+    for name, value in {"total_steps": 1, "warmup_steps": 0, "decay_steps": 0}.items()
+}
 UNTRAINED |= {"schedule__learning_rate": 1e-12, "schedule__final_learning_rate": 1e-12}
 
 
 def reward_by_parity(completions, texts, answers, rl):  # type: ignore[no-untyped-def]
     """A reward that an untrained model earns in half of its answers."""
     even = [sum(completion.token_ids) % 2 == 0 for completion in completions]
-    return [Response(c, text, right, float(right)) for c, text, right in zip(completions, texts, even, strict=True)]
+    return [
+        Response(c, text, right, float(right))
+        for c, text, right in zip(completions, texts, even, strict=True)
+    ]
 
 
 def record(runs: Path) -> dict[str, list[list[float]]]:
@@ -35,13 +46,34 @@ def record(runs: Path) -> dict[str, list[list[float]]]:
     world = make_world(runs / "world")
     start = make_rl_start(world, runs / "start", **UNTRAINED)
     # rates are told here, so that tuning the demo moves no golden curve
-    run(options(world, runs / "cpt", "cpt", schedule__total_steps=12, schedule__learning_rate=1e-3, schedule__final_learning_rate=1e-4))
+    run(
+        options(
+            world,
+            runs / "cpt",
+            "cpt",
+            schedule__total_steps=12,
+            schedule__learning_rate=1e-3,
+            schedule__final_learning_rate=1e-4,
+        )
+    )
     rates = {"schedule__learning_rate": 2e-4, "schedule__final_learning_rate": 2e-5}
     run(options(world, runs / "sft", "sft1", model__path=start / "cpt", train__epochs=0.5, **rates))
     infir2.rl.dynamic_sampling.rate = reward_by_parity
     names = {"model__path": start / "cpt", "rollout__model": start / "fp8"}
-    run(options(world, runs / "rl", "rl1", **names, schedule__total_steps=4, schedule__learning_rate=1e-4))
-    return {name: [list(row[1:]) for row in curve(runs / name, "loss", "gradient_norm")] for name in ("cpt", "sft", "rl")}
+    run(
+        options(
+            world,
+            runs / "rl",
+            "rl1",
+            **names,
+            schedule__total_steps=4,
+            schedule__learning_rate=1e-4,
+        )
+    )
+    return {
+        name: [list(row[1:]) for row in curve(runs / name, "loss", "gradient_norm")]
+        for name in ("cpt", "sft", "rl")
+    }
 
 
 if __name__ == "__main__":

@@ -22,7 +22,11 @@ Curve = list[list[float]]
 def machine() -> str:
     """What the bits depend on."""
     wanted = ("model name", "cpu family", "model", "stepping")
-    found = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line)
+    found = dict(
+        line.split(":", 1)
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        if ":" in line
+    )
     processor = ", ".join(value.strip() for name, value in found.items() if name.strip() in wanted)
     return f"{processor}, torch {torch.__version__}, {platform.machine()}"
 
@@ -31,7 +35,13 @@ def machine() -> str:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
     out = tmp_path_factory.mktemp("golden") / "curves.json"
     script = str(GOLDEN.with_name("record.py"))
-    done = subprocess.run([sys.executable, script, str(out)], env=os.environ | VARIABLES, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script, str(out)],
+        env=os.environ | VARIABLES,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text(encoding="utf-8"))
 
@@ -45,6 +55,10 @@ def test_curves_are_the_recorded_ones(stage: str, found: dict[str, Curve]) -> No
     if golden["machine"] == machine():
         assert found[stage] == wanted
     else:
-        assert [loss for loss, _ in found[stage]] == pytest.approx([loss for loss, _ in wanted], rel=1e-3, abs=1e-3)
+        assert [loss for loss, _ in found[stage]] == pytest.approx(
+            [loss for loss, _ in wanted], rel=1e-3, abs=1e-3
+        )
         # a flipped code shows ten times as much in the norm of the gradients as in the loss
-        assert [norm for _, norm in found[stage]] == pytest.approx([norm for _, norm in wanted], rel=1e-2)
+        assert [norm for _, norm in found[stage]] == pytest.approx(
+            [norm for _, norm in wanted], rel=1e-2
+        )

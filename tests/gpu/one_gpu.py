@@ -29,7 +29,15 @@ from infir2.train.losses import next_token_loss
 from infir2.train.optimizer import make_optimizer
 from infir2.train.trainer import Trainer
 
-SHAPE = {"hidden_size": 512, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "ffn_size": 1280, "vocab_size": 512}
+SHAPE = {
+    "hidden_size": 512,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 128,
+    "ffn_size": 1280,
+    "vocab_size": 512,
+}
 STEPS = 5
 
 
@@ -38,7 +46,13 @@ def batch(number: int) -> Batch:
     positions = torch.cat([torch.arange(400), torch.arange(240)])
     mask = torch.ones(640, dtype=torch.bool)
     mask[[399, 639]] = False
-    return Batch(ids, positions, torch.where(mask, ids.roll(-1), 0), mask, torch.tensor([0, 400, 640], dtype=torch.int32))
+    return Batch(
+        ids,
+        positions,
+        torch.where(mask, ids.roll(-1), 0),
+        mask,
+        torch.tensor([0, 400, 640], dtype=torch.int32),
+    )
 
 
 def make(fp8: bool, parallel_model: bool) -> Trainer:
@@ -51,7 +65,10 @@ def make(fp8: bool, parallel_model: bool) -> Trainer:
 
 
 def steps(trainer: Trainer, first: int, last: int) -> list[float]:
-    return [trainer.step([batch(2 * i), batch(2 * i + 1)], next_token_loss, 1e-3).loss for i in range(first, last)]
+    return [
+        trainer.step([batch(2 * i), batch(2 * i + 1)], next_token_loss, 1e-3).loss
+        for i in range(first, last)
+    ]
 
 
 def gathered_bytes(trainer: Trainer) -> dict[str, Tensor]:
@@ -77,7 +94,9 @@ def waits(trainer: Trainer) -> int:
         warnings.simplefilter("always")
         steps(trainer, STEPS, STEPS + 1)
     torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
+    return sum(
+        "called a synchronizing CUDA operation" in str(warning.message) for warning in caught
+    )
 
 
 def make_split(fp8: bool, kind: str) -> Trainer:
@@ -92,14 +111,19 @@ def make_split(fp8: bool, kind: str) -> Trainer:
         layout.cp_group = group
         context = parallel_model._context = ContextParallel(layout, trainer.model.plan_attention)
     share_blocks(trainer.model, layout, parallel_model.splits, context)
-    trainer.optimizer = make_optimizer(trainer.model, OptimizerSection())  # of the parameters as they are now
+    trainer.optimizer = make_optimizer(
+        trainer.model, OptimizerSection()
+    )  # of the parameters as they are now
     return trainer
 
 
 def compare(fp8: bool) -> dict[str, Any]:
     single_process, parallel_model = make(fp8, False), make(fp8, True)
     codes = [gathered_bytes(trainer) for trainer in (single_process, parallel_model)]
-    found: dict[str, Any] = {"bytes": codes[0].keys() == codes[1].keys() and all(torch.equal(codes[0][k], codes[1][k]) for k in codes[0])}
+    found: dict[str, Any] = {
+        "bytes": codes[0].keys() == codes[1].keys()
+        and all(torch.equal(codes[0][k], codes[1][k]) for k in codes[0])
+    }
     found["weights"] = len(codes[1])
     found["alone"], found["sharded"] = steps(single_process, 0, STEPS), steps(parallel_model, 0, 3)
     resumed = make(fp8, True)

@@ -16,9 +16,13 @@ from infir2.numerics.quantize_reference import quantize_reference
 from infir2.train.optimizer import make_optimizer, update
 
 converts = torch.cuda.is_available() and usable(torch.device("cuda"))
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not converts, reason="needs an NVIDIA GPU from sm_89 on")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not converts, reason="needs an NVIDIA GPU from sm_89 on"),
+]
 needs_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or gemm_backends.missing_block_scaling(torch.device("cuda")) is not None,
+    not torch.cuda.is_available()
+    or gemm_backends.missing_block_scaling(torch.device("cuda")) is not None,
     reason="block-scaled FP8 GEMMs need a Hopper GPU",
 )
 FORMATS = ("pow2", "fp32")
@@ -29,17 +33,23 @@ PAIRS = [(ROW_BLOCK, TILE_BLOCK), (TILE_BLOCK, ROW_BLOCK), (ROW_BLOCK, ROW_BLOCK
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("shape", [(1, 1), (0, 130), (131, 1000), (257, 576), (1024, 1536)])
 @pytest.mark.parametrize("make", [cases.gaussian, cases.hostile])
-def test_conversions_have_the_reference_s_bits(make, name: str, scale_format: str, shape: tuple[int, int]) -> None:
+def test_conversions_have_the_reference_s_bits(
+    make, name: str, scale_format: str, shape: tuple[int, int]
+) -> None:
     kernel, reference = cases.CONVERSIONS[name]
     x = make(*shape)
-    for found, expected in zip(kernel(x.cuda(), scale_format), reference(x, scale_format), strict=True):
+    for found, expected in zip(
+        kernel(x.cuda(), scale_format), reference(x, scale_format), strict=True
+    ):
         assert cases.mismatches(found, expected) == 0
 
 
 @pytest.mark.parametrize("name", cases.FUSED)
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("shape", [(0, 128), (131, 640), (512, 3584)])
-def test_fused_quantisers_have_the_bits_of_quantising_the_bf16_result(name: str, scale_format: str, shape: tuple[int, int]) -> None:
+def test_fused_quantisers_have_the_bits_of_quantising_the_bf16_result(
+    name: str, scale_format: str, shape: tuple[int, int]
+) -> None:
     kernel, reference = cases.FUSED[name]
     x = cases.gaussian(*shape).cuda()
     for found, expected in zip(kernel(x, scale_format), reference(x, scale_format), strict=True):
@@ -48,9 +58,13 @@ def test_fused_quantisers_have_the_bits_of_quantising_the_bf16_result(name: str,
 
 @pytest.mark.parametrize("columns", [576, 1536, 8192])
 def test_producers_round_the_fp64_definition_up_to_its_last_bit(columns: int) -> None:
-    for name, (found, expected) in cases.producer_results(cases.gaussian(300, columns).cuda()).items():
+    for name, (found, expected) in cases.producer_results(
+        cases.gaussian(300, columns).cuda()
+    ).items():
         found = found.cpu()
-        assert relative_error(expected, found) < (1e-5 if found.dtype == torch.float32 else 3e-4), name
+        assert relative_error(expected, found) < (1e-5 if found.dtype == torch.float32 else 3e-4), (
+            name
+        )
         if found.dtype == torch.bfloat16:
             assert (found != expected).double().mean() < 0.01, name
 
@@ -58,16 +72,22 @@ def test_producers_round_the_fp64_definition_up_to_its_last_bit(columns: int) ->
 @pytest.mark.parametrize("shape", [(5, 3, 1, 32), (300, 12, 2, 128), (70, 4, 2, 48)])
 def test_rope_is_the_reference_s_after_a_rounded_bias(shape: tuple[int, int, int, int]) -> None:
     for name, (found, expected) in cases.rope_results(*shape, "cuda").items():
-        assert relative_error(expected.float(), found.float()) < 1e-4, name  # a fused multiply-add moves a value at a tie
+        assert relative_error(expected.float(), found.float()) < 1e-4, (
+            name
+        )  # a fused multiply-add moves a value at a tie
 
 
 @pytest.mark.parametrize(("shape", "temperature"), [((300, 1000), 1.0), ((64, 151936), 0.7)])
 def test_softmax_of_the_head_agrees_with_fp64(shape: tuple[int, int], temperature: float) -> None:
     for name, (found, expected) in cases.softmax_results(*shape, temperature, "cuda").items():
-        assert relative_error(expected, found.double()) < (3e-3 if found.dtype == torch.bfloat16 else 1e-4), name
+        assert relative_error(expected, found.double()) < (
+            3e-3 if found.dtype == torch.bfloat16 else 1e-4
+        ), name
 
 
-def random_operand(rows: int, columns: int, block: tuple[int, int], scale_format: str = "pow2") -> Fp8Tensor:
+def random_operand(
+    rows: int, columns: int, block: tuple[int, int], scale_format: str = "pow2"
+) -> Fp8Tensor:
     t = quantize_reference(cases.gaussian(rows, columns), block, scale_format)
     return Fp8Tensor(t.codes.cuda(), t.scale.cuda(), block, scale_format)
 
@@ -75,18 +95,27 @@ def random_operand(rows: int, columns: int, block: tuple[int, int], scale_format
 @needs_hopper
 @pytest.mark.parametrize("blocks", PAIRS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(256, 512, 1024), (100, 200, 576), (33, 48, 72), (7, 5, 3), (64, 1536, 8960)])
-def test_every_gemm_backend_agrees_with_emulation(blocks, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    "shape", [(256, 512, 1024), (100, 200, 576), (33, 48, 72), (7, 5, 3), (64, 1536, 8960)]
+)
+def test_every_gemm_backend_agrees_with_emulation(
+    blocks, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
     m, n, k = shape
     a, b = random_operand(m, k, blocks[0]), random_operand(n, k, blocks[1])
     arguments = (a.codes, a.scale, b.codes, b.scale, a.block, b.block)
     expected = gemm_backends.gemm_nt(*arguments, torch.float32, backend="emulation")
-    operands = (gemm_backends.Operand(a.codes, a.scale, a.block[0]), gemm_backends.Operand(b.codes, b.scale, b.block[0]))
+    operands = (
+        gemm_backends.Operand(a.codes, a.scale, a.block[0]),
+        gemm_backends.Operand(b.codes, b.scale, b.block[0]),
+    )
     for backend in gemm_backends.candidates(*operands, dtype):
         found = gemm_backends.gemm_nt(*arguments, dtype, backend=backend)
         assert found.dtype == dtype
         # Hopper's FP8 tensor cores keep about 14 bits of a partial sum between promotions to FP32 (measured 1e-4 to 6e-4).
-        assert relative_error(expected, found) < (3e-3 if dtype == torch.bfloat16 else 1e-3), backend
+        assert relative_error(expected, found) < (3e-3 if dtype == torch.bfloat16 else 1e-3), (
+            backend
+        )
 
 
 @needs_hopper
@@ -94,8 +123,12 @@ def test_gemm_ignores_what_lies_in_the_padding_of_tile_scales() -> None:
     a, b = random_operand(128, 640, ROW_BLOCK), random_operand(256, 640, TILE_BLOCK)
     wide = torch.full((2, 8), torch.nan, device="cuda")
     wide[:, :5] = b.scale
-    expected = gemm_backends.gemm_nt(a.codes, a.scale, b.codes, b.scale, a.block, b.block, torch.float32)
-    found = gemm_backends.gemm_nt(a.codes, a.scale, b.codes, wide[:, :5], a.block, b.block, torch.float32)
+    expected = gemm_backends.gemm_nt(
+        a.codes, a.scale, b.codes, b.scale, a.block, b.block, torch.float32
+    )
+    found = gemm_backends.gemm_nt(
+        a.codes, a.scale, b.codes, wide[:, :5], a.block, b.block, torch.float32
+    )
     assert torch.equal(expected, found)
 
 
@@ -117,7 +150,19 @@ def test_compiled_linear_is_one_graph_with_the_same_bits() -> None:
 
     def linear(x: torch.Tensor) -> torch.Tensor:
         codes, scale = matrix.quantize_rows(x * 2, True)
-        return gemm_backends.gemm_nt(codes, scale, weight.codes, weight.scale, ROW_BLOCK, TILE_BLOCK, torch.bfloat16, "cublas") + 1
+        return (
+            gemm_backends.gemm_nt(
+                codes,
+                scale,
+                weight.codes,
+                weight.scale,
+                ROW_BLOCK,
+                TILE_BLOCK,
+                torch.bfloat16,
+                "cublas",
+            )
+            + 1
+        )
 
     x = cases.gaussian(384, 512).cuda()
     assert torch.equal(torch.compile(linear, fullgraph=True)(x), linear(x))
@@ -129,9 +174,16 @@ def test_adamw_on_the_gpu_is_the_reference(states: str, offload: bool) -> None:
     results = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
-        layers = nn.ModuleList([nn.Linear(300, 257), nn.Linear(128, 64, bias=False), nn.Linear(3, 5)]).to(device)
+        layers = nn.ModuleList(
+            [nn.Linear(300, 257), nn.Linear(128, 64, bias=False), nn.Linear(3, 5)]
+        ).to(device)
         # On a CPU the default is torch's own; offloading changes nothing but where the moments lie.
-        optimizer = make_optimizer(layers, OptimizerSection(moment_dtype=states, offload=offload or device == "cpu", weight_decay=0.1))
+        optimizer = make_optimizer(
+            layers,
+            OptimizerSection(
+                moment_dtype=states, offload=offload or device == "cpu", weight_decay=0.1
+            ),
+        )
         for step in range(6):
             gradients = []
             for parameter in layers.parameters():
@@ -142,4 +194,6 @@ def test_adamw_on_the_gpu_is_the_reference(states: str, offload: bool) -> None:
         results.append([parameter.detach().cpu() for parameter in layers.parameters()])
     for expected, found in zip(*results, strict=True):
         # a moment's last bit may round to another BF16 value or code
-        torch.testing.assert_close(found, expected, rtol=0, atol={"fp32": 1e-6, "bf16": 2e-3, "fp8": 2e-2}[states])
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol={"fp32": 1e-6, "bf16": 2e-3, "fp8": 2e-2}[states]
+        )

@@ -18,13 +18,35 @@ from infir2.numerics import Fp8Linear, Memory, convert_to_fp8, linear, snr_db, t
 from infir2.numerics.gemm_scaled import missing_block_scaling
 from infir2.numerics.kernels import usable
 
-hopper = torch.cuda.is_available() and usable(torch.device("cuda")) and missing_block_scaling(torch.device("cuda")) is None
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="block-scaled FP8 GEMMs need a Hopper GPU")]
-SHAPE = {"hidden_size": 512, "num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "ffn_size": 1536}
+hopper = (
+    torch.cuda.is_available()
+    and usable(torch.device("cuda"))
+    and missing_block_scaling(torch.device("cuda")) is None
+)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not hopper, reason="block-scaled FP8 GEMMs need a Hopper GPU"),
+]
+SHAPE = {
+    "hidden_size": 512,
+    "num_layers": 4,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "ffn_size": 1536,
+}
 
 
-def decoder(fp8: bool, scale_format: str = "pow2", memory: Memory | None = None, vocab_size: int = 512, **shape: int) -> Decoder:
-    model = Decoder.from_shape(ShapeSection(**{**SHAPE, **shape}), vocab_size=vocab_size, seed=1, device="cuda")
+def decoder(
+    fp8: bool,
+    scale_format: str = "pow2",
+    memory: Memory | None = None,
+    vocab_size: int = 512,
+    **shape: int,
+) -> Decoder:
+    model = Decoder.from_shape(
+        ShapeSection(**{**SHAPE, **shape}), vocab_size=vocab_size, seed=1, device="cuda"
+    )
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -40,20 +62,27 @@ def tokens_of(*lengths: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids, positions, torch.tensor([0, *lengths]).cumsum(0)
 
 
-def gradients(model: Decoder, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(
+    model: Decoder, batch: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
     hidden = model.hidden_states(*batch)
     logprobs, _ = token_logprobs(hidden, model.head_weight, batch[0], chunk_tokens=256)
     (-logprobs.mean()).backward()
-    return logprobs.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logprobs.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("scale_format", ["pow2", "fp32"])
-@pytest.mark.parametrize("shape", [(1, 128, 128), (300, 576, 192), (512, 576, 1536), (2048, 1536, 2048), (257, 100, 72)])
+@pytest.mark.parametrize(
+    "shape", [(1, 128, 128), (300, 576, 192), (512, 576, 1536), (2048, 1536, 2048), (257, 100, 72)]
+)
 def test_a_linear_s_results_keep_28_db(shape: tuple[int, int, int], scale_format: str) -> None:
     tokens, inside, outside = shape
     generator = torch.Generator().manual_seed(0)
     x, grad, weight = (
-        torch.randn(size, generator=generator).bfloat16() for size in ((tokens, inside), (tokens, outside), (outside, inside))
+        torch.randn(size, generator=generator).bfloat16()
+        for size in ((tokens, inside), (tokens, outside), (outside, inside))
     )
     plain = nn.Linear(inside, outside, bias=False)
     plain.weight.data = weight.float()
@@ -62,14 +91,20 @@ def test_a_linear_s_results_keep_28_db(shape: tuple[int, int, int], scale_format
     out = linear(source, (layer,))[0]
     out.backward(grad.cuda())
     x32, g32, w32 = x.cuda().double(), grad.cuda().double(), weight.cuda().double()
-    found = {"out": (x32 @ w32.t(), out), "grad_x": (g32 @ w32, source.grad), "grad_W": (g32.t() @ x32, layer.weight.grad)}
+    found = {
+        "out": (x32 @ w32.t(), out),
+        "grad_x": (g32 @ w32, source.grad),
+        "grad_W": (g32.t() @ x32, layer.weight.grad),
+    }
     floor = 28.0 if tokens >= 256 else 26.0  # a handful of values is no Gaussian average
     for name, (expected, result) in found.items():
         assert snr_db(expected, result.double()) > floor, name
     assert layer.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape", [{}, {"hidden_size": 576, "num_heads": 9, "num_kv_heads": 3, "ffn_size": 1000}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"hidden_size": 576, "num_heads": 9, "num_kv_heads": 3, "ffn_size": 1000}]
+)
 def test_the_fused_layer_agrees_with_the_fp32_model(shape: dict[str, int]) -> None:
     batch = tokens_of(300, 212)
     exact = decoder(False, **shape)
@@ -78,11 +113,17 @@ def test_the_fused_layer_agrees_with_the_fp32_model(shape: dict[str, int]) -> No
     for fp8, floor in ((False, 24.0), (True, 10.0)):
         logprobs, found = gradients(decoder(fp8, **shape), batch)
         assert snr_db(reference, logprobs) > (45.0 if not fp8 else 30.0)
-        whole = [torch.cat([grads[name].flatten() for name in expected]) for grads in (expected, found)]
+        whole = [
+            torch.cat([grads[name].flatten() for name in expected]) for grads in (expected, found)
+        ]
         # Four layers deep; each GEMM alone keeps 28 dB (above). Gradients of k are small differences of large sums.
         assert snr_db(*whole) > (28.0 if not fp8 else 15.0)
         for name, grad in found.items():
-            assert snr_db(expected[name], grad) > floor or "k_proj" in name, (fp8, name, snr_db(expected[name], grad))
+            assert snr_db(expected[name], grad) > floor or "k_proj" in name, (
+                fp8,
+                name,
+                snr_db(expected[name], grad),
+            )
 
 
 @pytest.mark.parametrize("scale_format", ["pow2", "fp32"])
@@ -94,13 +135,17 @@ def test_what_is_not_kept_is_made_again_with_the_same_bits(scale_format: str) ->
     for memory in (Memory(recompute="selective"), Memory(keep_transposed_weights=False)):
         found = gradients(decoder(True, scale_format, memory), batch)[1]
         assert all(torch.equal(expected[name], found[name]) for name in last)
-        assert all(snr_db(expected[name], found[name]) > 20.0 for name in expected if "k_proj" not in name)
+        assert all(
+            snr_db(expected[name], found[name]) > 20.0 for name in expected if "k_proj" not in name
+        )
     for memory in (Memory(pre_activations="fp8"), Memory("selective", "fp8")):
         rounded = gradients(decoder(True, scale_format, memory), batch)[1]
         assert min(snr_db(expected[name], rounded[name]) for name in last) > 22.0
 
 
-@pytest.mark.parametrize(("fp8", "floor"), [(False, 40.0), (True, 24.0)])  # an ulp of attention's moves codes
+@pytest.mark.parametrize(
+    ("fp8", "floor"), [(False, 40.0), (True, 24.0)]
+)  # an ulp of attention's moves codes
 def test_packed_documents_are_the_documents_alone(fp8: bool, floor: float) -> None:
     model = decoder(fp8)
     lengths = (256, 77, 179)
@@ -109,7 +154,9 @@ def test_packed_documents_are_the_documents_alone(fp8: bool, floor: float) -> No
         packed = model.hidden_states(*batch)
         for start, length in zip((0, 256, 333), lengths, strict=True):
             part = slice(start, start + length)
-            single_process = model.hidden_states(batch[0][part], batch[1][part], torch.tensor([0, length]))
+            single_process = model.hidden_states(
+                batch[0][part], batch[1][part], torch.tensor([0, length])
+            )
             assert snr_db(single_process.float(), packed[part].float()) > floor
 
 
@@ -127,7 +174,9 @@ assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 def test_a_run_repeats_bit_for_bit_in_deterministic_mode() -> None:
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     command = [sys.executable, "-c", DETERMINISTIC, str(Path(__file__).parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -135,13 +184,23 @@ def test_gradients_of_a_plain_sum_are_made_in_the_forward() -> None:
     found = []
     for uniform in (False, True):
         model = decoder(False)
-        hidden = torch.randn(300, 512, generator=torch.Generator().manual_seed(1)).cuda().bfloat16().requires_grad_()
+        hidden = (
+            torch.randn(300, 512, generator=torch.Generator().manual_seed(1))
+            .cuda()
+            .bfloat16()
+            .requires_grad_()
+        )
         labels = torch.arange(300, device="cuda")
-        logprobs, _ = token_logprobs(hidden, model.head_weight, labels, 0.9, 128, uniform_gradient=uniform)
+        logprobs, _ = token_logprobs(
+            hidden, model.head_weight, labels, 0.9, 128, uniform_gradient=uniform
+        )
         (-logprobs.sum() / 77).backward()
         found.append((logprobs.detach(), hidden.grad, model.head_weight.grad))
     assert torch.equal(found[0][0], found[1][0])
-    assert all(snr_db(one.float(), other.float()) > 40.0 for one, other in zip(found[0][1:], found[1][1:], strict=True))
+    assert all(
+        snr_db(one.float(), other.float()) > 40.0
+        for one, other in zip(found[0][1:], found[1][1:], strict=True)
+    )
 
 
 def test_zero_tokens_pass() -> None:
@@ -186,16 +245,22 @@ def test_fp8_trains_like_bf16() -> None:
     final = []
     for fp8 in (True, False):
         model = decoder(fp8, vocab_size=64)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
         generator = torch.Generator().manual_seed(7)
         losses = []
         for step in range(300):
             for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / 300))
+                group["lr"] = (
+                    1e-3 * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / 300))
+                )
             ids = torch.randint(0, 64, (16, 128), generator=generator)
             noise = torch.rand(16, 128, generator=generator) < 0.3
             for column in range(2, 128):
-                ids[:, column] = torch.where(noise[:, column], ids[:, column], table[ids[:, column - 1], ids[:, column - 2]])
+                ids[:, column] = torch.where(
+                    noise[:, column], ids[:, column], table[ids[:, column - 1], ids[:, column - 2]]
+                )
             flat = ids.flatten().cuda()
             positions = torch.arange(128).repeat(16).cuda()
             hidden = model.hidden_states(flat, positions, torch.arange(0, 2049, 128))

@@ -27,14 +27,30 @@ from infir2.parallel.context import attend_to_prefix
 from infir2.train.losses import next_token_loss
 from infir2.train.trainer import Trainer
 
-hopper = torch.cuda.is_available() and usable(torch.device("cuda")) and missing_block_scaling(torch.device("cuda")) is None
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="block-scaled FP8 GEMMs need a Hopper GPU")]
+hopper = (
+    torch.cuda.is_available()
+    and usable(torch.device("cuda"))
+    and missing_block_scaling(torch.device("cuda")) is None
+)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not hopper, reason="block-scaled FP8 GEMMs need a Hopper GPU"),
+]
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(*words: str) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=240, check=False)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(
+        [sys.executable, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -46,7 +62,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["fp8", "bf16"])
-def test_a_model_sharded_over_one_rank_trains_as_unsharded(one_rank: dict[str, Any], name: str) -> None:
+def test_a_model_sharded_over_one_rank_trains_as_unsharded(
+    one_rank: dict[str, Any], name: str
+) -> None:
     """Attention's backward adds in any order, so that losses agree and are not equal."""
     found = one_rank[name]
     assert found["bytes"]
@@ -70,7 +88,17 @@ def test_a_model_split_over_one_rank_trains_as_whole(one_rank: dict[str, Any], n
 
 def test_layouts_of_two_ranks_on_one_gpu(tmp_path: Path) -> None:
     out = tmp_path / "scale.json"
-    python(str(ROOT / "bench/scale.py"), "--tiny", "--share-gpu", "--gpus", "2", "--sections", "equality,overlap", "--out", str(out))
+    python(
+        str(ROOT / "bench/scale.py"),
+        "--tiny",
+        "--share-gpu",
+        "--gpus",
+        "2",
+        "--sections",
+        "equality,overlap",
+        "--out",
+        str(out),
+    )
     found = json.loads(out.read_text(encoding="utf-8"))
     equality = found["equality: equality"]
     assert "failed" not in equality, equality["failed"]
@@ -79,20 +107,35 @@ def test_layouts_of_two_ranks_on_one_gpu(tmp_path: Path) -> None:
         for kind in ("FP8", "BF16"):
             row = equality[f"{kind} {layout}"]
             assert row["largest difference"] < 0.02, layout
-            assert row["losses"][0] == pytest.approx(equality[f"{kind} alone"][0], rel=1e-3), (kind, layout)
+            assert row["losses"][0] == pytest.approx(equality[f"{kind} alone"][0], rel=1e-3), (
+                kind,
+                layout,
+            )
             assert row["decibels of the first gradient"] > 25, (kind, layout)
     assert "failed" not in found["overlap: 8 blocks of 7B"], found
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_save_right_after_a_step_has_the_offloaded_moments_of_that_step(tmp_path: Path, background: bool) -> None:
-    shape = ShapeSection(hidden_size=256, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=128, ffn_size=512)
-    trainer = Trainer(Decoder.from_shape(shape, vocab_size=64, seed=1, device="cuda"), OptimizerSection(offload=True), 256)
+def test_a_save_right_after_a_step_has_the_offloaded_moments_of_that_step(
+    tmp_path: Path, background: bool
+) -> None:
+    shape = ShapeSection(
+        hidden_size=256, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=128, ffn_size=512
+    )
+    trainer = Trainer(
+        Decoder.from_shape(shape, vocab_size=64, seed=1, device="cuda"),
+        OptimizerSection(offload=True),
+        256,
+    )
     # about half a second, so that the update is still to come when the step returns
     trainer.before_update = lambda: torch.cuda._sleep(10**9)
     ids, bounds = torch.arange(128) % 64, torch.tensor([0, 128], dtype=torch.int32)
     for _ in range(2):
-        trainer.step([Batch(ids, torch.arange(128), ids, torch.ones(128, dtype=torch.bool), bounds)], next_token_loss, 1e-3)
+        trainer.step(
+            [Batch(ids, torch.arange(128), ids, torch.ones(128, dtype=torch.bool), bounds)],
+            next_token_loss,
+            1e-3,
+        )
     store = Store(tmp_path)
     if background:
         saver = BackgroundSaver(store.save)
@@ -109,13 +152,20 @@ def test_a_save_right_after_a_step_has_the_offloaded_moments_of_that_step(tmp_pa
 def test_attention_to_a_prefix_is_its_definition() -> None:
     generator = torch.Generator().manual_seed(2)
     q, k, v = (
-        torch.randn(n, heads, 128, generator=generator).bfloat16().cuda().requires_grad_() for n, heads in ((256, 8), (640, 2), (640, 2))
+        torch.randn(n, heads, 128, generator=generator).bfloat16().cuda().requires_grad_()
+        for n, heads in ((256, 8), (640, 2), (640, 2))
     )
 
     def definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        wide_q, wide_k, wide_v = q.double() * 128**-0.5, k.double().repeat_interleave(4, 1), v.double().repeat_interleave(4, 1)
+        wide_q, wide_k, wide_v = (
+            q.double() * 128**-0.5,
+            k.double().repeat_interleave(4, 1),
+            v.double().repeat_interleave(4, 1),
+        )
         unseen = torch.ones(256, 640, dtype=torch.bool, device="cuda").triu(640 - 256 + 1)
-        weights = torch.einsum("nah,mah->anm", wide_q, wide_k).masked_fill(unseen, -torch.inf).softmax(-1)
+        weights = (
+            torch.einsum("nah,mah->anm", wide_q, wide_k).masked_fill(unseen, -torch.inf).softmax(-1)
+        )
         return torch.einsum("anm,mah->nah", weights, wide_v).to(q.dtype)
 
     results = []

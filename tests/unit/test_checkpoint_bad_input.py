@@ -26,7 +26,10 @@ def escape(path):
     (path.parent / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
-@pytest.mark.parametrize(("damage", "sentence"), [(cut, "safetensors"), (huge_header, "safetensors"), (escape, "../secret")])
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [(cut, "safetensors"), (huge_header, "safetensors"), (escape, "../secret")],
+)
 @pytest.mark.parametrize("kind", ["fp8", "megatron"])
 def test_bad_weights_are_exit_3(tmp_path, make_run, capsys, damage, sentence, kind):  # noqa: F811
     export_hf(make_run(make_decoder()), tmp_path / "hf")
@@ -46,9 +49,23 @@ def test_a_full_disk_is_exit_3_and_leaves_nothing(tmp_path, make_run, kind):  # 
     export_hf(run, tmp_path / "bf16")
     source = tmp_path / "bf16" if kind == "fp8" else run
     before = sorted(path.name for path in tmp_path.iterdir())
-    command = [sys.executable, "-m", "infir2", "export", kind, str(source), "--to", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "infir2",
+        "export",
+        kind,
+        str(source),
+        "--to",
+        str(tmp_path / "out"),
+    ]
     limit = (50_000, 50_000)
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
     assert done.returncode == 3, done.stderr
     assert "cannot be written" in done.stderr
     assert done.stderr.count("\n") == 1

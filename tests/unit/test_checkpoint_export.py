@@ -25,13 +25,26 @@ from infir2.model import Decoder
 from infir2.model.hf_names import exported_fp8_weights
 from infir2.numerics import convert_to_fp8, quantize
 
-SIDE_FILES = {"tokenizer.json": "{}", "tokenizer_config.json": "{}", "chat_template.jinja": "hi", "generation_config.json": "{}"}
+SIDE_FILES = {
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": "{}",
+    "chat_template.jinja": "hi",
+    "generation_config.json": "{}",
+}
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
-def make_decoder(architecture: str = "qwen2", hidden: int = 192, tied: bool = True, seed: int = 0) -> Decoder:
+def make_decoder(
+    architecture: str = "qwen2", hidden: int = 192, tied: bool = True, seed: int = 0
+) -> Decoder:
     """Width 192 and 320: neither is a multiple of 128, so blocks are cut."""
-    sizes = {"hidden_size": hidden, "num_layers": 2, "num_heads": hidden // 64, "num_kv_heads": 1, "ffn_size": 320}
+    sizes = {
+        "hidden_size": hidden,
+        "num_layers": 2,
+        "num_heads": hidden // 64,
+        "num_kv_heads": 1,
+        "ffn_size": 320,
+    }
     shape = ShapeSection(architecture=architecture, tie_embeddings=tied, **sizes)
     decoder = Decoder.from_shape(shape, vocab_size=96, seed=seed)
     with torch.no_grad():  # a bias of zeros or norms of ones would hide a mistake
@@ -60,7 +73,10 @@ def make_run(tmp_path):
         for file, text in SIDE_FILES.items():
             (tokenizer / file).write_text(text)
         tensors = {f"parameters/{key}": value for key, value in decoder.named_parameters()}
-        tensors |= {f"optimizer/{key}/exp_avg": torch.zeros_like(value) for key, value in decoder.named_parameters()}
+        tensors |= {
+            f"optimizer/{key}/exp_avg": torch.zeros_like(value)
+            for key, value in decoder.named_parameters()
+        }
         state = {
             "model_config": decoder.config.to_hf(),
             "tokenizer_dir": str(tokenizer),
@@ -84,14 +100,21 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def same(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(bits(left), bits(right))
+    return (
+        left.dtype == right.dtype
+        and left.shape == right.shape
+        and torch.equal(bits(left), bits(right))
+    )
 
 
 @pytest.mark.usefixtures("compare_logits")
 @pytest.mark.parametrize(
-    ("architecture", "tied", "scale_format"), [("qwen2", True, "pow2"), ("qwen3", False, "fp32"), ("llama", False, "pow2")]
+    ("architecture", "tied", "scale_format"),
+    [("qwen2", True, "pow2"), ("qwen3", False, "fp32"), ("llama", False, "pow2")],
 )
-def test_run_to_bf16_to_fp8_holds_the_bytes_of_training(tmp_path, make_run, architecture, tied, scale_format):
+def test_run_to_bf16_to_fp8_holds_the_bytes_of_training(
+    tmp_path, make_run, architecture, tied, scale_format
+):
     decoder = make_decoder(architecture, tied=tied)
     run = make_run(decoder, scale_format=scale_format)
     export_hf(run, tmp_path / "bf16")
@@ -112,10 +135,14 @@ def test_run_to_bf16_to_fp8_holds_the_bytes_of_training(tmp_path, make_run, arch
 
 def test_config_of_an_fp8_export(tmp_path, make_run):
     export_hf(make_run(make_decoder()), tmp_path / "bf16")
-    export_fp8(tmp_path / "bf16", tmp_path / "fp8", skip_modules=("*.layers.0.mlp.*",), say=lambda _: None)
+    export_fp8(
+        tmp_path / "bf16", tmp_path / "fp8", skip_modules=("*.layers.0.mlp.*",), say=lambda _: None
+    )
     config = json.loads((tmp_path / "fp8" / "config.json").read_text())
     section = config["quantization_config"]
-    assert section.pop("modules_to_not_convert") == [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")] + ["lm_head"]
+    assert section.pop("modules_to_not_convert") == [
+        f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")
+    ] + ["lm_head"]
     assert section == {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -134,7 +161,9 @@ def test_config_of_an_fp8_export(tmp_path, make_run):
 def test_transformers_own_fp8_loader_reads_the_values(tmp_path, make_run):
     """At sizes that its CPU path can read; the self-check says that it tried."""
     decoder = Decoder.from_shape(
-        ShapeSection(hidden_size=128, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=256), vocab_size=64, seed=3
+        ShapeSection(hidden_size=128, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=256),
+        vocab_size=64,
+        seed=3,
     )
     export_hf(make_run(decoder), tmp_path / "bf16")
     said: list[str] = []
@@ -181,7 +210,12 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_stays(tmp_path, mak
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=DOWN):
         export_fp8(tmp_path / "bf16", tmp_path / "out")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bad", "bf16", "good", "tokenizer"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "bad",
+        "bf16",
+        "good",
+        "tokenizer",
+    ]
 
 
 def test_a_master_beyond_bf16_is_refused(tmp_path, make_run):
@@ -211,12 +245,19 @@ def test_missing_misshapen_and_foreign_tensors_are_named(tmp_path, make_run):
         ({DOWN: whole[DOWN][:, :64].contiguous()}, r"is \[192, 64\], not \[192, 320\]"),
         ({"model.layers.7.mlp.down_proj.weight": whole[DOWN].clone()}, "layers.7"),
         ({"lm_head.weight": whole["model.embed_tokens.weight"] + 1}, "lm_head.weight"),
-        ({DOWN: whole[DOWN].to(torch.float8_e4m3fn)}, "has no 'model.layers.0.mlp.down_proj.weight_scale_inv'"),
+        (
+            {DOWN: whole[DOWN].to(torch.float8_e4m3fn)},
+            "has no 'model.layers.0.mlp.down_proj.weight_scale_inv'",
+        ),
     ):
-        save_file({name: tensor for name, tensor in (whole | change).items() if tensor is not None}, path)
+        save_file(
+            {name: tensor for name, tensor in (whole | change).items() if tensor is not None}, path
+        )
         with pytest.raises(CheckpointError, match=message):
             export_fp8(tmp_path / "bf16", tmp_path / "out")
-    save_file(whole | {"lm_head.weight": whole["model.embed_tokens.weight"].clone()}, path)  # tied and stored twice: the same model
+    save_file(
+        whole | {"lm_head.weight": whole["model.embed_tokens.weight"].clone()}, path
+    )  # tied and stored twice: the same model
     export_fp8(tmp_path / "bf16", tmp_path / "out", say=lambda _: None)
     assert "lm_head.weight" not in read(tmp_path / "out")
 
@@ -247,7 +288,9 @@ def test_a_round_trip_through_bf16_changes_no_pow2_value(tmp_path, make_run):
     export_fp8(tmp_path / "bf16", directories[0], say=lambda _: None)
     for index in range(2):
         import_fp8(directories[-1], tmp_path / f"bf16-{index}")
-        (tmp_path / f"bf16-{index}/fp8_scales.st").unlink()  # as a tool that knows only weights would leave it
+        (
+            tmp_path / f"bf16-{index}/fp8_scales.st"
+        ).unlink()  # as a tool that knows only weights would leave it
         directories.append(tmp_path / f"fp8-{index}")
         export_fp8(tmp_path / f"bf16-{index}", directories[-1], say=lambda _: None)
     first, second, third = (PlainReader(directory) for directory in directories)
@@ -264,7 +307,9 @@ def test_a_round_trip_through_bf16_changes_no_pow2_value(tmp_path, make_run):
                 block = first.read(name)[128 * row :, 128 * column :][:128, :128].float()
                 assert block.abs().max() == 224.0
             assert name != DOWN or changed[0, 0]
-    assert "quantization_config" not in json.loads((tmp_path / "bf16-0" / "config.json").read_text())
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "bf16-0" / "config.json").read_text()
+    )
 
 
 def test_import_fp8_then_export_gives_the_same_bytes(tmp_path, make_run):
@@ -276,7 +321,9 @@ def test_import_fp8_then_export_gives_the_same_bytes(tmp_path, make_run):
     export_fp8(tmp_path / "bf16", tmp_path / "fp8", say=lambda _: None)
     import_fp8(tmp_path / "fp8", tmp_path / "back")
     export_fp8(tmp_path / "back", tmp_path / "again", say=lambda _: None)
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "fp8/model.safetensors").read_bytes()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        tmp_path / "fp8/model.safetensors"
+    ).read_bytes()
     assert not (tmp_path / "again/fp8_scales.st").exists()
     weights = load_file(tmp_path / "back/model.safetensors")
     weights[DOWN][0, 0] = 0.4463  # between two codes: no longer what was imported
@@ -309,7 +356,10 @@ def test_verify_weights_names_the_first_difference(tmp_path, make_run):
     tamper(tmp_path / "fp8", {DOWN: codes.view(torch.float8_e4m3fn)})
     with pytest.raises(CheckFailedError) as caught:
         verify_weights(checkpoint, tmp_path / "fp8")
-    assert f"'{DOWN}'[130, 200], block [1, 1]: byte 0x{before:02X} in the run and 0x{before ^ 1:02X} in the file" in str(caught.value)
+    assert (
+        f"'{DOWN}'[130, 200], block [1, 1]: byte 0x{before:02X} in the run and 0x{before ^ 1:02X} in the file"
+        in str(caught.value)
+    )
     assert caught.value.exit_code == 1
 
     scale = good[DOWN + "_scale_inv"].clone()
@@ -334,7 +384,9 @@ def test_verify_weights_compares_lists_and_formats(tmp_path, make_run):
     export_fp8(tmp_path / "bf16", tmp_path / "fp8", say=lambda _: None)
     export_fp8(tmp_path / "bf16", tmp_path / "fp8-fp32", "fp32", say=lambda _: None)
     other_list = make_run(decoder, "other-list", skip_modules=("model.layers.1.*",))
-    with pytest.raises(CheckFailedError, match=r"model\.layers\.1\.\S+' is BF16 in the run and FP8 in"):
+    with pytest.raises(
+        CheckFailedError, match=r"model\.layers\.1\.\S+' is BF16 in the run and FP8 in"
+    ):
         verify_weights(other_list, tmp_path / "fp8")
     with pytest.raises(CheckFailedError, match="declares fp32"):
         verify_weights(tmp_path / "run", tmp_path / "fp8-fp32")
@@ -344,7 +396,9 @@ def test_verify_weights_compares_lists_and_formats(tmp_path, make_run):
         verify_weights(make_run(make_decoder(seed=1), "other-weights"), tmp_path / "fp8")
 
 
-def test_the_self_check_finds_a_wrong_code_and_sets_the_export_aside(tmp_path, make_run, monkeypatch):
+def test_the_self_check_finds_a_wrong_code_and_sets_the_export_aside(
+    tmp_path, make_run, monkeypatch
+):
     export_hf(make_run(make_decoder()), tmp_path / "bf16")
 
     def faulty(x: Tensor, *arguments: object) -> object:
@@ -364,7 +418,11 @@ def test_the_self_check_finds_a_config_that_means_another_model(tmp_path, make_r
     """Same tensors, other rotary base in config.json: transformers computes something else than the source's decoder."""
     export_hf(make_run(make_decoder()), tmp_path / "bf16")
     real = selfcheck.read_json
-    monkeypatch.setattr(selfcheck, "read_json", lambda path: real(path) | {"rope_theta": 100.0, "rope_parameters": None})
+    monkeypatch.setattr(
+        selfcheck,
+        "read_json",
+        lambda path: real(path) | {"rope_theta": 100.0, "rope_parameters": None},
+    )
     with pytest.raises(CheckFailedError, match="logits"):
         export_fp8(tmp_path / "bf16", tmp_path / "fp8", say=lambda _: None)
 
@@ -378,7 +436,9 @@ def test_a_large_model_skips_the_comparison_of_logits_and_says_so(tmp_path, make
 
 def test_the_value_table_of_the_self_check_is_the_format():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert torch.equal(torch.from_numpy(E4M3_VALUES).nan_to_num(nan=1e9), codes.double().nan_to_num(nan=1e9))
+    assert torch.equal(
+        torch.from_numpy(E4M3_VALUES).nan_to_num(nan=1e9), codes.double().nan_to_num(nan=1e9)
+    )
 
 
 def test_a_tokenizer_directory_that_is_gone_is_named(tmp_path, make_run):

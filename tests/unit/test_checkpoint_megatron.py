@@ -24,7 +24,15 @@ from infir2.model import Decoder, ModelConfig
 
 REAL = Path(__file__).resolve().parents[2] / "../shared/data/megatron"
 REAL_SHAPE = ModelConfig(
-    "qwen2", vocab_size=256, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=128, qkv_bias=True
+    "qwen2",
+    vocab_size=256,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    ffn_size=128,
+    qkv_bias=True,
 )
 
 
@@ -46,7 +54,9 @@ def test_a_checkpoint_of_megatron_core_gives_its_logits(tmp_path):
     logits = decoder(token_ids, torch.arange(length), torch.tensor([0, length], dtype=torch.int32))
     assert (logits - expected["logits"][0]).abs().max() < 2e-6
     assert (tmp_path / "out" / "tokenizer.json").exists()
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
 
 
 def megatron_tensors(decoder: Decoder, stacked: bool) -> dict[str, Tensor]:
@@ -55,12 +65,18 @@ def megatron_tensors(decoder: Decoder, stacked: bool) -> dict[str, Tensor]:
     config = decoder.config
     layers: list[dict[str, Tensor]] = []
     for layer in range(config.num_layers):
-        hf = {name.removeprefix(f"model.layers.{layer}."): t for name, t in weights.items() if name.startswith(f"model.layers.{layer}.")}
+        hf = {
+            name.removeprefix(f"model.layers.{layer}."): t
+            for name, t in weights.items()
+            if name.startswith(f"model.layers.{layer}.")
+        }
         entry = {
             "self_attention.linear_qkv.layer_norm_weight": hf["input_layernorm.weight"],
             "self_attention.linear_proj.weight": hf["self_attn.o_proj.weight"],
             "mlp.linear_fc1.layer_norm_weight": hf["post_attention_layernorm.weight"],
-            "mlp.linear_fc1.weight": torch.cat([hf["mlp.gate_proj.weight"], hf["mlp.up_proj.weight"]]),
+            "mlp.linear_fc1.weight": torch.cat(
+                [hf["mlp.gate_proj.weight"], hf["mlp.up_proj.weight"]]
+            ),
             "mlp.linear_fc2.weight": hf["mlp.down_proj.weight"],
         }
         for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
@@ -72,7 +88,10 @@ def megatron_tensors(decoder: Decoder, stacked: bool) -> dict[str, Tensor]:
                 pieces += [q[group * per_group : (group + 1) * per_group], k[rows], v[rows]]
             entry[f"self_attention.linear_qkv.{kind}"] = torch.cat(pieces)
         if config.qk_norm:
-            entry |= {f"self_attention.{part}_layernorm.weight": hf[f"self_attn.{part}_norm.weight"] for part in "qk"}
+            entry |= {
+                f"self_attention.{part}_layernorm.weight": hf[f"self_attn.{part}_norm.weight"]
+                for part in "qk"
+            }
         layers.append(entry)
     tensors = {
         "embedding.word_embeddings.weight": weights["model.embed_tokens.weight"],
@@ -84,7 +103,9 @@ def megatron_tensors(decoder: Decoder, stacked: bool) -> dict[str, Tensor]:
         if stacked:
             tensors[f"decoder.layers.{name}"] = torch.stack([entry[name] for entry in layers])
         else:
-            tensors |= {f"decoder.layers.{index}.{name}": entry[name] for index, entry in enumerate(layers)}
+            tensors |= {
+                f"decoder.layers.{index}.{name}": entry[name] for index, entry in enumerate(layers)
+            }
     tensors["optimizer.state.exp_avg.decoder.layers.mlp.linear_fc2.weight"] = torch.ones(3)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
@@ -98,7 +119,14 @@ def write_torch_dist(path: Path, tensors: dict[str, Tensor], common: object = No
 
 def make_decoder(architecture: str, tied: bool) -> Decoder:
     shape = ShapeSection(
-        architecture=architecture, hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=96, tie_embeddings=tied
+        architecture=architecture,
+        hidden_size=64,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        ffn_size=96,
+        tie_embeddings=tied,
     )
     decoder = Decoder.from_shape(shape, vocab_size=50, seed=1)
     with torch.no_grad():
@@ -109,7 +137,9 @@ def make_decoder(architecture: str, tied: bool) -> Decoder:
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-@pytest.mark.parametrize(("architecture", "tied"), [("qwen2", True), ("qwen3", False), ("llama", False)])
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [("qwen2", True), ("qwen3", False), ("llama", False)]
+)
 def test_every_parameter_finds_its_place(tmp_path, architecture, tied, stacked):
     decoder = make_decoder(architecture, tied)
     source = write_torch_dist(tmp_path / "megatron", megatron_tensors(decoder, stacked))
@@ -126,16 +156,37 @@ def test_padding_of_the_vocabulary_is_cut_and_an_own_output_layer_unties(tmp_pat
     tensors = megatron_tensors(decoder, stacked=True)
     padded = torch.cat([tensors["embedding.word_embeddings.weight"], torch.zeros(14, 64)])
     tensors |= {"embedding.word_embeddings.weight": padded, "output_layer.weight": padded * 2}
-    import_megatron(write_torch_dist(tmp_path / "megatron", tensors), tmp_path / "out", hf_directory(tmp_path / "like", decoder.config))
+    import_megatron(
+        write_torch_dist(tmp_path / "megatron", tensors),
+        tmp_path / "out",
+        hf_directory(tmp_path / "like", decoder.config),
+    )
     read = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(read["lm_head.weight"], decoder.head_weight * 2)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
 
 
 def arguments(**changes: object) -> argparse.Namespace:
-    values = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16}
-    values |= {"norm_epsilon": 1e-6, "rotary_base": 1_000_000, "group_query_attention": True, "add_qkv_bias": True, "qk_layernorm": False}
-    return argparse.Namespace(**(values | {"max_position_embeddings": 512, "params_dtype": torch.bfloat16} | changes))
+    values = {
+        "num_layers": 3,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 16,
+    }
+    values |= {
+        "norm_epsilon": 1e-6,
+        "rotary_base": 1_000_000,
+        "group_query_attention": True,
+        "add_qkv_bias": True,
+        "qk_layernorm": False,
+    }
+    return argparse.Namespace(
+        **(values | {"max_position_embeddings": 512, "params_dtype": torch.bfloat16} | changes)
+    )
 
 
 def test_the_shape_comes_from_megatrons_own_arguments(tmp_path, monkeypatch):
@@ -144,15 +195,25 @@ def test_the_shape_comes_from_megatrons_own_arguments(tmp_path, monkeypatch):
     module.Backend = enum.Enum("Backend", {"flash": 1}, module=module.__name__, qualname="Backend")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     decoder = make_decoder("qwen2", tied=True)
-    common = {"iteration": 7, "args": arguments(backend=module.Backend.flash, seeds=torch.arange(3))}
-    source = write_torch_dist(tmp_path / "megatron", megatron_tensors(decoder, stacked=True), common)
+    common = {
+        "iteration": 7,
+        "args": arguments(backend=module.Backend.flash, seeds=torch.arange(3)),
+    }
+    source = write_torch_dist(
+        tmp_path / "megatron", megatron_tensors(decoder, stacked=True), common
+    )
     monkeypatch.delitem(sys.modules, module.__name__)
     import_megatron(source, tmp_path / "out")
     read = Decoder.from_hf(tmp_path / "out", compute_dtype=torch.float32)
     assert read.config.num_kv_heads == 2
     assert read.config.max_positions == 512
-    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), decoder.parameters(), strict=True))
-    for changes, architecture in (({"qk_layernorm": True, "add_qkv_bias": False}, "qwen3"), ({"add_qkv_bias": False}, "llama")):
+    assert all(
+        torch.equal(a, b) for a, b in zip(read.parameters(), decoder.parameters(), strict=True)
+    )
+    for changes, architecture in (
+        ({"qk_layernorm": True, "add_qkv_bias": False}, "qwen3"),
+        ({"add_qkv_bias": False}, "llama"),
+    ):
         torch.save({"args": arguments(**changes)}, source / "common.pt")
         assert config_of_arguments(MegatronCheckpoint(source))["model_type"] == architecture
 
@@ -173,19 +234,35 @@ def test_the_tracker_file_names_the_iteration(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"decoder.layers.mlp.linear_fc2.weight": None}, r"nothing for 'model\.layers\.0\.mlp\.down_proj\.weight'"),
+        (
+            {"decoder.layers.mlp.linear_fc2.weight": None},
+            r"nothing for 'model\.layers\.0\.mlp\.down_proj\.weight'",
+        ),
         ({"decoder.layers.mlp.experts.weight": torch.ones(3, 2)}, "linear_fc|experts"),
         ({"decoder.layers.mlp.linear_fc2.weight": torch.ones(2, 64, 96)}, "has 2 layers, not 3"),
-        ({"decoder.layers.mlp.linear_fc2.weight": torch.ones(3, 64, 80)}, r"is \[64, 80\], not \[64, 96\]"),
-        ({"decoder.layers.self_attention.linear_qkv.weight": torch.ones(3, 100, 64)}, "do not fit the config's heads"),
+        (
+            {"decoder.layers.mlp.linear_fc2.weight": torch.ones(3, 64, 80)},
+            r"is \[64, 80\], not \[64, 96\]",
+        ),
+        (
+            {"decoder.layers.self_attention.linear_qkv.weight": torch.ones(3, 100, 64)},
+            "do not fit the config's heads",
+        ),
         ({"decoder.final_layernorm.weight": torch.full((64,), torch.nan)}, "NaN or Inf"),
-        ({"decoder.layers.self_attention.linear_proj.bias": torch.ones(3, 64)}, r"o_proj\.bias' is not in"),
+        (
+            {"decoder.layers.self_attention.linear_proj.bias": torch.ones(3, 64)},
+            r"o_proj\.bias' is not in",
+        ),
         ({"decoder.mtp.weight": torch.ones(3)}, "decoder.mtp.weight"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, message):
     decoder = make_decoder("qwen2", tied=True)
-    tensors = {name: t for name, t in (megatron_tensors(decoder, stacked=True) | change).items() if t is not None}
+    tensors = {
+        name: t
+        for name, t in (megatron_tensors(decoder, stacked=True) | change).items()
+        if t is not None
+    }
     source = write_torch_dist(tmp_path / "megatron", tensors)
     with pytest.raises(CheckpointError, match=message):
         import_megatron(source, tmp_path / "out", hf_directory(tmp_path / "like", decoder.config))
@@ -193,7 +270,9 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, mes
 
 
 def test_a_shape_that_nobody_gives_is_a_configuration_error(tmp_path):
-    source = write_torch_dist(tmp_path / "megatron", megatron_tensors(make_decoder("llama", False), stacked=True))
+    source = write_torch_dist(
+        tmp_path / "megatron", megatron_tensors(make_decoder("llama", False), stacked=True)
+    )
     with pytest.raises(ConfigError, match="--like"):
         import_megatron(source, tmp_path / "out")
 
@@ -210,7 +289,9 @@ class Attack:
 
 def test_hostile_pickles_are_refused_with_the_name_and_do_nothing(tmp_path):
     sentinel = tmp_path / "sentinel"
-    source = write_torch_dist(tmp_path / "megatron", megatron_tensors(make_decoder("llama", False), stacked=True))
+    source = write_torch_dist(
+        tmp_path / "megatron", megatron_tensors(make_decoder("llama", False), stacked=True)
+    )
     good = (source / ".metadata").read_bytes()
     like = hf_directory(tmp_path / "like", make_decoder("llama", False).config)
     (source / ".metadata").write_bytes(pickle.dumps(Attack(sentinel)))
@@ -230,7 +311,17 @@ def test_hostile_pickles_are_refused_with_the_name_and_do_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["builtins.eval", "builtins.getattr", "torch.load", "torch.hub.load", "os.system", "functools.partial"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "builtins.eval",
+        "builtins.getattr",
+        "torch.load",
+        "torch.hub.load",
+        "os.system",
+        "functools.partial",
+    ],
+)
 def test_names_outside_the_list_are_refused(tmp_path, name):
     module, _, attribute = name.rpartition(".")
     path = tmp_path / "x"
@@ -242,7 +333,9 @@ def test_names_outside_the_list_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize("escape", ["../secret", "/etc/passwd", "sub/../../secret", "..", ""])
 def test_a_shard_outside_the_checkpoint_is_refused(tmp_path, escape):
-    source = write_torch_dist(tmp_path / "megatron", megatron_tensors(make_decoder("llama", False), stacked=True))
+    source = write_torch_dist(
+        tmp_path / "megatron", megatron_tensors(make_decoder("llama", False), stacked=True)
+    )
     metadata = pickle.loads((source / ".metadata").read_bytes())
     next(iter(metadata.storage_data.values())).relative_path = escape
     (source / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -262,7 +355,9 @@ def test_a_tensor_larger_than_its_files_is_refused_before_memory_is_taken(tmp_pa
 
 @pytest.mark.parametrize("name", [".metadata", "common.pt"])
 def test_a_cut_pickle_is_an_error_with_its_name(tmp_path, name):
-    source = write_torch_dist(tmp_path / "megatron", megatron_tensors(make_decoder("llama", False), stacked=True))
+    source = write_torch_dist(
+        tmp_path / "megatron", megatron_tensors(make_decoder("llama", False), stacked=True)
+    )
     data = (source / name).read_bytes()
     (source / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match=name):

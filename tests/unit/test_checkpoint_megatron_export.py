@@ -25,16 +25,25 @@ JUDGE = Path(__file__).parent / "judges/megatron_load.py"
 TOKEN_IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 90]
 
 
-@pytest.mark.parametrize(("architecture", "tied"), [("qwen2", True), ("qwen3", False), ("llama", False)])
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [("qwen2", True), ("qwen3", False), ("llama", False)]
+)
 def test_export_then_import_gives_the_bytes_of_export_hf(tmp_path, make_run, architecture, tied):  # noqa: F811
     run = make_run(make_decoder(architecture, tied=tied))
     assert main(["export", "hf", str(run), "--to", str(tmp_path / "hf")]) == 0
     for source, name in ((run, "from-run"), (tmp_path / "hf", "from-hf")):
         assert main(["export", "megatron", str(source), "--to", str(tmp_path / name)]) == 0
-        assert main(["import", "megatron", str(tmp_path / name), "--to", str(tmp_path / f"{name}-back")]) == 0  # no --like
+        assert (
+            main(
+                ["import", "megatron", str(tmp_path / name), "--to", str(tmp_path / f"{name}-back")]
+            )
+            == 0
+        )  # no --like
         import_megatron(tmp_path / name / "release", tmp_path / f"{name}-like", tmp_path / "hf")
         for back in (f"{name}-back", f"{name}-like"):
-            expected, found = (load_file(tmp_path / directory / "model.safetensors") for directory in ("hf", back))
+            expected, found = (
+                load_file(tmp_path / directory / "model.safetensors") for directory in ("hf", back)
+            )
             assert expected.keys() == found.keys()
             for key, tensor in expected.items():
                 assert found[key].dtype == torch.bfloat16
@@ -55,17 +64,30 @@ def test_megatron_core_loads_it_and_computes_our_logits(tmp_path, make_run, arch
     export_megatron(run, tmp_path / "out")
     shape = dataclasses.asdict(decoder.config) | {"token_ids": TOKEN_IDS}
     (tmp_path / "shape.json").write_text(json.dumps(shape))
-    command = [sys.executable, str(JUDGE), str(tmp_path / "out/release"), str(tmp_path / "shape.json"), str(tmp_path / "judged")]
+    command = [
+        sys.executable,
+        str(JUDGE),
+        str(tmp_path / "out/release"),
+        str(tmp_path / "shape.json"),
+        str(tmp_path / "judged"),
+    ]
     judged = subprocess.run(command, capture_output=True, text=True)
     assert judged.returncode == 0, judged.stderr
-    assert json.loads(judged.stdout.splitlines()[-1]) == {"checkpoint_version": 3.0, "num_layers": 2}
+    assert json.loads(judged.stdout.splitlines()[-1]) == {
+        "checkpoint_version": 3.0,
+        "num_layers": 2,
+    }
     loaded = load_file(tmp_path / "judged")
     for name, tensor in loaded.items():
         assert not (tensor == 12345.0).any(), f"{name} was not loaded"
     ours = Decoder.from_hf(tmp_path / "hf", compute_dtype=torch.float32)
     count = len(TOKEN_IDS)
     with torch.no_grad():
-        logits = ours(torch.tensor(TOKEN_IDS), torch.arange(count), torch.tensor([0, count], dtype=torch.int32))
+        logits = ours(
+            torch.tensor(TOKEN_IDS),
+            torch.arange(count),
+            torch.tensor([0, count], dtype=torch.int32),
+        )
     assert (logits - loaded["logits"]).abs().max() < 1e-4 * logits.abs().max()
 
 
@@ -91,12 +113,25 @@ def test_memory_holds_one_layer_and_a_refusal_leaves_nothing(tmp_path, make_run,
         dict(broken.named_parameters())["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
         export_megatron(make_run(broken, "broken"), tmp_path / "bad")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "out", "run", "there", "tokenizer"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "broken",
+        "out",
+        "run",
+        "there",
+        "tokenizer",
+    ]
 
 
 def test_every_parameter_of_every_variant_has_a_place() -> None:
-    shape = ShapeSection(architecture="llama", hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=2, ffn_size=64)
-    config = dataclasses.replace(Decoder.from_shape(shape, vocab_size=9, seed=0).config, qkv_bias=True, output_bias=True, mlp_bias=True)
+    shape = ShapeSection(
+        architecture="llama", hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=2, ffn_size=64
+    )
+    config = dataclasses.replace(
+        Decoder.from_shape(shape, vocab_size=9, seed=0).config,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+    )
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in Decoder(config).named_parameters()}
     pieces = list(module._pieces(shapes, 1))

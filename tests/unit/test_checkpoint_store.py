@@ -27,7 +27,10 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def tensors_of(step: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return {"parameters/a": torch.randn(5, 7, generator=generator), "optimizer/a/exp_avg": torch.randn(5, 7, generator=generator)}
+    return {
+        "parameters/a": torch.randn(5, 7, generator=generator),
+        "optimizer/a/exp_avg": torch.randn(5, 7, generator=generator),
+    }
 
 
 def save(store: Store, step: int) -> None:
@@ -73,26 +76,44 @@ def test_every_dtype_and_layout_comes_back_bit_for_bit(tmp_path):
         assert bits(read_by_torch[name]) == bits(converted[name]) == bits(tensor.detach()), name
 
 
-def test_tensors_lie_in_pieces_of_several_files_and_any_part_is_read_from_its_own_pieces_alone(tmp_path, monkeypatch):
+def test_tensors_lie_in_pieces_of_several_files_and_any_part_is_read_from_its_own_pieces_alone(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(dcp, "PIECE_BYTES", 100)
     monkeypatch.setattr(dcp, "FILE_BYTES", 200)
     wide = torch.arange(40.0).view(10, 4)
-    tensors = {"a": wide, "b": wide.t(), "row": torch.arange(100.0).view(1, 100), "c": torch.arange(60.0)}
+    tensors = {
+        "a": wide,
+        "b": wide.t(),
+        "row": torch.arange(100.0).view(1, 100),
+        "c": torch.arange(60.0),
+    }
     path = Store(tmp_path).save(1, tensors, {})
     files = sorted(path.glob("*.distcp"))
     assert [file.name for file in files] == [f"__0_{number}.distcp" for number in range(len(files))]
-    assert len(files) == 5, "a, b: 160 bytes each in 6 + 4 and 2 + 2 rows; row: 400 in one piece; c: 240 in 25 + 25 and 10 values"
+    assert len(files) == 5, (
+        "a, b: 160 bytes each in 6 + 4 and 2 + 2 rows; row: 400 in one piece; c: 240 in 25 + 25 and 10 values"
+    )
     read = open_checkpoint(tmp_path).tensors()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
-    for spec in (ShardSpec((10, 4), (5, 1), (3, 2)), ShardSpec((10, 4), (0, 3), (10, 1)), ShardSpec((10, 4), (9, 0), (0, 4))):
-        rows, columns = (slice(start, start + size) for start, size in zip(spec.offset, spec.local_shape, strict=True))
+    for spec in (
+        ShardSpec((10, 4), (5, 1), (3, 2)),
+        ShardSpec((10, 4), (0, 3), (10, 1)),
+        ShardSpec((10, 4), (9, 0), (0, 4)),
+    ):
+        rows, columns = (
+            slice(start, start + size)
+            for start, size in zip(spec.offset, spec.local_shape, strict=True)
+        )
         assert torch.equal(read.part("a", spec), wide[rows, columns])
     by_torch = {name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}
     torch_dcp.load(by_torch, storage_reader=torch_dcp.FileSystemReader(path), no_dist=True)
     assert all(torch.equal(by_torch[name], tensor) for name, tensor in tensors.items())
     for file in files[1:]:
         file.unlink()
-    assert torch.equal(read.part("a", ShardSpec((10, 4), (7, 0), (3, 4))), wide[7:]), "of the first file alone"
+    assert torch.equal(read.part("a", ShardSpec((10, 4), (7, 0), (3, 4))), wide[7:]), (
+        "of the first file alone"
+    )
     with pytest.raises(CheckpointError, match=r"'c' cannot be read .*No such file"):
         read["c"]
 
@@ -129,7 +150,9 @@ def replace_file(path: Path, data: bytes) -> None:
     (path.parent / "manifest.json").write_bytes(encode_manifest(step, files))
 
 
-def test_a_hostile_metadata_is_refused_by_the_manifest_and_with_a_matching_one_by_the_class_it_asks_for(tmp_path):
+def test_a_hostile_metadata_is_refused_by_the_manifest_and_with_a_matching_one_by_the_class_it_asks_for(
+    tmp_path,
+):
     sentinel = tmp_path / "sentinel"
     path = Store(tmp_path / "run").save(1, {"a": torch.ones(3)}, {}) / ".metadata"
     metadata = pickle.loads(path.read_bytes())
@@ -150,7 +173,10 @@ def test_a_hostile_metadata_is_refused_by_the_manifest_and_with_a_matching_one_b
 
 def test_a_metadata_cannot_lead_out_of_what_the_manifest_lists(tmp_path):
     path = Store(tmp_path / "run").save(1, {"a": torch.ones(3)}, {}) / ".metadata"
-    for name, message in (("../other", "outside the checkpoint"), ("unlisted.distcp", "which the manifest does not list")):
+    for name, message in (
+        ("../other", "outside the checkpoint"),
+        ("unlisted.distcp", "which the manifest does not list"),
+    ):
         metadata = pickle.loads(path.read_bytes())
         next(iter(metadata.storage_data.values())).relative_path = name
         replace_file(path, pickle.dumps(metadata))
@@ -189,9 +215,13 @@ def test_retention_keeps_the_newest(tmp_path):
 def test_saving_a_step_again_keeps_what_is_there(tmp_path):
     store = Store(tmp_path)
     save(store, 1)
-    before = {entry.name: entry.stat().st_mtime_ns for entry in (store.directory / "step-1").iterdir()}
+    before = {
+        entry.name: entry.stat().st_mtime_ns for entry in (store.directory / "step-1").iterdir()
+    }
     store.save(1, tensors_of(2), {"step": 1})
-    assert {entry.name: entry.stat().st_mtime_ns for entry in (store.directory / "step-1").iterdir()} == before
+    assert {
+        entry.name: entry.stat().st_mtime_ns for entry in (store.directory / "step-1").iterdir()
+    } == before
 
 
 def test_a_damaged_step_is_moved_aside_when_saved_again_and_removed_when_old(tmp_path):
@@ -275,8 +305,14 @@ def test_a_checkpoint_that_its_run_removed_while_it_was_read_is_not_called_damag
     checkpoint = open_checkpoint(tmp_path)
     tensors = checkpoint.tensors()
     save(store, 2)
-    for read in (lambda: checkpoint.state, lambda: tensors[next(iter(tensors))], checkpoint.tensors):
-        with pytest.raises(CheckpointError, match=r"step-1: was removed by its run.*open the newest"):
+    for read in (
+        lambda: checkpoint.state,
+        lambda: tensors[next(iter(tensors))],
+        checkpoint.tensors,
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"step-1: was removed by its run.*open the newest"
+        ):
             read()
 
 

@@ -52,22 +52,38 @@ def check(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict
     """Exit code, and the line of each check without its name: {"data": "ok ..."}."""
     code = main(["check", *(str(word) for word in words)])
     output = capsys.readouterr()
-    lines = {line[6:16].strip(): f"{line[:5].strip()} {line[17:]}" for line in output.out.splitlines()}
+    lines = {
+        line[6:16].strip(): f"{line[:5].strip()} {line[17:]}" for line in output.out.splitlines()
+    }
     assert (code != 0) == ("infir2: error:" in output.err), output.err
     return code, lines
 
 
-def test_a_good_recipe_passes_and_nothing_is_made(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_good_recipe_passes_and_nothing_is_made(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, lines = check(capsys, recipe, "--data.batch_sequences=2")
     assert code == 0
-    assert list(lines) == ["recipe", "tokenizer", "data", "model", "parallel", "memory", "run dir", "disk", "machine"]
+    assert list(lines) == [
+        "recipe",
+        "tokenizer",
+        "data",
+        "model",
+        "parallel",
+        "memory",
+        "run dir",
+        "disk",
+        "machine",
+    ]
     assert all(line.startswith(("ok", "warn")) for line in lines.values())
     assert "infir2 cpt" in lines["recipe"]
     assert "(min/median/99 %/max of 200 tried)" in lines["data"]
     assert sorted(path.name for path in recipe.parent.iterdir()) == ["x.toml"]
 
 
-def test_the_schedule_is_set_against_the_rows(recipe: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_schedule_is_set_against_the_rows(
+    recipe: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["sft", recipe, f"--data.sources.0.path={world}/sft1.jsonl", "--data.batch_samples=5"]
     num_rows = sum(1 for _ in (world / "sft1.jsonl").open())
     _, lines = check(capsys, *words)
@@ -79,19 +95,27 @@ def test_the_schedule_is_set_against_the_rows(recipe: Path, world: Path, tmp_pat
     assert "over 4: fewer than one step takes" in lines["data"]
 
 
-def test_the_verb_follows_from_sections_and_rows(recipe: Path, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, lines = check(capsys, recipe, f"--data.sources.0.path={world}/sft1.jsonl", "--data.batch_sequences=2")
+def test_the_verb_follows_from_sections_and_rows(
+    recipe: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, lines = check(
+        capsys, recipe, f"--data.sources.0.path={world}/sft1.jsonl", "--data.batch_sequences=2"
+    )
     assert (code, lines["recipe"].split(",")[0]) == (0, "ok infir2 sft")
     _, lines = check(capsys, "sft", recipe, "--data.batch_sequences=2")
     assert "no field `messages`" in lines["data"]
     evaluation = recipe.with_name("e.toml")
     evaluation.write_text(f'[[evaluate.problems]]\npath = "{world}/heldout.jsonl"\n')
-    code, lines = check(capsys, evaluation, "--model.path=/nowhere/run", "--run.dir=/nowhere/scores")
+    code, lines = check(
+        capsys, evaluation, "--model.path=/nowhere/run", "--run.dir=/nowhere/scores"
+    )
     assert lines["recipe"].startswith("ok infir2 eval")
     assert lines["model"].startswith("FAIL model.path: /nowhere/run does not exist")
 
 
-def test_a_failed_check_is_named_and_what_hangs_on_it_is_skipped(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_check_is_named_and_what_hangs_on_it_is_skipped(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, lines = check(capsys, recipe, "--data.batch_sequences=2", "--data.tokenizer=/nowhere")
     assert code == 1
     assert lines["tokenizer"].startswith("FAIL data.tokenizer: /nowhere has no tokenizer.json")
@@ -99,20 +123,26 @@ def test_a_failed_check_is_named_and_what_hangs_on_it_is_skipped(recipe: Path, c
     assert lines["disk"].startswith("ok")
 
 
-def test_unusable_rows_are_counted_with_an_example(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_rows_are_counted_with_an_example(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"text": "1 + 1 = 2"}] * 97 + [{"text": ""}, {"text": None}, {"text": "3 + 4 = 7"}]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [recipe, f"--data.sources.0.path={data}", "--data.batch_sequences=2"]
     code, lines = check(capsys, *words)
     assert code == 1
-    assert lines["data"].startswith(f"FAIL {data}: 2 of 100 rows tried are unusable (1 empty, 1 null_field; {data}:98:")
+    assert lines["data"].startswith(
+        f"FAIL {data}: 2 of 100 rows tried are unusable (1 empty, 1 null_field; {data}:98:"
+    )
     code, lines = check(capsys, *words, "--data.max_quarantined_fraction=0.02")
     assert code == 0
     assert "2 of 100 rows tried are unusable" in lines["data"]
 
 
-def test_text_that_the_tokenizer_loses_is_a_warning(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_that_the_tokenizer_loses_is_a_warning(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"text": "1 + 1 = 2"}) + "\n" + json.dumps({"text": "数学"}) + "\n")
     code, lines = check(capsys, recipe, f"--data.sources.0.path={data}", "--data.batch_sequences=2")
@@ -121,14 +151,18 @@ def test_text_that_the_tokenizer_loses_is_a_warning(recipe: Path, tmp_path: Path
     assert "1 whose text changes" in lines["data"]
 
 
-def test_a_run_directory_that_cannot_be_used(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_directory_that_cannot_be_used(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run").write_text("a file, not a directory")
     code, lines = check(capsys, recipe, "--data.batch_sequences=2")
     assert code == 1
     assert lines["run dir"].startswith("FAIL run.dir:")
 
 
-def test_a_changed_recipe_is_seen_before_the_run_is(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_recipe_is_seen_before_the_run_is(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from infir2.checkpoint import Store
     from infir2.model import Decoder
 
@@ -137,12 +171,16 @@ def test_a_changed_recipe_is_seen_before_the_run_is(recipe: Path, tmp_path: Path
     loaded = load(TrainRecipe, [recipe], options)
     assert loaded.recipe.model.shape is not None
     model = Decoder.from_shape(loaded.recipe.model.shape, vocab_size=200, seed=1)
-    tensors = {f"parameters/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {
+        f"parameters/{name}": parameter.detach() for name, parameter in model.named_parameters()
+    }
     store = Store(with_run)
     path = store.save(7, tensors, {"model_config": model.config.to_hf()})
     store.close()
     shard = path / "__0_0.distcp"
-    shard.write_bytes(bytes(shard.stat().st_size))  # a look at the run reads no tensor: seconds for one of 7 B parameters
+    shard.write_bytes(
+        bytes(shard.stat().st_size)
+    )  # a look at the run reads no tensor: seconds for one of 7 B parameters
     (with_run / "recipe.toml").write_text(dump(loaded))
     code, lines = check(capsys, recipe, *options)
     assert (code, lines["run dir"]) == (0, f"ok {with_run} resumes after step 7")
@@ -155,8 +193,15 @@ def test_a_changed_recipe_is_seen_before_the_run_is(recipe: Path, tmp_path: Path
     assert lines["run dir"].startswith("warn")
 
 
-def test_a_model_too_large_for_the_machine_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [recipe, "--data.batch_sequences=2", "--model.shape.hidden_size=65536", "--model.shape.num_layers=200"]
+def test_a_model_too_large_for_the_machine_is_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        recipe,
+        "--data.batch_sequences=2",
+        "--model.shape.hidden_size=65536",
+        "--model.shape.num_layers=200",
+    ]
     code, lines = check(capsys, *words)
     assert code == 1
     assert "lower data.micro_batch_tokens" in lines["memory"]
@@ -165,7 +210,11 @@ def test_a_model_too_large_for_the_machine_is_refused(recipe: Path, capsys: pyte
 
 def test_memory_follows_the_keys_that_save_it(recipe: Path) -> None:
     def activations(*options: str) -> dict[str, int]:
-        loaded = load(TrainRecipe, [recipe], ["--data.batch_sequences=2", "--model.shape.num_layers=8", *options]).recipe
+        loaded = load(
+            TrainRecipe,
+            [recipe],
+            ["--data.batch_sequences=2", "--model.shape.num_layers=8", *options],
+        ).recipe
         return memory_parts(loaded, model_facts(loaded.model, 100), "cuda")
 
     plain = activations()
@@ -173,28 +222,55 @@ def test_memory_follows_the_keys_that_save_it(recipe: Path) -> None:
     assert activations("--fp8.enabled=false")["activations"] > plain["activations"]
     assert activations("--data.micro_batch_tokens=512")["activations"] == 2 * plain["activations"]
     assert activations("--optimizer.moment_dtype=fp8")["optimizer"] < plain["optimizer"] / 3
-    wide = [activations(f"--train.loss_chunk_tokens={chunk}", "--model.shape.vocab_size=150000") for chunk in (64, 256)]
+    wide = [
+        activations(f"--train.loss_chunk_tokens={chunk}", "--model.shape.vocab_size=150000")
+        for chunk in (64, 256)
+    ]
     assert wide[0]["head and working memory"] == wide[1]["head and working memory"] // 4
 
 
 def test_memory_is_that_of_one_process_of_several(recipe: Path) -> None:
-    wide = ["--data.batch_sequences=2", "--model.shape.hidden_size=1024", "--model.shape.ffn_size=4096", "--model.shape.num_layers=24"]
+    wide = [
+        "--data.batch_sequences=2",
+        "--model.shape.hidden_size=1024",
+        "--model.shape.ffn_size=4096",
+        "--model.shape.num_layers=24",
+    ]
     loaded = load(TrainRecipe, [recipe], wide).recipe
     facts = model_facts(loaded.model, 100)
     for device in ("cuda", "cpu"):
-        one, eight = (sum(memory_parts(loaded, facts, device, Sizes(dp=dp)).values()) for dp in (1, 8))
+        one, eight = (
+            sum(memory_parts(loaded, facts, device, Sizes(dp=dp)).values()) for dp in (1, 8)
+        )
         assert eight < one / 2
-    half = memory_parts(load(TrainRecipe, [recipe], [*wide, "--optimizer.moment_dtype=bf16"]).recipe, facts, "cuda", Sizes(dp=8))
+    half = memory_parts(
+        load(TrainRecipe, [recipe], [*wide, "--optimizer.moment_dtype=bf16"]).recipe,
+        facts,
+        "cuda",
+        Sizes(dp=8),
+    )
     assert half["optimizer"] == memory_parts(loaded, facts, "cuda", Sizes(dp=8))["optimizer"] // 2
 
 
 @pytest.mark.parametrize(
     ("options", "word", "sentence"),
     [
-        (["--parallel.dp=4", "--optimizer.grad_dtype=bf16"], "FAIL", 'optimizer.grad_dtype = "bf16" need one process, not 4'),
-        (["--parallel.dp=2", "--optimizer.moment_dtype=fp8"], "FAIL", 'optimizer.moment_dtype = "fp8"'),
+        (
+            ["--parallel.dp=4", "--optimizer.grad_dtype=bf16"],
+            "FAIL",
+            'optimizer.grad_dtype = "bf16" need one process, not 4',
+        ),
+        (
+            ["--parallel.dp=2", "--optimizer.moment_dtype=fp8"],
+            "FAIL",
+            'optimizer.moment_dtype = "fp8"',
+        ),
         (["--parallel.dp=4"], "warn", "4 ranks read data and a step has 2 sequences"),
-        (["--parallel.dp=1", "--parallel.cp=4"], "warn", "parallel.cp = 4 pads micro-batches of 256 tokens to 1024"),
+        (
+            ["--parallel.dp=1", "--parallel.cp=4"],
+            "warn",
+            "parallel.cp = 4 pads micro-batches of 256 tokens to 1024",
+        ),
         (["--parallel.dp=2"], "ok", "for 2 processes"),
         (["--optimizer.moment_dtype=fp8"], "ok", "for one process"),
     ],
@@ -208,7 +284,9 @@ def test_what_several_processes_cannot_do_or_do_in_vain(
     assert sentence in lines["parallel"]
 
 
-def test_damaged_model_files_are_found_without_reading_weights(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_model_files_are_found_without_reading_weights(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from safetensors.torch import load_file, save_file
 
     from infir2.model import Decoder, exported_weights, write_hf
@@ -224,12 +302,17 @@ def test_damaged_model_files_are_found_without_reading_weights(recipe: Path, tmp
     assert (code, lines["model"].split()[0]) == (0, "ok")
     file = tmp_path / "hf" / "model.safetensors"
     tensors = load_file(file)
-    save_file({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}, file)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}, file
+    )
     code, lines = check(capsys, *words)
     assert "1 weights are missing, such as model.norm.weight" in lines["model"]
     save_file(tensors | {"model.norm.weight": torch.zeros(3)}, file)
     code, lines = check(capsys, *words)
-    assert (code, "model.norm.weight is [3], and its config calls for [64]" in lines["model"]) == (1, True)
+    assert (code, "model.norm.weight is [3], and its config calls for [64]" in lines["model"]) == (
+        1,
+        True,
+    )
 
 
 def test_the_jail_is_tried_for_rl_and_a_broken_one_is_said(
@@ -241,7 +324,9 @@ def test_the_jail_is_tried_for_rl_and_a_broken_one_is_said(
     words = ["rl", recipe, f"--data.sources.0.path={world}/rl1.jsonl", "--rollout.model=/nowhere"]
     monkeypatch.setattr(infir2.verify, "run_code", lambda *_: Verdict("ok"))
     _, lines = check(capsys, *words)
-    assert lines["jail"].startswith("FAIL the jail does not work here: an honest program gave ok, a cheat ok")
+    assert lines["jail"].startswith(
+        "FAIL the jail does not work here: an honest program gave ok, a cheat ok"
+    )
 
     def refuse(*_: object) -> Verdict:
         raise JailError("this machine refuses a jail")
@@ -251,4 +336,6 @@ def test_the_jail_is_tried_for_rl_and_a_broken_one_is_said(
     assert lines["jail"] == "warn this machine refuses a jail"
     monkeypatch.undo()
     _, lines = check(capsys, *words)
-    assert lines["jail"].startswith(("ok honest ok, cheat error, endless loop timeout", "warn this machine refuses"))
+    assert lines["jail"].startswith(
+        ("ok honest ok, cheat error, endless loop timeout", "warn this machine refuses")
+    )

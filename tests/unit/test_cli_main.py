@@ -24,7 +24,15 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
-    for name in ("HF_CHECKPOINT", "DATA_DIR", "DATA_PATH", "SAVE_DIR", "LOAD_DIR", "REF_LOAD", "RANK"):
+    for name in (
+        "HF_CHECKPOINT",
+        "DATA_DIR",
+        "DATA_PATH",
+        "SAVE_DIR",
+        "LOAD_DIR",
+        "REF_LOAD",
+        "RANK",
+    ):
         monkeypatch.delenv(name, raising=False)
     Path("x.toml").write_text(RECIPE)
     return "x.toml"
@@ -55,22 +63,34 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple]]:
     return put
 
 
-def test_training_gets_the_recipe_and_the_kind(recipe: str, replace: Callable[..., list[tuple]]) -> None:
+def test_training_gets_the_recipe_and_the_kind(
+    recipe: str, replace: Callable[..., list[tuple]]
+) -> None:
     calls = replace("infir2.train.loop", "run_training")
     assert main(["sft", recipe, "--run.seed=5", "--accept-changes"]) == 0
     assert main(["cpt", recipe, "--data.batch_samples=0", "--data.batch_sequences=3"]) == 0
     (_, loaded, kind), (_, second, second_kind) = calls
     assert (kind, loaded.recipe.run.seed, loaded.accept_changes) == ("sft", 5, True)
-    assert (second_kind, second.recipe.data.batch_sequences, second.accept_changes) == ("cpt", 3, False)
+    assert (second_kind, second.recipe.data.batch_sequences, second.accept_changes) == (
+        "cpt",
+        3,
+        False,
+    )
 
 
 def test_variables_that_took_part_are_printed_once(
-    recipe: str, replace: Callable[..., list[tuple]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: str,
+    replace: Callable[..., list[tuple]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     replace("infir2.train.loop", "run_training")
     monkeypatch.setenv("HF_CHECKPOINT", "models/hf")
     assert main(["sft", recipe]) == 0
-    assert capsys.readouterr().err == "infir2: environment variable HF_CHECKPOINT sets model.path to 'models/hf'.\n"
+    assert (
+        capsys.readouterr().err
+        == "infir2: environment variable HF_CHECKPOINT sets model.path to 'models/hf'.\n"
+    )
     monkeypatch.setenv("RANK", "1")
     assert main(["sft", recipe]) == 0
     assert capsys.readouterr().err == ""
@@ -91,7 +111,12 @@ def test_variables_that_took_part_are_printed_once(
     ],
 )
 def test_each_error_has_its_exit_code_and_one_line(
-    recipe: str, replace: Callable[..., list[tuple]], capsys: pytest.CaptureFixture[str], error: BaseException, code: int, text: str
+    recipe: str,
+    replace: Callable[..., list[tuple]],
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    text: str,
 ) -> None:
     replace("infir2.train.loop", "run_training", raises=error)
     assert main(["sft", recipe]) == code
@@ -106,7 +131,12 @@ def test_each_error_has_its_exit_code_and_one_line(
         (False, {"INFIR2_RANKS_DIR": "somewhere"}, ""),
         (False, {"GROUP_RANK": "1"}, ""),
     ],
-    ids=["rank 0 has said it", "rank 0 says nothing", "infir2 launch does not end rank 0", "rank 0 is on another node"],
+    ids=[
+        "rank 0 has said it",
+        "rank 0 says nothing",
+        "infir2 launch does not end rank 0",
+        "rank 0 is on another node",
+    ],
 )
 def test_a_rank_lets_rank_0_say_what_all_have(
     recipe: str,
@@ -129,7 +159,13 @@ def test_a_rank_lets_rank_0_say_what_all_have(
     real_wait = CommandSignals.wait
     monkeypatch.setattr(CommandSignals, "wait", wait)
     replace("infir2.train.loop", "run_training", raises=errors.ConfigError("a key."))
-    torchrun = {"RANK": "1", "GROUP_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"}
+    torchrun = {
+        "RANK": "1",
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     for name, value in (torchrun | variables).items():
         monkeypatch.setenv(name, value)
     assert main(["sft", recipe]) == 2
@@ -137,7 +173,9 @@ def test_a_rank_lets_rank_0_say_what_all_have(
     assert capsys.readouterr().err == said
 
 
-def test_an_internal_error_has_its_traceback(recipe: str, replace: Callable[..., list[tuple]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_internal_error_has_its_traceback(
+    recipe: str, replace: Callable[..., list[tuple]], capsys: pytest.CaptureFixture[str]
+) -> None:
     replace("infir2.train.loop", "run_training", raises=ZeroDivisionError("a defect"))
     assert main(["sft", recipe]) == 70
     lines = capsys.readouterr().err.splitlines()
@@ -151,19 +189,33 @@ def test_an_internal_error_has_its_traceback(recipe: str, replace: Callable[...,
     [
         (["sfft"], "sfft is not a verb; did you mean sft?"),
         (["--colour"], "--colour is not a verb; `infir2 --help` lists the verbs."),
-        (["sft"], "infir2 sft needs a recipe, such as one in recipes/demo; see `infir2 sft --help`."),
+        (
+            ["sft"],
+            "infir2 sft needs a recipe, such as one in recipes/demo; see `infir2 sft --help`.",
+        ),
         (
             ["sft", "x.toml", "--verbose"],
             "--verbose is not an option of infir2 sft; options are --section.key=value, see `infir2 sft --help`.",
         ),
         (["sft", "x.toml", "--run.seed", "5"], "option --run.seed: write it as --run.seed=5."),
         (["sft", "gone.toml"], "gone.toml: there is no such recipe file; recipes are in recipes/."),
-        (["export", "hf", "runs/x"], "the following arguments are required: --to; see `infir2 export hf --help`."),
-        (["export", "fp8", "m", "--to", "o", "--scale-format", "e8m0"], "argument --scale-format: invalid choice: 'e8m0'"),
-        (["verify-weights", "a", "b", "c"], "unrecognized arguments: c; see `infir2 verify-weights --help`."),
+        (
+            ["export", "hf", "runs/x"],
+            "the following arguments are required: --to; see `infir2 export hf --help`.",
+        ),
+        (
+            ["export", "fp8", "m", "--to", "o", "--scale-format", "e8m0"],
+            "argument --scale-format: invalid choice: 'e8m0'",
+        ),
+        (
+            ["verify-weights", "a", "b", "c"],
+            "unrecognized arguments: c; see `infir2 verify-weights --help`.",
+        ),
     ],
 )
-def test_wrong_words_are_one_sentence_and_exit_2(recipe: str, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str) -> None:
+def test_wrong_words_are_one_sentence_and_exit_2(
+    recipe: str, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
     assert main(words) == 2
     output = capsys.readouterr()
     assert output.out == ""
@@ -190,7 +242,9 @@ def test_wrong_words_are_one_sentence_and_exit_2(recipe: str, capsys: pytest.Cap
         ("report a --to p.html", ("write_report", [Path("a")], Path("p.html"))),
     ],
 )
-def test_words_reach_their_function(words: str, call: tuple, replace: Callable[..., list[tuple]]) -> None:
+def test_words_reach_their_function(
+    words: str, call: tuple, replace: Callable[..., list[tuple]]
+) -> None:
     functions = (
         "export_hf",
         "export_fp8",
@@ -203,7 +257,15 @@ def test_words_reach_their_function(words: str, call: tuple, replace: Callable[.
         "run_demo",
         "write_report",
     )
-    parts = ("checkpoint.hf_import", "checkpoint.megatron", "checkpoint.megatron_export", "checkpoint", "data.demo", "demo", "report")
+    parts = (
+        "checkpoint.hf_import",
+        "checkpoint.megatron",
+        "checkpoint.megatron_export",
+        "checkpoint",
+        "data.demo",
+        "demo",
+        "report",
+    )
     calls = [replace(f"infir2.{part}", *functions) for part in parts]
     assert main(words.split()) == 0
     assert [made for module_calls in calls for made in module_calls] == [call]
@@ -239,7 +301,12 @@ def test_help_is_quick_and_survives_a_closed_pipe() -> None:
     environ = dict(os.environ, PYTHONUNBUFFERED="1")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(
-        f"{sys.executable} -m infir2 rl --help | head -1", shell=True, capture_output=True, text=True, cwd=ROOT, env=environ
+        f"{sys.executable} -m infir2 rl --help | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environ,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.stdout.startswith("usage: infir2 rl")

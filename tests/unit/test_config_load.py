@@ -38,17 +38,26 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "x.toml"
 
 
-def sft(*arguments: str, path: str = "x.toml", environ: dict[str, str] | None = None) -> Loaded[TrainRecipe]:
+def sft(
+    *arguments: str, path: str = "x.toml", environ: dict[str, str] | None = None
+) -> Loaded[TrainRecipe]:
     return load(TrainRecipe, [path], arguments, environ, "sft")
 
 
 def test_later_layers_win_and_provenance_names_them(recipe: str) -> None:
     Path("base.toml").write_text("[run]\nseed = 1\nthreads = 2\ndevice = 'cpu'\n")
-    Path("later.toml").write_text("extends = 'base.toml'\n[run]\nseed = 2\n[data]\ntokenizer = 'toks'\n")
-    loaded = load(TrainRecipe, [recipe, "later.toml"], ["--run.threads=7"], {"SAVE_DIR": "runs/env"})
+    Path("later.toml").write_text(
+        "extends = 'base.toml'\n[run]\nseed = 2\n[data]\ntokenizer = 'toks'\n"
+    )
+    loaded = load(
+        TrainRecipe, [recipe, "later.toml"], ["--run.threads=7"], {"SAVE_DIR": "runs/env"}
+    )
     run = loaded.recipe.run
     assert (run.seed, run.threads, run.device, run.dir) == (2, 7, "cpu", "runs/env")
-    origins = {key: loaded.provenance[key] for key in ("run.seed", "run.threads", "run.device", "run.dir", "model.path", "fp8.enabled")}
+    origins = {
+        key: loaded.provenance[key]
+        for key in ("run.seed", "run.threads", "run.device", "run.dir", "model.path", "fp8.enabled")
+    }
     assert origins == {
         "run.seed": "file:later.toml",
         "run.threads": "option",
@@ -97,7 +106,11 @@ def test_options_of_each_kind(recipe: str) -> None:
         "--model.path=2024",
         '--data.tokenizer="quo ted"',
     ).recipe
-    assert [(source.path, source.weight) for source in loaded.data.sources] == [("a.jsonl", 1.0), ("b.jsonl", 2.0), ("c.jsonl", 1.0)]
+    assert [(source.path, source.weight) for source in loaded.data.sources] == [
+        ("a.jsonl", 1.0),
+        ("b.jsonl", 2.0),
+        ("c.jsonl", 1.0),
+    ]
     assert loaded.fp8.skip_modules == ("model.layers.0.*", "lm_head")
     assert (loaded.fp8.enabled, loaded.fp8.scale_format) == (False, "fp32")
     assert loaded.schedule.learning_rate == 1.0
@@ -107,34 +120,66 @@ def test_options_of_each_kind(recipe: str) -> None:
 
 def test_an_option_can_give_the_whole_list(recipe: str) -> None:
     loaded = sft('--data.sources=[{path = "z.jsonl", weight = 3}]')
-    assert [(source.path, source.weight) for source in loaded.recipe.data.sources] == [("z.jsonl", 3.0)]
+    assert [(source.path, source.weight) for source in loaded.recipe.data.sources] == [
+        ("z.jsonl", 3.0)
+    ]
     assert loaded.provenance["data.sources.0.path"] == "option"
 
 
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
-        ("--data.tokenzier=x", "option --data.tokenzier: data.tokenzier is not a key; did you mean data.tokenizer?"),
+        (
+            "--data.tokenzier=x",
+            "option --data.tokenzier: data.tokenzier is not a key; did you mean data.tokenizer?",
+        ),
         ("--data.seed=1", "option --data.seed: data.seed is not a key; did you mean run.seed?"),
-        ("--dataa.tokenizer=x", "option --dataa.tokenizer: dataa is not a section of this kind of recipe; did you mean data?"),
+        (
+            "--dataa.tokenizer=x",
+            "option --dataa.tokenizer: dataa is not a section of this kind of recipe; did you mean data?",
+        ),
         ("--run.seed.x=1", "option --run.seed.x: run.seed.x is not a key; did you mean run.seed?"),
-        ("--data.sources.0.pth=x", "option --data.sources.0.pth: data.sources.0.pth is not a key; did you mean data.sources.0.path?"),
+        (
+            "--data.sources.0.pth=x",
+            "option --data.sources.0.pth: data.sources.0.pth is not a key; did you mean data.sources.0.path?",
+        ),
         (
             "--data.sources.3.path=x",
             "option --data.sources.3.path: data.sources.3 is not an element of data.sources, which has 2; count from 0.",
         ),
-        ("--schedule.total_steps=1e3", "option --schedule.total_steps: schedule.total_steps must be a whole number, not 1000.0."),
-        ("--schedule.learning_rate=true", "option --schedule.learning_rate: schedule.learning_rate must be a number, not True."),
-        ("--schedule.learning_rate=nan", "option --schedule.learning_rate: schedule.learning_rate must be a finite number, not nan."),
-        ("--fp8.enabled=False", "option --fp8.enabled: fp8.enabled must be true or false, not 'False'."),
-        ("--schedule.kind=cos", "option --schedule.kind: schedule.kind must be 'wsd', 'cosine' or 'constant', not 'cos'."),
-        ("--run.seed=1\nthreads=2", "option --run.seed: run.seed must be a whole number, not '1\\nthreads=2'."),
+        (
+            "--schedule.total_steps=1e3",
+            "option --schedule.total_steps: schedule.total_steps must be a whole number, not 1000.0.",
+        ),
+        (
+            "--schedule.learning_rate=true",
+            "option --schedule.learning_rate: schedule.learning_rate must be a number, not True.",
+        ),
+        (
+            "--schedule.learning_rate=nan",
+            "option --schedule.learning_rate: schedule.learning_rate must be a finite number, not nan.",
+        ),
+        (
+            "--fp8.enabled=False",
+            "option --fp8.enabled: fp8.enabled must be true or false, not 'False'.",
+        ),
+        (
+            "--schedule.kind=cos",
+            "option --schedule.kind: schedule.kind must be 'wsd', 'cosine' or 'constant', not 'cos'.",
+        ),
+        (
+            "--run.seed=1\nthreads=2",
+            "option --run.seed: run.seed must be a whole number, not '1\\nthreads=2'.",
+        ),
         (
             "--model.path=a\udcffb",
             "option --model.path: the value is not valid UTF-8, and a recipe is text; rename what it names.",
         ),
         ("--run.seed", "option --run.seed: write it as --run.seed=VALUE."),
-        ("--run=3", "option --run: run is a section, so write [run] and keys under it, not a single value."),
+        (
+            "--run=3",
+            "option --run: run is a section, so write [run] and keys under it, not a single value.",
+        ),
         (
             "--data.batch_sequences=2",
             "option --data.batch_sequences: data.batch_sequences and data.batch_samples are both set; keep one and set the other to 0.",
@@ -150,10 +195,19 @@ def test_mistakes_get_one_sentence(recipe: str, option: str, sentence: str) -> N
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[data]\ntokenzier = 'x'", "y.toml: data.tokenzier is not a key; did you mean data.tokenizer?"),
+        (
+            "[data]\ntokenzier = 'x'",
+            "y.toml: data.tokenzier is not a key; did you mean data.tokenizer?",
+        ),
         ("[run]\nseed = '1'", "y.toml: run.seed must be a whole number, not '1'."),
-        ("[data.sources]\npath = 'x'", "y.toml: data.sources is a list of tables, so write [[data.sources]]"),
-        ("[[data.sources]]\nweight = 2", "y.toml: data.sources.0.path is missing; set it (a .jsonl"),
+        (
+            "[data.sources]\npath = 'x'",
+            "y.toml: data.sources is a list of tables, so write [[data.sources]]",
+        ),
+        (
+            "[[data.sources]]\nweight = 2",
+            "y.toml: data.sources.0.path is missing; set it (a .jsonl",
+        ),
         ("data = 3", "y.toml: data is a section, so write [data]"),
         ("[run\n", "y.toml: this is not valid TOML: Expected ']'"),
         ("extends = ['x.toml']", "y.toml: extends must be the name of one file"),
@@ -170,11 +224,20 @@ def test_mistakes_in_a_file_name_the_file(recipe: str, text: str, sentence: str)
 
 def test_a_missing_section_says_which_keys_it_needs(recipe: str) -> None:
     Path("y.toml").write_text("[run]\ndir = 'r'\n")
-    with pytest.raises(ConfigError, match=r"^y\.toml: section \[schedule\] is missing; set schedule\.learning_rate\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^y\.toml: section \[schedule\] is missing; set schedule\.learning_rate\.$",
+    ):
         load(TrainRecipe, ["y.toml"])
 
 
-SHAPE = ["--model.path=", "--data.tokenizer=t", "--model.shape.hidden_size=64", "--model.shape.num_layers=1", "--model.shape.ffn_size=8"]
+SHAPE = [
+    "--model.path=",
+    "--data.tokenizer=t",
+    "--model.shape.hidden_size=64",
+    "--model.shape.num_layers=1",
+    "--model.shape.ffn_size=8",
+]
 
 
 @pytest.mark.parametrize(
@@ -189,16 +252,45 @@ SHAPE = ["--model.path=", "--data.tokenizer=t", "--model.shape.hidden_size=64", 
         (["--schedule.final_learning_rate=1"], "schedule.final_learning_rate"),
         (["--schedule.decay_steps=2"], "schedule.decay_steps"),
         (["--schedule.kind=wsd", "--schedule.decay_steps=11"], "schedule.decay_steps"),
-        (["--schedule.kind=wsd", "--schedule.decay_steps=6", "--schedule.warmup_steps=5"], "schedule.decay_steps"),
+        (
+            ["--schedule.kind=wsd", "--schedule.decay_steps=6", "--schedule.warmup_steps=5"],
+            "schedule.decay_steps",
+        ),
         (["--schedule.kind=wsd", "--schedule.decay_from_step=6"], "schedule.decay_from_step"),
-        (["--schedule.kind=wsd", "--schedule.decay_from_step=6", "--schedule.decay_steps=5"], "schedule.total_steps"),
+        (
+            ["--schedule.kind=wsd", "--schedule.decay_from_step=6", "--schedule.decay_steps=5"],
+            "schedule.total_steps",
+        ),
         (["--schedule.warmup_steps=11"], "schedule.warmup_steps"),
-        (["--schedule.warmup_steps=1", "--schedule.warmup_fraction=0.1"], "schedule.warmup_fraction"),
-        ([*SHAPE, "--model.shape.num_heads=4", "--model.shape.num_kv_heads=3"], "model.shape.num_kv_heads"),
-        ([*SHAPE, "--model.shape.num_heads=3", "--model.shape.num_kv_heads=3"], "model.shape.num_heads"),
-        ([*SHAPE, "--model.shape.num_heads=64", "--model.shape.num_kv_heads=1"], "model.shape.head_dim"),
-        ([*SHAPE, "--model.shape.num_heads=2", "--model.shape.num_kv_heads=1", "--data.tokenizer="], "data.tokenizer"),
-        ([*SHAPE, "--model.shape.num_heads=2", "--model.shape.num_kv_heads=1", "--model.path=m"], "model.path"),
+        (
+            ["--schedule.warmup_steps=1", "--schedule.warmup_fraction=0.1"],
+            "schedule.warmup_fraction",
+        ),
+        (
+            [*SHAPE, "--model.shape.num_heads=4", "--model.shape.num_kv_heads=3"],
+            "model.shape.num_kv_heads",
+        ),
+        (
+            [*SHAPE, "--model.shape.num_heads=3", "--model.shape.num_kv_heads=3"],
+            "model.shape.num_heads",
+        ),
+        (
+            [*SHAPE, "--model.shape.num_heads=64", "--model.shape.num_kv_heads=1"],
+            "model.shape.head_dim",
+        ),
+        (
+            [
+                *SHAPE,
+                "--model.shape.num_heads=2",
+                "--model.shape.num_kv_heads=1",
+                "--data.tokenizer=",
+            ],
+            "data.tokenizer",
+        ),
+        (
+            [*SHAPE, "--model.shape.num_heads=2", "--model.shape.num_kv_heads=1", "--model.path=m"],
+            "model.path",
+        ),
     ],
 )
 def test_combinations_that_cannot_work(recipe: str, options: list[str], key: str) -> None:
@@ -234,7 +326,12 @@ def test_combinations_of_rl(recipe: str, option: str, key: str) -> None:
 
 def test_evaluation_needs_a_model_and_problems(recipe: str) -> None:
     Path("e.toml").write_text("[[evaluate.problems]]\npath = 'p.jsonl'\n")
-    assert load(EvalRecipe, ["e.toml"], ["--model.path=m", "--run.dir=r"]).recipe.evaluate.problems[0].path == "p.jsonl"
+    assert (
+        load(EvalRecipe, ["e.toml"], ["--model.path=m", "--run.dir=r"])
+        .recipe.evaluate.problems[0]
+        .path
+        == "p.jsonl"
+    )
     with pytest.raises(ConfigError, match=r"e\.toml: model\.path is missing"):
         load(EvalRecipe, ["e.toml"])
     with pytest.raises(ConfigError, match=r"evaluate\.problems is empty"):
@@ -247,13 +344,17 @@ def recipe_files() -> list[Path]:
     return sorted(path for path in (ROOT / "recipes").rglob("*.toml") if path.name != "base.toml")
 
 
-@pytest.mark.parametrize("path", recipe_files(), ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+@pytest.mark.parametrize(
+    "path", recipe_files(), ids=lambda path: str(path.relative_to(ROOT / "recipes"))
+)
 def test_every_shipped_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     kind = path.stem[:4].rstrip("0123456789-.")
     recipe_class = {"rl": RlRecipe, "eval": EvalRecipe}.get(kind, TrainRecipe)
     options = ["--model.path=m", "--run.dir=r"] if kind == "eval" else []
-    loaded = load(recipe_class, [path], options, verb="" if recipe_class is not TrainRecipe else path.stem[:3])
+    loaded = load(
+        recipe_class, [path], options, verb="" if recipe_class is not TrainRecipe else path.stem[:3]
+    )
     assert not list(problems(loaded.recipe))
 
 

@@ -21,17 +21,28 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loaded[TrainRecip
 
 
 def test_a_dump_loads_to_an_equal_recipe(loaded: Loaded[TrainRecipe]) -> None:
-    odd = ['--data.system_prompt="a \\"b\\" # \\\\ \\n\\u007f é 🙂"', "--fp8.skip_modules=a,b", "--optimizer.eps=1e-20", "--run.seed=7"]
+    odd = [
+        '--data.system_prompt="a \\"b\\" # \\\\ \\n\\u007f é 🙂"',
+        "--fp8.skip_modules=a,b",
+        "--optimizer.eps=1e-20",
+        "--run.seed=7",
+    ]
     first = load(TrainRecipe, ["x.toml"], odd, {"SAVE_DIR": "runs/\u2028odd"})
     Path("resolved.toml").write_text(dump(first), encoding="utf-8")
     again = load(TrainRecipe, ["resolved.toml"])
     assert again.recipe == first.recipe
-    assert {key for key, origin in again.provenance.items() if origin != "file:resolved.toml"} == {"model.shape"}
+    assert {key for key, origin in again.provenance.items() if origin != "file:resolved.toml"} == {
+        "model.shape"
+    }
 
 
 def test_a_dump_with_a_shape_and_without_sources_of_validation(loaded: Loaded[TrainRecipe]) -> None:
     shape = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 96}
-    options = ["--model.path=", "--data.tokenizer=t", *(f"--model.shape.{name}={value}" for name, value in shape.items())]
+    options = [
+        "--model.path=",
+        "--data.tokenizer=t",
+        *(f"--model.shape.{name}={value}" for name, value in shape.items()),
+    ]
     first = load(TrainRecipe, ["x.toml"], options)
     Path("resolved.toml").write_text(dump(first))
     assert load(TrainRecipe, ["resolved.toml"]).recipe == first.recipe
@@ -50,7 +61,11 @@ def test_a_dump_says_where_each_value_came_from(loaded: Loaded[TrainRecipe]) -> 
 
 
 def test_changes_are_named_key_by_key(loaded: Loaded[TrainRecipe]) -> None:
-    new = load(TrainRecipe, ["x.toml"], ["--run.seed=2", "--data.sources.2.path=c", "--data.sources.0.weight=5"]).recipe
+    new = load(
+        TrainRecipe,
+        ["x.toml"],
+        ["--run.seed=2", "--data.sources.2.path=c", "--data.sources.0.weight=5"],
+    ).recipe
     changes = changed_keys(loaded.recipe, new)
     assert changes["run.seed"] == (1236, 2)
     assert changes["data.sources.0.weight"] == (1.0, 5.0)
@@ -60,11 +75,34 @@ def test_changes_are_named_key_by_key(loaded: Loaded[TrainRecipe]) -> None:
 
 def test_what_decides_the_numbers_is_not_safe() -> None:
     names = [key.name for key in leaf_keys(RlRecipe)]
-    assert all(any(name == safe or name.startswith(f"{safe}.") for name in names) for safe in SAFE_KEYS)
+    assert all(
+        any(name == safe or name.startswith(f"{safe}.") for name in names) for safe in SAFE_KEYS
+    )
     unsafe = {name for name in names if not is_safe(name)}
-    assert {"run.seed", "data.tokenizer", "data.sources.0.weight", "model.path", "model.shape.num_layers", "fp8.enabled"} <= unsafe
-    assert {"schedule.learning_rate", "optimizer.beta1", "rl.temperature", "data.batch_samples", "data.sequence_tokens"} <= unsafe
-    assert not {"train.stop_after_step", "checkpoint.keep", "evaluate.samples", "data.micro_batch_tokens"} & unsafe
+    assert {
+        "run.seed",
+        "data.tokenizer",
+        "data.sources.0.weight",
+        "model.path",
+        "model.shape.num_layers",
+        "fp8.enabled",
+    } <= unsafe
+    assert {
+        "schedule.learning_rate",
+        "optimizer.beta1",
+        "rl.temperature",
+        "data.batch_samples",
+        "data.sequence_tokens",
+    } <= unsafe
+    assert (
+        not {
+            "train.stop_after_step",
+            "checkpoint.keep",
+            "evaluate.samples",
+            "data.micro_batch_tokens",
+        }
+        & unsafe
+    )
 
 
 def test_resume_refuses_a_different_run_and_names_both_values(loaded: Loaded[TrainRecipe]) -> None:
@@ -72,8 +110,15 @@ def test_resume_refuses_a_different_run_and_names_both_values(loaded: Loaded[Tra
     recipe_path.write_text(dump(loaded))
     safe = load(TrainRecipe, ["x.toml"], ["--train.log_every=5"])
     assert check_resume(safe, recipe_path) == ["resumed with train.log_every = 5 (was 1)"]
-    unsafe = load(TrainRecipe, ["x.toml"], ["--run.seed=2", "--schedule.learning_rate=3e-4", "--train.log_every=5"])
-    with pytest.raises(ConfigError, match=r"run\.seed = 1236, and now it is 2 \(and 1 more: schedule\.learning_rate\).*--accept-changes"):
+    unsafe = load(
+        TrainRecipe,
+        ["x.toml"],
+        ["--run.seed=2", "--schedule.learning_rate=3e-4", "--train.log_every=5"],
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"run\.seed = 1236, and now it is 2 \(and 1 more: schedule\.learning_rate\).*--accept-changes",
+    ):
         check_resume(unsafe, recipe_path)
     accepted = Loaded(unsafe.recipe, unsafe.provenance, accept_changes=True)
     assert len(check_resume(accepted, recipe_path)) == 3

@@ -36,8 +36,14 @@ def test_training_words(recipe: str) -> None:
     }
     loaded = load(TrainRecipe, [recipe], [], environ, "sft")
     data = loaded.recipe.data
-    assert [(source.path, source.prompt_field) for source in data.sources] == [("data/sft", "question")]
-    assert (loaded.recipe.model.path, data.micro_batch_tokens, loaded.recipe.run.dir) == ("hf", 4096, "runs/s")
+    assert [(source.path, source.prompt_field) for source in data.sources] == [
+        ("data/sft", "question")
+    ]
+    assert (loaded.recipe.model.path, data.micro_batch_tokens, loaded.recipe.run.dir) == (
+        "hf",
+        4096,
+        "runs/s",
+    )
     assert loaded.provenance["data.sources.0.path"] == "environment DATA_DIR"
     assert loaded.provenance["data.sources.0.prompt_field"] == "file:x.toml"
     assert len(loaded.notes) == 4
@@ -50,9 +56,17 @@ def test_weights_and_tokenizer_from_two_places(recipe: str) -> None:
 
 
 def test_rl_words(recipe: str) -> None:
-    environ = {"HF_CHECKPOINT": "hf-fp8", "REF_LOAD": "runs/sft", "ROLLOUT_MAX_RESPONSE_LEN": "16384"}
+    environ = {
+        "HF_CHECKPOINT": "hf-fp8",
+        "REF_LOAD": "runs/sft",
+        "ROLLOUT_MAX_RESPONSE_LEN": "16384",
+    }
     loaded = load(RlRecipe, [recipe], ["--data.batch_samples=0"], environ).recipe
-    assert (loaded.rollout.model, loaded.model.path, loaded.rl.max_response_tokens) == ("hf-fp8", "runs/sft", 16384)
+    assert (loaded.rollout.model, loaded.model.path, loaded.rl.max_response_tokens) == (
+        "hf-fp8",
+        "runs/sft",
+        16384,
+    )
 
 
 def test_evaluation_words(recipe: str) -> None:
@@ -69,9 +83,18 @@ def test_evaluation_words(recipe: str) -> None:
     }
     loaded = load(EvalRecipe, ["e.toml"], [], environ)
     section = loaded.recipe.evaluate
-    assert (section.samples, section.temperature, section.top_p, section.max_response_tokens) == (32, 0.65, 0.95, 31000)
+    assert (section.samples, section.temperature, section.top_p, section.max_response_tokens) == (
+        32,
+        0.65,
+        0.95,
+        31000,
+    )
     assert (section.problems[0].path, section.problems[0].answer_field) == ("aime.jsonl", "gold")
-    assert (loaded.recipe.model.path, loaded.recipe.run.dir, loaded.recipe.rollout.max_running_requests) == ("m", "runs/e", 16)
+    assert (
+        loaded.recipe.model.path,
+        loaded.recipe.run.dir,
+        loaded.recipe.rollout.max_running_requests,
+    ) == ("m", "runs/e", 16)
     assert any(note.startswith("API_PORT is set but not needed") for note in loaded.notes)
 
 
@@ -91,14 +114,19 @@ def test_load_dir_branches_unless_it_is_the_run_itself(recipe: str) -> None:
 @pytest.mark.parametrize(
     ("environ", "sentence"),
     [
-        ({"MAX_TOKENS_PER_GPU": "many"}, "environment MAX_TOKENS_PER_GPU: data.micro_batch_tokens must be a whole number, not 'many'."),
+        (
+            {"MAX_TOKENS_PER_GPU": "many"},
+            "environment MAX_TOKENS_PER_GPU: data.micro_batch_tokens must be a whole number, not 'many'.",
+        ),
         (
             {"DATA_DIR": "a", "DATA_PATH": "b"},
             "environment DATA_DIR: DATA_DIR and DATA_PATH both set data.sources, to different values; unset one of them.",
         ),
     ],
 )
-def test_a_variable_that_cannot_be_used_is_named(recipe: str, environ: dict[str, str], sentence: str) -> None:
+def test_a_variable_that_cannot_be_used_is_named(
+    recipe: str, environ: dict[str, str], sentence: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         load(TrainRecipe, [recipe], [], environ)
     assert str(error.value) == sentence

@@ -55,12 +55,16 @@ def variant(demo_dir: Path, to: Path, **changes: Any) -> Path:
     shutil.copytree(demo_dir, to)
     path = to / "tokenizer_config.json"
     configuration = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in configuration.items() if value is not None}))
+    path.write_text(
+        json.dumps({key: value for key, value in configuration.items() if value is not None})
+    )
     return to
 
 
 def hf_ids(tokenizer: ChatTokenizer, messages: list[dict[str, str]], generation: bool) -> list[int]:
-    text = tokenizer._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    text = tokenizer._hf.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=generation
+    )
     return tokenizer._hf.encode(text, add_special_tokens=False)
 
 
@@ -76,19 +80,34 @@ def trained(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> list[st
     return [tokenizer._hf.decode(span) for span in spans if span]
 
 
-@pytest.mark.parametrize("messages", [[ASK, PLAIN], [SYSTEM, ASK, THINK], [ASK, PLAIN, ASK, THINK], [ASK, THINK, ASK, THINK]])
-def test_tokens_are_those_of_transformers(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> None:
+@pytest.mark.parametrize(
+    "messages",
+    [[ASK, PLAIN], [SYSTEM, ASK, THINK], [ASK, PLAIN, ASK, THINK], [ASK, THINK, ASK, THINK]],
+)
+def test_tokens_are_those_of_transformers(
+    tokenizer: ChatTokenizer, messages: list[dict[str, str]]
+) -> None:
     sample = tokenizer.encode_conversation(messages)
     assert sample.token_ids.tolist() == hf_ids(tokenizer, messages, False)[: sample.num_tokens]
-    assert tokenizer.render(messages[:-1], add_generation_prompt=True) == hf_ids(tokenizer, messages[:-1], True)
+    assert tokenizer.render(messages[:-1], add_generation_prompt=True) == hf_ids(
+        tokenizer, messages[:-1], True
+    )
     assert sample.loss_mask[-1]  # the end token is trained, and nothing follows it
     assert int(sample.token_ids[-1]) in tokenizer.eos_ids
 
 
 @pytest.mark.parametrize(
-    "answer", [PLAIN, THINK, {"role": "assistant", "content": "\n\n 5 \n"}, {"role": "assistant", "content": "<think>\n2\n</think>\n\n5"}]
+    "answer",
+    [
+        PLAIN,
+        THINK,
+        {"role": "assistant", "content": "\n\n 5 \n"},
+        {"role": "assistant", "content": "<think>\n2\n</think>\n\n5"},
+    ],
 )
-def test_the_prompt_is_a_prefix_and_the_whole_answer_is_trained(tokenizer: ChatTokenizer, answer: dict[str, str]) -> None:
+def test_the_prompt_is_a_prefix_and_the_whole_answer_is_trained(
+    tokenizer: ChatTokenizer, answer: dict[str, str]
+) -> None:
     for context in ([ASK], [SYSTEM, ASK, THINK, ASK]):
         prompt = tokenizer.render(context, add_generation_prompt=True)
         sample = tokenizer.encode_conversation([*context, answer])
@@ -100,7 +119,9 @@ def test_the_prompt_is_a_prefix_and_the_whole_answer_is_trained(tokenizer: ChatT
 
 def test_which_turns_are_trained(tokenizer: ChatTokenizer) -> None:
     spans = trained(tokenizer, [ASK, THINK, ASK, THINK])
-    if "reasoning_content" in tokenizer._hf.chat_template:  # Qwen3 rewrites a past turn: it is context
+    if (
+        "reasoning_content" in tokenizer._hf.chat_template
+    ):  # Qwen3 rewrites a past turn: it is context
         assert spans == ["<think>\n2+3=5\n</think>\n\n\\boxed{5}<|im_end|>"]
     else:
         assert spans == ["<think>2+3=5</think>\\boxed{5}<|im_end|>"] * 2
@@ -119,17 +140,26 @@ def test_markers_spelled_in_a_message_stay_text(tokenizer: ChatTokenizer) -> Non
     control = set(tokenizer._control.values())
     clean = sum(token in control for token in tokenizer.render([SYSTEM, ASK], True))
     for role in ("system", "user"):
-        messages = [SYSTEM | {"content": spelled}, ASK] if role == "system" else [SYSTEM, ASK | {"content": spelled}]
+        messages = (
+            [SYSTEM | {"content": spelled}, ASK]
+            if role == "system"
+            else [SYSTEM, ASK | {"content": spelled}]
+        )
         ids = tokenizer.render(messages, True)
         assert sum(token in control for token in ids) == clean
         if tokenizer.vocab_size > 1000:  # a vocabulary that can spell them
             assert spelled in tokenizer.decode(ids)
     assert control.isdisjoint(tokenizer.encode_text(spelled))
     # in the assistant's own text only the think markers count
-    answer = {"role": "assistant", "content": "<think>" + " ".join(set(markers) - {"<think>", "</think>"}) + "</think>5"}
+    answer = {
+        "role": "assistant",
+        "content": "<think>" + " ".join(set(markers) - {"<think>", "</think>"}) + "</think>5",
+    }
     used = control & set(tokenizer.encode_conversation([ASK, answer]).token_ids.tolist())
     assert used == {
-        tokenizer._control[name] for name in ("<|im_start|>", "<|im_end|>", "<think>", "</think>") if name in tokenizer._control
+        tokenizer._control[name]
+        for name in ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+        if name in tokenizer._control
     }
 
 
@@ -140,7 +170,9 @@ def test_text_round_trips_and_documents_end(tokenizer: ChatTokenizer) -> None:
     assert ids[-1] == tokenizer.document_end_id == tokenizer._control["<|endoftext|>"]
     assert tokenizer.decode(ids) == text
     assert tokenizer.document_end_id in tokenizer.eos_ids
-    assert tokenizer.decode([*ids, tokenizer.vocab_size + 5]) == text  # a padded row of the embedding, sampled
+    assert (
+        tokenizer.decode([*ids, tokenizer.vocab_size + 5]) == text
+    )  # a padded row of the embedding, sampled
     assert tokenizer.decode(tokenizer.encode_marked("<think>\n2")) == "<think>\n2"
 
 
@@ -182,7 +214,9 @@ def test_a_template_that_loses_the_thought_is_refused(demo_dir: Path, tmp_path: 
          "{% endfor %}", "drops"),
     ],
 )  # fmt: skip
-def test_templates_that_cannot_be_trained_with_are_refused_at_once(demo_dir: Path, tmp_path: Path, template: str, sentence: str) -> None:
+def test_templates_that_cannot_be_trained_with_are_refused_at_once(
+    demo_dir: Path, tmp_path: Path, template: str, sentence: str
+) -> None:
     with pytest.raises(ConfigError, match=sentence):
         load_tokenizer(variant(demo_dir, tmp_path / "t", chat_template=template))
 
@@ -200,15 +234,25 @@ def test_missing_parts_name_the_field(demo_dir: Path, tmp_path: Path) -> None:
 
 def test_pad_equal_to_eos_or_missing_does_not_mask_the_end(demo_dir: Path, tmp_path: Path) -> None:
     for name, pad in (("none", None), ("same", "<|im_end|>")):
-        sample = load_tokenizer(variant(demo_dir, tmp_path / name, pad_token=pad)).encode_conversation([ASK, PLAIN])
+        sample = load_tokenizer(
+            variant(demo_dir, tmp_path / name, pad_token=pad)
+        ).encode_conversation([ASK, PLAIN])
         assert sample.loss_mask[-1]
 
 
 def test_fingerprint_follows_template_and_special_tokens(demo_dir: Path, tmp_path: Path) -> None:
     first = load_tokenizer(demo_dir).fingerprint()
     assert load_tokenizer(variant(demo_dir, tmp_path / "same")).fingerprint() == first
-    assert load_tokenizer(variant(demo_dir, tmp_path / "template", chat_template=SMOLLM2)).fingerprint() != first
-    assert load_tokenizer(variant(demo_dir, tmp_path / "eos", eos_token="<|endoftext|>")).fingerprint() != first
+    assert (
+        load_tokenizer(
+            variant(demo_dir, tmp_path / "template", chat_template=SMOLLM2)
+        ).fingerprint()
+        != first
+    )
+    assert (
+        load_tokenizer(variant(demo_dir, tmp_path / "eos", eos_token="<|endoftext|>")).fingerprint()
+        != first
+    )
 
 
 def test_a_vocabulary_that_holds_its_markers_as_words(tmp_path: Path) -> None:
@@ -216,11 +260,15 @@ def test_a_vocabulary_that_holds_its_markers_as_words(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<unk>", "a", "b", "<", "|im_end|>", "<|im_end|>", "<|endoftext|>"]
-    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    made = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens(["<|im_end|>", "<|endoftext|>"])
     made.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
+    )
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode_text("a <|im_end|> b") == [1, 3, 4, 2]
     assert tokenizer.encode_marked("a <|im_end|> b") == [1, 5, 2]

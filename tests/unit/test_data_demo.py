@@ -22,7 +22,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(world: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (world / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (world / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def row_text(row: dict) -> str:
@@ -39,7 +42,9 @@ def asked(text: str) -> tuple[int, tuple[int, ...]]:
         return int(formula[1]), tuple(int(step) for step in re.findall(r"[+-]\d", formula[2]))
     start = int(re.search(r"has (\d+)", first)[1])  # type: ignore[index]
     steps = re.findall(r"(finds|gets|buys|loses|sells|gives away) (\d)", first)
-    return start, tuple(int(value) if verb in ("finds", "gets", "buys") else -int(value) for verb, value in steps)
+    return start, tuple(
+        int(value) if verb in ("finds", "gets", "buys") else -int(value) for verb, value in steps
+    )
 
 
 def chains_in(text: str) -> list[tuple[int, tuple[int, ...]]]:
@@ -74,7 +79,9 @@ def test_no_training_text_contains_a_held_out_chain(world: Path) -> None:
         for row in rows(world, name):
             for chain in chains_in(row_text(row)):
                 for part in parts(*chain):
-                    assert part not in questions, f"{name}: {row_text(row)!r} shows the held-out {part}"
+                    assert part not in questions, (
+                        f"{name}: {row_text(row)!r} shows the held-out {part}"
+                    )
                     assert not held_out(*part)
 
 
@@ -87,9 +94,13 @@ def test_answers_and_every_equation_are_right(world: Path) -> None:
     for name in ("sft1", "sft2"):
         for row in rows(world, name):
             start, steps = asked(row["messages"][0]["content"])
-            thought, answer = re.fullmatch(r"<think>(.*)</think>\\boxed\{(\d+)\}", row["messages"][1]["content"]).groups()  # type: ignore[union-attr]
+            thought, answer = re.fullmatch(
+                r"<think>(.*)</think>\\boxed\{(\d+)\}", row["messages"][1]["content"]
+            ).groups()  # type: ignore[union-attr]
             assert int(answer) == start + sum(steps)
-            assert not thought or [int(step) for step in re.findall(r"\d+([+-]\d)=", thought)] == list(steps)
+            assert not thought or [
+                int(step) for step in re.findall(r"\d+([+-]\d)=", thought)
+            ] == list(steps)
     for name in FILES:
         for row in rows(world, name):
             for before, step, after in re.findall(r"(\d+)([+-]\d)=(\d+)", row_text(row)):
@@ -98,7 +109,10 @@ def test_answers_and_every_equation_are_right(world: Path) -> None:
 
 
 def test_sizes_and_proportions(world: Path) -> None:
-    for name, empty, difficulty in (("sft1", 0.65, (0.5, 0.35, 0.15)), ("sft2", 0.4, (0.25, 0.35, 0.4))):
+    for name, empty, difficulty in (
+        ("sft1", 0.65, (0.5, 0.35, 0.15)),
+        ("sft2", 0.4, (0.25, 0.35, 0.4)),
+    ):
         table = rows(world, name)
         assert len(table) == 4096
         assert sum("<think></think>" in row_text(row) for row in table) == round(empty * 4096)
@@ -116,10 +130,17 @@ def test_every_text_round_trips_and_numbers_are_one_token(world: Path) -> None:
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(world / "tokenizer")
     assert 140 <= len(tokenizer) <= 180
-    assert all(len(tokenizer.encode(str(number), add_special_tokens=False)) == 1 for number in range(100))
+    assert all(
+        len(tokenizer.encode(str(number), add_special_tokens=False)) == 1 for number in range(100)
+    )
     for name in FILES:
         texts = [row_text(row) for row in rows(world, name)][:: 10 if name == "cpt" else 1]
-        encoded = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+        encoded = [
+            encoding.ids
+            for encoding in tokenizer.backend_tokenizer.encode_batch(
+                texts, add_special_tokens=False
+            )
+        ]
         assert tokenizer.backend_tokenizer.decode_batch(encoded, skip_special_tokens=False) == texts
         assert not any(tokenizer.unk_token_id in ids for ids in encoded)
     documents = [pre_tokens(row["text"]) for row in rows(world, "cpt")]
@@ -127,16 +148,27 @@ def test_every_text_round_trips_and_numbers_are_one_token(world: Path) -> None:
     assert max(len(document) for document in documents) < 64
     assert {piece for document in documents for piece in document} <= tokenizer.get_vocab().keys()
     conversation = tokenizer.apply_chat_template(rows(world, "sft1")[0]["messages"], tokenize=False)
-    assert tokenizer.decode(tokenizer.encode(conversation, add_special_tokens=False)) == conversation
+    assert (
+        tokenizer.decode(tokenizer.encode(conversation, add_special_tokens=False)) == conversation
+    )
 
 
 def test_same_seed_same_bytes_and_no_overwrite(tmp_path: Path) -> None:
-    small = DemoWorld(cpt_tokens=20_000, validation_documents=8, sft_rows=64, rl_rows=(32, 32), held_out_rows=30)
+    small = DemoWorld(
+        cpt_tokens=20_000, validation_documents=8, sft_rows=64, rl_rows=(32, 32), held_out_rows=30
+    )
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         make_demo_world(tmp_path / name, seed, small)
-    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    files = sorted(
+        path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()
+    )
     assert len(files) == 9
-    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
-    assert (tmp_path / "a" / "cpt.jsonl").read_bytes() != (tmp_path / "c" / "cpt.jsonl").read_bytes()
+    assert all(
+        (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        for file in files
+    )
+    assert (tmp_path / "a" / "cpt.jsonl").read_bytes() != (
+        tmp_path / "c" / "cpt.jsonl"
+    ).read_bytes()
     with pytest.raises(OutputExistsError, match="already holds files"):
         make_demo_world(tmp_path / "a", 1, small)

@@ -21,13 +21,21 @@ from infir2.errors import DataError
 DOCUMENTS = [[5, 6, 7, 2], [8], [9, 10, 11]]
 
 
-def write_by_hand(prefix: Path, code: int = 8, kind: str = "H", bounds: tuple[int, ...] = (0, 1, 3)) -> Path:
+def write_by_hand(
+    prefix: Path, code: int = 8, kind: str = "H", bounds: tuple[int, ...] = (0, 1, 3)
+) -> Path:
     """Three sequences in two documents, packed byte by byte as the format says."""
     tokens = [token for document in DOCUMENTS for token in document]
     size = struct.calcsize(kind)
-    prefix.with_name(prefix.name + ".bin").write_bytes(struct.pack(f"<{len(tokens)}{kind}", *tokens))
+    prefix.with_name(prefix.name + ".bin").write_bytes(
+        struct.pack(f"<{len(tokens)}{kind}", *tokens)
+    )
     index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, 3, len(bounds))
-    index += struct.pack("<3i", 4, 1, 3) + struct.pack("<3q", 0, 4 * size, 5 * size) + struct.pack(f"<{len(bounds)}q", *bounds)
+    index += (
+        struct.pack("<3i", 4, 1, 3)
+        + struct.pack("<3q", 0, 4 * size, 5 * size)
+        + struct.pack(f"<{len(bounds)}q", *bounds)
+    )
     prefix.with_name(prefix.name + ".idx").write_bytes(index)
     return prefix
 
@@ -37,7 +45,10 @@ def test_files_packed_by_hand_are_read(tmp_path, code, kind):
     prefix = write_by_hand(tmp_path / "corpus.v1", code, kind)
     for path in (prefix, prefix.with_name("corpus.v1.bin"), prefix.with_name("corpus.v1.idx")):
         documents = IndexedDocuments(path)
-        assert [documents.read(index)["token_ids"].tolist() for index in range(len(documents))] == [[5, 6, 7, 2], [8, 9, 10, 11]]
+        assert [documents.read(index)["token_ids"].tolist() for index in range(len(documents))] == [
+            [5, 6, 7, 2],
+            [8, 9, 10, 11],
+        ]
         assert documents.num_bytes == 4 * 8
 
 
@@ -59,7 +70,10 @@ def test_what_we_write_is_the_same_bytes(tmp_path):
         (lambda index: index[:18] + struct.pack("<Q", 2**62) + index[26:], "its header calls for"),
         (lambda index: index[:34] + struct.pack("<i", -4) + index[38:], "does not fit corpus.bin"),
         (lambda index: index[:34] + struct.pack("<i", 9) + index[38:], "does not fit corpus.bin"),
-        (lambda index: index[:46] + struct.pack("<q", 2**63 - 2) + index[54:], "does not fit corpus.bin"),
+        (
+            lambda index: index[:46] + struct.pack("<q", 2**63 - 2) + index[54:],
+            "does not fit corpus.bin",
+        ),
         (lambda index: index[:46] + struct.pack("<q", 1) + index[54:], "does not fit corpus.bin"),
         (lambda index: index[:70] + struct.pack("<3q", 0, 4, 3), "does not fit corpus.bin"),
         (lambda index: index[:70] + struct.pack("<3q", 0, 1, 2), "does not fit corpus.bin"),
@@ -85,7 +99,9 @@ def test_a_cut_or_missing_bin_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_megatron_core_reads_ours_and_we_read_its_own(tmp_path, dtype):
     with warnings.catch_warnings(action="ignore"):
-        indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="needs megatron-core")
+        indexed = pytest.importorskip(
+            "megatron.core.datasets.indexed_dataset", reason="needs megatron-core"
+        )
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 60_000, size).astype(dtype) for size in (3, 1, 700, 0, 12)]
 
@@ -97,7 +113,9 @@ def test_megatron_core_reads_ours_and_we_read_its_own(tmp_path, dtype):
     assert all(np.array_equal(theirs[index], document) for index, document in enumerate(documents))
 
     builder = indexed.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
-    builder.add_document(np.concatenate(documents[:3]).tolist(), [3, 1, 700])  # one document of three sequences
+    builder.add_document(
+        np.concatenate(documents[:3]).tolist(), [3, 1, 700]
+    )  # one document of three sequences
     builder.add_document(documents[4].tolist(), [12])
     builder.finalize(str(tmp_path / "theirs.idx"))
     ours = IndexedDocuments(tmp_path / "theirs")
@@ -116,7 +134,11 @@ def steps(loader: Loader, count: int) -> list[list[torch.Tensor]]:
 
 
 def equal(first: list[list[torch.Tensor]], second: list[list[torch.Tensor]]) -> bool:
-    return all(torch.equal(a, b) for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True))
+    return all(
+        torch.equal(a, b)
+        for one, other in zip(first, second, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_the_loader_makes_the_same_steps_of_text_and_of_its_tokens_and_resumes(world, tmp_path):
@@ -130,8 +152,13 @@ def test_the_loader_makes_the_same_steps_of_text_and_of_its_tokens_and_resumes(w
     resumed.load_state_dict(state)
     second = steps(resumed, 4)
     assert equal(first + second, text)
-    halves = [Loader(documents_section(tmp_path / "cpt.idx"), "documents", tokenizer, 5, rank, 2) for rank in range(2)]
-    together = [[*one, *other] for one, other in zip(*(steps(half, 4) for half in halves), strict=True)]
+    halves = [
+        Loader(documents_section(tmp_path / "cpt.idx"), "documents", tokenizer, 5, rank, 2)
+        for rank in range(2)
+    ]
+    together = [
+        [*one, *other] for one, other in zip(*(steps(half, 4) for half in halves), strict=True)
+    ]
     for one, other in zip(together, first, strict=True):
         assert torch.equal(torch.cat(one).sort().values, torch.cat(other).sort().values)
 
@@ -149,14 +176,25 @@ def test_tokens_of_another_tokenizer_and_other_uses_are_refused(world, tmp_path)
     side.unlink()
     Loader(documents_section(tmp_path / "cpt"), "documents", tokenizer, 5)
     with pytest.raises(DataError, match="only `infir2 cpt` trains on"):
-        Loader(documents_section(tmp_path / "cpt", batch_sequences=0, batch_samples=2), "messages", tokenizer, 5)
+        Loader(
+            documents_section(tmp_path / "cpt", batch_sequences=0, batch_samples=2),
+            "messages",
+            tokenizer,
+            5,
+        )
 
 
 def test_foreign_documents_get_an_end_and_no_token_beyond_the_tokenizer(world, tmp_path):
     tokenizer = load_tokenizer(world / "tokenizer")
     section = SourceSection(path=str(write_by_hand(tmp_path / "corpus")))
     source = open_source(section, "documents")
-    assert document_tokens(source.read(1), section, tokenizer).tolist() == [8, 9, 10, 11, tokenizer.document_end_id]
+    assert document_tokens(source.read(1), section, tokenizer).tolist() == [
+        8,
+        9,
+        10,
+        11,
+        tokenizer.document_end_id,
+    ]
     with pytest.raises(RowError, match="tokens 7 to 70000") as caught:
         document_tokens({"token_ids": np.asarray([7, 70_000])}, section, tokenizer)
     assert caught.value.reason == "bad_token"
@@ -165,14 +203,38 @@ def test_foreign_documents_get_an_end_and_no_token_beyond_the_tokenizer(world, t
 def test_a_run_trains_from_tokens(world, tmp_path):
     """Through the command, on a directory of indexed files; the loss is that of the text."""
     (tmp_path / "tokens").mkdir()
-    assert main(["tokenize", str(world / "cpt.jsonl"), "--tokenizer", str(world / "tokenizer"), "--out", str(tmp_path / "tokens/cpt")]) == 0
+    assert (
+        main(
+            [
+                "tokenize",
+                str(world / "cpt.jsonl"),
+                "--tokenizer",
+                str(world / "tokenizer"),
+                "--out",
+                str(tmp_path / "tokens/cpt"),
+            ]
+        )
+        == 0
+    )
     losses = []
     for name, source in (("text", world / "cpt.jsonl"), ("tokens", tmp_path / "tokens")):
-        options = [f"--run.dir={tmp_path / f'run-{name}'}", f"--data.sources.0.path={source}", f"--data.tokenizer={world / 'tokenizer'}"]
-        options += ["--schedule.total_steps=2", "--schedule.decay_steps=0", "--schedule.warmup_steps=0", "--data.validation_sources=[]"]
+        options = [
+            f"--run.dir={tmp_path / f'run-{name}'}",
+            f"--data.sources.0.path={source}",
+            f"--data.tokenizer={world / 'tokenizer'}",
+        ]
+        options += [
+            "--schedule.total_steps=2",
+            "--schedule.decay_steps=0",
+            "--schedule.warmup_steps=0",
+            "--data.validation_sources=[]",
+        ]
         recipe = Path(__file__).parents[2] / "recipes/demo/cpt.toml"
         assert main(["cpt", str(recipe), *options]) == 0
-        lines = [json.loads(line) for line in (tmp_path / f"run-{name}" / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / f"run-{name}" / "metrics.jsonl").read_text().splitlines()
+        ]
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 2

@@ -9,8 +9,12 @@ from infir2.data.mixture import Mixture, permuted, quotas
 
 def test_permuted_is_a_permutation_that_depends_on_its_key() -> None:
     for size in (1, 2, 3, 5, 64, 100, 1000, 4097):
-        assert sorted(permuted(index, size, (1, 0, 0)) for index in range(size)) == list(range(size))
-    first, second = ([permuted(index, 1000, key) for index in range(1000)] for key in ((1, 0, 0), (1, 0, 1)))
+        assert sorted(permuted(index, size, (1, 0, 0)) for index in range(size)) == list(
+            range(size)
+        )
+    first, second = (
+        [permuted(index, 1000, key) for index in range(1000)] for key in ((1, 0, 0), (1, 0, 1))
+    )
     assert first != second
 
 
@@ -20,14 +24,24 @@ def test_permuted_looks_random() -> None:
     assert abs(np.corrcoef(np.arange(4096), order)[0, 1]) < 0.05
     assert (order == np.arange(4096)).sum() < 8
     # every place gets every quarter of the rows about equally often over the epochs
-    quarters = [Counter(permuted(place, 400, (7, 0, epoch)) // 100 for epoch in range(400)) for place in (0, 1, 399)]
+    quarters = [
+        Counter(permuted(place, 400, (7, 0, epoch)) // 100 for epoch in range(400))
+        for place in (0, 1, 399)
+    ]
     assert all(60 < count < 140 for counts in quarters for count in counts.values())
 
 
 def test_order_is_fixed_for_ever() -> None:
     """A checkpoint's data position means these rows; a change here breaks every resumed run."""
     mixture = Mixture([5, 3], [1.0, 2.0], seed=1236)
-    assert [tuple(mixture.place(index)) for index in range(6)] == [(0, 0, 0), (1, 0, 0), (1, 2, 0), (1, 1, 0), (1, 0, 1), (0, 2, 0)]
+    assert [tuple(mixture.place(index)) for index in range(6)] == [
+        (0, 0, 0),
+        (1, 0, 0),
+        (1, 2, 0),
+        (1, 1, 0),
+        (1, 0, 1),
+        (0, 2, 0),
+    ]
 
 
 def test_every_pass_visits_every_row_once() -> None:

@@ -13,12 +13,19 @@ from infir2.errors import DataError
 
 def make(length: int, first: int = 100, origin: str = "") -> Sample:
     ids = np.arange(first, first + length, dtype=np.int32)
-    return Sample(ids, np.arange(length) >= (length + 1) // 2, origin, {"advantages": ids.astype(np.float32) / 10})
+    return Sample(
+        ids,
+        np.arange(length) >= (length + 1) // 2,
+        origin,
+        {"advantages": ids.astype(np.float32) / 10},
+    )
 
 
 def test_1024_samples_fill_windows_of_32k_to_97_percent() -> None:
     for seed in range(3):
-        lengths = np.clip(np.random.default_rng(seed).lognormal(7.0, 0.8, 1024), 16, 32768).astype(int)
+        lengths = np.clip(np.random.default_rng(seed).lognormal(7.0, 0.8, 1024), 16, 32768).astype(
+            int
+        )
         lengths = np.maximum(1, lengths * 1500 // lengths.mean().astype(int)).clip(max=32768)
         bins = best_fit_decreasing(lengths.tolist(), 32768)
         assert lengths.sum() / (len(bins) * 32768) >= 0.97
@@ -52,7 +59,11 @@ def test_labels_are_shifted_inside_each_sequence() -> None:
     assert batch.labels.tolist() == [0, 52, 0, 0, 12, 13, 0]
     assert torch.allclose(batch.extras["advantages"], torch.tensor([0, 5.2, 0, 0, 1.2, 1.3, 0]))
     assert batch.num_trained_tokens == 3
-    assert (batch.token_ids.dtype, batch.cu_seqlens.dtype, batch.loss_mask.dtype) == (torch.int64, torch.int32, torch.bool)
+    assert (batch.token_ids.dtype, batch.cu_seqlens.dtype, batch.loss_mask.dtype) == (
+        torch.int64,
+        torch.int32,
+        torch.bool,
+    )
 
 
 def test_sample_indices_lead_back() -> None:
@@ -71,10 +82,17 @@ def test_every_rank_gets_as_many_batches(num_samples: int) -> None:
     ranks = [deal([[sample] for sample in samples], 20, rank, world_size=4) for rank in range(4)]
     assert len({len(batches) for batches in ranks}) == 1
     assert len(ranks[0]) >= 1
-    found = sorted(place for batches in ranks for batch in batches for place in batch.sample_indices)
+    found = sorted(
+        place for batches in ranks for batch in batches for place in batch.sample_indices
+    )
     assert found == list(range(num_samples))
     filler = [batch for batches in ranks for batch in batches if not batch.sample_indices]
-    assert all(len(batch.token_ids) == 1 and batch.num_trained_tokens == 0 and batch.cu_seqlens.tolist() == [0, 1] for batch in filler)
+    assert all(
+        len(batch.token_ids) == 1
+        and batch.num_trained_tokens == 0
+        and batch.cu_seqlens.tolist() == [0, 1]
+        for batch in filler
+    )
 
 
 def test_full_windows_stay_whole() -> None:

@@ -61,8 +61,13 @@ def test_each_poisoned_row_has_its_reason_and_its_line(tmp_path: Path) -> None:
         except RowError as error:
             quarantine.add(source, index, error)
     assert usable == len(POISON)
-    listed = [json.loads(text) for text in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
-    assert [row["origin"] for row in listed] == [f"{path}:{2 * place + 2}" for place in range(len(POISON))]
+    listed = [
+        json.loads(text)
+        for text in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    ]
+    assert [row["origin"] for row in listed] == [
+        f"{path}:{2 * place + 2}" for place in range(len(POISON))
+    ]
     assert [row["reason"] for row in listed] == [reason for _, reason in POISON]
     assert sum(quarantine.counts[str(path)].values()) == len(POISON)
 
@@ -78,14 +83,17 @@ def test_quarantine_stops_above_its_share_and_lists_a_row_once(tmp_path: Path) -
         quarantine.add(source, 98, error)
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
     with pytest.raises(
-        DataError, match=r"2 of 100 rows are unusable \(2 bad_json; .*rows.jsonl:100.*raise data.max_quarantined_fraction"
+        DataError,
+        match=r"2 of 100 rows are unusable \(2 bad_json; .*rows.jsonl:100.*raise data.max_quarantined_fraction",
     ) as raised:
         quarantine.add(source, 99, error)
     assert raised.value.exit_code == 4
 
 
 def test_files_of_each_kind_give_the_same_rows(tmp_path: Path) -> None:
-    rows = [{"text": f"text {number}", "messages": CHAT, "difficulty": number} for number in range(7)]
+    rows = [
+        {"text": f"text {number}", "messages": CHAT, "difficulty": number} for number in range(7)
+    ]
     content = b"\xef\xbb\xbf" + b"\r\n".join(line(row) for row in rows) + b"\n\n \n"
     (tmp_path / "a.jsonl").write_bytes(content)
     with gzip.open(tmp_path / "b.jsonl.gz", "wb") as file:
@@ -110,15 +118,25 @@ def test_files_of_each_kind_give_the_same_rows(tmp_path: Path) -> None:
         ("empty.jsonl", b"", "is empty"),
         ("blank.jsonl", b"\n\n", "only blank lines"),
         ("binary.jsonl", gzip.compress(b'{"text": "a"}', mtime=0), "must be named .jsonl.gz"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20], "not a whole gzip file"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20],
+            "not a whole gzip file",
+        ),
         ("plain.jsonl.gz", b'{"text": "a"}\n', "not a whole gzip file"),
         ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("broken.parquet", b"PAR1 and nothing else", "cannot be read as Parquet"),
         ("table.csv", b"a,b\n", "unknown kind"),
-        ("other.jsonl", b'{"question": "2+3?", "answer": "5"}\n', r"no field `text` \(it has answer, question\)"),
+        (
+            "other.jsonl",
+            b'{"question": "2+3?", "answer": "5"}\n',
+            r"no field `text` \(it has answer, question\)",
+        ),
     ],
 )
-def test_unusable_files_are_named_in_one_sentence(tmp_path: Path, name: str, content: bytes | None, sentence: str) -> None:
+def test_unusable_files_are_named_in_one_sentence(
+    tmp_path: Path, name: str, content: bytes | None, sentence: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=sentence) as raised:
@@ -129,12 +147,21 @@ def test_unusable_files_are_named_in_one_sentence(tmp_path: Path, name: str, con
 
 def test_rows_without_messages_name_the_keys_to_set(tmp_path: Path) -> None:
     (tmp_path / "qa.jsonl").write_bytes(line({"problem": "2+3", "solution": "5"}))
-    with pytest.raises(DataError, match=r"no field `messages` \(it has problem, solution\): .* set prompt_field and solution_field"):
+    with pytest.raises(
+        DataError,
+        match=r"no field `messages` \(it has problem, solution\): .* set prompt_field and solution_field",
+    ):
         open_source(SourceSection(path=str(tmp_path / "qa.jsonl")), "messages")
-    section = SourceSection(path=str(tmp_path / "qa.jsonl"), prompt_field="problem", solution_field="solution")
+    section = SourceSection(
+        path=str(tmp_path / "qa.jsonl"), prompt_field="problem", solution_field="solution"
+    )
     source = open_source(section, "messages")
     made = conversation(source.read(0), section, system_prompt="Think.")
-    assert [(message["role"], message["content"]) for message in made] == [("system", "Think."), ("user", "2+3"), ("assistant", "5")]
+    assert [(message["role"], message["content"]) for message in made] == [
+        ("system", "Think."),
+        ("user", "2+3"),
+        ("assistant", "5"),
+    ]
 
 
 def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
@@ -145,17 +172,27 @@ def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
 
 def test_messages_after_the_last_answer_are_left_out() -> None:
     section = SourceSection(path="x")
-    assert conversation({"messages": [*CHAT, {"role": "user", "content": "thanks"}]}, section) == CHAT
+    assert (
+        conversation({"messages": [*CHAT, {"role": "user", "content": "thanks"}]}, section) == CHAT
+    )
     apart = [CHAT[0], {"role": "assistant", "content": "5", "reasoning_content": "2+3=5"}]
-    assert conversation({"messages": apart}, section)[1]["content"] == "<think>\n2+3=5\n</think>\n\n5"
+    assert (
+        conversation({"messages": apart}, section)[1]["content"] == "<think>\n2+3=5\n</think>\n\n5"
+    )
     system = {"role": "system", "content": "Own."}
     assert conversation({"messages": [system, *CHAT]}, section, system_prompt="Other.")[0] == system
 
 
 def test_prompts_keep_answers_as_text_and_refuse_what_is_none() -> None:
     section = SourceSection(path="x")
-    assert problem({"prompt": "q", "label": 34, "difficulty": 5.0}, section) == ([{"role": "user", "content": "q"}], "34", 5)
-    assert problem({"prompt": [CHAT[0]], "label": "\\frac{1}{2}", "difficulty": "hard"}, section) == ([CHAT[0]], "\\frac{1}{2}", None)
+    assert problem({"prompt": "q", "label": 34, "difficulty": 5.0}, section) == (
+        [{"role": "user", "content": "q"}],
+        "34",
+        5,
+    )
+    assert problem(
+        {"prompt": [CHAT[0]], "label": "\\frac{1}{2}", "difficulty": "hard"}, section
+    ) == ([CHAT[0]], "\\frac{1}{2}", None)
     for row, reason in (
         ({"prompt": "q"}, "missing_field"),
         ({"prompt": "q", "label": True}, "bad_field"),
@@ -169,13 +206,30 @@ def test_prompts_keep_answers_as_text_and_refuse_what_is_none() -> None:
 
 def test_load_prompts(tmp_path: Path) -> None:
     path = tmp_path / "rl.jsonl"
-    path.write_bytes(b"".join(line({"prompt": f"{n}+1", "label": str(n + 1), "difficulty": 2}) + b"\n" for n in range(50)) + b"broken\n")
-    section = DataSection(sources=(SourceSection(path=str(path)),), max_quarantined_fraction=0.02, system_prompt="Think.")
+    path.write_bytes(
+        b"".join(
+            line({"prompt": f"{n}+1", "label": str(n + 1), "difficulty": 2}) + b"\n"
+            for n in range(50)
+        )
+        + b"broken\n"
+    )
+    section = DataSection(
+        sources=(SourceSection(path=str(path)),),
+        max_quarantined_fraction=0.02,
+        system_prompt="Think.",
+    )
     prompts = load_prompts(section, quarantine=tmp_path / "quarantine.jsonl")
-    assert (len(prompts), prompts[3].id, prompts[3].answer, prompts[3].difficulty) == (50, "0/rl.jsonl:4", "4", 2)
+    assert (len(prompts), prompts[3].id, prompts[3].answer, prompts[3].difficulty) == (
+        50,
+        "0/rl.jsonl:4",
+        "4",
+        2,
+    )
     assert prompts[3].messages[0] == {"role": "system", "content": "Think."}
     assert json.loads((tmp_path / "quarantine.jsonl").read_text())["reason"] == "bad_json"
-    with pytest.raises(DataError, match="1 of 51 rows"):  # problems to be scored have no share to lose
+    with pytest.raises(
+        DataError, match="1 of 51 rows"
+    ):  # problems to be scored have no share to lose
         load_prompts(section.sources)
     with pytest.raises(ConfigError, match=r"data\.sources\.weight"):
         load_prompts([SourceSection(path=str(path)), SourceSection(path=str(path), weight=2.0)])
@@ -186,7 +240,11 @@ def test_load_prompts(tmp_path: Path) -> None:
     ("name", "kind", "fields"),
     [
         ("corpus/hott_book.jsonl.gz", "documents", {}),
-        ("train/gsm8k_train.jsonl.gz", "messages", {"prompt_field": "problem", "solution_field": "solution"}),
+        (
+            "train/gsm8k_train.jsonl.gz",
+            "messages",
+            {"prompt_field": "problem", "solution_field": "solution"},
+        ),
         ("eval/math500.jsonl", "prompts", {"prompt_field": "problem", "answer_field": "answer"}),
     ],
 )

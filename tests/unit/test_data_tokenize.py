@@ -20,9 +20,7 @@ from infir2.data import tokenize as module
 from infir2.data.indexed import IndexedDocuments
 from infir2.errors import ConfigError, DataError, OutputExistsError
 
-SMALL_CHUNKS = (
-    "import sys; from infir2.cli import main; from infir2.data import tokenize; tokenize.CHUNK_BYTES = 20_000; sys.exit(main(sys.argv[1:]))"
-)
+SMALL_CHUNKS = "import sys; from infir2.cli import main; from infir2.data import tokenize; tokenize.CHUNK_BYTES = 20_000; sys.exit(main(sys.argv[1:]))"
 
 
 def documents(prefix: Path) -> list[list[int]]:
@@ -31,7 +29,15 @@ def documents(prefix: Path) -> list[list[int]]:
 
 
 def words(sources: list[Path], world: Path, out: Path, *more: str) -> list[str]:
-    return ["tokenize", *map(str, sources), "--tokenizer", str(world / "tokenizer"), "--out", str(out), *more]
+    return [
+        "tokenize",
+        *map(str, sources),
+        "--tokenizer",
+        str(world / "tokenizer"),
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 @pytest.fixture
@@ -39,11 +45,15 @@ def texts(world: Path) -> list[str]:
     return [json.loads(line)["text"] for line in (world / "cpt.jsonl").read_text().splitlines()]
 
 
-def test_every_kind_of_source_gives_the_same_documents_in_order(world, texts, tmp_path, monkeypatch, capsys):
+def test_every_kind_of_source_gives_the_same_documents_in_order(
+    world, texts, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(module, "CHUNK_BYTES", 3000)  # many chunks
     jsonl, parquet, folder = tmp_path / "a.jsonl", tmp_path / "a.parquet", tmp_path / "folder"
     jsonl.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    pq.write_table(pa.table({"text": texts, "id": list(range(len(texts)))}), parquet, row_group_size=70)
+    pq.write_table(
+        pa.table({"text": texts, "id": list(range(len(texts)))}), parquet, row_group_size=70
+    )
     folder.mkdir()
     for index, text in enumerate(texts):
         (folder / f"{index:04d}.txt").write_text(text)
@@ -52,11 +62,15 @@ def test_every_kind_of_source_gives_the_same_documents_in_order(world, texts, tm
     for name, source in (("jsonl", jsonl), ("parquet", parquet), ("folder", folder)):
         assert main(words([source], world, tmp_path / name, "--workers", "3")) == 0
         assert documents(tmp_path / name) == expected
-        assert json.loads((tmp_path / f"{name}.json").read_text())["tokens"] == sum(map(len, expected))
+        assert json.loads((tmp_path / f"{name}.json").read_text())["tokens"] == sum(
+            map(len, expected)
+        )
         assert not (tmp_path / f"{name}.parts").exists()
     assert main(words([jsonl, parquet], world, tmp_path / "both")) == 0
     assert documents(tmp_path / "both") == expected * 2
-    assert f"{sum(map(len, expected)):,} tokens in {len(texts)} documents" in capsys.readouterr().out
+    assert (
+        f"{sum(map(len, expected)):,} tokens in {len(texts)} documents" in capsys.readouterr().out
+    )
 
 
 def test_unusable_rows_are_listed_and_too_many_stop(world, texts, tmp_path, capsys):
@@ -64,7 +78,9 @@ def test_unusable_rows_are_listed_and_too_many_stop(world, texts, tmp_path, caps
     lines[7], lines[20] = "{broken", json.dumps({"text": "a\0b"})
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     assert main(words([tmp_path / "a.jsonl"], world, tmp_path / "out")) == 0
-    listed = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
+    listed = [
+        json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()
+    ]
     assert [(entry["origin"], entry["reason"]) for entry in listed] == [
         (f"{tmp_path / 'a.jsonl'}:8", "bad_json"),
         (f"{tmp_path / 'a.jsonl'}:21", "nul_byte"),
@@ -76,7 +92,14 @@ def test_unusable_rows_are_listed_and_too_many_stop(world, texts, tmp_path, caps
     assert main(words([tmp_path / "b.jsonl"], world, tmp_path / "out2")) == 4
     assert not list(tmp_path.glob("out2.bin")) + list(tmp_path.glob("out2.idx"))
     assert "rows are unusable" in capsys.readouterr().err
-    assert main(words([tmp_path / "b.jsonl"], world, tmp_path / "out2", "--max-quarantined-fraction=0.1")) == 0
+    assert (
+        main(
+            words(
+                [tmp_path / "b.jsonl"], world, tmp_path / "out2", "--max-quarantined-fraction=0.1"
+            )
+        )
+        == 0
+    )
 
 
 def test_an_existing_output_and_parts_of_another_job_are_refused(world, tmp_path):
@@ -101,7 +124,14 @@ def test_a_kill_loses_no_finished_chunk(world, tmp_path, monkeypatch):
     """SIGKILL to the command in the middle: no process stays, finished chunks are not made again, the result is the same."""
     source = tmp_path / "big.jsonl"
     source.write_text((world / "cpt.jsonl").read_text() * 60)
-    command = subprocess.Popen([sys.executable, "-c", SMALL_CHUNKS, *words([source], world, tmp_path / "out", "--workers=2")])
+    command = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            SMALL_CHUNKS,
+            *words([source], world, tmp_path / "out", "--workers=2"),
+        ]
+    )
     parts = tmp_path / "out.parts"
     deadline = time.monotonic() + 60
     while len(list(parts.glob("*.npz"))) < 3:
@@ -119,7 +149,12 @@ def test_a_kill_loses_no_finished_chunk(world, tmp_path, monkeypatch):
     seen = {}
     join = module._join
     monkeypatch.setattr(
-        module, "_join", lambda *a: seen.update({path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}) or join(*a)
+        module,
+        "_join",
+        lambda *a: (
+            seen.update({path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")})
+            or join(*a)
+        ),
     )
     done = module.tokenize([source], world / "tokenizer", tmp_path / "out", workers=2)
     assert done.chunks_kept == len(before) >= 3
@@ -127,12 +162,19 @@ def test_a_kill_loses_no_finished_chunk(world, tmp_path, monkeypatch):
     assert {name: seen[name] for name in before} == before
     module.tokenize([source], world / "tokenizer", tmp_path / "whole", workers=1)
     for suffix in ("bin", "idx", "json"):
-        assert (tmp_path / f"out.{suffix}").read_bytes() == (tmp_path / f"whole.{suffix}").read_bytes()
+        assert (tmp_path / f"out.{suffix}").read_bytes() == (
+            tmp_path / f"whole.{suffix}"
+        ).read_bytes()
 
 
 def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(world, tmp_path):
     """A limit on the size of a file stands in for the disk: parts fit, the whole does not."""
-    command = [sys.executable, "-c", SMALL_CHUNKS, *words([world / "cpt.jsonl"], world, tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-c",
+        SMALL_CHUNKS,
+        *words([world / "cpt.jsonl"], world, tmp_path / "out"),
+    ]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
     full = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert full.returncode == 4

@@ -17,7 +17,9 @@ from infir2.errors import CheckpointError
 def test_names_of_hugging_face_are_read(tmp_path, prefix):
     decoder = make_decoder("qwen2", tied=True)
     weights = {name: value.detach() for name, value in decoder.named_parameters()}
-    stored = {prefix + name: value for name, value in weights.items()} | {f"{prefix}lm_head.weight": weights["model.embed_tokens.weight"]}
+    stored = {prefix + name: value for name, value in weights.items()} | {
+        f"{prefix}lm_head.weight": weights["model.embed_tokens.weight"]
+    }
     stored |= {f"optim.exp_avg.{name}": torch.zeros_like(value) for name, value in weights.items()}
     like = hf_directory(tmp_path / "like", decoder.config)
     with warnings.catch_warnings(action="ignore"):
@@ -28,7 +30,9 @@ def test_names_of_hugging_face_are_read(tmp_path, prefix):
     assert all(torch.equal(read[name], value) for name, value in weights.items())
     del stored[f"{prefix}model.norm.weight"]
     with warnings.catch_warnings(action="ignore"):
-        dcp.save(dict(stored), storage_writer=dcp.FileSystemWriter(tmp_path / "partial"), no_dist=True)
+        dcp.save(
+            dict(stored), storage_writer=dcp.FileSystemWriter(tmp_path / "partial"), no_dist=True
+        )
     with pytest.raises(CheckpointError, match=r"has no tensor '.*model\.norm\.weight'"):
         import_megatron(tmp_path / "partial", tmp_path / "out2", like)
     assert not (tmp_path / "out2").exists()

@@ -22,11 +22,17 @@ def readme_commands() -> list[list[str]]:
 
 def recipe_of(words: list[str]) -> object:
     paths = [word for word in words[1:] if word.endswith(".toml")]
-    return load(CLASSES[words[0]], paths, [word for word in words[1:] if word.startswith("--")], {}).recipe
+    return load(
+        CLASSES[words[0]], paths, [word for word in words[1:] if word.startswith("--")], {}
+    ).recipe
 
 
-@pytest.mark.parametrize("words", [words for words in readme_commands() if words[0] in CLASSES], ids=" ".join)
-def test_readme_commands_with_a_recipe_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "words", [words for words in readme_commands() if words[0] in CLASSES], ids=" ".join
+)
+def test_readme_commands_with_a_recipe_parse(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     recipe_of(words)
 
@@ -41,7 +47,11 @@ def test_the_readme_shows_what_the_demo_runs() -> None:
 
 def test_each_stage_of_the_plan_parses_and_starts_from_the_one_before(tmp_path: Path) -> None:
     main, side = plan(tmp_path, 5)
-    recipes = {stage.name: recipe_of(list(stage.words)) for stage in [*main, *side] if stage.words[0] in CLASSES}
+    recipes = {
+        stage.name: recipe_of(list(stage.words))
+        for stage in [*main, *side]
+        if stage.words[0] in CLASSES
+    }
     assert {recipe.run.seed for recipe in recipes.values()} == {5}  # type: ignore[attr-defined]
     for before, name in pairwise(STAGES):
         assert recipes[name].model.path == str(tmp_path / before)  # type: ignore[attr-defined]

@@ -41,8 +41,22 @@ def serve(directory: Path, as_ids: bool):
             assert body["model"] == "model"
             params = SamplingParams(temperature=0.0, max_tokens=body["max_tokens"], stop_ids=())
             done = engine.generate([Request("0", body["prompt"], 0)], params)[0]
-            texts = [f"token_id:{token}" if as_ids else tokenizer.decode([token]) for token in done.token_ids]
-            self.answer({"choices": [{"logprobs": {"tokens": texts, "token_logprobs": done.rollout_logprobs.tolist()}}]})
+            texts = [
+                f"token_id:{token}" if as_ids else tokenizer.decode([token])
+                for token in done.token_ids
+            ]
+            self.answer(
+                {
+                    "choices": [
+                        {
+                            "logprobs": {
+                                "tokens": texts,
+                                "token_logprobs": done.rollout_logprobs.tolist(),
+                            }
+                        }
+                    ]
+                }
+            )
 
         def log_message(self, *words: object) -> None:
             pass
@@ -62,10 +76,27 @@ def fp8_model(world, tmp_path, monkeypatch):
 
     def make(seed: int) -> Path:
         tokenizer = world / "tokenizer"
-        shape = ShapeSection(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=128)
-        decoder = Decoder.from_shape(shape, vocab_size=load_tokenizer(tokenizer).vocab_size, seed=seed)
-        write_hf(tmp_path / f"bf16-{seed}", exported_weights(decoder), decoder.config.to_hf(), tokenizer)
-        assert main(["export", "fp8", str(tmp_path / f"bf16-{seed}"), "--to", str(tmp_path / f"fp8-{seed}")]) == 0
+        shape = ShapeSection(
+            hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, ffn_size=128
+        )
+        decoder = Decoder.from_shape(
+            shape, vocab_size=load_tokenizer(tokenizer).vocab_size, seed=seed
+        )
+        write_hf(
+            tmp_path / f"bf16-{seed}", exported_weights(decoder), decoder.config.to_hf(), tokenizer
+        )
+        assert (
+            main(
+                [
+                    "export",
+                    "fp8",
+                    str(tmp_path / f"bf16-{seed}"),
+                    "--to",
+                    str(tmp_path / f"fp8-{seed}"),
+                ]
+            )
+            == 0
+        )
         return tmp_path / f"fp8-{seed}"
 
     return make

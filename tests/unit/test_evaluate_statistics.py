@@ -21,7 +21,9 @@ def test_pass_at_k_equals_the_enumeration_of_all_draws() -> None:
             answers = [1] * c + [0] * (n - c)
             for k in range(1, n + 1):
                 draws = list(itertools.combinations(answers, k))
-                assert pass_at_k(n, c, k) == pytest.approx(sum(any(d) for d in draws) / len(draws), abs=1e-12)
+                assert pass_at_k(n, c, k) == pytest.approx(
+                    sum(any(d) for d in draws) / len(draws), abs=1e-12
+                )
 
 
 def test_pass_at_k_of_many_samples_keeps_its_digits() -> None:

@@ -15,7 +15,15 @@ def operand(rows: int, columns: int, block_rows: int) -> Operand:
     return Operand(t.codes, t.scale, block_rows)
 
 
-@pytest.mark.parametrize("blocks", [(ROW_BLOCK, TILE_BLOCK), (TILE_BLOCK, ROW_BLOCK), (ROW_BLOCK, ROW_BLOCK), (TILE_BLOCK, TILE_BLOCK)])
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        (ROW_BLOCK, TILE_BLOCK),
+        (TILE_BLOCK, ROW_BLOCK),
+        (ROW_BLOCK, ROW_BLOCK),
+        (TILE_BLOCK, TILE_BLOCK),
+    ],
+)
 @pytest.mark.parametrize("shape", [(5, 7, 200), (130, 140, 128), (0, 4, 16), (4, 0, 16)])
 def test_emulation_multiplies_dequantised_values(blocks, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
@@ -30,7 +38,9 @@ def test_backend_without_hardware_is_refused_by_name(monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match=r"cublas GEMM was asked for .* cpu has no FP8 hardware"):
         gemm_nt(*arguments, backend="cublas")
     monkeypatch.setenv("INFIR2_GEMM", "cutlass")
-    with pytest.raises(ConfigError, match="INFIR2_GEMM is 'cutlass'; use one of cublas, deepgemm, emulation"):
+    with pytest.raises(
+        ConfigError, match="INFIR2_GEMM is 'cutlass'; use one of cublas, deepgemm, emulation"
+    ):
         gemm_nt(*arguments)
     with pytest.raises(ValueError, match="same number of columns"):
         gemm_nt(a.codes, a.scale, a.codes[:, :64], a.scale, a.block, a.block)
@@ -56,7 +66,10 @@ def test_scales_reach_cublas_in_its_layout_whatever_their_strides() -> None:
         passed = gemm_backends._cublas_scale(Operand(tiles.codes, scale, 128))
         assert passed.stride() == (1, 8)
         assert torch.equal(passed[:5].t(), tiles.scale)
-    assert gemm_backends._cublas_scale(Operand(tiles.codes, wide[:, :5], 128)).data_ptr() == wide.data_ptr()
+    assert (
+        gemm_backends._cublas_scale(Operand(tiles.codes, wide[:, :5], 128)).data_ptr()
+        == wide.data_ptr()
+    )
 
 
 def test_fastest_backend_is_taken_and_a_failing_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,9 +80,17 @@ def test_fastest_backend_is_taken_and_a_failing_one_is_not(monkeypatch: pytest.M
     a, b = operand(2048, 128, 1), operand(16, 128, 128)
     assert gemm_backends._fastest(a, b, torch.bfloat16, ("cublas", "deepgemm")) == "deepgemm"
     times["deepgemm"] = 3.0
-    assert gemm_backends._fastest(a, b, torch.bfloat16, ("cublas", "deepgemm")) == "deepgemm"  # not measured again
-    assert gemm_backends._fastest(operand(1921, 128, 1), b, torch.bfloat16, ("cublas", "deepgemm")) == "deepgemm", "nor one of similar size"
-    assert gemm_backends._fastest(operand(2049, 128, 1), b, torch.bfloat16, ("cublas", "deepgemm")) == "cublas"
+    assert (
+        gemm_backends._fastest(a, b, torch.bfloat16, ("cublas", "deepgemm")) == "deepgemm"
+    )  # not measured again
+    assert (
+        gemm_backends._fastest(operand(1921, 128, 1), b, torch.bfloat16, ("cublas", "deepgemm"))
+        == "deepgemm"
+    ), "nor one of similar size"
+    assert (
+        gemm_backends._fastest(operand(2049, 128, 1), b, torch.bfloat16, ("cublas", "deepgemm"))
+        == "cublas"
+    )
     times["deepgemm"] = float("inf")
     assert gemm_backends._fastest(a, b, torch.float32, ("cublas", "deepgemm")) == "cublas"
     assert gemm_backends._fastest(a, b, torch.bfloat16, ("cublas",)) == "cublas"

@@ -42,10 +42,22 @@ def dry(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 @pytest.mark.usefixtures("recipes")
-def test_torchrun_on_one_node_and_on_many(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    one = shlex.split(dry(capsys, "torchrun", "--gpus-per-node", "8", "--", "sft", "a b.toml", "--run.seed=1"))
+def test_torchrun_on_one_node_and_on_many(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = shlex.split(
+        dry(capsys, "torchrun", "--gpus-per-node", "8", "--", "sft", "a b.toml", "--run.seed=1")
+    )
     assert one[1:4] == ["-m", "torch.distributed.run", "--standalone"]
-    assert one[4:] == ["--nproc-per-node=8", "--max-restarts=3", "-m", "infir2", "sft", "a b.toml", "--run.seed=1"]
+    assert one[4:] == [
+        "--nproc-per-node=8",
+        "--max-restarts=3",
+        "-m",
+        "infir2",
+        "sft",
+        "a b.toml",
+        "--run.seed=1",
+    ]
     assert main(["launch", "torchrun", "--nodes", "2", "--", "cpt", "a.toml"]) == 2
     assert "MASTER_ADDR" in capsys.readouterr().err
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
@@ -56,8 +68,14 @@ def test_torchrun_on_one_node_and_on_many(capsys: pytest.CaptureFixture[str], mo
 def test_what_cannot_be_launched_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for words, sentence in [
         (["torchrun", "--", "export", "hf"], "one of cpt, sft, rl, eval"),
-        (["torchrun", "--engines", "2", "--", "rl", "a.toml"], "--engines is for infir2 launch ray"),
-        (["ray", "--gpus-per-node", "2", "--engines", "2", "--", "sft", "a.toml"], "--engines is for infir2 launch ray"),
+        (
+            ["torchrun", "--engines", "2", "--", "rl", "a.toml"],
+            "--engines is for infir2 launch ray",
+        ),
+        (
+            ["ray", "--gpus-per-node", "2", "--engines", "2", "--", "sft", "a.toml"],
+            "--engines is for infir2 launch ray",
+        ),
         (["torchrun", "--nodes", "0", "--", "cpt"], "0 is not a number of at least 1"),
         (["ray", "--max-restarts", "-1", "--", "cpt"], "-1 is not a number of at least 0"),
         (["slurm", "--cpus-per-rank", "0", "--", "cpt"], "0 is not a number of at least 0.01"),
@@ -67,7 +85,10 @@ def test_what_cannot_be_launched_is_refused(capsys: pytest.CaptureFixture[str]) 
         (["slurm", "--", "cpt", "a.toml"], "say --gpus-per-node M"),
         (["ray", "--cpu", "--", "cpt", "a.toml"], "say --gpus-per-node M"),
         (["torchrun", "--dry-run", "--", "cpt", "absent.toml"], "absent.toml: no such recipe"),
-        (["slurm", "--gpus-per-node", "1", "--", "cpt", "absent.toml"], "absent.toml: no such recipe"),
+        (
+            ["slurm", "--gpus-per-node", "1", "--", "cpt", "absent.toml"],
+            "absent.toml: no such recipe",
+        ),
         (["torchrun", "--gpus-per-node", "2", "--", "eval", "a.toml"], "one process"),
         (["mpirun", "--", "cpt"], "invalid choice"),
     ]:
@@ -76,24 +97,74 @@ def test_what_cannot_be_launched_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.usefixtures("recipes")
-def test_the_slurm_script_is_a_shell_script_that_requeues_itself(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    script = dry(capsys, "slurm", "--nodes", "2", "--gpus-per-node", "8", "--sbatch=--partition=h100", "--", "sft", "a b.toml")
-    for line in ("--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=1", "--requeue", "--signal=TERM@300", "--partition=h100"):
+def test_the_slurm_script_is_a_shell_script_that_requeues_itself(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    script = dry(
+        capsys,
+        "slurm",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "8",
+        "--sbatch=--partition=h100",
+        "--",
+        "sft",
+        "a b.toml",
+    )
+    for line in (
+        "--nodes=2",
+        "--gpus-per-node=8",
+        "--ntasks-per-node=1",
+        "--requeue",
+        "--signal=TERM@300",
+        "--partition=h100",
+    ):
         assert f"#SBATCH {line}" in script
     assert "-- sft 'a b.toml'" in script
     assert "scontrol requeue" in script
     path = tmp_path / "job.sh"
     path.write_text(script)
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
-    assert "--gpus-per-node=" not in dry(capsys, "slurm", "--cpu", "--gpus-per-node", "1", "--", "cpt", "a.toml")
-    assert "scontrol requeue" not in dry(capsys, "slurm", "--", "eval", "a.toml")  # it would begin anew, for ever
+    assert "--gpus-per-node=" not in dry(
+        capsys, "slurm", "--cpu", "--gpus-per-node", "1", "--", "cpt", "a.toml"
+    )
+    assert "scontrol requeue" not in dry(
+        capsys, "slurm", "--", "eval", "a.toml"
+    )  # it would begin anew, for ever
 
 
 def test_ray_names_bundles_and_the_command_of_a_node(capsys: pytest.CaptureFixture[str]) -> None:
-    text = dry(capsys, "ray", "--nodes", "4", "--gpus-per-node", "8", "--cpus-per-rank", "4", "--", "rl", "a.toml")
+    text = dry(
+        capsys,
+        "ray",
+        "--nodes",
+        "4",
+        "--gpus-per-node",
+        "8",
+        "--cpus-per-rank",
+        "4",
+        "--",
+        "rl",
+        "a.toml",
+    )
     assert "4 bundles of {'CPU': 32.0, 'GPU': 8.0}, STRICT_SPREAD" in text
-    assert text.rstrip().endswith("--endpoint HOST:PORT --run-id infir2 --local-address HOST -- rl a.toml")
-    apart = dry(capsys, "ray", "--nodes", "4", "--gpus-per-node", "8", "--engines", "6", "--", "rl", "a.toml")
+    assert text.rstrip().endswith(
+        "--endpoint HOST:PORT --run-id infir2 --local-address HOST -- rl a.toml"
+    )
+    apart = dry(
+        capsys,
+        "ray",
+        "--nodes",
+        "4",
+        "--gpus-per-node",
+        "8",
+        "--engines",
+        "6",
+        "--",
+        "rl",
+        "a.toml",
+    )
     assert "; 6 bundles of {'CPU': 1.0, 'GPU': 1.0}, PACK; in each of the first" in apart
 
 
@@ -105,13 +176,24 @@ def test_the_ranks_of_a_node_are_its_visible_gpus(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("codes", "worst"), [([0, 0], 0), ([0, 75], 75), ([75, 71, 75], 71), ([71, 70], 70), ([71, 2, 70], 2), ([75, 17, 17], 17), ([], 71)]
+    ("codes", "worst"),
+    [
+        ([0, 0], 0),
+        ([0, 75], 75),
+        ([75, 71, 75], 71),
+        ([71, 70], 70),
+        ([71, 2, 70], 2),
+        ([75, 17, 17], 17),
+        ([], 71),
+    ],
 )
 def test_the_worst_code_is_the_cause_and_not_its_echo(codes: list[int], worst: int) -> None:
     assert ranks.worst_code(codes) == worst
 
 
-def test_codes_of_several_launchers_come_together_and_only_the_last_attempt_counts(tmp_path: Path) -> None:
+def test_codes_of_several_launchers_come_together_and_only_the_last_attempt_counts(
+    tmp_path: Path,
+) -> None:
     def rank(place: str, attempt: int, number: int, code: int | None) -> None:
         directory = tmp_path / place / f"attempt-{attempt}"
         directory.mkdir(parents=True, exist_ok=True)
@@ -125,7 +207,10 @@ def test_codes_of_several_launchers_come_together_and_only_the_last_attempt_coun
     assert ranks.gathered_code(tmp_path) == 75
     rank("n2-8", 0, 2, None)
     assert ranks.gathered_code(tmp_path) == 71
-    assert subprocess.run([sys.executable, "-m", "infir2.launch.ranks", str(tmp_path)]).returncode == 71
+    assert (
+        subprocess.run([sys.executable, "-m", "infir2.launch.ranks", str(tmp_path)]).returncode
+        == 71
+    )
     assert ranks.gathered_code(tmp_path / "absent") == 71
 
 
@@ -143,24 +228,50 @@ def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str]"
 
 def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(world: Path, tmp_path: Path) -> None:
     def words(name: str) -> list[str]:
-        return options(world, tmp_path / name, "cpt", schedule__total_steps=6, checkpoint__save_every=2, train__validate_every=0)
+        return options(
+            world,
+            tmp_path / name,
+            "cpt",
+            schedule__total_steps=6,
+            checkpoint__save_every=2,
+            train__validate_every=0,
+        )
 
     run(words("undisturbed"))
-    process = start(words("killed"), "--max-restarts", "1", INFIR2_FAULTS="train.step:5")  # the second life does 2 steps
+    process = start(
+        words("killed"), "--max-restarts", "1", INFIR2_FAULTS="train.step:5"
+    )  # the second life does 2 steps
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "resumed from" in errors
-    assert curve(tmp_path / "killed", "loss", "gradient_norm") == curve(tmp_path / "undisturbed", "loss", "gradient_norm")
-    process = start([*words("dead"), "--run.seed=3"], "--max-restarts", "0", INFIR2_FAULTS="train.step:2")
+    assert curve(tmp_path / "killed", "loss", "gradient_norm") == curve(
+        tmp_path / "undisturbed", "loss", "gradient_norm"
+    )
+    process = start(
+        [*words("dead"), "--run.seed=3"], "--max-restarts", "0", INFIR2_FAULTS="train.step:2"
+    )
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 71
     assert errors.rstrip().endswith("the worst rank ended with code 71; its message is above")
 
 
 def test_sigterm_to_the_launcher_saves_and_ends_with_75(world: Path, tmp_path: Path) -> None:
-    words = options(world, tmp_path / "cpt", "cpt", schedule__total_steps=100000, checkpoint__save_every=100000, train__validate_every=0)
+    words = options(
+        world,
+        tmp_path / "cpt",
+        "cpt",
+        schedule__total_steps=100000,
+        checkpoint__save_every=100000,
+        train__validate_every=0,
+    )
     process = start(words)
-    wait_until(lambda: (tmp_path / "cpt" / "metrics.jsonl").exists() and len(curve(tmp_path / "cpt", "loss")) > 1, process)
+    wait_until(
+        lambda: (
+            (tmp_path / "cpt" / "metrics.jsonl").exists()
+            and len(curve(tmp_path / "cpt", "loss")) > 1
+        ),
+        process,
+    )
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
@@ -170,8 +281,17 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_75(world: Path, tmp_path: P
 
 def test_a_stopped_evaluation_says_that_it_begins_anew(world: Path, tmp_path: Path) -> None:
     run(options(world, tmp_path / "cpt", "cpt", schedule__total_steps=4))
-    words = ["eval", str(RECIPES / "eval.toml"), f"--model.path={tmp_path / 'cpt'}", f"--run.dir={tmp_path / 'eval'}"]
-    words += [f"--evaluate.problems.0.path={world / 'heldout.jsonl'}", "--run.threads=1", "--evaluate.samples=4"]
+    words = [
+        "eval",
+        str(RECIPES / "eval.toml"),
+        f"--model.path={tmp_path / 'cpt'}",
+        f"--run.dir={tmp_path / 'eval'}",
+    ]
+    words += [
+        f"--evaluate.problems.0.path={world / 'heldout.jsonl'}",
+        "--run.threads=1",
+        "--evaluate.samples=4",
+    ]
     words += ["--evaluate.max_response_tokens=64"]
     process = start(words, INFIR2_FAULTS="evaluate:3:term")
     _, errors = process.communicate(timeout=120)
@@ -199,12 +319,16 @@ class FakeGroup:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> "ray_launch._Driver":
     """Of a cluster that gives room when `FakeGroup`s say so."""
-    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(cluster_resources=lambda: {"CPU": 1.0}))
+    monkeypatch.setitem(
+        sys.modules, "ray", types.SimpleNamespace(cluster_resources=lambda: {"CPU": 1.0})
+    )
     return ray_launch._Driver(Layout(cpu=True), ["cpt"], [])
 
 
 def test_ray_waits_longer_for_room_after_a_death(
-    driver: "ray_launch._Driver", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    driver: "ray_launch._Driver",
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     clock = iter(range(0, 100_000, 10))  # seconds
     monkeypatch.setattr(ray_launch.time, "monotonic", lambda: next(clock))
@@ -225,7 +349,9 @@ def test_a_stop_while_ray_waits_for_room_is_heard(driver: "ray_launch._Driver") 
 
 
 def test_a_wrong_recipe_is_said_once_and_not_tried_again(world: Path, tmp_path: Path) -> None:
-    _, errors = (process := start(options(world, tmp_path / "cpt", "cpt", schedule__total_step=6))).communicate(timeout=120)
+    _, errors = (
+        process := start(options(world, tmp_path / "cpt", "cpt", schedule__total_step=6))
+    ).communicate(timeout=120)
     assert process.returncode == 2
     assert errors.count("did you mean schedule.total_steps?") == 1
     assert "Traceback" not in errors
@@ -243,10 +369,24 @@ def test_the_code_of_a_rank_stands_when_torchrun_stops_all(tmp_path: Path) -> No
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(world: Path, tmp_path: Path) -> None:
-    words = options(world, tmp_path / "cpt", "cpt", schedule__total_steps=100000, checkpoint__save_every=100000, train__validate_every=0)
+    words = options(
+        world,
+        tmp_path / "cpt",
+        "cpt",
+        schedule__total_steps=100000,
+        checkpoint__save_every=100000,
+        train__validate_every=0,
+    )
     process = start(words)
     lock = tmp_path / "cpt" / ".lock"
-    wait_until(lambda: lock.exists() and '"pid"' in lock.read_text() and (tmp_path / "cpt" / "metrics.jsonl").exists(), process)
+    wait_until(
+        lambda: (
+            lock.exists()
+            and '"pid"' in lock.read_text()
+            and (tmp_path / "cpt" / "metrics.jsonl").exists()
+        ),
+        process,
+    )
     process.kill()
     process.communicate()
     run([*words, "--train.stop_after_step=1"])  # refused while a rank holds the lock

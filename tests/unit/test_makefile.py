@@ -10,13 +10,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make on this machine")
+pytestmark = pytest.mark.skipif(
+    shutil.which("make") is None, reason="there is no make on this machine"
+)
 
 
 def chosen(path: Path, *variables: str) -> str:
     environ = {"PATH": f"{path}:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/")}
     command = ["make", "-s", "--eval=print: ; @echo '$(PYTHON)'", "print", *variables]
-    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def program(path: Path, text: str) -> None:

@@ -18,7 +18,10 @@ def stream(
     lengths: list[int], dtype: torch.dtype, heads: int = 6, kv_heads: int = 2, size: int = 16
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(sum(lengths), n, 16, generator=generator).to(dtype) for n in (6, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(sum(lengths), n, 16, generator=generator).to(dtype)
+        for n in (6, kv_heads, kv_heads)
+    )
     return q, k, v, torch.tensor([0, *lengths]).cumsum(0)
 
 
@@ -37,14 +40,18 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
             group = head * k.shape[1] // q.shape[1]
             scores = q[start:end, head] @ k[start:end, group].T / q.shape[2] ** 0.5
             future = torch.ones_like(scores, dtype=torch.bool).triu(1)
-            heads.append(scores.masked_fill(future, float("-inf")).softmax(-1) @ v[start:end, group])
+            heads.append(
+                scores.masked_fill(future, float("-inf")).softmax(-1) @ v[start:end, group]
+            )
         outs.append(torch.stack(heads, dim=1))
     return torch.cat(outs)
 
 
 @pytest.mark.parametrize("budget", [1 << 20, 1 << 10])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_output_is_the_rounded_exact_value(dtype: torch.dtype, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_is_the_rounded_exact_value(
+    dtype: torch.dtype, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(packing, "SCORE_BUDGET", budget)
     q, k, v, cu_seqlens = stream(LENGTHS, dtype)
     out = attention(q, k, v, plan(cu_seqlens))
@@ -53,7 +60,9 @@ def test_output_is_the_rounded_exact_value(dtype: torch.dtype, budget: int, monk
 
 @pytest.mark.parametrize("budget", [1 << 20, 1 << 10])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_gradients_are_those_of_textbook_attention(kv_heads: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_those_of_textbook_attention(
+    kv_heads: int, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(packing, "SCORE_BUDGET", budget)
     q, k, v, cu_seqlens = stream(LENGTHS, torch.float32, kv_heads=kv_heads)
     grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
@@ -69,7 +78,10 @@ def test_gradients_are_those_of_textbook_attention(kv_heads: int, budget: int, m
 def test_the_libraries_compute_the_same_attention(lengths: list[int]) -> None:
     q, k, v, cu_seqlens = stream(lengths, torch.float32)
     results = []
-    for layout in (plan(cu_seqlens), plan_varlen(tuple(n for n in lengths if n), torch.device("cpu"))):
+    for layout in (
+        plan(cu_seqlens),
+        plan_varlen(tuple(n for n in lengths if n), torch.device("cpu")),
+    ):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         out = attention(*inputs, layout)
         results.append([out, *torch.autograd.grad(out, inputs, q)])
@@ -88,7 +100,9 @@ def test_a_document_does_not_see_its_neighbours() -> None:
     q, k, v, cu_seqlens = stream(LENGTHS, torch.bfloat16)
     packed = attention(q, k, v, plan(cu_seqlens))
     for start, end in pairwise(cu_seqlens.tolist()):
-        single_process = attention(q[start:end], k[start:end], v[start:end], plan(torch.tensor([0, end - start])))
+        single_process = attention(
+            q[start:end], k[start:end], v[start:end], plan(torch.tensor([0, end - start]))
+        )
         assert torch.equal(single_process, packed[start:end])
 
 
@@ -104,7 +118,9 @@ def test_nan_in_one_document_stays_there() -> None:
 def test_a_long_document_beside_short_ones_keeps_to_the_score_budget() -> None:
     lengths = [2048, *[20] * 100]
     layout = plan_packing(torch.tensor([0, *lengths]).cumsum(0), num_heads=4, key_width=64)
-    padded_rows = sum(n * length for n, length in (rectangle.shape for rectangle in layout.rectangles))
+    padded_rows = sum(
+        n * length for n, length in (rectangle.shape for rectangle in layout.rectangles)
+    )
     assert padded_rows < 1.5 * sum(lengths)
     for rectangle in layout.rectangles:
         n, length = rectangle.shape

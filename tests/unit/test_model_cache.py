@@ -18,7 +18,14 @@ ARCHITECTURES = ["qwen2", "qwen3", "llama"]
 
 
 def make_model(architecture: Literal["qwen2", "qwen3", "llama"], fp8: str) -> Decoder:
-    shape = ShapeSection(architecture=architecture, hidden_size=96, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=200)
+    shape = ShapeSection(
+        architecture=architecture,
+        hidden_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_size=200,
+    )
     model = Decoder.from_shape(shape, vocab_size=101, seed=3)
     return model if fp8 == "off" else convert_to_fp8(model, Fp8Section(scale_format=fp8))  # type: ignore[arg-type]
 
@@ -32,20 +39,33 @@ def poisoned_cache(model: Decoder, max_tokens: int = 64) -> KvCache:
 
 def packed_stream(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     token_ids = torch.randint(0, 101, (sum(lengths),), generator=torch.Generator().manual_seed(1))
-    return token_ids, torch.cat([torch.arange(n) for n in lengths]), torch.tensor([0, *lengths]).cumsum(0)
+    return (
+        token_ids,
+        torch.cat([torch.arange(n) for n in lengths]),
+        torch.tensor([0, *lengths]).cumsum(0),
+    )
 
 
 def generate(model: Decoder, first: list[int], step: int) -> tuple[Tensor, Tensor]:
     """(packed, cached) hidden states; cached ones come `first[i]` tokens at first and `step` at a time after that."""
     token_ids, positions, cu_seqlens = packed_stream(LENGTHS)
     cache, done, sizes = poisoned_cache(model), [0] * len(LENGTHS), first
-    cached = torch.full((sum(LENGTHS), model.config.hidden_size), float("nan"), dtype=torch.bfloat16)
+    cached = torch.full(
+        (sum(LENGTHS), model.config.hidden_size), float("nan"), dtype=torch.bfloat16
+    )
     while done != LENGTHS:
         active = [i for i, length in enumerate(LENGTHS) if done[i] < length]
         new = [min(sizes[i], LENGTHS[i] - done[i]) for i in active]
-        rows = torch.cat([cu_seqlens[i] + torch.arange(done[i], done[i] + n) for i, n in zip(active, new, strict=True)])
+        rows = torch.cat(
+            [
+                cu_seqlens[i] + torch.arange(done[i], done[i] + n)
+                for i, n in zip(active, new, strict=True)
+            ]
+        )
         starts = torch.tensor([0, *new]).cumsum(0)
-        cached[rows] = model.hidden_states(token_ids[rows], positions[rows], starts, cache, SLOTS[active])
+        cached[rows] = model.hidden_states(
+            token_ids[rows], positions[rows], starts, cache, SLOTS[active]
+        )
         for i, n in zip(active, new, strict=True):
             done[i] += n
         sizes = [step] * len(LENGTHS)
@@ -54,13 +74,17 @@ def generate(model: Decoder, first: list[int], step: int) -> tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("fp8", ["off", "pow2", "fp32"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_prefill_and_decode_equal_the_packed_forward(architecture: Literal["qwen2", "qwen3", "llama"], fp8: str) -> None:
+def test_prefill_and_decode_equal_the_packed_forward(
+    architecture: Literal["qwen2", "qwen3", "llama"], fp8: str
+) -> None:
     packed, cached = generate(make_model(architecture, fp8), first=[2, 8, 1, 20, 1, 4], step=1)
     assert torch.equal(cached, packed)
     assert not cached.requires_grad
 
 
-def test_chunked_prefill_beside_decoding_equals_the_packed_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_prefill_beside_decoding_equals_the_packed_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(packing_module, "SCORE_BUDGET", 1 << 9)
     packed, cached = generate(make_model("qwen2", "pow2"), first=[1, 17, 1, 30, 1, 1], step=7)
     assert torch.equal(cached, packed)
@@ -71,7 +95,9 @@ def test_a_token_does_not_depend_on_what_is_in_the_batch() -> None:
     token_ids, positions, cu_seqlens = packed_stream(LENGTHS)
     packed = model.hidden_states(token_ids, positions, cu_seqlens)
     for start, end in pairwise(cu_seqlens.tolist()):
-        single_process = model.hidden_states(token_ids[start:end], positions[start:end], torch.tensor([0, end - start]))
+        single_process = model.hidden_states(
+            token_ids[start:end], positions[start:end], torch.tensor([0, end - start])
+        )
         assert torch.equal(single_process, packed[start:end])
 
 
@@ -81,7 +107,10 @@ def test_a_slot_can_be_used_again() -> None:
     token_ids, positions, _ = packed_stream([40])
     model.hidden_states(token_ids, positions, torch.tensor([0, 40]), cache, slot)
     fresh = poisoned_cache(model)
-    again = [model.hidden_states(token_ids[:3], positions[:3], torch.tensor([0, 3]), c, slot) for c in (cache, fresh)]
+    again = [
+        model.hidden_states(token_ids[:3], positions[:3], torch.tensor([0, 3]), c, slot)
+        for c in (cache, fresh)
+    ]
     assert torch.equal(*again)
 
 

@@ -15,7 +15,11 @@ from infir2.errors import CheckpointError, OutputExistsError
 from infir2.model import HfWeights, write_hf
 from infir2.model.safetensors_io import INDEX_FILE, SINGLE_FILE
 
-TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(2, 2).to(torch.float8_e4m3fn)}
+TENSORS = {
+    "a": torch.arange(6.0).view(2, 3),
+    "b": torch.ones(4, dtype=torch.bfloat16),
+    "c": torch.zeros(2, 2).to(torch.float8_e4m3fn),
+}
 
 
 @pytest.fixture
@@ -66,7 +70,10 @@ def test_a_tensor_that_the_index_only_promises_is_named(parallel_model: Path) ->
     assert "no tensor x" in refusal(parallel_model)
 
 
-@pytest.mark.parametrize("file_name", ["../model-1.safetensors", "/etc/passwd", "sub/model.safetensors", "model-1.bin", "..", 7])
+@pytest.mark.parametrize(
+    "file_name",
+    ["../model-1.safetensors", "/etc/passwd", "sub/model.safetensors", "model-1.bin", "..", 7],
+)
 def test_an_index_reaches_no_other_file(parallel_model: Path, file_name: object) -> None:
     save_file(TENSORS, parallel_model.parent / "model-1.safetensors")
     write_index(parallel_model, {"a": file_name})
@@ -101,12 +108,16 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     assert "is not a directory" in refusal(tmp_path / "absent")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
     assert "pickled" in refusal(tmp_path)
-    (tmp_path / SINGLE_FILE).write_bytes(b"\x80\x02 not safetensors at all, but long enough for a header")
+    (tmp_path / SINGLE_FILE).write_bytes(
+        b"\x80\x02 not safetensors at all, but long enough for a header"
+    )
     assert "not a whole safetensors file" in refusal(tmp_path)
 
 
 def test_shards_respect_their_size_and_read_back(tmp_path: Path) -> None:
-    tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(5)} | {"large": torch.ones(1000)}
+    tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(5)} | {
+        "large": torch.ones(1000)
+    }
     write_hf(tmp_path / "out", iter(tensors.items()), {"model_type": "qwen2"}, max_shard_bytes=1000)
     sizes = sorted(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(sizes) == 4  # two, two, one, and the large one alone
@@ -134,11 +145,20 @@ def test_writing_holds_one_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 def test_side_files_come_along(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    wanted = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "merges.txt", "tokenizer.model"]
+    wanted = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "tokenizer.model",
+    ]
     for name in [*wanted, "config.json", "model.safetensors", "README.md"]:
         (source / name).write_text(f"content of {name}")
     write_hf(tmp_path / "out", TENSORS.items(), {}, side_files_from=source)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*wanted, "config.json", SINGLE_FILE])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        [*wanted, "config.json", SINGLE_FILE]
+    )
     assert (tmp_path / "out" / "merges.txt").read_text() == "content of merges.txt"
 
 
@@ -164,7 +184,14 @@ def test_an_output_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
 NAN_CODES = torch.tensor([[1, 0xFF]], dtype=torch.uint8).view(torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("bad", [torch.tensor([1.0, float("nan")]), torch.tensor([float("-inf")], dtype=torch.bfloat16), NAN_CODES])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.tensor([1.0, float("nan")]),
+        torch.tensor([float("-inf")], dtype=torch.bfloat16),
+        NAN_CODES,
+    ],
+)
 def test_a_non_finite_weight_leaves_nothing_behind(tmp_path: Path, bad: Tensor) -> None:
     with pytest.raises(CheckpointError, match="tensor bad has values that are not finite"):
         write_hf(tmp_path / "out", [("a", torch.ones(100)), ("bad", bad)], {}, max_shard_bytes=100)

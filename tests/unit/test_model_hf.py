@@ -20,29 +20,46 @@ from infir2.model.hf_names import (
 )
 from infir2.numerics import Fp8Linear, convert_to_fp8
 
-SHAPE = ShapeSection(architecture="qwen2", hidden_size=96, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=200)
+SHAPE = ShapeSection(
+    architecture="qwen2", hidden_size=96, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=200
+)
 STREAM = torch.arange(11), torch.arange(11), torch.tensor([0, 11])
 KEPT = "model.layers.1.mlp.down_proj"
 
 
 def make_model(tied: bool = True, fp8: Fp8Section | None = None, seed: int = 3) -> Decoder:
-    model = Decoder.from_shape(SHAPE.model_copy(update={"tie_embeddings": tied}), vocab_size=50, seed=seed)
+    model = Decoder.from_shape(
+        SHAPE.model_copy(update={"tie_embeddings": tied}), vocab_size=50, seed=seed
+    )
     return convert_to_fp8(model, fp8) if fp8 else model
 
 
 def write_fp8(directory: Path, model: Decoder, **changes: Any) -> Path:
     section = {**quantization_config(model), **changes}
-    write_hf(directory, exported_fp8_weights(model), {**model.config.to_hf(), "quantization_config": section}, max_shard_bytes=50_000)
+    write_hf(
+        directory,
+        exported_fp8_weights(model),
+        {**model.config.to_hf(), "quantization_config": section},
+        max_shard_bytes=50_000,
+    )
     return directory
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("scale_format", ["pow2", "fp32"])
-def test_trainer_file_and_engine_hold_the_same_bytes(tied: bool, scale_format: Any, tmp_path: Path) -> None:
+def test_trainer_file_and_engine_hold_the_same_bytes(
+    tied: bool, scale_format: Any, tmp_path: Path
+) -> None:
     trainer = make_model(tied, Fp8Section(scale_format=scale_format, skip_modules=(KEPT,)))
     engine = Decoder.from_hf(write_fp8(tmp_path / "fp8", trainer))
-    assert weights_digest(exported_fp8_weights(engine)) == weights_digest(exported_fp8_weights(trainer))
-    kinds = {name: type(module) for name, module in engine.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert weights_digest(exported_fp8_weights(engine)) == weights_digest(
+        exported_fp8_weights(trainer)
+    )
+    kinds = {
+        name: type(module)
+        for name, module in engine.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
     assert kinds.pop("lm_head", None) is (None if tied else torch.nn.Linear)
     assert kinds.pop(KEPT) is torch.nn.Linear
     assert set(kinds.values()) == {Fp8Linear}
@@ -103,9 +120,15 @@ def replaced(name: str, tensor: Tensor) -> Any:
         (without("model.norm.weight"), "missing, such as model.norm.weight"),
         (without(Q), f"missing, such as {Q} .its codes or its scales"),
         (without(f"{Q}_scale_inv"), f"missing, such as {Q} .its codes or its scales"),
-        (replaced("model.norm.weight", torch.ones(95)), r"shape \[95\], but the model needs \[96\]"),
+        (
+            replaced("model.norm.weight", torch.ones(95)),
+            r"shape \[95\], but the model needs \[96\]",
+        ),
         (replaced("model.norm.weight", torch.ones(96, dtype=torch.int8)), "dtype torch.int8"),
-        (replaced("model.layers.2.mlp.up_proj.weight", torch.ones(2)), "model.layers.2.mlp.up_proj.weight has no place"),
+        (
+            replaced("model.layers.2.mlp.up_proj.weight", torch.ones(2)),
+            "model.layers.2.mlp.up_proj.weight has no place",
+        ),
         (
             replaced("model.norm.weight_scale_inv", torch.ones(1, 1)),
             "model.norm.weight_scale_inv is of an FP8 weight, but its layer is in high precision",
@@ -144,10 +167,15 @@ def test_more_loading_rules() -> None:
         ({"fmt": "e5m2"}, "fmt"),
         ({"scale_fmt": "int8"}, "scale_fmt"),
         ({"modules_to_not_convert": ["lm_head"]}, f"{KEPT} has no FP8 scales"),
-        ({"modules_to_not_convert": ["lm_head", KEPT, "model.layers.0"]}, "model.layers.0.self_attn.q_proj has FP8 scales"),
+        (
+            {"modules_to_not_convert": ["lm_head", KEPT, "model.layers.0"]},
+            "model.layers.0.self_attn.q_proj has FP8 scales",
+        ),
     ],
 )
-def test_a_quantization_config_that_contradicts_the_files_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_quantization_config_that_contradicts_the_files_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     model = make_model(fp8=Fp8Section(skip_modules=(KEPT,)))
     with pytest.raises(CheckpointError, match=message):
         Decoder.from_hf(write_fp8(tmp_path / "fp8", model, **changes))

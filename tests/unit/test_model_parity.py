@@ -20,14 +20,29 @@ SHAPE = {
     "max_position_embeddings": 512,
     "initializer_range": 0.2,
 }
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
+    "qwen2 tied": (
+        "Qwen2",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+        },
+    ),
     "qwen2 untied, wide heads": ("Qwen2", {"head_dim": 14, "rms_norm_eps": 1e-5}),
     "qwen3 tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3 biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
     "llama scaled": ("Llama", {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}}),
-    "llama biases, one key head": ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    "llama biases, one key head": (
+        "Llama",
+        {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+    ),
 }
 
 
@@ -48,30 +63,42 @@ def reference_model(variant: str) -> Any:
 
 def reference_logits(model: Any, token_ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat([model(input_ids=part[None]).logits[0].float() for part in token_ids.split(lengths)])
+        return torch.cat(
+            [model(input_ids=part[None]).logits[0].float() for part in token_ids.split(lengths)]
+        )
 
 
 def packed(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     token_ids = torch.randint(0, 97, (sum(lengths),), generator=torch.Generator().manual_seed(1))
-    return token_ids, torch.cat([torch.arange(n) for n in lengths]), torch.tensor([0, *lengths]).cumsum(0)
+    return (
+        token_ids,
+        torch.cat([torch.arange(n) for n in lengths]),
+        torch.tensor([0, *lengths]).cumsum(0),
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
-def test_what_transformers_saved_loads_bit_for_bit_and_gives_its_logits(variant: str, shard_size: str, tmp_path: Path) -> None:
+def test_what_transformers_saved_loads_bit_for_bit_and_gives_its_logits(
+    variant: str, shard_size: str, tmp_path: Path
+) -> None:
     theirs = reference_model(variant)
     theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors").exists() == (shard_size == "5GB")
     ours = Decoder.from_hf(tmp_path, compute_dtype=torch.float32)
     expected = theirs.state_dict()
     parameters = dict(ours.named_parameters())
-    assert set(parameters) == set(expected) - ({"lm_head.weight"} if ours.config.tie_embeddings else set())
+    assert set(parameters) == set(expected) - (
+        {"lm_head.weight"} if ours.config.tie_embeddings else set()
+    )
     assert all(torch.equal(parameter, expected[name]) for name, parameter in parameters.items())
     lengths = [70, 1, 9]
     token_ids, positions, cu_seqlens = packed(lengths)
     logits = ours(token_ids, positions, cu_seqlens)
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, reference_logits(theirs, token_ids, lengths), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits, reference_logits(theirs, token_ids, lengths), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -85,16 +112,22 @@ def test_transformers_loads_what_we_write(variant: str, tmp_path: Path) -> None:
         for parameter in ours.parameters():
             parameter.copy_(parameter.bfloat16())
     write_hf(tmp_path / "model", exported_weights(ours), config.to_hf(), max_shard_bytes=20_000)
-    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", output_loading_info=True
+    )
     assert theirs.dtype == torch.bfloat16
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     state = theirs.state_dict()
-    assert all(torch.equal(parameter, state[name].float()) for name, parameter in ours.named_parameters())
+    assert all(
+        torch.equal(parameter, state[name].float()) for name, parameter in ours.named_parameters()
+    )
     lengths = [40, 5]
     token_ids, positions, cu_seqlens = packed(lengths)
     logits = ours(token_ids, positions, cu_seqlens)
-    torch.testing.assert_close(logits, reference_logits(theirs.float(), token_ids, lengths), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits, reference_logits(theirs.float(), token_ids, lengths), rtol=0, atol=1e-4
+    )
 
 
 def test_rotary_frequencies_are_those_of_transformers() -> None:
@@ -103,7 +136,12 @@ def test_rotary_frequencies_are_those_of_transformers() -> None:
     for variant in ("llama scaled", "llama biases, one key head"):
         config = reference_model(variant).config
         expected = LlamaRotaryEmbedding(config).inv_freq
-        torch.testing.assert_close(inverse_frequencies(ModelConfig.from_hf(config.to_dict())).float(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            inverse_frequencies(ModelConfig.from_hf(config.to_dict())).float(),
+            expected,
+            rtol=1e-6,
+            atol=0,
+        )
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
@@ -120,7 +158,9 @@ def test_gradients_match_transformers(architecture: str, tmp_path: Path) -> None
         gradients[recompute] = {name: parameter.grad for name, parameter in ours.named_parameters()}
     for name, parameter in theirs.named_parameters():
         scale = parameter.grad.abs().max().item()
-        torch.testing.assert_close(gradients["none"][name], parameter.grad, rtol=0, atol=2e-5 * scale, msg=name)
+        torch.testing.assert_close(
+            gradients["none"][name], parameter.grad, rtol=0, atol=2e-5 * scale, msg=name
+        )
         assert torch.equal(gradients["none"][name], gradients["full"][name])
 
 
@@ -130,7 +170,9 @@ def test_a_new_model_is_a_function_of_shape_and_seed() -> None:
     first = Decoder.from_shape(shape, vocab_size=300, seed=7)
     again = Decoder.from_shape(shape, vocab_size=300, seed=7)
     other = Decoder.from_shape(shape, vocab_size=300, seed=8)
-    for (name, a), b, c in zip(first.named_parameters(), again.parameters(), other.parameters(), strict=True):
+    for (name, a), b, c in zip(
+        first.named_parameters(), again.parameters(), other.parameters(), strict=True
+    ):
         assert torch.equal(a, b)
         assert torch.equal(a, c) == (a.ndim == 1), name
     block = first.model.layers[0]

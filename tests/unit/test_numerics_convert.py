@@ -87,7 +87,13 @@ def test_a_hugging_face_model_trains(dtype) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 160}
+    shape = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 160,
+    }
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=96, **shape)).to(dtype)
     token_ids = torch.randint(0, 96, (2, 24))
     reference = model(token_ids).logits.float()
@@ -95,7 +101,9 @@ def test_a_hugging_face_model_trains(dtype) -> None:
     assert len(fp8_names(model)) == 14
     assert not fnmatch.filter(fp8_names(model), "*lm_head*")
     assert 15 < snr_db(reference, model(token_ids).logits.float()) < 60
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)  # which moves no version counter
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-3, fused=True
+    )  # which moves no version counter
     layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
     losses = []
     for _ in range(12):
@@ -105,7 +113,9 @@ def test_a_hugging_face_model_trains(dtype) -> None:
         optimizer.zero_grad()
         for layer in layers:
             fresh = quantize(layer.weight.detach().bfloat16(), (128, 128))
-            assert torch.equal(layer.quantized_weight().codes.view(torch.uint8), fresh.codes.view(torch.uint8))
+            assert torch.equal(
+                layer.quantized_weight().codes.view(torch.uint8), fresh.codes.view(torch.uint8)
+            )
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1.0
 

@@ -25,8 +25,17 @@ def gaussian(shape: tuple[int, int]) -> torch.Tensor:
 
 
 def test_rounding_without_a_cast_equals_the_cast() -> None:
-    values = torch.cat([torch.randn(20000) * 100, torch.randn(20000) * 0.01, torch.arange(-449, 450) / 512, torch.arange(-448.0, 449.0)])
-    values = torch.cat([values.clamp(-448, 448), torch.tensor([448.0001, 463.9, -463.9, 0.0, -0.0, 2.0**-140])])
+    values = torch.cat(
+        [
+            torch.randn(20000) * 100,
+            torch.randn(20000) * 0.01,
+            torch.arange(-449, 450) / 512,
+            torch.arange(-448.0, 449.0),
+        ]
+    )
+    values = torch.cat(
+        [values.clamp(-448, 448), torch.tensor([448.0001, 463.9, -463.9, 0.0, -0.0, 2.0**-140])]
+    )
     expected = values.clamp(-448, 448).to(torch.float8_e4m3fn).float()
     assert torch.equal(round_to_e4m3_(values.clone(), torch.empty_like(values)), expected)
     assert torch.isnan(round_to_e4m3_(torch.tensor([math.nan]), torch.empty(1))).all()

@@ -44,11 +44,17 @@ def errors_db(layer: nn.Linear, scale_format: str, x: Tensor, grad: Tensor) -> l
     out, grad_x = run(plain, x.float(), grad.float())
     fp8 = Fp8Linear.from_linear(copy.deepcopy(layer), scale_format)
     fp8_out, fp8_grad_x = run(fp8, x, grad)
-    return [snr_db(out, fp8_out), snr_db(grad_x, fp8_grad_x), snr_db(plain.weight.grad, fp8.weight.grad)]
+    return [
+        snr_db(out, fp8_out),
+        snr_db(grad_x, fp8_grad_x),
+        snr_db(plain.weight.grad, fp8.weight.grad),
+    ]
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)
-@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(512, 512, 384), (512, 576, 192), (300, 128, 173)])
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs"), [(512, 512, 384), (512, 576, 192), (300, 128, 173)]
+)
 def test_output_and_both_gradients_pass_the_gate(tokens, inputs, outputs, scale_format) -> None:
     torch.manual_seed(0)
     x, grad = torch.randn(tokens, inputs).bfloat16(), torch.randn(tokens, outputs).bfloat16()
@@ -58,7 +64,11 @@ def test_output_and_both_gradients_pass_the_gate(tokens, inputs, outputs, scale_
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_masked_tokens_and_tiny_gradients_cost_no_accuracy(scale_format) -> None:
     torch.manual_seed(0)
-    layer, x, grad = gaussian_layer(256, 256), torch.randn(512, 256).bfloat16(), (torch.randn(512, 256) * 1e-9).bfloat16()
+    layer, x, grad = (
+        gaussian_layer(256, 256),
+        torch.randn(512, 256).bfloat16(),
+        (torch.randn(512, 256) * 1e-9).bfloat16(),
+    )
     grad[torch.rand(512) < 0.7] = 0
     grad[128:256] = 0
     assert min(errors_db(layer, scale_format, x, grad)) >= GATE_DB
@@ -77,9 +87,13 @@ def test_odd_shapes_and_bias(tokens, scale_format) -> None:
     assert out.dtype == grad_x.dtype == torch.bfloat16
     assert layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
     assert torch.allclose(layer.bias.grad, grad.float().sum((0, 1)), atol=1e-5)
-    weight = dequantize(quantize(layer.weight.detach().bfloat16(), (128, 128), scale_format), torch.float64)
+    weight = dequantize(
+        quantize(layer.weight.detach().bfloat16(), (128, 128), scale_format), torch.float64
+    )
     values = dequantize(quantize(x.flatten(0, 1), (1, 128), scale_format), torch.float64)
-    assert torch.equal(out.flatten(0, 1), (values @ weight.t() + layer.bias.detach().bfloat16()).bfloat16())
+    assert torch.equal(
+        out.flatten(0, 1), (values @ weight.t() + layer.bias.detach().bfloat16()).bfloat16()
+    )
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)
@@ -161,7 +175,16 @@ def write_behind_autograd(layer: Fp8Linear) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [swap_data, swap_data_twice, load_state, new_parameter, write_in_place, write_in_inference_mode, write_behind_autograd]
+    "change",
+    [
+        swap_data,
+        swap_data_twice,
+        load_state,
+        new_parameter,
+        write_in_place,
+        write_in_inference_mode,
+        write_behind_autograd,
+    ],
 )
 def test_every_change_of_the_weight_is_seen(change) -> None:
     layer, x = Fp8Linear(128, 64, bias=False), torch.randn(3, 128)
@@ -219,23 +242,31 @@ def test_backward_saves_fp8_only(scale_format) -> None:
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)
-def test_layers_that_share_an_input_quantise_it_once_and_round_its_gradient_once(scale_format, monkeypatch) -> None:
+def test_layers_that_share_an_input_quantise_it_once_and_round_its_gradient_once(
+    scale_format, monkeypatch
+) -> None:
     torch.manual_seed(0)
     layers = [Fp8Linear.from_linear(gaussian_layer(128, n), scale_format) for n in (128, 64, 64)]
     x = torch.randn(130, 128).bfloat16()
     grads = [torch.randn(130, layer.out_features).bfloat16() for layer in layers]
     exact = torch.zeros(130, 128)
     for layer, grad in zip(layers, grads, strict=True):
-        exact += dequantize(quantize(grad, (1, 128), scale_format)) @ dequantize(layer.quantized_weight())
+        exact += dequantize(quantize(grad, (1, 128), scale_format)) @ dequantize(
+            layer.quantized_weight()
+        )
         layer.quantized_weight()
     from infir2.numerics import gemm_reference as gemm
 
     calls = []
     original = gemm.quantize
-    monkeypatch.setattr(gemm, "quantize", lambda t, *rest: calls.append(t.shape) or original(t, *rest))
+    monkeypatch.setattr(
+        gemm, "quantize", lambda t, *rest: calls.append(t.shape) or original(t, *rest)
+    )
     shared = x.clone().requires_grad_()
     outputs = linear(shared, layers)
-    assert len(calls) == (1 if scale_format == "pow2" else 2)  # fp32 also writes the transpose for backward
+    assert len(calls) == (
+        1 if scale_format == "pow2" else 2
+    )  # fp32 also writes the transpose for backward
     torch.autograd.backward(outputs, grads)
     assert snr_db(exact.bfloat16(), shared.grad) > 60
     for layer, grad, out in zip(layers, grads, outputs, strict=True):
@@ -254,11 +285,20 @@ def test_plain_and_fp8_layers_mix() -> None:
     outputs = linear(x, [plain, fp8, other])
     torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
     master = plain.weight.detach().bfloat16()
-    assert torch.equal(outputs[0], (x.detach().double() @ master.double().t() + plain.bias.detach().bfloat16()).bfloat16())
+    assert torch.equal(
+        outputs[0],
+        (x.detach().double() @ master.double().t() + plain.bias.detach().bfloat16()).bfloat16(),
+    )
     assert plain.weight.grad.dtype == torch.float32
     torch.testing.assert_close(plain.weight.grad, x.detach().float().sum(0).expand(64, 128))
-    weights = (master.float(), dequantize(fp8.quantized_weight()), dequantize(other.quantized_weight()))
-    expected = sum(w.sum(0) for w in weights).expand(20, 128)  # ones are exact in FP8, up to fp32 scales
+    weights = (
+        master.float(),
+        dequantize(fp8.quantized_weight()),
+        dequantize(other.quantized_weight()),
+    )
+    expected = sum(w.sum(0) for w in weights).expand(
+        20, 128
+    )  # ones are exact in FP8, up to fp32 scales
     assert snr_db(expected, x.grad) > 45
 
 
@@ -315,7 +355,9 @@ def test_given_bytes_are_served_as_they_are() -> None:
             assert torch.equal(served(x), source(x))
     other = Fp8Linear(200, 130).quantized_weight()
     server.load_codes(other.codes, other.scale)
-    assert torch.equal(server.quantized_weight().codes.view(torch.uint8), other.codes.view(torch.uint8))
+    assert torch.equal(
+        server.quantized_weight().codes.view(torch.uint8), other.codes.view(torch.uint8)
+    )
     assert server.quantizations == 0
     x.requires_grad_()
     server(x).sum().backward()
@@ -339,7 +381,9 @@ def test_bytes_that_do_not_fit_are_refused() -> None:
 def test_the_weights_bytes_are_those_of_the_bf16_master() -> None:
     layer = Fp8Linear(300, 200)
     expected = quantize(layer.weight.detach().bfloat16(), (128, 128))
-    assert torch.equal(layer.quantized_weight().codes.view(torch.uint8), expected.codes.view(torch.uint8))
+    assert torch.equal(
+        layer.quantized_weight().codes.view(torch.uint8), expected.codes.view(torch.uint8)
+    )
     assert layer.quantized_weight() is layer.quantized_weight()
 
 
@@ -351,7 +395,9 @@ def test_a_step_of_any_optimizer_ends_the_version(keys: dict) -> None:
     layer(torch.randn(3, 128)).sum().backward()
     optimizer.step()
     fresh = quantize(layer.weight.detach().bfloat16(), (128, 128))
-    assert torch.equal(layer.quantized_weight().codes.view(torch.uint8), fresh.codes.view(torch.uint8))
+    assert torch.equal(
+        layer.quantized_weight().codes.view(torch.uint8), fresh.codes.view(torch.uint8)
+    )
     assert not torch.equal(before.codes.view(torch.uint8), fresh.codes.view(torch.uint8))
 
 
@@ -362,7 +408,9 @@ def test_memory_filled_again_by_an_owner_that_sets_the_weight_is_another_version
     with torch.autograd._unsafe_preserve_version_counter(layer.weight), torch.no_grad():
         layer.weight.mul_(3)
     layer.weight = layer.weight
-    assert not torch.equal(before.codes.view(torch.uint8), layer.quantized_weight().codes.view(torch.uint8))
+    assert not torch.equal(
+        before.codes.view(torch.uint8), layer.quantized_weight().codes.view(torch.uint8)
+    )
 
 
 def test_copies_state_and_meta() -> None:
@@ -398,4 +446,6 @@ def test_a_plain_weight_is_rounded_once_per_version() -> None:
     assert rounded(weight, torch.bfloat16, torch.float64) is first
     with torch.no_grad():
         weight.add_(1)
-    assert torch.equal(rounded(weight, torch.bfloat16, torch.float64), weight.detach().bfloat16().double())
+    assert torch.equal(
+        rounded(weight, torch.bfloat16, torch.float64), weight.detach().bfloat16().double()
+    )

@@ -80,12 +80,21 @@ def test_swiglu_of_large_gates_stays_finite() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_token_does_not_depend_on_its_batch(dtype) -> None:
     torch.manual_seed(0)
-    x, gate, up = torch.randn(1000, 173).to(dtype), torch.randn(1000, 173).to(dtype), torch.randn(1000, 173).to(dtype)
+    x, gate, up = (
+        torch.randn(1000, 173).to(dtype),
+        torch.randn(1000, 173).to(dtype),
+        torch.randn(1000, 173).to(dtype),
+    )
     norm, labels, head = RMSNorm(173), torch.randint(0, 61, (1000,)), torch.randn(61, 173)
     with torch.no_grad():
         whole = norm(x), swiglu(gate, up), head_logits(x, head), token_logprobs(x, head, labels)[0]
         for rows in (slice(0, 1), slice(500, 507), slice(999, 1000)):
-            part = norm(x[rows]), swiglu(gate[rows], up[rows]), head_logits(x[rows], head), token_logprobs(x[rows], head, labels[rows])[0]
+            part = (
+                norm(x[rows]),
+                swiglu(gate[rows], up[rows]),
+                head_logits(x[rows], head),
+                token_logprobs(x[rows], head, labels[rows])[0],
+            )
             for a, b in zip(whole, part, strict=True):
                 assert torch.equal(a[rows], b)
 
@@ -104,12 +113,16 @@ def test_producers_into_fp8_linears_keep_fp8_only(scale_format) -> None:
     inputs = {t.data_ptr() for t in (x, gate, up)}
     sixteen_bit = [t for t in saved if t.dtype == torch.bfloat16]
     assert {t.data_ptr() for t in sixteen_bit} == inputs
-    assert torch.equal(out, linear(swiglu(*linear(rms_norm(x, norm.weight, norm.eps), layers)), [down])[0])
+    assert torch.equal(
+        out, linear(swiglu(*linear(rms_norm(x, norm.weight, norm.eps), layers)), [down])[0]
+    )
     out.sum().backward()
     assert all(p.grad is not None for module in (norm, *layers, down) for p in module.parameters())
 
 
-def dense_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def dense_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     logits = torch.log_softmax(hidden @ weight.t() / temperature, dim=-1)
     return logits.gather(1, labels[:, None])[:, 0], -(logits.exp() * logits).sum(-1)
 
@@ -122,7 +135,9 @@ def test_token_logprobs_equal_the_dense_softmax(dtype, chunk_tokens, temperature
     hidden = hidden.detach().to(dtype).requires_grad_()
     labels, grad = torch.randint(0, 173, (50,)), torch.randn(50)
     grad[::3] = 0
-    logprobs, entropy = token_logprobs(hidden, weight, labels, temperature, chunk_tokens, with_entropy=True)
+    logprobs, entropy = token_logprobs(
+        hidden, weight, labels, temperature, chunk_tokens, with_entropy=True
+    )
     hidden64, weight64 = doubles(hidden, weight.to(dtype))
     exact, exact_entropy = dense_logprobs(hidden64, weight64, labels, temperature)
     torch.testing.assert_close(logprobs, exact.float(), rtol=1e-6, atol=1e-6)
@@ -151,7 +166,9 @@ def test_token_logprobs_with_a_frozen_side_or_no_tokens() -> None:
 
 def test_peaked_and_nonfinite_distributions() -> None:
     weight = torch.tensor([[1.0], [-1.0]])
-    logprobs, entropy = token_logprobs(torch.tensor([[1e5], [math.inf]]), weight, torch.tensor([0, 0]), with_entropy=True)
+    logprobs, entropy = token_logprobs(
+        torch.tensor([[1e5], [math.inf]]), weight, torch.tensor([0, 0]), with_entropy=True
+    )
     assert float(logprobs[0]) == 0.0
     assert float(entropy[0]) == 0.0
     assert torch.isnan(logprobs[1])

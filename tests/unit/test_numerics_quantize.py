@@ -14,7 +14,9 @@ from infir2.numerics.quantize_reference import decode
 
 BLOCKS = [(1, 128), (128, 128)]
 FORMATS = ["pow2", "fp32"]
-NORMALS = {(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)}
+NORMALS = {
+    (1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)
+}
 E4M3_VALUES = sorted(NORMALS | {m * 2.0**-9 for m in range(8)})
 
 
@@ -23,7 +25,9 @@ def codes_of(t: Fp8Tensor) -> torch.Tensor:
 
 
 def same_bytes(a: Fp8Tensor, b: Fp8Tensor) -> bool:
-    return torch.equal(codes_of(a), codes_of(b)) and torch.equal(a.scale.view(torch.int32), b.scale.view(torch.int32))
+    return torch.equal(codes_of(a), codes_of(b)) and torch.equal(
+        a.scale.view(torch.int32), b.scale.view(torch.int32)
+    )
 
 
 def nearest_even(y: float) -> float:
@@ -38,7 +42,9 @@ def expected_scale(amax: float, scale_format: str) -> float:
     """The recipe's rule in Python: FP32 division, then the exponent rounded up."""
     if amax == 0:
         return 1.0
-    s = float((torch.tensor(amax, dtype=torch.float64) / 448).float())  # FP64 then FP32 is the correctly rounded quotient
+    s = float(
+        (torch.tensor(amax, dtype=torch.float64) / 448).float()
+    )  # FP64 then FP32 is the correctly rounded quotient
     if scale_format == "fp32":
         return max(s, 2.0**-149)
     if s == 0:
@@ -52,7 +58,9 @@ def test_codes_round_to_nearest_even_by_exhaustive_search() -> None:
     points = E4M3_VALUES + midpoints + torch.empty(500).uniform_(-9, 8.8).exp2_().tolist()
     values = torch.tensor([v for p in points for v in (p, -p)])
     rows = torch.nn.functional.pad(values, (0, -len(values) % 127)).view(-1, 127)
-    x = torch.cat([rows, torch.full((len(rows), 1), 448.0)], dim=1)  # the largest magnitude makes the scale 1
+    x = torch.cat(
+        [rows, torch.full((len(rows), 1), 448.0)], dim=1
+    )  # the largest magnitude makes the scale 1
     t = quantize(x)
     assert torch.equal(t.scale, torch.ones_like(t.scale))
     expected = torch.tensor([nearest_even(float(v)) for v in x.flatten()]).view_as(x)
@@ -62,7 +70,9 @@ def test_codes_round_to_nearest_even_by_exhaustive_search() -> None:
 def test_decoding_agrees_with_the_cast_for_all_256_codes() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(16, 16).view(E4M3)
     for dtype in (torch.float32, torch.float64):
-        torch.testing.assert_close(decode(codes, dtype), codes.to(dtype), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            decode(codes, dtype), codes.to(dtype), rtol=0, atol=0, equal_nan=True
+        )
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,8 +85,14 @@ def test_decoding_agrees_with_the_cast_for_all_256_codes() -> None:
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     seed=st.integers(0, 2**16),
 )
-def test_scales_follow_the_rule_and_errors_are_bounded(rows, columns, log2, block, scale_format, dtype, seed) -> None:
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).mul(2.0**log2).to(dtype)
+def test_scales_follow_the_rule_and_errors_are_bounded(
+    rows, columns, log2, block, scale_format, dtype, seed
+) -> None:
+    x = (
+        torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+        .mul(2.0**log2)
+        .to(dtype)
+    )
     t = quantize(x, block, scale_format)
     assert t.shape == x.shape
     assert tuple(t.scale.shape) == (-(-rows // block[0]), -(-columns // 128))
@@ -91,7 +107,13 @@ def test_scales_follow_the_rule_and_errors_are_bounded(rows, columns, log2, bloc
             # half a step: 2**-4 of a normal value, half the smallest code of a subnormal one;
             # a scale that was rounded down clips up to half an ulp of itself
             clipped = 224 * 2.0**-149 if scale < 2.0**-126 else part.abs() * 2.0**-23
-            assert torch.all(error <= torch.maximum(part.abs() * 2.0**-4 * (1 + 2**-20), torch.tensor(scale * 2.0**-10)) + clipped)
+            assert torch.all(
+                error
+                <= torch.maximum(
+                    part.abs() * 2.0**-4 * (1 + 2**-20), torch.tensor(scale * 2.0**-10)
+                )
+                + clipped
+            )
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)

@@ -14,7 +14,15 @@ from infir2.parallel.context import Cut, attend_to_prefix, cuts_of, rows_of
 from infir2.parallel.mesh import Sizes, check_model, plan_sizes
 
 QWEN_1_5B = ModelConfig(
-    "qwen2", vocab_size=100, hidden_size=1536, num_layers=1, num_heads=12, num_kv_heads=2, head_dim=128, ffn_size=8960, qkv_bias=True
+    "qwen2",
+    vocab_size=100,
+    hidden_size=1536,
+    num_layers=1,
+    num_heads=12,
+    num_kv_heads=2,
+    head_dim=128,
+    ffn_size=8960,
+    qkv_bias=True,
 )
 
 
@@ -28,10 +36,16 @@ def test_dp_fills_what_is_left() -> None:
     ("section", "world", "fix"),
     [
         (ParallelSection(tp=3), 8, "start 9 processes"),
-        (ParallelSection(dp=4, tp=4), 8, "needs 16 processes and this run has 8; start 16, or set parallel.dp = -1"),
+        (
+            ParallelSection(dp=4, tp=4),
+            8,
+            "needs 16 processes and this run has 8; start 16, or set parallel.dp = -1",
+        ),
     ],
 )
-def test_sizes_that_do_not_multiply_are_refused_with_the_fix(section: ParallelSection, world: int, fix: str) -> None:
+def test_sizes_that_do_not_multiply_are_refused_with_the_fix(
+    section: ParallelSection, world: int, fix: str
+) -> None:
     with pytest.raises(ConfigError, match=fix):
         plan_sizes(section, world)
 
@@ -39,7 +53,10 @@ def test_sizes_that_do_not_multiply_are_refused_with_the_fix(section: ParallelSe
 def test_tensor_parallel_sizes_that_the_model_does_not_take() -> None:
     for tp in (1, 2):
         check_model(Sizes(tp=tp), QWEN_1_5B, fp8=True)
-    with pytest.raises(ConfigError, match="does not divide the 12 query heads; the nearest sizes that work for this model: 2"):
+    with pytest.raises(
+        ConfigError,
+        match="does not divide the 12 query heads; the nearest sizes that work for this model: 2",
+    ):
         check_model(Sizes(tp=8), QWEN_1_5B, fp8=True)
     with pytest.raises(ConfigError, match="down_proj would be 2240 wide"):
         check_model(Sizes(tp=4), QWEN_1_5B, fp8=True)
@@ -48,7 +65,9 @@ def test_tensor_parallel_sizes_that_the_model_does_not_take() -> None:
 
 
 def test_every_row_is_held_once_and_a_cut_document_finds_its_keys() -> None:
-    assert torch.cat([rows_of(rank, 2, 16) for rank in range(2)]).sort().values.tolist() == list(range(16))
+    assert torch.cat([rows_of(rank, 2, 16) for rank in range(2)]).sort().values.tolist() == list(
+        range(16)
+    )
     assert rows_of(0, 2, 16).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
     bounds = [0, 6, 16]
     assert cuts_of(0, 2, bounds) == ([0, 4, 8], [Cut(4, 8, 6, 16)])
@@ -62,7 +81,9 @@ def test_the_end_of_a_sequence_attends_as_in_the_whole() -> None:
     def plan(cu_seqlens: torch.Tensor, device: torch.device) -> Packing:
         return plan_packing(cu_seqlens, 4, 2 * 16, device=device)
 
-    whole = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True).transpose(0, 1)
+    whole = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True
+    ).transpose(0, 1)
     for first, last in ((0, 600), (250, 600), (0, 300)):
         part = attend_to_prefix(q[first:last], k[:last], v[:last], plan)
         torch.testing.assert_close(part, whole[first:last], rtol=1e-5, atol=1e-5)

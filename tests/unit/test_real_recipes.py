@@ -43,13 +43,20 @@ def test_a_recipe_trains_on_a_slice(name, model, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "slice.jsonl"))
     monkeypatch.setenv("HF_CHECKPOINT", str(model))
     size = "--data.batch_sequences=1" if verb == "cpt" else "--data.batch_samples=2"
-    options = [f"--run.dir={tmp_path / 'run'}", size, "--data.sequence_tokens=256", "--data.micro_batch_tokens=256"]
+    options = [
+        f"--run.dir={tmp_path / 'run'}",
+        size,
+        "--data.sequence_tokens=256",
+        "--data.micro_batch_tokens=256",
+    ]
     options += ["--schedule.total_steps=2", "--train.epochs=0", "--data.too_long=truncate"] + [
         "--schedule.warmup_steps=0",
         "--schedule.decay_steps=1",
     ] * (verb == "cpt")
     assert main([verb, str(ROOT / f"recipes/real/{name}.toml"), *options]) == 0
-    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
     assert len([line for line in metrics if "loss" in line]) == 2
     shutil.rmtree(tmp_path / "run")
 

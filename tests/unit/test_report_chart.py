@@ -30,7 +30,11 @@ STEPS = np.arange(1.0, 5001.0)
 
 
 def paths(svg: str, style: str = "line") -> list[ElementTree.Element]:
-    return [node for node in ElementTree.fromstring(svg).iter("path") if node.get("class", "").startswith(f"{style} ")]
+    return [
+        node
+        for node in ElementTree.fromstring(svg).iter("path")
+        if node.get("class", "").startswith(f"{style} ")
+    ]
 
 
 def test_thinning_keeps_ends_extremes_and_gaps() -> None:
@@ -68,13 +72,20 @@ def test_a_line_is_broken_at_gaps_and_a_lone_value_is_a_dot() -> None:
     (path,) = paths(line_svg(Chart("t", (Series("s", np.arange(47.0), y),)), 360, 220, 400))
     assert re.sub(r"[^MLh]", "", path.get("d", ""))[:7] == "MLMhMLL"
     assert len(path.get("data-y", "").split()) == 45
-    assert np.cumsum([int(step) for step in path.get("data-x", "").split()]).tolist() == [0, 1, 3, *range(5, 47)]
+    assert np.cumsum([int(step) for step in path.get("data-x", "").split()]).tolist() == [
+        0,
+        1,
+        3,
+        *range(5, 47),
+    ]
 
 
 def test_vertices_stay_inside_the_axes() -> None:
     chart = Chart("t", (Series("a", STEPS, np.exp(STEPS / 500)), Series("b", STEPS, -STEPS)))
     svg = line_svg(chart, 360, 220, 200)
-    left, top, right, bottom = map(float, (ElementTree.fromstring(svg).get("data-area") or "").split())
+    left, top, right, bottom = map(
+        float, (ElementTree.fromstring(svg).get("data-area") or "").split()
+    )
     for path in paths(svg):
         vertices = np.array(re.findall(r"([\d.-]+) ([\d.-]+)", path.get("d", "")), dtype=float)
         assert ((vertices >= [left, top]) & (vertices <= [right, bottom])).all()
@@ -82,7 +93,9 @@ def test_vertices_stay_inside_the_axes() -> None:
 
 def test_a_log_axis_leaves_out_what_has_no_logarithm() -> None:
     y = np.array([1e-5, 0.0, -1e-9, 1e-3] * 20)
-    (path,) = paths(line_svg(Chart("t", (Series("s", np.arange(80.0), y),), scale="log"), 360, 220, 400))
+    (path,) = paths(
+        line_svg(Chart("t", (Series("s", np.arange(80.0), y),), scale="log"), 360, 220, 400)
+    )
     assert len(path.get("data-y", "").split()) == 40
 
 
@@ -90,7 +103,9 @@ def test_a_log_axis_leaves_out_what_has_no_logarithm() -> None:
 @pytest.mark.parametrize("scale", ["linear", "log", "auto"])
 def test_flat_and_single_values_have_axes(value: float, scale: str) -> None:
     for y in (np.array([value]), np.array([value, value, np.nan])):
-        svg = line_svg(Chart("t", (Series("s", np.arange(1.0, len(y) + 1), y),), scale=scale), 360, 220, 400)  # type: ignore[arg-type]
+        svg = line_svg(
+            Chart("t", (Series("s", np.arange(1.0, len(y) + 1), y),), scale=scale), 360, 220, 400
+        )  # type: ignore[arg-type]
         assert "nan" not in svg
         assert "inf" not in svg
 
@@ -106,7 +121,9 @@ def test_an_outlier_turns_an_auto_axis_logarithmic() -> None:
     spike = np.where(STEPS == 10, 5000.0, 0.8)
     texts = [
         node.text
-        for node in ElementTree.fromstring(line_svg(Chart("t", (Series("s", STEPS, spike),), scale="auto"), 360, 220, 90)).iter("text")
+        for node in ElementTree.fromstring(
+            line_svg(Chart("t", (Series("s", STEPS, spike),), scale="auto"), 360, 220, 90)
+        ).iter("text")
     ]
     assert {"1", "10", "100", "1,000"} <= set(texts)
 
@@ -122,8 +139,14 @@ def test_a_figure_escapes_names_and_has_a_legend_and_a_table() -> None:
 
 
 def test_intervals_are_cut_at_the_ends_of_the_scale() -> None:
-    html = [interval_plot(Evaluation(*values, 20, 0.0, {})) for values in ((0.01, 0.05, 8, math.nan), (0.99, 0.05, 8, 1.0))]
-    bars = [tuple(map(float, re.findall(r"[\d.]+(?=%)", bar))) for bar in re.findall(r'class="bar" style="([^"]+)"', "".join(html))]
+    html = [
+        interval_plot(Evaluation(*values, 20, 0.0, {}))
+        for values in ((0.01, 0.05, 8, math.nan), (0.99, 0.05, 8, 1.0))
+    ]
+    bars = [
+        tuple(map(float, re.findall(r"[\d.]+(?=%)", bar)))
+        for bar in re.findall(r'class="bar" style="([^"]+)"', "".join(html))
+    ]
     assert bars == [(0.0, 6.0), (94.0, 6.0)]
     assert [cell.count('class="ring"') for cell in html] == [0, 1]
     unknown = interval_plot(Evaluation(math.nan, math.nan, 0, math.nan, 0, math.nan, {}))

@@ -67,11 +67,29 @@ def page_of(runs: list[Path], out: Path) -> tuple[str, Page]:
 
 def test_the_page_of_a_whole_recipe(recipe: Path, tmp_path: Path) -> None:
     text, page = page_of([recipe], tmp_path / "deep" / "report.html")
-    for heading in ("What improved", "FP8 against BF16", "Runs", "Sample responses", "Configuration", "Environment", "How to reproduce"):
+    for heading in (
+        "What improved",
+        "FP8 against BF16",
+        "Runs",
+        "Sample responses",
+        "Configuration",
+        "Environment",
+        "How to reproduce",
+    ):
         assert heading in page.headings
-    for heading in ("Reward", "Entropy", "Rollout against trainer", "Groups", "Evaluation in the loop", "Learning rate", "Throughput"):
+    for heading in (
+        "Reward",
+        "Entropy",
+        "Rollout against trainer",
+        "Groups",
+        "Evaluation in the loop",
+        "Learning rate",
+        "Throughput",
+    ):
         assert heading in page.headings
-    assert "cpt → sft1 → sft2 → rl1 → rl2 in FP8: accuracy 3.1 % after cpt, 78.2 % after rl2" in text
+    assert (
+        "cpt → sft1 → sft2 → rl1 → rl2 in FP8: accuracy 3.1 % after cpt, 78.2 % after rl2" in text
+    )
     assert "infir2 rl recipes/demo/rl2.toml --run.dir=" in text
     assert "non_finite" in text
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["report.html"]
@@ -89,7 +107,11 @@ def test_text_of_models_cannot_become_markup(tmp_path: Path) -> None:
     attack = "</pre><script>alert(1)</script>\"'><img src=x onerror=alert(1)>\ud800"
     run_dir = describe(tmp_path / "run", "rl")
     event = {"kind": "event", "step": 1, "event": attack, "detail": attack}
-    rows = [*rl_rows(12, 0.1, 0.5, 0), event, evaluation(12, 0.5) | {"by_difficulty": {attack: 0.5}}]
+    rows = [
+        *rl_rows(12, 0.1, 0.5, 0),
+        event,
+        evaluation(12, 0.5) | {"by_difficulty": {attack: 0.5}},
+    ]
     with (run_dir / "recipe.toml").open("a") as file:
         file.write("# </pre><script>\n")
     write(run_dir, rows)
@@ -102,7 +124,11 @@ def test_text_of_models_cannot_become_markup(tmp_path: Path) -> None:
 def test_long_runs_stay_under_the_size_limit(tmp_path: Path) -> None:
     for index in range(5):
         write(describe(tmp_path / f"rl{index}", "rl"), rl_rows(1_500, 0.2, 0.7, index))
-    write(tmp_path / "rl0", [sample(step, 1.0, response="x" * 100_000) for step in range(20)], "samples.jsonl")
+    write(
+        tmp_path / "rl0",
+        [sample(step, 1.0, response="x" * 100_000) for step in range(20)],
+        "samples.jsonl",
+    )
     out = write_report([tmp_path], tmp_path / "report.html")
     assert out.stat().st_size < 1_500_000
 
@@ -110,38 +136,82 @@ def test_long_runs_stay_under_the_size_limit(tmp_path: Path) -> None:
 def test_missing_pieces_are_left_out_and_named(tmp_path: Path) -> None:
     write(tmp_path / "bare", [{"kind": "train", "step": 1, "loss": 2.0}])
     text, page = page_of([tmp_path / "bare"], tmp_path / "report.html")
-    assert "Nothing recorded for: What improved, FP8 against BF16, Sample responses, Configuration, Environment, How to reproduce." in text
+    assert (
+        "Nothing recorded for: What improved, FP8 against BF16, Sample responses, Configuration, Environment, How to reproduce."
+        in text
+    )
     assert "bare: no recipe.toml." in text
     assert "Loss" in page.headings
     assert "Throughput" not in page.headings
 
 
-@pytest.mark.parametrize("rows", [[], [{"kind": "train", "step": 5, "loss": None, "reward": None}], [{"kind": "evaluation", "step": 1}]])
-def test_a_run_with_hardly_anything_has_a_page(tmp_path: Path, rows: list[dict[str, object]]) -> None:
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"kind": "train", "step": 5, "loss": None, "reward": None}],
+        [{"kind": "evaluation", "step": 1}],
+    ],
+)
+def test_a_run_with_hardly_anything_has_a_page(
+    tmp_path: Path, rows: list[dict[str, object]]
+) -> None:
     write(tmp_path / "run", rows)
     page_of([tmp_path / "run"], tmp_path / "report.html")
     rich.print(render_stage_table(stage_table([tmp_path / "run"])))
 
 
 def test_twins_are_found_by_recipe_and_by_name(tmp_path: Path) -> None:
-    for name, fp8, rate in (("a", True, 1e-3), ("b", False, 1e-3), ("c", True, 2e-3), ("c-bf16", False, 3e-3), ("d", False, 9e-3)):
+    for name, fp8, rate in (
+        ("a", True, 1e-3),
+        ("b", False, 1e-3),
+        ("c", True, 2e-3),
+        ("c-bf16", False, 3e-3),
+        ("d", False, 9e-3),
+    ):
         write(describe(tmp_path / name, "cpt", fp8=fp8, rate=rate), train_rows(4, 3.0, 2.0, 0))
-    assert {name: run.name for name, run in twins(read_runs([tmp_path])).items()} == {"a": "b", "c": "c-bf16"}
+    assert {name: run.name for name, run in twins(read_runs([tmp_path])).items()} == {
+        "a": "b",
+        "c": "c-bf16",
+    }
 
 
 def test_final_difference_takes_the_last_validation_both_have(tmp_path: Path) -> None:
     def run(name: str, losses: dict[int, float | None]) -> Path:
-        train = [{"kind": "train", "step": step, "loss": 2.0 if name == "a" else 2.5} for step in range(1, 31)]
-        write(tmp_path / name, [*train, *({"kind": "validation", "step": s, "validation_loss": v} for s, v in losses.items())])
+        train = [
+            {"kind": "train", "step": step, "loss": 2.0 if name == "a" else 2.5}
+            for step in range(1, 31)
+        ]
+        write(
+            tmp_path / name,
+            [
+                *train,
+                *(
+                    {"kind": "validation", "step": s, "validation_loss": v}
+                    for s, v in losses.items()
+                ),
+            ],
+        )
         return tmp_path / name
 
-    a, b = read_run(run("a", {10: 3.0, 20: 2.02, 30: None})), read_run(run("b", {10: 3.0, 20: 2.0, 30: 1.9}))
+    a, b = (
+        read_run(run("a", {10: 3.0, 20: 2.02, 30: None})),
+        read_run(run("b", {10: 3.0, 20: 2.0, 30: 1.9})),
+    )
     difference = final_difference(a, b)
     assert difference is not None
-    assert (difference.what, difference.step, difference.text) == ("validation loss", 20, "1.00 % above BF16")
+    assert (difference.what, difference.step, difference.text) == (
+        "validation loss",
+        20,
+        "1.00 % above BF16",
+    )
     difference = final_difference(a, read_run(run("b", {})))
     assert difference is not None
-    assert (difference.what, difference.step, difference.text) == ("training loss", 30, "20.00 % below BF16")
+    assert (difference.what, difference.step, difference.text) == (
+        "training loss",
+        30,
+        "20.00 % below BF16",
+    )
 
 
 def test_stage_rows_compare_with_the_stage_they_started_from(recipe: Path) -> None:
@@ -153,7 +223,9 @@ def test_stage_rows_compare_with_the_stage_they_started_from(recipe: Path) -> No
         ("rl1", "sft2"),
         ("rl2", "rl1"),
     ]
-    assert rows[3].run.name == "eval-rl1", "an evaluation of its own stands before the one in the loop"
+    assert rows[3].run.name == "eval-rl1", (
+        "an evaluation of its own stands before the one in the loop"
+    )
     assert rows[3].change == pytest.approx(0.225)
     assert rows[3].change_interval == pytest.approx(np.hypot(0.03, 0.03))
     assert rows[3].is_sure
@@ -161,14 +233,19 @@ def test_stage_rows_compare_with_the_stage_they_started_from(recipe: Path) -> No
 
 def test_a_stage_without_evaluation_is_stepped_over_and_a_base_model_counts(tmp_path: Path) -> None:
     write(describe(tmp_path / "sft", "sft", base="models/base"), train_rows(3, 2.0, 1.0, 0))
-    write(describe(tmp_path / "rl", "rl", base=str(tmp_path / "sft")), [*train_rows(3, 2.0, 1.0, 0), evaluation(3, 0.31)])
+    write(
+        describe(tmp_path / "rl", "rl", base=str(tmp_path / "sft")),
+        [*train_rows(3, 2.0, 1.0, 0), evaluation(3, 0.31)],
+    )
     write(tmp_path / "eval-base", [evaluation(1, 0.30)])
     rows = stage_table([tmp_path / name for name in ("sft", "rl", "eval-base")])
     assert [(row.stage, row.compared_with) for row in rows] == [("base", ""), ("rl", "base")]
     assert not rows[1].is_sure
 
 
-def test_the_terminal_table_fits_eighty_columns(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_terminal_table_fits_eighty_columns(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rich.get_console().size = (80, 25)
     rich.print(render_stage_table(stage_table([recipe])))
     output = capsys.readouterr().out
@@ -178,7 +255,11 @@ def test_the_terminal_table_fits_eighty_columns(recipe: Path, capsys: pytest.Cap
 
 
 def test_picked_samples_come_from_first_and_last_steps_and_vary() -> None:
-    rows = [sample(step, float(index == 3), prompt=f"q{index}") for step in range(1, 51) for index in range(4)]
+    rows = [
+        sample(step, float(index == 3), prompt=f"q{index}")
+        for step in range(1, 51)
+        for index in range(4)
+    ]
     picked = pick_samples(rows, 8)
     assert [row["step"] for row in picked[:2]] == [1, 1]
     assert {row["reward"] for row in picked[:2]} == {0.0, 1.0}
@@ -193,9 +274,18 @@ def test_parameter_counts_are_those_of_the_decoder() -> None:
     for kind in ("qwen2", "qwen3", "llama"):
         config = MODEL | {
             "model_type": kind,
-            "architectures": [{"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[kind] + "ForCausalLM"],
+            "architectures": [
+                {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[kind] + "ForCausalLM"
+            ],
         }
-        config |= {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 64, "tie_word_embeddings": kind != "llama"}
+        config |= {
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": kind != "llama",
+        }
         model = Decoder(ModelConfig.from_hf(config))
-        assert parameter_count(model.config.to_hf()) == sum(parameter.numel() for parameter in model.parameters())
+        assert parameter_count(model.config.to_hf()) == sum(
+            parameter.numel() for parameter in model.parameters()
+        )
     assert parameter_count({"hidden_size": 8}) == 0

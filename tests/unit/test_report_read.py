@@ -23,17 +23,27 @@ def test_half_written_last_line_and_garbage_are_counted_not_fatal(tmp_path: Path
 
 def test_values_that_are_not_finite_become_nan(tmp_path: Path) -> None:
     losses = ["1.5", "null", "NaN", "-Infinity", '"text"', "1e400", f"{10**400}"]
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"kind": "train", "step": {i}, "loss": {x}}}\n' for i, x in enumerate(losses)))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"kind": "train", "step": {i}, "loss": {x}}}\n' for i, x in enumerate(losses))
+    )
     np.testing.assert_array_equal(read_run(tmp_path).train["loss"], [1.5] + [np.nan] * 6)
 
 
 def test_the_later_line_of_a_step_stands_and_steps_are_ordered(tmp_path: Path) -> None:
-    write(tmp_path, [{"kind": "train", "step": step, "loss": loss} for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0))])
+    write(
+        tmp_path,
+        [
+            {"kind": "train", "step": step, "loss": loss}
+            for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0))
+        ],
+    )
     assert read_run(tmp_path).train["loss"].tolist() == [1.0, 20.0, 3.0]
 
 
 def test_totals_count_the_steps_between_logged_lines(tmp_path: Path) -> None:
-    write(tmp_path, [{"kind": "train", "step": step, "seconds": 2.0} for step in range(10, 101, 10)])
+    write(
+        tmp_path, [{"kind": "train", "step": step, "seconds": 2.0} for step in range(10, 101, 10)]
+    )
     assert read_run(tmp_path).total("seconds") == pytest.approx(2.0 * 91)
 
 
@@ -54,7 +64,10 @@ def test_a_checkpoint_is_a_base_too(tmp_path: Path) -> None:
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for side in ("a", "b"):
         write(describe(tmp_path / side / "cpt", "cpt"), train_rows(2, 2.0, 1.0, 0))
-        write(describe(tmp_path / side / "sft", "sft", base=str(tmp_path / side / "cpt")), train_rows(2, 2.0, 1.0, 0))
+        write(
+            describe(tmp_path / side / "sft", "sft", base=str(tmp_path / side / "cpt")),
+            train_rows(2, 2.0, 1.0, 0),
+        )
     runs = read_runs([tmp_path / "a", tmp_path / "b", tmp_path / "a"])
     assert [run.name for run in runs] == ["a/cpt", "a/sft", "b/cpt", "b/sft"]
     assert runs[3].starts_from(runs[2])
@@ -67,7 +80,13 @@ def test_a_path_without_runs_is_the_users_error(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_line_with_little_in_it(tmp_path: Path) -> None:
-    write(tmp_path, [evaluation(3, 0.5), {"kind": "evaluation", "step": 4, "avg_at_k": None, "by_difficulty": None}])
+    write(
+        tmp_path,
+        [
+            evaluation(3, 0.5),
+            {"kind": "evaluation", "step": 4, "avg_at_k": None, "by_difficulty": None},
+        ],
+    )
     run = read_run(tmp_path)
     assert run.evaluations["avg_at_k"][0] == 0.5
     second = run.evaluation

@@ -31,7 +31,12 @@ from infir2.rl.journal import Journal
 def reward_even_lengths(completions, texts, answers, rl):  # type: ignore[no-untyped-def]
     """A reward that an untrained model earns in half of its answers."""
     return [
-        Response(completion, text, sum(completion.token_ids) % 2 == 0, float(sum(completion.token_ids) % 2 == 0))
+        Response(
+            completion,
+            text,
+            sum(completion.token_ids) % 2 == 0,
+            float(sum(completion.token_ids) % 2 == 0),
+        )
         for completion, text in zip(completions, texts, strict=True)
     ]
 
@@ -43,12 +48,19 @@ def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(world: Path, start: Path, name: Path, **values: object) -> list[str]:
-    given = {"schedule__total_steps": 4, "checkpoint__save_every": 2, "schedule__learning_rate": 1e-3, "rl__mini_batches": 2}
+    given = {
+        "schedule__total_steps": 4,
+        "checkpoint__save_every": 2,
+        "schedule__learning_rate": 1e-3,
+        "rl__mini_batches": 2,
+    }
     given |= {"model__path": start / "cpt", "rollout__model": start / "fp8", **values}
     return options(world, name, "rl1", **given)
 
 
-def test_the_engine_is_the_trainer_and_the_policy_moves(world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_is_the_trainer_and_the_policy_moves(
+    world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
     run(words(world, start, tmp_path / "rl"))
     trained = lines(tmp_path / "rl", "train")
@@ -85,7 +97,14 @@ def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
     assert calls == [0, 1, 2, 3]
     monkeypatch.setattr(infir2.rl.dynamic_sampling.GroupSampler, "collect", real)
     run(words(world, start, tmp_path / "b"))
-    names = ("loss", "reward", "gradient_norm", "response_tokens", "groups_sampled", "policy_version")
+    names = (
+        "loss",
+        "reward",
+        "gradient_norm",
+        "response_tokens",
+        "groups_sampled",
+        "policy_version",
+    )
     assert curve(tmp_path / "b", *names) == curve(tmp_path / "a", *names)
     assert_same_state(tmp_path / "b", tmp_path / "a")
 
@@ -129,8 +148,18 @@ def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
     again = {request for _, request in asked}
     kept_of_step_3 = (tmp_path / "b" / "rollouts" / "step-3-0.jsonl").read_text().count("\n")
     assert again < after_step_2
-    assert len(after_step_2) - len(again) == 4 * (kept_of_step_3 + 2)  # groups of four responses that were not sampled again
-    names = ("loss", "reward", "gradient_norm", "response_tokens", "groups_sampled", "policy_version", "mismatch_max")
+    assert len(after_step_2) - len(again) == 4 * (
+        kept_of_step_3 + 2
+    )  # groups of four responses that were not sampled again
+    names = (
+        "loss",
+        "reward",
+        "gradient_norm",
+        "response_tokens",
+        "groups_sampled",
+        "policy_version",
+        "mismatch_max",
+    )
     assert curve(tmp_path / "b", *names) == curve(tmp_path / "a", *names)
     assert_same_state(tmp_path / "b", tmp_path / "a")
     assert [json.loads(line)["key"] for line in kept.read_text().splitlines()][:2] == done[:2]
@@ -157,35 +186,69 @@ def test_asynchronous_samples_the_next_step_while_one_trains(
     monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
     monkeypatch.setattr(NativeEngine, "stream", stream_and_tell)
     monkeypatch.setattr(infir2.rl.loop, "update_policy", update_once_sampling)
-    run(words(world, start, tmp_path / "rl", rl__asynchronous="true", rl__over_sample_prompts=3, rl__mini_batches=1))
+    run(
+        words(
+            world,
+            start,
+            tmp_path / "rl",
+            rl__asynchronous="true",
+            rl__over_sample_prompts=3,
+            rl__mini_batches=1,
+        )
+    )
     assert updates == [0, 1, 2, None]  # beside step n, step n + 1 from version n - 1
     trained = lines(tmp_path / "rl", "train")
     assert [line["staleness"] for line in trained] == [0, 1, 1, 1]
     assert [line["policy_version"] for line in trained] == [1, 2, 3, 4]
     assert trained[0]["mismatch_max"] <= 1e-4
-    assert min(line["mismatch_mean"] for line in trained[1:]) > 1e-4  # the policy has moved: importance weights see it
+    assert (
+        min(line["mismatch_mean"] for line in trained[1:]) > 1e-4
+    )  # the policy has moved: importance weights see it
     assert_each_step_once(tmp_path / "rl", 4)
 
 
-def test_equal_rewards_end_within_the_budget_and_change_nothing(world: Path, start: Path, tmp_path: Path) -> None:
+def test_equal_rewards_end_within_the_budget_and_change_nothing(
+    world: Path, start: Path, tmp_path: Path
+) -> None:
     """An untrained model is never right: no group has signal."""
     run(words(world, start, tmp_path / "rl", schedule__total_steps=2))
     trained = lines(tmp_path / "rl", "train")
-    assert [(line["groups_sampled"], line["groups_without_signal"], line["skipped"]) for line in trained] == [(4, 4, True)] * 2
+    assert [
+        (line["groups_sampled"], line["groups_without_signal"], line["skipped"]) for line in trained
+    ] == [(4, 4, True)] * 2
     assert {line["event"] for line in lines(tmp_path / "rl", "event")} == {"nothing_to_train"}
 
 
-def test_an_engine_with_other_weights_is_refused(world: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(["export", "fp8", str(start / "hf"), "--to", str(tmp_path / "fp32"), "--scale-format", "fp32"])
+def test_an_engine_with_other_weights_is_refused(
+    world: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(
+        [
+            "export",
+            "fp8",
+            str(start / "hf"),
+            "--to",
+            str(tmp_path / "fp32"),
+            "--scale-format",
+            "fp32",
+        ]
+    )
     assert main(words(world, start, tmp_path / "rl", rollout__model=tmp_path / "fp32")) == 1
     assert "between the trainer and the rollout engine" in capsys.readouterr().err
 
 
-def test_a_journal_that_the_disk_refuses_costs_its_lines_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_journal_that_the_disk_refuses_costs_its_lines_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     journal = Journal(tmp_path, Ranks())
     journal.open(1, 0)
     (tmp_path / "rollouts" / "step-1-0.jsonl").mkdir()
-    response = Response(Completion("p/0", [1, 2], np.array([-0.5, -1.25], dtype=np.float32), "stop", 0), "a", True, 1.0)
+    response = Response(
+        Completion("p/0", [1, 2], np.array([-0.5, -1.25], dtype=np.float32), "stop", 0),
+        "a",
+        True,
+        1.0,
+    )
     journal.add("first", [response])
     journal.add("second", [response])
     assert capsys.readouterr().err.count("cannot be written") == 1
@@ -193,13 +256,27 @@ def test_a_journal_that_the_disk_refuses_costs_its_lines_and_not_the_run(tmp_pat
     journal.add("third", [response])
     again = Journal(tmp_path, Ranks())
     again.open(1, 0)
-    assert all(again.get(key)[0].completion.rollout_logprobs.tolist() == [-0.5, -1.25] for key in ("first", "second", "third"))
+    assert all(
+        again.get(key)[0].completion.rollout_logprobs.tolist() == [-0.5, -1.25]
+        for key in ("first", "second", "third")
+    )
 
 
 def test_a_resumed_run_needs_nothing_of_the_run_it_began_with(world: Path, tmp_path: Path) -> None:
     start = make_rl_start(world, tmp_path / "start")
-    words = options(world, tmp_path / "run", "rl1", model__path=start / "cpt", rollout__model=start / "fp8", rl__evaluate_every=1)
-    words += [f"--evaluate.problems.0.path={world / 'heldout.jsonl'}", "--evaluate.max_problems=2", "--evaluate.max_response_tokens=4"]
+    words = options(
+        world,
+        tmp_path / "run",
+        "rl1",
+        model__path=start / "cpt",
+        rollout__model=start / "fp8",
+        rl__evaluate_every=1,
+    )
+    words += [
+        f"--evaluate.problems.0.path={world / 'heldout.jsonl'}",
+        "--evaluate.max_problems=2",
+        "--evaluate.max_response_tokens=4",
+    ]
     words += ["--data.tokenizer=", "--evaluate.samples=1"]
     run([*words, "--schedule.total_steps=1"])
     shutil.rmtree(start / "cpt")

@@ -13,9 +13,17 @@ from infir2.train.losses import TokenScores
 LOSS = PolicyLoss(clip_low=0.2, clip_high=0.28, tis_cap=2.0)
 
 
-def scores(logprobs: list[float], advantages: list[float], trainer: list[float], rollout: list[float]) -> TokenScores:
-    extras = {"advantages": torch.tensor(advantages), "trainer_logprobs": torch.tensor(trainer), "rollout_logprobs": torch.tensor(rollout)}
-    return TokenScores(torch.tensor(logprobs, requires_grad=True), torch.full((len(logprobs),), 0.5), extras)
+def scores(
+    logprobs: list[float], advantages: list[float], trainer: list[float], rollout: list[float]
+) -> TokenScores:
+    extras = {
+        "advantages": torch.tensor(advantages),
+        "trainer_logprobs": torch.tensor(trainer),
+        "rollout_logprobs": torch.tensor(rollout),
+    }
+    return TokenScores(
+        torch.tensor(logprobs, requires_grad=True), torch.full((len(logprobs),), 0.5), extras
+    )
 
 
 def gradient(given: TokenScores) -> list[float]:
@@ -51,6 +59,8 @@ def test_truncated_importance_weight_scales_and_is_capped() -> None:
 
 
 def test_advantages_are_centred_and_scaled_by_the_groups_deviation() -> None:
-    assert group_advantages([1, 0, 0, 0], True) == pytest.approx([math.sqrt(3), *[-1 / math.sqrt(3)] * 3], abs=1e-5)
+    assert group_advantages([1, 0, 0, 0], True) == pytest.approx(
+        [math.sqrt(3), *[-1 / math.sqrt(3)] * 3], abs=1e-5
+    )
     assert group_advantages([1, 0, 0, 0], False) == pytest.approx([0.75, -0.25, -0.25, -0.25])
     assert np.all(group_advantages([1, 1, 1], True) == 0)

@@ -7,7 +7,9 @@ from infir2.engines.sampling import sample, uniforms
 from infir2.engines.types import sampling_key
 
 
-def draw(logits: torch.Tensor, temperature: float, top_p: float = 1.0, count: int = 20000) -> torch.Tensor:
+def draw(
+    logits: torch.Tensor, temperature: float, top_p: float = 1.0, count: int = 20000
+) -> torch.Tensor:
     draws = uniforms(np.full(count, sampling_key(1, "p", 0, 0), dtype=np.uint64), np.arange(count))
     return sample(logits.expand(count, -1), temperature, top_p, draws)[0]
 

@@ -39,7 +39,9 @@ def variables(tmp_path: Path) -> dict[str, str]:
     tools.mkdir()
     (tools / "infir2").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m infir2 "$@"\n')
     show = "import json, sys; print(json.dumps(sys.argv[1:]))"
-    (tools / "evalscope").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(show)} "$@"\n')
+    (tools / "evalscope").write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(show)} "$@"\n'
+    )
     for tool in tools.iterdir():
         tool.chmod(0o755)
     return {"PATH": f"{tools}:/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
@@ -61,80 +63,147 @@ def port() -> Iterator[str]:
     server.shutdown()
 
 
-def script(path: str, variables: dict[str, str], *words: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(["bash", str(ROOT / path), *words], env=variables, capture_output=True, text=True, cwd=cwd)
+def script(
+    path: str, variables: dict[str, str], *words: str, cwd: Path = ROOT
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        ["bash", str(ROOT / path), *words], env=variables, capture_output=True, text=True, cwd=cwd
+    )
 
 
 def test_every_script_is_thin_executable_and_tested() -> None:
-    assert {str(path.relative_to(ROOT)) for path in SCRIPTS} == {*STAGES, *EVALS, "eval/run_evalscope.sh"}
+    assert {str(path.relative_to(ROOT)) for path in SCRIPTS} == {
+        *STAGES,
+        *EVALS,
+        "eval/run_evalscope.sh",
+    }
     for path in SCRIPTS:
         assert len(path.read_text().splitlines()) <= 15, path
         assert os.access(path, os.X_OK), path
 
 
 @pytest.mark.parametrize("path", STAGES)
-def test_a_stage_starts_its_recipe_on_its_nodes(path: str, variables: dict[str, str], tmp_path: Path) -> None:
+def test_a_stage_starts_its_recipe_on_its_nodes(
+    path: str, variables: dict[str, str], tmp_path: Path
+) -> None:
     verb, recipe, nodes = STAGES[path]
-    result = script(path, variables | {"DRY_RUN": "1", "MASTER_ADDR": "n1"}, "--run.seed=5", cwd=tmp_path)
+    result = script(
+        path, variables | {"DRY_RUN": "1", "MASTER_ADDR": "n1"}, "--run.seed=5", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     words = shlex.split(result.stdout.splitlines()[-1])
     assert words[-3:-1] == [verb, next(word for word in words if word.endswith(recipe))]
     assert words[-1] == "--run.seed=5"
     assert Path(words[-2]).is_file()
     assert ("standalone" if nodes == 1 else f"--nodes {nodes} --gpus-per-node 8") in result.stdout
-    slurm = script(path, variables | {"DRY_RUN": "1", "LAUNCHER": "slurm", "NODES": "3", "GPUS_PER_NODE": "4"})
+    slurm = script(
+        path, variables | {"DRY_RUN": "1", "LAUNCHER": "slurm", "NODES": "3", "GPUS_PER_NODE": "4"}
+    )
     assert "#SBATCH --nodes=3" in slurm.stdout
     assert "#SBATCH --gpus-per-node=4" in slurm.stdout
 
 
 @pytest.mark.parametrize("path", EVALS)
-def test_an_evaluation_asks_the_users_server(path: str, variables: dict[str, str], port: str, tmp_path: Path) -> None:
+def test_an_evaluation_asks_the_users_server(
+    path: str, variables: dict[str, str], port: str, tmp_path: Path
+) -> None:
     dataset, max_tokens, samples = EVALS[path]
     result = script(
-        path, variables | {"API_PORT": port, "SERVED_NAME": "x", "DATASET_LOCAL": "/data/d", "EVAL_WORK_DIR": "out"}, cwd=tmp_path
+        path,
+        variables
+        | {
+            "API_PORT": port,
+            "SERVED_NAME": "x",
+            "DATASET_LOCAL": "/data/d",
+            "EVAL_WORK_DIR": "out",
+        },
+        cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     given = dict(zip(said[1::2], said[2::2], strict=True))
-    assert (given["--datasets"], given["--repeats"], given["--model"], given["--work-dir"]) == (dataset, samples, "x", "out")
+    assert (given["--datasets"], given["--repeats"], given["--model"], given["--work-dir"]) == (
+        dataset,
+        samples,
+        "x",
+        "out",
+    )
     assert given["--api-url"] == f"http://127.0.0.1:{port}/v1"
-    assert json.loads(given["--generation-config"]) == {"max_tokens": max_tokens, "temperature": 0.65, "top_p": 0.95}
+    assert json.loads(given["--generation-config"]) == {
+        "max_tokens": max_tokens,
+        "temperature": 0.65,
+        "top_p": 0.95,
+    }
     arguments = json.loads(given["--dataset-args"])[dataset]
     assert arguments["local_path"] == "/data/d"
     assert arguments["filters"] == {"remove_until": "</think>"}
     if dataset.startswith("aime"):
-        assert arguments["system_prompt"] == r"Please reason step by step, and put your final answer within \boxed{}."
+        assert (
+            arguments["system_prompt"]
+            == r"Please reason step by step, and put your final answer within \boxed{}."
+        )
     if dataset == "live_code_bench":
         assert arguments["extra_params"] == {"start_date": "2024-08-01", "end_date": "2025-02-01"}
 
 
 @pytest.mark.parametrize("path", EVALS)
-def test_a_dry_run_needs_neither_evalscope_nor_a_server_and_can_be_pasted(path: str, variables: dict[str, str], tmp_path: Path) -> None:
+def test_a_dry_run_needs_neither_evalscope_nor_a_server_and_can_be_pasted(
+    path: str, variables: dict[str, str], tmp_path: Path
+) -> None:
     dataset, max_tokens, _ = EVALS[path]
-    dry = script(path, variables | {"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "EVAL_WORK_DIR": "a b", "API_PORT": "1"}, cwd=tmp_path)
+    dry = script(
+        path,
+        variables
+        | {"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "EVAL_WORK_DIR": "a b", "API_PORT": "1"},
+        cwd=tmp_path,
+    )
     assert dry.returncode == 0, dry.stderr
-    pasted = subprocess.run(["bash", "-c", dry.stdout], env=variables, capture_output=True, text=True)
+    pasted = subprocess.run(
+        ["bash", "-c", dry.stdout], env=variables, capture_output=True, text=True
+    )
     given = json.loads(pasted.stdout)
     assert given[given.index("--work-dir") + 1] == "a b"
     assert json.loads(given[given.index("--generation-config") + 1])["max_tokens"] == max_tokens
     assert dataset in json.loads(given[given.index("--dataset-args") + 1])
 
 
-def test_a_script_finds_its_neighbour_inside_a_job(variables: dict[str, str], tmp_path: Path) -> None:
+def test_a_script_finds_its_neighbour_inside_a_job(
+    variables: dict[str, str], tmp_path: Path
+) -> None:
     """Started by its path in a job that was submitted elsewhere; and the copy that sbatch runs."""
-    inside = script("eval/gpqa_eval.sh", variables | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}, cwd=tmp_path)
+    inside = script(
+        "eval/gpqa_eval.sh",
+        variables | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(tmp_path)},
+        cwd=tmp_path,
+    )
     assert inside.returncode == 0, inside.stderr
     copy = tmp_path / "slurm_script"
     copy.write_text((ROOT / "eval/gpqa_eval.sh").read_text())
-    copied = script(str(copy), variables | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(ROOT)}, cwd=tmp_path)
+    copied = script(
+        str(copy), variables | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(ROOT)}, cwd=tmp_path
+    )
     assert copied.stdout == inside.stdout != ""
 
 
 def test_the_users_words_change_an_evaluation(variables: dict[str, str], port: str) -> None:
-    words = {"MAX_NEW_TOKENS": "100", "GENERATED_NUM": "2", "TEMPERATURE": "0.1", "TOP_P": "0.5", "EVAL_BATCH": "7", "API_PORT": port}
+    words = {
+        "MAX_NEW_TOKENS": "100",
+        "GENERATED_NUM": "2",
+        "TEMPERATURE": "0.1",
+        "TOP_P": "0.5",
+        "EVAL_BATCH": "7",
+        "API_PORT": port,
+    }
     given = json.loads(script("eval/aime24_eval.sh", variables | words).stdout)
-    assert json.loads(given[given.index("--generation-config") + 1]) == {"max_tokens": 100, "temperature": 0.1, "top_p": 0.5}
-    assert (given[given.index("--repeats") + 1], given[given.index("--eval-batch-size") + 1]) == ("2", "7")
+    assert json.loads(given[given.index("--generation-config") + 1]) == {
+        "max_tokens": 100,
+        "temperature": 0.1,
+        "top_p": 0.5,
+    }
+    assert (given[given.index("--repeats") + 1], given[given.index("--eval-batch-size") + 1]) == (
+        "2",
+        "7",
+    )
     assert "local_path" not in given[given.index("--dataset-args") + 1]
 
 

@@ -17,9 +17,13 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = sorted(Path(os.environ.get("INFIR2_SMOLLM2", ROOT / ".venv" / "smollm2")).glob("**/*.gguf"))
+    found = sorted(
+        Path(os.environ.get("INFIR2_SMOLLM2", ROOT / ".venv" / "smollm2")).glob("**/*.gguf")
+    )
     if not found:
-        pytest.skip("no SmolLM2 here: `make test` fetches it, or INFIR2_SMOLLM2 names a directory with its .gguf file")
+        pytest.skip(
+            "no SmolLM2 here: `make test` fetches it, or INFIR2_SMOLLM2 names a directory with its .gguf file"
+        )
     pytest.importorskip("gguf", reason="transformers reads GGUF through the package gguf")
     from infir2.convert.import_hf import import_hf
 
@@ -47,14 +51,23 @@ def test_rollout_is_the_trainer_on_the_real_model_in_fp8(model_dir: Path) -> Non
 
     model = convert_to_fp8(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), Fp8Section())
     tokenizer = load_tokenizer(model_dir)
-    prompts = [tokenizer.encode_text(text) for text in ("One plus one is", "The colour of the sky on a clear day is")]
+    prompts = [
+        tokenizer.encode_text(text)
+        for text in ("One plus one is", "The colour of the sky on a clear day is")
+    ]
     requests = [Request(str(i), ids, key=i) for i, ids in enumerate(prompts)]
-    completions = NativeEngine(model, max_running_requests=2).generate(requests, SamplingParams(1.0, 8, stop_ids=()))
+    completions = NativeEngine(model, max_running_requests=2).generate(
+        requests, SamplingParams(1.0, 8, stop_ids=())
+    )
     for ids, completion in zip(prompts, completions, strict=True):
         stream = torch.tensor([*ids, *completion.token_ids])
         with torch.no_grad():
-            hidden = model.hidden_states(stream[:-1], torch.arange(len(stream) - 1), torch.tensor([0, len(stream) - 1]))
-            logprobs, _ = token_logprobs(hidden[len(ids) - 1 :], model.head_weight, stream[len(ids) :])
+            hidden = model.hidden_states(
+                stream[:-1], torch.arange(len(stream) - 1), torch.tensor([0, len(stream) - 1])
+            )
+            logprobs, _ = token_logprobs(
+                hidden[len(ids) - 1 :], model.head_weight, stream[len(ids) :]
+            )
         difference = (logprobs - torch.from_numpy(completion.rollout_logprobs)).abs()
         assert difference.max() <= 1e-4
         assert difference.mean() <= 1e-7
@@ -65,5 +78,7 @@ def test_fp8_perplexity_is_near_bf16s(model_dir: Path) -> None:
     from smollm2 import Result, perplexity
 
     result = Result()
-    perplexity(model_dir, DATA, result, num_batches=1, pages=("openstax_ccby", "public_domain_english"))
+    perplexity(
+        model_dir, DATA, result, num_batches=1, pages=("openstax_ccby", "public_domain_english")
+    )
     assert not [failure for failure in result.failures if "4 %" in failure]

@@ -31,7 +31,9 @@ def run(layer: nn.Linear, optimizer: torch.optim.Optimizer, steps: range) -> Non
         for group in optimizer.param_groups:
             group["lr"] = 1e-2
         for parameter in layer.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.grad_dtype)
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(
+                parameter.grad_dtype
+            )
         optimizer.step()
 
 
@@ -46,12 +48,20 @@ CASES = [
 
 @pytest.mark.parametrize(("keys", "bound"), CASES)
 def test_updates_are_torch_s_within_the_format_s_error(keys: dict, bound: float) -> None:
-    expected, found, start = trained(OptimizerSection())[0], trained(OptimizerSection(**keys))[0], model()
-    for wanted, got, before in zip(expected.parameters(), found.parameters(), start.parameters(), strict=True):
+    expected, found, start = (
+        trained(OptimizerSection())[0],
+        trained(OptimizerSection(**keys))[0],
+        model(),
+    )
+    for wanted, got, before in zip(
+        expected.parameters(), found.parameters(), start.parameters(), strict=True
+    ):
         assert (got - wanted).norm() < bound * (wanted - before).norm()
 
 
-def test_offloaded_moments_are_handed_out_when_the_gpu_has_brought_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_moments_are_handed_out_when_the_gpu_has_brought_them_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """tests/gpu/test_gpu_parallel.py saves them from a GPU that is late."""
     waits = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -81,12 +91,21 @@ def test_moments_of_another_format_are_refused(tmp_path: Path) -> None:
     Store(tmp_path).save(1, optimizer_tensors(first, optimizer), {})
     other = model()
     with pytest.raises(CheckpointError, match="fp8"):
-        load_optimizer_tensors(other, make_optimizer(other, OptimizerSection(moment_dtype="fp8")), open_checkpoint(tmp_path).tensors(), {})
+        load_optimizer_tensors(
+            other,
+            make_optimizer(other, OptimizerSection(moment_dtype="fp8")),
+            open_checkpoint(tmp_path).tensors(),
+            {},
+        )
 
 
 def test_8_bit_moments_take_two_bytes_per_parameter() -> None:
     layer, optimizer = trained(OptimizerSection(moment_dtype="fp8"), 1)
-    moments = {name: value for name, value in optimizer_tensors(layer, optimizer).items() if name.startswith("optimizer/weight/exp")}
+    moments = {
+        name: value
+        for name, value in optimizer_tensors(layer, optimizer).items()
+        if name.startswith("optimizer/weight/exp")
+    }
     assert sum(t.nbytes for t in moments.values()) < 2.1 * layer.weight.numel()
 
 
@@ -97,7 +116,13 @@ def test_a_moment_that_decays_by_less_than_half_a_step_still_decays() -> None:
     root: list[Tensor] = []
     for step in range(1, 121):
         grad = torch.ones(4, 128) if step <= 60 else torch.zeros(4, 128)
-        adamw_([p], [grad], [Moments(m, v, m_scale, v_scale)], Hyper(step, 0.0, 0.9, 0.95, 1e-8, 0.0), torch.ones(()))
+        adamw_(
+            [p],
+            [grad],
+            [Moments(m, v, m_scale, v_scale)],
+            Hyper(step, 0.0, 0.9, 0.95, 1e-8, 0.0),
+            torch.ones(()),
+        )
         assert v_scale is not None
         root.append(v.view(torch.float8_e4m3fn).float() * v_scale[:, None])
     assert root[59].mean() == pytest.approx((1 - 0.95**60) ** 0.5, rel=0.02)
@@ -113,9 +138,13 @@ def test_clipping_scales_the_gradients_of_one_step(states: str) -> None:
         for _ in range(2):
             for parameter in layer.parameters():
                 parameter.grad = (
-                    factor * torch.ones_like(parameter) * torch.arange(1.0, 1 + len(parameter)).view(-1, *[1] * (parameter.ndim - 1))
+                    factor
+                    * torch.ones_like(parameter)
+                    * torch.arange(1.0, 1 + len(parameter)).view(-1, *[1] * (parameter.ndim - 1))
                 )
-            update(optimizer, [p.grad for p in layer.parameters() if p.grad is not None], 1e-2, clip)
+            update(
+                optimizer, [p.grad for p in layer.parameters() if p.grad is not None], 1e-2, clip
+            )
         results.append(layer)
     assert torch.equal(results[0].weight, results[1].weight)
     assert not torch.equal(results[0].weight, model().weight)

@@ -27,17 +27,35 @@ def wait_for_lines(process: "subprocess.Popen[str]", path: Path, count: int) -> 
 @pytest.fixture(scope="module")
 def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "cpt"
-    run(options(world, directory, "cpt", schedule__total_steps=8, checkpoint__save_every=3, train__validate_every=4))
+    run(
+        options(
+            world,
+            directory,
+            "cpt",
+            schedule__total_steps=8,
+            checkpoint__save_every=3,
+            train__validate_every=4,
+        )
+    )
     return directory
 
 
 def test_killed_cpt_goes_on_bit_for_bit(world: Path, tmp_path: Path, undisturbed: Path) -> None:
-    words = options(world, tmp_path / "cpt", "cpt", schedule__total_steps=8, checkpoint__save_every=3, train__validate_every=4)
+    words = options(
+        world,
+        tmp_path / "cpt",
+        "cpt",
+        schedule__total_steps=8,
+        checkpoint__save_every=3,
+        train__validate_every=4,
+    )
     killed = infir2(words, INFIR2_FAULTS="train.step:6")
     assert killed.wait() == -signal.SIGKILL
     assert curve(tmp_path / "cpt", "loss")[-1][0] == 5  # two steps beyond the checkpoint of step 3
     run(words)
-    assert curve(tmp_path / "cpt", "loss", "gradient_norm") == curve(undisturbed, "loss", "gradient_norm")
+    assert curve(tmp_path / "cpt", "loss", "gradient_norm") == curve(
+        undisturbed, "loss", "gradient_norm"
+    )
     assert [line["validation_loss"] for line in lines(tmp_path / "cpt", "validation")] == [
         line["validation_loss"] for line in lines(undisturbed, "validation")
     ]
@@ -45,8 +63,17 @@ def test_killed_cpt_goes_on_bit_for_bit(world: Path, tmp_path: Path, undisturbed
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_stop_signal_saves_and_says_so(world: Path, tmp_path: Path, number: int, code: int) -> None:
-    words = options(world, tmp_path / "cpt", "cpt", schedule__total_steps=100000, checkpoint__save_every=100000, train__validate_every=0)
+def test_a_stop_signal_saves_and_says_so(
+    world: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    words = options(
+        world,
+        tmp_path / "cpt",
+        "cpt",
+        schedule__total_steps=100000,
+        checkpoint__save_every=100000,
+        train__validate_every=0,
+    )
     process = infir2(words)
     wait_for_lines(process, tmp_path / "cpt" / "metrics.jsonl", 2)
     process.send_signal(number)
@@ -58,9 +85,18 @@ def test_a_stop_signal_saves_and_says_so(world: Path, tmp_path: Path, number: in
     assert f"step {last} is saved" in errors
 
 
-def test_sft_resumes_in_the_middle_of_an_epoch(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_sft_resumes_in_the_middle_of_an_epoch(
+    world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
     def words(name: str) -> list[str]:
-        return options(world, tmp_path / name, "sft1", model__path=undisturbed, checkpoint__save_every=5, train__epochs=0.5)
+        return options(
+            world,
+            tmp_path / name,
+            "sft1",
+            model__path=undisturbed,
+            checkpoint__save_every=5,
+            train__epochs=0.5,
+        )
 
     run(words("a"))
     assert main([*words("b"), "--train.stop_after_step=3"]) == 0
@@ -69,8 +105,12 @@ def test_sft_resumes_in_the_middle_of_an_epoch(world: Path, tmp_path: Path, undi
     assert_same_state(tmp_path / "a", tmp_path / "b")
 
 
-def test_another_recipe_is_refused_and_safe_keys_are_not(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = options(world, tmp_path / "cpt", "cpt", schedule__total_steps=4, train__stop_after_step=2)
+def test_another_recipe_is_refused_and_safe_keys_are_not(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = options(
+        world, tmp_path / "cpt", "cpt", schedule__total_steps=4, train__stop_after_step=2
+    )
     run(words)
     assert main([*words, "--run.seed=99"]) == 2
     assert "run.seed" in capsys.readouterr().err
@@ -78,12 +118,28 @@ def test_another_recipe_is_refused_and_safe_keys_are_not(world: Path, tmp_path: 
     assert curve(tmp_path / "cpt", "loss")[-1][0] == 3
 
 
-def test_decay_branches_from_a_stable_checkpoint_with_optimizer_and_data(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_decay_branches_from_a_stable_checkpoint_with_optimizer_and_data(
+    world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
     """WSD: step 4-6 of a branch whose decay starts at step 3 begin where the stable phase stood."""
-    stable = options(world, tmp_path / "stable", "cpt", schedule__total_steps=8, checkpoint__save_every=3, train__stop_after_step=3)
+    stable = options(
+        world,
+        tmp_path / "stable",
+        "cpt",
+        schedule__total_steps=8,
+        checkpoint__save_every=3,
+        train__stop_after_step=3,
+    )
     run(stable)
     branch = f"--checkpoint.branch_from={tmp_path / 'stable' / 'checkpoints' / 'step-3'}"
-    words = options(world, tmp_path / "branch", "cpt", schedule__total_steps=6, schedule__decay_from_step=3, schedule__decay_steps=3)
+    words = options(
+        world,
+        tmp_path / "branch",
+        "cpt",
+        schedule__total_steps=6,
+        schedule__decay_from_step=3,
+        schedule__decay_steps=3,
+    )
     run([*words, branch])
     steps = curve(tmp_path / "branch", "loss", "learning_rate")
     assert [step for step, *_ in steps] == [4, 5, 6]
@@ -93,7 +149,14 @@ def test_decay_branches_from_a_stable_checkpoint_with_optimizer_and_data(world: 
 
 
 def test_two_jobs_cannot_share_a_run_directory(world: Path, tmp_path: Path) -> None:
-    words = options(world, tmp_path / "cpt", "cpt", schedule__total_steps=100000, checkpoint__save_every=100000, train__validate_every=0)
+    words = options(
+        world,
+        tmp_path / "cpt",
+        "cpt",
+        schedule__total_steps=100000,
+        checkpoint__save_every=100000,
+        train__validate_every=0,
+    )
     first = infir2(words)
     wait_for_lines(first, tmp_path / "cpt" / "metrics.jsonl", 1)
     second = infir2(words)
@@ -105,9 +168,15 @@ def test_two_jobs_cannot_share_a_run_directory(world: Path, tmp_path: Path) -> N
     assert "Traceback" not in errors
 
 
-def test_a_resumed_run_reads_its_checkpoint_alone_and_not_the_model_it_began_with(world: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_a_resumed_run_reads_its_checkpoint_alone_and_not_the_model_it_began_with(
+    world: Path, tmp_path: Path, undisturbed: Path
+) -> None:
     run(["export", "hf", str(undisturbed), "--to", str(tmp_path / "hf")])
-    values = {"model__path": tmp_path / "hf", "schedule__total_steps": 3, "checkpoint__save_every": 2}
+    values = {
+        "model__path": tmp_path / "hf",
+        "schedule__total_steps": 3,
+        "checkpoint__save_every": 2,
+    }
     run(options(world, tmp_path / "whole", "sft1", **values))
     run(options(world, tmp_path / "halved", "sft1", train__stop_after_step=2, **values))
     (tmp_path / "hf" / "model.safetensors").unlink()

@@ -7,7 +7,14 @@ import pytest
 from infir2.config.schema import ScheduleSection
 from infir2.train.schedules import learning_rate
 
-WSD = ScheduleSection(kind="wsd", learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=10, total_steps=100, decay_steps=20)
+WSD = ScheduleSection(
+    kind="wsd",
+    learning_rate=1e-4,
+    final_learning_rate=1e-5,
+    warmup_steps=10,
+    total_steps=100,
+    decay_steps=20,
+)
 
 
 def test_wsd_warms_up_stays_and_decays() -> None:
@@ -19,7 +26,9 @@ def test_wsd_warms_up_stays_and_decays() -> None:
 
 def test_wsd_decay_from_a_stable_step_is_the_same_curve_moved() -> None:
     early = WSD.model_copy(update={"decay_from_step": 40, "total_steps": 60})
-    assert [learning_rate(early, 40 + i) for i in range(21)] == [learning_rate(WSD, 80 + i) for i in range(21)]
+    assert [learning_rate(early, 40 + i) for i in range(21)] == [
+        learning_rate(WSD, 80 + i) for i in range(21)
+    ]
 
 
 def test_linear_decay() -> None:
@@ -28,9 +37,17 @@ def test_linear_decay() -> None:
 
 
 def test_cosine_with_a_fractional_warmup() -> None:
-    cosine = ScheduleSection(kind="cosine", learning_rate=2e-5, final_learning_rate=2e-6, warmup_fraction=0.05, total_steps=200)
+    cosine = ScheduleSection(
+        kind="cosine",
+        learning_rate=2e-5,
+        final_learning_rate=2e-6,
+        warmup_fraction=0.05,
+        total_steps=200,
+    )
     assert learning_rate(cosine, 5) == pytest.approx(1e-5)
-    assert learning_rate(cosine, 105) == pytest.approx(2e-6 + 1.8e-5 * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert learning_rate(cosine, 105) == pytest.approx(
+        2e-6 + 1.8e-5 * 0.5 * (1 + math.cos(math.pi / 2))
+    )
     assert learning_rate(cosine, 200) == pytest.approx(2e-6)
 
 

@@ -13,13 +13,19 @@ from infir2.numerics import Fp8Linear, convert_to_fp8
 from infir2.train.losses import next_token_loss
 from infir2.train.trainer import Trainer
 
-SHAPE = ShapeSection(hidden_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=136)
+SHAPE = ShapeSection(
+    hidden_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=136
+)
 
 
-def make_trainer(fp8: bool, recompute: str = "none", dtype: torch.dtype = torch.bfloat16) -> Trainer:
+def make_trainer(
+    fp8: bool, recompute: str = "none", dtype: torch.dtype = torch.bfloat16
+) -> Trainer:
     model = Decoder.from_shape(SHAPE, vocab_size=61, seed=3, compute_dtype=dtype)
     model.recompute = recompute  # type: ignore[assignment]
-    return Trainer(convert_to_fp8(model, Fp8Section(enabled=fp8)), OptimizerSection(), loss_chunk_tokens=16)
+    return Trainer(
+        convert_to_fp8(model, Fp8Section(enabled=fp8)), OptimizerSection(), loss_chunk_tokens=16
+    )
 
 
 def sequences(lengths: list[int], seed: int = 0) -> Batch:
@@ -37,8 +43,19 @@ def split(batch: Batch, at: int) -> list[Batch]:
     """The batch cut into two at sequence `at`."""
     row = int(batch.cu_seqlens[at])
     halves = []
-    for part, cu in ((slice(0, row), batch.cu_seqlens[: at + 1]), (slice(row, None), batch.cu_seqlens[at:] - row)):
-        halves.append(Batch(batch.token_ids[part], batch.positions[part], batch.labels[part], batch.loss_mask[part], cu))
+    for part, cu in (
+        (slice(0, row), batch.cu_seqlens[: at + 1]),
+        (slice(row, None), batch.cu_seqlens[at:] - row),
+    ):
+        halves.append(
+            Batch(
+                batch.token_ids[part],
+                batch.positions[part],
+                batch.labels[part],
+                batch.loss_mask[part],
+                cu,
+            )
+        )
     return halves
 
 
@@ -63,7 +80,9 @@ def test_micro_batches_give_the_gradients_of_the_whole_step() -> None:
 
 def test_gradients_and_masters_are_fp32() -> None:
     trainer = make_trainer(fp8=True)
-    assert {gradient.dtype for gradient in gradients(trainer, [sequences([30, 20])]).values()} == {torch.float32}
+    assert {gradient.dtype for gradient in gradients(trainer, [sequences([30, 20])]).values()} == {
+        torch.float32
+    }
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
@@ -79,7 +98,10 @@ def test_a_weight_is_quantised_once_per_step(recompute: str) -> None:
 
 def test_recompute_changes_nothing() -> None:
     batch = sequences([30, 20])
-    kept, again = gradients(make_trainer(fp8=True), [batch]), gradients(make_trainer(fp8=True, recompute="full"), [batch])
+    kept, again = (
+        gradients(make_trainer(fp8=True), [batch]),
+        gradients(make_trainer(fp8=True, recompute="full"), [batch]),
+    )
     for name, gradient in kept.items():
         assert torch.equal(gradient, again[name]), name
 
@@ -103,7 +125,9 @@ def test_a_non_finite_step_changes_nothing_and_says_so() -> None:
 def test_a_step_without_trained_tokens_is_skipped() -> None:
     trainer = make_trainer(fp8=True)
     batch = sequences([30])
-    result = trainer.step([replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))], next_token_loss, 1e-3)
+    result = trainer.step(
+        [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))], next_token_loss, 1e-3
+    )
     assert result.skipped
     assert result.trained_tokens == 0
 
@@ -114,6 +138,8 @@ def test_scores_are_those_of_the_dense_model() -> None:
     scores = trainer.score(batch, temperature=0.7, with_entropy=True)
     logits = trainer.model(batch.token_ids, batch.positions, batch.cu_seqlens).double() / 0.7
     dense = torch.log_softmax(logits, -1)
-    torch.testing.assert_close(scores.logprobs, dense.gather(1, batch.labels[:, None]).squeeze(1)[batch.loss_mask].float())
+    torch.testing.assert_close(
+        scores.logprobs, dense.gather(1, batch.labels[:, None]).squeeze(1)[batch.loss_mask].float()
+    )
     entropy = -(dense.exp() * dense).sum(-1)[batch.loss_mask].float()
     torch.testing.assert_close(scores.entropy, entropy)

@@ -44,7 +44,9 @@ def lcb_tests(row: dict[str, Any]) -> list[dict[str, Any]]:
         else:
             name = json.loads(row["metadata"])["func_name"]
             arguments = [json.loads(line) for line in case["input"].split("\n")]
-            tests.append({"fn_name": name, "args": arguments, "expected": json.loads(case["output"])})
+            tests.append(
+                {"fn_name": name, "args": arguments, "expected": json.loads(case["output"])}
+            )
     return tests
 
 
@@ -54,7 +56,9 @@ def test_humaneval_canonical_solutions_pass_and_empty_bodies_fail() -> None:
     chosen = everything[::40] + with_helpers
     for row in chosen:
         tests = [{"code": row["test"], "entry_point": row["entry_point"], "setup": row["prompt"]}]
-        assert run_code(row["prompt"] + row["canonical_solution"], tests).reason == "ok", row["task_id"]
+        assert run_code(row["prompt"] + row["canonical_solution"], tests).reason == "ok", row[
+            "task_id"
+        ]
     for row in chosen[::3]:
         tests = [{"code": row["test"], "entry_point": row["entry_point"], "setup": row["prompt"]}]
         assert not run_code(row["prompt"] + "    return None\n", tests).correct, row["task_id"]
@@ -68,7 +72,9 @@ def test_mbpp_solutions_pass_also_with_objects_of_their_own_classes() -> None:
 
 
 def test_functions_and_methods_of_solution_classes() -> None:
-    for row in [row for row in rows("lcb_format_fixture.jsonl.gz", 295) if row.get("reference_solution")][:5]:
+    for row in [
+        row for row in rows("lcb_format_fixture.jsonl.gz", 295) if row.get("reference_solution")
+    ][:5]:
         tests = lcb_tests(row)
         assert run_code(row["reference_solution"], tests).reason == "ok", row["question_id"]
         wrong = [test | {"expected": [test["expected"], 1]} for test in tests]
@@ -84,7 +90,11 @@ STDIN = [{"input": "3\n4\n", "output": "7"}, {"input": "10\n-4", "output": "6\n"
     [
         ("print(int(input()) + int(input()))", STDIN, "ok"),
         ("import sys\nprint(sum(map(float, sys.stdin)))", STDIN, "ok"),
-        ("if __name__ == '__main__':\n  print(eval(input() + '+' + input()), end='  \\n\\n')", STDIN, "ok"),
+        (
+            "if __name__ == '__main__':\n  print(eval(input() + '+' + input()), end='  \\n\\n')",
+            STDIN,
+            "ok",
+        ),
         ("print(7)", STDIN, "wrong"),
         ("print(1 / 0)", STDIN, "error"),
         ("import sys\nprint(7)\nsys.exit(3)", STDIN, "error"),
@@ -94,18 +104,36 @@ STDIN = [{"input": "3\n4\n", "output": "7"}, {"input": "10\n-4", "output": "6\n"
         ("while True: print('x' * 1000)", STDIN, "wrong"),
         ("x = [bytearray(50 << 20) for _ in range(100)]", STDIN, "oom"),
         ("import ctypes\nctypes.string_at(0)", STDIN, "killed"),
-        ("def f(x): return sorted(Counter(x).items())", [{"fn_name": "f", "args": ["aab"], "expected": [["a", 2], ["b", 1]]}], "ok"),
-        ("from __future__ import annotations\ndef f(x: Any): return x", [{"fn_name": "f", "args": [1], "expected": 1}], "ok"),
+        (
+            "def f(x): return sorted(Counter(x).items())",
+            [{"fn_name": "f", "args": ["aab"], "expected": [["a", 2], ["b", 1]]}],
+            "ok",
+        ),
+        (
+            "from __future__ import annotations\ndef f(x: Any): return x",
+            [{"fn_name": "f", "args": [1], "expected": 1}],
+            "ok",
+        ),
         ("def f(): raise ValueError('no')", [{"fn_name": "f", "args": [], "expected": 1}], "error"),
         ("def g(): return 1", [{"fn_name": "f", "args": [], "expected": 1}], "error"),
         ("def f():\n  while True: pass", [{"fn_name": "f", "args": [], "expected": 1}], "timeout"),
-        ("def f(a, k=1): return a, {k}", [{"code": "assert f(1) == (1, {1})\nassert f([2], k=3)[0] == [2]"}], "ok"),
-        ("def f(a): raise KeyError(a)", [{"code": "try:\n  f(1)\n  assert False\nexcept KeyError: pass"}], "ok"),
+        (
+            "def f(a, k=1): return a, {k}",
+            [{"code": "assert f(1) == (1, {1})\nassert f([2], k=3)[0] == [2]"}],
+            "ok",
+        ),
+        (
+            "def f(a): raise KeyError(a)",
+            [{"code": "try:\n  f(1)\n  assert False\nexcept KeyError: pass"}],
+            "ok",
+        ),
         ("def f(a): return a", [{"code": "assert f(1) == 2"}], "wrong"),
         ("def f(a): return a", [{"code": "assert g(1) == 1"}], "error"),
     ],
 )
-def test_programs_get_their_reasons(level: Any, program: str, tests: list[dict[str, Any]], reason: str) -> None:
+def test_programs_get_their_reasons(
+    level: Any, program: str, tests: list[dict[str, Any]], reason: str
+) -> None:
     limits = Limits(seconds=1.0 if reason == "timeout" else 10.0, level=level, memory_bytes=1 << 29)
     verdict = run_code(program, tests, limits)
     assert verdict.reason == reason, verdict
@@ -115,14 +143,22 @@ def test_programs_get_their_reasons(level: Any, program: str, tests: list[dict[s
 def test_all_tests_together_have_a_limit() -> None:
     tests = [{"input": str(i), "output": str(i)} for i in range(100)]
     began = time.monotonic()
-    verdict = run_code("import time\ntime.sleep(0.4)\nprint(input())", tests, Limits(seconds=5.0, total_seconds=1.0))
+    verdict = run_code(
+        "import time\ntime.sleep(0.4)\nprint(input())",
+        tests,
+        Limits(seconds=5.0, total_seconds=1.0),
+    )
     assert verdict.reason == "timeout"
     assert time.monotonic() - began < 3.0
 
 
 def test_long_expected_output_and_large_input_pass() -> None:
     numbers = "\n".join(map(str, range(60_000)))
-    assert run_code("import sys\nprint(sys.stdin.read())", [{"input": numbers, "output": numbers}], Limits(seconds=20)).correct
+    assert run_code(
+        "import sys\nprint(sys.stdin.read())",
+        [{"input": numbers, "output": numbers}],
+        Limits(seconds=20),
+    ).correct
 
 
 def test_the_jail_shows_an_empty_world() -> None:
@@ -169,17 +205,23 @@ def test_no_tests_is_the_callers_mistake() -> None:
         run_code("print(1)", [*STDIN[:1], {"input": "1", "expected": "1"}])
 
 
-def test_without_namespaces_the_error_says_what_to_do_and_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_namespaces_the_error_says_what_to_do_and_nothing_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import infir2.verify.sandbox as sandbox
 
-    refused = sandbox._BOOT_TEXT.replace("flags = _NEWNS", "flags = 1 | _NEWNS")  # no such flag: EINVAL
+    refused = sandbox._BOOT_TEXT.replace(
+        "flags = _NEWNS", "flags = 1 | _NEWNS"
+    )  # no such flag: EINVAL
     assert refused != sandbox._BOOT_TEXT
     monkeypatch.setattr(sandbox, "_BOOT_TEXT", refused)
     with pytest.raises(JailError, match=r"user namespaces.*level 'process'"):
         run_code("print(1)", [{"input": "", "output": "1"}])
 
 
-def test_a_jail_that_breaks_is_no_verdict_about_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jail_that_breaks_is_no_verdict_about_the_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import infir2.verify.code as code
     import infir2.verify.sandbox as sandbox
 
@@ -191,11 +233,18 @@ def test_a_jail_that_breaks_is_no_verdict_about_the_program(monkeypatch: pytest.
         run_code("print(1)", tests)
 
 
-@pytest.mark.skipif(not (shutil.which("setpriv") and Path("/usr/bin/python3").exists()), reason="needs setpriv and a system Python")
+@pytest.mark.skipif(
+    not (shutil.which("setpriv") and Path("/usr/bin/python3").exists()),
+    reason="needs setpriv and a system Python",
+)
 def test_an_unprivileged_user_gets_the_same_jail() -> None:
     if os.geteuid() != 0:
         pytest.skip("the other tests run unprivileged already")
-    version = subprocess.run(["/usr/bin/python3", "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True)
+    version = subprocess.run(
+        ["/usr/bin/python3", "-c", "import sys; print(sys.version_info >= (3, 11))"],
+        capture_output=True,
+        text=True,
+    )
     if version.stdout.strip() != "True":
         pytest.skip("the system's Python is too old")
     program = f"""
@@ -206,7 +255,16 @@ ok = run_code("print(int(input()) * 2)", [{{"input": "3", "output": "6"}}])
 escape = run_code("import os\\nprint(os.listdir('/home'))", [{{"input": "", "output": "[]"}}])
 print(ok.reason, escape.reason, ok.detail)
 """
-    run = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", "/usr/bin/python3", "-B", "-c", program]
+    run = [
+        "setpriv",
+        "--reuid=54321",
+        "--regid=54321",
+        "--clear-groups",
+        "/usr/bin/python3",
+        "-B",
+        "-c",
+        program,
+    ]
     result = subprocess.run(run, capture_output=True, text=True, cwd="/")
     if "PermissionError" in result.stderr or "No module named 'infir2" in result.stderr:
         pytest.skip("another user may not read this checkout")
@@ -261,7 +319,18 @@ def test_subclasses_arrive_without_their_methods() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [["remote", 1], ["list"], ["list", 3], ["dict", [[["list", []], 1]]], ["what", 1], ["int", "zz"], {}, [], ["type", "object"]]
+    "data",
+    [
+        ["remote", 1],
+        ["list"],
+        ["list", 3],
+        ["dict", [[["list", []], 1]]],
+        ["what", 1],
+        ["int", "zz"],
+        {},
+        [],
+        ["type", "object"],
+    ],
 )
 def test_what_is_no_plain_value_is_refused(data: Any) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - decode raises ValueError of several origins

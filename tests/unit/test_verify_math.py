@@ -28,25 +28,41 @@ def boxed(answer: str) -> str:
 
 def test_math500_answers_equal_themselves_in_the_library_and_outside() -> None:
     references = answers("math500.jsonl")[::4]
-    outcomes = shared_pool().run([(answer, answer) for answer in references], item_seconds=20, batch_seconds=120)
+    outcomes = shared_pool().run(
+        [(answer, answer) for answer in references], item_seconds=20, batch_seconds=120
+    )
     assert sum(outcome.value is True for outcome in outcomes) >= 0.99 * len(references)
-    assert all(verdict.reason == "ok" for verdict in check_math_batch([(boxed(answer), answer) for answer in references]))
+    assert all(
+        verdict.reason == "ok"
+        for verdict in check_math_batch([(boxed(answer), answer) for answer in references])
+    )
 
 
 def test_math500_answers_differ_from_perturbed_ones() -> None:
     references = answers("math500.jsonl")[1::6]
-    verdicts = check_math_batch([(boxed("7" + answer), answer) for answer in references], item_seconds=20)
+    verdicts = check_math_batch(
+        [(boxed("7" + answer), answer) for answer in references], item_seconds=20
+    )
     assert [v.answer for v in verdicts if v.reason != "wrong"] == []
 
 
 def test_gsm8k_answers_in_other_spellings() -> None:
     references = answers("gsm8k_test.jsonl.gz")
     began = time.process_time()
-    assert all(v.correct for v in check_math_batch([(boxed(answer), answer) for answer in references]))
-    assert not any(v.correct for v in check_math_batch([(boxed(answer + "1"), answer) for answer in references]))
-    assert (time.process_time() - began) / (2 * len(references)) < 1e-3, "plain integers take microseconds"
+    assert all(
+        v.correct for v in check_math_batch([(boxed(answer), answer) for answer in references])
+    )
+    assert not any(
+        v.correct
+        for v in check_math_batch([(boxed(answer + "1"), answer) for answer in references])
+    )
+    assert (time.process_time() - began) / (2 * len(references)) < 1e-3, (
+        "plain integers take microseconds"
+    )
     spellings = ["\\${}", "{} \\text{{ dollars}}", "x = {}", "{}.0"]
-    other = [(boxed(spellings[i % 4].format(answer)), answer) for i, answer in enumerate(references[:40])]
+    other = [
+        (boxed(spellings[i % 4].format(answer)), answer) for i, answer in enumerate(references[:40])
+    ]
     assert [v.answer for v in check_math_batch(other, item_seconds=20) if not v.correct] == []
 
 
@@ -79,7 +95,13 @@ def test_equivalence_and_its_limits(answer: str, reference: str, correct: bool) 
 
 
 def test_reasons_tell_what_happened() -> None:
-    responses = [("\\boxed{2}", "2"), ("\\boxed{3}", "2"), ("2", "2"), ("<think>\\boxed{2}", "2"), ("\\boxed{5^5^5^5^5}", "2")]
+    responses = [
+        ("\\boxed{2}", "2"),
+        ("\\boxed{3}", "2"),
+        ("2", "2"),
+        ("<think>\\boxed{2}", "2"),
+        ("\\boxed{5^5^5^5^5}", "2"),
+    ]
     verdicts = check_math_batch(responses)
     assert [v.reason for v in verdicts] == ["ok", "wrong", "no_answer", "no_answer", "wrong"]
     assert "nested" in verdicts[4].detail
@@ -87,8 +109,13 @@ def test_reasons_tell_what_happened() -> None:
 
 
 def test_the_order_is_kept_across_the_quick_path_and_the_workers() -> None:
-    pairs = [(boxed(f"{i}/2" if i % 3 else str(i)), f"{i / 2}" if i % 3 else str(i + i % 2)) for i in range(40)]
-    assert [v.correct for v in check_math_batch(pairs, item_seconds=20)] == [bool(i % 3) or i % 2 == 0 for i in range(40)]
+    pairs = [
+        (boxed(f"{i}/2" if i % 3 else str(i)), f"{i / 2}" if i % 3 else str(i + i % 2))
+        for i in range(40)
+    ]
+    assert [v.correct for v in check_math_batch(pairs, item_seconds=20)] == [
+        bool(i % 3) or i % 2 == 0 for i in range(40)
+    ]
 
 
 def test_workers_import_neither_torch_nor_transformers() -> None:
@@ -97,6 +124,10 @@ def test_workers_import_neither_torch_nor_transformers() -> None:
     looks = "[name for name in ('torch', 'transformers', 'numpy', 'pydantic') if name in __import__('sys').modules]"
     library = "__import__('infir2.verify.equivalence', fromlist=['x']).equivalent('1/2', '0.5')"
     try:
-        assert [o.value for o in pool.run([(looks,), (library,), (looks,)], 30, 60)] == [[], True, []]
+        assert [o.value for o in pool.run([(looks,), (library,), (looks,)], 30, 60)] == [
+            [],
+            True,
+            [],
+        ]
     finally:
         pool.close()

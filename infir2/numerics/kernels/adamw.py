@@ -27,7 +27,9 @@ from infir2.numerics.kernels.codec import (
 
 _ROWS = 8  # groups of 128 values that a program holds at a time
 _CHUNK = 64  # such tiles per program
-_FIELDS = tl.constexpr(7)  # of the table: addresses of p, gradient, m, scales of m, v, scales of v; number of values
+_FIELDS = tl.constexpr(
+    7
+)  # of the table: addresses of p, gradient, m, scales of m, v, scales of v; number of values
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.uint8: tl.uint8}
 
@@ -59,7 +61,9 @@ def _at(table_ptr, field: tl.constexpr, index, TYPE: tl.constexpr, EVEN: tl.cons
     return tl.multiple_of(address, [16, 16]) if EVEN else address
 
 
-@triton.jit(do_not_specialize=["step"])  # the first step is 1, which would become a constant without a type
+@triton.jit(
+    do_not_specialize=["step"]
+)  # the first step is 1, which would become a constant without a type
 def _adamw_kernel(
     tables_ptr, chunks_ptr, clip_ptr, step, lr, beta1, beta2, eps, decay, correction1, correction2,
     GRADIENT: tl.constexpr, MOMENT: tl.constexpr, FP8: tl.constexpr, ROUND: tl.constexpr, EVEN: tl.constexpr,
@@ -79,7 +83,10 @@ def _adamw_kernel(
         p_at = _at(table_ptr, 0, index, tl.float32, EVEN)
         m_at, v_at = _at(table_ptr, 2, index, MOMENT, EVEN), _at(table_ptr, 4, index, MOMENT, EVEN)
         p = tl.load(p_at, mask=inside, other=0)
-        g = to_float32(tl.load(_at(table_ptr, 1, index, GRADIENT, EVEN), mask=inside, other=0)) * clip
+        g = (
+            to_float32(tl.load(_at(table_ptr, 1, index, GRADIENT, EVEN), mask=inside, other=0))
+            * clip
+        )
         m, v = tl.load(m_at, mask=inside, other=0), tl.load(v_at, mask=inside, other=0)
         if FP8:
             m_scale_at = tl.load(table_ptr + 3).to(tl.pointer_type(tl.float32)) + row
@@ -113,7 +120,11 @@ def adamw_(tensors: Sequence[Tensors], clip: Tensor, *numbers: float) -> None:
         clip: [] float32, the gradients' factor.
         numbers: step, lr, beta1, beta2, eps, decay and both bias corrections.
     """
-    rows = [[0 if t is None else t.data_ptr() for t in parts] + [parts[0].numel()] for parts in tensors if parts[0].numel()]
+    rows = [
+        [0 if t is None else t.data_ptr() for t in parts] + [parts[0].numel()]
+        for parts in tensors
+        if parts[0].numel()
+    ]
     # What does not lie in whole vectors of 16 values or bytes would cost the others their wide loads.
     even = [row for row in rows if all(number % 16 == 0 for number in row)]
     odd = [row for row in rows if any(number % 16 for number in row)]
@@ -122,9 +133,13 @@ def adamw_(tensors: Sequence[Tensors], clip: Tensor, *numbers: float) -> None:
             _launch(some, tensors[0], clip, numbers, some is even)
 
 
-def _launch(rows: list[list[int]], like: Tensors, clip: Tensor, numbers: tuple[float, ...], even: bool) -> None:
+def _launch(
+    rows: list[list[int]], like: Tensors, clip: Tensor, numbers: tuple[float, ...], even: bool
+) -> None:
     device, (_, gradient, moment, scale, *_) = clip.device, like
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(
+        device, non_blocking=True
+    )
     chunks = _chunks(tuple(row[-1] for row in rows), device)
     _adamw_kernel[(len(chunks),)](
         table, chunks, clip, *numbers, GRADIENT=_TYPES[gradient.dtype], MOMENT=_TYPES[moment.dtype], FP8=scale is not None,
@@ -137,4 +152,6 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [programs, 2]: the parameter that a program works on, and which of its chunks."""
     counts = torch.tensor([triton.cdiv(size, _ROWS * GROUP.value * _CHUNK) for size in sizes])
     owner = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    return torch.stack([owner, torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]], dim=1).to(device, torch.int32)
+    return torch.stack(
+        [owner, torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]], dim=1
+    ).to(device, torch.int32)

@@ -20,10 +20,16 @@ from infir2.numerics.quantize_reference import quantize_reference, transpose_ref
 swiglu_product = swiglu.swiglu
 
 
-def quantize(x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2") -> Fp8Tensor:
+def quantize(
+    x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2"
+) -> Fp8Tensor:
     """x [R, C] (BF16, FP16, FP32) in 1x128 or 128x128 blocks; ValueError for another block or format."""
     pow2 = _is_pow2(scale_format, block)
-    codes, scale = matrix.quantize_rows(x, pow2) if tuple(block) == ROW_BLOCK else matrix.quantize_tiles(x, pow2, False)
+    codes, scale = (
+        matrix.quantize_rows(x, pow2)
+        if tuple(block) == ROW_BLOCK
+        else matrix.quantize_tiles(x, pow2, False)
+    )
     return Fp8Tensor(codes, scale, (block[0], block[1]), scale_format)
 
 
@@ -33,7 +39,9 @@ def transpose(t: Fp8Tensor) -> Fp8Tensor:
         scale = matrix.empty_tile_scales(t.codes, t.shape[1], t.shape[0]).copy_(t.scale.t())
         return Fp8Tensor(matrix.transpose_bytes(t.codes), scale, TILE_BLOCK, t.scale_format)
     if t.scale_format != "pow2":
-        raise ValueError('1x128 codes with "fp32" scales cannot be transposed exactly; use quantize(x.T, (128, 128), "fp32")')
+        raise ValueError(
+            '1x128 codes with "fp32" scales cannot be transposed exactly; use quantize(x.T, (128, 128), "fp32")'
+        )
     return _fp8(matrix.transpose_rows(t.codes, t.scale), TILE_BLOCK, "pow2")
 
 
@@ -46,7 +54,9 @@ def dequantize(t: Fp8Tensor) -> Tensor:
 def quantize_gradient(grad: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp8Tensor]:
     """`quantize(grad)` and `quantize(grad.T)`, both 1x128, from one read of grad [T, N]."""
     codes, scale, codes_t, scale_t = matrix.quantize_rows_and_columns(grad, _is_pow2(scale_format))
-    return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), Fp8Tensor(codes_t, scale_t, ROW_BLOCK, scale_format)
+    return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), Fp8Tensor(
+        codes_t, scale_t, ROW_BLOCK, scale_format
+    )
 
 
 def quantize_input(x: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp8Tensor]:
@@ -54,11 +64,17 @@ def quantize_input(x: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp
 
     The second is `transpose(quantize(x))` for "pow2" and `quantize(x.T, (128, 128), "fp32")` for "fp32".
     """
-    if x.shape[1] == 1:  # Triton 3.6 folds a row stride of 1 into wrong addresses in this kernel; the reference takes its place
+    if (
+        x.shape[1] == 1
+    ):  # Triton 3.6 folds a row stride of 1 into wrong addresses in this kernel; the reference takes its place
         rows = quantize_reference(x, ROW_BLOCK, scale_format)
-        return rows, transpose_reference(rows) if scale_format == "pow2" else quantize_reference(x.t(), TILE_BLOCK, scale_format)
+        return rows, transpose_reference(rows) if scale_format == "pow2" else quantize_reference(
+            x.t(), TILE_BLOCK, scale_format
+        )
     codes, scale, codes_t, scale_t = matrix.quantize_rows_and_tiles(x, _is_pow2(scale_format))
-    return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), Fp8Tensor(codes_t, scale_t, TILE_BLOCK, scale_format)
+    return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), Fp8Tensor(
+        codes_t, scale_t, TILE_BLOCK, scale_format
+    )
 
 
 def quantize_transposed(x: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
@@ -68,18 +84,26 @@ def quantize_transposed(x: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
 
 def quantize_weight(master: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
     """128x128 blocks of the BF16-rounded master [N, K]."""
-    return _fp8(matrix.quantize_tiles(master, _is_pow2(scale_format), True), TILE_BLOCK, scale_format)
+    return _fp8(
+        matrix.quantize_tiles(master, _is_pow2(scale_format), True), TILE_BLOCK, scale_format
+    )
 
 
-def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, scale_format: str = "pow2") -> tuple[Fp8Tensor, Tensor]:
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, scale_format: str = "pow2"
+) -> tuple[Fp8Tensor, Tensor]:
     """`quantize(rms_norm(x))` for x [T, D] BF16, and rstd [T] float32 for the backward."""
     codes, scale, rstd = norm.rms_norm_quantize(x, weight, eps, _is_pow2(scale_format))
     return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), rstd
 
 
-def rms_norm_transposed(x: Tensor, rstd: Tensor, weight: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
+def rms_norm_transposed(
+    x: Tensor, rstd: Tensor, weight: Tensor, scale_format: str = "pow2"
+) -> Fp8Tensor:
     """The second result of `quantize_input(rms_norm(x))`, made again from x [T, D] and rstd."""
-    return _fp8(norm.rms_norm_transposed(x, rstd, weight, _is_pow2(scale_format)), TILE_BLOCK, scale_format)
+    return _fp8(
+        norm.rms_norm_transposed(x, rstd, weight, _is_pow2(scale_format)), TILE_BLOCK, scale_format
+    )
 
 
 def swiglu_quantize(gate: Tensor, up: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
@@ -89,19 +113,29 @@ def swiglu_quantize(gate: Tensor, up: Tensor, scale_format: str = "pow2") -> Fp8
 
 def swiglu_transposed(gate: Tensor, up: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
     """The second result of `quantize_input(silu(gate) * up)`, made again from gate and up [T, F]."""
-    return _fp8(swiglu.swiglu_transposed(gate, up, _is_pow2(scale_format)), TILE_BLOCK, scale_format)
+    return _fp8(
+        swiglu.swiglu_transposed(gate, up, _is_pow2(scale_format)), TILE_BLOCK, scale_format
+    )
 
 
-def swiglu_backward_quantize(grad: Tensor, gate: Tensor, up: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp8Tensor]:
+def swiglu_backward_quantize(
+    grad: Tensor, gate: Tensor, up: Tensor, scale_format: str = "pow2"
+) -> tuple[Fp8Tensor, Fp8Tensor]:
     """`quantize_gradient([dgate | dup])` [T, 2F] without the BF16 gradient, for grad, gate, up [T, F].
 
     Raises:
         ValueError: 128 does not divide F, so that the halves share no block grid; use `swiglu_backward` and quantise each.
     """
     if grad.shape[1] % GROUP:
-        raise ValueError(f"a fused gate/up gradient needs F divisible by 128, got {grad.shape[1]}; quantise the halves of swiglu_backward")
-    codes, scale, codes_t, scale_t = swiglu.swiglu_backward_quantize(grad, gate, up, _is_pow2(scale_format))
-    return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), Fp8Tensor(codes_t, scale_t, ROW_BLOCK, scale_format)
+        raise ValueError(
+            f"a fused gate/up gradient needs F divisible by 128, got {grad.shape[1]}; quantise the halves of swiglu_backward"
+        )
+    codes, scale, codes_t, scale_t = swiglu.swiglu_backward_quantize(
+        grad, gate, up, _is_pow2(scale_format)
+    )
+    return Fp8Tensor(codes, scale, ROW_BLOCK, scale_format), Fp8Tensor(
+        codes_t, scale_t, ROW_BLOCK, scale_format
+    )
 
 
 def _fp8(parts: tuple[Tensor, Tensor], block: tuple[int, int], scale_format: str) -> Fp8Tensor:

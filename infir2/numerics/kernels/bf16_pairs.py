@@ -41,7 +41,14 @@ def pack(first, second):
         return ((bits >> 16) & 0xFFFF) | (round_to_bf16(second).to(tl.int32, bitcast=True) & -65536)
     else:
         # Not pure: the compiler must not compute the values a second time instead of keeping the pairs.
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [first, second], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;",
+            "=r,r,r",
+            [first, second],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -49,7 +56,11 @@ def load_pairs(ptr, first_row, group, rows, stride):
     """The 128x128 tile of a BF16 matrix as pairs [128, 64]; zeros below its last row. Its columns are whole groups of 128."""
     row = first_row + tl.arange(0, 128)
     pair = group * PAIRS + tl.arange(0, PAIRS)
-    at = ptr.to(tl.pointer_type(tl.int32)) + row.to(tl.int64)[:, None] * (stride // 2) + pair[None, :]
+    at = (
+        ptr.to(tl.pointer_type(tl.int32))
+        + row.to(tl.int64)[:, None] * (stride // 2)
+        + pair[None, :]
+    )
     return tl.load(at, mask=(row < rows)[:, None], other=0)
 
 
@@ -60,14 +71,33 @@ def _encode_pairs(x, scale, POW2: tl.constexpr):
         inverse = reciprocal_of_power(scale)
         operands = [low(x) * inverse, high(x) * inverse]
         return tl.inline_asm_elementwise(
-            "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;", "=h,r,r", operands, dtype=tl.int16, is_pure=True, pack=1
+            "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;",
+            "=h,r,r",
+            operands,
+            dtype=tl.int16,
+            is_pure=True,
+            pack=1,
         )
     else:
-        return encode(low(x), scale, POW2).to(tl.int16) | (encode(high(x), scale, POW2).to(tl.int16) << 8)
+        return encode(low(x), scale, POW2).to(tl.int16) | (
+            encode(high(x), scale, POW2).to(tl.int16) << 8
+        )
 
 
 @triton.jit
-def write_pairs(x, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, first_row, group, rows, stride, scale_t_stride, POW2: tl.constexpr):
+def write_pairs(
+    x,
+    codes_ptr,
+    scale_ptr,
+    codes_t_ptr,
+    scale_t_ptr,
+    first_row,
+    group,
+    rows,
+    stride,
+    scale_t_stride,
+    POW2: tl.constexpr,
+):
     """Quantise a tile of pairs along its rows and along its columns, 1x128 both, and write both layouts.
 
     codes [rows, stride], scale with strides (1, rows); codes_t row-major with `rows` columns, scale_t with strides (1, scale_t_stride).
@@ -77,7 +107,11 @@ def write_pairs(x, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, first_row, gr
     inside = row < rows
     low_bits, high_bits = (x << 16) & 0x7FFFFFFF, x & 0x7FFF0000
     scale = block_scale(tl.max(tl.maximum(low_bits, high_bits), axis=1), POW2)
-    at = codes_ptr.to(tl.pointer_type(tl.int16)) + row.to(tl.int64)[:, None] * (stride // 2) + (group * PAIRS + pair)[None, :]
+    at = (
+        codes_ptr.to(tl.pointer_type(tl.int16))
+        + row.to(tl.int64)[:, None] * (stride // 2)
+        + (group * PAIRS + pair)[None, :]
+    )
     tl.store(at, _encode_pairs(x, scale[:, None], POW2), mask=inside[:, None])
     tl.store(scale_ptr + group.to(tl.int64) * rows + row, scale, mask=inside)
     column = group * GROUP + 2 * pair

@@ -43,7 +43,9 @@ def round_to_bf16(x):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         # An Inf or a NaN keeps its bits: the carry could turn one into a finite number.
         magnitude = tl.where(bits >= INF_BITS, bits, rounded)
-        return (magnitude | (x.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
+        return (magnitude | (x.to(tl.int32, bitcast=True) & -2147483648)).to(
+            tl.float32, bitcast=True
+        )
     else:
         return x.to(tl.bfloat16).to(tl.float32)
 
@@ -56,7 +58,9 @@ def block_scale(amax_bits, POW2: tl.constexpr):
         # one where the mantissa exceeds 1.75. The rounding of amax / 448 never crosses that line.
         scale_bits = tl.maximum(((amax_bits + 0x1FFFFF) >> 23) - 8, 1) << 23
     else:
-        quotient_bits = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 448.0).to(tl.int32, bitcast=True)
+        quotient_bits = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 448.0).to(
+            tl.int32, bitcast=True
+        )
         scale_bits = tl.maximum(quotient_bits, 1)
     scale_bits = tl.where(amax_bits == 0, 0x3F800000, scale_bits)
     scale_bits = tl.where(amax_bits >= INF_BITS, 0x7FC00000, scale_bits)

@@ -57,7 +57,13 @@ def _forward_kernel(
     group = tl.arange(0, G)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = (row < rows)[:, None, None] & (column < columns)[None, :, :]
-    x = to_float32(tl.load(x_ptr + row.to(tl.int64)[:, None, None] * x_stride + column[None, :, :], mask=inside, other=0))
+    x = to_float32(
+        tl.load(
+            x_ptr + row.to(tl.int64)[:, None, None] * x_stride + column[None, :, :],
+            mask=inside,
+            other=0,
+        )
+    )
     weight = round_to_bf16(to_float32(tl.load(weight_ptr + column, mask=column < columns, other=0)))
     mean = tl.sum(tl.sum(x * x, axis=2), axis=1) / columns
     rstd = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
@@ -74,7 +80,18 @@ def _forward_kernel(
 
 
 @triton.jit
-def _transposed_kernel(x_ptr, rstd_ptr, weight_ptr, codes_t_ptr, scale_t_ptr, rows, columns, x_stride, scale_t_stride, POW2: tl.constexpr):
+def _transposed_kernel(
+    x_ptr,
+    rstd_ptr,
+    weight_ptr,
+    codes_t_ptr,
+    scale_t_ptr,
+    rows,
+    columns,
+    x_stride,
+    scale_t_stride,
+    POW2: tl.constexpr,
+):
     first_row, group = tile_of_program(rows, columns, 128)
     x = load_values(x_ptr, first_row, group, rows, columns, x_stride, 128)
     row = first_row + tl.arange(0, 128)
@@ -83,7 +100,19 @@ def _transposed_kernel(x_ptr, rstd_ptr, weight_ptr, codes_t_ptr, scale_t_ptr, ro
     weight = round_to_bf16(to_float32(tl.load(weight_ptr + column, mask=column < columns, other=0)))
     y = round_to_bf16(x * rstd[:, None] * weight[None, :])
     codes, scale = quantize_rows_of(y, POW2)
-    write_second_layout(y, codes, scale, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, scale_t_stride, POW2)
+    write_second_layout(
+        y,
+        codes,
+        scale,
+        codes_t_ptr,
+        scale_t_ptr,
+        first_row,
+        group,
+        rows,
+        columns,
+        scale_t_stride,
+        POW2,
+    )
 
 
 @triton.jit
@@ -101,7 +130,9 @@ def _backward_kernel(
         inside = (row < end)[:, None] & (column < columns)[None, :]
         wide = row.to(tl.int64)[:, None]
         x = to_float32(tl.load(x_ptr + wide * x_stride + column[None, :], mask=inside, other=0))
-        grad = to_float32(tl.load(grad_ptr + wide * grad_stride + column[None, :], mask=inside, other=0))
+        grad = to_float32(
+            tl.load(grad_ptr + wide * grad_stride + column[None, :], mask=inside, other=0)
+        )
         rstd = tl.load(rstd_ptr + row, mask=row < end, other=0)[:, None]
         normed = x * rstd
         scaled = grad * weight[None, :]
@@ -109,9 +140,15 @@ def _backward_kernel(
         grad_weight += tl.sum(grad * normed, axis=0)
         grad_x = round_to_bf16((scaled - normed * mean[:, None]) * rstd)
         if HAS_RESIDUAL:
-            residual = tl.load(residual_ptr + wide * residual_stride + column[None, :], mask=inside, other=0)
+            residual = tl.load(
+                residual_ptr + wide * residual_stride + column[None, :], mask=inside, other=0
+            )
             grad_x = round_to_bf16(grad_x + to_float32(residual))
-        tl.store(grad_x_ptr + wide * columns + column[None, :], grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            grad_x_ptr + wide * columns + column[None, :],
+            grad_x.to(grad_x_ptr.dtype.element_ty),
+            mask=inside,
+        )
     tl.store(partial_ptr + pid.to(tl.int64) * columns + column, grad_weight, mask=column < columns)
 
 
@@ -121,7 +158,16 @@ def _forward_shape(columns: int) -> tuple[int, int]:
     return max(1, FORWARD_CONFIG["values"] // (wide * GROUP.value)), wide
 
 
-def _launch_forward(x: Tensor, weight: Tensor, eps: float, out: Tensor, scale: Tensor, rstd: Tensor, pow2: bool, quantize: bool) -> None:
+def _launch_forward(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    scale: Tensor,
+    rstd: Tensor,
+    pow2: bool,
+    quantize: bool,
+) -> None:
     rows, columns = x.shape
     if not rows:
         return
@@ -134,7 +180,9 @@ def _launch_forward(x: Tensor, weight: Tensor, eps: float, out: Tensor, scale: T
 
 
 @operator("infir2::rms_norm_quantize")
-def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, pow2: bool) -> tuple[Tensor, Tensor, Tensor]:
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, pow2: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """1x128 blocks of the normed x [T, D] BF16: (codes [T, D], scale [T, ceil(D / 128)], rstd [T] float32)."""
     x = rows_contiguous(x)
     codes, scale, rstd = _fake_rms_norm_quantize(x, weight, eps, pow2)
@@ -143,7 +191,9 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, pow2: bool) -> tupl
 
 
 @rms_norm_quantize.register_fake
-def _fake_rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, pow2: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, pow2: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape
     rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
     return empty_codes(x, rows, columns), empty_row_scales(x, rows, groups(columns)), rstd
@@ -166,7 +216,9 @@ def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 
 @operator("infir2::rms_norm_transposed")
-def rms_norm_transposed(x: Tensor, rstd: Tensor, weight: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+def rms_norm_transposed(
+    x: Tensor, rstd: Tensor, weight: Tensor, pow2: bool
+) -> tuple[Tensor, Tensor]:
     """128x128 blocks of the transposed normed x, made again from x [T, D] and rstd [T]: (codes_t [D, T], scale_t).
 
     The bytes that `transpose` ("pow2") or `quantize(y.T, (128, 128))` ("fp32") would give: a linear behind a norm need
@@ -178,19 +230,33 @@ def rms_norm_transposed(x: Tensor, rstd: Tensor, weight: Tensor, pow2: bool) -> 
     if rows:
         grid = (groups(rows) * groups(columns),)
         _transposed_kernel[grid](
-            x, rstd, weight, as_bytes(codes_t), scale_t, rows, columns, x.stride(0), scale_t.stride(0), POW2=pow2, **TRANSPOSED_CONFIG
+            x,
+            rstd,
+            weight,
+            as_bytes(codes_t),
+            scale_t,
+            rows,
+            columns,
+            x.stride(0),
+            scale_t.stride(0),
+            POW2=pow2,
+            **TRANSPOSED_CONFIG,
         )
     return codes_t, scale_t
 
 
 @rms_norm_transposed.register_fake
-def _fake_rms_norm_transposed(x: Tensor, rstd: Tensor, weight: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+def _fake_rms_norm_transposed(
+    x: Tensor, rstd: Tensor, weight: Tensor, pow2: bool
+) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     return empty_codes(x, columns, rows), empty_tile_scales(x, columns, rows)
 
 
 @operator("infir2::rms_norm_backward")
-def rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(grad_x [T, D] BF16, grad_weight [D] float32) for grad and x [T, D] BF16; run to run the same bits on one GPU.
 
     `residual` [T, D] BF16, the gradient that x gets from elsewhere, is added to grad_x as autograd would add it.
@@ -216,7 +282,9 @@ def rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, res
 
 
 @rms_norm_backward.register_fake
-def _fake_rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake_rms_norm_backward(
+    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     grad_x = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     return grad_x, torch.empty((columns,), dtype=torch.float32, device=x.device)
@@ -225,4 +293,7 @@ def _fake_rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tenso
 def _resident_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
-    return torch.cuda.get_device_properties(device).multi_processor_count * BACKWARD_CONFIG["programs_per_processor"]
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        * BACKWARD_CONFIG["programs_per_processor"]
+    )

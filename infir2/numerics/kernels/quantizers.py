@@ -36,14 +36,35 @@ TILE_CONFIG = {"num_warps": 8}
 
 
 @triton.jit
-def _rows_kernel(x_ptr, codes_ptr, scale_ptr, rows, columns, x_stride, POW2: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+def _rows_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    rows,
+    columns,
+    x_stride,
+    POW2: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
     first_row, group = tile_of_program(rows, columns, BLOCK_ROWS)
     values = load_values(x_ptr, first_row, group, rows, columns, x_stride, BLOCK_ROWS)
-    write_rows(values, codes_ptr, scale_ptr, first_row, group, rows, columns, columns, POW2, BLOCK_ROWS)
+    write_rows(
+        values, codes_ptr, scale_ptr, first_row, group, rows, columns, columns, POW2, BLOCK_ROWS
+    )
 
 
 @triton.jit
-def _rows_and_columns_kernel(x_ptr, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, rows, columns, x_stride, POW2: tl.constexpr):
+def _rows_and_columns_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    codes_t_ptr,
+    scale_t_ptr,
+    rows,
+    columns,
+    x_stride,
+    POW2: tl.constexpr,
+):
     first_row, group = tile_of_program(rows, columns, 128)
     values = load_values(x_ptr, first_row, group, rows, columns, x_stride, 128)
     write_rows(values, codes_ptr, scale_ptr, first_row, group, rows, columns, columns, POW2, 128)
@@ -52,26 +73,64 @@ def _rows_and_columns_kernel(x_ptr, codes_ptr, scale_ptr, codes_t_ptr, scale_t_p
 
 @triton.jit
 def _rows_and_tiles_kernel(
-    x_ptr, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, rows, columns, x_stride, scale_t_stride, POW2: tl.constexpr, ROWS: tl.constexpr
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    codes_t_ptr,
+    scale_t_ptr,
+    rows,
+    columns,
+    x_stride,
+    scale_t_stride,
+    POW2: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     first_row, group = tile_of_program(rows, columns, 128)
     values = load_values(x_ptr, first_row, group, rows, columns, x_stride, 128)
     if ROWS:
-        codes, scale = write_rows(values, codes_ptr, scale_ptr, first_row, group, rows, columns, columns, POW2, 128)
+        codes, scale = write_rows(
+            values, codes_ptr, scale_ptr, first_row, group, rows, columns, columns, POW2, 128
+        )
     else:
         codes, scale = quantize_rows_of(values, POW2)
-    write_second_layout(values, codes, scale, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, scale_t_stride, POW2)
+    write_second_layout(
+        values,
+        codes,
+        scale,
+        codes_t_ptr,
+        scale_t_ptr,
+        first_row,
+        group,
+        rows,
+        columns,
+        scale_t_stride,
+        POW2,
+    )
 
 
 @triton.jit
-def _transpose_kernel(codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, rows, columns, scale_row_stride, scale_group_stride, scale_t_stride):
+def _transpose_kernel(
+    codes_ptr,
+    scale_ptr,
+    codes_t_ptr,
+    scale_t_ptr,
+    rows,
+    columns,
+    scale_row_stride,
+    scale_group_stride,
+    scale_t_stride,
+):
     first_row, group = tile_of_program(rows, columns, 128)
     codes = load_tile(codes_ptr, first_row, group, rows, columns, columns, 128)
     row = first_row + tl.arange(0, 128)
-    scale_at = scale_ptr + group.to(tl.int64) * scale_group_stride + row.to(tl.int64) * scale_row_stride
+    scale_at = (
+        scale_ptr + group.to(tl.int64) * scale_group_stride + row.to(tl.int64) * scale_row_stride
+    )
     row_scale = tl.load(scale_at, mask=row < rows, other=0.0)
     tile, tile_scale = rescale_tile(codes, row_scale)
-    write_transposed_tile(tile, tile_scale, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, scale_t_stride)
+    write_transposed_tile(
+        tile, tile_scale, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, scale_t_stride
+    )
 
 
 @triton.jit
@@ -82,7 +141,17 @@ def _transpose_bytes_kernel(codes_ptr, codes_t_ptr, rows, columns):
 
 
 @triton.jit
-def _tiles_kernel(x_ptr, codes_ptr, scale_ptr, rows, columns, x_stride, scale_stride, POW2: tl.constexpr, ROUND_TO_BF16: tl.constexpr):
+def _tiles_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    rows,
+    columns,
+    x_stride,
+    scale_stride,
+    POW2: tl.constexpr,
+    ROUND_TO_BF16: tl.constexpr,
+):
     first_row, group = tile_of_program(rows, columns, 128)
     values = load_values(x_ptr, first_row, group, rows, columns, x_stride, 128)
     if ROUND_TO_BF16:
@@ -93,22 +162,65 @@ def _tiles_kernel(x_ptr, codes_ptr, scale_ptr, rows, columns, x_stride, scale_st
 
 
 @triton.jit
-def _encode_kernel(x_ptr, codes_ptr, scale_ptr, rows, columns, x_stride, scale_stride, POW2: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+def _encode_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    rows,
+    columns,
+    x_stride,
+    scale_stride,
+    POW2: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
     first_row, group = tile_of_program(rows, columns, BLOCK_ROWS)
-    values = round_to_bf16(load_values(x_ptr, first_row, group, rows, columns, x_stride, BLOCK_ROWS))
+    values = round_to_bf16(
+        load_values(x_ptr, first_row, group, rows, columns, x_stride, BLOCK_ROWS)
+    )
     row = first_row + tl.arange(0, BLOCK_ROWS)
     scale = tl.load(scale_ptr + row.to(tl.int64) * scale_stride + group, mask=row < rows, other=1.0)
-    store_tile(codes_ptr, encode(values, scale[:, None], POW2), first_row, group * 128, rows, columns, columns, BLOCK_ROWS, 128)
+    store_tile(
+        codes_ptr,
+        encode(values, scale[:, None], POW2),
+        first_row,
+        group * 128,
+        rows,
+        columns,
+        columns,
+        BLOCK_ROWS,
+        128,
+    )
 
 
 @triton.jit
-def _dequantize_kernel(codes_ptr, scale_ptr, out_ptr, rows, columns, scale_row_stride, scale_group_stride, BLOCK_ROWS: tl.constexpr):
+def _dequantize_kernel(
+    codes_ptr,
+    scale_ptr,
+    out_ptr,
+    rows,
+    columns,
+    scale_row_stride,
+    scale_group_stride,
+    BLOCK_ROWS: tl.constexpr,
+):
     first_row, group = tile_of_program(rows, columns, BLOCK_ROWS)
     codes = load_tile(codes_ptr, first_row, group, rows, columns, columns, BLOCK_ROWS)
     row = first_row + tl.arange(0, BLOCK_ROWS)
-    scale_at = scale_ptr + group.to(tl.int64) * scale_group_stride + row.to(tl.int64) * scale_row_stride
+    scale_at = (
+        scale_ptr + group.to(tl.int64) * scale_group_stride + row.to(tl.int64) * scale_row_stride
+    )
     values = round_to_bf16(decode(codes) * tl.load(scale_at, mask=row < rows, other=0.0)[:, None])
-    store_tile(out_ptr, values.to(out_ptr.dtype.element_ty), first_row, group * 128, rows, columns, columns, BLOCK_ROWS, 128)
+    store_tile(
+        out_ptr,
+        values.to(out_ptr.dtype.element_ty),
+        first_row,
+        group * 128,
+        rows,
+        columns,
+        columns,
+        BLOCK_ROWS,
+        128,
+    )
 
 
 def groups(size: int) -> int:
@@ -129,7 +241,9 @@ def empty_row_scales(like: Tensor, rows: int, num_groups: int) -> Tensor:
 def empty_tile_scales(like: Tensor, rows: int, columns: int) -> Tensor:
     """128x128 scales of a [rows, columns] matrix, as a view of rows padded to a multiple of 4 (what cuBLAS reads)."""
     wide = -(-groups(columns) // 4) * 4
-    return torch.empty((groups(rows), wide), dtype=torch.float32, device=like.device)[:, : groups(columns)]
+    return torch.empty((groups(rows), wide), dtype=torch.float32, device=like.device)[
+        :, : groups(columns)
+    ]
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -150,7 +264,9 @@ def quantize_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     codes, scale = _fake_quantize_rows(x, pow2)
     if rows:
         grid = (triton.cdiv(rows, ROWS_CONFIG["BLOCK_ROWS"]) * groups(columns),)
-        _rows_kernel[grid](x, as_bytes(codes), scale, rows, columns, x.stride(0), POW2=pow2, **ROWS_CONFIG)
+        _rows_kernel[grid](
+            x, as_bytes(codes), scale, rows, columns, x.stride(0), POW2=pow2, **ROWS_CONFIG
+        )
     return codes, scale
 
 
@@ -169,7 +285,16 @@ def quantize_rows_and_columns(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Te
     if rows:
         grid = (groups(rows) * groups(columns),)
         _rows_and_columns_kernel[grid](
-            x, as_bytes(codes), scale, as_bytes(codes_t), scale_t, rows, columns, x.stride(0), POW2=pow2, **GRADIENT_CONFIG
+            x,
+            as_bytes(codes),
+            scale,
+            as_bytes(codes_t),
+            scale_t,
+            rows,
+            columns,
+            x.stride(0),
+            POW2=pow2,
+            **GRADIENT_CONFIG,
         )
     return codes, scale, codes_t, scale_t
 
@@ -216,7 +341,15 @@ def _fake_quantize_transposed(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     return empty_codes(x, columns, rows), empty_tile_scales(x, columns, rows)
 
 
-def _launch_rows_and_tiles(x: Tensor, codes: Tensor, scale: Tensor, codes_t: Tensor, scale_t: Tensor, pow2: bool, with_rows: bool) -> None:
+def _launch_rows_and_tiles(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    codes_t: Tensor,
+    scale_t: Tensor,
+    pow2: bool,
+    with_rows: bool,
+) -> None:
     rows, columns = x.shape
     if rows:
         _rows_and_tiles_kernel[(groups(rows) * groups(columns),)](
@@ -233,7 +366,16 @@ def dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
     out = _fake_dequantize_rows(codes, scale)
     if rows:
         grid = (triton.cdiv(rows, ROWS_CONFIG["BLOCK_ROWS"]) * groups(columns),)
-        _dequantize_kernel[grid](as_bytes(codes), scale, out, rows, columns, scale.stride(0), scale.stride(1), **ROWS_CONFIG)
+        _dequantize_kernel[grid](
+            as_bytes(codes),
+            scale,
+            out,
+            rows,
+            columns,
+            scale.stride(0),
+            scale.stride(1),
+            **ROWS_CONFIG,
+        )
     return out
 
 
@@ -250,7 +392,9 @@ def transpose_bytes(codes: Tensor) -> Tensor:
     codes_t = _fake_transpose_bytes(codes)
     if rows:
         grid = (groups(rows) * groups(columns),)
-        _transpose_bytes_kernel[grid](as_bytes(codes), as_bytes(codes_t), rows, columns, num_warps=4)
+        _transpose_bytes_kernel[grid](
+            as_bytes(codes), as_bytes(codes_t), rows, columns, num_warps=4
+        )
     return codes_t
 
 
@@ -268,7 +412,16 @@ def transpose_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     if rows:
         grid = (groups(rows) * groups(columns),)
         strides = (scale.stride(0), scale.stride(1), scale_t.stride(0))
-        _transpose_kernel[grid](as_bytes(codes), scale, as_bytes(codes_t), scale_t, rows, columns, *strides, **TILE_CONFIG)
+        _transpose_kernel[grid](
+            as_bytes(codes),
+            scale,
+            as_bytes(codes_t),
+            scale_t,
+            rows,
+            columns,
+            *strides,
+            **TILE_CONFIG,
+        )
     return codes_t, scale_t
 
 
@@ -303,6 +456,11 @@ def encode_weight_rows(x: Tensor, scale: Tensor, pow2: bool) -> Tensor:
     rows, columns = x.shape
     codes = empty_codes(x, rows, columns)
     if rows:
-        grid, strides = (triton.cdiv(rows, ROWS_CONFIG["BLOCK_ROWS"]) * groups(columns),), (x.stride(0), scale.stride(0))
-        _encode_kernel[grid](x, as_bytes(codes), scale, rows, columns, *strides, POW2=pow2, **ROWS_CONFIG)
+        grid, strides = (
+            (triton.cdiv(rows, ROWS_CONFIG["BLOCK_ROWS"]) * groups(columns),),
+            (x.stride(0), scale.stride(0)),
+        )
+        _encode_kernel[grid](
+            x, as_bytes(codes), scale, rows, columns, *strides, POW2=pow2, **ROWS_CONFIG
+        )
     return codes

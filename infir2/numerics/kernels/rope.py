@@ -43,8 +43,12 @@ def _rope_kernel(
     second = to_float32(tl.load(source + HALF + lane[None, :], mask=inside, other=0))
     if HAS_BIAS:
         bias = bias_ptr + head * 2 * HALF + lane
-        first = round_to_bf16(first + round_to_bf16(tl.load(bias, mask=lane < HALF, other=0))[None, :])
-        second = round_to_bf16(second + round_to_bf16(tl.load(bias + HALF, mask=lane < HALF, other=0))[None, :])
+        first = round_to_bf16(
+            first + round_to_bf16(tl.load(bias, mask=lane < HALF, other=0))[None, :]
+        )
+        second = round_to_bf16(
+            second + round_to_bf16(tl.load(bias + HALF, mask=lane < HALF, other=0))[None, :]
+        )
     if head < q_heads + k_heads:
         angle = token[:, None] * HALF + lane[None, :]
         cos = tl.load(cos_ptr + angle, mask=inside, other=0)
@@ -57,7 +61,9 @@ def _rope_kernel(
 
 
 @operator("infir2::rope")
-def rope(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+def rope(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, inverse: bool
+) -> Tensor:
     """Heads of q [T, N, H], k and v [T, G, H] BF16 in one matrix [T, (N + 2 G) H], plus bias, q and k rotated.
 
     Args:
@@ -79,5 +85,7 @@ def rope(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cos: Tensor, sin:
 
 
 @rope.register_fake
-def _fake_rope(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+def _fake_rope(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, inverse: bool
+) -> Tensor:
     return q.new_empty((q.shape[0], (q.shape[1] + 2 * k.shape[1]) * q.shape[2]))

@@ -26,7 +26,14 @@ def _forward_kernel(logits_ptr, labels_ptr, logprob_ptr, normalizer_ptr, entropy
     total = tl.zeros((WIDE,), tl.float32)
     weighted = tl.zeros((WIDE,), tl.float32)
     for start in range(0, columns, WIDE):
-        x = tl.load(logits_ptr + row * columns + start + lane, mask=start + lane < columns, other=float("-inf")) * inverse_temperature
+        x = (
+            tl.load(
+                logits_ptr + row * columns + start + lane,
+                mask=start + lane < columns,
+                other=float("-inf"),
+            )
+            * inverse_temperature
+        )
         higher = tl.maximum(largest, x)
         shrink = tl.where(largest == float("-inf"), 0.0, tl.exp(largest - higher))
         share = tl.where(x == float("-inf"), 0.0, tl.exp(x - higher))
@@ -40,13 +47,25 @@ def _forward_kernel(logits_ptr, labels_ptr, logprob_ptr, normalizer_ptr, entropy
     normalizer = top + tl.log(sum_exp)
     label = tl.load(labels_ptr + row)
     tl.store(normalizer_ptr + row, normalizer)
-    tl.store(logprob_ptr + row, tl.load(logits_ptr + row * columns + label) * inverse_temperature - normalizer)
+    tl.store(
+        logprob_ptr + row,
+        tl.load(logits_ptr + row * columns + label) * inverse_temperature - normalizer,
+    )
     if ENTROPY:
         tl.store(entropy_ptr + row, normalizer - tl.sum(weighted * shrink, axis=0) / sum_exp)
 
 
 @triton.jit
-def _backward_kernel(logits_ptr, labels_ptr, normalizer_ptr, grad_ptr, out_ptr, columns, inverse_temperature, WIDE: tl.constexpr):
+def _backward_kernel(
+    logits_ptr,
+    labels_ptr,
+    normalizer_ptr,
+    grad_ptr,
+    out_ptr,
+    columns,
+    inverse_temperature,
+    WIDE: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     inside = lane < columns
@@ -54,37 +73,63 @@ def _backward_kernel(logits_ptr, labels_ptr, normalizer_ptr, grad_ptr, out_ptr, 
     probability = tl.exp(x - tl.load(normalizer_ptr + row))
     scaled = tl.load(grad_ptr + row) * inverse_temperature
     grad = scaled * (tl.where(lane == tl.load(labels_ptr + row), 1.0, 0.0) - probability)
-    tl.store(out_ptr + row * columns + lane, round_to_bf16(grad).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        out_ptr + row * columns + lane,
+        round_to_bf16(grad).to(out_ptr.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @operator("infir2::label_logprobs")
-def label_logprobs(logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def label_logprobs(
+    logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probability of the label, log-sum-exp, entropy), FP32 [T] each, of softmax(logits [T, V] FP32 / temperature)."""
     logprobs, normalizer, entropy = _fake_label_logprobs(logits, labels, temperature, with_entropy)
     if logits.shape[0]:
         _forward_kernel[(logits.shape[0],)](
-            logits, labels, logprobs, normalizer, entropy, logits.shape[1], 1.0 / temperature, ENTROPY=with_entropy, **_CONFIG
+            logits,
+            labels,
+            logprobs,
+            normalizer,
+            entropy,
+            logits.shape[1],
+            1.0 / temperature,
+            ENTROPY=with_entropy,
+            **_CONFIG,
         )
     return logprobs, normalizer, entropy
 
 
 @label_logprobs.register_fake
-def _fake_label_logprobs(logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_label_logprobs(
+    logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
-    return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows if with_entropy else 0)
+    return (
+        logits.new_empty(rows),
+        logits.new_empty(rows),
+        logits.new_empty(rows if with_entropy else 0),
+    )
 
 
 @operator("infir2::label_logprobs_backward")
-def label_logprobs_backward(logits: Tensor, labels: Tensor, normalizer: Tensor, grad: Tensor, temperature: float) -> Tensor:
+def label_logprobs_backward(
+    logits: Tensor, labels: Tensor, normalizer: Tensor, grad: Tensor, temperature: float
+) -> Tensor:
     """Gradient of the logits [T, V] in BF16, for the gradient [T] of the labels' log-probabilities."""
     out = _fake_label_logprobs_backward(logits, labels, normalizer, grad, temperature)
     rows, columns = logits.shape
     if rows:
         grid = (rows, triton.cdiv(columns, _CONFIG["WIDE"]))
-        _backward_kernel[grid](logits, labels, normalizer, grad, out, columns, 1.0 / temperature, **_CONFIG)
+        _backward_kernel[grid](
+            logits, labels, normalizer, grad, out, columns, 1.0 / temperature, **_CONFIG
+        )
     return out
 
 
 @label_logprobs_backward.register_fake
-def _fake_label_logprobs_backward(logits: Tensor, labels: Tensor, normalizer: Tensor, grad: Tensor, temperature: float) -> Tensor:
+def _fake_label_logprobs_backward(
+    logits: Tensor, labels: Tensor, normalizer: Tensor, grad: Tensor, temperature: float
+) -> Tensor:
     return torch.empty(logits.shape, dtype=torch.bfloat16, device=logits.device)

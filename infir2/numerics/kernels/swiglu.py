@@ -79,7 +79,9 @@ def _up_gradient(grad, gate):
 
 
 @triton.jit
-def _load_pair(gate_ptr, up_ptr, first_row, group, rows, columns, gate_stride, up_stride, R: tl.constexpr):
+def _load_pair(
+    gate_ptr, up_ptr, first_row, group, rows, columns, gate_stride, up_stride, R: tl.constexpr
+):
     gate = load_values(gate_ptr, first_row, group, rows, columns, gate_stride, R)
     return gate, load_values(up_ptr, first_row, group, rows, columns, up_stride, R)
 
@@ -90,24 +92,53 @@ def _forward_kernel(
     BLOCK_ROWS: tl.constexpr
 ):  # fmt: skip
     first_row, group = tile_of_program(rows, columns, BLOCK_ROWS)
-    gate, up = _load_pair(gate_ptr, up_ptr, first_row, group, rows, columns, gate_stride, up_stride, BLOCK_ROWS)
+    gate, up = _load_pair(
+        gate_ptr, up_ptr, first_row, group, rows, columns, gate_stride, up_stride, BLOCK_ROWS
+    )
     y = _product(gate, up)
     if QUANTIZE:
-        write_rows(y, codes_ptr, scale_ptr, first_row, group, rows, columns, columns, POW2, BLOCK_ROWS)
+        write_rows(
+            y, codes_ptr, scale_ptr, first_row, group, rows, columns, columns, POW2, BLOCK_ROWS
+        )
     else:
         tile = y.to(codes_ptr.dtype.element_ty)
-        store_tile(codes_ptr, tile, first_row, group * GROUP, rows, columns, columns, BLOCK_ROWS, GROUP)
+        store_tile(
+            codes_ptr, tile, first_row, group * GROUP, rows, columns, columns, BLOCK_ROWS, GROUP
+        )
 
 
 @triton.jit
 def _transposed_kernel(
-    gate_ptr, up_ptr, codes_t_ptr, scale_t_ptr, rows, columns, gate_stride, up_stride, scale_t_stride, POW2: tl.constexpr
+    gate_ptr,
+    up_ptr,
+    codes_t_ptr,
+    scale_t_ptr,
+    rows,
+    columns,
+    gate_stride,
+    up_stride,
+    scale_t_stride,
+    POW2: tl.constexpr,
 ):
     first_row, group = tile_of_program(rows, columns, 128)
-    gate, up = _load_pair(gate_ptr, up_ptr, first_row, group, rows, columns, gate_stride, up_stride, 128)
+    gate, up = _load_pair(
+        gate_ptr, up_ptr, first_row, group, rows, columns, gate_stride, up_stride, 128
+    )
     y = _product(gate, up)
     codes, scale = quantize_rows_of(y, POW2)
-    write_second_layout(y, codes, scale, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, scale_t_stride, POW2)
+    write_second_layout(
+        y,
+        codes,
+        scale,
+        codes_t_ptr,
+        scale_t_ptr,
+        first_row,
+        group,
+        rows,
+        columns,
+        scale_t_stride,
+        POW2,
+    )
 
 
 @triton.jit
@@ -125,7 +156,10 @@ def _backward_quantize_kernel(
     grad = load_pairs(grad_ptr, first_row, group, rows, grad_stride)
     if half == 0:
         up = load_pairs(up_ptr, first_row, group, rows, up_stride)
-        values = pack(_gate_gradient(low(grad), low(gate), low(up)), _gate_gradient(high(grad), high(gate), high(up)))
+        values = pack(
+            _gate_gradient(low(grad), low(gate), low(up)),
+            _gate_gradient(high(grad), high(gate), high(up)),
+        )
     else:
         values = pack(_up_gradient(low(grad), low(gate)), _up_gradient(high(grad), high(gate)))
     # [T, 2F] and [2F, T]: the half of `up` begins at column F, at row F, and at scale group F / 128.
@@ -133,28 +167,79 @@ def _backward_quantize_kernel(
     scale_ptr += half * num_groups * rows
     codes_t_ptr += (half * columns).to(tl.int64) * rows
     scale_t_ptr += half * columns
-    write_pairs(values, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns * 2, columns * 2, POW2)
+    write_pairs(
+        values,
+        codes_ptr,
+        scale_ptr,
+        codes_t_ptr,
+        scale_t_ptr,
+        first_row,
+        group,
+        rows,
+        columns * 2,
+        columns * 2,
+        POW2,
+    )
 
 
 @triton.jit
-def _backward_kernel(grad_ptr, gate_ptr, up_ptr, out_ptr, rows, columns, grad_stride, gate_stride, up_stride, BLOCK_ROWS: tl.constexpr):
+def _backward_kernel(
+    grad_ptr,
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    rows,
+    columns,
+    grad_stride,
+    gate_stride,
+    up_stride,
+    BLOCK_ROWS: tl.constexpr,
+):
     first_row, group = tile_of_program(rows, columns, BLOCK_ROWS)
     grad = load_values(grad_ptr, first_row, group, rows, columns, grad_stride, BLOCK_ROWS)
-    gate, up = _load_pair(gate_ptr, up_ptr, first_row, group, rows, columns, gate_stride, up_stride, BLOCK_ROWS)
+    gate, up = _load_pair(
+        gate_ptr, up_ptr, first_row, group, rows, columns, gate_stride, up_stride, BLOCK_ROWS
+    )
     grad_gate = round_to_bf16(_gate_gradient(grad, gate, up)).to(out_ptr.dtype.element_ty)
     grad_up = round_to_bf16(_up_gradient(grad, gate)).to(out_ptr.dtype.element_ty)
     first_column = group * GROUP
-    store_tile(out_ptr, grad_gate, first_row, first_column, rows, columns, columns * 2, BLOCK_ROWS, GROUP)
-    store_tile(out_ptr + columns, grad_up, first_row, first_column, rows, columns, columns * 2, BLOCK_ROWS, GROUP)
+    store_tile(
+        out_ptr, grad_gate, first_row, first_column, rows, columns, columns * 2, BLOCK_ROWS, GROUP
+    )
+    store_tile(
+        out_ptr + columns,
+        grad_up,
+        first_row,
+        first_column,
+        rows,
+        columns,
+        columns * 2,
+        BLOCK_ROWS,
+        GROUP,
+    )
 
 
-def _launch_forward(gate: Tensor, up: Tensor, out: Tensor, scale: Tensor, pow2: bool, quantize: bool) -> None:
+def _launch_forward(
+    gate: Tensor, up: Tensor, out: Tensor, scale: Tensor, pow2: bool, quantize: bool
+) -> None:
     rows, columns = gate.shape
     if not rows:
         return
     gate, up = rows_contiguous(gate), rows_contiguous(up)
     grid = (triton.cdiv(rows, ROWS_CONFIG["BLOCK_ROWS"]) * groups(columns),)
-    _forward_kernel[grid](gate, up, out, scale, rows, columns, gate.stride(0), up.stride(0), POW2=pow2, QUANTIZE=quantize, **ROWS_CONFIG)
+    _forward_kernel[grid](
+        gate,
+        up,
+        out,
+        scale,
+        rows,
+        columns,
+        gate.stride(0),
+        up.stride(0),
+        POW2=pow2,
+        QUANTIZE=quantize,
+        **ROWS_CONFIG,
+    )
 
 
 @operator("infir2::swiglu_quantize")
@@ -196,7 +281,17 @@ def swiglu_transposed(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Ten
         gate, up = rows_contiguous(gate), rows_contiguous(up)
         grid = (groups(rows) * groups(columns),)
         strides = (gate.stride(0), up.stride(0), scale_t.stride(0))
-        _transposed_kernel[grid](gate, up, as_bytes(codes_t), scale_t, rows, columns, *strides, POW2=pow2, **TRANSPOSED_CONFIG)
+        _transposed_kernel[grid](
+            gate,
+            up,
+            as_bytes(codes_t),
+            scale_t,
+            rows,
+            columns,
+            *strides,
+            POW2=pow2,
+            **TRANSPOSED_CONFIG,
+        )
     return codes_t, scale_t
 
 
@@ -207,7 +302,9 @@ def _fake_swiglu_transposed(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tenso
 
 
 @operator("infir2::swiglu_backward_quantize")
-def swiglu_backward_quantize(grad: Tensor, gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def swiglu_backward_quantize(
+    grad: Tensor, gate: Tensor, up: Tensor, pow2: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantised gradient [dgate | dup] for grad, gate, up [T, F] BF16, as g and as g.T; F is a multiple of 128.
 
     Returns:
@@ -227,7 +324,9 @@ def swiglu_backward_quantize(grad: Tensor, gate: Tensor, up: Tensor, pow2: bool)
 
 
 @swiglu_backward_quantize.register_fake
-def _fake_swiglu_backward_quantize(grad: Tensor, gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_swiglu_backward_quantize(
+    grad: Tensor, gate: Tensor, up: Tensor, pow2: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = grad.shape
     return (
         empty_codes(grad, rows, 2 * columns),

@@ -44,7 +44,9 @@ def load_values(ptr, first_row, group, rows, columns, stride, BLOCK_ROWS: tl.con
 
 
 @triton.jit
-def store_tile(ptr, tile, first_row, first_column, rows, columns, stride, R: tl.constexpr, C: tl.constexpr):
+def store_tile(
+    ptr, tile, first_row, first_column, rows, columns, stride, R: tl.constexpr, C: tl.constexpr
+):
     """Write a tile [R, C] at (first_row, first_column) of a row-major [rows, columns] matrix."""
     row = tl.arange(0, R)
     column = first_column + tl.arange(0, C)
@@ -68,7 +70,18 @@ def quantize_rows_of(values, POW2: tl.constexpr):
 
 
 @triton.jit
-def write_rows(values, codes_ptr, scale_ptr, first_row, group, rows, columns, stride, POW2: tl.constexpr, R: tl.constexpr):
+def write_rows(
+    values,
+    codes_ptr,
+    scale_ptr,
+    first_row,
+    group,
+    rows,
+    columns,
+    stride,
+    POW2: tl.constexpr,
+    R: tl.constexpr,
+):
     """Quantise the rows of a tile as 1x128 blocks and write them; returns (codes, scale)."""
     codes, scale = quantize_rows_of(values, POW2)
     store_tile(codes_ptr, codes, first_row, group * GROUP, rows, columns, stride, R, GROUP)
@@ -77,18 +90,28 @@ def write_rows(values, codes_ptr, scale_ptr, first_row, group, rows, columns, st
 
 
 @triton.jit
-def write_columns(values, codes_ptr, scale_ptr, first_row, group, rows, columns, scale_stride, POW2: tl.constexpr):
+def write_columns(
+    values, codes_ptr, scale_ptr, first_row, group, rows, columns, scale_stride, POW2: tl.constexpr
+):
     """Quantise the columns of a 128x128 tile as 1x128 blocks of the transposed matrix [columns, rows] and write them."""
     scale = block_scale(tl.max(magnitude_bits(values), axis=0), POW2)
     codes = encode(values, scale[None, :], POW2)
-    store_tile(codes_ptr, tl.trans(codes), group * GROUP, first_row, columns, rows, rows, GROUP, GROUP)
-    store_group_scales(scale_ptr, scale, group * GROUP, first_row // GROUP, columns, scale_stride, GROUP)
+    store_tile(
+        codes_ptr, tl.trans(codes), group * GROUP, first_row, columns, rows, rows, GROUP, GROUP
+    )
+    store_group_scales(
+        scale_ptr, scale, group * GROUP, first_row // GROUP, columns, scale_stride, GROUP
+    )
 
 
 @triton.jit
-def write_transposed_tile(codes, scale, codes_ptr, scale_ptr, first_row, group, rows, columns, scale_stride):
+def write_transposed_tile(
+    codes, scale, codes_ptr, scale_ptr, first_row, group, rows, columns, scale_stride
+):
     """Write a quantised 128x128 tile (codes, one scale) into the transposed matrix [columns, rows]."""
-    store_tile(codes_ptr, tl.trans(codes), group * GROUP, first_row, columns, rows, rows, GROUP, GROUP)
+    store_tile(
+        codes_ptr, tl.trans(codes), group * GROUP, first_row, columns, rows, rows, GROUP, GROUP
+    )
     tl.store(scale_ptr + group.to(tl.int64) * scale_stride + first_row // GROUP, scale)
 
 
@@ -100,10 +123,24 @@ def quantize_tile_of(values, POW2: tl.constexpr):
 
 
 @triton.jit
-def write_second_layout(values, codes, row_scale, codes_ptr, scale_ptr, first_row, group, rows, columns, scale_stride, POW2: tl.constexpr):
+def write_second_layout(
+    values,
+    codes,
+    row_scale,
+    codes_ptr,
+    scale_ptr,
+    first_row,
+    group,
+    rows,
+    columns,
+    scale_stride,
+    POW2: tl.constexpr,
+):
     """The 128x128 blocks of the transposed matrix: "pow2" from the 1x128 codes, "fp32" from the values themselves."""
     if POW2:
         tile, scale = rescale_tile(codes, row_scale)
     else:
         tile, scale = quantize_tile_of(values, POW2)
-    write_transposed_tile(tile, scale, codes_ptr, scale_ptr, first_row, group, rows, columns, scale_stride)
+    write_transposed_tile(
+        tile, scale, codes_ptr, scale_ptr, first_row, group, rows, columns, scale_stride
+    )

@@ -27,7 +27,9 @@ pytestmark = pytest.mark.skipif(not knobs.runtime.interpret, reason="needs TRITO
 @pytest.mark.parametrize("name", cases.CONVERSIONS)
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_conversions_have_the_reference_s_bits(name: str, scale_format: str, shape: tuple[int, int]) -> None:
+def test_conversions_have_the_reference_s_bits(
+    name: str, scale_format: str, shape: tuple[int, int]
+) -> None:
     kernel, reference = cases.CONVERSIONS[name]
     x = cases.hostile(*shape)
     for found, expected in zip(kernel(x, scale_format), reference(x, scale_format), strict=True):
@@ -36,7 +38,9 @@ def test_conversions_have_the_reference_s_bits(name: str, scale_format: str, sha
 
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize(("first", "rows"), [(0, 130), (64, 70), (200, 131), (331, 0)])
-def test_rows_of_a_weight_have_the_bytes_of_the_whole(scale_format: str, first: int, rows: int) -> None:
+def test_rows_of_a_weight_have_the_bytes_of_the_whole(
+    scale_format: str, first: int, rows: int
+) -> None:
     weight, part = cases.hostile(331, 200).float(), slice(first, first + rows)
     whole = quantize_reference(weight.bfloat16(), (128, 128), scale_format)
     scale = whole.scale[torch.arange(first, first + rows) // 128]
@@ -47,7 +51,9 @@ def test_rows_of_a_weight_have_the_bytes_of_the_whole(scale_format: str, first: 
 @pytest.mark.parametrize("name", cases.FUSED)
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("shape", [(3, 576), (131, 128), (0, 128)])
-def test_fused_quantisers_have_the_bits_of_quantising_the_bf16_result(name: str, scale_format: str, shape: tuple[int, int]) -> None:
+def test_fused_quantisers_have_the_bits_of_quantising_the_bf16_result(
+    name: str, scale_format: str, shape: tuple[int, int]
+) -> None:
     if name == "swiglu backward" and shape[1] % 128:
         pytest.skip("the halves of a fused gradient share a block grid only where 128 divides F")
     kernel, reference = cases.FUSED[name]
@@ -61,7 +67,9 @@ def test_producers_round_the_fp64_definition_up_to_its_last_bit() -> None:
         assert found.dtype == expected.dtype, name
         # An FP32 sum beside a tie moves a BF16 result by one ulp, 2**-8; it may happen, but hardly ever.
         differing = (found != expected).double().mean().item()
-        assert relative_error(expected, found) < (1e-5 if found.dtype == torch.float32 else 2e-4), name
+        assert relative_error(expected, found) < (1e-5 if found.dtype == torch.float32 else 2e-4), (
+            name
+        )
         assert found.dtype == torch.float32 or differing < 0.01, (name, differing)
 
 
@@ -74,7 +82,9 @@ def test_rope_is_the_reference_s_after_a_rounded_bias(shape: tuple[int, int, int
 @pytest.mark.parametrize(("shape", "temperature"), [((3, 100), 1.0), ((5, 9000), 0.7)])
 def test_softmax_of_the_head_agrees_with_fp64(shape: tuple[int, int], temperature: float) -> None:
     for name, (found, expected) in cases.softmax_results(*shape, temperature, "cpu").items():
-        assert relative_error(expected, found.double()) < (3e-3 if found.dtype == torch.bfloat16 else 1e-5), name
+        assert relative_error(expected, found.double()) < (
+            3e-3 if found.dtype == torch.bfloat16 else 1e-5
+        ), name
 
 
 @pytest.mark.parametrize("states", ["fp32", "bf16", "fp8"])
@@ -83,46 +93,82 @@ def test_adamw_s_kernel_is_the_reference(states: str) -> None:
     shapes, clip = [(37, 53), (6, 128), (1, 3)], torch.tensor(0.7)
     for update in (adamw.adamw_, adamw_on_kernels):
         parameters = [cases.gaussian(*shape).float() for shape in shapes]
-        moments = [adamw.Moments(m, v, *scales) for p in parameters for m, v, *scales in [new_moments(p, states)]]
+        moments = [
+            adamw.Moments(m, v, *scales)
+            for p in parameters
+            for m, v, *scales in [new_moments(p, states)]
+        ]
         generator = torch.Generator().manual_seed(1)
         for step in range(1, 5):
             gradients = [
-                torch.randn(p.shape, generator=generator) * torch.exp(2 * torch.randn((), generator=generator)) for p in parameters
+                torch.randn(p.shape, generator=generator)
+                * torch.exp(2 * torch.randn((), generator=generator))
+                for p in parameters
             ]
-            update(parameters, gradients, moments, adamw.Hyper(step, 1e-2, 0.9, 0.95, 1e-8, 0.1), clip)
-        results.append([*parameters, *(t for state in moments for t in vars(state).values() if t is not None)])
+            update(
+                parameters, gradients, moments, adamw.Hyper(step, 1e-2, 0.9, 0.95, 1e-8, 0.1), clip
+            )
+        results.append(
+            [*parameters, *(t for state in moments for t in vars(state).values() if t is not None)]
+        )
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def new_moments(p: torch.Tensor, states: str) -> list[torch.Tensor | None]:
-    (m, m_scale), (v, v_scale) = adamw.new_moment(p, states, "cpu"), adamw.new_moment(p, states, "cpu")
+    (m, m_scale), (v, v_scale) = (
+        adamw.new_moment(p, states, "cpu"),
+        adamw.new_moment(p, states, "cpu"),
+    )
     return [m, v, m_scale, v_scale]
 
 
-def adamw_on_kernels(parameters, gradients, moments, hyper: adamw.Hyper, clip: torch.Tensor) -> None:
-    tensors = [(p, g, s.m, s.m_scale, s.v, s.v_scale) for p, g, s in zip(parameters, gradients, moments, strict=True)]
-    numbers = (hyper.step, hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.decay, *hyper.corrections)
+def adamw_on_kernels(
+    parameters, gradients, moments, hyper: adamw.Hyper, clip: torch.Tensor
+) -> None:
+    tensors = [
+        (p, g, s.m, s.m_scale, s.v, s.v_scale)
+        for p, g, s in zip(parameters, gradients, moments, strict=True)
+    ]
+    numbers = (
+        hyper.step,
+        hyper.lr,
+        hyper.beta1,
+        hyper.beta2,
+        hyper.eps,
+        hyper.decay,
+        *hyper.corrections,
+    )
     adamw_kernels.adamw_(tensors, clip, *numbers)
 
 
-def decoder_results(on_kernels: bool, scale_format: str, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+def decoder_results(
+    on_kernels: bool, scale_format: str, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> list[torch.Tensor]:
     """Hidden states and all gradients of a small decoder, by the fused operations or by their definitions."""
-    monkeypatch.setattr(fused, "serves", lambda x, dtype=None: on_kernels and (dtype or x.dtype) == torch.bfloat16)
-    shape = ShapeSection(hidden_size=128, ffn_size=256, num_heads=4, num_kv_heads=2, head_dim=64, num_layers=1)
+    monkeypatch.setattr(
+        fused, "serves", lambda x, dtype=None: on_kernels and (dtype or x.dtype) == torch.bfloat16
+    )
+    shape = ShapeSection(
+        hidden_size=128, ffn_size=256, num_heads=4, num_kv_heads=2, head_dim=64, num_layers=1
+    )
     model = Decoder.from_shape(shape, vocab_size=50, seed=1)
     model.memory = memory
     if scale_format:
         convert_to_fp8(model, Fp8Section(scale_format=scale_format))
     ids = torch.randint(0, 50, (100,), generator=torch.Generator().manual_seed(2))
     hidden = model.hidden_states(ids, torch.arange(100), torch.tensor([0, 100]))
-    logprobs, _ = token_logprobs(hidden, model.head_weight, ids, chunk_tokens=64, uniform_gradient=True)
+    logprobs, _ = token_logprobs(
+        hidden, model.head_weight, ids, chunk_tokens=64, uniform_gradient=True
+    )
     (-logprobs.mean()).backward()
     return [hidden.detach(), *(p.grad for p in model.parameters())]
 
 
 @pytest.mark.parametrize("scale_format", ["", "pow2", "fp32"])
-def test_fused_operations_are_their_definitions(scale_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_operations_are_their_definitions(
+    scale_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = decoder_results(False, scale_format, Memory(), monkeypatch)
     found = decoder_results(True, scale_format, Memory(), monkeypatch)
     # FP32 sums instead of FP64 ones move a BF16 value by an ulp here and there, and with it an FP8 code.
@@ -142,7 +188,13 @@ def test_strided_input_is_read_in_place() -> None:
     wide = cases.hostile(70, 512)
     for view in (wide[:, 128:328], wide[::2], wide.t()):
         for scale_format in FORMATS:
-            assert cases.mismatches(quantize(view, (1, 128), scale_format), quantize_reference(view, (1, 128), scale_format)) == 0
+            assert (
+                cases.mismatches(
+                    quantize(view, (1, 128), scale_format),
+                    quantize_reference(view, (1, 128), scale_format),
+                )
+                == 0
+            )
 
 
 def test_scales_lie_where_the_gemms_read_them() -> None:
@@ -154,7 +206,12 @@ def test_scales_lie_where_the_gemms_read_them() -> None:
 
 
 def test_scale_of_every_mantissa_without_the_division() -> None:
-    bits = torch.cat([torch.arange(1 << 23, dtype=torch.int32) + (130 << 23), torch.arange(0, 0x7F800000, 9973, dtype=torch.int32)])
+    bits = torch.cat(
+        [
+            torch.arange(1 << 23, dtype=torch.int32) + (130 << 23),
+            torch.arange(0, 0x7F800000, 9973, dtype=torch.int32),
+        ]
+    )
     fast = (((bits + 0x1FFFFF) >> 23) - 8).clamp_min(1) << 23
     expected = block_scale(bits.view(torch.float32), "pow2").view(torch.int32)
     assert torch.equal(torch.where(bits == 0, 0x3F800000, fast), expected)
@@ -163,7 +220,12 @@ def test_scale_of_every_mantissa_without_the_division() -> None:
 def test_transpose_takes_scales_in_any_layout_and_refuses_fp32() -> None:
     t = quantize_reference(cases.hostile(130, 300))
     for scale in (t.scale.contiguous(), t.scale.t().contiguous().t()):
-        assert cases.mismatches(transpose(Fp8Tensor(t.codes, scale, t.block, "pow2")), transpose_reference(t)) == 0
+        assert (
+            cases.mismatches(
+                transpose(Fp8Tensor(t.codes, scale, t.block, "pow2")), transpose_reference(t)
+            )
+            == 0
+        )
     with pytest.raises(ValueError, match="cannot be transposed exactly"):
         transpose(quantize(cases.gaussian(4, 128), (1, 128), "fp32"))
 
@@ -191,7 +253,12 @@ def operator_calls() -> dict[str, tuple]:
     weight, gate, up = cases.norm_weight(x), *cases.gate_and_up(x)
     codes, scale = matrix.quantize_rows(x, True)
     rstd = torch.ones(6)
-    heads, angles, logits, labels = x.view(6, 2, 128), torch.ones(6, 1, 64), x.float(), torch.arange(6)
+    heads, angles, logits, labels = (
+        x.view(6, 2, 128),
+        torch.ones(6, 1, 64),
+        x.float(),
+        torch.arange(6),
+    )
     return {
         "rows": (matrix.quantize_rows, (x, True)),
         "rows and columns": (matrix.quantize_rows_and_columns, (x, True)),
@@ -220,7 +287,9 @@ def test_what_the_compiler_assumes_of_an_operator_is_what_it_returns(name: str) 
     operator, arguments = operator_calls()[name]
     real = operator(*arguments)
     with FakeTensorMode() as mode:
-        fake = operator.op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        fake = operator.op(
+            *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+        )
     for one, other in zip(as_tuple(real), as_tuple(fake), strict=True):
         assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 

@@ -23,9 +23,13 @@ def build(shape: dict):
 
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.current_device = lambda: "cpu"
-    tensor_parallel.random.CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()
+    tensor_parallel.random.CudaRNGStatesTracker.fork = lambda self, name=None: (
+        contextlib.nullcontext()
+    )
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     parallel_state.initialize_model_parallel(1, 1)
     config = TransformerConfig(
         num_layers=shape["num_layers"],
@@ -72,16 +76,31 @@ def main(directory: str, shape_file: str, out: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(12345.0)
-    common = dist_checkpointing.load(model.sharded_state_dict(), directory)  # what is not a tensor comes with it
-    model.load_state_dict({name: common.pop(name) for name in list(common) if name in model.state_dict()}, strict=False)
+    common = dist_checkpointing.load(
+        model.sharded_state_dict(), directory
+    )  # what is not a tensor comes with it
+    model.load_state_dict(
+        {name: common.pop(name) for name in list(common) if name in model.state_dict()},
+        strict=False,
+    )
     token_ids = torch.tensor([shape["token_ids"]])
     positions = torch.arange(token_ids.shape[1])[None]
     mask = torch.ones(token_ids.shape[1], token_ids.shape[1], dtype=torch.bool).triu(1)[None, None]
     with torch.no_grad():
         logits = model(token_ids, positions, mask)
-    parameters = {f"parameters/{name}": value.detach().clone().contiguous() for name, value in model.named_parameters()}
+    parameters = {
+        f"parameters/{name}": value.detach().clone().contiguous()
+        for name, value in model.named_parameters()
+    }
     save_file({"logits": logits[0].contiguous().float(), **parameters}, out)
-    print(json.dumps({"checkpoint_version": common["checkpoint_version"], "num_layers": common["args"].num_layers}))
+    print(
+        json.dumps(
+            {
+                "checkpoint_version": common["checkpoint_version"],
+                "num_layers": common["args"].num_layers,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
