@@ -48,7 +48,7 @@ def export(arguments: Sequence[str]) -> None:
             help="directory to write; it must not exist",
         )
     words = parser.parse_args(arguments)
-    from infir2.checkpoint import export_fp8, export_hf
+    from infir2.convert import export_fp8, export_hf
     from infir2.convert.megatron_export import export_megatron
 
     if words.kind == "hf":
@@ -104,7 +104,7 @@ def import_(arguments: Sequence[str]) -> None:
             help="directory to write; it must not exist",
         )
     words = parser.parse_args(arguments)
-    from infir2.checkpoint import import_fp8
+    from infir2.convert import import_fp8
     from infir2.convert.import_hf import import_hf
     from infir2.convert.megatron_import import import_megatron
 
@@ -135,7 +135,7 @@ def verify_weights(arguments: Sequence[str]) -> None:
         help="also compare a server's greedy tokens (OpenAI API; key in INFIR2_ENGINE_KEY)",
     )
     words = parser.parse_args(arguments)
-    from infir2.checkpoint import verify_weights as verify
+    from infir2.convert import verify_weights as verify
 
     print(
         f"{verify(words.run, words.hf_dir)} tensors of {words.hf_dir} hold the bytes of {words.run}."

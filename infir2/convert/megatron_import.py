@@ -164,9 +164,9 @@ class MegatronCheckpoint:
         """A tensor, or one layer of a tensor that stacks them."""
         spec = unsharded(self.shapes.get(key, ()))
         if layer is None:
-            return self._tensors.part(key, place)
+            return self._tensors.part(key, spec)
         offset, size = (layer, *spec.offset[1:]), (1, *spec.local_shape[1:])
-        return self._tensors.part(key, place._replace(offset=offset, size=size))[0]
+        return self._tensors.part(key, spec._replace(offset=offset, local_shape=size))[0]
 
     def arguments(self) -> dict[str, Any]:
         """Megatron's own command-line arguments, from common.pt; empty if it has none."""

@@ -15,9 +15,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from stages import begin, curve, lines, make_rl_start, options, run, torchrun
 
-from infir2.checkpoint import export_hf, open_checkpoint
+from infir2.checkpoint import open_checkpoint
 from infir2.config import load
 from infir2.config.schema import TrainRecipe
+from infir2.convert import export_hf
 from infir2.data import ChatTokenizer, Loader
 
 HERE = Path(__file__).parent

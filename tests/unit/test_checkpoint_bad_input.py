@@ -9,8 +9,8 @@ import sys
 import pytest
 from test_checkpoint_export import make_decoder, make_run  # noqa: F401 (a fixture)
 
-from infir2.checkpoint import export_hf
 from infir2.cli import main
+from infir2.convert import export_hf
 
 
 def cut(path):

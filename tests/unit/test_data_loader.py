@@ -127,7 +127,7 @@ def test_ranks_share_the_steps_of_one_process(
             state = ranks[0].state_dict()
             assert (
                 all(rank.state_dict() == state for rank in ranks) and state == single.state_dict()
-            )  # noqa: PT018
+            )
             ranks = [
                 loader_for(world, tokenizer, setting, rank, world_size)
                 for rank in range(world_size)

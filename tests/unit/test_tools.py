@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from test_checkpoint_export import make_decoder, make_run  # noqa: F401 (a fixture)
 
-from infir2.checkpoint import export_fp8, export_hf
+from infir2.convert import export_fp8, export_hf
 from infir2.convert.megatron_export import export_megatron
 
 TOOLS = Path(__file__).parents[2] / "tools"

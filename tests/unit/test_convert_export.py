@@ -8,17 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from infir2.checkpoint import (
+from infir2.config.schema import Fp8Section, ShapeSection
+from infir2.convert import (
     Store,
     export_fp8,
     export_hf,
     import_fp8,
     open_checkpoint,
+    selfcheck,
     verify_weights,
 )
-from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.convert import export as export_module
-from infir2.convert import selfcheck
 from infir2.convert.selfcheck import E4M3_VALUES, PlainReader
 from infir2.errors import CheckFailedError, CheckpointError, ConfigError, OutputExistsError
 from infir2.model import Decoder

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint_export import make_decoder, make_run  # noqa: F401 (a fixture)
 
-from infir2.checkpoint import export_hf
 from infir2.cli import main
 from infir2.config.schema import ShapeSection
+from infir2.convert import export_hf
 from infir2.convert import megatron_export as module
 from infir2.convert.megatron_export import export_megatron
 from infir2.convert.megatron_import import import_megatron
