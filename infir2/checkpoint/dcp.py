@@ -161,8 +161,8 @@ class _Writer(dcp.FileSystemWriter):
         # no CRC-32 either: SHA-256 says more; the setting is this thread's
         with (
             HashedFile(self._directory / name) as file,
-            serialization.patch("save.compute_crc32", False),
-        ):  # type: ignore[attr-defined]
+            serialization.patch("save.compute_crc32", False),  # type: ignore[attr-defined]
+        ):
             stream: Any = file  # all that torch.save asks for
             for item in items:
                 start = file.size

@@ -20,37 +20,37 @@ from infir2.processes import CommandSignals
 VERBS = {
     "demo": ("demo", "demo", "the whole recipe on a tiny model, on a CPU, in minutes"),
     "data": ("demo", "data", "make the demo's data: infir2 data demo --to DIR"),
-    "cpt": ("recipe", "cpt", "continual pre-training on documents"),
-    "sft": ("recipe", "sft", "supervised fine-tuning on conversations"),
-    "rl": ("recipe", "rl", "reinforcement learning with verified rewards"),
-    "eval": ("recipe", "evaluate", "score a model on problems with known answers"),
+    "cpt": ("train", "cpt", "continual pre-training on documents"),
+    "sft": ("train", "sft", "supervised fine-tuning on conversations"),
+    "rl": ("train", "rl", "reinforcement learning with verified rewards"),
+    "eval": ("train", "evaluate", "score a model on problems with known answers"),
     "launch": (
         "launch",
         "launch",
         "cpt, sft, rl or eval on many processes and nodes: launch torchrun|ray|slurm -- VERB ...",
     ),
-    "check": ("check", "check", "try everything a recipe needs, and train nothing"),
+    "check": ("preflight", "check", "try everything a recipe needs, and train nothing"),
     "export": (
-        "conversion",
+        "convert",
         "export",
         "write what others load: export hf|fp8|megatron SRC --to DIR",
     ),
     "import": (
-        "conversion",
+        "convert",
         "import_",
         "read foreign weights: import hf|fp8|megatron SRC --to DIR",
     ),
     "verify-weights": (
-        "conversion",
+        "convert",
         "verify_weights",
         "prove that an FP8 export holds the trainer's bytes",
     ),
     "tokenize": (
-        "conversion",
+        "convert",
         "tokenize",
         "text to Megatron's .bin/.idx files: tokenize SOURCE... --tokenizer DIR --out PREFIX",
     ),
-    "report": ("conversion", "report", "one HTML page about one or more runs"),
+    "report": ("convert", "report", "one HTML page about one or more runs"),
 }
 
 
@@ -72,7 +72,7 @@ def _stopped_early(verb: list[str]) -> str:
     """What a command says that SIGTERM ends before its run has begun; empty where it ends like any other program."""
     if (
         not verb
-        or VERBS.get(verb[0], ("",))[0] != "recipe"
+        or VERBS.get(verb[0], ("",))[0] != "train"
         or threading.current_thread() is not threading.main_thread()
     ):
         return ""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -154,8 +155,10 @@ class NativeEngine:
         )
 
     def _complete(self, sequence: _Running, params: SamplingParams) -> Completion:
-        finish = "stop" if sequence.token_ids[-1] in params.stop_ids else "length"
+        finish: Literal["stop", "length"] = "length"
+        if sequence.token_ids[-1] in params.stop_ids:
+            finish = "stop"
         logprobs = np.array(sequence.logprobs, dtype=np.float32)
         return Completion(
             sequence.request.id, sequence.token_ids, logprobs, finish, self.policy_version
-        )  # type: ignore[arg-type]
+        )

@@ -2,6 +2,7 @@
 
 import inspect
 from functools import cache
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,9 +18,8 @@ def varlen_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: 
     known = _parameters_of(varlen_attn)
     causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
     grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
-    out: Tensor = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal, **grouped
-    )  # type: ignore[arg-type,assignment]
+    options: dict[str, Any] = causal | grouped
+    out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     return out
 
 

@@ -117,9 +117,9 @@ class GatheredWeight(Tensor):
         return None
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:  # type: ignore[override]
+    ) -> Any:
         aten, first = torch.ops.aten, next(arg for arg in args if isinstance(arg, cls))
         if function in (aten.detach.default, aten.as_strided.default, aten.alias.default):
             return cls(first.shape, first.device, first.made)

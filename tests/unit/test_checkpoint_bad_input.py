@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_checkpoint_export import make_decoder, make_run  # noqa: F401 (a fixture)
+from test_convert_export import make_decoder, make_run  # noqa: F401 (a fixture)
 
 from infir2.cli import main
 from infir2.convert import export_hf

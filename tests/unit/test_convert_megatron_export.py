@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_checkpoint_export import make_decoder, make_run  # noqa: F401 (a fixture)
+from test_convert_export import make_decoder, make_run  # noqa: F401 (a fixture)
 
 from infir2.cli import main
 from infir2.config.schema import ShapeSection

@@ -125,9 +125,8 @@ def test_ranks_share_the_steps_of_one_process(
         if step == 4:  # resumed with one more rank
             world_size += 1
             state = ranks[0].state_dict()
-            assert (
-                all(rank.state_dict() == state for rank in ranks) and state == single.state_dict()
-            )
+            assert all(rank.state_dict() == state for rank in ranks)
+            assert state == single.state_dict()
             ranks = [
                 loader_for(world, tokenizer, setting, rank, world_size)
                 for rank in range(world_size)

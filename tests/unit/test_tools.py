@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_checkpoint_export import make_decoder, make_run  # noqa: F401 (a fixture)
+from test_convert_export import make_decoder, make_run  # noqa: F401 (a fixture)
 
 from infir2.convert import export_fp8, export_hf
 from infir2.convert.megatron_export import export_megatron
