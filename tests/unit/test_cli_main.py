@@ -258,12 +258,12 @@ def test_words_reach_their_function(
         "write_report",
     )
     parts = (
-        "checkpoint.hf_import",
-        "checkpoint.megatron",
-        "checkpoint.megatron_export",
-        "checkpoint",
-        "data.demo",
-        "demo",
+        "convert.import_hf",
+        "convert.megatron_import",
+        "convert.megatron_export",
+        "convert",
+        "demo.world",
+        "demo.stages",
         "report",
     )
     calls = [replace(f"infir2.{part}", *functions) for part in parts]
