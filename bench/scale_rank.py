@@ -26,7 +26,7 @@ from torch import Tensor
 from infir2.config.schema import OptimizerSection
 from infir2.data import Batch
 from infir2.model import Decoder
-from infir2.numerics import Fp8Linear, Memory
+from infir2.numerics import Fp8Linear, SavedActivations
 from infir2.numerics.weight_cache import local_tensor
 from infir2.parallel import collectives as exchange
 from infir2.parallel.mesh import Layout, Sizes
@@ -192,7 +192,7 @@ def case_of(job: Report, fp8: bool) -> Case:
         job["sequences"],
         job["length"],
         fp8,
-        Memory(),
+        SavedActivations(),
         job.get("recompute", "none"),
         job["layers"],
     )
@@ -351,14 +351,14 @@ def equality(bench: Bench) -> None:
 def throughput(bench: Bench) -> None:
     """FP8 and BF16 with what both keep for the backward; on request also FP8 that keeps gate and up as FP8."""
     small = (
-        {"FP8, gate/up in FP8": (True, Memory(pre_activations="fp8"))}
+        {"FP8, gate/up in FP8": (True, SavedActivations(pre_activations="fp8"))}
         if bench.job.get("small")
         else {}
     )
-    for name, (fp8, memory) in (
-        {"FP8": (True, Memory()), "BF16": (False, Memory())} | small
+    for name, (fp8, saved) in (
+        {"FP8": (True, SavedActivations()), "BF16": (False, SavedActivations())} | small
     ).items():
-        bench.note(name, measure(bench, replace(case_of(bench.job, fp8), memory=memory)))
+        bench.note(name, measure(bench, replace(case_of(bench.job, fp8), saved=saved)))
 
 
 def measure(bench: Bench, case: Case) -> dict[str, float]:

@@ -33,7 +33,7 @@ from infir2.config.schema import (
     TrainSection,
 )
 from infir2.model import Decoder, ModelConfig
-from infir2.numerics import Fp8Linear, Memory, convert_to_fp8, invalidate, token_logprobs
+from infir2.numerics import Fp8Linear, SavedActivations, convert_to_fp8, invalidate, token_logprobs
 from infir2.numerics import gemm_scaled as gemm_backends
 from infir2.preflight.gpu_memory import gpu_ledger
 from infir2.train.optimizer import make_optimizer, update
@@ -51,7 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1.5B": dict(zip(_KEYS, (1536, 28, 12, 2, 8960, 151936, True), strict=True)),
     "7B": dict(zip(_KEYS, (3584, 28, 28, 4, 18944, 152064, False), strict=True)),
 }
-PLAIN = Memory()
+PLAIN = SavedActivations()
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Case:
     sequences: int
     length: int
     fp8: bool
-    memory: Memory = PLAIN
+    saved: SavedActivations = PLAIN
     recompute: Literal["none", "full"] = "none"
     layers: int = 28
     optimizer: bool = True
@@ -77,15 +77,15 @@ class Case:
 
     def recipe(self) -> TrainRecipe:
         """The keys that a user would set for this line."""
-        memory = self.memory
-        recompute = "full" if self.recompute == "full" else memory.recompute
-        pre: Literal["bfloat16", "fp8"] = "fp8" if memory.pre_activations == "fp8" else "bfloat16"
+        saved = self.saved
+        recompute = "full" if self.recompute == "full" else saved.recompute
+        pre: Literal["bfloat16", "fp8"] = "fp8" if saved.pre_activations == "fp8" else "bfloat16"
         return TrainRecipe(
             model=ModelSection(recompute=recompute, pre_activations=pre),
             fp8=Fp8Section(
                 enabled=self.fp8,
                 scale_format=self.scale_format,
-                keep_transposed=memory.keep_transposed_weights,
+                keep_transposed=saved.keep_transposed_weights,
             ),
             data=DataSection(micro_batch_tokens=self.tokens),
             optimizer=OptimizerSection(moment_dtype=self.moment_dtype, grad_dtype=self.grad_dtype),
@@ -94,10 +94,12 @@ class Case:
         )
 
 
-SAVED = Memory(pre_activations="fp8")
-LEAN = Memory(recompute="selective", pre_activations="fp8")
-SELECTIVE = Memory(recompute="selective")
-LEANEST = Memory(recompute="selective", pre_activations="fp8", keep_transposed_weights=False)
+SAVED = SavedActivations(pre_activations="fp8")
+LEAN = SavedActivations(recompute="selective", pre_activations="fp8")
+SELECTIVE = SavedActivations(recompute="selective")
+LEANEST = SavedActivations(
+    recompute="selective", pre_activations="fp8", keep_transposed_weights=False
+)
 BEST: dict[str, Any] = {"moment_dtype": "fp8", "gradients": "bf16", "loss_chunk_tokens": 1024}
 CASES: dict[str, dict[str, Case]] = {
     "1.5B-8k": {
@@ -132,7 +134,7 @@ def build(case: Case, device: str = "cuda") -> Decoder:
             parameter.normal_(0, 0.02) if parameter.ndim == 2 else parameter.fill_(
                 0.0 if name.endswith("bias") else 1.0
             )
-    model.memory, model.recompute = case.memory, case.recompute
+    model.saved_activations, model.recompute = case.saved, case.recompute
     return convert_to_fp8(model, case.recipe().fp8)
 
 
@@ -205,7 +207,7 @@ class Step:
                 whole = stack(layers)
                 assert whole is not None
                 whole.operand()
-                whole.operand_t(self.case.memory.keep_transposed_weights)
+                whole.operand_t(self.case.saved.keep_transposed_weights)
 
 
 def measure(case: Case, steps: int) -> dict[str, float]:
@@ -298,7 +300,15 @@ def train_7b(text: Path, steps: int) -> dict[str, Any]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step = Step(
-        Case("7B", 1, 8192, True, Memory(keep_transposed_weights=False), recompute="full", **BEST)
+        Case(
+            "7B",
+            1,
+            8192,
+            True,
+            SavedActivations(keep_transposed_weights=False),
+            recompute="full",
+            **BEST,
+        )
     )
     assert step.optimizer is not None
     data = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()

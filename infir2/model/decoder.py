@@ -23,8 +23,8 @@ from infir2.model.padding import Packing, plan_packing
 from infir2.model.rope import rope_tables
 from infir2.model.safetensors_io import read_json
 from infir2.numerics import (
-    Memory,
     RMSNorm,
+    SavedActivations,
     add_linear,
     apply_rope,
     attention_inputs,
@@ -50,26 +50,28 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_eps) if config.qk_norm else nn.Identity()
 
-    def inputs(self, x: Tensor, norm: RMSNorm, rope: Rope, memory: Memory) -> tuple[Tensor, ...]:
+    def inputs(
+        self, x: Tensor, norm: RMSNorm, rope: Rope, saved: SavedActivations
+    ) -> tuple[Tensor, ...]:
         """x, and the rotated heads q, k and v of norm(x)."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if not isinstance(self.q_norm, RMSNorm):
-            return attention_inputs(x, norm, layers, self.head_dim, rope, memory)
+            return attention_inputs(x, norm, layers, self.head_dim, rope, saved)
         x, q, k, v = attention_inputs(
-            x, norm, layers, self.head_dim, None, memory
+            x, norm, layers, self.head_dim, None, saved
         )  # a norm stands before the rotation
         return x, apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope), v
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, rope: Rope, context: Context, memory: Memory
+        self, x: Tensor, norm: RMSNorm, rope: Rope, context: Context, saved: SavedActivations
     ) -> Tensor:
         """x + o(attention(rope(q), rope(k), v)) of norm(x), [T, D] -> [T, D]."""
-        x, q, k, v = self.inputs(x, norm, rope, memory)
+        x, q, k, v = self.inputs(x, norm, rope, saved)
         if isinstance(context, CacheView):
             out = cached_attention(q, k, v, context, self.layer)
         else:
             out = attention(q, k, v, context)
-        return add_linear(x, out.flatten(1), self.o_proj, memory)
+        return add_linear(x, out.flatten(1), self.o_proj, saved)
 
 
 class FeedForward(nn.Module):
@@ -79,9 +81,9 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, config.mlp_bias)
         self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: Tensor, norm: RMSNorm, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm, saved: SavedActivations) -> Tensor:
         """x + down(silu(gate) * up) of norm(x), [T, D] -> [T, D]."""
-        return feed_forward(x, norm, self.gate_proj, self.up_proj, self.down_proj, memory)
+        return feed_forward(x, norm, self.gate_proj, self.up_proj, self.down_proj, saved)
 
 
 class Block(nn.Module):
@@ -92,9 +94,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: Rope, context: Context, memory: Memory) -> Tensor:
-        x = self.self_attn(x, self.input_layernorm, rope, context, memory)
-        return self.mlp(x, self.post_attention_layernorm, memory)
+    def forward(self, x: Tensor, rope: Rope, context: Context, saved: SavedActivations) -> Tensor:
+        x = self.self_attn(x, self.input_layernorm, rope, context, saved)
+        return self.mlp(x, self.post_attention_layernorm, saved)
 
 
 class Backbone(nn.Module):
@@ -117,7 +119,7 @@ class Decoder(nn.Module):
         config: its shape.
         compute_dtype: dtype of activations, BF16 or FP32; masters are FP32 either way.
         recompute: "full" keeps only each block's input and runs its forward again in the backward.
-        memory: what a block keeps for its backward otherwise.
+        saved_activations: what a block keeps for its backward otherwise.
     """
 
     def __init__(
@@ -127,11 +129,11 @@ class Decoder(nn.Module):
         recompute: Literal["none", "full"] = "none",
     ) -> None:
         super().__init__()
-        self.config, self.compute_dtype, self.recompute, self.memory = (
+        self.config, self.compute_dtype, self.recompute, self.saved_activations = (
             config,
             compute_dtype,
             recompute,
-            Memory(),
+            SavedActivations(),
         )
         self.model = Backbone(config)
         if not config.tie_embeddings:
@@ -254,10 +256,10 @@ class Decoder(nn.Module):
                         x,
                         rope,
                         context,
-                        self.memory,
+                        self.saved_activations,
                         use_reentrant=False,
                         preserve_rng_state=False,
                     )
                 else:
-                    x = block(x, rope, context, self.memory)
+                    x = block(x, rope, context, self.saved_activations)
             return self.model.norm(x[:num_tokens])

@@ -22,5 +22,5 @@ from infir2.numerics.ops import (
     swiglu,
 )
 from infir2.numerics.quantize import dequantize, nonfinite_blocks, quantize, transpose
-from infir2.numerics.saved_activations import Memory
+from infir2.numerics.saved_activations import SavedActivations
 from infir2.numerics.weight_cache import invalidate

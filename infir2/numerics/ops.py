@@ -17,7 +17,7 @@ from infir2.numerics import ops_cuda as fused
 from infir2.numerics.formats import ROW_BLOCK, Fp8Tensor
 from infir2.numerics.linear import linear
 from infir2.numerics.quantize import dequantize, quantize
-from infir2.numerics.saved_activations import Memory
+from infir2.numerics.saved_activations import SavedActivations
 
 Rope = tuple[Tensor, Tensor]
 
@@ -45,9 +45,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x, weight, eps)
 
 
-def swiglu(gate: Tensor, up: Tensor, memory: Memory = Memory()) -> Tensor:  # noqa: B008 (frozen)
-    """`silu(gate) * up`, both [..., F], rounded once; `memory` may keep gate and up [T, F] as FP8 for the backward."""
-    return _SwiGlu.apply(gate, up, memory.pre_activations == "fp8")
+def swiglu(gate: Tensor, up: Tensor, saved: SavedActivations = SavedActivations()) -> Tensor:  # noqa: B008 (frozen)
+    """`silu(gate) * up`, both [..., F], rounded once; `saved` may keep gate and up [T, F] as FP8 for the backward."""
+    return _SwiGlu.apply(gate, up, saved.pre_activations == "fp8")
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def attention_inputs(
     layers: Sequence[nn.Linear],
     head_dim: int,
     rope: Rope | None,
-    memory: Memory,
+    saved: SavedActivations,
 ) -> tuple[Tensor, ...]:
     """(x, q, k, v): the heads [T, N, H] of `layer(norm(x))`, q and k rotated if `rope` is given.
 
@@ -74,21 +74,26 @@ def attention_inputs(
     """
     whole = fused.stack(layers) if fused.serves(x) else None
     if whole is not None:
-        return fused.attention_inputs(x, norm.weight, norm.eps, whole, head_dim, rope, memory)
+        return fused.attention_inputs(x, norm.weight, norm.eps, whole, head_dim, rope, saved)
     q, k, v = (y.unflatten(1, (-1, head_dim)) for y in linear(norm(x), layers))
     return (x, q, k, v) if rope is None else (x, apply_rope(q, *rope), apply_rope(k, *rope), v)
 
 
-def add_linear(residual: Tensor, x: Tensor, layer: nn.Linear, memory: Memory) -> Tensor:
+def add_linear(residual: Tensor, x: Tensor, layer: nn.Linear, saved: SavedActivations) -> Tensor:
     """`residual + layer(x)`, both [T, N]; x [T, K]."""
     whole = fused.stack((layer,)) if fused.serves(x) else None
     if whole is not None:
-        return fused.add_linear(residual, x, whole, memory)
+        return fused.add_linear(residual, x, whole, saved)
     return residual + linear(x, (layer,))[0]
 
 
 def feed_forward(
-    x: Tensor, norm: RMSNorm, gate: nn.Linear, up: nn.Linear, down: nn.Linear, memory: Memory
+    x: Tensor,
+    norm: RMSNorm,
+    gate: nn.Linear,
+    up: nn.Linear,
+    down: nn.Linear,
+    saved: SavedActivations,
 ) -> Tensor:
     """`x + down(silu(gate(n)) * up(n))` with n = norm(x), [T, D] -> [T, D]."""
     pair, last = (
@@ -99,9 +104,9 @@ def feed_forward(
         and last is not None
         and all(layer.bias is None for layer in (gate, up, down))
     ):
-        return fused.feed_forward(x, norm.weight, norm.eps, pair, last, memory)
+        return fused.feed_forward(x, norm.weight, norm.eps, pair, last, saved)
     gate_values, up_values = linear(norm(x), (gate, up))
-    return x + linear(swiglu(gate_values, up_values, memory), (down,))[0]
+    return x + linear(swiglu(gate_values, up_values, saved), (down,))[0]
 
 
 class _RmsNorm(torch.autograd.Function):

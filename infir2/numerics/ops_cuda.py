@@ -6,7 +6,7 @@
     feed_forward       x + down(silu(gate) * up) of norm(x)
 
 Layers that share an input are one matrix where their codes may be stacked (same kind; FP8 rows in whole blocks of 128), so
-that there is one product for out, one for grad_x and one for grad_W. `Memory` says what is kept for the backward; whatever
+that there is one product for out, one for grad_x and one for grad_W. `SavedActivations` says what is kept for the backward; whatever
 is not kept is made again with the same bits. Nothing here waits for the GPU. `infir2.numerics.ops` is the definition.
 """
 
@@ -22,7 +22,7 @@ from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor
 from infir2.numerics.gemm_reference import fp32_product
 from infir2.numerics.gemm_scaled import gemm_nt
 from infir2.numerics.kernels import usable
-from infir2.numerics.saved_activations import Memory
+from infir2.numerics.saved_activations import SavedActivations
 from infir2.numerics.weight_cache import cached_together, replace_cached, rounded
 
 Operand = Tensor | Fp8Tensor  # BF16, or codes
@@ -99,10 +99,10 @@ def attention_inputs(
     layers: Stack,
     head_dim: int,
     rope: tuple[Tensor, Tensor] | None,
-    memory: Memory,
+    saved: SavedActivations,
 ) -> tuple[Tensor, ...]:
     """(x, q, k, v) with heads [T, N, H]; q and k rotated if `rope` is given. Use the returned x for the residual."""
-    return _NormLinear.apply(x, weight, eps, layers, head_dim, rope, memory, *layers.parameters)
+    return _NormLinear.apply(x, weight, eps, layers, head_dim, rope, saved, *layers.parameters)
 
 
 def linear(
@@ -115,29 +115,29 @@ def linear(
     whole = stack(layers)
     if whole is None:
         return tuple(linear(x, (layer,), out_dtype)[0] for layer in layers)
-    return _AddLinear.apply(None, x, whole, Memory(), False, out_dtype, *whole.parameters).split(
-        whole.sizes, dim=1
-    )
+    return _AddLinear.apply(
+        None, x, whole, SavedActivations(), False, out_dtype, *whole.parameters
+    ).split(whole.sizes, dim=1)
 
 
-def add_linear(residual: Tensor, x: Tensor, layers: Stack, memory: Memory) -> Tensor:
+def add_linear(residual: Tensor, x: Tensor, layers: Stack, saved: SavedActivations) -> Tensor:
     """`residual + linear(x)`; keeps x itself, which its producer (attention) keeps anyway."""
-    return _AddLinear.apply(residual, x, layers, memory, True, torch.bfloat16, *layers.parameters)
+    return _AddLinear.apply(residual, x, layers, saved, True, torch.bfloat16, *layers.parameters)
 
 
 def feed_forward(
-    x: Tensor, weight: Tensor, eps: float, gate_up: Stack, down: Stack, memory: Memory
+    x: Tensor, weight: Tensor, eps: float, gate_up: Stack, down: Stack, saved: SavedActivations
 ) -> Tensor:
     """`x + down(silu(gate(n)) * up(n))`, n = norm(x); layers without bias."""
     return _FeedForward.apply(
-        x, weight, eps, gate_up, down, memory, *gate_up.parameters, *down.parameters
+        x, weight, eps, gate_up, down, saved, *gate_up.parameters, *down.parameters
     )
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, layers: Stack, head_dim: int, rope: tuple[Tensor, Tensor] | None, memory: Memory,
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, layers: Stack, head_dim: int, rope: tuple[Tensor, Tensor] | None, saved: SavedActivations,
         *_: Tensor | None
     ) -> tuple[Tensor, ...]:  # fmt: skip
         normed, rstd = _norm(x, weight, eps, layers.scale_format)
@@ -151,9 +151,9 @@ class _NormLinear(torch.autograd.Function):
         else:
             parts = out.view(len(out), -1, head_dim).split(sizes, dim=1)
             heads = kernels().rope(*parts, bias, *rope, False).view(len(out), -1, head_dim)
-        kept = normed if memory.keeps_norms(layers.scale_format) else None
+        kept = normed if saved.keeps_norms(layers.scale_format) else None
         ctx.save_for_backward(x, weight, rstd, *(rope or (None, None)), *_tensors(kept))
-        ctx.layers, ctx.memory, ctx.eps, ctx.rotated = layers, memory, eps, rope is not None
+        ctx.layers, ctx.saved, ctx.eps, ctx.rotated = layers, saved, eps, rope is not None
         return x, *heads.split(sizes, dim=1)
 
     @staticmethod
@@ -169,7 +169,7 @@ class _NormLinear(torch.autograd.Function):
         normed_t = _normed_t(x, weight, rstd, ctx.eps, kept, layers.scale_format)
         weights = _weight_gradients(ctx, 7, layers, columns, normed_t, grad)
         grad_normed = product(
-            rows, layers.operand_t(ctx.memory.keep_transposed_weights), transposed=True
+            rows, layers.operand_t(ctx.saved.keep_transposed_weights), transposed=True
         )
         grad_x, grad_weight = kernels().rms_norm_backward(grad_normed, x, rstd, weight, residual)
         return grad_x, grad_weight, None, None, None, None, None, *weights
@@ -182,7 +182,7 @@ class _AddLinear(torch.autograd.Function):
         residual: Tensor | None,
         x: Tensor,
         layers: Stack,
-        memory: Memory,
+        saved: SavedActivations,
         keep_x: bool,
         out_dtype: torch.dtype,
         *_: Tensor | None,
@@ -200,9 +200,9 @@ class _AddLinear(torch.autograd.Function):
         bias = layers.bias()
         out = product(operand, layers.operand(), add=residual, dtype=out_dtype)
         ctx.save_for_backward(*_tensors(kept))
-        ctx.layers, ctx.memory, ctx.block = (
+        ctx.layers, ctx.saved, ctx.block = (
             layers,
-            memory,
+            saved,
             kept.block if isinstance(kept, Fp8Tensor) else None,
         )
         return out if bias is None else out.add_(bias.bfloat16())
@@ -224,7 +224,7 @@ class _AddLinear(torch.autograd.Function):
         rows, columns = _gradient(grad, layers.scale_format)
         weights = _weight_gradients(ctx, 6, layers, columns, x_t, grad)
         if ctx.needs_input_grad[1]:
-            weight_t = layers.operand_t(ctx.memory.keep_transposed_weights)
+            weight_t = layers.operand_t(ctx.saved.keep_transposed_weights)
             grad_x = product(rows, weight_t, transposed=True, dtype=ctx.x_dtype)
         return grad if ctx.needs_input_grad[0] else None, grad_x, None, None, None, None, *weights
 
@@ -238,7 +238,7 @@ class _FeedForward(torch.autograd.Function):
         eps: float,
         gate_up: Stack,
         down: Stack,
-        memory: Memory,
+        saved: SavedActivations,
         *_: Tensor | None,
     ) -> Tensor:
         normed, rstd = _norm(x, weight, eps, gate_up.scale_format)
@@ -250,12 +250,12 @@ class _FeedForward(torch.autograd.Function):
             else kernels().swiglu_product(gate, up)
         )
         out = product(y, down.operand(), add=x)
-        small = memory.pre_activations == "fp8"
+        small = saved.pre_activations == "fp8"
         kept_pre: Operand = kernels().quantize(pre) if small else pre
-        kept_normed = normed if memory.keeps_norms(gate_up.scale_format) else None
+        kept_normed = normed if saved.keeps_norms(gate_up.scale_format) else None
         kept_y = None
         if (
-            memory.keeps_products()
+            saved.keeps_products()
         ):  # "fp32" codes cannot be transposed: the second layout is kept instead
             kept_y = (
                 kernels().swiglu_transposed(gate, up, "fp32") if down.scale_format == "fp32" else y
@@ -263,7 +263,7 @@ class _FeedForward(torch.autograd.Function):
         parts = [_tensors(kept_pre, small), _tensors(kept_normed), _tensors(kept_y, small)]
         ctx.save_for_backward(x, weight, rstd, *(t for part in parts for t in part))
         ctx.counts = [len(part) for part in parts]
-        ctx.gate_up, ctx.down, ctx.memory, ctx.eps = gate_up, down, memory, eps
+        ctx.gate_up, ctx.down, ctx.saved, ctx.eps = gate_up, down, saved, eps
         return out
 
     @staticmethod
@@ -275,7 +275,7 @@ class _FeedForward(torch.autograd.Function):
             rest[pre_count : pre_count + normed_count],
             rest[pre_count + normed_count :],
         )
-        gate_up, down, keep = ctx.gate_up, ctx.down, ctx.memory.keep_transposed_weights
+        gate_up, down, keep = ctx.gate_up, ctx.down, ctx.saved.keep_transposed_weights
         pre = (
             rest[0]
             if pre_count == 1

@@ -1,17 +1,21 @@
-"""What a training step keeps between forward and backward, chosen by the recipe."""
+"""Which activations a training step saves for the backward, as chosen by the recipe."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Example: `Memory(recompute="selective", pre_activations="fp8")` keeps the least without running a GEMM twice.
+class SavedActivations:
+    """What each block saves between forward and backward; the rest is recomputed with the same bits.
+
+    Example: `SavedActivations(recompute="selective", pre_activations="fp8")` uses the least memory
+    that needs no GEMM to run twice.
 
     Attributes:
-        recompute: "none"; "selective" makes norms and SwiGLU products again from their inputs.
-        pre_activations: "bf16", or "fp8" to keep gate and up as 1x128 codes (gradients then see rounded values).
-        keep_transposed_weights: keep the second layout of FP8 weights until they change; otherwise make it in each backward.
+        recompute: "none"; "selective" recomputes RMSNorm outputs and SwiGLU products from their inputs.
+        pre_activations: "bf16", or "fp8" to save gate and up as 1x128 codes (gradients then see rounded values).
+        keep_transposed_weights: cache the transposed codes of FP8 weights until the weights change;
+            otherwise each backward transposes them again.
     """
 
     recompute: Literal["none", "selective"] = "none"
@@ -19,9 +23,15 @@ class Memory:
     keep_transposed_weights: bool = True
 
     def keeps_norms(self, scale_format: str) -> bool:
-        """Whether the normed input of linears is kept; not with "fp32" scales, whose codes cannot be transposed."""
+        """Whether the normalized input of the linears is saved.
+
+        Never with "fp32" scales: those 1x128 codes cannot be transposed for the weight gradient.
+        """
         return self.recompute == "none" and scale_format != "fp32"
 
     def keeps_products(self) -> bool:
-        """Whether silu(gate) * up is kept. What is made again from gate and up in FP8 is the product of the rounded values."""
+        """Whether silu(gate) * up is saved.
+
+        A product that is recomputed from gate and up in FP8 is the product of the rounded values.
+        """
         return self.recompute == "none"

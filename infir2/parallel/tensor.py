@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from infir2.model import Decoder
 from infir2.model.attention import attention
 from infir2.model.decoder import Attention, FeedForward
-from infir2.numerics import Fp8Linear, Memory, RMSNorm, add_linear, apply_rope
+from infir2.numerics import Fp8Linear, RMSNorm, SavedActivations, add_linear, apply_rope
 from infir2.numerics.linear import linear
 from infir2.numerics.ops import rms_norm, swiglu
 from infir2.parallel.collectives import all_gather, all_reduce_gradient, reduce_scatter
@@ -86,11 +86,11 @@ def _attention(
     norm: RMSNorm,
     rope: Any,
     context: Any,
-    memory: Memory,
+    saved: SavedActivations,
 ) -> Tensor:
     """`Attention.forward` of this rank's heads and tokens: x + o(attention(...)) [t, D]. `heads`: how keys are divided."""
     if tp_group is None:
-        x, q, k, v = self.inputs(x, norm, rope, memory)
+        x, q, k, v = self.inputs(x, norm, rope, saved)
     else:
         parts = _entering(x, norm, (self.q_proj, self.k_proj, self.v_proj), tp_group)
         q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in parts)
@@ -99,15 +99,15 @@ def _attention(
         k, v = (all_reduce_gradient(y, heads.group, heads.first) for y in (k, v))
     out = (cp.attend(q, k, v) if cp is not None else attention(q, k, v, context)).flatten(1)
     if tp_group is None:
-        return add_linear(x, out, self.o_proj, memory)
+        return add_linear(x, out, self.o_proj, saved)
     return x + _leaving(out, self.o_proj, tp_group)
 
 
 def _feed_forward(
-    self: FeedForward, tp_group: Any, x: Tensor, norm: RMSNorm, memory: Memory
+    self: FeedForward, tp_group: Any, x: Tensor, norm: RMSNorm, saved: SavedActivations
 ) -> Tensor:
     gate, up = _entering(x, norm, (self.gate_proj, self.up_proj), tp_group)
-    return x + _leaving(swiglu(gate, up, memory), self.down_proj, tp_group)
+    return x + _leaving(swiglu(gate, up, saved), self.down_proj, tp_group)
 
 
 def _leaving(x: Tensor, layer: nn.Linear, group: Any) -> Tensor:

@@ -15,7 +15,7 @@ from infir2.data import ChatTokenizer
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import Decoder, ModelConfig
 from infir2.model.safetensors_io import read_json
-from infir2.numerics import Memory, convert_to_fp8
+from infir2.numerics import SavedActivations, convert_to_fp8
 from infir2.parallel.parallel_model import single_process
 from infir2.train.trainer import load_parameters
 
@@ -122,7 +122,7 @@ def build_model(
     else:
         decoder = Decoder.from_hf(Path(model.path), compute_dtype=dtype)
     decoder.recompute = "full" if model.recompute == "full" else "none"
-    decoder.memory = Memory(
+    decoder.saved_activations = SavedActivations(
         recompute="selective" if model.recompute == "selective" else "none",
         pre_activations="fp8" if model.pre_activations == "fp8" else "bf16",
         keep_transposed_weights=fp8.keep_transposed,

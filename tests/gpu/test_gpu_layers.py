@@ -14,7 +14,14 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'infi
 
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.model import Decoder
-from infir2.numerics import Fp8Linear, Memory, convert_to_fp8, linear, snr_db, token_logprobs
+from infir2.numerics import (
+    Fp8Linear,
+    SavedActivations,
+    convert_to_fp8,
+    linear,
+    snr_db,
+    token_logprobs,
+)
 from infir2.numerics.gemm_scaled import missing_block_scaling
 from infir2.numerics.kernels import usable
 
@@ -40,7 +47,7 @@ SHAPE = {
 def decoder(
     fp8: bool,
     scale_format: str = "pow2",
-    memory: Memory | None = None,
+    saved: SavedActivations | None = None,
     vocab_size: int = 512,
     **shape: int,
 ) -> Decoder:
@@ -52,7 +59,7 @@ def decoder(
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    model.memory = memory or Memory()
+    model.saved_activations = saved or SavedActivations()
     return convert_to_fp8(model, Fp8Section(enabled=fp8, scale_format=scale_format))
 
 
@@ -132,14 +139,17 @@ def test_what_is_not_kept_is_made_again_with_the_same_bits(scale_format: str) ->
     batch = tokens_of(384, 128)
     expected = gradients(decoder(True, scale_format), batch)[1]
     last = [name for name in expected if name.startswith(("model.layers.3.mlp", "model.norm"))]
-    for memory in (Memory(recompute="selective"), Memory(keep_transposed_weights=False)):
-        found = gradients(decoder(True, scale_format, memory), batch)[1]
+    for saved in (
+        SavedActivations(recompute="selective"),
+        SavedActivations(keep_transposed_weights=False),
+    ):
+        found = gradients(decoder(True, scale_format, saved), batch)[1]
         assert all(torch.equal(expected[name], found[name]) for name in last)
         assert all(
             snr_db(expected[name], found[name]) > 20.0 for name in expected if "k_proj" not in name
         )
-    for memory in (Memory(pre_activations="fp8"), Memory("selective", "fp8")):
-        rounded = gradients(decoder(True, scale_format, memory), batch)[1]
+    for saved in (SavedActivations(pre_activations="fp8"), SavedActivations("selective", "fp8")):
+        rounded = gradients(decoder(True, scale_format, saved), batch)[1]
         assert min(snr_db(expected[name], rounded[name]) for name in last) > 22.0
 
 
@@ -233,7 +243,7 @@ def test_the_step_never_waits_for_the_gpu() -> None:
 
 
 def test_a_weight_is_quantised_once_per_step() -> None:
-    model = decoder(True, memory=Memory(recompute="selective"))
+    model = decoder(True, saved=SavedActivations(recompute="selective"))
     for _ in range(2):
         gradients(model, tokens_of(256))
     assert {layer.quantizations for layer in model.modules() if isinstance(layer, Fp8Linear)} == {1}

@@ -8,7 +8,7 @@ from triton import knobs
 
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.model import Decoder
-from infir2.numerics import Memory, adamw, convert_to_fp8, token_logprobs
+from infir2.numerics import SavedActivations, adamw, convert_to_fp8, token_logprobs
 from infir2.numerics import ops_cuda as fused
 from infir2.numerics.error import relative_error
 from infir2.numerics.formats import Fp8Tensor
@@ -143,7 +143,7 @@ def adamw_on_kernels(
 
 
 def decoder_results(
-    on_kernels: bool, scale_format: str, memory: Memory, monkeypatch: pytest.MonkeyPatch
+    on_kernels: bool, scale_format: str, saved: SavedActivations, monkeypatch: pytest.MonkeyPatch
 ) -> list[torch.Tensor]:
     """Hidden states and all gradients of a small decoder, by the fused operations or by their definitions."""
     monkeypatch.setattr(
@@ -153,7 +153,7 @@ def decoder_results(
         hidden_size=128, ffn_size=256, num_heads=4, num_kv_heads=2, head_dim=64, num_layers=1
     )
     model = Decoder.from_shape(shape, vocab_size=50, seed=1)
-    model.memory = memory
+    model.saved_activations = saved
     if scale_format:
         convert_to_fp8(model, Fp8Section(scale_format=scale_format))
     ids = torch.randint(0, 50, (100,), generator=torch.Generator().manual_seed(2))
@@ -169,17 +169,20 @@ def decoder_results(
 def test_fused_operations_are_their_definitions(
     scale_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = decoder_results(False, scale_format, Memory(), monkeypatch)
-    found = decoder_results(True, scale_format, Memory(), monkeypatch)
+    expected = decoder_results(False, scale_format, SavedActivations(), monkeypatch)
+    found = decoder_results(True, scale_format, SavedActivations(), monkeypatch)
     # FP32 sums instead of FP64 ones move a BF16 value by an ulp here and there, and with it an FP8 code.
     assert relative_error(expected[0], found[0]) < (0.01 if not scale_format else 0.03)
     whole = [torch.cat([grad.flatten() for grad in grads[1:]]) for grads in (expected, found)]
     assert relative_error(*whole) < (0.01 if not scale_format else 0.1)
-    for memory in (Memory(recompute="selective"), Memory(keep_transposed_weights=False)):
-        again = decoder_results(True, scale_format, memory, monkeypatch)
-        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True)), memory
-    for memory in (Memory(pre_activations="fp8"), Memory("selective", "fp8")):
-        rounded = decoder_results(True, scale_format, memory, monkeypatch)
+    for saved in (
+        SavedActivations(recompute="selective"),
+        SavedActivations(keep_transposed_weights=False),
+    ):
+        again = decoder_results(True, scale_format, saved, monkeypatch)
+        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True)), saved
+    for saved in (SavedActivations(pre_activations="fp8"), SavedActivations("selective", "fp8")):
+        rounded = decoder_results(True, scale_format, saved, monkeypatch)
         assert torch.equal(found[0], rounded[0])
         assert relative_error(whole[1], torch.cat([grad.flatten() for grad in rounded[1:]])) < 0.1
 
