@@ -32,7 +32,7 @@ from infir2.parallel import collectives as exchange
 from infir2.parallel.mesh import Layout, Sizes
 from infir2.parallel.parallel_model import ParallelModel
 from infir2.parallel.ranks import Ranks, init_ranks, shutdown_ranks
-from infir2.train.losses import TokenScores, next_token_loss
+from infir2.train.losses import NextTokenLoss, TokenScores, next_token_loss
 from infir2.train.trainer import Trainer
 
 # What 8 tensor-parallel ranks can share, with FP8's groups whole; and what a CPU's emulation does in a second.
@@ -367,16 +367,17 @@ def measure(bench: Bench, case: Case) -> dict[str, float]:
     trainer = bench.trainer(case, sizes)
     batch = batch_of(tokens(case, trainer.parallel_model.layout.data_rank, ""), case.length)
 
-    def timed_loss(scores: TokenScores) -> Any:
-        marks.set()
-        return next_token_loss(scores)
+    class TimedLoss(NextTokenLoss):
+        def __call__(self, scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
+            marks.set()
+            return super().__call__(scores)
 
     trainer.optimizer.register_step_pre_hook(lambda *_: marks.set())
     for step in range(bench.job["steps"] + 3):
         if step == 2 and bench.cuda:
             torch.cuda.reset_peak_memory_stats()
         marks.set(first=True)
-        loss = trainer.step([batch], timed_loss, 1e-5).loss
+        loss = trainer.step([batch], TimedLoss(), 1e-5).loss
         marks.set()
     spans = marks.milliseconds()[3:]
     forward, backward, update = (statistics.median(span[i] for span in spans) for i in range(3))

@@ -100,7 +100,7 @@ def pack(samples: Sequence[Sample], members: Sequence[int]) -> Batch:
         blank = Sample(
             samples[0].token_ids[:1],
             np.zeros(1, dtype=np.bool_),
-            extras={k: v[:1] for k, v in samples[0].extras.items()},
+            token_inputs={k: v[:1] for k, v in samples[0].token_inputs.items()},
         )
         return replace(pack([blank], [0]), sample_indices=(), origins=())
     chosen = [samples[place] for place in members]
@@ -109,9 +109,9 @@ def pack(samples: Sequence[Sample], members: Sequence[int]) -> Batch:
     starts = np.concatenate([[0], np.cumsum(lengths)])
     mask = _shifted([sample.loss_mask for sample in chosen])
     labels = np.where(mask, np.append(token_ids[1:], 0), 0)
-    extras = {
-        name: np.where(mask, _shifted([sample.extras[name] for sample in chosen]), 0)
-        for name in chosen[0].extras
+    token_inputs = {
+        name: np.where(mask, _shifted([sample.token_inputs[name] for sample in chosen]), 0)
+        for name in chosen[0].token_inputs
     }
     return Batch(
         token_ids=torch.from_numpy(token_ids),
@@ -119,7 +119,7 @@ def pack(samples: Sequence[Sample], members: Sequence[int]) -> Batch:
         labels=torch.from_numpy(labels),
         loss_mask=torch.from_numpy(mask),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
-        extras={name: torch.from_numpy(values) for name, values in extras.items()},
+        token_inputs={name: torch.from_numpy(values) for name, values in token_inputs.items()},
         sample_indices=tuple(members),
         origins=tuple(sample.origin for sample in chosen),
     )

@@ -12,14 +12,14 @@ Message = dict[str, str]  # {"role": "user", "content": "2+3=?"}
 class Sample:
     """One sequence of tokens. Example: prompt [7, 8], response [9, 2] -> token_ids [7, 8, 9, 2], loss_mask [F, F, T, T].
 
-    `loss_mask[j]` is True where token j is a trained target; token 0 never is. `extras` hold one value per token,
-    such as advantages, for the same tokens.
+    `loss_mask[j]` is True where token j is a trained target; token 0 never is. `token_inputs`
+    hold one value per token, such as advantages, for the loss.
     """
 
     token_ids: np.ndarray  # int32 [n]
     loss_mask: np.ndarray  # bool [n]
     origin: str = ""  # file:line
-    extras: dict[str, np.ndarray] = field(default_factory=dict)  # each [n]
+    token_inputs: dict[str, np.ndarray] = field(default_factory=dict)  # each [n]
 
     @property
     def num_tokens(self) -> int:
@@ -40,7 +40,7 @@ class Batch:
     labels: Tensor  # int64 [T]
     loss_mask: Tensor  # bool [T]
     cu_seqlens: Tensor  # int32 [B+1], first token of each sequence, then T
-    extras: dict[str, Tensor] = field(default_factory=dict)  # each [T]
+    token_inputs: dict[str, Tensor] = field(default_factory=dict)  # each [T]
     sample_indices: tuple[
         int, ...
     ] = ()  # [B], places of the sequences in the list that was packed; () for a filler

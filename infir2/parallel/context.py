@@ -51,7 +51,7 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
         cu_seqlens=torch.cat(
             (batch.cu_seqlens, torch.tensor([total], dtype=batch.cu_seqlens.dtype))
         ),
-        extras={name: padded(values) for name, values in batch.extras.items()},
+        token_inputs={name: padded(values) for name, values in batch.token_inputs.items()},
     )
 
 
@@ -121,7 +121,7 @@ class ContextParallel:
             labels=batch.labels[rows],
             loss_mask=batch.loss_mask[rows],
             cu_seqlens=torch.tensor(local, dtype=torch.int32),
-            extras={name: values[rows] for name, values in batch.extras.items()},
+            token_inputs={name: values[rows] for name, values in batch.token_inputs.items()},
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -65,9 +65,12 @@ class ParallelModel:
         if self.layout.sizes.tp == 1:
             return batch
         share = self.layout.tp_share
-        extras = {name: share(values) for name, values in batch.extras.items()}
+        token_inputs = {name: share(values) for name, values in batch.token_inputs.items()}
         return replace(
-            batch, labels=share(batch.labels), loss_mask=share(batch.loss_mask), extras=extras
+            batch,
+            labels=share(batch.labels),
+            loss_mask=share(batch.loss_mask),
+            token_inputs=token_inputs,
         )
 
     def sum_of_batch(self, values: Tensor) -> Tensor:

@@ -54,11 +54,16 @@ def training_samples(group: Group, normalize_by_std: bool) -> list[Sample]:
         )
         rollout_logprobs = np.zeros(len(token_ids), dtype=np.float32)
         rollout_logprobs[num_prompt:] = response.completion.rollout_logprobs
-        extras = {
+        token_inputs = {
             "advantages": np.full(len(token_ids), advantage, dtype=np.float32),
             "rollout_logprobs": rollout_logprobs,
         }
         samples.append(
-            Sample(token_ids, np.arange(len(token_ids)) >= num_prompt, group.prompt.origin, extras)
+            Sample(
+                token_ids,
+                np.arange(len(token_ids)) >= num_prompt,
+                group.prompt.origin,
+                token_inputs,
+            )
         )
     return samples

@@ -172,13 +172,13 @@ def with_trainer_logprobs(trainer: Trainer, batch: Batch, temperature: float) ->
     shard_specs = torch.arange(
         len(batch.token_ids)
     )  # ranks that share the batch score some of it each
-    scores = trainer.score(replace(batch, extras={"place": shard_specs}), temperature)
+    scores = trainer.score(replace(batch, token_inputs={"place": shard_specs}), temperature)
     values = torch.zeros(len(shard_specs), device=scores.logprobs.device).index_copy_(
-        0, scores.extras["place"], scores.logprobs
+        0, scores.inputs["place"], scores.logprobs
     )
     return replace(
         batch,
-        extras=batch.extras
+        token_inputs=batch.token_inputs
         | {"trainer_logprobs": trainer.parallel_model.sum_of_batch(values).cpu()},
     )
 
@@ -190,7 +190,7 @@ def mismatch_metrics(batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]
     """
     difference = torch.cat(
         [
-            (b.extras["trainer_logprobs"] - b.extras["rollout_logprobs"])[b.loss_mask]
+            (b.token_inputs["trainer_logprobs"] - b.token_inputs["rollout_logprobs"])[b.loss_mask]
             for b in batches
         ]
     ).double()

@@ -1,6 +1,8 @@
-"""The policy loss: GRPO with DAPO's asymmetric clip and token-level mean, and truncated importance sampling (TIS)."""
+"""The policy loss: GRPO with DAPO's asymmetric clip and token-level mean, and truncated importance
+sampling (TIS). There is no KL term and no entropy bonus."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -9,29 +11,43 @@ from infir2.train.losses import TokenScores
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
-    """A `LossFunction` of n response tokens, with `extras` advantages, trainer_logprobs and rollout_logprobs, each [n].
+class PolicyInputs:
+    """What the policy loss needs to know of n response tokens, beside their log-probabilities."""
 
-    With ratio = pi / pi_trainer and w = min(pi_trainer / pi_rollout, tis_cap), held constant, the loss of a token is
-    -w * min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A): arXiv 2503.14476, equation 8, with the weight of
-    "Your efficient RL framework secretly brings you off-policy RL training" (TIS). No KL term and no entropy bonus.
+    advantages: Tensor  # [n] of the token's response
+    trainer_logprobs: Tensor  # [n] under the policy before the step's first update (pi_trainer)
+    rollout_logprobs: Tensor  # [n] under the engine's policy that sampled it (pi_rollout)
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A `Loss` of n response tokens; `scores.inputs` are the fields of `PolicyInputs`.
+
+    With ratio = pi / pi_trainer and the weight w = min(pi_trainer / pi_rollout, tis_cap), which is
+    held constant, the loss of a token is
+    -w * min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A): arXiv 2503.14476,
+    equation 8, with the weight of "Your efficient RL framework secretly brings you off-policy RL
+    training" (TIS).
     """
+
+    uniform_gradient: ClassVar[bool] = False
+    needs_entropy: ClassVar[bool] = True
 
     clip_low: float
     clip_high: float
     tis_cap: float
 
     def __call__(self, scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics, summed over tokens."""
-        advantages, trainer = scores.extras["advantages"], scores.extras["trainer_logprobs"]
-        ratio = (scores.logprobs - trainer).exp()
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        importance = (trainer - scores.extras["rollout_logprobs"]).exp()
-        objective = torch.minimum(ratio * advantages, clipped * advantages)
-        loss = -(importance.clamp(max=self.tis_cap) * objective).sum(dtype=torch.float64)
+        """Returns (loss [], metrics by name, each []), all summed over tokens."""
         assert scores.entropy is not None
+        inputs = PolicyInputs(**scores.inputs)
+        ratio = (scores.logprobs - inputs.trainer_logprobs).exp()
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        objective = torch.minimum(ratio * inputs.advantages, clipped * inputs.advantages)
+        importance = (inputs.trainer_logprobs - inputs.rollout_logprobs).exp()
+        loss = -(importance.clamp(max=self.tis_cap) * objective).sum(dtype=torch.float64)
         metrics = {
-            "clip_fraction": (clipped * advantages < ratio * advantages).sum(),
+            "clip_fraction": (clipped * inputs.advantages < ratio * inputs.advantages).sum(),
             "tis_capped_fraction": (importance > self.tis_cap).sum(),
             "entropy": scores.entropy.sum(),
         }

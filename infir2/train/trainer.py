@@ -1,9 +1,21 @@
-"""The one step loop's inside: micro-batches in, one optimizer step out. CPT, SFT and the policy update differ in data and loss only."""
+"""One optimizer step: micro-batches in, updated masters and a `StepResult` out.
+
+How the data flows through `Trainer.step`, on every rank:
+
+    batches: packed micro-batches of this data-parallel rank       (infir2/data/types.py)
+    -> all_reduce: trained tokens of the step, over micro-batches and ranks
+    -> per batch: hidden states [T, D] -> log-probabilities [n] of its n trained tokens
+       -> loss sum / trained tokens of the step -> backward into FP32 .grad
+    -> all_reduce: squared gradient norm, loss, tokens, stop signals, metrics
+    -> finite check -> clip -> AdamW -> zero_grad
+
+CPT, SFT and the policy update of RL differ only in their data and in their `Loss`.
+"""
 
 import math
 import signal
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +32,7 @@ from infir2.numerics.weight_cache import local_tensor
 from infir2.parallel.collectives import to_device
 from infir2.parallel.parallel_model import ParallelModel, single_process
 from infir2.parallel.shard_spec import ShardSpec
-from infir2.train.losses import LossFunction, TokenScores
+from infir2.train.losses import Loss, TokenScores
 from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, update
 
 if TYPE_CHECKING:
@@ -29,28 +41,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did.
+    """The outcome of one optimizer step, the same on every rank.
 
-    Example: `StepResult(loss=2.31, gradient_norm=0.8, trained_tokens=1003, tokens=2048, skipped=False)`.
+    Example: `StepResult(loss=2.31, gradient_norm=0.8, trained_tokens=1003, tokens=2048,
+    skipped=False)`.
     """
 
     loss: float  # mean over the step's trained tokens
     gradient_norm: float  # global, before clipping
     trained_tokens: int
     tokens: int  # in the step's micro-batches, trained or not
-    skipped: bool  # True: non-finite loss or gradient, or nothing to train; no parameter changed
-    metrics: dict[str, float] = field(
-        default_factory=dict
-    )  # the loss function's metrics, means over trained tokens
+    skipped: bool  # no parameter changed: non-finite loss or gradient, or no trained token
+    metrics: dict[str, float] = field(default_factory=dict)  # the loss's, means over trained tokens
     signal: int | None = None  # a stop signal that some rank has received
 
 
-class Trainer:
-    """A model, its optimizer and the step. Masters, gradients and moments are FP32.
+@dataclass(frozen=True)
+class _Totals:
+    """Sums over the micro-batches of all ranks, after the step's one reduction."""
 
-    `sharded` is the model laid out over several processes; each calls every method at the same point, with its own batches,
-    as many as every other. `pending_signal` tells of a stop signal here, so that all ranks hear of it in the same step.
-    Raises CheckpointError for a model without masters.
+    squared_norm: Tensor  # [] FP64 on the device, so that clipping does not wait for the host
+    values: dict[str, float]  # squared_norm, loss, tokens, trained_tokens, sigterm, sigint
+    metrics: dict[str, float]
+
+    def result(self) -> StepResult:
+        trained_tokens = int(self.values["trained_tokens"])
+        loss, norm, skipped = math.nan, 0.0, True
+        if trained_tokens:
+            loss = self.values["loss"] / trained_tokens
+            norm = math.sqrt(self.values["squared_norm"])
+            skipped = not (math.isfinite(self.values["loss"]) and math.isfinite(norm))
+        stop = signal.SIGINT if self.values["sigint"] else None
+        return StepResult(
+            loss=loss,
+            gradient_norm=norm,
+            trained_tokens=trained_tokens,
+            tokens=int(self.values["tokens"]),
+            skipped=skipped,
+            metrics={name: sum_ / max(1, trained_tokens) for name, sum_ in self.metrics.items()},
+            signal=signal.SIGTERM if self.values["sigterm"] else stop,
+        )
+
+
+class Trainer:
+    """A model, its optimizer and the optimizer step. Masters and gradients are FP32.
+
+    `parallel_model` is the model sharded over several ranks (default: one process). Every rank
+    calls every method at the same point, with its own batches and the same number of them.
+    Raises CheckpointError for a model that has FP8 codes without masters.
     """
 
     def __init__(
@@ -62,84 +100,54 @@ class Trainer:
     ) -> None:
         if any(isinstance(layer, Fp8Linear) and layer.weight is None for layer in model.modules()):
             raise CheckpointError(
-                "the model holds FP8 codes without masters: train from BF16 weights (infir2 import fp8 DIR --to NEW)"
+                "the model holds FP8 codes without masters: "
+                "train from BF16 weights (infir2 import fp8 DIR --to NEW)"
             )
         self.model = model
         self.parallel_model = parallel_model or single_process(model)
         self.optimizer = make_optimizer(model, section)
         self.clip_norm = section.clip_norm
         self.loss_chunk_tokens = loss_chunk_tokens
+        # A stop signal that this rank has received; the step's reduction makes it known to all.
         self.pending_signal: Callable[[], int | None] = lambda: None
-        self.before_update: Callable[[], None] = lambda: (
-            None
-        )  # a save in the background may still be copying
+        # Called right before parameters change: a background save may still be copying them.
+        self.before_update: Callable[[], None] = lambda: None
 
     def step(
         self,
         batches: Sequence[Batch],
-        loss_function: LossFunction,
+        loss: Loss,
         learning_rate: float,
         *,
         temperature: float = 1.0,
     ) -> StepResult:
-        """Forward and backward over all micro-batches, one reduction of what was measured, finite check, clip, AdamW."""
+        """Forward and backward over all micro-batches, finite check, clip, AdamW."""
         fault("train.step")
         self.model.train()
-        counts = (
-            self.parallel_model.layout.is_data_leader
-        )  # what ranks with the same data do not count twice
-        num_tokens = self.parallel_model.total(
-            self._number(counts * sum(batch.num_trained_tokens for batch in batches))
-        )
-        loss_sum = self._number(0)
-        sums: dict[str, Tensor] = defaultdict(lambda: self._number(0))
-        for number, batch in enumerate(batches, 1):
-            # with several ranks, a batch that trains nothing has to take part in the collectives
-            if batch.num_trained_tokens == 0 and self.parallel_model.ranks.size == 1:
-                continue
-            self.parallel_model.before_backward(last=number == len(batches))
-            loss, metrics = loss_function(
-                self._score(
-                    self.parallel_model.local(batch), temperature, with_entropy=bool(batch.extras)
-                )
-            )
-            if fault("train.loss"):
-                loss = loss * math.nan
-            (loss / num_tokens.clamp(min=1)).backward()
-            loss_sum += loss.detach()
-            for name, value in metrics.items():
-                sums[name] += value.detach()
+        trained_tokens = self._reduce_trained_tokens(batches)
+        loss_sum, metric_sums = self._backward(batches, loss, trained_tokens, temperature)
         self.parallel_model.finish_gradients()
-        tokens = self._number(counts * sum(len(batch.token_ids) for batch in batches))
-        stops = [
-            self._number(self.pending_signal() == number)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        ]
-        measured = self.parallel_model.total(
-            torch.stack(
-                [self.parallel_model.squared_norm(), loss_sum, tokens, *stops, *sums.values()]
-            )
-        )
-        *totals, trained = torch.cat(
-            [measured, num_tokens[None]]
-        ).tolist()  # the one point where the host waits for the device
-        result = _result(totals, int(trained), list(sums))
+        totals = self._reduce_measurements(batches, trained_tokens, loss_sum, metric_sums)
+        result = totals.result()
         if not result.skipped:
-            self._update(measured[0].sqrt().float(), learning_rate)
+            self._update(totals.squared_norm.sqrt().float(), learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
+    @torch.no_grad()
     def score(
         self, batch: Batch, temperature: float = 1.0, *, with_entropy: bool = False
     ) -> TokenScores:
-        """Log-probabilities of the batch's trained tokens that this rank scores, in stream order, without gradients to come."""
-        scores = self._score(self.parallel_model.local(batch), temperature, with_entropy)
+        """Scores, in stream order, of those trained tokens of the batch that this rank computes."""
+        scores = self._score(
+            self.parallel_model.local(batch), temperature, with_entropy, uniform_gradient=False
+        )
         self.parallel_model.release()
         return scores
 
     @torch.no_grad()
-    def mean_loss(self, batches: Sequence[Batch]) -> float:
-        """Next-token loss over all ranks' batches, a mean per trained token; nothing is trained."""
+    def mean_loss(self, batches: Iterable[Batch]) -> float:
+        """Next-token loss over all ranks' batches, the mean over trained tokens."""
         self.model.eval()
         sums = torch.stack([self._number(0), self._number(0)])
         for batch in batches:
@@ -152,7 +160,7 @@ class Trainer:
         return loss_sum / max(1, num_tokens)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a bit-equal continuation needs, by name: this rank's part of the FP32 masters and moments."""
+        """This rank's shards of masters and moments by name: all that a bit-equal resume needs."""
         parameters = {
             f"parameters/{name}": parameter.detach()
             for name, parameter in self.model.named_parameters()
@@ -161,38 +169,99 @@ class Trainer:
         return {name: local_tensor(tensor) for name, tensor in tensors.items()}
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """Where each of `tensors` that has a part on several ranks lies in the whole; empty in one process."""
+        """The shard spec of each of `tensors` that is sharded; empty in one process."""
         if self.parallel_model.ranks.size == 1:
             return {}
         names = ("parameters/{}", "optimizer/{}/exp_avg", "optimizer/{}/exp_avg_sq")
         return {
-            form.format(name): place
-            for name, place in self.parallel_model.shard_specs.items()
+            form.format(name): spec
+            for name, spec in self.parallel_model.shard_specs.items()
             for form in names
         }
 
     def load_tensors(self, tensors: "DcpTensors") -> None:
-        """Read this rank's part of what `tensors` names. CheckpointError on a missing or misshapen one."""
+        """Read this rank's shards. CheckpointError if a tensor is missing or has another shape."""
         load_parameters(self.model, tensors, self.parallel_model.shard_specs)
         load_optimizer_tensors(self.model, self.optimizer, tensors, self.parallel_model.shard_specs)
+
+    def _reduce_trained_tokens(self, batches: Sequence[Batch]) -> Tensor:
+        """all_reduce of the number of trained tokens, [] FP64."""
+        return self.parallel_model.total(
+            self._number(self._counted * sum(batch.num_trained_tokens for batch in batches))
+        )
+
+    def _backward(
+        self, batches: Sequence[Batch], loss: Loss, trained_tokens: Tensor, temperature: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Accumulate gradients. Returns this rank's loss and metrics, summed over its tokens."""
+        loss_sum = self._number(0)
+        metric_sums: dict[str, Tensor] = defaultdict(lambda: self._number(0))
+        for number, batch in enumerate(batches, 1):
+            # With several ranks, a batch without trained tokens still joins the collectives.
+            if batch.num_trained_tokens == 0 and self.parallel_model.ranks.size == 1:
+                continue
+            self.parallel_model.before_backward(last=number == len(batches))
+            scores = self._score(
+                self.parallel_model.local(batch),
+                temperature,
+                loss.needs_entropy,
+                loss.uniform_gradient,
+            )
+            batch_loss, metrics = loss(scores)
+            if fault("train.loss"):
+                batch_loss = batch_loss * math.nan
+            (batch_loss / trained_tokens.clamp(min=1)).backward()
+            loss_sum += batch_loss.detach()
+            for name, value in metrics.items():
+                metric_sums[name] += value.detach()
+        return loss_sum, metric_sums
+
+    def _reduce_measurements(
+        self,
+        batches: Sequence[Batch],
+        trained_tokens: Tensor,
+        loss_sum: Tensor,
+        metric_sums: Mapping[str, Tensor],
+    ) -> _Totals:
+        """One all_reduce of all that this step measured, and one copy to the host."""
+        stop = self.pending_signal()
+        local = {
+            "squared_norm": self.parallel_model.squared_norm(),
+            "loss": loss_sum,
+            "tokens": self._number(self._counted * sum(len(batch.token_ids) for batch in batches)),
+            "sigterm": self._number(stop == signal.SIGTERM),
+            "sigint": self._number(stop == signal.SIGINT),
+        }
+        total = self.parallel_model.total(torch.stack([*local.values(), *metric_sums.values()]))
+        # tolist() is the step's only point where the host waits for the device.
+        *sums, trained = torch.cat([total, trained_tokens[None]]).tolist()
+        values = dict(zip(local, sums, strict=False)) | {"trained_tokens": trained}
+        metrics = dict(zip(metric_sums, sums[len(local) :], strict=True))
+        return _Totals(total[0], values, metrics)
+
+    @property
+    def _counted(self) -> bool:
+        """Whether this rank counts its tokens: one of the ranks that share a batch does."""
+        return self.parallel_model.layout.is_data_leader
 
     @property
     def _device(self) -> torch.device:
         return self.model.head_weight.device
 
     def _number(self, value: float) -> Tensor:
-        return torch.full(
-            (), float(value), dtype=torch.float64, device=self._device
-        )  # torch.tensor would wait for a GPU
+        # torch.tensor would copy from the host and wait for the GPU; torch.full does not.
+        return torch.full((), float(value), dtype=torch.float64, device=self._device)
 
-    def _score(self, batch: Batch, temperature: float, with_entropy: bool = False) -> TokenScores:
-        """Only the rows of trained tokens reach the head."""
+    def _score(
+        self, batch: Batch, temperature: float, with_entropy: bool, uniform_gradient: bool
+    ) -> TokenScores:
+        """Forward of this rank's part of a batch. Only the rows of trained tokens reach the head."""
         rows = batch.loss_mask.nonzero().squeeze(1)
         rows, ids, positions, labels = (
             to_device(x, self._device)
             for x in (rows, batch.token_ids, batch.positions, batch.labels)
         )
-        # cu_seqlens stay on the host, which lays out the attention: asking a GPU for them would wait for it.
+        # cu_seqlens stays on the host, which plans the attention without waiting for the GPU.
         hidden = self.model.hidden_states(ids, positions, batch.cu_seqlens.numpy())
         logprobs, entropy = token_logprobs(
             hidden[rows],
@@ -201,13 +270,12 @@ class Trainer:
             temperature,
             self.loss_chunk_tokens,
             with_entropy=with_entropy,
-            uniform_gradient=not batch.extras,  # next_token_loss is a sum; a policy loss weighs every token by its extras
+            uniform_gradient=uniform_gradient,
         )
-        return TokenScores(
-            logprobs,
-            entropy,
-            {name: to_device(value, self._device)[rows] for name, value in batch.extras.items()},
-        )
+        inputs = {
+            name: to_device(value, self._device)[rows] for name, value in batch.token_inputs.items()
+        }
+        return TokenScores(logprobs, entropy, inputs)
 
     def _update(self, norm: Tensor, learning_rate: float) -> None:
         self.before_update()
@@ -216,29 +284,10 @@ class Trainer:
         update(self.optimizer, self.parallel_model.gradients(), learning_rate, clip)
 
 
-def _result(measured: list[float], num_tokens: int, names: list[str]) -> StepResult:
-    """From the sums over all ranks: squared gradient norm, loss, tokens, signals, the loss function's metrics."""
-    square, loss_sum, tokens, terminations, interruptions, *sums = measured
-    if num_tokens == 0:
-        loss, norm, skipped = math.nan, 0.0, True
-    else:
-        loss, norm = loss_sum / num_tokens, math.sqrt(square)
-        skipped = not (math.isfinite(loss_sum) and math.isfinite(norm))
-    return StepResult(
-        loss=loss,
-        gradient_norm=norm,
-        trained_tokens=num_tokens,
-        tokens=int(tokens),
-        skipped=skipped,
-        metrics={name: value / max(1, num_tokens) for name, value in zip(names, sums, strict=True)},
-        signal=signal.SIGTERM if terminations else signal.SIGINT if interruptions else None,
-    )
-
-
 @torch.no_grad()
 def load_parameters(
     model: Decoder, tensors: "DcpTensors", shard_specs: Mapping[str, ShardSpec]
 ) -> None:
-    """Read this rank's part of each 'parameters/NAME' of a checkpoint into the model's FP32 masters."""
+    """Read this rank's shard of each 'parameters/NAME' of a checkpoint into the FP32 masters."""
     for name, parameter in model.named_parameters():
         tensors.read(f"parameters/{name}", shard_specs[name], local_tensor(parameter))

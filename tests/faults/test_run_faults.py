@@ -27,6 +27,7 @@ from infir2.checkpoint.store import Store
 from infir2.cli import main
 from infir2.data import Loader
 from infir2.errors import DataError
+from infir2.train.losses import NextTokenLoss, TokenScores
 from infir2.train.spikes import SpikeMonitor
 from infir2.train.trainer import Trainer
 
@@ -674,18 +675,16 @@ def test_f9_a_nan_changes_nothing_and_three_in_a_row_stop_the_run(
 def test_f10_a_loss_spike_is_an_event_or_the_end(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Five steps whose loss is tenfold, with a stop in between: the window is read back from the record."""
-    import infir2.train.loop
-
-    real = infir2.train.loop.next_token_loss
+    """Five steps whose loss is tenfold, with a stop in between: the window is read from the record."""
     calls: list[int] = []
 
-    def tenfold(scores):  # type: ignore[no-untyped-def]
-        calls.append(1)
-        loss, metrics = real(scores)
-        return loss * (10 if 14 <= len(calls) <= 18 else 1), metrics
+    class TenfoldLoss(NextTokenLoss):
+        def __call__(self, scores: TokenScores) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            calls.append(1)
+            loss, metrics = super().__call__(scores)
+            return loss * (10 if 14 <= len(calls) <= 18 else 1), metrics
 
-    monkeypatch.setattr(infir2.train.loop, "next_token_loss", tenfold)
+    monkeypatch.setattr(train_run, "next_token_loss", TenfoldLoss())
 
     def words(name: str) -> list[str]:
         return cpt(world, tmp_path / name, schedule__total_steps=20, data__batch_sequences=1)

@@ -1,4 +1,4 @@
-"""Packing: budget kept, nothing lost, nearly full, equal counts on all ranks, labels and extras where they belong."""
+"""Packing: budget kept, nothing lost, nearly full, equal counts on all ranks, labels and token_inputs where they belong."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,8 @@ def test_labels_are_shifted_inside_each_sequence() -> None:
     assert batch.cu_seqlens.tolist() == [0, 3, 7]
     assert batch.loss_mask.tolist() == [False, True, False, False, True, True, False]
     assert batch.labels.tolist() == [0, 52, 0, 0, 12, 13, 0]
-    assert torch.allclose(batch.extras["advantages"], torch.tensor([0, 5.2, 0, 0, 1.2, 1.3, 0]))
+    expected = torch.tensor([0, 5.2, 0, 0, 1.2, 1.3, 0])
+    assert torch.allclose(batch.token_inputs["advantages"], expected)
     assert batch.num_trained_tokens == 3
     assert (batch.token_ids.dtype, batch.cu_seqlens.dtype, batch.loss_mask.dtype) == (
         torch.int64,

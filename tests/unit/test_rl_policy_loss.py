@@ -16,13 +16,13 @@ LOSS = PolicyLoss(clip_low=0.2, clip_high=0.28, tis_cap=2.0)
 def scores(
     logprobs: list[float], advantages: list[float], trainer: list[float], rollout: list[float]
 ) -> TokenScores:
-    extras = {
+    inputs = {
         "advantages": torch.tensor(advantages),
         "trainer_logprobs": torch.tensor(trainer),
         "rollout_logprobs": torch.tensor(rollout),
     }
     return TokenScores(
-        torch.tensor(logprobs, requires_grad=True), torch.full((len(logprobs),), 0.5), extras
+        torch.tensor(logprobs, requires_grad=True), torch.full((len(logprobs),), 0.5), inputs
     )
 
 

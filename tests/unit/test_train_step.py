@@ -2,15 +2,17 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+import infir2.train.trainer as trainer_module
 from infir2.config.schema import Fp8Section, OptimizerSection, ShapeSection
 from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, convert_to_fp8
-from infir2.train.losses import next_token_loss
+from infir2.train.losses import Loss, NextTokenLoss, TokenScores, next_token_loss
 from infir2.train.trainer import Trainer
 
 SHAPE = ShapeSection(
@@ -59,14 +61,16 @@ def split(batch: Batch, at: int) -> list[Batch]:
     return halves
 
 
-def gradients(trainer: Trainer, batches: list[Batch]) -> dict[str, torch.Tensor]:
+def gradients(
+    trainer: Trainer, batches: list[Batch], loss: Loss = next_token_loss
+) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
 
     def keep(*_: object) -> None:
         found.update({name: p.grad.clone() for name, p in trainer.model.named_parameters()})  # type: ignore[union-attr]
 
     trainer.optimizer.register_step_pre_hook(keep)
-    trainer.step(batches, next_token_loss, 1e-3)
+    trainer.step(batches, loss, 1e-3)
     return found
 
 
@@ -76,6 +80,54 @@ def test_micro_batches_give_the_gradients_of_the_whole_step() -> None:
     parts = gradients(make_trainer(fp8=False, dtype=torch.float32), split(batch, 1))
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class FirstTokensLoss:
+    """A weighted loss whose weights come from no input: tokens weigh 1, 1/2, 1/3, ..."""
+
+    uniform_gradient, needs_entropy = False, True
+
+    def __call__(self, scores: TokenScores) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        assert scores.entropy is not None
+        weights = 1 / torch.arange(1, len(scores.logprobs) + 1)
+        return -(weights * scores.logprobs).sum().double(), {"entropy": scores.entropy.sum()}
+
+
+class _GradientOfTheFirstToken(torch.autograd.Function):
+    """The identity, whose backward is allowed what `uniform_gradient` allows the head on a GPU."""
+
+    @staticmethod
+    def forward(_: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        return logprobs.clone()
+
+    @staticmethod
+    def backward(_: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad[0].expand(len(grad))
+
+
+def test_a_weighted_loss_without_token_inputs_gets_its_own_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against autograd on plain logits, with a head that uses `uniform_gradient` as the GPU's."""
+
+    def token_logprobs(
+        *arguments: Any, uniform_gradient: bool, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        logprobs, entropy = real(*arguments, **options)
+        return _GradientOfTheFirstToken.apply(logprobs) if uniform_gradient else logprobs, entropy
+
+    real = trainer_module.token_logprobs
+    monkeypatch.setattr(trainer_module, "token_logprobs", token_logprobs)
+    batch, loss = sequences([30, 21]), FirstTokensLoss()
+    trained = gradients(make_trainer(fp8=False, dtype=torch.float32), [batch], loss)
+
+    model = make_trainer(fp8=False, dtype=torch.float32).model
+    dense = model(batch.token_ids, batch.positions, batch.cu_seqlens).double().log_softmax(-1)
+    logprobs = dense.gather(1, batch.labels[:, None]).squeeze(1)[batch.loss_mask]
+    weights = 1 / torch.arange(1, len(logprobs) + 1)
+    (-(weights * logprobs).sum() / len(logprobs)).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_gradients_and_masters_are_fp32() -> None:
@@ -111,11 +163,12 @@ def test_a_non_finite_step_changes_nothing_and_says_so() -> None:
     trainer.step([sequences([30])], next_token_loss, 1e-3)
     before = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
 
-    def poisoned(scores):  # type: ignore[no-untyped-def]
-        loss, metrics = next_token_loss(scores)
-        return loss * float("nan"), metrics
+    class PoisonedLoss(NextTokenLoss):
+        def __call__(self, scores: TokenScores) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            loss, metrics = super().__call__(scores)
+            return loss * float("nan"), metrics
 
-    result = trainer.step([sequences([30], seed=1)], poisoned, 1e-3)
+    result = trainer.step([sequences([30], seed=1)], PoisonedLoss(), 1e-3)
     assert result.skipped
     assert math.isnan(result.loss)
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.tensors().items())
