@@ -6,6 +6,7 @@ import time
 from types import FrameType
 
 from infir2.errors import Interrupted, Preempted, UserError
+from infir2.terminal import log_in_signal_handler
 
 
 class CommandSignals:
@@ -31,7 +32,7 @@ class CommandSignals:
     def stop(self, _number: int, _frame: FrameType | None) -> None:
         self._received = True
         if not self.has_own_end:
-            print(f"infir2: {self._sentence}", file=sys.stderr)
+            log_in_signal_handler(self._sentence)
             sys.exit(Preempted.exit_code)
 
     def wait(self, seconds: float) -> bool:

@@ -1,23 +1,18 @@
-"""Where a run's numbers go: metrics.jsonl (the record), TensorBoard (a view), the terminal (progress)."""
+"""Where a run's numbers go: metrics.jsonl (the record), TensorBoard (a view)."""
 
 import contextlib
 import io
 import json
 import math
 import queue
-import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from infir2.checkpoint.manifest import replace_file
 from infir2.errors import disk_reason
+from infir2.terminal import log
 
-_PLAIN_INTERVAL_SECONDS = 15.0
 _CLOSE_SECONDS = 5.0
 
 
@@ -89,9 +84,8 @@ class Lines:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
             if not self._told:
-                print(
-                    f"infir2: {self.path} cannot be written ({disk_reason(error)}); its lines are kept until it can",
-                    file=sys.stderr,
+                log(
+                    f"{self.path} cannot be written ({disk_reason(error)}); its lines are kept until it can"
                 )
             self._told = True
 
@@ -135,65 +129,11 @@ class TensorBoardView:
                 writer.add_scalar(*item)
             writer.close()
         except Exception as error:  # of any library
-            print(
-                f"infir2: no TensorBoard events from here on ({error}); metrics.jsonl goes on",
-                file=sys.stderr,
-            )
-
-
-class StepProgress:
-    """A progress bar on a terminal; elsewhere one plain line every 15 seconds. Both show step, loss, tokens/s, time left."""
-
-    def __init__(self, name: str, total: int, done: int) -> None:
-        self._name, self._total, self._first = name, total, done
-        self._start = self._last = time.monotonic()
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            name_column, text_column = (
-                TextColumn("{task.description}"),
-                TextColumn("{task.fields[text]}"),
-            )
-            columns = (
-                name_column,
-                BarColumn(),
-                MofNCompleteColumn(),
-                text_column,
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task(name, total=total, completed=done, text="")
-            self._bar.start()
-
-    def update(self, step: int, text: str) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
-            return
-        now = time.monotonic()
-        if now - self._last >= _PLAIN_INTERVAL_SECONDS or step == self._total:
-            left = (now - self._start) / max(1, step - self._first) * (self._total - step)
-            print(
-                f"{self._name} step {step}/{self._total} {text} left {_duration(left)}",
-                file=sys.stderr,
-                flush=True,
-            )
-            self._last = now
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        console = self._bar.console if self._bar is not None else Console(stderr=True)
-        console.print(f"{self._name}: {text}", highlight=False, markup=False, soft_wrap=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+            log(f"no TensorBoard events from here on ({error}); metrics.jsonl goes on")
 
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from infir2.errors import ConfigError, Interrupted, Preempted, UserError
 from infir2.launch.ranks import code_for_torchrun
 from infir2.processes import CommandSignals
+from infir2.terminal import log, log_error, print_result
 
 # verb -> (module with the function, function, one line for --help)
 VERBS = {
@@ -117,19 +118,16 @@ def _tell(error: UserError, signals: CommandSignals) -> int:
         and code_for_torchrun(error.exit_code) != 0
     )
     if not told or (ends_rank_0 and not signals.wait(20.0)):
-        _say(
-            str(error) if isinstance(error, Preempted | Interrupted) else f"error: {error}",
-            error.exit_code,
-        )
+        (log if isinstance(error, Preempted | Interrupted) else log_error)(str(error))
     return error.exit_code
 
 
 def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage())
+        print_result(_usage())
         return
     if arguments[0] in ("-V", "--version"):
-        print(_versions())
+        print_result(_versions())
         return
     verb, *rest = arguments
     if verb not in VERBS:
@@ -161,5 +159,5 @@ def _versions() -> str:
 
 
 def _say(sentence: str, code: int) -> int:
-    print(f"infir2: {sentence}", file=sys.stderr)
+    log(sentence)
     return code

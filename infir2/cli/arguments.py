@@ -3,7 +3,6 @@
 import argparse
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, TypeVar
@@ -13,6 +12,7 @@ from pydantic import BaseModel
 from infir2.config import Loaded, load
 from infir2.config.help import describe_keys, describe_variables
 from infir2.errors import ConfigError
+from infir2.terminal import log
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -68,7 +68,7 @@ def load_recipe(
     # Under torchrun every rank loads the recipe; one says so.
     if os.environ.get("RANK", "0") == "0":
         for note in loaded.notes:
-            print(f"infir2: {note}", file=sys.stderr)
+            log(note)
     return replace(loaded, accept_changes="--accept-changes" in arguments)
 
 

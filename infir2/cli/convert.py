@@ -5,6 +5,7 @@ from pathlib import Path
 
 from infir2.cli.arguments import Parser
 from infir2.errors import ConfigError
+from infir2.terminal import print_result
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -137,13 +138,13 @@ def verify_weights(arguments: Sequence[str]) -> None:
     words = parser.parse_args(arguments)
     from infir2.convert import verify_weights as verify
 
-    print(
+    print_result(
         f"{verify(words.run, words.hf_dir)} tensors of {words.hf_dir} hold the bytes of {words.run}."
     )
     if words.engine:
         from infir2.engines.probe import check_engine
 
-        print(check_engine(words.engine, words.hf_dir))
+        print_result(check_engine(words.engine, words.hf_dir))
 
 
 def tokenize(arguments: Sequence[str]) -> None:
@@ -192,7 +193,7 @@ def tokenize(arguments: Sequence[str]) -> None:
         words.text_field,
         words.max_quarantined_fraction,
     )
-    print(
+    print_result(
         f"{words.out}.bin: {done.tokens:,} tokens in {done.documents:,} documents"
         + f", {done.chunks_kept} chunks kept of an earlier run" * bool(done.chunks_kept)
         + f", {done.quarantined} rows left out, listed in {words.out}.quarantine.jsonl"
@@ -225,4 +226,4 @@ def report(arguments: Sequence[str]) -> None:
     )
     from infir2.report import write_report
 
-    print(write_report(words.runs, out))
+    print_result(str(write_report(words.runs, out)))

@@ -23,6 +23,7 @@ from infir2.launch.torchrun import (
     run_torchrun,
     torchrun_command,
 )
+from infir2.terminal import print_result
 
 _ABOUT = (
     "Starts a training verb on many processes and nodes, and ends with the worst rank's exit code. SIGTERM and Ctrl-C reach every "
@@ -149,7 +150,7 @@ def _launch(words: argparse.Namespace, layout: Layout, verb: list[str]) -> None:
                 partial(run_torchrun, layout, verb),
             )
     if words.dry_run:
-        return print(text)
+        return print_result(text)
     code = start()
     if code in STOPPED_BY.values():
         again = (

@@ -7,6 +7,7 @@ from typing import Any
 from infir2.cli.arguments import load_recipe, recipe_help, wants_help
 from infir2.config import Loaded
 from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
+from infir2.terminal import print_result
 
 RESUME = "The same command run again resumes from the newest good checkpoint in run.dir."
 KINDS: dict[str, tuple[type, str]] = {
@@ -27,7 +28,7 @@ def _run(verb: str, arguments: Sequence[str]) -> None:
     """infir2 VERB RECIPE.toml ..."""
     recipe_class, meaning = KINDS[verb]
     if wants_help(arguments):
-        return print(recipe_help(recipe_class, verb, meaning))
+        return print_result(recipe_help(recipe_class, verb, meaning))
     loaded: Loaded[Any] = load_recipe(recipe_class, arguments, verb)
     if verb == "rl":
         from infir2.evaluate.run import in_loop_evaluator

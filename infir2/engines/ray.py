@@ -8,7 +8,6 @@ it has the weights, the others do its work. One that makes no progress is ended,
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from infir2.engines.types import Ended, Request, SamplingParams
 from infir2.errors import CheckFailedError, RankError
 from infir2.launch.ray import ENGINES, actors_in, connect
 from infir2.parallel.ranks import Ranks
+from infir2.terminal import log
 
 ProcessId = tuple[str, int]  # of an engine's process: Ray's node, pid there
 Piece = tuple[
@@ -151,10 +151,9 @@ class RayEngines:
                     del streams[stream]
                 except (ray.exceptions.RayActorError, NotServing) as error:
                     del streams[stream]
-                    print(
-                        f"rl: a rollout engine died ({type(error).__name__}); the others do its work",
-                        file=sys.stderr,
-                        flush=True,
+                    log(
+                        f"a rollout engine died ({type(error).__name__}); the others do its work",
+                        "rl",
                     )
                     self._serving.remove(actor)
                     self._places.pop(actor, None)
@@ -174,10 +173,9 @@ class RayEngines:
                 now - self._heard[call] > self._timeout_seconds
                 and not ray.wait([call], timeout=0)[0]
             ):
-                print(
-                    f"rl: a rollout engine made no progress in {self._timeout_seconds:g} s; ending it",
-                    file=sys.stderr,
-                    flush=True,
+                log(
+                    f"a rollout engine made no progress in {self._timeout_seconds:g} s; ending it",
+                    "rl",
                 )
                 if place := self._places.pop(actor, None):
                     _kill(*place)
@@ -229,7 +227,7 @@ class RayEngines:
                 self._load(actor)
                 continue
             except ray.exceptions.RayActorError as error:
-                print(f"rl: a rollout engine is gone: {error}", file=sys.stderr, flush=True)
+                log(f"a rollout engine is gone: {error}", "rl")
                 self._actors.remove(actor)
                 continue
             except ray.exceptions.RayTaskError as error:

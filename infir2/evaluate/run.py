@@ -1,7 +1,6 @@
 """`infir2 eval` and the evaluation inside RL: sample k responses to every held-out problem, check them, write scores with intervals."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import chain
@@ -17,6 +16,7 @@ from infir2.engines.native import NativeEngine
 from infir2.engines.types import Completion, Engine, SamplingParams, part_of, respond
 from infir2.evaluate.statistics import Evaluation, average_at_k, by_difficulty, mean_pass_at_k
 from infir2.faults import fault
+from infir2.terminal import log_text
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.supervisor import Session, describe_environment
 from infir2.verify import check_math_batch
@@ -99,7 +99,7 @@ def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
     metrics.write("evaluation", 1, **asdict(scores))
     metrics.write_samples([{"step": 1} | row for row in rows[:SAMPLE_ROWS]])
     metrics.close()
-    print(describe(scores), file=sys.stderr)
+    log_text(describe(scores))
 
 
 def in_loop_evaluator(
@@ -120,7 +120,7 @@ def in_loop_evaluator(
         )
         scores = summary(problems, list(chain.from_iterable(parts)), recipe.evaluate.samples)
         session.metrics.write("evaluation", step, **asdict(scores))
-        session.progress.say(f"step {step}: {describe(scores)}")
+        session.progress.log(f"step {step}: {describe(scores)}")
 
     return evaluate
 

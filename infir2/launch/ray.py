@@ -28,6 +28,7 @@ from infir2.launch.ranks import (
     worst_code,
 )
 from infir2.launch.torchrun import Layout
+from infir2.terminal import log
 
 FIRST_ROOM_SECONDS = 60.0  # room that never was will not come
 LATER_ROOM_SECONDS = 1800.0  # after a death: a machine has to start again, or another has to come
@@ -220,10 +221,9 @@ class _Driver:
                 if self._stopped or code not in RESTARTED:
                     break
                 left = self._layout.max_restarts - attempt
-                print(
-                    f"infir2 launch: a worker died; {left} restarts left, from the newest checkpoint",
-                    file=sys.stderr,
-                    flush=True,
+                log(
+                    f"a worker died; {left} restarts left, from the newest checkpoint",
+                    "infir2 launch",
                 )
         except _Stopped:
             code = -self._stopped
@@ -265,11 +265,7 @@ class _Driver:
         for group, (bundles, _) in zip(groups, placement(self._layout), strict=True):
             wanted = f"room for {len(bundles)} bundles of {bundles[0]}"
             if attempt and not group.wait(1):
-                print(
-                    f"infir2 launch: waits up to {seconds / 60:.0f} minutes for {wanted}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                log(f"waits up to {seconds / 60:.0f} minutes for {wanted}", "infir2 launch")
             if not self._until(partial(group.wait, 1), seconds):
                 there = ray.cluster_resources()
                 has = f"{wanted} after {seconds:.0f} s (in all it has CPU {there.get('CPU', 0):g}, GPU {there.get('GPU', 0):g})"

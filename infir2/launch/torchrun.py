@@ -15,6 +15,7 @@ from types import FrameType
 
 from infir2.errors import ConfigError
 from infir2.launch import ranks
+from infir2.terminal import log
 
 PORT = 29400
 POLL_SECONDS = 0.2
@@ -110,7 +111,7 @@ def run_torchrun(layout: Layout, words: Sequence[str]) -> int:
                 f"rank {rank}: {'killed' if each == ranks.DIED else each}"
                 for rank, each in codes.items()
             )
-            print(f"infir2 launch: {ended or 'no rank started'}", file=sys.stderr)
+            log(ended or "no rank started", "infir2 launch")
         return code
 
 

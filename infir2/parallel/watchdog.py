@@ -7,6 +7,7 @@ import threading
 import time
 
 from infir2.errors import RankError
+from infir2.terminal import log
 
 GRACE_SECONDS = (
     3.0  # a rank that waits for a hanging one in a collective fails there first, and says so
@@ -37,11 +38,9 @@ class Watchdog:
     def _run(self) -> None:
         while not self._done.wait(min(1.0, self.timeout_seconds / 4)):
             if time.monotonic() - self._last > self.timeout_seconds + GRACE_SECONDS:
-                print(
-                    f"infir2: rank {self.rank} gave no sign of life for {self.timeout_seconds:g} s in {self.phase}; the stacks of its "
-                    "threads follow. A longer pause that is no fault needs parallel.timeout_seconds.",
-                    file=sys.stderr,
-                    flush=True,
+                log(
+                    f"rank {self.rank} gave no sign of life for {self.timeout_seconds:g} s in {self.phase}; the stacks of its "
+                    "threads follow. A longer pause that is no fault needs parallel.timeout_seconds."
                 )
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 os._exit(RankError.exit_code)

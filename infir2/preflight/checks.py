@@ -20,6 +20,7 @@ from infir2.config.keys import flatten
 from infir2.config.load import sections_in
 from infir2.config.schema import RlRecipe, TrainRecipe
 from infir2.errors import CheckFailedError, ConfigError, UserError
+from infir2.terminal import print_result
 
 if TYPE_CHECKING:
     from infir2.checkpoint import Checkpoint
@@ -39,7 +40,9 @@ def check(arguments: Sequence[str]) -> None:
     """
     if wants_help(arguments):
         meaning = "Tries everything that the verb needs with this recipe, and trains nothing. The verb is guessed if left out."
-        return print(recipe_help(RlRecipe, "check", meaning, words="check [cpt|sft|rl|eval]"))
+        return print_result(
+            recipe_help(RlRecipe, "check", meaning, words="check [cpt|sft|rl|eval]")
+        )
     verb, words = _verb(arguments)
     preflight = Preflight(load_recipe(KINDS[verb][0], words, verb, command="check"), verb)
     failed = [name for name, function in preflight.checks() if not _report(name, function)]
@@ -84,7 +87,7 @@ def _report(name: str, function: Callable[[], str]) -> bool:
         word, rest = "skip", str(error)
     except UserError as error:
         word, rest = "FAIL", str(error)
-    print(f"{word:5} {name:10} {rest.removeprefix('warn: ')}", flush=True)
+    print_result(f"{word:5} {name:10} {rest.removeprefix('warn: ')}")
     return word != "FAIL"
 
 

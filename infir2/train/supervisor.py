@@ -22,7 +22,7 @@ from infir2 import __version__
 from infir2.checkpoint import Checkpoint, Store, open_checkpoint
 from infir2.checkpoint.background import BackgroundSaver
 from infir2.checkpoint.manifest import replace_file
-from infir2.checkpoint.record import MetricsWriter, StepProgress
+from infir2.checkpoint.record import MetricsWriter
 from infir2.checkpoint.store import CHECKPOINTS, published_steps
 from infir2.config.load import Loaded
 from infir2.config.resume import check_resume, dump
@@ -43,6 +43,7 @@ from infir2.parallel.mesh import Layout, Sizes, check_model, plan_sizes
 from infir2.parallel.ranks import init_ranks, shutdown_ranks
 from infir2.parallel.watchdog import Watchdog
 from infir2.processes import StopSignals
+from infir2.terminal import StepProgress, log
 from infir2.train.build import device_of, planned_config, resumed_model
 from infir2.train.spikes import PATIENCE, SpikeMonitor
 from infir2.train.trainer import StepResult, Trainer
@@ -138,7 +139,7 @@ class Session:
         trainer.pending_signal = lambda: self.signals.received
         self.beat("the first step")
         if self.checkpoint:
-            self.progress.say(f"resumed from {self.checkpoint.path} (step {done})")
+            self.progress.log(f"resumed from {self.checkpoint.path} (step {done})")
         if self.recipe.checkpoint.background:
             self._saver = BackgroundSaver(self.store.save)
             trainer.before_update = self._saver.await_copy
@@ -282,7 +283,7 @@ class Session:
 
     def event(self, step: int, name: str, detail: str) -> None:
         self.metrics.write("event", step, event=name, detail=detail)
-        self.progress.say(f"step {step}: {name}: {detail}")
+        self.progress.log(f"step {step}: {name}: {detail}")
 
     def beat(self, phase: str = "") -> None:
         """A sign of life of this rank, and what begins."""
@@ -306,7 +307,7 @@ class Session:
         if self._saving and (
             failure := self._saving[-1].exception()
         ):  # another error ends the run: this one is only told
-            print(f"{self.kind}: {failure}", file=sys.stderr)
+            log(str(failure), self.kind)
         if hasattr(self, "progress"):
             self.progress.close()
         self.metrics.close()
@@ -323,7 +324,7 @@ class Session:
 
     def _warn(self, text: str) -> None:
         if self.ranks.is_rank0:
-            print(f"{self.kind}: {text}", file=sys.stderr)
+            log(text, self.kind)
 
     def _watch(self, step: int, result: StepResult) -> None:
         """Spikes of a loss that has a level; a policy loss swings around 0."""

@@ -135,6 +135,19 @@ def test_imports_without_torch(package: str) -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_only_the_terminal_module_prints() -> None:
+    """No generated program is excepted: the programs that the jail runs print nothing themselves."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        if path != PACKAGE / "terminal.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
+    ]
+    assert not wrong, f"print through infir2/terminal.py: {wrong}"
+
+
 def function_lengths() -> dict[str, int]:
     """Lines of every function of the package, by where it stands."""
     return {

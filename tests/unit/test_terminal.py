@@ -1,0 +1,51 @@
+"""terminal: what is printed where."""
+
+import subprocess
+import sys
+
+import pytest
+
+from infir2.terminal import StepProgress, log, log_error, log_text, print_result
+
+
+def test_results_go_to_stdout_and_messages_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result("12 tensors")
+    log("a worker died", "infir2 launch")
+    log_error("no such file.")
+    log_text("avg@4 0.5")
+    captured = capsys.readouterr()
+    assert captured.out == "12 tensors\n"
+    lines = ["infir2 launch: a worker died", "infir2: error: no such file.", "avg@4 0.5"]
+    assert captured.err.splitlines() == lines
+
+
+def test_without_a_terminal_progress_prints_the_last_step_and_what_is_logged(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress = StepProgress("sft", total_steps=3, resumed_step=1)
+    progress.log("resumed from [step-1]")
+    progress.update(2, "loss 2.00")
+    progress.update(3, "loss 1.50")
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["sft: resumed from [step-1]", "sft step 3/3 loss 1.50 left 0 s"]
+
+
+def test_a_signal_handler_may_log_while_the_main_thread_prints() -> None:
+    """A handler that used `print` would raise RuntimeError: reentrant call."""
+    code = """
+import io, signal, sys
+from infir2.terminal import log_in_signal_handler
+class RawStderr(io.FileIO):
+    def write(self, data):
+        signal.raise_signal(signal.SIGUSR1)
+        return super().write(data)
+signal.signal(signal.SIGUSR1, lambda *_: log_in_signal_handler("stopped"))
+raw = RawStderr(2, "w", closefd=False)
+sys.stderr = io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=True)
+print("hello", file=sys.stderr, flush=True)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert sorted(result.stderr.splitlines()) == ["hello", "infir2: stopped"]
