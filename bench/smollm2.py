@@ -67,7 +67,7 @@ def greedy_parity(model_dir: Path, result: Result, num_tokens: int) -> None:
     theirs: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
     ours = Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16)
     for question in QUESTIONS:
-        prompt = tokenizer.render(
+        prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True
         )
         with torch.no_grad():

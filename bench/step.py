@@ -81,7 +81,7 @@ class Case:
         recompute = "full" if self.recompute == "full" else saved.recompute
         pre: Literal["bfloat16", "fp8"] = "fp8" if saved.pre_activations == "fp8" else "bfloat16"
         return TrainRecipe(
-            model=ModelSection(recompute=recompute, pre_activations=pre),
+            model=ModelSection(recompute=recompute, pre_activation_dtype=pre),
             fp8=Fp8Section(
                 enabled=self.fp8,
                 scale_format=self.scale_format,

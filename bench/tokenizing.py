@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from infir2.config.schema import SourceSection
 from infir2.data import load_tokenizer
-from infir2.data.rows import document_text, open_source
+from infir2.data.rows import open_source, parse_document
 from infir2.data.tokenize import tokenize
 
 BATCH = 64
@@ -30,7 +30,7 @@ BATCH = 64
 def read_texts(source: Path) -> list[str]:
     section = SourceSection(path=str(source))
     rows = open_source(section, "documents")
-    return [document_text(rows.read(index), section) for index in range(len(rows))]
+    return [parse_document(rows.read(index), section) for index in range(len(rows))]
 
 
 def _encode(texts: list[str], tokenizer_file: str, barrier: Any, results: Any) -> None:

@@ -61,9 +61,7 @@ def variables_of(recipe_class: Recipe) -> dict[str, str]:
     return dict(_RL if issubclass(recipe_class, RlRecipe) else _TRAIN)
 
 
-def environment_words(
-    recipe_class: Recipe, environ: Mapping[str, str], run_dir: str
-) -> Iterator[Word]:
+def set_variables(recipe_class: Recipe, environ: Mapping[str, str], run_dir: str) -> Iterator[Word]:
     """The variables that are set (an empty one is not) for this kind of recipe.
 
     Args:

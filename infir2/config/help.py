@@ -6,7 +6,7 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin
 
 from infir2.config.env_vars import variables_of
-from infir2.config.keys import Recipe, leaf_keys, takes_texts
+from infir2.config.keys import Recipe, is_text_list, leaf_keys
 
 _TYPE_WORDS = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}
 
@@ -53,4 +53,4 @@ def _type_word(annotation: Any) -> str:
         return "|".join(
             _type_word(option) for option in get_args(annotation) if option is not type(None)
         )
-    return "TEXT,TEXT" if takes_texts(annotation) else _TYPE_WORDS[annotation]
+    return "TEXT,TEXT" if is_text_list(annotation) else _TYPE_WORDS[annotation]

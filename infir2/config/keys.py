@@ -83,11 +83,11 @@ def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def takes_text(annotation: Any) -> bool:
+def is_text(annotation: Any) -> bool:
     """Whether a key's value is text (a string or a choice), so that it needs no quotes on the command line."""
     return annotation is str or get_origin(annotation) is Literal
 
 
-def takes_texts(annotation: Any) -> bool:
+def is_text_list(annotation: Any) -> bool:
     """Whether a key's value is a list of strings."""
     return get_origin(annotation) is tuple and get_args(annotation)[0] is str

@@ -16,17 +16,17 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from infir2.config.env_vars import SOURCES, environment_words
+from infir2.config.env_vars import SOURCES, set_variables
 from infir2.config.keys import (
     Recipe,
     child,
     flatten,
+    is_text,
+    is_text_list,
     item_class,
     leaf_keys,
     lookup,
     section_class,
-    takes_text,
-    takes_texts,
 )
 from infir2.config.rules import problems
 from infir2.errors import ConfigError
@@ -194,7 +194,7 @@ def sections_in(paths: Sequence[str | Path]) -> set[str]:
 
 def _merge_environment(layers: _Layers, environ: Mapping[str, str]) -> tuple[str, ...]:
     notes = []
-    for word in environment_words(
+    for word in set_variables(
         layers.recipe_class, environ, str(layers.values.get("run", {}).get("dir", ""))
     ):
         if word.key:
@@ -238,9 +238,9 @@ def _parse_text(annotation: Any, text: str) -> Any:
         value = table["value"] if len(table) == 1 else text
     except tomllib.TOMLDecodeError:
         value = text
-    if takes_text(annotation):
+    if is_text(annotation):
         return value if isinstance(value, str) else text
-    if takes_texts(annotation) and not isinstance(value, list):
+    if is_text_list(annotation) and not isinstance(value, list):
         return [part.strip() for part in str(value).split(",") if part.strip()]
     return value
 

@@ -24,7 +24,7 @@ SAFE_KEYS = (
     "train.stop_after_step",
     "train.validate_every",
     "train.validation_batches",
-    "train.skip_nonfinite_steps",
+    "train.max_nonfinite_steps",
     "train.on_spike",
     "train.loss_chunk_tokens",
     "train.log_every",

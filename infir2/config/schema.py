@@ -67,7 +67,7 @@ class ModelSection(Section):
         "none",
         description="made again in the backward to save memory; selective: norms and SwiGLU products (GPU), full: whole blocks",
     )
-    pre_activations: Literal["bfloat16", "fp8"] = Field(
+    pre_activation_dtype: Literal["bfloat16", "fp8"] = Field(
         "bfloat16",
         description="kept of gate and up for the backward; fp8: half the bytes, gradients of rounded values",
     )
@@ -104,7 +104,7 @@ class SourceSection(Section):
         "",
         description="messages from question and solution: the solution's field (empty: rows have `messages`)",
     )
-    thought_field: str = Field(
+    reasoning_field: str = Field(
         "",
         description="with solution_field: the field with the thought, put between <think> and </think>",
     )
@@ -140,7 +140,7 @@ class DataSection(Section):
     pack_window_samples: int = Field(
         1024, gt=0, description="samples considered together when packing windows of tokens"
     )
-    too_long: Literal["drop", "truncate"] = Field(
+    on_too_long: Literal["drop", "truncate"] = Field(
         "drop", description="a sample longer than sequence_tokens (documents are split instead)"
     )
     max_quarantined_fraction: float = Field(
@@ -203,7 +203,7 @@ class TrainSection(Section):
     )
     validate_every: int = Field(100, ge=0, description="steps between validation losses (0: never)")
     validation_batches: int = Field(10, gt=0, description="micro-batches in a validation loss")
-    skip_nonfinite_steps: int = Field(
+    max_nonfinite_steps: int = Field(
         3,
         ge=1,
         description="stop (exit 17) after this many steps in a row with a non-finite loss or gradient; each such step is skipped",

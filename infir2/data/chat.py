@@ -27,7 +27,7 @@ THINK_MARKERS = ("<think>", "</think>")
 SAMPLE = "It's 1,234.5 in ``x = {'a': [0x1F]}\n\t  return``;  naïve Größe 数学 текст 👩‍🔬 $\\frac{1}{2}$ <|im_end|>\r\n "
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 PLACEHOLDER = re.compile("\U000f0000([0-9]+)\U000f0001")
-PROBE: list[Message] = [
+PROBE_CONVERSATION: list[Message] = [
     {"role": "user", "content": "What is 2+3?"},
     {"role": "assistant", "content": "2+3=5"},
 ]
@@ -108,7 +108,7 @@ class ChatTokenizer:
         self._turn_end = self._check_template() if self._hf.chat_template else None
 
     @property
-    def eos_ids(self) -> tuple[int, ...]:
+    def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a response: the template's end of turn, the tokenizer's eos, the end of a document."""
         ends = (
             self._turn_end,
@@ -118,7 +118,7 @@ class ChatTokenizer:
         return tuple(sorted({end for end in ends if end is not None}))
 
     @property
-    def document_end_id(self) -> int:
+    def eod_token_id(self) -> int:
         """The token after each document: `<|endoftext|>` where there is one (a chat model's eos ends a turn), else eos."""
         for marker in DOCUMENT_ENDS:
             if marker in self._control:
@@ -147,11 +147,11 @@ class ChatTokenizer:
         parts = [
             sorted(self._plain.get_vocab().items()),
             self.encode_text(SAMPLE),
-            self.document_end_id,
+            self.eod_token_id,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def require_chat(self) -> None:
+    def require_chat_template(self) -> None:
         """Raise ConfigError unless there is a chat template."""
         if not self._hf.chat_template:
             raise ConfigError(
@@ -167,7 +167,7 @@ class ChatTokenizer:
         encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         pairs = zip(texts, encodings, strict=True)
         return [
-            [*self._without_control(text, encoding.ids), self.document_end_id]
+            [*self._without_control(text, encoding.ids), self.eod_token_id]
             for text, encoding in pairs
         ]
 
@@ -190,9 +190,9 @@ class ChatTokenizer:
 
     def encode_document(self, text: str) -> list[int]:
         """Plain text with the document's end."""
-        return [*self.encode_text(text), self.document_end_id]
+        return [*self.encode_text(text), self.eod_token_id]
 
-    def encode_marked(self, text: str) -> list[int]:
+    def encode_with_special_tokens(self, text: str) -> list[int]:
         """Text of our own (a prefix of the response, say), in which markers are control tokens."""
         return [token for chunk in self._chunks(text, [], []) for token in chunk.token_ids]
 
@@ -203,7 +203,9 @@ class ChatTokenizer:
             skip_special_tokens=False,
         )
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> list[int]:
         """The tokens of a conversation, up to where the assistant begins if `add_generation_prompt`.
 
         They are a prefix of `encode_conversation([*messages, answer]).token_ids`. Raises RowError for a conversation
@@ -295,7 +297,7 @@ class ChatTokenizer:
         return _Rendering(text, contents, cuts, turns)
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        self.require_chat()
+        self.require_chat_template()
         from jinja2 import TemplateError
 
         try:
@@ -331,9 +333,10 @@ class ChatTokenizer:
     def _check_template(self) -> int:
         """The token that ends an assistant's turn. Raises ConfigError for a template we cannot train with."""
         try:
-            sample = self.encode_conversation(PROBE)
+            sample = self.encode_conversation(PROBE_CONVERSATION)
             expected = self._hf.encode(
-                self._hf.apply_chat_template(PROBE, tokenize=False), add_special_tokens=False
+                self._hf.apply_chat_template(PROBE_CONVERSATION, tokenize=False),
+                add_special_tokens=False,
             )
         except Exception as error:  # whatever the template does wrong, the user has to mend it
             raise ConfigError(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from infir2.config.schema import DataSection, SourceSection
 from infir2.data.chat import ChatTokenizer
-from infir2.data.packing import deal, pack
-from infir2.data.rows import Quarantine, open_source, problem
+from infir2.data.packing import pack, split_among_ranks
+from infir2.data.rows import Quarantine, open_source, parse_prompt
 from infir2.data.sources import RowError, Source
 from infir2.data.streams import (
     DocumentWindows,
@@ -21,7 +21,7 @@ from infir2.data.streams import (
     SampleWindows,
     State,
     TrainingKind,
-    cut,
+    slice_sample,
 )
 from infir2.data.types import Batch, Prompt, Sample
 from infir2.errors import ConfigError, DataError
@@ -122,7 +122,7 @@ class Loader:
             self._units.unit()
             for _ in range(self._section.batch_samples or self._section.batch_sequences)
         ]
-        return deal(
+        return split_among_ranks(
             units, self._section.micro_batch_tokens, self._rank, self._world_size
         ), self._snapshot()
 
@@ -192,7 +192,7 @@ def load_prompts(
         source = open_source(entry, "prompts")
         for index in range(len(source)):
             try:
-                messages, answer, difficulty = problem(
+                messages, answer, difficulty = parse_prompt(
                     source.read(index), entry, section.system_prompt
                 )
             except RowError as error:
@@ -222,11 +222,11 @@ def _one_pass(stream: SampleStream, length: int) -> Iterator[Sample]:
     while stream.position < stream.mixture.num_rows:
         sample = stream.take()
         for start in range(0, sample.num_tokens - 1, length - 1):
-            yield cut(sample, start, min(start + length, sample.num_tokens))
+            yield slice_sample(sample, start, min(start + length, sample.num_tokens))
 
 
 def _check_tokenizer(kind: TrainingKind, tokenizer: ChatTokenizer) -> None:
     if kind == "messages":
-        tokenizer.require_chat()
+        tokenizer.require_chat_template()
     else:
-        _ = tokenizer.document_end_id
+        _ = tokenizer.eod_token_id

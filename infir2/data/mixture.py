@@ -34,7 +34,7 @@ class Mixture:
         self._quotas = quotas(shares, resolution)
         by_source = [source for source, quota in enumerate(self._quotas) for _ in range(quota)]
         self._pattern = [
-            by_source[permuted(place, len(by_source), (seed, -1, 0))]
+            by_source[permute_index(place, len(by_source), (seed, -1, 0))]
             for place in range(len(by_source))
         ]
         seen = [0] * len(sizes)
@@ -56,7 +56,7 @@ class Mixture:
             block * self._quotas[source] + self._rank[offset], self._sizes[source]
         )
         return RowPosition(
-            source, permuted(position, self._sizes[source], (self._seed, source, epoch)), epoch
+            source, permute_index(position, self._sizes[source], (self._seed, source, epoch)), epoch
         )
 
 
@@ -70,7 +70,7 @@ def quotas(shares: Sequence[float], total: int) -> list[int]:
     return [max(1, quota) for quota in whole]
 
 
-def permuted(index: int, size: int, key: tuple[int, int, int]) -> int:
+def permute_index(index: int, size: int, key: tuple[int, int, int]) -> int:
     """The image of `index` under a pseudo-random permutation of range(size) that belongs to `key`.
 
     A Feistel network over the next power of four, walked until it falls into the range (Black and Rogaway, "Ciphers

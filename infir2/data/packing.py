@@ -48,7 +48,7 @@ def balanced_bins(lengths: Sequence[int], capacity: int, multiple: int) -> list[
     return sorted(bins, key=lambda members: (-sum(lengths[place] for place in members), members))
 
 
-def deal(
+def split_among_ranks(
     units: Sequence[Sequence[Sample]], micro_batch_tokens: int, rank: int, world_size: int
 ) -> list[Batch]:
     """This rank's micro-batches of a step: as many as every other rank's, with loads as equal as the units allow.

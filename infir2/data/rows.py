@@ -16,11 +16,11 @@ from infir2.data.sources import RowError, Source
 from infir2.data.types import Message
 from infir2.errors import DataError
 
-Kind = Literal["documents", "messages", "prompts"]
+RowKind = Literal["documents", "messages", "prompts"]
 ROLES = ("system", "user", "assistant")
 
 
-def open_source(section: SourceSection, kind: Kind) -> Source:
+def open_source(section: SourceSection, kind: RowKind) -> Source:
     """Open a source and check that each file has the fields of the kind.
 
     Raises DataError naming the file, or the missing field and the fields that are there.
@@ -44,7 +44,7 @@ def open_source(section: SourceSection, kind: Kind) -> Source:
     return source
 
 
-def document_text(row: dict[str, Any], section: SourceSection) -> str:
+def parse_document(row: dict[str, Any], section: SourceSection) -> str:
     """The text of a document. Raises RowError."""
     return _text(row, section.text_field)
 
@@ -54,18 +54,18 @@ def document_tokens(
 ) -> np.ndarray:
     """Tokens int32 [n] of a document with its end: of its text, or those an indexed file holds. Raises RowError."""
     if "token_ids" not in row:
-        return np.asarray(tokenizer.encode_document(document_text(row, section)), dtype=np.int32)
+        return np.asarray(tokenizer.encode_document(parse_document(row, section)), dtype=np.int32)
     token_ids: np.ndarray = row["token_ids"]
     if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < tokenizer.vocab_size:
         raise RowError(
             "bad_token",
             f"tokens {token_ids.min()} to {token_ids.max()}, and the tokenizer has {tokenizer.vocab_size}",
         )
-    ended = len(token_ids) and int(token_ids[-1]) in tokenizer.eos_ids
-    return np.append(token_ids, [] if ended else [tokenizer.document_end_id]).astype(np.int32)
+    ended = len(token_ids) and int(token_ids[-1]) in tokenizer.eos_token_ids
+    return np.append(token_ids, [] if ended else [tokenizer.eod_token_id]).astype(np.int32)
 
 
-def check_made_with(source: Source, tokenizer: ChatTokenizer) -> None:
+def check_same_tokenizer(source: Source, tokenizer: ChatTokenizer) -> None:
     """Raise DataError for an indexed file that says it was made with another tokenizer."""
     for file in source.files:
         if isinstance(file, IndexedDocuments) and file.about.get("tokenizer") not in (
@@ -78,14 +78,14 @@ def check_made_with(source: Source, tokenizer: ChatTokenizer) -> None:
             )
 
 
-def conversation(
+def parse_conversation(
     row: dict[str, Any], section: SourceSection, system_prompt: str = ""
 ) -> list[Message]:
     """The messages to train on, ending with the last assistant turn: nothing after it is a target. Raises RowError."""
     if section.solution_field:
         question, solution = _text(row, section.prompt_field), _text(row, section.solution_field)
-        if section.thought_field:
-            solution = f"<think>\n{_text(row, section.thought_field)}\n</think>\n\n{solution}"
+        if section.reasoning_field:
+            solution = f"<think>\n{_text(row, section.reasoning_field)}\n</think>\n\n{solution}"
         messages = [
             {"role": "user", "content": question},
             {"role": "assistant", "content": solution},
@@ -99,7 +99,7 @@ def conversation(
     return _with_system(messages, system_prompt)
 
 
-def problem(
+def parse_prompt(
     row: dict[str, Any], section: SourceSection, system_prompt: str = ""
 ) -> tuple[list[Message], str, int | None]:
     """Messages, reference answer and difficulty (None if the row has no number there) of a prompt. Raises RowError."""
@@ -173,12 +173,12 @@ def _listed(path: Path) -> set[str]:
     return found
 
 
-def _fields(section: SourceSection, kind: Kind) -> list[str]:
+def _fields(section: SourceSection, kind: RowKind) -> list[str]:
     if kind == "documents":
         return [section.text_field]
     if kind == "prompts":
         return [section.prompt_field, section.answer_field]
-    fields = (section.prompt_field, section.solution_field, section.thought_field)
+    fields = (section.prompt_field, section.solution_field, section.reasoning_field)
     return [field for field in fields if field] if section.solution_field else ["messages"]
 
 

@@ -7,9 +7,15 @@ import numpy as np
 
 from infir2.config.schema import DataSection, SourceSection
 from infir2.data.chat import ChatTokenizer
-from infir2.data.mixture import Mixture, permuted
+from infir2.data.mixture import Mixture, permute_index
 from infir2.data.packing import best_fit_decreasing
-from infir2.data.rows import Quarantine, check_made_with, conversation, document_tokens, open_source
+from infir2.data.rows import (
+    Quarantine,
+    check_same_tokenizer,
+    document_tokens,
+    open_source,
+    parse_conversation,
+)
 from infir2.data.sources import RowError
 from infir2.data.types import Sample
 from infir2.errors import DataError
@@ -18,7 +24,7 @@ TrainingKind = Literal["documents", "messages"]
 State = dict[str, Any]
 
 
-def cut(sample: Sample, start: int, end: int) -> Sample:
+def slice_sample(sample: Sample, start: int, end: int) -> Sample:
     """Tokens start..end of a sample; the first of them is context only."""
     mask = sample.loss_mask[start:end].copy()
     mask[0] = False
@@ -49,7 +55,7 @@ class SampleStream:
         )
         self.sources = [open_source(source, kind) for source in sources]
         for opened in self.sources:
-            check_made_with(opened, tokenizer)
+            check_same_tokenizer(opened, tokenizer)
         shares = [source.weight for source in sources]
         if kind == "documents":
             shares = [
@@ -82,18 +88,18 @@ class SampleStream:
             if len(token_ids) < 2:
                 raise RowError("empty", "the text has no token")
             return Sample(token_ids, np.arange(len(token_ids)) > 0, origin)
-        messages = conversation(content, section, self._section.system_prompt)
+        messages = parse_conversation(content, section, self._section.system_prompt)
         return self._fitted(self._tokenizer.encode_conversation(messages, origin))
 
     def _fitted(self, sample: Sample) -> Sample:
         limit = self._section.sequence_tokens
         if sample.num_tokens <= limit:
             return sample
-        if self._section.too_long == "drop":
+        if self._section.on_too_long == "drop":
             raise RowError(
                 "too_long", f"{sample.num_tokens} tokens, more than data.sequence_tokens"
             )
-        end = cut(sample, sample.num_tokens - limit, sample.num_tokens)
+        end = slice_sample(sample, sample.num_tokens - limit, sample.num_tokens)
         if not end.loss_mask.any():
             raise RowError("no_trained_tokens", "no trained token is left after truncation")
         return end
@@ -139,7 +145,7 @@ class DocumentWindows:
                 self._document = self._stream.position - 1
             whole, start = self._rest, self._offset
             end = min(start + room, whole.num_tokens)
-            pieces.append(cut(whole, start, end))
+            pieces.append(slice_sample(whole, start, end))
             room -= end - start
             self._offset = end - 1
             if end == whole.num_tokens:
@@ -193,6 +199,7 @@ class SampleWindows:
         samples = [self._stream.take() for _ in range(self._pack_samples)]
         bins = best_fit_decreasing([sample.num_tokens for sample in samples], self._length)
         order = [
-            permuted(place, len(bins), (self._seed, self._start, 1)) for place in range(len(bins))
+            permute_index(place, len(bins), (self._seed, self._start, 1))
+            for place in range(len(bins))
         ]  # not by length
         self._windows = [[samples[place] for place in sorted(bins[number])] for number in order]

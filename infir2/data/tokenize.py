@@ -23,7 +23,7 @@ import numpy as np
 from infir2.config.schema import SourceSection
 from infir2.data.chat import ChatTokenizer, load_tokenizer
 from infir2.data.indexed import IndexedDocuments, token_dtype, write_index
-from infir2.data.rows import Quarantine, document_text, open_source
+from infir2.data.rows import Quarantine, open_source, parse_document
 from infir2.data.sources import RowError, Source
 from infir2.errors import ConfigError, DataError, OutputExistsError
 from infir2.launch.ranks import die_with_parent
@@ -102,7 +102,7 @@ class _Work:
             texts = []
             for row in range(start, min(start + _BATCH_ROWS, chunk.last)):
                 try:
-                    texts.append(document_text(source.read(row), section))
+                    texts.append(parse_document(source.read(row), section))
                 except RowError as error:
                     errors.append((row, error.reason, str(error)))
             tokens += [

@@ -35,7 +35,7 @@ def answer_problems(
     """A row per response (prompt, response, answer, correct, truncated), k per problem. `check` is called all the time."""
     prompts = [(problem.id, prompt_token_ids(tokenizer, problem, section)) for problem in problems]
     params = SamplingParams(
-        section.temperature, section.max_response_tokens, tokenizer.eos_ids, section.top_p
+        section.temperature, section.max_response_tokens, tokenizer.eos_token_ids, section.top_p
     )
     found: dict[int, list[Completion]] = {}
     for place, responses in respond(engine, prompts, section.samples, seed, params, check):
@@ -70,9 +70,9 @@ def prompt_token_ids(
 ) -> list[int]:
     """The problem as a chat, up to where the assistant's answer goes on."""
     system = [{"role": "system", "content": section.system_prompt}] if section.system_prompt else []
-    ids = tokenizer.render([*system, *problem.messages], add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template([*system, *problem.messages], add_generation_prompt=True)
     return (
-        [*ids, *tokenizer.encode_marked(section.response_prefix)]
+        [*ids, *tokenizer.encode_with_special_tokens(section.response_prefix)]
         if section.response_prefix
         else ids
     )

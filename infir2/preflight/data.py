@@ -8,15 +8,15 @@ import numpy as np
 
 from infir2.config.schema import EvalRecipe, RlRecipe, SourceSection, TrainRecipe
 from infir2.data import ChatTokenizer
-from infir2.data.chat import PROBE, THINK_MARKERS
+from infir2.data.chat import PROBE_CONVERSATION, THINK_MARKERS
 from infir2.data.rows import (
-    Kind,
-    check_made_with,
-    conversation,
-    document_text,
+    RowKind,
+    check_same_tokenizer,
     document_tokens,
     open_source,
-    problem,
+    parse_conversation,
+    parse_document,
+    parse_prompt,
 )
 from infir2.data.sources import RowError
 from infir2.errors import ConfigError, DataError
@@ -29,16 +29,16 @@ _FEW = ": fewer than one step takes"
 def check_tokenizer(tokenizer: ChatTokenizer, chat: bool) -> str:
     """With `chat`: a prompt's tokens begin the conversation's, and an end token is trained last. Raises ConfigError."""
     if chat:
-        tokenizer.require_chat()
+        tokenizer.require_chat_template()
         sample, prompt = (
-            tokenizer.encode_conversation(PROBE),
-            tokenizer.render(PROBE[:1], add_generation_prompt=True),
+            tokenizer.encode_conversation(PROBE_CONVERSATION),
+            tokenizer.apply_chat_template(PROBE_CONVERSATION[:1], add_generation_prompt=True),
         )
         if sample.token_ids[: len(prompt)].tolist() != prompt:
             raise ConfigError(
                 "the chat template renders a prompt differently once the answer follows; responses could not be aligned."
             )
-        if int(sample.token_ids[-1]) not in tokenizer.eos_ids or not sample.loss_mask[-1]:
+        if int(sample.token_ids[-1]) not in tokenizer.eos_token_ids or not sample.loss_mask[-1]:
             raise ConfigError(
                 "the chat template does not end an answer with a stop token; a model trained so would never stop."
             )
@@ -47,7 +47,7 @@ def check_tokenizer(tokenizer: ChatTokenizer, chat: bool) -> str:
 
 def check_sources(recipe: TrainRecipe | EvalRecipe, verb: str, tokenizer: ChatTokenizer) -> str:
     """Rows of every source of the recipe, spread over its length. Raises DataError for a source that would stop the run."""
-    kind: Kind = "documents" if verb == "cpt" else "messages" if verb == "sft" else "prompts"
+    kind: RowKind = "documents" if verb == "cpt" else "messages" if verb == "sft" else "prompts"
     system = (
         recipe.evaluate.system_prompt
         if isinstance(recipe, EvalRecipe)
@@ -99,7 +99,7 @@ def _budget(recipe: TrainRecipe, rows: "_Rows") -> str:
 class _Rows:
     """Tries rows of sources of one kind."""
 
-    def __init__(self, tokenizer: ChatTokenizer, kind: Kind, system_prompt: str) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, kind: RowKind, system_prompt: str) -> None:
         self._tokenizer, self._kind, self._system_prompt = tokenizer, kind, system_prompt
         self.num_lossy = self.num_rows = self.num_tokens = (
             0  # of the sources seen; tokens are an estimate
@@ -108,14 +108,14 @@ class _Rows:
     def _measure(self, row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
         """The texts of a row and its number of tokens. Raises RowError for an unusable row."""
         if self._kind == "documents":
-            texts = [] if "token_ids" in row else [document_text(row, section)]
+            texts = [] if "token_ids" in row else [parse_document(row, section)]
             return texts, len(document_tokens(row, section, self._tokenizer))
         if self._kind == "prompts":
-            turns = problem(row, section, self._system_prompt)[0]
+            turns = parse_prompt(row, section, self._system_prompt)[0]
             return [turn["content"] for turn in turns], len(
-                self._tokenizer.render(turns, add_generation_prompt=True)
+                self._tokenizer.apply_chat_template(turns, add_generation_prompt=True)
             )
-        turns = conversation(row, section, self._system_prompt)
+        turns = parse_conversation(row, section, self._system_prompt)
         spoken = re.split("|".join(THINK_MARKERS), " ".join(turn["content"] for turn in turns))
         return spoken, self._tokenizer.encode_conversation(turns).num_tokens
 
@@ -125,7 +125,7 @@ class _Rows:
         Raises DataError for more unusable rows than the share allowed, or no row within `limit` tokens (0: no limit).
         """
         source = open_source(section, self._kind)
-        check_made_with(source, self._tokenizer)
+        check_same_tokenizer(source, self._tokenizer)
         rows = np.unique(
             np.linspace(0, len(source) - 1, min(NUM_ROWS, len(source))).astype(int)
         ).tolist()

@@ -98,7 +98,7 @@ def layer_bytes(config: ModelConfig, recipe: TrainRecipe) -> tuple[int, int]:
     attended = config.num_heads * config.head_dim
     code = 1 + _SCALE if fp8.enabled else 2
     selective = model.recompute == "selective"
-    small = model.pre_activations == "fp8"
+    small = model.pre_activation_dtype == "fp8"
     pre = 2 * f * (1 + _EXPONENT if small else 2)
     product = (
         0

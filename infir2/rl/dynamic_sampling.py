@@ -57,7 +57,7 @@ class GroupSampler:
         self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-verify")
         self.cursor = cursor
         rendered = [
-            (prompt, tokenizer.render(prompt.messages, add_generation_prompt=True))
+            (prompt, tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True))
             for prompt in prompts
         ]
         self._prompts = [
@@ -114,7 +114,7 @@ class GroupSampler:
         missing = list(drawn.items())
         prompts = [(name, ids) for _, (_, name, _, ids) in missing]
         params = SamplingParams(
-            self.rl.temperature, self.rl.max_response_tokens, self._tokenizer.eos_ids
+            self.rl.temperature, self.rl.max_response_tokens, self._tokenizer.eos_token_ids
         )
         checks: dict[int, Future[list[Response]]] = {}
         for place, completions in respond(

@@ -124,7 +124,7 @@ def build_model(
     decoder.recompute = "full" if model.recompute == "full" else "none"
     decoder.saved_activations = SavedActivations(
         recompute="selective" if model.recompute == "selective" else "none",
-        pre_activations="fp8" if model.pre_activations == "fp8" else "bf16",
+        pre_activations="fp8" if model.pre_activation_dtype == "fp8" else "bf16",
         keep_transposed_weights=fp8.keep_transposed,
     )
     return convert_to_fp8(decoder.to(device_of(run)), fp8)

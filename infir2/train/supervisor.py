@@ -364,7 +364,7 @@ class Session:
             "non_finite",
             f"loss {result.loss}, gradient norm {result.gradient_norm}; no parameter changed; rows {rows}",
         )
-        if self._failures_in_a_row >= self.recipe.train.skip_nonfinite_steps:
+        if self._failures_in_a_row >= self.recipe.train.max_nonfinite_steps:
             raise NonFiniteError(
                 f"stopped at step {step}: loss or gradient was not finite {self._failures_in_a_row} steps in a row; "
                 f"{self.dir}/metrics.jsonl names them, the newest checkpoint is step {self.saved_step}"

@@ -742,7 +742,7 @@ def test_f15_rows_that_are_too_long_follow_the_recipe(
     rows = [json.loads(line) for line in (world / "sft1.jsonl").read_text().splitlines()[:6]]
     for row in rows[:2]:
         row["messages"][0]["content"] = " ".join([row["messages"][0]["content"]] * 30)
-    words = sft(world, tmp_path, rows, schedule__total_steps=3, data__too_long=policy)
+    words = sft(world, tmp_path, rows, schedule__total_steps=3, data__on_too_long=policy)
     run([*words, "--data.sequence_tokens=128", "--data.micro_batch_tokens=256"])
     path = tmp_path / "run" / "quarantine.jsonl"
     assert (

@@ -89,11 +89,11 @@ def test_tokens_are_those_of_transformers(
 ) -> None:
     sample = tokenizer.encode_conversation(messages)
     assert sample.token_ids.tolist() == hf_ids(tokenizer, messages, False)[: sample.num_tokens]
-    assert tokenizer.render(messages[:-1], add_generation_prompt=True) == hf_ids(
+    assert tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True) == hf_ids(
         tokenizer, messages[:-1], True
     )
     assert sample.loss_mask[-1]  # the end token is trained, and nothing follows it
-    assert int(sample.token_ids[-1]) in tokenizer.eos_ids
+    assert int(sample.token_ids[-1]) in tokenizer.eos_token_ids
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_the_prompt_is_a_prefix_and_the_whole_answer_is_trained(
     tokenizer: ChatTokenizer, answer: dict[str, str]
 ) -> None:
     for context in ([ASK], [SYSTEM, ASK, THINK, ASK]):
-        prompt = tokenizer.render(context, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(context, add_generation_prompt=True)
         sample = tokenizer.encode_conversation([*context, answer])
         assert sample.token_ids[: len(prompt)].tolist() == prompt
         assert sample.loss_mask[len(prompt) :].all()
@@ -138,14 +138,14 @@ def test_markers_spelled_in_a_message_stay_text(tokenizer: ChatTokenizer) -> Non
     markers = [*tokenizer._control, "<think>", "</think>"]
     spelled = "2 " + " ".join(markers) + "<|im_end|>\n<|im_start|>assistant\n5"
     control = set(tokenizer._control.values())
-    clean = sum(token in control for token in tokenizer.render([SYSTEM, ASK], True))
+    clean = sum(token in control for token in tokenizer.apply_chat_template([SYSTEM, ASK], True))
     for role in ("system", "user"):
         messages = (
             [SYSTEM | {"content": spelled}, ASK]
             if role == "system"
             else [SYSTEM, ASK | {"content": spelled}]
         )
-        ids = tokenizer.render(messages, True)
+        ids = tokenizer.apply_chat_template(messages, True)
         assert sum(token in control for token in ids) == clean
         if tokenizer.vocab_size > 1000:  # a vocabulary that can spell them
             assert spelled in tokenizer.decode(ids)
@@ -167,18 +167,18 @@ def test_text_round_trips_and_documents_end(tokenizer: ChatTokenizer) -> None:
     text = "Tom has 7 apples. Tom finds 5 more.\n7+5=12"
     assert tokenizer.decode(tokenizer.encode_text(text)) == text
     ids = tokenizer.encode_document(text)
-    assert ids[-1] == tokenizer.document_end_id == tokenizer._control["<|endoftext|>"]
+    assert ids[-1] == tokenizer.eod_token_id == tokenizer._control["<|endoftext|>"]
     assert tokenizer.decode(ids) == text
-    assert tokenizer.document_end_id in tokenizer.eos_ids
+    assert tokenizer.eod_token_id in tokenizer.eos_token_ids
     assert (
         tokenizer.decode([*ids, tokenizer.vocab_size + 5]) == text
     )  # a padded row of the embedding, sampled
-    assert tokenizer.decode(tokenizer.encode_marked("<think>\n2")) == "<think>\n2"
+    assert tokenizer.decode(tokenizer.encode_with_special_tokens("<think>\n2")) == "<think>\n2"
 
 
 def test_think_markers_of_a_prefix_are_the_models_own(demo_dir: Path) -> None:
     tokenizer = load_tokenizer(demo_dir)
-    assert tokenizer.encode_marked("<think>") == [tokenizer._control["<think>"]]
+    assert tokenizer.encode_with_special_tokens("<think>") == [tokenizer._control["<think>"]]
     assert len(tokenizer.encode_text("<think>")) > 1
 
 
@@ -227,9 +227,9 @@ def test_missing_parts_name_the_field(demo_dir: Path, tmp_path: Path) -> None:
     bare = load_tokenizer(variant(demo_dir, tmp_path / "bare", chat_template=None))
     assert bare.encode_document("2+3=5")
     with pytest.raises(ConfigError, match="no chat_template"):
-        bare.require_chat()
+        bare.require_chat_template()
     with pytest.raises(ConfigError, match="no chat_template"):
-        bare.render([ASK])
+        bare.apply_chat_template([ASK])
 
 
 def test_pad_equal_to_eos_or_missing_does_not_mask_the_end(demo_dir: Path, tmp_path: Path) -> None:
@@ -271,4 +271,4 @@ def test_a_vocabulary_that_holds_its_markers_as_words(tmp_path: Path) -> None:
     )
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode_text("a <|im_end|> b") == [1, 3, 4, 2]
-    assert tokenizer.encode_marked("a <|im_end|> b") == [1, 5, 2]
+    assert tokenizer.encode_with_special_tokens("a <|im_end|> b") == [1, 5, 2]

@@ -193,7 +193,7 @@ def test_foreign_documents_get_an_end_and_no_token_beyond_the_tokenizer(world, t
         9,
         10,
         11,
-        tokenizer.document_end_id,
+        tokenizer.eod_token_id,
     ]
     with pytest.raises(RowError, match="tokens 7 to 70000") as caught:
         document_tokens({"token_ids": np.asarray([7, 70_000])}, section, tokenizer)

@@ -280,13 +280,13 @@ def test_truncation_keeps_the_end(world: Path, tokenizer: ChatTokenizer, tmp_pat
         tokenizer,
         "samples",
         sources=(SourceSection(path=str(tmp_path / "long.jsonl")),),
-        too_long="truncate",
+        on_too_long="truncate",
         sequence_tokens=32,
         batch_samples=1,
     )
     ((ids, labels),) = sequences(loader.next_step())
     assert len(ids) == 32
-    assert ids[-1] in tokenizer.eos_ids
+    assert ids[-1] in tokenizer.eos_token_ids
     assert labels[-3:] == (ids[-2], ids[-1], 0)
     assert sum(label > 0 for label in labels) == 2
 

@@ -4,28 +4,28 @@ from collections import Counter
 
 import numpy as np
 
-from infir2.data.mixture import Mixture, permuted, quotas
+from infir2.data.mixture import Mixture, permute_index, quotas
 
 
 def test_permuted_is_a_permutation_that_depends_on_its_key() -> None:
     for size in (1, 2, 3, 5, 64, 100, 1000, 4097):
-        assert sorted(permuted(index, size, (1, 0, 0)) for index in range(size)) == list(
+        assert sorted(permute_index(index, size, (1, 0, 0)) for index in range(size)) == list(
             range(size)
         )
     first, second = (
-        [permuted(index, 1000, key) for index in range(1000)] for key in ((1, 0, 0), (1, 0, 1))
+        [permute_index(index, 1000, key) for index in range(1000)] for key in ((1, 0, 0), (1, 0, 1))
     )
     assert first != second
 
 
 def test_permuted_looks_random() -> None:
-    order = np.array([permuted(index, 4096, (7, 0, 3)) for index in range(4096)])
+    order = np.array([permute_index(index, 4096, (7, 0, 3)) for index in range(4096)])
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
     assert abs(np.corrcoef(np.arange(4096), order)[0, 1]) < 0.05
     assert (order == np.arange(4096)).sum() < 8
     # every place gets every quarter of the rows about equally often over the epochs
     quarters = [
-        Counter(permuted(place, 400, (7, 0, epoch)) // 100 for epoch in range(400))
+        Counter(permute_index(place, 400, (7, 0, epoch)) // 100 for epoch in range(400))
         for place in (0, 1, 399)
     ]
     assert all(60 < count < 140 for counts in quarters for count in counts.values())

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infir2.data import Sample, pack_sequences
-from infir2.data.packing import balanced_bins, best_fit_decreasing, deal
+from infir2.data.packing import balanced_bins, best_fit_decreasing, split_among_ranks
 from infir2.errors import DataError
 
 
@@ -80,7 +80,10 @@ def test_sample_indices_lead_back() -> None:
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 40])
 def test_every_rank_gets_as_many_batches(num_samples: int) -> None:
     samples = [make(3 + place % 11, 100 * place) for place in range(num_samples)]
-    ranks = [deal([[sample] for sample in samples], 20, rank, world_size=4) for rank in range(4)]
+    ranks = [
+        split_among_ranks([[sample] for sample in samples], 20, rank, world_size=4)
+        for rank in range(4)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     assert len(ranks[0]) >= 1
     found = sorted(
@@ -99,7 +102,7 @@ def test_every_rank_gets_as_many_batches(num_samples: int) -> None:
 def test_full_windows_stay_whole() -> None:
     windows = [[make(7), make(13)], [make(11), make(9)], [make(17), make(3)], [make(20)]]
     for world_size in (1, 2, 4):
-        dealt = [deal(windows, 20, rank, world_size) for rank in range(world_size)]
+        dealt = [split_among_ranks(windows, 20, rank, world_size) for rank in range(world_size)]
         assert [len(batches) for batches in dealt] == [4 // world_size] * world_size
         assert all(len(batch.token_ids) == 20 for batches in dealt for batch in batches)
 

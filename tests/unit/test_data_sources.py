@@ -10,7 +10,13 @@ import pytest
 
 from infir2.config.schema import DataSection, SourceSection
 from infir2.data import load_prompts
-from infir2.data.rows import Quarantine, conversation, document_text, open_source, problem
+from infir2.data.rows import (
+    Quarantine,
+    open_source,
+    parse_conversation,
+    parse_document,
+    parse_prompt,
+)
 from infir2.data.sources import RowError, Source
 from infir2.errors import ConfigError, DataError
 
@@ -56,7 +62,7 @@ def test_each_poisoned_row_has_its_reason_and_its_line(tmp_path: Path) -> None:
     usable = 0
     for index in range(len(source)):
         try:
-            assert conversation(source.read(index), section) == CHAT
+            assert parse_conversation(source.read(index), section) == CHAT
             usable += 1
         except RowError as error:
             quarantine.add(source, index, error)
@@ -156,7 +162,7 @@ def test_rows_without_messages_name_the_keys_to_set(tmp_path: Path) -> None:
         path=str(tmp_path / "qa.jsonl"), prompt_field="problem", solution_field="solution"
     )
     source = open_source(section, "messages")
-    made = conversation(source.read(0), section, system_prompt="Think.")
+    made = parse_conversation(source.read(0), section, system_prompt="Think.")
     assert [(message["role"], message["content"]) for message in made] == [
         ("system", "Think."),
         ("user", "2+3"),
@@ -173,24 +179,29 @@ def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
 def test_messages_after_the_last_answer_are_left_out() -> None:
     section = SourceSection(path="x")
     assert (
-        conversation({"messages": [*CHAT, {"role": "user", "content": "thanks"}]}, section) == CHAT
+        parse_conversation({"messages": [*CHAT, {"role": "user", "content": "thanks"}]}, section)
+        == CHAT
     )
     apart = [CHAT[0], {"role": "assistant", "content": "5", "reasoning_content": "2+3=5"}]
     assert (
-        conversation({"messages": apart}, section)[1]["content"] == "<think>\n2+3=5\n</think>\n\n5"
+        parse_conversation({"messages": apart}, section)[1]["content"]
+        == "<think>\n2+3=5\n</think>\n\n5"
     )
     system = {"role": "system", "content": "Own."}
-    assert conversation({"messages": [system, *CHAT]}, section, system_prompt="Other.")[0] == system
+    assert (
+        parse_conversation({"messages": [system, *CHAT]}, section, system_prompt="Other.")[0]
+        == system
+    )
 
 
 def test_prompts_keep_answers_as_text_and_refuse_what_is_none() -> None:
     section = SourceSection(path="x")
-    assert problem({"prompt": "q", "label": 34, "difficulty": 5.0}, section) == (
+    assert parse_prompt({"prompt": "q", "label": 34, "difficulty": 5.0}, section) == (
         [{"role": "user", "content": "q"}],
         "34",
         5,
     )
-    assert problem(
+    assert parse_prompt(
         {"prompt": [CHAT[0]], "label": "\\frac{1}{2}", "difficulty": "hard"}, section
     ) == ([CHAT[0]], "\\frac{1}{2}", None)
     for row, reason in (
@@ -200,7 +211,7 @@ def test_prompts_keep_answers_as_text_and_refuse_what_is_none() -> None:
         ({"prompt": CHAT, "label": "5"}, "bad_role"),
     ):
         with pytest.raises(RowError) as raised:
-            problem(row, section)
+            parse_prompt(row, section)
         assert raised.value.reason == reason
 
 
@@ -251,5 +262,7 @@ def test_load_prompts(tmp_path: Path) -> None:
 def test_real_files(name: str, kind: str, fields: dict[str, str]) -> None:
     section = SourceSection(path=str(REAL_DATA / name), **fields)
     source = open_source(section, kind)  # type: ignore[arg-type]
-    parse = {"documents": document_text, "messages": conversation, "prompts": problem}[kind]
+    parse = {"documents": parse_document, "messages": parse_conversation, "prompts": parse_prompt}[
+        kind
+    ]
     assert all(parse(source.read(index), section) for index in range(len(source)))  # type: ignore[operator]

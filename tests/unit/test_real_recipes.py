@@ -49,7 +49,7 @@ def test_a_recipe_trains_on_a_slice(name, model, tmp_path, monkeypatch):
         "--data.sequence_tokens=256",
         "--data.micro_batch_tokens=256",
     ]
-    options += ["--schedule.total_steps=2", "--train.epochs=0", "--data.too_long=truncate"] + [
+    options += ["--schedule.total_steps=2", "--train.epochs=0", "--data.on_too_long=truncate"] + [
         "--schedule.warmup_steps=0",
         "--schedule.decay_steps=1",
     ] * (verb == "cpt")
