@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infir2.engines.kv_cache import KvCache, cached_hidden_states
 from infir2.engines.sampling import sample, uniforms
 from infir2.engines.types import Completion, Ended, Request, SamplingParams
-from infir2.model import Decoder, KvCache
+from infir2.model import Decoder
 from infir2.model.hf_names import exported_fp8_weights, load_weights, weights_digest
 from infir2.numerics import head_logits
 
@@ -131,12 +132,13 @@ class NativeEngine:
             ]
         )
         device = self.model.head_weight.device
-        hidden = self.model.hidden_states(
+        hidden = cached_hidden_states(
+            self.model,
+            cache,
+            torch.tensor([s.slot for s in sequences], device=device),
             torch.tensor([token for tokens in new for token in tokens], device=device),
             torch.from_numpy(positions).to(device),
             torch.from_numpy(np.concatenate([[0], ends])).to(device, torch.int32),
-            cache=cache,
-            slots=torch.tensor([s.slot for s in sequences], device=device),
         )
         logits = head_logits(hidden[torch.from_numpy(ends - 1).to(device)], self.model.head_weight)
         keys = np.array([s.request.key for s in sequences], dtype=np.uint64)

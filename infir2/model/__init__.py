@@ -3,5 +3,4 @@
 from infir2.model.config import ModelConfig
 from infir2.model.decoder import Decoder
 from infir2.model.hf_names import exported_weights
-from infir2.model.kv_cache import KvCache
 from infir2.model.safetensors_io import HfWeights, write_hf

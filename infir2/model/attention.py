@@ -1,38 +1,53 @@
-"""Causal attention over packed sequences: `attention` is the one seam that a faster kernel replaces.
+"""The interface of attention, and its FP64 reference over packed sequences.
 
-The reference computes scores, softmax and value sums in FP64 and rounds once to the activation dtype, so a token's
-output does not depend on what else is in the batch, on the chunk it was computed in, or on whether its keys came from a
-cache (docs/DESIGN.md, idea 3). The backward recomputes the probabilities with FP32 accumulation from q, k, v, the output
-and the log-sum-exp (FlashAttention-2, arXiv 2307.08691). Grouped-query heads never repeat keys: the R = N / G query
-heads of a key head become rows of its matrix product.
+A forward pass builds one `AttentionContext` and hands it to every block. `PackedAttention` here is
+the reference; `attention_cuda.VarlenAttention` calls the GPU's libraries; the engine's KV cache and
+context parallelism bring their own.
 
-Shapes: T packed tokens, N query heads, G key heads, H head size; n sequences of L rows in a rectangle, S keys.
+The reference computes scores, softmax and value sums in FP64 and rounds once to the activation
+dtype, so a token's output does not depend on the rest of the batch, on the chunk it was computed in,
+or on whether its keys came from a cache (docs/DESIGN.md, idea 3). The backward recomputes the
+probabilities with FP32 accumulation from q, k, v, the output and the log-sum-exp (FlashAttention-2,
+arXiv 2307.08691). Grouped-query heads never repeat keys: the R = N / G query heads of a key head
+become rows of its matrix product.
+
+Shapes: T packed tokens, N query heads, G key heads, H head size; n sequences of L rows in a
+rectangle, S keys.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infir2.model.attention_cuda import Varlen, varlen_attention
 from infir2.model.padding import Packing, Rectangle
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing | Varlen) -> Tensor:
-    """Attention of q [T, N, H] to k, v [T, G, H], causal within each sequence of `packing`; returns [T, N, H] in q's dtype.
+class AttentionContext(Protocol):
+    """Which keys the tokens of one forward pass attend to; one context serves all layers."""
 
-    A `Packing` takes the FP64 reference, on any device; a `Varlen` the fastest library there is.
-    """
-    if not q.shape[0]:
-        return torch.zeros_like(q)
-    if isinstance(packing, Varlen):
-        return varlen_attention(q, k, v, packing)
-    assert q.shape[0] == k.shape[0] == v.shape[0] == packing.num_tokens, (
-        "packing belongs to another stream"
-    )
-    out: Tensor = _ReferenceAttention.apply(q, k, v, packing)
-    return out
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """Attention of rotated q [T, N, H] to k, v [T, G, H] of block `layer`; [T, N, H] like q."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """The reference, on any device: causal attention within each sequence of a packed stream."""
+
+    packing: Packing
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """See `AttentionContext`; differentiable, and the same for every layer."""
+        if not q.shape[0]:
+            return torch.zeros_like(q)
+        assert q.shape[0] == k.shape[0] == v.shape[0] == self.packing.num_tokens, (
+            "packing belongs to another stream"
+        )
+        out: Tensor = _ReferenceAttention.apply(q, k, v, self.packing)
+        return out
 
 
 def softmax_values(
@@ -40,8 +55,9 @@ def softmax_values(
 ) -> tuple[Tensor, Tensor | None]:
     """FP64 softmax(q @ k.T) @ v for pre-scaled q [n*G, R*L, H] and k, v [n*G, S, H].
 
-    `blocked` [n or 1, 1, L, S] marks keys that a query must not see: they contribute exactly zero. Every query sees at
-    least one key. Returns [n*G, R*L, H] and, if asked for, the log-sum-exp [n*G, R*L].
+    `blocked` [n or 1, 1, L, S] marks keys that a query must not see: they contribute exactly zero.
+    Every query sees at least one key. Returns [n*G, R*L, H] and, with `want_lse`, the log-sum-exp
+    [n*G, R*L].
     """
     scores = torch.bmm(q, k.transpose(1, 2))
     scores.view(blocked.shape[0], -1, *blocked.shape[2:]).masked_fill_(blocked, float("-inf"))
@@ -115,7 +131,10 @@ class _ReferenceAttention(torch.autograd.Function):
 
 
 def _forward_rectangle(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Causal attention of scaled q [n, G, R, L, H] to k, v [n*G, L, H]: output like q and log-sum-exp [n, G, R, L]."""
+    """Causal attention of scaled q [n, G, R, L, H] to k, v [n*G, L, H].
+
+    Returns the output, shaped like q, and the log-sum-exp [n, G, R, L].
+    """
     n, groups, ratio, length, size = q.shape
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
     for start in range(0, length, chunk):
@@ -131,7 +150,10 @@ def _forward_rectangle(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> tuple[Ten
 
 
 def _backward_rectangle(tensors: list[Tensor], chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [n, G, R, L, H], k and v [n, G, 1, L, H] in FP32, from q, k, v, grad_out, lse and row sums."""
+    """Gradients of q [n, G, R, L, H], k and v [n, G, 1, L, H] in FP32.
+
+    `tensors` holds q, k, v, grad_out, the log-sum-exp and the row sums.
+    """
     q, k, v, grad_out, lse, row_sums = tensors
     n, groups, ratio, length, size = q.shape
     scale = size**-0.5

@@ -1,10 +1,11 @@
-"""Attention on a GPU: the fastest library that is there, for the packed stream as it lies in memory.
+"""Attention on a GPU by the fastest library that is installed, without copies of the packed stream.
 
     FlashAttention 4   any packed stream (optional: the package flash-attn-4)
     cuDNN through SDPA sequences of one length, such as full windows
     torch's varlen     any packed stream, where the first is absent
 
-All of them read q, k, v in BF16 through strides and repeat no key head. `infir2.model.attention` is the definition.
+All of them read q, k, v in BF16 through strides and repeat no key head. `infir2.model.attention`
+defines the values.
 """
 
 import warnings
@@ -29,24 +30,31 @@ _FASTEST_FIRST = [
 
 
 @dataclass(frozen=True)
-class Varlen:
-    """Sequences of a packed stream: their lengths, known to the host, and their bounds on the device.
+class VarlenAttention:
+    """An `AttentionContext` over a packed stream, by the fastest library that is installed.
 
     Example: lengths (3, 2) and cu_seqlens [0, 3, 5].
+
+    Attributes:
+        lengths: tokens of each sequence, on the host, without empty sequences.
+        cu_seqlens: where each sequence starts, then the total; int32 [B + 1] on the device.
     """
 
     lengths: tuple[int, ...]
-    cu_seqlens: Tensor  # int32 [B + 1]
+    cu_seqlens: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """Causal attention of q [T, N, H] to k, v [T, G, H] within each sequence; [T, N, H]."""
+        return _varlen_attention(q, k, v, self) if q.shape[0] else torch.zeros_like(q)
 
 
-def plan_varlen(lengths: tuple[int, ...], device: torch.device) -> Varlen:
-    """One copy to the device, none back."""
+def plan_varlen(lengths: tuple[int, ...], device: torch.device) -> VarlenAttention:
+    """The context of sequences of these lengths: one copy to the device, none back."""
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return Varlen(lengths, bounds.to(device, non_blocking=True))
+    return VarlenAttention(lengths, bounds.to(device, non_blocking=True))
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: Varlen) -> Tensor:
-    """Causal attention of q [T, N, H] to k, v [T, G, H] within each sequence; [T, N, H]."""
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: VarlenAttention) -> Tensor:
     flash = flash_attention_4() if q.is_cuda else None
     longest = max(plan.lengths)
     if flash is not None:
@@ -84,7 +92,7 @@ def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:
 
 @cache
 def flash_attention_4() -> Callable[..., Any] | None:
-    """The function of flash-attn-4 if it is installed and loads; a warning where it is installed and does not."""
+    """flash-attn-4's varlen function, or None; warns if the package is installed but does not load."""
     try:
         from flash_attn.cute import flash_attn_varlen_func
     except ModuleNotFoundError as error:
@@ -94,14 +102,13 @@ def flash_attention_4() -> Callable[..., Any] | None:
                 stacklevel=2,
             )
         return None
-    except Exception as error:  # it loads libraries of one torch and one CUDA
+    except Exception as error:  # its binaries fit one torch and one CUDA
         warnings.warn(
             f"FlashAttention 4 is installed but does not load ({error}); using torch's attention",
             stacklevel=2,
         )
         return None
-    warnings.filterwarnings(
-        "ignore", message="Argument aux_data", category=UserWarning
-    )  # its compiler's, about its own code
+    # its compiler warns about its own code
+    warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)
     function: Callable[..., Any] = flash_attn_varlen_func
     return function

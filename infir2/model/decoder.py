@@ -5,6 +5,7 @@ The model knows no parallelism, no FP8 and no file format: `convert_to_fp8` swap
 `compute_dtype`. Shapes: T packed tokens, B sequences, D model, N heads, G key heads, H head, F ffn, V vocabulary.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from infir2.config.schema import ShapeSection
-from infir2.model.attention import attention
-from infir2.model.attention_cuda import Varlen, plan_varlen
+from infir2.model.attention import AttentionContext, PackedAttention
+from infir2.model.attention_cuda import plan_varlen
 from infir2.model.config import ModelConfig
 from infir2.model.hf_names import load_directory
-from infir2.model.kv_cache import CacheView, KvCache, cached_attention, view_cache
-from infir2.model.padding import Packing, plan_packing
+from infir2.model.padding import plan_packing
 from infir2.model.rope import rope_tables
 from infir2.model.safetensors_io import read_json
 from infir2.numerics import (
@@ -34,7 +34,6 @@ from infir2.numerics import (
 from infir2.numerics.formats import GROUP
 from infir2.numerics.kernels import usable
 
-Context = Packing | Varlen | CacheView
 Rope = tuple[Tensor, Tensor]
 
 
@@ -63,14 +62,16 @@ class Attention(nn.Module):
         return x, apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope), v
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, rope: Rope, context: Context, saved: SavedActivations
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        rope: Rope,
+        context: AttentionContext,
+        saved: SavedActivations,
     ) -> Tensor:
         """x + o(attention(rope(q), rope(k), v)) of norm(x), [T, D] -> [T, D]."""
         x, q, k, v = self.inputs(x, norm, rope, saved)
-        if isinstance(context, CacheView):
-            out = cached_attention(q, k, v, context, self.layer)
-        else:
-            out = attention(q, k, v, context)
+        out = context.attend(q, k, v, self.layer)
         return add_linear(x, out.flatten(1), self.o_proj, saved)
 
 
@@ -94,7 +95,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: Rope, context: Context, saved: SavedActivations) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope, context: AttentionContext, saved: SavedActivations
+    ) -> Tensor:
         x = self.self_attn(x, self.input_layernorm, rope, context, saved)
         return self.mlp(x, self.post_attention_layernorm, saved)
 
@@ -196,20 +199,14 @@ class Decoder(nn.Module):
         """Logits FP32 [T, V] of token_ids [T] at positions [T], causal within each of the B sequences of cu_seqlens [B+1]."""
         return head_logits(self.hidden_states(token_ids, positions, cu_seqlens), self.head_weight)
 
-    def plan_attention(self, cu_seqlens: Tensor, device: torch.device) -> Packing | Varlen:
-        """The layout of sequences that `attention` takes on a device, for parts of a stream."""
-        if device.type == "cuda" and self.compute_dtype == torch.bfloat16:
-            return plan_varlen(
-                tuple(length for length in cu_seqlens.diff().tolist() if length), device
-            )
-        return self._plan_packing(cu_seqlens, device)
-
-    def _plan_packing(self, cu_seqlens: Tensor, device: torch.device) -> Packing:
-        return plan_packing(
-            cu_seqlens,
-            self.config.num_heads,
-            self.config.num_kv_heads * self.config.head_dim,
-            device=device,
+    def plan_attention(self, cu_seqlens: Tensor, device: torch.device) -> AttentionContext:
+        """Causal attention within each sequence of `cu_seqlens` [B+1], for activations on `device`."""
+        if self._uses_kernels(device):
+            lengths = cu_seqlens.diff().tolist()
+            return plan_varlen(tuple(length for length in lengths if length), device)
+        key_width = self.config.num_kv_heads * self.config.head_dim
+        return PackedAttention(
+            plan_packing(cu_seqlens, self.config.num_heads, key_width, device=device)
         )
 
     def hidden_states(
@@ -217,49 +214,50 @@ class Decoder(nn.Module):
         token_ids: Tensor,
         positions: Tensor,
         cu_seqlens: Any,
-        cache: KvCache | None = None,
-        slots: Tensor | None = None,
+        context: AttentionContext | None = None,
     ) -> Tensor:
-        """States [T, D] after the final norm.
+        """States [T, D] after the final norm, of token_ids [T] at positions [T].
 
-        With `cache`, the B sequences' new tokens are written at their positions of `slots` [B] and see the slot's prefix;
-        no gradient then. `cu_seqlens` [B+1], a tensor or an array, is read by the host: FSDP2 moves tensors to the GPU, arrays stay.
-        Raises ValueError for positions or slots outside the cache, or a `cu_seqlens` of another stream.
+        `cu_seqlens` [B+1], a tensor or an array, is read by the host: FSDP2 moves tensors to the GPU
+        and leaves arrays. `context` replaces causal attention within its B sequences, for example by
+        attention to a KV cache. Raises ValueError for a `cu_seqlens` of another stream.
         """
         cu_seqlens = torch.as_tensor(cu_seqlens)
-        if token_ids.shape != positions.shape or int(cu_seqlens[-1]) != token_ids.numel():
-            sizes = f"{token_ids.numel()} token_ids, {positions.numel()} positions, cu_seqlens up to {int(cu_seqlens[-1])}"
+        num_tokens, end = token_ids.numel(), int(cu_seqlens[-1])
+        if token_ids.shape != positions.shape or end != num_tokens:
             raise ValueError(
-                f"token_ids, positions and cu_seqlens must describe the same tokens; got {sizes}"
+                "token_ids, positions and cu_seqlens must describe the same tokens; got "
+                f"{num_tokens} token_ids, {positions.numel()} positions, cu_seqlens up to {end}"
             )
-        context: Context
-        num_tokens = token_ids.numel()
-        if cache is None and self.compute_dtype == torch.bfloat16 and usable(token_ids.device):
-            # Padding to whole blocks, as a sequence of its own, spares every GEMM of the backward a padded copy.
-            padding = -num_tokens % GROUP
-            token_ids, positions = F.pad(token_ids, (0, padding)), F.pad(positions, (0, padding))
-            lengths = [*cu_seqlens.diff().tolist(), padding]
-            context = plan_varlen(tuple(length for length in lengths if length), token_ids.device)
-        elif cache is None:
-            context = self._plan_packing(cu_seqlens, token_ids.device)
-        else:
-            assert slots is not None, "a cache needs slots"
-            context = view_cache(cache, slots, positions, cu_seqlens, self.config.num_heads)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            # the FP32 master's rows are rounded after the look-up, so that its gradient is summed in FP32
-            x = self.model.embed_tokens(token_ids).to(self.compute_dtype)
-            rope = rope_tables(self.config, positions)
-            for block in self.model.layers:
-                if self.recompute == "full" and torch.is_grad_enabled():
-                    x = checkpoint(
-                        block,
-                        x,
-                        rope,
-                        context,
-                        self.saved_activations,
-                        use_reentrant=False,
-                        preserve_rng_state=False,
-                    )
-                else:
-                    x = block(x, rope, context, self.saved_activations)
-            return self.model.norm(x[:num_tokens])
+        if context is None:
+            if self._uses_kernels(token_ids.device):
+                # Whole blocks of 128 tokens spare every GEMM of the backward a padded copy. The
+                # padding is a sequence of its own.
+                padding = -num_tokens % GROUP
+                token_ids, positions = (
+                    F.pad(token_ids, (0, padding)),
+                    F.pad(positions, (0, padding)),
+                )
+                cu_seqlens = F.pad(cu_seqlens, (0, 1), value=num_tokens + padding)
+            context = self.plan_attention(cu_seqlens, token_ids.device)
+        x = self._run_blocks(token_ids, positions, context)
+        return self.model.norm(x[:num_tokens])
+
+    def _uses_kernels(self, device: torch.device) -> bool:
+        return self.compute_dtype == torch.bfloat16 and usable(device)
+
+    def _run_blocks(
+        self, token_ids: Tensor, positions: Tensor, context: AttentionContext
+    ) -> Tensor:
+        """States [T, D] after the last block."""
+        # The FP32 master's rows are rounded after the look-up, so that its gradient sums in FP32.
+        x = self.model.embed_tokens(token_ids).to(self.compute_dtype)
+        rope = rope_tables(self.config, positions)
+        recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        for block in self.model.layers:
+            arguments = (x, rope, context, self.saved_activations)
+            if self.recompute == "full" and torch.is_grad_enabled():
+                x = recomputed(block, *arguments)
+            else:
+                x = block(*arguments)
+        return x

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infir2.data import Batch
-from infir2.model.attention import attention
 from infir2.parallel.collectives import all_gather, to_device
 from infir2.parallel.mesh import Layout
 
@@ -82,7 +81,7 @@ class ContextParallel:
     """Splits batches over the ranks of `layout.cp_group` and attends across them; `split` comes before the forward it is for."""
 
     def __init__(self, layout: Layout, plan: Any) -> None:
-        """`plan(cu_seqlens, device)`, such as `Decoder.plan_attention`, lays out sequences for `attention`."""
+        """`plan(cu_seqlens, device)`, such as `Decoder.plan_attention`, is the attention within sequences."""
         self.group, self.rank, self.size, self._plan = (
             layout.cp_group,
             layout.cp_rank,
@@ -124,25 +123,27 @@ class ContextParallel:
             token_inputs={name: values[rows] for name, values in batch.token_inputs.items()},
         )
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Causal attention of this rank's q [T, N, H] within documents, k and v [T, G, H] of all ranks where they are needed."""
         if not k.is_cuda:  # gradients of keys from several places are added before they are rounded, as in one process
             k, v = k.float(), v.float()
         inside_q, inside_k, inside_v = (x.index_select(0, self._inside) for x in (q, k, v))
-        parts = [attention(inside_q, inside_k, inside_v, self._packing)]
+        parts = [self._packing.attend(inside_q, inside_k, inside_v, layer)]
         if self._any_cut:
             everything = all_gather(torch.stack((k, v), dim=1), self.group, k.dtype)
             for cut in self._cuts:
                 keys, values = everything.index_select(0, self._order[cut.first : cut.last]).unbind(
                     1
                 )
-                parts.append(attend_to_prefix(q[cut.start : cut.end], keys, values, self._plan))
+                parts.append(
+                    attend_to_prefix(q[cut.start : cut.end], keys, values, self._plan, layer)
+                )
             if not self._cuts:  # its backward is a collective that the others wait in
                 parts.append(everything[:0].flatten(1)[:, :0].reshape(0, *q.shape[1:]).to(q.dtype))
         return torch.cat(parts).index_select(0, self._restore)
 
 
-def attend_to_prefix(q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
+def attend_to_prefix(q: Tensor, k: Tensor, v: Tensor, plan: Any, layer: int = 0) -> Tensor:
     """Attention of the last n tokens of a sequence, q [n, N, H], to all its m keys, k and v [m, G, H]; [n, N, H].
 
     On a CPU as part of the whole sequence's, so that forward and backward round where those of one process do.
@@ -155,9 +156,5 @@ def attend_to_prefix(q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=causal_lower_right(n, m), enable_gqa=True
         )[0].transpose(0, 1)
-    return attention(
-        F.pad(q, (0, 0, 0, 0, m - n, 0)),
-        k,
-        v,
-        plan(torch.tensor([0, m], dtype=torch.int32), q.device),
-    )[m - n :]
+    context = plan(torch.tensor([0, m], dtype=torch.int32), q.device)
+    return context.attend(F.pad(q, (0, 0, 0, 0, m - n, 0)), k, v, layer)[m - n :]

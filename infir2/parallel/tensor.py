@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from infir2.model import Decoder
-from infir2.model.attention import attention
 from infir2.model.decoder import Attention, FeedForward
 from infir2.numerics import Fp8Linear, RMSNorm, SavedActivations, add_linear, apply_rope
 from infir2.numerics.linear import linear
@@ -97,7 +96,7 @@ def _attention(
         q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
     if heads.group is not None:
         k, v = (all_reduce_gradient(y, heads.group, heads.first) for y in (k, v))
-    out = (cp.attend(q, k, v) if cp is not None else attention(q, k, v, context)).flatten(1)
+    out = (context if cp is None else cp).attend(q, k, v, self.layer).flatten(1)
     if tp_group is None:
         return add_linear(x, out, self.o_proj, saved)
     return x + _leaving(out, self.o_proj, tp_group)

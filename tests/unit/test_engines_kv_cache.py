@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from infir2.config.schema import Fp8Section, ShapeSection
-from infir2.model import Decoder, KvCache
+from infir2.engines.kv_cache import KvCache, cached_hidden_states
+from infir2.model import Decoder
 from infir2.model import padding as packing_module
 from infir2.numerics import convert_to_fp8
 
@@ -63,8 +64,8 @@ def generate(model: Decoder, first: list[int], step: int) -> tuple[Tensor, Tenso
             ]
         )
         starts = torch.tensor([0, *new]).cumsum(0)
-        cached[rows] = model.hidden_states(
-            token_ids[rows], positions[rows], starts, cache, SLOTS[active]
+        cached[rows] = cached_hidden_states(
+            model, cache, SLOTS[active], token_ids[rows], positions[rows], starts
         )
         for i, n in zip(active, new, strict=True):
             done[i] += n
@@ -105,10 +106,10 @@ def test_a_slot_can_be_used_again() -> None:
     model = make_model("llama", "off")
     cache, slot = poisoned_cache(model), torch.tensor([4])
     token_ids, positions, _ = packed_stream([40])
-    model.hidden_states(token_ids, positions, torch.tensor([0, 40]), cache, slot)
+    cached_hidden_states(model, cache, slot, token_ids, positions, torch.tensor([0, 40]))
     fresh = poisoned_cache(model)
     again = [
-        model.hidden_states(token_ids[:3], positions[:3], torch.tensor([0, 3]), c, slot)
+        cached_hidden_states(model, c, slot, token_ids[:3], positions[:3], torch.tensor([0, 3]))
         for c in (cache, fresh)
     ]
     assert torch.equal(*again)
@@ -119,8 +120,12 @@ def test_what_does_not_fit_is_refused() -> None:
     cache = KvCache(model.config, num_slots=2, max_tokens=4)
     token_ids, cu_seqlens = torch.tensor([1, 2]), torch.tensor([0, 2])
     with pytest.raises(ValueError, match="position 4"):
-        model.hidden_states(token_ids, torch.tensor([3, 4]), cu_seqlens, cache, torch.tensor([0]))
+        cached_hidden_states(
+            model, cache, torch.tensor([0]), token_ids, torch.tensor([3, 4]), cu_seqlens
+        )
     with pytest.raises(ValueError, match="slot 2"):
-        model.hidden_states(token_ids, torch.tensor([0, 1]), cu_seqlens, cache, torch.tensor([2]))
+        cached_hidden_states(
+            model, cache, torch.tensor([2]), token_ids, torch.tensor([0, 1]), cu_seqlens
+        )
     with pytest.raises(ValueError, match="cu_seqlens up to 3"):
         model.hidden_states(token_ids, torch.tensor([0, 1]), torch.tensor([0, 3]))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from infir2.model import padding as packing
-from infir2.model.attention import attention
+from infir2.model.attention import AttentionContext, PackedAttention
 from infir2.model.attention_cuda import plan_varlen
 from infir2.model.padding import plan_packing
 
@@ -25,8 +25,12 @@ def stream(
     return q, k, v, torch.tensor([0, *lengths]).cumsum(0)
 
 
-def plan(cu_seqlens: Tensor) -> packing.Packing:
-    return plan_packing(cu_seqlens, num_heads=6, key_width=32)
+def plan(cu_seqlens: Tensor) -> PackedAttention:
+    return PackedAttention(plan_packing(cu_seqlens, num_heads=6, key_width=32))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    return context.attend(q, k, v, layer=0)
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:

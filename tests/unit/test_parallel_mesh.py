@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from infir2.config.schema import ParallelSection
 from infir2.errors import ConfigError
 from infir2.model import ModelConfig
-from infir2.model.padding import Packing, plan_packing
+from infir2.model.attention import PackedAttention
+from infir2.model.padding import plan_packing
 from infir2.parallel.context import Cut, attend_to_prefix, cuts_of, rows_of
 from infir2.parallel.mesh import Sizes, check_model, plan_sizes
 
@@ -78,8 +79,8 @@ def test_the_end_of_a_sequence_attends_as_in_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(600, heads, 16, generator=generator) for heads in (4, 2, 2))
 
-    def plan(cu_seqlens: torch.Tensor, device: torch.device) -> Packing:
-        return plan_packing(cu_seqlens, 4, 2 * 16, device=device)
+    def plan(cu_seqlens: torch.Tensor, device: torch.device) -> PackedAttention:
+        return PackedAttention(plan_packing(cu_seqlens, 4, 2 * 16, device=device))
 
     whole = F.scaled_dot_product_attention(
         *(x.transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True
