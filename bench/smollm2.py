@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infir2.config.schema import DataSection, Fp8Section, SourceSection
+from infir2.config.schema import DataSection, SourceSection
 from infir2.data import Batch, load_tokenizer, validation_batches
 from infir2.model import Decoder
 from infir2.numerics import convert_to_fp8, token_logprobs
@@ -178,15 +178,11 @@ def perplexity(
     tokens = sum(batch.num_trained_tokens for batch in batches)
     losses = {}
     with torch.no_grad():
-        for name, fp8 in {
-            "BF16": Fp8Section(enabled=False),
-            "FP8 pow2": Fp8Section(scale_format="pow2"),
-            "FP8 fp32": Fp8Section(scale_format="fp32"),
-        }.items():
-            losses[name] = mean_loss(
-                convert_to_fp8(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), fp8),
-                batches,
-            )
+        for name, scale_format in {"BF16": None, "FP8 pow2": "pow2", "FP8 fp32": "fp32"}.items():
+            model = Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16)
+            if scale_format is not None:
+                convert_to_fp8(model, scale_format)
+            losses[name] = mean_loss(model, batches)
     result.say(f"\nPerplexity over {tokens:,} tokens of {', '.join(pages)}:\n")
     result.say("| weights and activations | perplexity | against BF16 |\n|---|---|---|")
     rises = {name: 100 * math.expm1(loss - losses["BF16"]) for name, loss in losses.items()}

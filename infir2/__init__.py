@@ -1,3 +1,13 @@
-"""InfiR2: train reasoning language models in block-wise FP8, from continual pre-training to reinforcement learning."""
+"""InfiR2: train reasoning language models in block-wise FP8, from pre-training to RL."""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`from infir2 import convert_to_fp8`, without importing torch before that."""
+    if name == "convert_to_fp8":
+        return import_module("infir2.numerics").convert_to_fp8
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,7 +28,9 @@ def meta_decoder(config: Mapping[str, Any], fp8: Fp8Section | None = None) -> De
     """The decoder of a `config.json` without memory for its weights; with `fp8`, its FP8 layers are `Fp8Linear`."""
     with torch.device("meta"):
         decoder = Decoder(ModelConfig.from_hf(config))
-        return convert_to_fp8(decoder, fp8) if fp8 else decoder
+        if fp8 is None or not fp8.enabled:
+            return decoder
+        return convert_to_fp8(decoder, fp8.scale_format, fp8.skip_modules)
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -93,7 +93,8 @@ def load_directory(model: nn.Module, directory: Path, device: torch.device | str
     weights = HfWeights(directory)
     section = read_json(directory / "config.json").get("quantization_config")
     if section is not None:
-        convert_to_fp8(model, _fp8_section(section, model, weights))
+        fp8 = _fp8_section(section, model, weights)
+        convert_to_fp8(model, fp8.scale_format, fp8.skip_modules)
     load_weights(model, weights, device)
 
 

@@ -51,8 +51,18 @@ class Fp8Linear(nn.Linear):
         self.register_buffer("scale_bytes", None, persistent=False)
 
     @classmethod
-    def from_linear(cls, source: nn.Linear, scale_format: str = "pow2") -> "Fp8Linear":
-        """The FP8 layer of a plain one. An FP32 parameter is shared, another dtype gets an FP32 master."""
+    def from_linear(
+        cls,
+        source: nn.Linear,
+        scale_format: str = "pow2",
+        masters: dict[Tensor, nn.Parameter] | None = None,
+    ) -> "Fp8Linear":
+        """The FP8 layer of a plain one.
+
+        An FP32 parameter is shared, another dtype gets a new FP32 master. Calls that pass the same `masters` give
+        layers that share a parameter the same master.
+        """
+        masters = {} if masters is None else masters
         layer = cls(
             source.in_features,
             source.out_features,
@@ -60,9 +70,9 @@ class Fp8Linear(nn.Linear):
             scale_format=scale_format,
             device="meta",
         )
-        layer.weight = _master(source.weight)
+        layer.weight = _master(source.weight, masters)
         if source.bias is not None:
-            layer.bias = _master(source.bias)
+            layer.bias = _master(source.bias, masters)
         return layer.train(source.training)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -281,7 +291,10 @@ def _device_of(grads: Sequence[Tensor | None]) -> str:
     return next((g.device.type for g in grads if g is not None), "cpu")
 
 
-def _master(parameter: Tensor) -> nn.Parameter:
+def _master(parameter: Tensor, masters: dict[Tensor, nn.Parameter]) -> nn.Parameter:
     if isinstance(parameter, nn.Parameter) and parameter.dtype == torch.float32:
         return parameter
-    return nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
+    if parameter not in masters:
+        master = parameter.detach().float()
+        masters[parameter] = nn.Parameter(master, requires_grad=parameter.requires_grad)
+    return masters[parameter]

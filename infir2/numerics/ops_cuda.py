@@ -23,7 +23,7 @@ from infir2.numerics.gemm_reference import fp32_product
 from infir2.numerics.gemm_scaled import gemm_nt
 from infir2.numerics.kernels import usable
 from infir2.numerics.saved_activations import SavedActivations
-from infir2.numerics.weight_cache import cached_together, replace_cached, rounded
+from infir2.numerics.weight_cache import cached_jointly, replace_cached, rounded
 
 Operand = Tensor | Fp8Tensor  # BF16, or codes
 
@@ -73,7 +73,7 @@ class Stack:
             return codes
         if not keep:
             return kernels().transpose(codes)
-        return cached_together(
+        return cached_jointly(
             [_identity(layer) for layer in self.layers],
             "transposed",
             lambda: kernels().transpose(codes),
@@ -429,12 +429,12 @@ def _stacked_codes(layers: tuple[nn.Linear, ...]) -> Fp8Tensor:
             first_row, first_block = first_row + rows, first_block + blocks
         return whole
 
-    return cached_together([_identity(layer) for layer in layers], "stacked codes", make)
+    return cached_jointly([_identity(layer) for layer in layers], "stacked codes", make)
 
 
 def _stacked_values(layers: tuple[nn.Linear, ...]) -> Tensor:
     first = layers[0].weight
-    if len(layers) == 1 and hasattr(first, "made"):  # gathered in BF16
+    if len(layers) == 1 and hasattr(first, "precomputed"):  # gathered in BF16
         return rounded(first, torch.bfloat16, torch.bfloat16)
 
     def make() -> Tensor:
@@ -449,7 +449,7 @@ def _stacked_values(layers: tuple[nn.Linear, ...]) -> Tensor:
             part.copy_(layer.weight.detach())
         return whole
 
-    return cached_together([layer.weight for layer in layers], "stacked values", make)
+    return cached_jointly([layer.weight for layer in layers], "stacked values", make)
 
 
 def _format(layer: nn.Linear) -> str:

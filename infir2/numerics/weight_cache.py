@@ -1,11 +1,18 @@
-"""What is computed once per version of a weight: FP8 codes, rounded copies, values for the emulated GEMMs.
+"""Values that are computed once per version of a weight: FP8 codes, rounded copies.
 
-A version ends when autograd's counter moves (`copy_`, `load_state_dict`, a step of any torch.optim.Optimizer), when the storage
-is swapped (`.data =`, `to`, sharding) or when the tensor object is replaced. Writing through `.data` in place moves no counter;
-whoever does that calls `forget(weight)`.
+A version ends when autograd's version counter moves (`copy_`, `load_state_dict`, most optimizers),
+when the storage is replaced (`.data =`, `to`, sharding), or when the tensor object is replaced. Two
+writes move no counter:
+
+- A step of a fused optimizer, such as `torch.optim.AdamW(fused=True)` on a CPU, and any optimizer's
+  step on the local shard of a DTensor. The first weight that is cached therefore registers a hook
+  on torch's optimizers, which moves the counters of cached weights (`watch_optimizer_steps`); no
+  other parameter is touched, and importing this package registers nothing.
+- A write in place through `.data`. The caller has to call `invalidate(weight)`.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -14,21 +21,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 
 class _Version:
-    """Everything made from one version of a tensor. Holds neither the tensor nor its memory."""
+    """Values computed from one version of a tensor. Holds neither the tensor nor its memory."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.made: dict[Hashable, Any] = {}
+        self.values: dict[Hashable, Any] = {}
         self._counter = tensor._version
         self._pointer = tensor.data_ptr()
         self._shape = tensor.shape
-        # Memory that was freed can be handed out again at the same address: a weak reference tells the two apart.
+        # The allocator may reuse a freed address; the weak reference detects that.
         self._storage = StorageWeakRef(tensor.untyped_storage())
 
-    def is_of(self, tensor: Tensor) -> bool:
+    def matches(self, tensor: Tensor) -> bool:
         return (
             self._counter == tensor._version
             and self._pointer == tensor.data_ptr()
@@ -38,78 +45,60 @@ class _Version:
 
 
 _versions: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_watched: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def cached(tensor: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
-    """`make()` the first time for this version of `tensor` and `key`; afterwards the same object again.
+def cached(weight: Tensor, key: Hashable, compute: Callable[[], Value]) -> Value:
+    """Return `compute()`, evaluated once per version of `weight` and `key`.
 
-    `make` must depend on nothing but the tensor and the key. What it returns must not refer to the tensor object.
+    `compute` must depend on nothing but the weight and the key, and its result must not refer to
+    the weight object (the cache would keep the weight alive).
+
+    A weight with an attribute `precomputed` (a dict, as FSDP2's gathered weights have) has no
+    master: its entries are returned as they are, and other keys are not cached.
     """
-    given = getattr(
-        tensor, "made", None
-    )  # a weight gathered as codes has no master to make anything from
-    if given is not None:
-        return given[key] if key in given else make()
-    if tensor.is_inference():  # such tensors count no versions
-        return make()
-    version = _versions.get(tensor)
-    if version is None or not version.is_of(tensor):
-        version = _versions[tensor] = _Version(tensor)
-    if key not in version.made:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # what is made outlives an inference block
-            version.made[key] = make()
-    return version.made[key]
-
-
-def cached_together(tensors: Sequence[Tensor], key: Hashable, make: Callable[[], Made]) -> Made:
-    """`make()` once for this combination of versions of several tensors, such as weights that are read as one matrix."""
-    versions = tuple(cached(tensor, "version", object) for tensor in tensors)
-    held = cached(tensors[0], (key, len(tensors)), dict[tuple[object, ...], Any])
-    if versions not in held:
-        held.clear()
+    precomputed = getattr(weight, "precomputed", None)
+    if precomputed is not None:
+        return precomputed[key] if key in precomputed else compute()
+    if weight.is_inference():  # inference tensors have no version counter
+        return compute()
+    version = _versions.get(weight)
+    if version is None or not version.matches(weight):
+        watch_optimizer_steps(weight)
+        version = _versions[weight] = _Version(weight)
+    if key not in version.values:
+        # The value outlives an inference_mode block around this call: it must be a normal tensor.
         with torch.inference_mode(False), torch.no_grad():
-            held[versions] = make()
-    made: Made = held[versions]
-    return made
+            version.values[key] = compute()
+    return version.values[key]
 
 
-def replace_cached(tensor: Tensor, key: Hashable, made: Any) -> None:
-    """Put an equal object in the place of what `once_per_version` holds, such as a view of memory that is held anyway."""
-    version = _versions.get(tensor)
-    if version is not None and version.is_of(tensor):
-        version.made[key] = made
+def cached_jointly(weights: Sequence[Tensor], key: Hashable, compute: Callable[[], Value]) -> Value:
+    """Return `compute()`, evaluated once per combination of versions of several weights."""
+    versions = tuple(cached(weight, "version", object) for weight in weights)
+    by_versions = cached(weights[0], (key, len(weights)), dict[tuple[object, ...], Any])
+    if versions not in by_versions:
+        by_versions.clear()
+        with torch.inference_mode(False), torch.no_grad():
+            by_versions[versions] = compute()
+    value: Value = by_versions[versions]
+    return value
 
 
-def invalidate(tensor: Tensor) -> None:
-    """Drop what was made from `tensor`: for whoever rewrites its memory without moving its version counter."""
-    _versions.pop(tensor, None)
+def replace_cached(weight: Tensor, key: Hashable, value: Any) -> None:
+    """Replace a cached value by an equal one, such as a view of memory that is kept anyway."""
+    version = _versions.get(weight)
+    if version is not None and version.matches(weight):
+        version.values[key] = value
 
 
-def local_tensor(parameter: Tensor) -> Tensor:
-    """This rank's part of a sharded parameter or gradient, whose version counter is its own; any other tensor itself."""
-    return getattr(parameter, "_local_tensor", parameter)
-
-
-def _end_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """A fused step moves no counter, and no step of a sharded parameter moves its local part's."""
-    tensors = [
-        local_tensor(parameter) for group in optimizer.param_groups for parameter in group["params"]
-    ]
-    torch.autograd.graph.increment_version(
-        [tensor for tensor in tensors if not tensor.is_inference()]
-    )
-
-
-register_optimizer_step_post_hook(
-    _end_versions
-)  # of every optimizer, whoever owns it: codes of an old version train on in silence
+def invalidate(weight: Tensor) -> None:
+    """Drop the cached values of `weight` after a write that moved no version counter."""
+    _versions.pop(weight, None)
 
 
 def rounded(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
-    """The weight rounded to `compute_dtype`, given in `dtype`; made once per version when it differs from the weight."""
+    """The weight rounded to `compute_dtype` and stored in `dtype`, cached; or the weight itself."""
     if weight.dtype == compute_dtype == dtype:
         return weight.detach()
     return cached(
@@ -117,3 +106,33 @@ def rounded(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> T
         ("rounded", compute_dtype, dtype),
         lambda: weight.detach().to(compute_dtype).to(dtype),
     )
+
+
+def local_tensor(parameter: Tensor) -> Tensor:
+    """The local shard of a DTensor, with a version counter of its own; other tensors unchanged."""
+    return getattr(parameter, "_local_tensor", parameter)
+
+
+def watch_optimizer_steps(tensor: Tensor) -> None:
+    """Move the version counter of `tensor` after each step of any torch optimizer that holds it.
+
+    A local shard is moved with the DTensor that the optimizer holds.
+    """
+    _register_hook()
+    _watched[tensor] = True
+
+
+def end_versions(parameters: Iterable[Tensor]) -> None:
+    """Move the version counters of parameters, of DTensors' local shards, after their update."""
+    tensors = [local_tensor(parameter) for parameter in parameters]
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+@cache
+def _register_hook() -> None:
+    register_optimizer_step_post_hook(_end_watched_versions)
+
+
+def _end_watched_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    end_versions(p for p in parameters if local_tensor(p) in _watched)

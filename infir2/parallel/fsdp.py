@@ -22,10 +22,10 @@ from infir2.numerics import Fp8Linear
 from infir2.numerics.formats import E4M3, GROUP, TILE_BLOCK, Fp8Tensor, scale_shape
 from infir2.numerics.quantize import encode_weight_rows, nonfinite_blocks
 from infir2.numerics.quantize_reference import as_tiles, block_scale
-from infir2.numerics.weight_cache import invalidate, local_tensor
+from infir2.numerics.weight_cache import invalidate, local_tensor, watch_optimizer_steps
 from infir2.parallel.collectives import all_gather_raw
 
-_BF16_VALUES = ("rounded", torch.bfloat16, torch.bfloat16)  # where `operands.rounded` looks
+_BF16_VALUES = ("rounded", torch.bfloat16, torch.bfloat16)  # the key of `weight_cache.rounded`
 
 
 def shard_module(
@@ -94,18 +94,18 @@ def exported_shards(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
 class GatheredWeight(Tensor):
     """An FP32 weight [N, K] in name: autograd and FSDP2 see its shape and dtype; its memory is the codes, or BF16 values.
 
-    `made` holds what `operands.once_per_version` would make from a master: the FP8 codes, or the master rounded to BF16.
+    `precomputed` holds what `weight_cache.cached` would compute from a master: FP8 codes, or BF16 values.
     """
 
-    made: dict[Any, Any]
+    precomputed: dict[Any, Any]
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(
-        cls, shape: torch.Size, device: torch.device, made: dict[Any, Any]
+        cls, shape: torch.Size, device: torch.device, precomputed: dict[Any, Any]
     ) -> "GatheredWeight":
         weight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=device)
-        weight.made = made
+        weight.precomputed = precomputed
         return weight
 
     @classmethod
@@ -113,7 +113,7 @@ class GatheredWeight(Tensor):
         """What FSDP2 wants after a gather: a new weight and inner tensors to free; nothing where it has one, `out`."""
         if out is None:
             return cls(value.shape, device, {key: value}), ()
-        out.made = {key: value}
+        out.precomputed = {key: value}
         return None
 
     @classmethod
@@ -122,8 +122,8 @@ class GatheredWeight(Tensor):
     ) -> Any:
         aten, first = torch.ops.aten, next(arg for arg in args if isinstance(arg, cls))
         if function in (aten.detach.default, aten.as_strided.default, aten.alias.default):
-            return cls(first.shape, first.device, first.made)
-        if _BF16_VALUES not in first.made:
+            return cls(first.shape, first.device, first.precomputed)
+        if _BF16_VALUES not in first.precomputed:
             raise TypeError(
                 f"a gathered FP8 weight has codes and no values: only FP8 operations read it, not {function}"
             )
@@ -131,7 +131,9 @@ class GatheredWeight(Tensor):
             aten.copy_.default,
             aten.embedding.default,
         )  # exact from BF16, and no FP32 copy of the whole
-        values = first.made[_BF16_VALUES] if light else first.made[_BF16_VALUES].float()
+        values = (
+            first.precomputed[_BF16_VALUES] if light else first.precomputed[_BF16_VALUES].float()
+        )
         out = function(*(values if arg is first else arg for arg in args), **(kwargs or {}))
         return out.float() if function is aten.embedding.default else out
 
@@ -198,6 +200,7 @@ class _Fp8Shard(_Shard):
         super().__init__(local, shape, rows, gather.group)
         self.layer, self.gather = layer, gather
         self.version = -1
+        watch_optimizer_steps(local)
         num_blocks, self.groups = scale_shape(shape[0], shape[1], TILE_BLOCK)
         self.grid = (
             num_blocks,

@@ -127,7 +127,10 @@ def build_model(
         pre_activations="fp8" if model.pre_activation_dtype == "fp8" else "bf16",
         keep_transposed_weights=fp8.keep_transposed,
     )
-    return convert_to_fp8(decoder.to(device_of(run)), fp8)
+    decoder = decoder.to(device_of(run))
+    if not fp8.enabled:
+        return decoder
+    return convert_to_fp8(decoder, fp8.scale_format, fp8.skip_modules)
 
 
 def _empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:

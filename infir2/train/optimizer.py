@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from infir2.config.schema import OptimizerSection
 from infir2.errors import CheckpointError
 from infir2.numerics.kernels import usable
-from infir2.numerics.weight_cache import local_tensor
+from infir2.numerics.weight_cache import end_versions, local_tensor
 from infir2.parallel.shard_spec import ShardSpec, unsharded
 from infir2.train.adamw import AdamW
 
@@ -53,6 +53,8 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
+    # Cached FP8 codes belong to a version; fused steps and steps of sharded parameters move none.
+    end_versions(parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

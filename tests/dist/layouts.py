@@ -64,7 +64,7 @@ def make_model(kind: str, **other: Any) -> Decoder:
     model = Decoder.from_shape(
         ShapeSection(**SHAPE | other), vocab_size=61, seed=3, compute_dtype=torch.bfloat16 if kind else torch.float32
     )
-    return convert_to_fp8(model, Fp8Section(enabled=kind == "-fp8"))
+    return convert_to_fp8(model) if kind == "-fp8" else model
 
 
 def one_step(model: Decoder, mine: list[Batch], parallel_model: ParallelModel | None) -> tuple[StepResult, dict[str, Tensor], Trainer]:
@@ -238,7 +238,7 @@ def transformers_model(dtype: torch.dtype) -> Any:
         hidden_size=192, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=61
     )
     torch.manual_seed(1)
-    return convert_to_fp8(Qwen2ForCausalLM(config).to(dtype), Fp8Section())
+    return convert_to_fp8(Qwen2ForCausalLM(config).to(dtype))
 
 
 def shard_with_torch(root: Any, blocks: Any, mesh: Any) -> None:

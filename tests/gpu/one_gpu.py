@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from infir2.checkpoint import Store, open_checkpoint
-from infir2.config.schema import Fp8Section, OptimizerSection, ShapeSection
+from infir2.config.schema import OptimizerSection, ShapeSection
 from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, convert_to_fp8
@@ -57,7 +57,7 @@ def batch(number: int) -> Batch:
 
 def make(fp8: bool, parallel_model: bool) -> Trainer:
     model = Decoder.from_shape(ShapeSection(**SHAPE), vocab_size=512, seed=3, device="cuda")
-    model = convert_to_fp8(model, Fp8Section(enabled=fp8))
+    model = convert_to_fp8(model) if fp8 else model
     layout = Layout(Sizes(), Ranks(), torch.device("cuda"))
     if parallel_model:
         layout.shard_mesh = init_device_mesh("cuda", (1,))

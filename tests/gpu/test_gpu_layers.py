@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'infir2[gpu]')")
 
-from infir2.config.schema import Fp8Section, ShapeSection
+from infir2.config.schema import ShapeSection
 from infir2.model import Decoder
 from infir2.numerics import (
     Fp8Linear,
@@ -60,7 +60,7 @@ def decoder(
             if name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     model.saved_activations = saved or SavedActivations()
-    return convert_to_fp8(model, Fp8Section(enabled=fp8, scale_format=scale_format))
+    return convert_to_fp8(model, scale_format) if fp8 else model
 
 
 def tokens_of(*lengths: int) -> tuple[Tensor, Tensor, Tensor]:

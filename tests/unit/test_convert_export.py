@@ -120,7 +120,7 @@ def test_run_to_bf16_to_fp8_holds_the_bytes_of_training(
     export_hf(run, tmp_path / "bf16")
     said: list[str] = []
     export_fp8(tmp_path / "bf16", tmp_path / "fp8", scale_format, say=said.append)
-    trained = convert_to_fp8(decoder, Fp8Section(scale_format=scale_format))
+    trained = convert_to_fp8(decoder, scale_format)
     expected = dict(exported_fp8_weights(trained))
     written = read(tmp_path / "fp8")
     assert set(written) == set(expected)

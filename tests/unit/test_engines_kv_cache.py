@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infir2.config.schema import Fp8Section, ShapeSection
+from infir2.config.schema import ShapeSection
 from infir2.engines.kv_cache import KvCache, cached_hidden_states
 from infir2.model import Decoder
 from infir2.model import padding as packing_module
@@ -28,7 +28,7 @@ def make_model(architecture: Literal["qwen2", "qwen3", "llama"], fp8: str) -> De
         ffn_size=200,
     )
     model = Decoder.from_shape(shape, vocab_size=101, seed=3)
-    return model if fp8 == "off" else convert_to_fp8(model, Fp8Section(scale_format=fp8))  # type: ignore[arg-type]
+    return model if fp8 == "off" else convert_to_fp8(model, fp8)
 
 
 def poisoned_cache(model: Decoder, max_tokens: int = 64) -> KvCache:

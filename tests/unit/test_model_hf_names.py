@@ -31,7 +31,7 @@ def make_model(tied: bool = True, fp8: Fp8Section | None = None, seed: int = 3) 
     model = Decoder.from_shape(
         SHAPE.model_copy(update={"tie_embeddings": tied}), vocab_size=50, seed=seed
     )
-    return convert_to_fp8(model, fp8) if fp8 else model
+    return convert_to_fp8(model, fp8.scale_format, fp8.skip_modules) if fp8 else model
 
 
 def write_fp8(directory: Path, model: Decoder, **changes: Any) -> Path:

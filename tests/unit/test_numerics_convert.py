@@ -1,15 +1,24 @@
 """Conversion of whole modules: which layers become FP8, and that foreign models train."""
 
+import copy
 import fnmatch
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from infir2.config.schema import Fp8Section
+import infir2
+from infir2.config.schema import Fp8Section, ModelSection, RunSection, ShapeSection
 from infir2.errors import ConfigError
 from infir2.numerics import Fp8Linear, convert_to_fp8, quantize, relative_error, snr_db
+from infir2.numerics.convert import ReplacedParameter
+from infir2.train.build import build_model
 
 
 class Block(nn.Module):
@@ -35,50 +44,142 @@ def fp8_names(model: nn.Module) -> list[str]:
 def test_heads_and_listed_modules_stay_in_skip_modules() -> None:
     model = Model()
     parameters = dict(model.named_parameters())
-    convert_to_fp8(model, Fp8Section(scale_format="fp32", skip_modules=("layers.0.*", "*.up_proj")))
+    convert_to_fp8(model, scale_format="fp32", skip_modules=("layers.0.*", "*.up_proj"))
     assert fp8_names(model) == ["layers.1.down_proj"]
     assert model.layers[1].down_proj.scale_format == "fp32"
     assert dict(model.named_parameters()).keys() == parameters.keys()
     assert all(p is parameters[name] for name, p in model.named_parameters())
 
 
-def test_disabled_changes_nothing_and_a_mistyped_pattern_is_an_error() -> None:
+def test_a_recipe_without_fp8_builds_plain_layers() -> None:
+    shape = ShapeSection(hidden_size=64, ffn_size=64, num_heads=2, num_kv_heads=2, num_layers=1)
+    for enabled, expected in ((False, 0), (True, 7)):
+        section = Fp8Section(enabled=enabled)
+        run = RunSection(dir="unused", device="cpu")
+        model = build_model(ModelSection(shape=shape), section, run, vocab_size=20)
+        assert len(fp8_names(model)) == expected
+
+
+def test_a_mistyped_pattern_is_an_error_and_converts_nothing() -> None:
     model = Model()
-    assert fp8_names(convert_to_fp8(model, Fp8Section(enabled=False))) == []
     with pytest.raises(ConfigError, match=r"layers\.7"):
-        convert_to_fp8(model, Fp8Section(skip_modules=("layers.7.*",)))
+        convert_to_fp8(model, skip_modules=("layers.7.*",))
     assert fp8_names(model) == []
-    assert len(fp8_names(convert_to_fp8(model, Fp8Section()))) == 4
+    assert len(fp8_names(convert_to_fp8(model))) == 4
 
 
 def test_a_single_linear_and_meta_parameters() -> None:
-    assert isinstance(convert_to_fp8(nn.Linear(4, 4), Fp8Section()), Fp8Linear)
+    assert isinstance(convert_to_fp8(nn.Linear(4, 4)), Fp8Linear)
     with torch.device("meta"):
         model = Model()
-    convert_to_fp8(model, Fp8Section())
+    convert_to_fp8(model)
     assert model.layers[0].up_proj.weight.is_meta
 
 
 def test_a_layer_used_twice_stays_one_layer() -> None:
     model = Model()
     model.layers[1].up_proj = model.layers[0].up_proj
-    convert_to_fp8(model, Fp8Section())
+    convert_to_fp8(model)
     assert isinstance(model.layers[0].up_proj, Fp8Linear)
     assert model.layers[1].up_proj is model.layers[0].up_proj
 
 
 def test_sixteen_bit_models_get_fp32_masters() -> None:
-    model = convert_to_fp8(Model().bfloat16(), Fp8Section())
+    model = convert_to_fp8(Model().bfloat16())
     layer = model.layers[0].up_proj
     assert layer.weight.dtype == layer.bias.dtype == torch.float32
     assert model.embed_tokens.weight.dtype == torch.bfloat16
 
 
-@dataclass(frozen=True)
-class OwnConfig:
-    enabled: bool = True
-    scale_format: str = "pow2"
-    skip_modules: tuple[str, ...] = ()
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": torch.optim.AdamW,
+    "AdamW foreach": partial(torch.optim.AdamW, foreach=True),
+    "AdamW fused": partial(torch.optim.AdamW, fused=True),
+    "SGD": torch.optim.SGD,
+    "SGD foreach": partial(torch.optim.SGD, foreach=True),
+    "SGD fused": partial(torch.optim.SGD, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("call", ["step", "zero_grad"])
+def test_an_optimizer_built_before_its_parameters_were_replaced_raises(
+    name: str, call: str
+) -> None:
+    model = Model().bfloat16()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    convert_to_fp8(model)
+    model.layers[0].up_proj(torch.randn(3, 8)).sum().backward()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"build the optimizer .* after convert_to_fp8"):
+            getattr(optimizer, call)()
+    after = OPTIMIZERS[name](model.parameters())
+    before = model.layers[0].up_proj.weight.detach().clone()
+    after.step()
+    after.zero_grad()
+    assert not torch.equal(before, model.layers[0].up_proj.weight)
+
+
+def test_an_optimizer_over_a_single_replaced_linear_raises() -> None:
+    layer = nn.Linear(8, 16).bfloat16()
+    optimizer = torch.optim.SGD(layer.parameters())
+    convert_to_fp8(layer)
+    with pytest.raises(RuntimeError, match="after convert_to_fp8"):
+        optimizer.step()
+
+
+def test_an_optimizer_over_shared_fp32_parameters_keeps_training_them() -> None:
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    convert_to_fp8(model)
+    before = model.layers[0].up_proj.weight.detach().clone()
+    model.layers[0].up_proj(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model.layers[0].up_proj.weight)
+
+
+def test_parameters_that_stay_in_the_model_are_not_marked_as_replaced() -> None:
+    model = Model().bfloat16()
+    convert_to_fp8(model, skip_modules=("layers.0.*",))
+    kept = [model.embed_tokens.weight, model.output.weight, model.layers[0].up_proj.weight]
+    assert kept[0] is kept[1]
+    for parameter in kept:
+        assert type(parameter) is nn.Parameter
+        assert parameter.grad is None
+
+
+def test_linears_that_share_a_sixteen_bit_weight_still_share_their_master() -> None:
+    model = Model().bfloat16()
+    model.layers[1].up_proj.weight = model.layers[0].up_proj.weight
+    convert_to_fp8(model)
+    assert model.layers[1].up_proj.weight is model.layers[0].up_proj.weight
+    assert model.layers[1].up_proj.bias is not model.layers[0].up_proj.bias
+
+
+def test_a_replaced_parameter_frees_its_memory_and_a_copy_of_the_model_trains() -> None:
+    model = Model().bfloat16()
+    old = model.layers[0].up_proj.weight
+    storage = StorageWeakRef(old.untyped_storage())
+    convert_to_fp8(model)
+    assert storage.expired()
+    assert isinstance(old, ReplacedParameter)
+    twin = copy.deepcopy(model)
+    assert {type(parameter) for parameter in twin.parameters()} == {nn.Parameter}
+    twin.layers[0].up_proj(torch.randn(3, 8)).sum().backward()
+    torch.optim.AdamW(twin.parameters(), fused=True).step()
+
+
+def test_the_package_offers_the_conversion_without_importing_torch() -> None:
+    code = (
+        "import sys, infir2; assert 'torch' not in sys.modules\n"
+        "from infir2 import convert_to_fp8; print(convert_to_fp8.__module__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "infir2.numerics.convert"
+    with pytest.raises(AttributeError, match="no_such_name"):
+        getattr(infir2, "no_such_name")  # noqa: B009
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,7 +198,7 @@ def test_a_hugging_face_model_trains(dtype) -> None:
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=96, **shape)).to(dtype)
     token_ids = torch.randint(0, 96, (2, 24))
     reference = model(token_ids).logits.float()
-    convert_to_fp8(model, OwnConfig())
+    convert_to_fp8(model)
     assert len(fp8_names(model)) == 14
     assert not fnmatch.filter(fp8_names(model), "*lm_head*")
     assert 15 < snr_db(reference, model(token_ids).logits.float()) < 60

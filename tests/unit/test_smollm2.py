@@ -42,14 +42,13 @@ def test_greedy_tokens_are_transformers(model_dir: Path) -> None:
 
 def test_rollout_is_the_trainer_on_the_real_model_in_fp8(model_dir: Path) -> None:
     """Prefill, decode with a KV cache and other company in the batch against one packed forward: the same log-probabilities."""
-    from infir2.config.schema import Fp8Section
     from infir2.data import load_tokenizer
     from infir2.engines.native import NativeEngine
     from infir2.engines.types import Request, SamplingParams
     from infir2.model import Decoder
     from infir2.numerics import convert_to_fp8, token_logprobs
 
-    model = convert_to_fp8(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16), Fp8Section())
+    model = convert_to_fp8(Decoder.from_hf(model_dir, compute_dtype=torch.bfloat16))
     tokenizer = load_tokenizer(model_dir)
     prompts = [
         tokenizer.encode_text(text)

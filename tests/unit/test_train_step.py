@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import infir2.train.trainer as trainer_module
-from infir2.config.schema import Fp8Section, OptimizerSection, ShapeSection
+from infir2.config.schema import OptimizerSection, ShapeSection
 from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, convert_to_fp8
@@ -26,7 +26,7 @@ def make_trainer(
     model = Decoder.from_shape(SHAPE, vocab_size=61, seed=3, compute_dtype=dtype)
     model.recompute = recompute  # type: ignore[assignment]
     return Trainer(
-        convert_to_fp8(model, Fp8Section(enabled=fp8)), OptimizerSection(), loss_chunk_tokens=16
+        convert_to_fp8(model) if fp8 else model, OptimizerSection(), loss_chunk_tokens=16
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
 
-from infir2.config.schema import Fp8Section, ShapeSection
+from infir2.config.schema import ShapeSection
 from infir2.model import Decoder
 from infir2.numerics import SavedActivations, adamw, convert_to_fp8, token_logprobs
 from infir2.numerics import ops_cuda as fused
@@ -155,7 +155,7 @@ def decoder_results(
     model = Decoder.from_shape(shape, vocab_size=50, seed=1)
     model.saved_activations = saved
     if scale_format:
-        convert_to_fp8(model, Fp8Section(scale_format=scale_format))
+        convert_to_fp8(model, scale_format)
     ids = torch.randint(0, 50, (100,), generator=torch.Generator().manual_seed(2))
     hidden = model.hidden_states(ids, torch.arange(100), torch.tensor([0, 100]))
     logprobs, _ = token_logprobs(
