@@ -5,7 +5,7 @@ the reference; `attention_cuda.VarlenAttention` calls the GPU's libraries; the e
 context parallelism bring their own.
 
 The reference computes scores, softmax and value sums in FP64 and rounds once to the activation
-dtype, so a token's output does not depend on the rest of the batch, on the chunk it was computed in,
+dtype: a token's output does not depend on the rest of the batch, on the chunk it was computed in,
 or on whether its keys came from a cache (docs/DESIGN.md, idea 3). The backward recomputes the
 probabilities with FP32 accumulation from q, k, v, the output and the log-sum-exp (FlashAttention-2,
 arXiv 2307.08691). Grouped-query heads never repeat keys: the R = N / G query heads of a key head

@@ -92,7 +92,7 @@ def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:
 
 @cache
 def flash_attention_4() -> Callable[..., Any] | None:
-    """flash-attn-4's varlen function, or None; warns if the package is installed but does not load."""
+    """flash-attn-4's varlen function, or None; warns if it is installed but fails to load."""
     try:
         from flash_attn.cute import flash_attn_varlen_func
     except ModuleNotFoundError as error:

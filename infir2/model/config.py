@@ -1,8 +1,9 @@
-"""The shape of a decoder, and how it is written in a Hugging Face `config.json`.
+"""The shape of a decoder, and its Hugging Face `config.json`.
 
-Three architectures share one block: Qwen2/Qwen2.5 (biases on q, k, v), Qwen3 (RMSNorm on every query and key head) and
-Llama (neither, with optional scaling of the rotary frequencies). Anything else in a `config.json` that would change the
-result is refused by its key, because a model that loads and computes something else is worse than one that does not load.
+Three architectures share one block: Qwen2/Qwen2.5 (biases on q, k, v), Qwen3 (RMSNorm on every
+query and key head) and Llama (neither, with optional scaling of the rotary frequencies). Any other
+key of a `config.json` that would change the result raises an error with its name: a model that
+loads and computes something else is worse than one that does not load.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ _CLASS_NAMES = {
     "llama": "LlamaForCausalLM",
 }
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# keys of config.json that stand for one of our sizes
+# sizes: key of config.json -> field of ModelConfig
 _SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -38,10 +39,16 @@ _MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 class ModelConfig:
     """Shape and variant of a decoder.
 
-    Example, Qwen2.5-1.5B: `ModelConfig("qwen2", vocab_size=151936, hidden_size=1536, num_layers=28, num_heads=12,
-    num_kv_heads=2, head_dim=128, ffn_size=8960, qkv_bias=True, rope_theta=1e6, tie_embeddings=True)`.
+    Example, Qwen2.5-1.5B: `ModelConfig("qwen2", vocab_size=151936, hidden_size=1536,
+    num_layers=28, num_heads=12, num_kv_heads=2, head_dim=128, ffn_size=8960, qkv_bias=True,
+    rope_theta=1e6, tie_embeddings=True)`.
 
-    Raises ConfigError when the sizes do not fit together or the architecture has no such variant.
+    Raises ConfigError when the sizes are inconsistent or the architecture has no such variant.
+
+    Attributes:
+        rope_scaling: Llama 3's four numbers, or None for unscaled frequencies.
+        output_bias: bias of the attention's output projection.
+        max_positions: positions that the model was trained for; nothing is cut at this length.
     """
 
     architecture: Architecture
@@ -54,9 +61,7 @@ class ModelConfig:
     ffn_size: int
     rms_eps: float = 1e-6
     rope_theta: float = 1e6
-    rope_scaling: dict[str, float] | None = field(
-        default=None, hash=False
-    )  # Llama 3's four numbers, or None
+    rope_scaling: dict[str, float] | None = field(default=None, hash=False)
     tie_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
@@ -69,8 +74,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.architecture not in get_args(Architecture):
+            supported = ", ".join(get_args(Architecture))
             raise ConfigError(
-                f"architecture {self.architecture!r} is not supported; use one of {', '.join(get_args(Architecture))}"
+                f"architecture {self.architecture!r} is not supported; use one of {supported}"
             )
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -82,22 +88,27 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(
-                f"head_dim = {self.head_dim} must be even, because rotary embedding turns pairs"
+                f"head_dim = {self.head_dim} must be even, because rotary embedding rotates pairs"
             )
         if self.architecture == "llama" and self.hidden_size % self.num_heads:
             raise ConfigError(
-                f"num_heads = {self.num_heads} must divide hidden_size = {self.hidden_size} in a llama model"
+                f"num_heads = {self.num_heads} must divide hidden_size = {self.hidden_size} "
+                "in a llama model"
             )
-        if self.rope_scaling is not None and sorted(self.rope_scaling) != sorted(_LLAMA3_KEYS):
-            raise ConfigError(f"rope_scaling must have exactly the keys {', '.join(_LLAMA3_KEYS)}")
-        if (
-            self.rope_scaling is not None
-            and not self.rope_scaling["high_freq_factor"] > self.rope_scaling["low_freq_factor"] > 0
-        ):
-            raise ConfigError(
-                "rope_scaling.high_freq_factor must be greater than low_freq_factor, and both greater than 0"
-            )
+        self._check_rope_scaling()
         self._check_variant()
+
+    def _check_rope_scaling(self) -> None:
+        scaling = self.rope_scaling
+        if scaling is None:
+            return
+        if sorted(scaling) != sorted(_LLAMA3_KEYS):
+            raise ConfigError(f"rope_scaling must have exactly the keys {', '.join(_LLAMA3_KEYS)}")
+        if not scaling["high_freq_factor"] > scaling["low_freq_factor"] > 0:
+            raise ConfigError(
+                "rope_scaling.high_freq_factor must be greater than low_freq_factor, "
+                "and both greater than 0"
+            )
 
     def _check_variant(self) -> None:
         allowed = {
@@ -107,17 +118,19 @@ class ModelConfig:
         }
         if not allowed[self.architecture]:
             raise ConfigError(
-                f"architecture {self.architecture} has no variant with qkv_bias = {self.qkv_bias}, output_bias = {self.output_bias}, "
-                f"mlp_bias = {self.mlp_bias}, qk_norm = {self.qk_norm}; no Hugging Face class could load it"
+                f"architecture {self.architecture} has no variant with qkv_bias = {self.qkv_bias}, "
+                f"output_bias = {self.output_bias}, mlp_bias = {self.mlp_bias}, "
+                f"qk_norm = {self.qk_norm}; no Hugging Face class could load it"
             )
 
     @classmethod
     def from_shape(cls, shape: ShapeSection, vocab_size: int) -> "ModelConfig":
-        """The config of a new model; `vocab_size` is the tokenizer's, and `shape.vocab_size` may only add rows to it."""
+        """The config of a new model; `shape` may add rows to the tokenizer's `vocab_size`."""
         rows = shape.vocab_size or vocab_size
         if rows < vocab_size:
             raise ConfigError(
-                f"model.shape.vocab_size = {rows} is below the tokenizer's {vocab_size} tokens; raise it or set it to 0"
+                f"model.shape.vocab_size = {rows} is below the tokenizer's {vocab_size} tokens; "
+                "raise it or set it to 0"
             )
         same_name = {entry.name for entry in fields(cls)} & ShapeSection.model_fields.keys()
         derived = {
@@ -130,7 +143,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "ModelConfig":
-        """Read a `config.json` written by transformers 4 or 5. Raises CheckpointError that names the key in the way."""
+        """Read a `config.json` of transformers 4 or 5. Raises CheckpointError with the key."""
         architecture = _architecture(raw)
         _refuse_unsupported(raw)
         hidden, heads = _integer(raw, "hidden_size"), _integer(raw, "num_attention_heads")
@@ -162,7 +175,7 @@ class ModelConfig:
             raise CheckpointError(f"config.json cannot be used: {error}") from error
 
     def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
-        """The `config.json` of this model, with the keys of transformers 4 (vLLM, SGLang) and 5 side by side."""
+        """This model's `config.json`, with the keys of transformers 4 (vLLM, SGLang) and of 5."""
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
         scaling = (
             None if self.rope_scaling is None else {"rope_type": "llama3", **self.rope_scaling}
@@ -208,45 +221,53 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
             expected, classes = _CLASS_NAMES[architecture], raw.get("architectures")
             if classes and expected not in classes:
                 raise CheckpointError(
-                    f"config.json: architectures = {classes} is not supported; a {architecture} model must be {expected}"
+                    f"config.json: architectures = {classes} is not supported; "
+                    f"a {architecture} model must be {expected}"
                 )
             return architecture
     supported = ", ".join(get_args(Architecture))
     raise CheckpointError(
-        f"config.json: model_type {raw.get('model_type')!r} is not supported; use a model of {supported}"
+        f"config.json: model_type {raw.get('model_type')!r} is not supported; "
+        f"use a model of {supported}"
     )
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    """Refuse what would change the result: other activations, dropout, experts, sliding windows."""
+    """Raise for keys that change the result: activation, dropout, experts, sliding windows."""
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(
             f"config.json: hidden_act = {raw['hidden_act']!r} is not supported; only 'silu' is"
         )
     if raw.get("attention_dropout"):
         raise CheckpointError(
-            f"config.json: attention_dropout = {raw['attention_dropout']} is not supported; set it to 0.0"
+            f"config.json: attention_dropout = {raw['attention_dropout']} is not supported; "
+            "set it to 0.0"
         )
     for key in _MOE_KEYS:
         if raw.get(key):
             raise CheckpointError(
-                f"config.json: {key} = {raw[key]} is a mixture of experts, which is not supported; use a dense model"
+                f"config.json: {key} = {raw[key]} is a mixture of experts, which is not supported; "
+                "use a dense model"
             )
-    has_window = (
-        raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None
-    )  # transformers' defaults
+    # missing keys have transformers' defaults
+    has_window = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None
     if has_window and raw.get("max_window_layers", 28) < _integer(raw, "num_hidden_layers"):
         raise CheckpointError(
-            "config.json: use_sliding_window = true is not supported; set it to false if the model was trained without"
+            "config.json: use_sliding_window = true is not supported; "
+            "set it to false if the model was trained without"
         )
     if set(raw.get("layer_types") or ()) - {"full_attention"}:
         raise CheckpointError(
-            "config.json: layer_types has layers other than 'full_attention', which are not supported"
+            "config.json: layer_types has layers other than 'full_attention', "
+            "which are not supported"
         )
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, float] | None]:
-    """Rotary base and Llama 3 scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    """Rotary base and Llama 3 scaling.
+
+    transformers 5 writes `rope_parameters`, transformers 4 `rope_theta` and `rope_scaling`.
+    """
     key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     scaling = raw.get(key) or {}
     if not isinstance(scaling, Mapping):
@@ -254,11 +275,12 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, float] | None]:
     theta = _number({"rope_theta": raw.get("rope_theta"), **scaling}, "rope_theta", default=10000.0)
     if raw.get("rope_theta") is not None and raw["rope_theta"] != theta:
         raise CheckpointError(
-            f"config.json: rope_theta = {raw['rope_theta']} contradicts {key}.rope_theta = {theta}; make them equal"
+            f"config.json: rope_theta = {raw['rope_theta']} contradicts "
+            f"{key}.rope_theta = {theta}; make them equal"
         )
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+    if (rotated := scaling.get("partial_rotary_factor", 1.0)) != 1.0:
         raise CheckpointError(
-            f"config.json: {key}.partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported; only 1 is"
+            f"config.json: {key}.partial_rotary_factor = {rotated} is not supported; only 1 is"
         )
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -283,6 +305,6 @@ def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> in
     value = default if raw.get(key) is None else raw[key]
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise CheckpointError(
-            f"config.json: {key} must be a whole number greater than 0, not {value!r}"
+            f"config.json: {key} must be an integer greater than 0, not {value!r}"
         )
     return value

@@ -1,8 +1,11 @@
 """One decoder for Qwen2/2.5, Qwen3 and Llama: a block is two residual lines.
 
-The model knows no parallelism, no FP8 and no file format: `convert_to_fp8` swaps its Linears, and the operations of
-`infir2.numerics` choose by the layers' types. Parameters are FP32 masters with Hugging Face's names; activations have
-`compute_dtype`. Shapes: T packed tokens, B sequences, D model, N heads, G key heads, H head, F ffn, V vocabulary.
+The model knows no parallelism, no FP8, no KV cache and no file format: `convert_to_fp8` swaps its
+Linears, the operations of `infir2.numerics` choose by the layers' types, and an `AttentionContext`
+brings the attention. Parameters are FP32 masters with Hugging Face's names; activations have
+`compute_dtype`.
+
+Shapes: T packed tokens, B sequences, D model, N heads, G key heads, H head, F ffn, V vocabulary.
 """
 
 from functools import partial
@@ -38,6 +41,8 @@ Rope = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
+    """Attention of block `layer`, with its norm before it and the residual after it."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
@@ -52,13 +57,12 @@ class Attention(nn.Module):
     def inputs(
         self, x: Tensor, norm: RMSNorm, rope: Rope, saved: SavedActivations
     ) -> tuple[Tensor, ...]:
-        """x, and the rotated heads q, k and v of norm(x)."""
+        """x [T, D], and of norm(x) the rotated q [T, N, H] and k [T, G, H], and v [T, G, H]."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if not isinstance(self.q_norm, RMSNorm):
             return attention_inputs(x, norm, layers, self.head_dim, rope, saved)
-        x, q, k, v = attention_inputs(
-            x, norm, layers, self.head_dim, None, saved
-        )  # a norm stands before the rotation
+        # Qwen3 normalizes heads before it rotates them, so the fused rotation does not apply.
+        x, q, k, v = attention_inputs(x, norm, layers, self.head_dim, None, saved)
         return x, apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope), v
 
     def forward(
@@ -76,6 +80,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """SwiGLU feed-forward, with its norm before it and the residual after it."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.ffn_size, config.mlp_bias)
@@ -88,6 +94,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm transformer block, [T, D] -> [T, D]."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
@@ -103,7 +111,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """What Hugging Face calls `model`: embedding, blocks, final norm."""
+    """Embedding, blocks and final norm, under the name `model` as in Hugging Face's classes."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -115,14 +123,14 @@ class Backbone(nn.Module):
 class Decoder(nn.Module):
     """A causal language model over packed token streams.
 
-    Example: two sequences of 3 and 2 tokens:
-    `model(torch.tensor([5, 6, 7, 5, 9]), torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 3, 5]))` -> logits [5, V].
+    Example, sequences of 3 and 2 tokens: `model(torch.tensor([5, 6, 7, 5, 9]),
+    torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 3, 5]))` -> logits [5, V].
 
     Attributes:
-        config: its shape.
+        config: shape of the model.
         compute_dtype: dtype of activations, BF16 or FP32; masters are FP32 either way.
-        recompute: "full" keeps only each block's input and runs its forward again in the backward.
-        saved_activations: what a block keeps for its backward otherwise.
+        recompute: "full" saves only each block's input and runs its forward again in the backward.
+        saved_activations: tensors that a block saves for its backward when recompute is "none".
     """
 
     def __init__(
@@ -149,9 +157,11 @@ class Decoder(nn.Module):
         compute_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> "Decoder":
-        """Load a Hugging Face directory tensor by tensor, BF16 or block FP8 (then the model serves the file's codes).
+        """Load a Hugging Face directory tensor by tensor.
 
-        Raises CheckpointError for a directory that is unreadable, incomplete or of an unsupported model.
+        A BF16 file fills the masters; a block-FP8 file gives layers that hold its codes and no
+        masters. Raises CheckpointError if the directory is unreadable, incomplete or of an
+        unsupported model.
         """
         with torch.device("meta"):
             model = cls(
@@ -169,7 +179,7 @@ class Decoder(nn.Module):
         compute_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> "Decoder":
-        """A new model; the weights are a pure function of shape and seed, whatever the device."""
+        """A new model; its weights depend only on shape and seed, not on the device."""
         with torch.device("meta"):
             model = cls(ModelConfig.from_shape(shape, vocab_size), compute_dtype)
         model.to_empty(device="cpu")
@@ -177,7 +187,10 @@ class Decoder(nn.Module):
         return model.to(device)
 
     def initialize(self, seed: int, std: float = 0.0) -> None:
-        """Draw normal weights of deviation `std` (0: 1/sqrt(fan_in), embedding 1/sqrt(D)); biases 0, norms 1."""
+        """Draw normal weights; biases are 0, norms 1.
+
+        `std` is their standard deviation; 0 means 1/sqrt(fan_in), and 1/sqrt(D) for the embedding.
+        """
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -188,7 +201,7 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """FP32 master [V, D] of the output projection; the embedding's if they are tied."""
+        """FP32 master [V, D] of the output projection: the embedding's if the two are tied."""
         weight = (
             self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
         )
@@ -196,11 +209,14 @@ class Decoder(nn.Module):
         return weight
 
     def forward(self, token_ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Logits FP32 [T, V] of token_ids [T] at positions [T], causal within each of the B sequences of cu_seqlens [B+1]."""
+        """Logits FP32 [T, V] of token_ids [T] at positions [T].
+
+        Attention is causal within each of the B sequences that `cu_seqlens` [B+1] bounds.
+        """
         return head_logits(self.hidden_states(token_ids, positions, cu_seqlens), self.head_weight)
 
     def plan_attention(self, cu_seqlens: Tensor, device: torch.device) -> AttentionContext:
-        """Causal attention within each sequence of `cu_seqlens` [B+1], for activations on `device`."""
+        """Causal attention within each sequence of `cu_seqlens` [B+1], for tensors on `device`."""
         if self._uses_kernels(device):
             lengths = cu_seqlens.diff().tolist()
             return plan_varlen(tuple(length for length in lengths if length), device)
@@ -218,9 +234,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """States [T, D] after the final norm, of token_ids [T] at positions [T].
 
-        `cu_seqlens` [B+1], a tensor or an array, is read by the host: FSDP2 moves tensors to the GPU
-        and leaves arrays. `context` replaces causal attention within its B sequences, for example by
-        attention to a KV cache. Raises ValueError for a `cu_seqlens` of another stream.
+        `cu_seqlens` [B+1] is a tensor or an array; the host reads it, and FSDP2 moves tensors to
+        the GPU but not arrays. `context` replaces causal attention within the B sequences, for
+        example by attention to a KV cache. Raises ValueError for a `cu_seqlens` of another stream.
         """
         cu_seqlens = torch.as_tensor(cu_seqlens)
         num_tokens, end = token_ids.numel(), int(cu_seqlens[-1])
@@ -231,7 +247,7 @@ class Decoder(nn.Module):
             )
         if context is None:
             if self._uses_kernels(token_ids.device):
-                # Whole blocks of 128 tokens spare every GEMM of the backward a padded copy. The
+                # With full blocks of 128 tokens no GEMM of the backward has to pad a copy. The
                 # padding is a sequence of its own.
                 padding = -num_tokens % GROUP
                 token_ids, positions = (

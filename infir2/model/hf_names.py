@@ -1,8 +1,8 @@
-"""Between a decoder and Hugging Face tensors: what is exported, and how tensors are loaded.
+"""Conversion between a decoder's parameters and tensors with Hugging Face's names.
 
-`exported_fp8_weights` is the one source of FP8 bytes: files, weight sync and verification all take it. A Linear `name`
-that is FP8 becomes `name.weight` (E4M3 codes) and `name.weight_scale_inv` (FP32 scales, one per 128x128 block); all
-other parameters are BF16-rounded masters.
+`exported_fp8_weights` is the only source of FP8 bytes: files, weight sync and verification all read
+it. An FP8 Linear `name` becomes `name.weight` (E4M3 codes) and `name.weight_scale_inv` (FP32
+scales, one per 128x128 block); every other parameter becomes its BF16-rounded master.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from infir2.model.safetensors_io import HfWeights, read_json
 from infir2.numerics import Fp8Linear, convert_to_fp8
 
 SCALE_SUFFIX = "_scale_inv"
-# `scale_fmt` as transformers and SGLang spell it; a file that does not say it has any FP32 scales
+# `scale_fmt` as transformers and SGLang spell it; without that key the scales are any FP32 values
 _SCALE_FORMATS: dict[str | None, ScaleFormat] = {"ue8m0": "pow2", "float": "fp32", None: "fp32"}
 
 
 def exported_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters rounded to BF16, under their Hugging Face names.
+    """All parameters rounded to BF16, with their Hugging Face names.
 
-    Raises CheckpointError for a model that holds only FP8 codes: its masters are gone.
+    Raises CheckpointError for a model that holds only FP8 codes, since it has no masters.
     """
-    for name, module, leaf in _slots(model):
+    for name, module, leaf in _parameter_owners(model):
         parameter = getattr(module, leaf)
         if parameter is None:
             raise CheckpointError(
@@ -39,8 +39,8 @@ def exported_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def exported_fp8_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The FP8 bytes of every Fp8Linear, and the BF16 rest; works for trained masters and for loaded codes alike."""
-    for name, module, leaf in _slots(model):
+    """Codes and scales of every Fp8Linear, whether trained or loaded, and the rest in BF16."""
+    for name, module, leaf in _parameter_owners(model):
         if isinstance(module, Fp8Linear) and leaf == "weight":
             quantized = module.quantized_weight()
             yield name, quantized.codes
@@ -50,13 +50,12 @@ def exported_fp8_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """SHA-256 of each tensor's dtype, shape and bytes: equal digests mean equal weights, wherever they lie."""
+    """SHA-256 of each tensor's dtype, shape and bytes, by name; the device does not matter."""
     digests = {}
     for name, tensor in tensors:
         content = tensor.detach().to("cpu").contiguous()
-        digest = hashlib.sha256(
-            f"{str(content.dtype).removeprefix('torch.')} {list(content.shape)} ".encode()
-        )
+        dtype = str(content.dtype).removeprefix("torch.")
+        digest = hashlib.sha256(f"{dtype} {list(content.shape)} ".encode())
         raw: Any = content.reshape(-1).view(torch.uint8).numpy()
         digest.update(raw)
         digests[name] = digest.hexdigest()
@@ -71,9 +70,10 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     formats = {module.scale_format for module in model.modules() if isinstance(module, Fp8Linear)}
     if len(formats) != 1:
         raise CheckpointError(
-            f"an FP8 export needs FP8 layers of one scale format, not {sorted(formats)}; set fp8.enabled = true"
+            f"an FP8 export needs FP8 layers of one scale format, not {sorted(formats)}; "
+            "set fp8.enabled = true"
         )
-    plain = [
+    skipped = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not isinstance(module, Fp8Linear)
@@ -84,12 +84,16 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
         "scale_fmt": "ue8m0" if formats == {"pow2"} else "float",
-        "modules_to_not_convert": plain if "lm_head" in plain else [*plain, "lm_head"],
+        "modules_to_not_convert": skipped if "lm_head" in skipped else [*skipped, "lm_head"],
     }
 
 
 def load_directory(model: nn.Module, directory: Path, device: torch.device | str) -> None:
-    """Load a Hugging Face directory into a decoder on the meta device; its FP8 layers become `Fp8Linear` with its codes."""
+    """Load a Hugging Face directory into a decoder on the meta device.
+
+    Layers that the files store in FP8 become `Fp8Linear` with the files' codes. Raises
+    CheckpointError as `load_weights` and `HfWeights` do.
+    """
     weights = HfWeights(directory)
     section = read_json(directory / "config.json").get("quantization_config")
     if section is not None:
@@ -99,43 +103,51 @@ def load_directory(model: nn.Module, directory: Path, device: torch.device | str
 
 
 def _fp8_section(raw: Any, model: nn.Module, weights: HfWeights) -> Fp8Section:
-    """Which Linears are FP8, according to `modules_to_not_convert`, checked against the scales that the files hold."""
-    expected = {
+    """The settings that a `quantization_config` describes, checked against the stored scales."""
+    if not isinstance(raw, dict):
+        raise CheckpointError("config.json: quantization_config must be an object")
+    supported = {
         "quant_method": "fp8",
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
         "fmt": "e4m3",
     }
-    if not isinstance(raw, dict):
-        raise CheckpointError("config.json: quantization_config must be an object")
-    for key, value in expected.items():
-        found = raw.get(key, value if key in ("fmt", "activation_scheme") else None)
-        if found != value:
+    for key, value in supported.items():
+        stored = raw.get(key, value if key in ("fmt", "activation_scheme") else None)
+        if stored != value:
             raise CheckpointError(
-                f"config.json: quantization_config.{key} = {found!r} is not supported; only {value!r} is"
+                f"config.json: quantization_config.{key} = {stored!r} is not supported; "
+                f"only {value!r} is"
             )
-    stored = raw.get("scale_fmt")
-    if stored not in _SCALE_FORMATS:
+    scale_fmt = raw.get("scale_fmt")
+    if scale_fmt not in _SCALE_FORMATS:
         raise CheckpointError(
-            f"config.json: quantization_config.scale_fmt = {stored!r} is not supported; use 'ue8m0' or 'float'"
+            f"config.json: quantization_config.scale_fmt = {scale_fmt!r} is not supported; "
+            "use 'ue8m0' or 'float'"
         )
-    kept = raw.get("modules_to_not_convert") or []
-    names, plain = set(weights.names()), []
+    skipped = _skipped_modules(raw.get("modules_to_not_convert") or [], model, weights)
+    return Fp8Section(scale_format=_SCALE_FORMATS[scale_fmt], skip_modules=skipped)
+
+
+def _skipped_modules(patterns: list[str], model: nn.Module, weights: HfWeights) -> tuple[str, ...]:
+    """Linears that `modules_to_not_convert` lists; exactly the others must have stored scales."""
+    tensor_names, skipped = set(weights.names()), []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or name == "lm_head":
             continue
         listed = any(
-            name == entry or name.startswith(f"{entry}.") or fnmatchcase(name, entry)
-            for entry in kept
+            name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+            for pattern in patterns
         )
-        if listed == (f"{name}.weight{SCALE_SUFFIX}" in names):
-            has = "FP8 scales" if listed else "no FP8 scales"
+        if listed == (f"{name}.weight{SCALE_SUFFIX}" in tensor_names):
+            stored = "FP8 scales" if listed else "no FP8 scales"
             raise CheckpointError(
-                f"{weights.directory}: {name} has {has}, which modules_to_not_convert contradicts; export it again"
+                f"{weights.directory}: {name} has {stored}, which modules_to_not_convert "
+                "contradicts; export it again"
             )
         if listed:
-            plain.append(name)
-    return Fp8Section(scale_format=_SCALE_FORMATS[stored], skip_modules=tuple(plain))
+            skipped.append(name)
+    return tuple(skipped)
 
 
 def load_weights(
@@ -143,34 +155,36 @@ def load_weights(
     tensors: Iterable[tuple[str, Tensor]],
     device: torch.device | str | None = None,
 ) -> None:
-    """Load every parameter of `model` by name: floating tensors into masters, FP8 pairs into `Fp8Linear.load_codes`.
+    """Load every parameter of `model` by name; `Fp8Linear` layers load pairs of codes and scales.
 
-    Parameters on the meta device are made on `device`. A tied head that a file stores too must equal the embedding.
-    Raises CheckpointError for an unknown, missing, repeated or wrongly shaped tensor; the model is then half loaded.
+    Parameters on the meta device are created on `device`. If the embedding is tied and the tensors
+    contain a head, the two must be equal. Raises CheckpointError for an unknown, missing, repeated
+    or wrongly shaped tensor; the model is then partly loaded.
     """
-    targets = {name: (module, leaf) for name, module, leaf in _slots(model)}
-    missing, pairs, spare = set(targets), dict[str, dict[str, Tensor]](), dict[str, Tensor]()
+    owners = {name: (module, leaf) for name, module, leaf in _parameter_owners(model)}
+    missing, pairs = set(owners), dict[str, dict[str, Tensor]]()
+    tied_head: Tensor | None = None
     for name, tensor in tensors:
         weight_name = name.removesuffix(SCALE_SUFFIX)
-        if weight_name not in targets:
+        if weight_name not in owners:
             if name == "lm_head.weight":
-                spare[name] = tensor
-            elif not name.endswith(
-                "rotary_emb.inv_freq"
-            ):  # derived values that old Llama files store
+                tied_head = tensor
+            # old Llama files store these derived values
+            elif not name.endswith("rotary_emb.inv_freq"):
                 raise CheckpointError(
-                    f"tensor {name} has no place in this model; its config.json describes another one"
+                    f"tensor {name} does not belong to the model that config.json describes"
                 )
             continue
-        module, leaf = targets[weight_name]
+        module, leaf = owners[weight_name]
         is_fp8 = name != weight_name or tensor.dtype == torch.float8_e4m3fn
         if is_fp8 and not (isinstance(module, Fp8Linear) and leaf == "weight"):
             raise CheckpointError(
-                f"tensor {name} is of an FP8 weight, but its layer is in high precision here; make the lists equal"
+                f"tensor {name} belongs to an FP8 weight, but its layer is in high precision here; "
+                "make the lists of skipped modules equal"
             )
         if weight_name not in missing:
             raise CheckpointError(
-                f"tensor {weight_name} comes twice; every weight must have its own name"
+                f"tensor {weight_name} occurs twice; every weight must have its own name"
             )
         if is_fp8:
             pair = pairs.setdefault(weight_name, {})
@@ -182,23 +196,29 @@ def load_weights(
         else:
             _load_master(name, module, leaf, tensor, device)
         missing.discard(weight_name)
-    if missing:
-        half = [f"{name} (its codes or its scales)" for name in sorted(pairs)]
+    _check_complete(missing, incomplete=pairs)
+    if tied_head is not None:
+        _check_tied(model, tied_head)
+
+
+def _check_complete(missing: Iterable[str], incomplete: Iterable[str]) -> None:
+    """Raise for `missing` weights; the `incomplete` ones lack only their codes or their scales."""
+    names, halves = sorted(missing), [f"{name} (its codes or its scales)" for name in incomplete]
+    if names:
         raise CheckpointError(
-            f"{len(missing)} tensors are missing, such as {(half or sorted(missing))[0]}; the model is incomplete"
+            f"{len(names)} tensors are missing, such as {(sorted(halves) or names)[0]}; "
+            "the model is incomplete"
         )
-    if spare:
-        _check_tied(model, spare["lm_head.weight"])
 
 
 def _load_codes(
     name: str, module: Fp8Linear, pair: dict[str, Tensor], device: torch.device | str | None
 ) -> None:
-    where = device if device is not None else _device(module)
-    where = "cpu" if torch.device(where).type == "meta" else where
+    target = torch.device(device if device is not None else _device(module))
+    target = torch.device("cpu") if target.type == "meta" else target
     scale = pair["scale"].float() if pair["scale"].dtype == torch.float8_e8m0fnu else pair["scale"]
     try:
-        module.load_codes(pair["codes"].to(where), scale.to(where))
+        module.load_codes(pair["codes"].to(target), scale.to(target))
     except ValueError as error:
         raise CheckpointError(f"tensor {name} cannot be loaded: {error}") from error
 
@@ -213,11 +233,13 @@ def _load_master(
         )
     if tensor.shape != parameter.shape:
         raise CheckpointError(
-            f"tensor {name} has shape {list(tensor.shape)}, but the model needs {list(parameter.shape)}"
+            f"tensor {name} has shape {list(tensor.shape)}, "
+            f"but the model needs {list(parameter.shape)}"
         )
     if not tensor.is_floating_point():
         raise CheckpointError(
-            f"tensor {name} has dtype {tensor.dtype}, which is not a weight's; convert the model to BF16"
+            f"tensor {name} has dtype {tensor.dtype}, which is not a weight's; "
+            "convert the model to BF16"
         )
     if parameter.is_meta:
         parameter = nn.Parameter(
@@ -232,7 +254,8 @@ def _check_tied(model: nn.Module, stored: Tensor) -> None:
     embedding = dict(model.named_parameters())["model.embed_tokens.weight"]
     if not torch.equal(stored.to(embedding.device, embedding.dtype), embedding):
         raise CheckpointError(
-            "lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; set it to false"
+            "lm_head.weight differs from the embedding, but config.json has "
+            "tie_word_embeddings = true; set it to false"
         )
 
 
@@ -240,8 +263,11 @@ def _device(module: nn.Module) -> torch.device:
     return next(t.device for t in (*module.parameters(), *module.buffers()))
 
 
-def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name, module, attribute) of every parameter, in model order; a weight replaced by FP8 codes keeps its place."""
+def _parameter_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, module, attribute) of every parameter, in model order, tied ones once.
+
+    A weight that FP8 codes have replaced is still listed, although its parameter is None.
+    """
     seen = set()
     for prefix, module in model.named_modules():
         for leaf, parameter in module._parameters.items():

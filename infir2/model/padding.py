@@ -1,9 +1,10 @@
-"""How the sequences of a packed stream are laid out for batched matrix products.
+"""Padding a packed stream into rectangles for batched matrix products.
 
-A stream of many short documents would need a loop over documents; a rectangle [B, longest] would explode next to one
-long document. So sequences of similar length share a rectangle, a rectangle never holds more rows than a budget of
-scores allows, and a long one is worked through in chunks of queries. Generation has few queries and many keys: there a
-rectangle ends when its keys no longer fit a core's cache (256 sequences of 100 keys in one took twice as long).
+A loop over documents is slow when many are short, and one rectangle [B, longest] wastes most of its
+rows when one is long. So sequences of similar length share a rectangle, a budget of scores bounds
+its size, and a long one is computed in chunks of queries. Generation has few queries and many keys:
+there the keys of a rectangle must fit a core's cache (256 sequences of 100 keys in one rectangle
+took twice as long).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,33 +14,42 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-SCORE_BUDGET = (
-    1 << 20
-)  # scores (sequences x heads x queries x keys) that exist at one time; 8 MiB in FP64
-KEY_BUDGET = (
-    1 << 18
-)  # key elements (sequences x keys x G x H) of a rectangle: 2 MiB in FP64 stay in a core's cache
-MIN_QUERY_CHUNK = 16  # fewer queries waste the matrix product; one very long sequence overdraws the budget instead
-SHARED_QUERY_CHUNK = (
-    64  # sequences share a rectangle only if chunks of this many queries fit the budget
-)
-MAX_QUERY_CHUNK = (
-    256  # a causal chunk skips the keys after it, so chunks also save the upper triangle
-)
-SAME_RECTANGLE = 0.7  # a sequence joins a rectangle if it fills at least this share of its rows
+# Scores (sequences x heads x queries x keys) of one matrix product; 8 MiB in FP64.
+SCORE_BUDGET = 1 << 20
+# Key elements (sequences x keys x G x H) of a rectangle; 2 MiB in FP64 stay in a core's cache.
+KEY_BUDGET = 1 << 18
+# Fewer queries waste the matrix product; one very long sequence exceeds the score budget instead.
+MIN_QUERY_CHUNK = 16
+# Sequences share a rectangle only if chunks of this many queries fit the score budget.
+SHARED_QUERY_CHUNK = 64
+# A causal chunk skips the keys after it, so chunks also save the upper triangle of the scores.
+MAX_QUERY_CHUNK = 256
+# A sequence joins a rectangle if it fills at least this share of its rows.
+SAME_RECTANGLE = 0.7
 
 
 @dataclass(frozen=True)
 class Rectangle:
-    """n sequences padded to L rows: `rows` [n, L] int64 indexes the stream, padding repeats a sequence's last row."""
+    """n sequences padded to L rows.
+
+    Example: sequences 2 and 0, of 3 and 2 tokens, which start at rows 6 and 0 of the stream, have
+    rows [[6, 7, 8], [0, 1, 1]].
+
+    Attributes:
+        members: indices of the n sequences in the stream.
+        rows: row of the stream for each padded row, int64 [n, L]; padding repeats the last row.
+        is_real: False in the padding, bool [n, L].
+        query_chunk: queries to compute per matrix product.
+    """
 
     members: list[int]
     rows: Tensor
-    is_real: Tensor  # [n, L] bool, False in the padding
+    is_real: Tensor
     query_chunk: int
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(n, L)."""
         return self.rows.shape[0], self.rows.shape[1]
 
 
@@ -47,7 +57,10 @@ class Rectangle:
 class Packing:
     """The rectangles of one packed stream, shared by all layers of a forward pass.
 
-    `unpad` [T] int64 finds each token's row in the concatenation of all rectangles' rows.
+    Attributes:
+        rectangles: longest sequences first.
+        unpad: each token's row in the concatenation of all rectangles' rows, int64 [T].
+        num_tokens: T.
     """
 
     rectangles: list[Rectangle]
@@ -62,10 +75,14 @@ def plan_packing(
     key_lengths: Sequence[int] | None = None,
     device: torch.device | None = None,
 ) -> Packing:
-    """Lay out the sequences of `cu_seqlens` [B+1] for attention with `num_heads` query heads and `key_width` = G * H.
+    """Lay out sequences for attention with `num_heads` query heads.
 
-    `key_lengths` says how many keys each sequence's queries look at (default: its own length, causal); with a KV cache
-    it is longer. Sequences of zero tokens take no part. The indices lie on `device` (default: where cu_seqlens is).
+    Args:
+        cu_seqlens: bounds of B sequences, [B+1]; empty ones are skipped.
+        num_heads: query heads, N.
+        key_width: elements of a token's keys, G * H.
+        key_lengths: keys of each sequence; its own length by default, more with a KV cache.
+        device: where the indices are stored; the device of cu_seqlens by default.
     """
     bounds = cu_seqlens.tolist()
     assert bounds[0] == 0, "cu_seqlens starts at 0"
@@ -75,18 +92,13 @@ def plan_packing(
     device = device or cu_seqlens.device
     rectangles, order = [], []
     for members in _groups(lengths, keys, num_heads, key_width):
-        longest = lengths[members[0]]
         starts = torch.tensor([bounds[member] for member in members])[:, None]
         sizes = torch.tensor([lengths[member] for member in members])[:, None]
-        columns = torch.arange(longest)[None, :]
+        columns = torch.arange(lengths[members[0]])[None, :]
         rows, is_real = starts + torch.minimum(columns, sizes - 1), columns < sizes
-        chunk = max(
-            MIN_QUERY_CHUNK,
-            SCORE_BUDGET // (len(members) * num_heads * max(keys[member] for member in members)),
-        )
-        rectangles.append(
-            Rectangle(members, rows.to(device), is_real.to(device), min(chunk, MAX_QUERY_CHUNK))
-        )
+        scores_per_query = len(members) * num_heads * max(keys[member] for member in members)
+        chunk = min(max(MIN_QUERY_CHUNK, SCORE_BUDGET // scores_per_query), MAX_QUERY_CHUNK)
+        rectangles.append(Rectangle(members, rows.to(device), is_real.to(device), chunk))
         order.append(torch.where(is_real, rows, -1).flatten())
     unpad = torch.empty(bounds[-1], dtype=torch.int64)
     if order:
@@ -99,7 +111,10 @@ def plan_packing(
 def _groups(
     lengths: Sequence[int], keys: Sequence[int], num_heads: int, key_width: int
 ) -> Iterator[list[int]]:
-    """Members of each rectangle, longest first; a rectangle closes when the next is too short or a budget is spent."""
+    """Members of each rectangle, longest first.
+
+    A rectangle is closed when the next sequence is too short for it or would exceed a budget.
+    """
     order = sorted(
         (i for i, length in enumerate(lengths) if length),
         key=lambda i: (lengths[i], keys[i]),

@@ -1,7 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864) with Llama 3's frequency scaling.
 
-Angles, cosines and sines are computed in FP64 from the token's position and rounded once to FP32, so they do not depend
-on how many positions are asked for at a time. The rotation itself is `infir2.numerics.apply_rope`.
+Angles, cosines and sines are computed in FP64 from the token's position and rounded once to FP32:
+they do not depend on the number of positions in a call. `infir2.numerics.apply_rope` rotates.
 """
 
 import functools
@@ -22,7 +22,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     plain = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return plain
-    # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
+    # Llama 3.1 stretches long wavelengths by `factor`, keeps short ones and interpolates between.
     factor, low, high = (
         config.rope_scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor")
     )

@@ -1,8 +1,9 @@
 """Reading and writing the files of a Hugging Face model directory: safetensors, sharded or not.
 
-Reading trusts nothing: an index may name no file outside its directory, every tensor it promises must be there, and
-whatever is wrong with a file becomes one CheckpointError. Writing streams: a shard is on disk before the next one is
-gathered, and the directory gets its name by one rename after everything in it is synced.
+Reading checks everything: an index may not name a file outside its directory, every tensor that it
+lists must exist, and any defect of a file becomes one CheckpointError. Writing streams: a shard is
+on disk before the next one is gathered, and the directory gets its final name by one rename after
+all of its files are synced.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from torch import Tensor
 from infir2.errors import CheckpointError, OutputExistsError, first_line
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-SCALES_FILE = "fp8_scales.st"  # safetensors under a name that no engine loads as weights
+SCALES_FILE = "fp8_scales.st"  # safetensors; no engine loads a file of this suffix as weights
 TOKENIZER_FILES = (
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -40,9 +41,10 @@ MAX_JSON_BYTES = 64 * 2**20
 class HfWeights:
     """The tensors of a model directory, read one at a time.
 
-    Example: `weights = HfWeights("Qwen2.5-1.5B"); weights.read("model.norm.weight")` -> BF16 [1536].
+    Example: `HfWeights("Qwen2.5-1.5B").read("model.norm.weight")` -> BF16 [1536].
 
-    Raises CheckpointError when the directory has no safetensors, or its index or a file cannot be trusted.
+    Raises CheckpointError when the directory has no safetensors, or when its index or a file is
+    invalid.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -61,10 +63,11 @@ class HfWeights:
             raise CheckpointError(_no_weights(self.directory))
 
     def names(self) -> list[str]:
-        """Names of all tensors, in the order of the file or the index."""
+        """Names of all tensors, in the order of the file or of the index."""
         return list(self._shards)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading its values."""
         return tuple(self._open(self._shard(name)).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
@@ -73,9 +76,9 @@ class HfWeights:
         try:
             tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            where = f"{self.directory / self._shards[name]}: tensor {name}"
             raise CheckpointError(
-                f"{where} cannot be read ({first_line(error)}); copy the model again"
+                f"{self.directory / self._shards[name]}: tensor {name} cannot be read "
+                f"({first_line(error)}); copy the model again"
             ) from error
         return tensor
 
@@ -86,7 +89,8 @@ class HfWeights:
     def _shard(self, name: str) -> str:
         if name not in self._shards:
             raise CheckpointError(
-                f"{self.directory} has no tensor {name}; it is not the model that its config.json describes"
+                f"{self.directory} has no tensor {name}; "
+                "it is not the model that its config.json describes"
             )
         return self._shards[name]
 
@@ -99,7 +103,8 @@ class HfWeights:
                 self._files[file_name] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(
-                    f"{path} is not a whole safetensors file ({first_line(error)}); copy the model again"
+                    f"{path} is not a complete safetensors file ({first_line(error)}); "
+                    "copy the model again"
                 ) from error
         return self._files[file_name]
 
@@ -114,7 +119,8 @@ class HfWeights:
                 or not file_name.endswith(".safetensors")
             ):
                 raise CheckpointError(
-                    f"{index}: {file_name!r} of {name} is not a .safetensors file of this directory; do not use it"
+                    f"{index}: {file_name!r} of {name} is not a .safetensors file of this "
+                    "directory; do not use it"
                 )
         present = {
             file_name: set(self._open(file_name).keys())
@@ -123,7 +129,8 @@ class HfWeights:
         for name, file_name in shards.items():
             if name not in present[file_name]:
                 raise CheckpointError(
-                    f"{self.directory / file_name} has no tensor {name}, as the index promises; copy the model again"
+                    f"{self.directory / file_name} has no tensor {name}, which the index lists; "
+                    "copy the model again"
                 )
         return shards
 
@@ -133,7 +140,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(
-                f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB, which no model's JSON is; do not use this file"
+                f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB, which no model's JSON is; "
+                "do not use this file"
             )
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -155,11 +163,19 @@ def write_hf(
     max_shard_bytes: int = 5 * 2**30,
     scales: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a model directory: shards of at most `max_shard_bytes` (one larger tensor gets its own), config, side files.
+    """Write a model directory; it gets its name only after everything is on disk.
 
-    Tokenizer, chat template and generation config are copied from `side_files_from`; `scales` go to SCALES_FILE. Nothing has the
-    final name before everything is on disk. Raises OutputExistsError if `directory` exists, CheckpointError for a non-finite or repeated
-    tensor and for a disk that refuses the data.
+    Args:
+        directory: must not exist.
+        tensors: weights with their exported names, consumed one at a time.
+        config: the `config.json`.
+        side_files_from: directory to copy tokenizer, chat template and generation config from.
+        max_shard_bytes: largest shard; a larger tensor gets a shard of its own.
+        scales: tensors to store in SCALES_FILE.
+
+    Raises:
+        OutputExistsError: `directory` exists.
+        CheckpointError: a tensor is non-finite or occurs twice, or the disk rejects the data.
     """
     with new_directory(Path(directory)) as work:
         _write_shards(work, tensors, max_shard_bytes)
@@ -172,13 +188,14 @@ def write_hf(
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill, which is named `target` once all of it is on disk; after an error nothing is left of it.
+    """Yield a temporary directory, and rename it to `target` once all of it is on disk.
 
-    Raises OutputExistsError if there is a `target`, CheckpointError for a disk that refuses the data.
+    After an error the temporary directory is deleted. Raises OutputExistsError if `target` exists,
+    CheckpointError if the disk rejects the data.
     """
     if target.exists() or target.is_symlink():
         raise OutputExistsError(
-            f"{target}: exists already; name a directory that does not, nothing was written."
+            f"{target}: exists already; name a new directory. Nothing was written."
         )
     work = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:12]}")
     try:
@@ -210,7 +227,7 @@ def _write_shards(work: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_b
         for name, tensor in shard.items():
             if name in seen:
                 raise CheckpointError(
-                    f"tensor {name} comes twice; every weight must have its own name"
+                    f"tensor {name} occurs twice; every weight must have its own name"
                 )
             _check_finite(name, tensor)
             total += tensor.numel() * tensor.element_size()
@@ -258,7 +275,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a floating tensor holds no NaN and no Inf; takes no memory, as `isfinite` would."""
+    """Whether a floating tensor has no NaN and no Inf; unlike `isfinite` it allocates no memory."""
     low, high = tensor.aminmax() if tensor.numel() else (tensor.new_zeros(()), tensor.new_zeros(()))
     return bool(low.isfinite() & high.isfinite())
 
@@ -287,6 +304,12 @@ def _sync(path: Path) -> None:
 
 
 def _no_weights(directory: Path) -> str:
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
-        return f"{directory} has only pickled weights (.bin, .pt), which can run code and are not read; save the model as safetensors"
-    return f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a Hugging Face model directory"
+    if any(any(directory.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
+        return (
+            f"{directory} has only pickled weights (.bin, .pt), which can run code and are not "
+            "read; save the model as safetensors"
+        )
+    return (
+        f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; "
+        "give a Hugging Face model directory"
+    )

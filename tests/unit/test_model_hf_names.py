@@ -127,11 +127,11 @@ def replaced(name: str, tensor: Tensor) -> Any:
         (replaced("model.norm.weight", torch.ones(96, dtype=torch.int8)), "dtype torch.int8"),
         (
             replaced("model.layers.2.mlp.up_proj.weight", torch.ones(2)),
-            "model.layers.2.mlp.up_proj.weight has no place",
+            "model.layers.2.mlp.up_proj.weight does not belong to the model",
         ),
         (
             replaced("model.norm.weight_scale_inv", torch.ones(1, 1)),
-            "model.norm.weight_scale_inv is of an FP8 weight, but its layer is in high precision",
+            "model.norm.weight_scale_inv belongs to an FP8 weight, but its layer is in high precision",
         ),
         (replaced(Q, torch.zeros(96, 95).to(torch.float8_e4m3fn)), f"{Q} cannot be loaded"),
         (replaced(f"{Q}_scale_inv", torch.ones(2, 1)), f"{Q} cannot be loaded"),
@@ -154,7 +154,7 @@ def test_more_loading_rules() -> None:
     assert model.model.layers[0].self_attn.q_proj.weight is None  # it serves codes now
     with pytest.raises(CheckpointError, match="serves FP8 codes"):
         load_weights(model, exported_weights(make_model()))
-    with pytest.raises(CheckpointError, match="comes twice"):
+    with pytest.raises(CheckpointError, match="occurs twice"):
         load_weights(make_model(), [("model.norm.weight", torch.ones(96))] * 2)
 
 

@@ -90,7 +90,7 @@ def test_a_broken_index_is_refused(parallel_model: Path, content: str) -> None:
 def test_a_truncated_file_is_refused(single: Path, keep: int) -> None:
     path = single / SINGLE_FILE
     path.write_bytes(path.read_bytes()[:keep])
-    assert "not a whole safetensors file" in refusal(single)
+    assert "not a complete safetensors file" in refusal(single)
 
 
 @pytest.mark.parametrize("header_bytes", [2**63, 2**40, 150_000_000])
@@ -99,7 +99,7 @@ def test_a_huge_header_is_refused_without_memory_for_it(single: Path, header_byt
         file.write(struct.pack("<Q", header_bytes))
         file.truncate(200_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert "not a whole safetensors file" in refusal(single)
+    assert "not a complete safetensors file" in refusal(single)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
@@ -111,7 +111,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / SINGLE_FILE).write_bytes(
         b"\x80\x02 not safetensors at all, but long enough for a header"
     )
-    assert "not a whole safetensors file" in refusal(tmp_path)
+    assert "not a complete safetensors file" in refusal(tmp_path)
 
 
 def test_shards_respect_their_size_and_read_back(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_failing_source_or_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="No space left"):
         write_hf(tmp_path / "out", tensors(), {})
-    with pytest.raises(CheckpointError, match="comes twice"):
+    with pytest.raises(CheckpointError, match="occurs twice"):
         write_hf(tmp_path / "out", [("a", torch.ones(2)), ("a", torch.ones(2))], {})
     with pytest.raises(CheckpointError, match="no weights"):
         write_hf(tmp_path / "out", [], {})
