@@ -1,7 +1,8 @@
-"""The `infir2` command: finds the verb, runs it, turns what happened into an exit code.
+"""The `infir2` command: find the verb, run it, turn what happened into an exit code.
 
-0 done, 1 a check did not hold, 2 configuration or an output that exists, 3 checkpoint, 4 data, 17 non-finite training,
-70 internal error, 71 a rank died, 75 preempted (saved), 130 Ctrl-C. No verb's code, and no torch, is imported before the verb is known.
+Exit codes: 0 done, 1 a check failed, 2 configuration or an output that exists, 3 checkpoint,
+4 data, 17 non-finite training, 70 internal error, 71 a rank died, 75 preempted (saved), 130 Ctrl-C.
+No verb's module, and no torch, is imported before the verb is known.
 """
 
 import difflib
@@ -11,114 +12,128 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from infir2.errors import ConfigError, Interrupted, Preempted, UserError
 from infir2.launch.ranks import code_for_torchrun
 from infir2.processes import CommandSignals
 from infir2.terminal import log, log_error, print_result
 
-# verb -> (module with the function, function, one line for --help)
+INTERNAL_ERROR = 70
+RANK0_SECONDS = 20.0  # how long a failed rank waits for rank 0 to report the same error
+
+
+class Verb(NamedTuple):
+    """`function` of `infir2.cli.module` runs the verb; `summary` is its line in --help."""
+
+    module: str
+    function: str
+    summary: str
+    has_run: bool = False  # handles SIGTERM itself once its run has started
+
+
 VERBS = {
-    "demo": ("demo", "demo", "the whole recipe on a tiny model, on a CPU, in minutes"),
-    "data": ("demo", "data", "make the demo's data: infir2 data demo --to DIR"),
-    "cpt": ("train", "cpt", "continual pre-training on documents"),
-    "sft": ("train", "sft", "supervised fine-tuning on conversations"),
-    "rl": ("train", "rl", "reinforcement learning with verified rewards"),
-    "eval": ("train", "evaluate", "score a model on problems with known answers"),
-    "launch": (
+    "demo": Verb("demo", "demo", "the whole recipe on a tiny model, on a CPU, in minutes"),
+    "data": Verb("demo", "data", "write the demo's data: infir2 data demo --to DIR"),
+    "cpt": Verb("train", "cpt", "continual pre-training on documents", has_run=True),
+    "sft": Verb("train", "sft", "supervised fine-tuning on conversations", has_run=True),
+    "rl": Verb("rl", "rl", "reinforcement learning with verified rewards", has_run=True),
+    "eval": Verb("eval", "evaluate", "score a model on problems with known answers", has_run=True),
+    "launch": Verb(
         "launch",
         "launch",
         "cpt, sft, rl or eval on many processes and nodes: launch torchrun|ray|slurm -- VERB ...",
     ),
-    "check": ("preflight", "check", "try everything a recipe needs, and train nothing"),
-    "export": (
-        "convert",
-        "export",
-        "write what others load: export hf|fp8|megatron SRC --to DIR",
+    "check": Verb("preflight", "check", "check everything a recipe needs, and train nothing"),
+    "export": Verb(
+        "convert", "export", "write weights for other software: export hf|fp8|megatron SRC --to DIR"
     ),
-    "import": (
-        "convert",
-        "import_",
-        "read foreign weights: import hf|fp8|megatron SRC --to DIR",
+    "import": Verb(
+        "convert", "import_", "read weights of others: import hf|fp8|megatron SRC --to DIR"
     ),
-    "verify-weights": (
-        "convert",
-        "verify_weights",
-        "prove that an FP8 export holds the trainer's bytes",
+    "verify-weights": Verb(
+        "convert", "verify_weights", "prove that an FP8 export holds the trainer's bytes"
     ),
-    "tokenize": (
+    "tokenize": Verb(
         "convert",
         "tokenize",
         "text to Megatron's .bin/.idx files: tokenize SOURCE... --tokenizer DIR --out PREFIX",
     ),
-    "report": ("convert", "report", "one HTML page about one or more runs"),
+    "report": Verb("report", "report", "one HTML page about one or more runs"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
-        argv: the words after `infir2`; None takes those of this process.
+        argv: the arguments after `infir2`; None for those of this process.
 
     Returns:
-        The exit code. An error of the user's is one line on stderr, an internal one a traceback.
+        The exit code. A user's error is one line on stderr, an internal error a traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with CommandSignals(_stopped_early(arguments[:1])) as signals:
-        return _main(arguments, signals)
+    with CommandSignals(_early_stop_message(arguments[:1])) as signals:
+        return _run(arguments, signals)
 
 
-def _stopped_early(verb: list[str]) -> str:
-    """What a command says that SIGTERM ends before its run has begun; empty where it ends like any other program."""
-    if (
-        not verb
-        or VERBS.get(verb[0], ("",))[0] != "train"
-        or threading.current_thread() is not threading.main_thread()
-    ):
+def _early_stop_message(verb: list[str]) -> str:
+    """What is logged if SIGTERM arrives before the run has started; empty for verbs without a run.
+
+    Python accepts signal handlers in the main thread only.
+    """
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not verb or verb[0] not in VERBS or not VERBS[verb[0]].has_run or not is_main_thread:
         return ""
-    return (
-        "stopped; an evaluation begins anew."
-        if verb == ["eval"]
-        else "stopped before the first step; there was nothing to save."
-    )
+    if verb == ["eval"]:
+        return "stopped; the same command starts the evaluation again."
+    return "stopped before the first step; there was nothing to save."
 
 
-def _main(arguments: list[str], signals: CommandSignals) -> int:
+def _run(arguments: list[str], signals: CommandSignals) -> int:
     try:
         _dispatch(arguments)
         sys.stdout.flush()
         return 0
     except UserError as error:
-        return _tell(error, signals)
+        return _report_error(error, signals)
     except KeyboardInterrupt:
-        return _say("interrupted.", Interrupted.exit_code)
+        log("interrupted.")
+        return Interrupted.exit_code
     except BrokenPipeError:
-        # The reader of our output went away (`infir2 cpt --help | head`): not an error of anybody's.
+        # The reader of the output has exited (`infir2 cpt --help | head`). Python flushes stdout
+        # at exit and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:
         signals.has_own_end = True
         traceback.print_exc()
         command = " ".join(["infir2", *arguments])
-        return _say(
-            f"internal error in `{command}`; please report it with the lines above and the output of `infir2 --version`.",
-            70,
+        log(
+            f"internal error in `{command}`; "
+            "please report it with the lines above and the output of `infir2 --version`."
         )
+        return INTERNAL_ERROR
 
 
-def _tell(error: UserError, signals: CommandSignals) -> int:
-    """One sentence, by rank 0 where all ranks have the same: nothing keeps it from that once its run has begun, but before,
-    it may still be importing, and the first rank to end makes torchrun end the others of its node."""
-    ran, signals.has_own_end = signals.has_own_end, True
-    told = error.reported_by_rank0 and os.environ.get("RANK", "0") != "0"
-    ends_rank_0 = (
-        not ran
+def _report_error(error: UserError, signals: CommandSignals) -> int:
+    """Log the error, once if all ranks have the same, and return its exit code.
+
+    Rank 0 reports such an error. Once its run has started nothing stops it from that. Before, it
+    may still be importing, and torchrun kills the ranks of a node when the first of them fails: so
+    a rank that fails early waits until SIGTERM says that rank 0 has exited, and reports the error
+    itself if rank 0 does not.
+    """
+    run_has_started, signals.has_own_end = signals.has_own_end, True
+    rank0_reports = error.reported_by_rank0 and os.environ.get("RANK", "0") != "0"
+    exit_kills_rank0 = (
+        not run_has_started
         and os.environ.get("GROUP_RANK", "0") == "0"
         and code_for_torchrun(error.exit_code) != 0
     )
-    if not told or (ends_rank_0 and not signals.wait(20.0)):
-        (log if isinstance(error, Preempted | Interrupted) else log_error)(str(error))
+    if not rank0_reports or (exit_kills_rank0 and not signals.wait(RANK0_SECONDS)):
+        is_stop = isinstance(error, Preempted | Interrupted)
+        (log if is_stop else log_error)(str(error))
     return error.exit_code
 
 
@@ -129,22 +144,23 @@ def _dispatch(arguments: list[str]) -> None:
     if arguments[0] in ("-V", "--version"):
         print_result(_versions())
         return
-    verb, *rest = arguments
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, 1)
-        raise ConfigError(
-            f"{verb} is not a verb; "
-            + (f"did you mean {near[0]}?" if near else "`infir2 --help` lists the verbs.")
-        )
-    module, function, _ = VERBS[verb]
-    getattr(importlib.import_module(f"infir2.cli.{module}"), function)(rest)
+    name, *rest = arguments
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, 1)
+        advice = f"did you mean {near[0]}?" if near else "`infir2 --help` lists the verbs."
+        raise ConfigError(f"{name} is not a verb; {advice}")
+    verb = VERBS[name]
+    getattr(importlib.import_module(f"infir2.cli.{verb.module}"), verb.function)(rest)
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {verb:15} {line}" for verb, (_, _, line) in VERBS.items())
+    verbs = "\n".join(f"  {name:15} {verb.summary}" for name, verb in VERBS.items())
     return (
-        "usage: infir2 VERB ...\n\nInfiR2 trains reasoning language models in block-wise FP8.\n\n"
-        f"{verbs}\n\ninfir2 VERB --help says what a verb takes; infir2 --version names the versions of the libraries."
+        "usage: infir2 VERB ...\n\n"
+        "InfiR2 trains reasoning language models in block-wise FP8.\n\n"
+        f"{verbs}\n\n"
+        "infir2 VERB --help describes a verb's arguments; "
+        "infir2 --version prints the versions of the libraries."
     )
 
 
@@ -156,8 +172,3 @@ def _versions() -> str:
         f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors", "numpy")
     )
     return f"infir2 {version('infir2')}, Python {python_version()}, {libraries}, {platform()}"
-
-
-def _say(sentence: str, code: int) -> int:
-    log(sentence)
-    return code

@@ -8,8 +8,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from infir2.cli.arguments import Parser
-from infir2.cli.train import KINDS
+from infir2.cli.arguments import RECIPE_CLASSES, Parser
 from infir2.config.env_vars import variables_of
 from infir2.errors import ConfigError, Interrupted, LaunchedError, Preempted
 from infir2.launch import ray, slurm
@@ -133,7 +132,7 @@ def _launch(words: argparse.Namespace, layout: Layout, verb: list[str]) -> None:
     if words.kind == "ray":
         text, start = (
             ray.description(layout, verb),
-            partial(ray.run_ray, layout, verb, list(variables_of(KINDS[verb[0]][0]))),
+            partial(ray.run_ray, layout, verb, list(variables_of(RECIPE_CLASSES[verb[0]]))),
         )
     else:
         for word in verb[1:]:
@@ -154,9 +153,9 @@ def _launch(words: argparse.Namespace, layout: Layout, verb: list[str]) -> None:
     code = start()
     if code in STOPPED_BY.values():
         again = (
-            "begins the evaluation anew"
+            "starts the evaluation again"
             if verb[0] == "eval"
-            else "goes on from the newest checkpoint"
+            else "resumes from the newest checkpoint"
         )
         raise (Preempted if code == Preempted.exit_code else Interrupted)(
             f"stopped; the same command {again}"

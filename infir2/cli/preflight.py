@@ -1,5 +1,68 @@
-"""`infir2 check`."""
+"""Verb check: a recipe's preflight."""
 
-from infir2.preflight.checks import check
+import os
+from collections.abc import Sequence
 
-__all__ = ["check"]
+from infir2.cli.arguments import (
+    RECIPE_CLASSES,
+    load_recipe,
+    recipe_help,
+    split_recipe_arguments,
+    wants_help,
+)
+from infir2.config import load
+from infir2.config.load import sections_in
+from infir2.config.schema import RlRecipe, TrainRecipe
+from infir2.errors import CheckFailedError
+from infir2.preflight.checks import Preflight
+from infir2.terminal import print_result
+
+_DESCRIPTION = (
+    "Checks everything that the verb needs with this recipe, and trains nothing. "
+    "The verb is guessed if left out."
+)
+
+
+def check(arguments: Sequence[str]) -> None:
+    """infir2 check [cpt|sft|rl|eval] RECIPE.toml ...
+
+    Raises:
+        CheckFailedError: at least one check failed; the printed lines say which and what to do.
+    """
+    if wants_help(arguments):
+        usage = "check [cpt|sft|rl|eval]"
+        print_result(recipe_help(RlRecipe, usage, _DESCRIPTION))
+        return
+    verb, arguments = _split_verb(arguments)
+    loaded = load_recipe(RECIPE_CLASSES[verb], arguments, verb, command="check")
+    failed: list[str] = []
+    for finding in Preflight(loaded, verb).findings():
+        print_result(str(finding))
+        if finding.status == "fail":
+            failed.append(finding.check)
+    if failed:
+        raise CheckFailedError(
+            f"{len(failed)} of the checks failed ({', '.join(failed)}); "
+            "the lines marked FAIL say what to do."
+        )
+
+
+def _split_verb(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The verb and the remaining arguments.
+
+    A verb that is left out follows from the sections of the recipe and from the first row.
+    """
+    if arguments and arguments[0] in RECIPE_CLASSES:
+        return arguments[0], arguments[1:]
+    paths, options = split_recipe_arguments(arguments, "check")
+    sections = sections_in(paths)
+    if "rl" in sections:
+        return "rl", arguments
+    if sections and "schedule" not in sections:
+        return "eval", arguments
+    recipe = load(TrainRecipe, paths, options, os.environ).recipe
+    if recipe.data.batch_samples:
+        return "sft", arguments
+    from infir2.preflight.data import first_row_is_conversation
+
+    return "sft" if first_row_is_conversation(recipe) else "cpt", arguments

@@ -1,48 +1,29 @@
-"""Verbs that take a recipe: cpt, sft, rl, eval."""
+"""Verbs cpt and sft."""
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 from infir2.cli.arguments import load_recipe, recipe_help, wants_help
-from infir2.config import Loaded
-from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
+from infir2.config.schema import TrainRecipe
 from infir2.terminal import print_result
 
-RESUME = "The same command run again resumes from the newest good checkpoint in run.dir."
-KINDS: dict[str, tuple[type, str]] = {
-    "cpt": (TrainRecipe, f"Trains on documents packed into windows of tokens. {RESUME}"),
-    "sft": (TrainRecipe, f"Trains on the assistant's tokens of conversations. {RESUME}"),
-    "rl": (
-        RlRecipe,
-        f"Trains a model on its own answers, rewarded when they are right (GRPO). {RESUME}",
-    ),
-    "eval": (
-        EvalRecipe,
-        "Samples answers to held-out problems and reports avg@k and pass@k with intervals.",
-    ),
-}
+RESUME = "The same command, run again, resumes from the newest good checkpoint in run.dir."
 
 
-def _run(verb: str, arguments: Sequence[str]) -> None:
-    """infir2 VERB RECIPE.toml ..."""
-    recipe_class, meaning = KINDS[verb]
+def cpt(arguments: Sequence[str]) -> None:
+    """infir2 cpt RECIPE.toml ..."""
+    _train("cpt", arguments, f"Trains on documents packed into windows of tokens. {RESUME}")
+
+
+def sft(arguments: Sequence[str]) -> None:
+    """infir2 sft RECIPE.toml ..."""
+    _train("sft", arguments, f"Trains on the assistant's tokens of conversations. {RESUME}")
+
+
+def _train(verb: str, arguments: Sequence[str], description: str) -> None:
     if wants_help(arguments):
-        return print_result(recipe_help(recipe_class, verb, meaning))
-    loaded: Loaded[Any] = load_recipe(recipe_class, arguments, verb)
-    if verb == "rl":
-        from infir2.evaluate.run import in_loop_evaluator
-        from infir2.rl.loop import run_rl
+        print_result(recipe_help(TrainRecipe, verb, description))
+        return
+    loaded = load_recipe(TrainRecipe, arguments, verb)
+    from infir2.train.loop import run_training
 
-        run_rl(loaded, in_loop_evaluator(loaded.recipe))
-    elif verb == "eval":
-        from infir2.evaluate.run import run_evaluation
-
-        run_evaluation(loaded)
-    else:
-        from infir2.train.loop import run_training
-
-        run_training(loaded, verb)
-
-
-cpt, sft, rl, evaluate = (partial(_run, verb) for verb in KINDS)
+    run_training(loaded, verb)

@@ -1,7 +1,8 @@
-"""The part of `infir2 check` that looks at text: tokenizer and rows."""
+"""Checks of text: the tokenizer, and rows of every source of a recipe."""
 
 import re
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,153 +19,221 @@ from infir2.data.rows import (
     parse_document,
     parse_prompt,
 )
-from infir2.data.sources import RowError
-from infir2.errors import ConfigError, DataError
+from infir2.data.sources import RowError, Source
+from infir2.errors import ConfigError, DataError, UserError
+from infir2.preflight.finding import Finding
 from infir2.train.loop import complete_schedule
 
 NUM_ROWS = 200
-_FEW = ": fewer than one step takes"
+_KINDS: dict[str, RowKind] = {"cpt": "documents", "sft": "messages"}
+_HISTOGRAM = "▁▂▃▄▅▆▇█"
+
+
+def first_row_is_conversation(recipe: TrainRecipe) -> bool:
+    """Whether the first source holds conversations; False if its first row cannot be read."""
+    section = recipe.data.sources[0]
+    try:
+        row = Source(section.path).read(0)
+    except (UserError, RowError):
+        return False  # the data check says what is wrong with it
+    return bool(section.solution_field) or "messages" in row
 
 
 def check_tokenizer(tokenizer: ChatTokenizer, chat: bool) -> str:
-    """With `chat`: a prompt's tokens begin the conversation's, and an end token is trained last. Raises ConfigError."""
+    """The tokenizer's size and fingerprint.
+
+    With `chat`, raises ConfigError unless the tokens of a prompt begin those of its conversation
+    and an answer ends with a trained stop token.
+    """
     if chat:
         tokenizer.require_chat_template()
-        sample, prompt = (
-            tokenizer.encode_conversation(PROBE_CONVERSATION),
-            tokenizer.apply_chat_template(PROBE_CONVERSATION[:1], add_generation_prompt=True),
-        )
+        sample = tokenizer.encode_conversation(PROBE_CONVERSATION)
+        prompt = tokenizer.apply_chat_template(PROBE_CONVERSATION[:1], add_generation_prompt=True)
         if sample.token_ids[: len(prompt)].tolist() != prompt:
             raise ConfigError(
-                "the chat template renders a prompt differently once the answer follows; responses could not be aligned."
+                "the chat template renders a prompt differently once the answer follows; "
+                "responses could not be aligned."
             )
         if int(sample.token_ids[-1]) not in tokenizer.eos_token_ids or not sample.loss_mask[-1]:
             raise ConfigError(
-                "the chat template does not end an answer with a stop token; a model trained so would never stop."
+                "the chat template does not end an answer with a stop token; "
+                "a model trained with it would never stop."
             )
     return f"{tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint()[:12]}"
 
 
-def check_sources(recipe: TrainRecipe | EvalRecipe, verb: str, tokenizer: ChatTokenizer) -> str:
-    """Rows of every source of the recipe, spread over its length. Raises DataError for a source that would stop the run."""
-    kind: RowKind = "documents" if verb == "cpt" else "messages" if verb == "sft" else "prompts"
-    system = (
-        recipe.evaluate.system_prompt
-        if isinstance(recipe, EvalRecipe)
-        else recipe.data.system_prompt
-    )
-    trained = _Rows(tokenizer, kind, system)
-    found: list[str] = []
+def check_sources(recipe: TrainRecipe | EvalRecipe, verb: str, tokenizer: ChatTokenizer) -> Finding:
+    """Read rows of every source of the recipe, spread over its length.
+
+    The finding is a warning if a text does not survive encoding and decoding, or if the sources
+    hold less than one step. Raises DataError for a source that would stop the run.
+    """
+    kind = _KINDS.get(verb, "prompts")
+    details: list[str] = []
+    suspicious = False
     if isinstance(recipe, TrainRecipe):
-        limit = (
-            recipe.rl.max_prompt_tokens
-            if isinstance(recipe, RlRecipe)
-            else recipe.data.sequence_tokens
-            if kind == "messages"
-            else 0
+        sampler = _RowSampler(
+            tokenizer,
+            kind,
+            recipe.data.system_prompt,
+            _max_row_tokens(recipe, kind),
+            recipe.data.max_quarantined_fraction,
         )
-        most = recipe.data.max_quarantined_fraction
-        found += [trained.check(section, limit, most) for section in recipe.data.sources]
-        found.append(_budget(recipe, trained))
-        found += [trained.check(section, limit, most) for section in recipe.data.validation_sources]
+        details += [sampler.check(section) for section in recipe.data.sources]
+        budget = _Budget.of(recipe, sampler)
+        details.append(str(budget))
+        details += [sampler.check(section) for section in recipe.data.validation_sources]
+        suspicious = bool(sampler.num_lossy) or budget.is_short
     if isinstance(recipe, EvalRecipe | RlRecipe):
-        problems = _Rows(tokenizer, "prompts", recipe.evaluate.system_prompt)
-        found += [problems.check(section) for section in recipe.evaluate.problems]
-    return (
-        "warn: " if trained.num_lossy or any(text.endswith(_FEW) for text in found) else ""
-    ) + "; ".join(found)
+        problems = _RowSampler(tokenizer, "prompts", recipe.evaluate.system_prompt)
+        details += [problems.check(section) for section in recipe.evaluate.problems]
+    return Finding("data", "warn" if suspicious else "ok", "; ".join(details))
 
 
-def _budget(recipe: TrainRecipe, rows: "_Rows") -> str:
-    """What the schedule takes of what the sources hold."""
-    per_step, unit, there = (
-        recipe.data.batch_sequences * recipe.data.sequence_tokens,
-        "tokens",
-        rows.num_tokens,
-    )
-    if isinstance(recipe, RlRecipe) or recipe.data.batch_samples:
-        per_step = (
-            recipe.rl.prompts_per_step
-            if isinstance(recipe, RlRecipe)
-            else recipe.data.batch_samples
-        )
-        unit, there = "rows", rows.num_rows
-    steps = complete_schedule(recipe, -(-there // per_step) if unit == "rows" else None).total_steps
-    passes = steps * per_step / there
-    return f"{steps} steps of {per_step:,} {unit}, {passes:.2g} passes over {there:,}" + _FEW * (
-        per_step > there
-    )
+def _max_row_tokens(recipe: TrainRecipe, kind: RowKind) -> int:
+    """The longest row that is trained, in tokens; 0 for no limit."""
+    if isinstance(recipe, RlRecipe):
+        return recipe.rl.max_prompt_tokens
+    return recipe.data.sequence_tokens if kind == "messages" else 0
 
 
-class _Rows:
-    """Tries rows of sources of one kind."""
+@dataclass
+class _RowSampler:
+    """Reads rows of sources of one kind, and counts over all sources that it has checked.
 
-    def __init__(self, tokenizer: ChatTokenizer, kind: RowKind, system_prompt: str) -> None:
-        self._tokenizer, self._kind, self._system_prompt = tokenizer, kind, system_prompt
-        self.num_lossy = self.num_rows = self.num_tokens = (
-            0  # of the sources seen; tokens are an estimate
-        )
+    `max_tokens`: rows that are longer are not trained (0: no limit). `max_unusable`: the allowed
+    fraction of unusable rows. `num_tokens` is an estimate from the rows that were read.
+    """
 
-    def _measure(self, row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
-        """The texts of a row and its number of tokens. Raises RowError for an unusable row."""
-        if self._kind == "documents":
-            texts = [] if "token_ids" in row else [parse_document(row, section)]
-            return texts, len(document_tokens(row, section, self._tokenizer))
-        if self._kind == "prompts":
-            turns = parse_prompt(row, section, self._system_prompt)[0]
-            return [turn["content"] for turn in turns], len(
-                self._tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-            )
-        turns = parse_conversation(row, section, self._system_prompt)
-        spoken = re.split("|".join(THINK_MARKERS), " ".join(turn["content"] for turn in turns))
-        return spoken, self._tokenizer.encode_conversation(turns).num_tokens
+    tokenizer: ChatTokenizer
+    kind: RowKind
+    system_prompt: str
+    max_tokens: int = 0
+    max_unusable: float = 0.0
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_lossy: int = 0
 
-    def check(self, section: SourceSection, limit: int = 0, max_unusable: float = 0.0) -> str:
-        """Rows spread over the source: lengths in tokens, unusable rows, texts that do not survive encoding and decoding.
+    def check(self, section: SourceSection) -> str:
+        """Lengths in tokens, unusable rows and lossy texts of one source.
 
-        Raises DataError for more unusable rows than the share allowed, or no row within `limit` tokens (0: no limit).
+        Raises DataError for more unusable rows than allowed, or if every row is too long.
         """
-        source = open_source(section, self._kind)
-        check_same_tokenizer(source, self._tokenizer)
-        rows = np.unique(
-            np.linspace(0, len(source) - 1, min(NUM_ROWS, len(source))).astype(int)
-        ).tolist()
-        lengths: list[int] = []
-        reasons: Counter[str] = Counter()
-        example, num_lossy = "", 0
+        source = open_source(section, self.kind)
+        check_same_tokenizer(source, self.tokenizer)
+        sample = self._sample(source, section)
+        if not sample.lengths or sample.num_unusable > self.max_unusable * sample.num_rows:
+            raise DataError(
+                f"{section.path}: {sample.unusable()}; "
+                "fix the rows, or raise data.max_quarantined_fraction."
+            )
+        num_long = sum(length > self.max_tokens for length in sample.lengths if self.max_tokens)
+        if num_long == len(sample.lengths):
+            raise DataError(
+                f"{section.path}: every row tried is longer than {self.max_tokens} tokens; "
+                "raise the limit or name other data."
+            )
+        self.num_lossy += sample.num_lossy
+        self.num_rows += len(source)
+        self.num_tokens += round(len(source) * sum(sample.lengths) / sample.num_rows)
+        text = f"{section.path}: {len(source)} rows of {sample.spread()}"
+        text += f", {num_long} longer than {self.max_tokens}" if num_long else ""
+        if sample.num_lossy:
+            text += f", {sample.num_lossy} whose text changes in encoding and decoding"
+        return text + (f", {sample.unusable()}" if sample.num_unusable else "")
+
+    def _sample(self, source: Source, section: SourceSection) -> "_Sample":
+        size = min(NUM_ROWS, len(source))
+        rows = np.unique(np.linspace(0, len(source) - 1, size).astype(int)).tolist()
+        sample = _Sample(len(rows))
         for row in rows:
             try:
                 texts, length = self._measure(source.read(row), section)
             except RowError as error:
-                reasons[error.reason] += 1
-                example = example or f"{source.origin(row)}: {error}"
+                sample.reasons[error.reason] += 1
+                sample.example = sample.example or f"{source.origin(row)}: {error}"
                 continue
-            lengths.append(length)
-            num_lossy += any(
-                self._tokenizer.decode(self._tokenizer.encode_text(text)) != text for text in texts
-            )
-        counts = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
-        unusable = (
-            f"{reasons.total()} of {len(rows)} rows tried are unusable ({counts}; {example})"
-            if reasons
-            else ""
+            sample.lengths.append(length)
+            sample.num_lossy += any(self._is_lossy(text) for text in texts)
+        return sample
+
+    def _measure(self, row: dict[str, Any], section: SourceSection) -> tuple[list[str], int]:
+        """The texts of a row and its number of tokens. Raises RowError for an unusable row."""
+        if self.kind == "documents":
+            texts = [] if "token_ids" in row else [parse_document(row, section)]
+            return texts, len(document_tokens(row, section, self.tokenizer))
+        if self.kind == "prompts":
+            turns = parse_prompt(row, section, self.system_prompt)[0]
+            token_ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+            return [turn["content"] for turn in turns], len(token_ids)
+        turns = parse_conversation(row, section, self.system_prompt)
+        content = " ".join(turn["content"] for turn in turns)
+        num_tokens = self.tokenizer.encode_conversation(turns).num_tokens
+        return re.split("|".join(THINK_MARKERS), content), num_tokens
+
+    def _is_lossy(self, text: str) -> bool:
+        return self.tokenizer.decode(self.tokenizer.encode_text(text)) != text
+
+
+@dataclass
+class _Sample:
+    """What was found in `num_rows` rows of a source. `lengths`: tokens of each usable row."""
+
+    num_rows: int
+    lengths: list[int] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    example: str = ""
+    num_lossy: int = 0
+
+    @property
+    def num_unusable(self) -> int:
+        return self.reasons.total()
+
+    def unusable(self) -> str:
+        counts = ", ".join(f"{number} {reason}" for reason, number in self.reasons.most_common())
+        total = f"{self.num_unusable} of {self.num_rows} rows tried are unusable"
+        return f"{total} ({counts}; {self.example})" if self.reasons else ""
+
+    def spread(self) -> str:
+        """Example: 13/21/40/45 tokens (min/median/99 %/max of 200 tried) ▁▃█▅▂▁▁▁"""
+        bars = np.histogram(self.lengths, bins=len(_HISTOGRAM))[0]
+        histogram = "".join(_HISTOGRAM[bar * (len(_HISTOGRAM) - 1) // bars.max()] for bar in bars)
+        quantiles = np.percentile(self.lengths, [0, 50, 99, 100])
+        lengths = "/".join(str(int(length)) for length in quantiles)
+        return f"{lengths} tokens (min/median/99 %/max of {self.num_rows} tried) {histogram}"
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """What the schedule consumes of what the sources hold; `unit` is rows or tokens."""
+
+    steps: int
+    per_step: int
+    available: int
+    unit: str
+
+    @classmethod
+    def of(cls, recipe: TrainRecipe, rows: _RowSampler) -> "_Budget":
+        samples = recipe.data.batch_samples
+        if isinstance(recipe, RlRecipe):
+            samples = recipe.rl.prompts_per_step
+        if not samples:
+            per_step = recipe.data.batch_sequences * recipe.data.sequence_tokens
+            steps = complete_schedule(recipe, None).total_steps
+            return cls(steps, per_step, rows.num_tokens, "tokens")
+        steps_per_epoch = -(-rows.num_rows // samples)
+        steps = complete_schedule(recipe, steps_per_epoch).total_steps
+        return cls(steps, samples, rows.num_rows, "rows")
+
+    @property
+    def is_short(self) -> bool:
+        return self.per_step > self.available
+
+    def __str__(self) -> str:
+        passes = self.steps * self.per_step / self.available
+        return (
+            f"{self.steps} steps of {self.per_step:,} {self.unit}, "
+            f"{passes:.2g} passes over {self.available:,}"
+            + ": fewer than one step needs"
+            * self.is_short
         )
-        if not lengths or reasons.total() > max_unusable * len(rows):
-            raise DataError(
-                f"{section.path}: {unusable}; mend the rows, or raise data.max_quarantined_fraction."
-            )
-        num_long = sum(length > limit for length in lengths) if limit else 0
-        if num_long == len(lengths):
-            raise DataError(
-                f"{section.path}: every row tried is longer than {limit} tokens; raise the limit or name other data."
-            )
-        self.num_lossy += num_lossy
-        self.num_rows += len(source)
-        self.num_tokens += round(len(source) * sum(lengths) / len(rows))
-        bars = np.histogram(lengths, bins=8)[0]
-        histogram = "".join("▁▂▃▄▅▆▇█"[bar * 7 // bars.max()] for bar in bars)
-        spread = "/".join(str(int(length)) for length in np.percentile(lengths, [0, 50, 99, 100]))
-        text = f"{section.path}: {len(source)} rows of {spread} tokens (min/median/99 %/max of {len(rows)} tried) {histogram}"
-        text += f", {num_long} longer than {limit}" if num_long else ""
-        text += f", {num_lossy} whose text changes in encoding and decoding" if num_lossy else ""
-        return text + (f", {unusable}" if reasons else "")

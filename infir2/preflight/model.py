@@ -1,61 +1,85 @@
-"""The part of `infir2 check` that looks at weights and sizes: model files, memory, disk, the engine's model."""
+"""Checks of the model's files from their headers: the trainer's model and the engine's."""
 
-import contextlib
-import os
-import re
-import shutil
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-import torch
-
 from infir2.checkpoint import open_checkpoint
-from infir2.config.schema import ModelSection, RlRecipe, TrainRecipe
+from infir2.config.schema import ModelSection, RlRecipe
 from infir2.convert.weights import PARAMETERS, file_scale_format, parameter_shapes
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import HfWeights, ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX
-from infir2.numerics.formats import GROUP
-from infir2.parallel.mesh import Sizes
-from infir2.preflight.gpu_memory import gpu_ledger
-from infir2.train.build import device_of, is_run, planned_config
-from infir2.train.supervisor import needs_one_process
+from infir2.preflight.finding import Finding
+from infir2.train.build import is_run, planned_config
 
-GIB = 2**30
-PROCESS_BYTES = 450 * 2**20
-CPU_STATE_BYTES = 29  # of a parameter: FP32 master, gradient, two moments; its code, and its values in FP64 and FP32 while they are used
-CHECKPOINT_BYTES = 12  # of a parameter in a checkpoint: master and moments
+_EXPORT = "export the start of the run (infir2 export hf, infir2 export fp8)"
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the recipe's model is, from headers alone."""
+    """The recipe's model. `origin` is its directory, or "made new"."""
 
     config: ModelConfig
     num_parameters: int
     origin: str
 
-    def describe(self) -> str:
-        shape = f"{self.config.num_layers} layers of {self.config.hidden_size}"
-        return f"{self.origin}: {self.config.architecture}, {self.num_parameters / 1e6:,.1f} M parameters, {shape}"
+    def __str__(self) -> str:
+        return (
+            f"{self.origin}: {self.config.architecture}, "
+            f"{self.num_parameters / 1e6:,.1f} M parameters, "
+            f"{self.config.num_layers} layers of {self.config.hidden_size}"
+        )
 
 
 def model_facts(section: ModelSection, vocab_size: int) -> ModelFacts:
-    """The model that the recipe makes or loads. Raises CheckpointError for a missing or misshapen weight, ConfigError."""
+    """The model that the recipe creates or loads; no weight is read.
+
+    Args:
+        section: the recipe's `[model]`.
+        vocab_size: the tokenizer's, for a model that is created from a shape without one.
+
+    Raises:
+        ConfigError: the path does not exist.
+        CheckpointError: a weight is missing or has another shape than the configuration requires.
+    """
     path = Path(section.path)
     if section.shape is None and not path.exists():
         raise ConfigError(
-            f"model.path: {path} does not exist; run the stage that makes it, or mend the path."
+            f"model.path: {path} does not exist; run the stage that writes it, or fix the path."
         )
     config = planned_config(section, vocab_size)
     shapes = parameter_shapes(config.to_hf())
     if section.shape is None:
-        _compare(path, shapes, _stored_shapes(path))
-    return ModelFacts(
-        config,
-        sum(torch.Size(shape).numel() for shape in shapes.values()),
-        section.path or "made new",
-    )
+        _compare_shapes(path, shapes, _stored_shapes(path))
+    num_parameters = sum(prod(shape) for shape in shapes.values())
+    return ModelFacts(config, num_parameters, section.path or "made new")
+
+
+def check_engine(recipe: RlRecipe, model: ModelFacts) -> Finding:
+    """The native engine's FP8 directory has the trainer's shapes and scale format.
+
+    The bytes themselves are compared when the run starts. Raises ConfigError.
+    """
+    path = Path(recipe.rollout.model)
+    if not recipe.rollout.model:
+        raise ConfigError(f"rollout.model is empty; {_EXPORT} and name it.")
+    if not path.exists():
+        raise ConfigError(f"rollout.model: {path} does not exist; {_EXPORT}.")
+    engine = model_facts(ModelSection(path=str(path)), 0)
+    if parameter_shapes(engine.config.to_hf()) != parameter_shapes(model.config.to_hf()):
+        raise ConfigError(
+            f"rollout.model: {path} has other shapes than {model.origin}; "
+            "export the start of this run."
+        )
+    scale_format = file_scale_format(path)
+    if recipe.fp8.enabled and scale_format != recipe.fp8.scale_format:
+        raise ConfigError(
+            f"rollout.model: {path} has {scale_format} scales, "
+            f"and fp8.scale_format is {recipe.fp8.scale_format}."
+        )
+    num_fp8 = sum(name.endswith(SCALE_SUFFIX) for name in HfWeights(path).names())
+    return Finding("engine", "ok", f"{path}: {num_fp8} FP8 weights, shapes as the trainer's")
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -70,156 +94,18 @@ def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _compare(
-    path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+def _compare_shapes(
+    path: Path, required: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]
 ) -> None:
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in required if name not in stored]
     if missing:
         raise CheckpointError(
-            f"{path}: {len(missing)} weights are missing, such as {missing[0]}; copy the model again."
+            f"{path}: {len(missing)} weights are missing, such as {missing[0]}; "
+            "copy the model again."
         )
-    for name, shape in expected.items():
-        if found[name] != shape:
+    for name, shape in required.items():
+        if stored[name] != shape:
             raise CheckpointError(
-                f"{path}: {name} is {list(found[name])}, and its config calls for {list(shape)}; copy the model again."
+                f"{path}: {name} is {list(stored[name])}, and its config calls for {list(shape)}; "
+                "copy the model again."
             )
-
-
-def check_engine(recipe: RlRecipe, model: ModelFacts) -> str:
-    """The native engine's FP8 directory against the trainer's model. The bytes themselves are compared when the run starts."""
-    if not recipe.rollout.model:
-        raise ConfigError(
-            "rollout.model is empty; export the start of the run (infir2 export hf, infir2 export fp8) and name it."
-        )
-    path = Path(recipe.rollout.model)
-    if not path.exists():
-        raise ConfigError(
-            f"rollout.model: {path} does not exist; export the start of the run (infir2 export hf, infir2 export fp8)."
-        )
-    engine = model_facts(ModelSection(path=str(path)), 0)
-    if parameter_shapes(engine.config.to_hf()) != parameter_shapes(model.config.to_hf()):
-        raise ConfigError(
-            f"rollout.model: {path} is of another shape than {model.origin}; export the start of this run."
-        )
-    if recipe.fp8.enabled and file_scale_format(path) != recipe.fp8.scale_format:
-        raise ConfigError(
-            f"rollout.model: {path} has {file_scale_format(path)} scales, and fp8.scale_format is {recipe.fp8.scale_format}."
-        )
-    return f"{path}: {sum(name.endswith(SCALE_SUFFIX) for name in HfWeights(path).names())} FP8 weights, shapes as the trainer's"
-
-
-def sizes_of(recipe: TrainRecipe) -> Sizes:
-    """Sizes of the run: where parallel.dp leaves the number of processes open, those of the launcher that calls, or this host's GPUs."""
-    section = recipe.parallel
-    if section.dp != -1:
-        return Sizes(section.dp_replicate, section.dp, section.cp, section.tp)
-    fixed = section.dp_replicate * section.cp * section.tp
-    gpus = (
-        torch.cuda.device_count()
-        if device_of(recipe.run).type == "cuda" and not needs_one_process(recipe.optimizer)
-        else 1
-    )
-    return Sizes(
-        section.dp_replicate,
-        max(1, int(os.environ.get("WORLD_SIZE", gpus)) // fixed),
-        section.cp,
-        section.tp,
-    )
-
-
-def idle_ranks(recipe: TrainRecipe, sizes: Sizes) -> str:
-    """Why some ranks would have nothing to train; empty if all have."""
-    sequences = (
-        recipe.rl.prompts_per_step * recipe.rl.group_size
-        if isinstance(recipe, RlRecipe)
-        else recipe.data.batch_samples
-    )
-    sequences, padded = sequences or recipe.data.batch_sequences, 2 * GROUP * sizes.cp
-    if sizes.cp > 1 and padded > recipe.data.micro_batch_tokens:
-        tokens = recipe.data.micro_batch_tokens
-        return f"parallel.cp = {sizes.cp} pads micro-batches of {tokens} tokens to {padded}; raise data.micro_batch_tokens, or lower it."
-    if sizes.num_data > sequences:
-        return f"{sizes.num_data} ranks read data and a step has {sequences} sequences: the others train nothing; lower parallel.dp."
-    return ""
-
-
-def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> str:
-    """The peak of a step of one process, estimated, against the device's memory. Raises ConfigError if it cannot fit."""
-    device = device_of(recipe.run)
-    parts = memory_parts(recipe, model, device.type, sizes)
-    total = sum(parts.values())
-    there = (
-        torch.cuda.get_device_properties(device).total_memory
-        if device.type == "cuda"
-        else _available_memory()
-    )
-    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    text = f"about {total / GIB:.2f} GiB ({listed}) of {there / GIB:.1f} GiB on {device.type}, for each of {sizes.world} processes"
-    if total > there:
-        raise ConfigError(
-            f"{text}; lower data.micro_batch_tokens or train.loss_chunk_tokens, set model.recompute = 'full', or share it: parallel.dp."
-        )
-    if device.type == "cuda" and recipe.checkpoint.background:
-        copy, free = CHECKPOINT_BYTES * model.num_parameters, _available_memory()
-        text += f"; {copy / GIB:.2f} of {free / GIB:.1f} GiB on the host for the copy that is saved in the background, ranks together"
-        if copy > free:
-            return f"warn: {text}; with one host set checkpoint.background = false."
-    return text
-
-
-def memory_parts(
-    recipe: TrainRecipe, model: ModelFacts, device: str, sizes: Sizes | None = None
-) -> dict[str, int]:
-    """Bytes by purpose of one process: on a GPU `gpu_ledger`; on a CPU the states, and a bound of what a step keeps and computes in."""
-    config = model.config
-    if device == "cuda":
-        return gpu_ledger(config, recipe, sizes) | _engine_parts(recipe, model)
-    shards, tokens = sizes.num_shards * sizes.tp if sizes else 1, recipe.data.micro_batch_tokens
-    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    layers = 1 if recipe.model.recompute == "full" else config.num_layers
-    kept = (
-        layers * 4 * (4 * config.hidden_size + 2 * heads + 3 * config.ffn_size)
-        + config.num_layers * 4 * config.hidden_size
-    )
-    computed = 8 * (12 * config.ffn_size + 8 * config.hidden_size)
-    logits = 8 * min(recipe.train.loss_chunk_tokens, tokens) * config.vocab_size
-    parts = {
-        "weights and optimizer": CPU_STATE_BYTES * model.num_parameters // shards,
-        "activations": tokens * (kept + computed) + logits,
-    }
-    if recipe.checkpoint.background:
-        parts["copy for saving"] = CHECKPOINT_BYTES * model.num_parameters // shards
-    return parts | {"interpreter": PROCESS_BYTES} | _engine_parts(recipe, model)
-
-
-def _engine_parts(recipe: TrainRecipe, model: ModelFacts) -> dict[str, int]:
-    if not isinstance(recipe, RlRecipe):
-        return {}
-    config, hp_bytes = model.config, 4 if recipe.model.compute_dtype == "float32" else 2
-    slot_tokens = recipe.rl.max_prompt_tokens + recipe.rl.max_response_tokens
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * hp_bytes
-    return {
-        "engine": 2 * model.num_parameters
-        + recipe.rollout.max_running_requests * slot_tokens * cache
-    }
-
-
-def check_disk(recipe: TrainRecipe, model: ModelFacts, directory: Path) -> str:
-    """Free space against the kept checkpoints and the one being written."""
-    one = CHECKPOINT_BYTES * model.num_parameters
-    needed, free = (recipe.checkpoint.keep + 1) * one, shutil.disk_usage(directory).free
-    text = f"{free / GIB:.1f} GiB free, checkpoints of {one / GIB:.2f} GiB, {recipe.checkpoint.keep} kept and one being written"
-    if free < needed:
-        raise ConfigError(f"run.dir: {text}; free some space, or lower checkpoint.keep.")
-    return text
-
-
-def _available_memory() -> int:
-    """Bytes that a process could still get, of the machine's memory."""
-    with contextlib.suppress(OSError):
-        found = re.search(
-            r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii")
-        )
-        if found:
-            return int(found[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -144,7 +144,7 @@ def test_sft_and_an_evaluation_are_jobs_too(world: Path, tmp_path: Path) -> None
     codes = [text.split()[0] for text in result.stdout.split("code ")[1:]]
     assert codes == ["0", "0", "75"], result.stdout + result.stderr + log
     assert "Requeue=0 Restarts=0" in result.stdout
-    assert "stopped; an evaluation begins anew" in log
+    assert "stopped; the same command starts the evaluation again" in log
     assert len(curve(tmp_path / "sft", "loss")) == 6
     assert lines(tmp_path / "eval", "evaluation")[0]["num_problems"] == 12
 

@@ -121,6 +121,10 @@ LIGHT = (
     "infir2.verify",
     "infir2.cli",
     "infir2.cli.train",
+    "infir2.cli.rl",
+    "infir2.cli.eval",
+    "infir2.cli.convert",
+    "infir2.cli.preflight",
     "infir2.preflight.checks",
     "infir2.cli.launch",
 )

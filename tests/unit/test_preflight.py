@@ -11,7 +11,10 @@ from infir2.config import dump, load
 from infir2.config.schema import TrainRecipe
 from infir2.demo.world import make_demo_world
 from infir2.parallel.mesh import Sizes
-from infir2.preflight.model import memory_parts, model_facts
+from infir2.preflight.checks import Preflight
+from infir2.preflight.finding import Finding
+from infir2.preflight.memory import memory_parts
+from infir2.preflight.model import model_facts
 
 RECIPE = """
 [run]
@@ -92,7 +95,16 @@ def test_the_schedule_is_set_against_the_rows(
     few.write_text("".join((world / "sft1.jsonl").read_text().splitlines(keepends=True)[:4]))
     code, lines = check(capsys, *words, f"--data.sources.0.path={few}")
     assert (code, lines["data"].startswith("warn")) == (0, True)
-    assert "over 4: fewer than one step takes" in lines["data"]
+    assert "over 4: fewer than one step needs" in lines["data"]
+
+
+def test_findings_are_data(recipe: Path) -> None:
+    loaded = load(TrainRecipe, [recipe], ["--data.batch_sequences=2", "--data.tokenizer=/nowhere"])
+    findings = {finding.check: finding for finding in Preflight(loaded, "cpt").findings()}
+    assert findings["tokenizer"].status == "fail"
+    assert findings["data"] == Finding("data", "skipped", "needs the tokenizer")
+    assert findings["disk"].status == "ok"
+    assert str(findings["data"]) == "skip  data       needs the tokenizer"
 
 
 def test_the_verb_follows_from_sections_and_rows(
@@ -229,6 +241,17 @@ def test_memory_follows_the_keys_that_save_it(recipe: Path) -> None:
     assert wide[0]["head and working memory"] == wide[1]["head and working memory"] // 4
 
 
+def test_gpu_memory_has_one_name_for_gradients(recipe: Path) -> None:
+    """At the start of the backward, and at its end where few tokens make that the peak."""
+    for tokens in (128, 2**20):
+        options = ["--data.batch_sequences=2", f"--data.micro_batch_tokens={tokens}"]
+        loaded = load(TrainRecipe, [recipe], [*options, "--model.shape.hidden_size=1024"]).recipe
+        parts = memory_parts(loaded, model_facts(loaded.model, 100), "cuda")
+        assert (parts["activations"] == 0) == (tokens == 128)
+        assert parts["gradients"] > 0
+        assert "grad_dtype" not in parts
+
+
 def test_memory_is_that_of_one_process_of_several(recipe: Path) -> None:
     wide = [
         "--data.batch_sequences=2",
@@ -325,7 +348,7 @@ def test_the_jail_is_tried_for_rl_and_a_broken_one_is_said(
     monkeypatch.setattr(infir2.verify, "run_code", lambda *_: Verdict("ok"))
     _, lines = check(capsys, *words)
     assert lines["jail"].startswith(
-        "FAIL the jail does not work here: an honest program gave ok, a cheat ok"
+        "FAIL the jail does not work on this machine: an honest program gave ok, a cheat ok"
     )
 
     def refuse(*_: object) -> Verdict:

@@ -1,0 +1,33 @@
+"""Verb report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from infir2.cli.arguments import Parser
+from infir2.terminal import print_result
+
+
+def report(arguments: Sequence[str]) -> None:
+    """infir2 report RUN_DIR... [--to FILE]"""
+    parser = Parser(
+        prog="infir2 report",
+        description="Writes one self-contained HTML page: curves, tables, samples.",
+    )
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN_DIR",
+        help="run directories, one for each stage in order",
+    )
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="FILE",
+        help="page to write (default RUN_DIR/report.html, several runs: report.html)",
+    )
+    options = parser.parse_args(arguments)
+    default = options.runs[0] / "report.html" if len(options.runs) == 1 else Path("report.html")
+    from infir2.report import write_report
+
+    print_result(str(write_report(options.runs, options.to or default)))

@@ -1,0 +1,113 @@
+"""The estimate of one process's peak memory, against the memory of its device."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from infir2.config.schema import RlRecipe, TrainRecipe
+from infir2.errors import ConfigError
+from infir2.parallel.mesh import Sizes
+from infir2.preflight.finding import Finding
+from infir2.preflight.gpu_memory import gpu_ledger
+from infir2.preflight.model import ModelFacts
+from infir2.train.build import device_of
+
+GIB = 2**30
+PROCESS_BYTES = 450 * 2**20
+# FP32 master, gradient and two moments; the code; its values in FP64 and FP32 while in use.
+CPU_BYTES_PER_PARAMETER = 29
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # FP32 master and two moments
+
+
+def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> Finding:
+    """The estimated peak of a step of one process fits its device.
+
+    Raises ConfigError if it does not. Too little host memory for background saves is a warning.
+    """
+    device = device_of(recipe.run)
+    parts = memory_parts(recipe, model, device.type, sizes)
+    total, available = sum(parts.values()), _device_memory(device)
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    detail = (
+        f"about {total / GIB:.2f} GiB ({listed}) of {available / GIB:.1f} GiB on {device.type}, "
+        f"for each of {sizes.world} processes"
+    )
+    if total > available:
+        raise ConfigError(
+            f"{detail}; lower data.micro_batch_tokens or train.loss_chunk_tokens, "
+            "set model.recompute = 'full', or shard with parallel.dp."
+        )
+    if device.type != "cuda" or not recipe.checkpoint.background:
+        return Finding("memory", "ok", detail)
+    copy, free = CHECKPOINT_BYTES_PER_PARAMETER * model.num_parameters, _host_memory()
+    detail += (
+        f"; {copy / GIB:.2f} of {free / GIB:.1f} GiB on the host for the copy that is saved in the "
+        "background, for all ranks"
+    )
+    if copy > free:
+        return Finding(
+            "memory", "warn", f"{detail}; with one host set checkpoint.background = false."
+        )
+    return Finding("memory", "ok", detail)
+
+
+def memory_parts(
+    recipe: TrainRecipe, model: ModelFacts, device: str, sizes: Sizes | None = None
+) -> dict[str, int]:
+    """Bytes of one process by purpose; `device` is cuda or cpu.
+
+    For a GPU this is `gpu_ledger`, for a CPU the states and an upper bound of activations and
+    working memory of a step.
+    """
+    if device == "cuda":
+        return gpu_ledger(model.config, recipe, sizes) | _engine_parts(recipe, model)
+    num_shards = sizes.num_shards * sizes.tp if sizes else 1
+    parts = {
+        "weights and optimizer": CPU_BYTES_PER_PARAMETER * model.num_parameters // num_shards,
+        "activations": _cpu_activations(recipe, model),
+    }
+    if recipe.checkpoint.background:
+        saved = CHECKPOINT_BYTES_PER_PARAMETER * model.num_parameters
+        parts["copy for saving"] = saved // num_shards
+    return parts | {"interpreter": PROCESS_BYTES} | _engine_parts(recipe, model)
+
+
+def _cpu_activations(recipe: TrainRecipe, model: ModelFacts) -> int:
+    """An upper bound in bytes: FP32 activations, FP64 working memory of one layer and logits."""
+    config, tokens = model.config, recipe.data.micro_batch_tokens
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    layers = 1 if recipe.model.recompute == "full" else config.num_layers
+    saved_values = layers * (4 * config.hidden_size + 2 * heads + 3 * config.ffn_size)
+    saved_values += config.num_layers * config.hidden_size
+    working_values = 12 * config.ffn_size + 8 * config.hidden_size
+    logits = min(recipe.train.loss_chunk_tokens, tokens) * config.vocab_size
+    return tokens * (4 * saved_values + 8 * working_values) + 8 * logits
+
+
+def _engine_parts(recipe: TrainRecipe, model: ModelFacts) -> dict[str, int]:
+    """RL only: the native engine's weights and KV cache, in this process."""
+    if not isinstance(recipe, RlRecipe):
+        return {}
+    config, hp_bytes = model.config, 4 if recipe.model.compute_dtype == "float32" else 2
+    slot_tokens = recipe.rl.max_prompt_tokens + recipe.rl.max_response_tokens
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * hp_bytes
+    cache = recipe.rollout.max_running_requests * slot_tokens * token_bytes
+    return {"engine": 2 * model.num_parameters + cache}
+
+
+def _device_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return _host_memory()
+
+
+def _host_memory() -> int:
+    """Bytes of the machine's memory that a process could still allocate."""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        if match := re.search(r"MemAvailable: *(\d+) kB", text):
+            return int(match[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
