@@ -11,15 +11,15 @@ from infir2.terminal import print_result
 def export(arguments: Sequence[str]) -> None:
     """infir2 export hf RUN --to DIR | fp8 HF_DIR --to DIR | megatron RUN_OR_HF_DIR --to DIR"""
     options = _export_parser().parse_args(arguments)
-    from infir2.convert import export_fp8, export_hf
-    from infir2.convert.megatron_export import export_megatron
+    from infir2.convert import export_fp8, export_hf, export_megatron
 
     if options.kind == "hf":
         export_hf(options.source, options.to)
     elif options.kind == "megatron":
         export_megatron(options.source, options.to)
     else:
-        export_fp8(options.source, options.to, options.scale_format)
+        for finding in export_fp8(options.source, options.to, options.scale_format):
+            print_result(finding)
 
 
 def _export_parser() -> Parser:
@@ -51,16 +51,15 @@ def _export_parser() -> Parser:
 def import_(arguments: Sequence[str]) -> None:
     """infir2 import hf|fp8|megatron SRC --to DIR"""
     options = _import_parser().parse_args(arguments)
-    from infir2.convert import import_fp8
-    from infir2.convert.import_hf import import_hf
-    from infir2.convert.megatron_import import import_megatron
+    from infir2.convert import import_fp8, import_hf, import_megatron
 
     if options.kind == "hf":
         import_hf(options.source, options.to)
     elif options.kind == "fp8":
         import_fp8(options.source, options.to)
     else:
-        import_megatron(options.source, options.to, options.like)
+        iteration = import_megatron(options.source, options.to, options.like)
+        print_result(f"{options.to}: converted from {iteration}.")
 
 
 def _import_parser() -> Parser:

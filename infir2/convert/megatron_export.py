@@ -1,7 +1,8 @@
-"""Our weights as a Megatron-core `torch_dist` checkpoint, which `dist_checkpointing.load` reads into a GPTModel.
+"""Our weights as a Megatron-core `torch_dist` checkpoint.
 
-Layers are stacked in a leading dimension, one chunk per layer, so that memory holds one layer's matrix. `megatron.py` has the
-keys. Modules' `_extra_state` entries, which a GPTModel asks for, are written empty.
+`dist_checkpointing.load` reads it into a GPTModel. Layers are stacked in a leading dimension and
+written one chunk per layer, so memory holds one matrix of one layer. The `_extra_state` entries
+that a GPTModel asks for are written empty. `megatron_names` documents keys and layouts.
 """
 
 import argparse
@@ -23,16 +24,21 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from infir2.convert.megatron_import import ARGUMENTS, LAYER, LAYERS, OUTSIDE
+from infir2.convert.megatron_names import ARGUMENTS, LAYER, LAYERS, OUTSIDE_LAYERS, QKV
 from infir2.convert.weights import Weights, hf_weights, run_weights
 from infir2.model import ModelConfig
 from infir2.model.safetensors_io import new_directory
+from infir2.parallel.shard_spec import ShardSpec, unsharded
 from infir2.terminal import byte_progress
 
-_EXTRA_STATES = [
-    f"self_attention.{name}" for name in ("linear_qkv", "core_attention", "linear_proj")
-]
-_EXTRA_STATES += ["mlp.linear_fc1", "mlp.linear_fc2"]
+# Modules of a layer that ask for an `_extra_state` entry.
+_EXTRA_STATES = (
+    "self_attention.linear_qkv",
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
 _METADATA = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -42,136 +48,130 @@ _METADATA = {
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """What is written at one time: Hugging Face tensors `names` as the part at `offsets` of Megatron's tensor `key`."""
+class _Chunk:
+    """One write: Hugging Face tensors, concatenated, as one part of a tensor of Megatron's."""
 
-    key: str
-    names: tuple[str, ...]
-    shape: tuple[int, ...]  # of this piece
-    whole: tuple[int, ...]
-    offsets: tuple[int, ...]
+    key: str  # Megatron's
+    names: tuple[str, ...]  # Hugging Face's
+    spec: ShardSpec
 
     @property
     def index(self) -> MetadataIndex:
-        return MetadataIndex(self.key, torch.Size(self.offsets))
+        return MetadataIndex(self.key, torch.Size(self.spec.offset))
 
 
 def export_megatron(src: str | Path, out: str | Path) -> None:
-    """Write a run's weights (newest checkpoint, or the one named) or a BF16 Hugging Face directory as `torch_dist`, in BF16.
+    """Write weights in BF16 as a Megatron-core `torch_dist` checkpoint.
 
-    `out` gets the `release` directory and the tracker file that Megatron's `--load` expects. Raises OutputExistsError,
-    CheckpointError (bad source, full disk); nothing is left at `out` then.
+    Args:
+        src: run directory (its newest checkpoint), `checkpoints/step-N`, or a BF16 Hugging Face
+            directory.
+        out: directory to create. It gets the `release` directory and the tracker file that
+            Megatron's `--load` expects. After an error it does not exist.
+
+    Raises:
+        OutputExistsError: `out` exists.
+        CheckpointError: `src` is unreadable or incomplete, a weight is not finite, or the disk is
+            full.
     """
     src = Path(src)
     with new_directory(Path(out)) as work:
-        weights = (
-            hf_weights(src, quantized=False)
-            if (src / "config.json").is_file()
-            else run_weights(src)
-        )
+        is_hf = (src / "config.json").is_file()
+        weights = hf_weights(src, quantized=False) if is_hf else run_weights(src)
         _write(work / "release", weights, ModelConfig.from_hf(weights.config))
         (work / "latest_checkpointed_iteration.txt").write_text("release\n")
 
 
 def _write(directory: Path, weights: Weights, config: ModelConfig) -> None:
     directory.mkdir()
-    with (
-        byte_progress(f"exporting {directory.parent.name}", weights.num_bf16_bytes) as on_bytes,
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore", UserWarning)  # torch remarks that no process group runs
-        planner = _Planner(
-            list(_pieces(weights.shapes, config.num_layers)), weights, config, on_bytes
-        )
+    chunks = list(_chunks(weights.shapes, config.num_layers))
+    label = f"exporting {directory.parent.name}"
+    with byte_progress(label, weights.num_bf16_bytes) as on_bytes, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that there is no process group
+        writer = dcp.FileSystemWriter(directory)
+        planner = _Planner(chunks, weights, config, on_bytes)
         try:
-            dcp.save(
-                {}, storage_writer=dcp.FileSystemWriter(directory), planner=planner, no_dist=True
-            )
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
         except dcp.api.CheckpointException as error:
             raise error.failures[0][0] from None
-    torch.save(
-        {"iteration": 0, "checkpoint_version": 3.0, "args": _arguments(config)},
-        directory / "common.pt",
-    )
+    common = {"iteration": 0, "checkpoint_version": 3.0, "args": _arguments(config)}
+    torch.save(common, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(_METADATA))
 
 
-def _pieces(shapes: dict[str, tuple[int, ...]], num_layers: int) -> Iterator[_Piece]:
-    left = set(shapes)
-    for key, name in OUTSIDE.items():
-        if name in left:  # a tied model has no head
-            left.discard(name)
-            yield _Piece(key, (name,), shapes[name], shapes[name], (0,) * len(shapes[name]))
+def _chunks(shapes: dict[str, tuple[int, ...]], num_layers: int) -> Iterator[_Chunk]:
+    """Chunks that cover every tensor of `shapes` once."""
+    remaining = set(shapes)
+    for key, name in OUTSIDE_LAYERS.items():
+        if name in remaining:  # a tied model has no head
+            remaining.discard(name)
+            yield _Chunk(key, (name,), unsharded(shapes[name]))
     for layer in range(num_layers):
         for suffix, parts in LAYER.items():
             names = tuple(f"model.layers.{layer}.{part}" for part in parts)
-            if left.issuperset(names):
-                left.difference_update(names)
-                shape = (sum(shapes[name][0] for name in names), *shapes[names[0]][1:])
-                yield _Piece(
-                    LAYERS + suffix,
-                    names,
-                    (1, *shape),
-                    (num_layers, *shape),
-                    (layer, *(0 for _ in shape)),
-                )
-    assert not left, f"no place in Megatron for {sorted(left)}"
+            if not remaining.issuperset(names):
+                continue  # biases and QK norms, which not every model has
+            remaining.difference_update(names)
+            shape = (sum(shapes[name][0] for name in names), *shapes[names[0]][1:])
+            offset = (layer, *(0 for _ in shape))
+            spec = ShardSpec((num_layers, *shape), offset, local_shape=(1, *shape))
+            yield _Chunk(LAYERS + suffix, names, spec)
+    assert not remaining, f"Megatron has no tensor for {sorted(remaining)}"
 
 
 class _Planner(dcp.DefaultSavePlanner):
-    """Plans one write per piece and makes each piece when it is written."""
+    """Plans one write per chunk and reads a chunk's weights only when it is written."""
 
     def __init__(
         self,
-        pieces: list[_Piece],
+        chunks: list[_Chunk],
         weights: Weights,
         config: ModelConfig,
         on_bytes: Callable[[int], None],
     ) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._weights, self._config, self._on_bytes = weights, config, on_bytes
-        self._pieces = {piece.index: piece for piece in pieces}
+        self._chunks = {chunk.index: chunk for chunk in chunks}
 
     def create_local_plan(self) -> SavePlan:
-        items, layers = (
-            [self._item(piece) for piece in self._pieces.values()],
-            self._config.num_layers,
-        )
+        items = [_write_item(chunk) for chunk in self._chunks.values()]
+        num_layers = self._config.num_layers
         for module in _EXTRA_STATES:
-            for layer in range(layers):
-                index = MetadataIndex(f"{LAYERS}{module}._extra_state/shard_{layer}_{layers}")
+            for layer in range(num_layers):
+                index = MetadataIndex(f"{LAYERS}{module}._extra_state/shard_{layer}_{num_layers}")
                 items.append(WriteItem(index, WriteItemType.BYTE_IO))
         return SavePlan(items)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
-            nothing = io.BytesIO()
-            torch.save([None], nothing)  # a list of the shards of one rank
-            return nothing
-        piece = self._pieces[write_item.index]
-        tensors = [self._weights.read_bf16(name) for name in piece.names]
-        if (
-            "linear_qkv." in piece.key and len(tensors) == 3
-        ):  # per group its queries, its key, its value
-            groups = self._config.num_kv_heads
-            tensors = [
-                torch.cat([part.reshape(groups, -1, *part.shape[1:]) for part in tensors], dim=1)
-            ]
-        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        self._on_bytes(2 * whole.numel())
-        return whole.reshape(piece.shape)
+            empty_state = io.BytesIO()
+            torch.save([None], empty_state)  # a list of one rank's shards
+            return empty_state
+        chunk = self._chunks[write_item.index]
+        tensors = [self._weights.read_bf16(name) for name in chunk.names]
+        if len(tensors) == len(QKV):
+            tensors = [_fuse_qkv(tensors, self._config.num_kv_heads)]
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        self._on_bytes(2 * tensor.numel())
+        return tensor.reshape(chunk.spec.local_shape)
 
-    @staticmethod
-    def _item(piece: _Piece) -> WriteItem:
-        chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.shape))
-        data = TensorWriteData(
-            chunk, TensorProperties(dtype=torch.bfloat16), torch.Size(piece.whole)
-        )
-        return WriteItem(piece.index, WriteItemType.SHARD, tensor_data=data)
+
+def _fuse_qkv(tensors: list[Tensor], num_groups: int) -> Tensor:
+    """Queries, keys and values, each [rows, ...], as [G, (N/G + 2) * H, ...]."""
+    grouped = [part.reshape(num_groups, -1, *part.shape[1:]) for part in tensors]
+    return torch.cat(grouped, dim=1)
+
+
+def _write_item(chunk: _Chunk) -> WriteItem:
+    spec = chunk.spec
+    storage = ChunkStorageMetadata(torch.Size(spec.offset), torch.Size(spec.local_shape))
+    properties = TensorProperties(dtype=torch.bfloat16)
+    data = TensorWriteData(storage, properties, torch.Size(spec.global_shape))
+    return WriteItem(chunk.index, WriteItemType.SHARD, tensor_data=data)
 
 
 def _arguments(config: ModelConfig) -> argparse.Namespace:
-    """Megatron's own words for the shape, which it compares with those of the command that loads."""
+    """Megatron's arguments for the shape, which it compares with those of the loading command."""
     values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in ARGUMENTS.items()}
     values |= {
         "group_query_attention": True,

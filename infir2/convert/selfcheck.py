@@ -1,16 +1,19 @@
-"""The proof that ends an FP8 export: the files are read back without our reader and our quantiser.
+"""The self-check at the end of an FP8 export.
 
-1. Every tensor: names as the config calls for, BF16 tensors bit for bit, FP8 values within half a step of their source.
-2. Small models: transformers and our decoder, given the dequantised weights, agree on logits and greedy tokens; and
-   transformers' own FP8 loader sees the same values (where it can: its CPU path mistakes the block size of a matrix
-   whose size is neither a multiple of 128 nor below it).
+It reads the files back without our reader and our quantizer.
+
+1. Every tensor: the names match the config, BF16 tensors are bit-equal, and FP8 values are within
+   half a step of their source.
+2. Small models: transformers and our decoder, given the dequantized weights, agree on logits and
+   greedy tokens, and transformers' own FP8 loader reads the same values. The loader is tried only
+   where it works: its CPU path gets the block size wrong for a matrix with a size above 128 that is
+   no multiple of 128.
 """
 
 import importlib.util
 import json
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +29,10 @@ from infir2.model.safetensors_io import read_json
 
 SMALL_MODEL_PARAMETERS = 20_000_000
 GREEDY_TOKENS = 16
-_SLAB_ROWS = 1024  # multiple of 128; bounds the memory of the comparison
+_SLAB_ROWS = 1024  # a multiple of 128; bounds the memory of the comparison
 
-# Value of each of the 256 E4M3 codes: sign, 4 exponent bits (bias 7), 3 mantissa bits; exponent 0 is subnormal.
+# Value of each of the 256 E4M3 codes: sign, 4 exponent bits (bias 7), 3 mantissa bits. Exponent 0
+# is subnormal, and 0x7F and 0xFF are NaN.
 _CODE = np.arange(256)
 _EXPONENT, _MANTISSA = (_CODE >> 3) & 15, _CODE & 7
 _MAGNITUDE = np.where(
@@ -37,29 +41,38 @@ _MAGNITUDE = np.where(
 E4M3_VALUES = np.where(_CODE & 127 == 127, np.nan, np.where(_CODE & 128, -_MAGNITUDE, _MAGNITUDE))
 
 
-def check_export(
-    weights: Weights, out: Path, quantized: set[str], say: Callable[[str], None]
-) -> None:
-    """Raise CheckFailedError unless the FP8 directory `out` holds `weights`; on failure it is renamed to `OUT.failed-...`."""
+def check_export(weights: Weights, out: Path, quantized: set[str]) -> list[str]:
+    """Check that the FP8 directory `out` stores `weights`.
+
+    Args:
+        quantized: names of the weights that are FP8.
+
+    Returns:
+        One sentence per check: what it proved, or why it was skipped.
+
+    Raises:
+        CheckFailedError: a check failed. The directory is renamed to `OUT.failed-...`.
+    """
     try:
         files = PlainReader(out)
         compare_names(files.names(), set(weights.shapes), quantized, out)
         for name, source in weights.bf16():
             _check_tensor(files, name, source, name in quantized)
-        say(
-            f"{out}: {len(weights.shapes)} tensors read back, {len(quantized)} of them FP8, every value within half a step of its source."
-        )
-        _check_behaviour(files, weights, out, say)
+        findings = [
+            f"{out}: {len(weights.shapes)} tensors read back, {len(quantized)} of them FP8,"
+            " every value within half a step of its source."
+        ]
+        return findings + _check_behavior(files, weights, quantized, out)
     except CheckFailedError as error:
         aside = out.with_name(f"{out.name}.failed-{secrets.token_hex(3)}")
         os.rename(out, aside)
         raise CheckFailedError(
-            f"{error} The export is not usable and was set aside as {aside}."
+            f"{error} The export is not usable; it was renamed to {aside}."
         ) from error
 
 
 class PlainReader:
-    """The tensors of a Hugging Face directory, straight from safetensors and numpy."""
+    """Reads the tensors of a Hugging Face directory with safetensors and numpy only."""
 
     def __init__(self, directory: Path) -> None:
         self._file_of: dict[str, Path] = {}
@@ -67,159 +80,177 @@ class PlainReader:
             with safe_open(path, framework="pt") as file:
                 self._file_of |= dict.fromkeys(file.keys(), path)
         index = directory / "model.safetensors.index.json"
-        if index.exists() and json.loads(index.read_bytes())["weight_map"] != {
-            name: path.name for name, path in self._file_of.items()
-        }:
+        file_names = {name: path.name for name, path in self._file_of.items()}
+        if index.exists() and json.loads(index.read_bytes())["weight_map"] != file_names:
             raise CheckFailedError(
-                f"{index}: does not list the tensors that its files hold; the export is not consistent."
+                f"{index}: does not list the tensors that its files store;"
+                " the export is not consistent."
             )
 
     def names(self) -> set[str]:
         return set(self._file_of)
 
     def read(self, name: str) -> Tensor:
+        """The tensor on the CPU, in the dtype of the file."""
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
     def values(self, name: str, quantized: bool) -> Tensor:
-        """FP32 values [N, K]; FP8 codes looked up in the table and multiplied by their block's scale."""
+        """Values in FP32; FP8 codes are looked up in the table and multiplied by their scales."""
         tensor = self.read(name)
         if not quantized:
             return tensor.float()
-        values = E4M3_VALUES[tensor.view(torch.uint8).numpy()] * _expand(
-            self.read(name + SCALE_SUFFIX), *tensor.shape
-        )
-        return torch.from_numpy(values).float()
+        multipliers = _expand(self.read(name + SCALE_SUFFIX), *tensor.shape)
+        return torch.from_numpy(E4M3_VALUES[tensor.view(torch.uint8).numpy()] * multipliers).float()
 
 
 def _expand(scale: Tensor, rows: int, columns: int) -> np.ndarray:
+    """Scales of 128x128 blocks as one FP64 multiplier per element: [rows, columns]."""
     return scale.double().numpy().repeat(128, 0)[:rows].repeat(128, 1)[:, :columns]
 
 
 def _check_tensor(files: PlainReader, name: str, source: Tensor, quantized: bool) -> None:
     written = files.read(name)
-    if written.shape != source.shape or written.dtype != (
-        torch.float8_e4m3fn if quantized else torch.bfloat16
-    ):
+    dtype = torch.float8_e4m3fn if quantized else torch.bfloat16
+    if written.shape != source.shape or written.dtype != dtype:
         raise CheckFailedError(
             f"self-check: '{name}' was written as {written.dtype} {list(written.shape)}."
         )
-    if not quantized:
-        if not torch.equal(written.view(torch.int16), source.view(torch.int16)):
-            raise CheckFailedError(
-                f"self-check: the BF16 tensor '{name}' does not have the bytes of its source."
-            )
-        return
-    scale = files.read(name + SCALE_SUFFIX)
+    if quantized:
+        _check_codes(name, source, written, files.read(name + SCALE_SUFFIX))
+    elif not torch.equal(written.view(torch.int16), source.view(torch.int16)):
+        raise CheckFailedError(
+            f"self-check: the BF16 tensor '{name}' differs from its source in some bytes."
+        )
+
+
+def _check_codes(name: str, source: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """Check that `codes` [N, K] under `scale` are within half a step of `source`."""
     grid = tuple(-(-size // 128) for size in source.shape)
-    if (
-        scale.dtype != torch.float32
-        or tuple(scale.shape) != grid
-        or not bool((scale > 0).all() & scale.isfinite().all())
-    ):
+    valid = scale.dtype == torch.float32 and tuple(scale.shape) == grid
+    if not valid or not bool((scale > 0).all() & scale.isfinite().all()):
         raise CheckFailedError(
             f"self-check: '{name}{SCALE_SUFFIX}' must be positive finite FP32 {list(grid)}."
         )
     for start in range(0, source.shape[0], _SLAB_ROWS):
-        codes = written[start : start + _SLAB_ROWS]
-        expanded = torch.from_numpy(
-            _expand(scale[start // 128 : (start + _SLAB_ROWS) // 128], *codes.shape)
-        )
-        wanted = source[start : start + _SLAB_ROWS].double() / expanded
-        got = torch.from_numpy(E4M3_VALUES[codes.view(torch.uint8).numpy()])
-        # A step of E4M3: 1/8 of the power of two below the value, 2^-9 among the subnormals. Scales in FP32 round by 2^-24.
-        step = torch.exp2((torch.frexp(wanted).exponent - 1).clamp(min=-6) - 3.0)
-        bad = ~((got - wanted).abs() <= 0.5 * step * (1 + 1e-5)) | (wanted.abs() > 448 * (1 + 1e-6))
+        slab_codes = codes[start : start + _SLAB_ROWS]
+        slab_scale = scale[start // 128 : (start + _SLAB_ROWS) // 128]
+        multipliers = torch.from_numpy(_expand(slab_scale, *slab_codes.shape))
+        expected = source[start : start + _SLAB_ROWS].double() / multipliers
+        actual = torch.from_numpy(E4M3_VALUES[slab_codes.view(torch.uint8).numpy()])
+        # A step of E4M3 is 1/8 of the power of two at or below the value, and 2^-9 among the
+        # subnormals. FP32 scales add a relative rounding of 2^-24, which the factors above 1 allow
+        # for.
+        step = torch.exp2((torch.frexp(expected).exponent - 1).clamp(min=-6) - 3.0)
+        within = (actual - expected).abs() <= 0.5 * step * (1 + 1e-5)
+        bad = ~within | (expected.abs() > 448 * (1 + 1e-6))
         if bad.any():
             row, column = (int(index) for index in bad.nonzero()[0])
+            value = actual[row, column] * multipliers[row, column]
             raise CheckFailedError(
-                f"self-check: '{name}'[{start + row}, {column}] reads back as {got[row, column] * expanded[row, column]:.6g} "
-                f"where its source has {source[start + row, column].item():.6g}."
+                f"self-check: '{name}'[{start + row}, {column}] reads back as {value:.6g},"
+                f" but its source is {source[start + row, column].item():.6g}."
             )
 
 
-def _check_behaviour(
-    files: PlainReader, weights: Weights, out: Path, say: Callable[[str], None]
-) -> None:
+def _check_behavior(
+    files: PlainReader, weights: Weights, quantized: set[str], out: Path
+) -> list[str]:
+    """Compare with transformers where possible; one sentence per comparison, done or skipped."""
     num_parameters = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
     if num_parameters > SMALL_MODEL_PARAMETERS:
-        say(
-            f"logits against transformers not compared: {num_parameters:,} parameters are above {SMALL_MODEL_PARAMETERS:,}."
-        )
-        return
-    values = {
-        name: files.values(name, name + SCALE_SUFFIX in files.names()) for name in weights.shapes
-    }
+        return [
+            f"logits against transformers not compared: {num_parameters:,} parameters"
+            f" are above {SMALL_MODEL_PARAMETERS:,}."
+        ]
+    values = {name: files.values(name, name in quantized) for name in weights.shapes}
     difference = compare_with_transformers(out, values)
-    say(
-        f"transformers and our decoder agree on these weights: logits within {difference:.1e}, {GREEDY_TOKENS} greedy tokens equal."
-    )
-    quantized_shapes = [
-        weights.shapes[name] for name in values if name + SCALE_SUFFIX in files.names()
+    findings = [
+        "transformers and our decoder agree on these weights:"
+        f" logits within {difference:.1e}, {GREEDY_TOKENS} greedy tokens equal."
     ]
-    odd_sizes = any(size > 128 and size % 128 for shape in quantized_shapes for size in shape)
+    sizes = [size for name in quantized for size in weights.shapes[name]]
+    odd_sizes = any(size > 128 and size % 128 for size in sizes)
     if odd_sizes or torch.cuda.is_available() or importlib.util.find_spec("accelerate") is None:
-        say(
-            "transformers' own FP8 loader not tried: it wants accelerate, no GPU, and sizes that are multiples of 128 or below it."
-        )
-        return
+        return [
+            *findings,
+            "transformers' own FP8 loader not tried: it needs accelerate, no GPU,"
+            " and sizes that are multiples of 128 or below it.",
+        ]
     _check_transformers_loader(out, values)
-    say("transformers' own FP8 loader reads the same values.")
+    return [*findings, "transformers' own FP8 loader reads the same values."]
 
 
 def compare_with_transformers(directory: Path, values: dict[str, Tensor]) -> float:
-    """Largest logit difference between transformers and our decoder, both plain FP32 with these weights and one config.json.
+    """Compare transformers with our decoder, both in FP32 with these weights and one config.json.
 
-    Our decoder continues a fixed prompt greedily; at each step both must choose the same token, unless the two best are
-    nearer than the tolerance. CheckFailedError otherwise.
+    Our decoder continues a fixed prompt greedily. At each step both must choose the same token,
+    unless the two best are closer than the tolerance.
+
+    Args:
+        directory: Hugging Face directory with the config.json.
+        values: every weight, in FP32.
+
+    Returns:
+        The largest logit difference.
+
+    Raises:
+        CheckFailedError: tokens or logits differ.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    decoder = Decoder(
-        ModelConfig.from_hf(read_json(directory / "config.json")), compute_dtype=torch.float32
-    )
+    config = ModelConfig.from_hf(read_json(directory / "config.json"))
+    decoder = Decoder(config, compute_dtype=torch.float32)
     load_weights(decoder, values.items())
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    missing, unexpected = reference.load_state_dict(values, strict=False)
-    reference.tie_weights()
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise CheckFailedError(
-            f"self-check: transformers does not know {unexpected} or lacks {missing}."
-        )
-    token_ids = [(7 * index + 3) % decoder.config.vocab_size for index in range(12)]
+    reference = _transformers_model(directory, values)
+    token_ids = [(7 * index + 3) % config.vocab_size for index in range(12)]
     with torch.no_grad():
         for _ in range(GREEDY_TOKENS):
-            ours = _logits(decoder, token_ids)
-            token_ids.append(int(ours[-1].argmax()))
+            token_ids.append(int(_logits(decoder, token_ids)[-1].argmax()))
         ours = _logits(decoder, token_ids)
         theirs = reference(torch.tensor([token_ids])).logits[0].float()
     difference = (ours - theirs).abs().max().item()
     tolerance = 1e-3 * max(1.0, theirs.abs().max().item())
     best = theirs.topk(2, dim=-1).values
-    unlike = (ours.argmax(-1) != theirs.argmax(-1)) & (best[:, 0] - best[:, 1] > tolerance)
-    if not difference <= tolerance or unlike.any():
+    clear = best[:, 0] - best[:, 1] > tolerance
+    tokens_differ = (ours.argmax(-1) != theirs.argmax(-1)) & clear
+    if not difference <= tolerance or tokens_differ.any():
         raise CheckFailedError(
-            f"self-check: logits of transformers and our decoder differ by {difference:.3g} (allowed {tolerance:.3g})."
+            f"self-check: logits of transformers and our decoder differ by {difference:.3g}"
+            f" (allowed {tolerance:.3g})."
         )
     return difference
 
 
+def _transformers_model(directory: Path, values: dict[str, Tensor]) -> torch.nn.Module:
+    """transformers' model of `directory` in FP32, not quantized, with the weights `values`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    missing, unexpected = model.load_state_dict(values, strict=False)
+    model.tie_weights()
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise CheckFailedError(
+            f"self-check: transformers does not know {unexpected} or lacks {missing}."
+        )
+    return model
+
+
 def _logits(decoder: Decoder, token_ids: list[int]) -> Tensor:
+    """Logits [T, V] of one sequence of T tokens."""
     length = len(token_ids)
-    return decoder(
-        torch.tensor(token_ids), torch.arange(length), torch.tensor([0, length], dtype=torch.int32)
-    )
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+    return decoder(torch.tensor(token_ids), torch.arange(length), cu_seqlens)
 
 
 def _check_transformers_loader(out: Path, values: dict[str, Tensor]) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    # transformers warns that it dequantizes and draws bars; both are expected.
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # its warning that it dequantises, and its bars, are not news here
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -232,7 +263,9 @@ def _check_transformers_loader(out: Path, values: dict[str, Tensor]) -> None:
     loaded = dict(model.named_parameters())
     for name, value in values.items():
         difference = (loaded[name].detach().float() - value).abs().max().item()
-        if not difference <= 2**-8 * value.abs().max().item():  # it may round to BF16 on the way
+        # transformers may round to BF16 in between: a relative 2^-8.
+        if not difference <= 2**-8 * value.abs().max().item():
             raise CheckFailedError(
-                f"self-check: transformers' FP8 loader reads '{name}' otherwise (largest difference {difference:.3g})."
+                f"self-check: transformers' FP8 loader reads other values for '{name}'"
+                f" (largest difference {difference:.3g})."
             )

@@ -1,7 +1,7 @@
-"""The weights of a model as one stream of named tensors, whatever holds them: a run's masters or a Hugging Face directory.
+"""A model's weights as a stream of named tensors, from a run or a Hugging Face directory.
 
-Names are Hugging Face's. What the model must have, and which of its weights are FP8, is asked of the model itself (a
-decoder on the meta device), so that training, export and verification cannot disagree about the list.
+Names are Hugging Face's. The list of weights, and of those in FP8, comes from a decoder on the meta
+device, so training, export and verification cannot disagree about it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,7 @@ BLOCK = (128, 128)
 
 
 def meta_decoder(config: Mapping[str, Any], fp8: Fp8Section | None = None) -> Decoder:
-    """The decoder of a `config.json` without memory for its weights; with `fp8`, its FP8 layers are `Fp8Linear`."""
+    """The decoder of a config.json on the meta device, with `Fp8Linear` layers if given `fp8`."""
     with torch.device("meta"):
         decoder = Decoder(ModelConfig.from_hf(config))
         if fp8 is None or not fp8.enabled:
@@ -34,80 +34,85 @@ def meta_decoder(config: Mapping[str, Any], fp8: Fp8Section | None = None) -> De
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter that a `config.json` calls for, in the model's order; a tied head is absent."""
-    return {
-        name: tuple(parameter.shape) for name, parameter in meta_decoder(config).named_parameters()
-    }
+    """Name and shape of every parameter of a `config.json`, in model order, without a tied head."""
+    parameters = meta_decoder(config).named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in parameters}
 
 
 def quantized_names(config: Mapping[str, Any], fp8: Fp8Section) -> list[str]:
-    """Names ("model.layers.0.mlp.down_proj.weight") of the weights that training under `fp8` keeps in FP8."""
-    return [
-        f"{name}.weight"
-        for name, module in meta_decoder(config, fp8).named_modules()
-        if isinstance(module, Fp8Linear)
-    ]
+    """Names of the weights that training with the section `fp8` keeps in FP8.
+
+    Example: "model.layers.0.mlp.down_proj.weight".
+    """
+    modules = meta_decoder(config, fp8).named_modules()
+    return [f"{name}.weight" for name, module in modules if isinstance(module, Fp8Linear)]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Where weights come from.
+    """Named weights that are read one at a time.
 
-    config: the `config.json`. side_files: directory with tokenizer and generation settings, if there is one.
-    fp8: how the run trained (None for a Hugging Face directory). names: of the tensors that are there; load: one of them.
-    shapes: what the config calls for.
+    Example: `for name, tensor in hf_weights(Path("Qwen2.5-1.5B"), quantized=False).bf16(): ...`
     """
 
-    origin: Path
-    config: dict[str, Any]
-    side_files: Path | None
-    fp8: Fp8Section | None
-    names: set[str]
-    load: Callable[[str], Tensor]
-    shapes: dict[str, tuple[int, ...]]
+    origin: Path  # checkpoint or directory, for error messages
+    config: dict[str, Any]  # of config.json
+    side_files: Path | None  # directory with tokenizer and generation settings
+    fp8: Fp8Section | None  # how the run trained; None for a Hugging Face directory
+    names: set[str]  # of the tensors that `origin` stores
+    load: Callable[[str], Tensor]  # reads one of `names`, in its stored dtype
+    shapes: dict[str, tuple[int, ...]]  # of the tensors that `config` requires
 
     def read(self, name: str) -> Tensor:
-        """One weight on the CPU in its stored dtype; CheckpointError if it is absent, misshapen or not finite."""
+        """One weight on the CPU in its stored dtype.
+
+        Raises CheckpointError if the weight is missing, misshapen or not finite.
+        """
         if name not in self.names:
             raise CheckpointError(
-                f"{self.origin}: has no tensor '{name}', which its config calls for; the model is not complete."
+                f"{self.origin}: has no tensor '{name}', which its config requires;"
+                " the model is not complete."
             )
-        return checked(self.load(name), self.shapes[name], f"{self.origin}: '{name}'")
+        return validated(self.load(name), self.shapes[name], f"{self.origin}: '{name}'")
 
     def bf16(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight rounded to BF16, in the model's order: the one source of FP8 codes and of BF16 exports."""
+        """Every weight rounded to BF16, in model order: the input of BF16 and FP8 exports."""
         for name in self.shapes:
             yield name, self.read_bf16(name)
 
     def read_bf16(self, name: str) -> Tensor:
-        """One weight rounded to BF16; raises as `read`."""
+        """One weight rounded to BF16; raises CheckpointError as `read`, and for an overflow."""
         tensor = self.read(name).to(torch.bfloat16)
         if not all_finite(tensor):
             raise CheckpointError(
-                f"{self.origin}: '{name}' has values beyond the range of BF16; such a model is not exported."
+                f"{self.origin}: '{name}' has values beyond the range of BF16;"
+                " such a model cannot be exported."
             )
         return tensor
 
     @property
     def num_bf16_bytes(self) -> int:
+        """Size of all weights in BF16."""
         return 2 * sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
 
-def checked(tensor: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
-    """`tensor` itself; CheckpointError if it is misshapen or not finite."""
+def validated(tensor: Tensor, shape: tuple[int, ...], label: str) -> Tensor:
+    """Return `tensor`, or raise CheckpointError if it is misshapen or not finite.
+
+    `label` begins the error sentence.
+    """
     if tuple(tensor.shape) != shape:
         raise CheckpointError(
-            f"{what} is {list(tensor.shape)}, not {list(shape)} as its config says; the two belong to different models."
+            f"{label} is {list(tensor.shape)}, not {list(shape)} as its config says;"
+            " the two belong to different models."
         )
     if not all_finite(tensor):
-        raise CheckpointError(
-            f"{what} holds NaN or Inf and is not taken; go back to an older checkpoint."
-        )
+        raise CheckpointError(f"{label} holds NaN or Inf; go back to an older checkpoint.")
     return tensor
 
 
 def run_weights(path: Path) -> Weights:
-    """The masters of a run's newest checkpoint, or of the checkpoint named."""
+    """The FP32 masters of a run's newest checkpoint, or of the checkpoint that `path` names."""
     checkpoint = open_checkpoint(path)
     tensors, state = checkpoint.tensors(), checkpoint.state
     for key in ("model_config", "fp8"):
@@ -117,69 +122,95 @@ def run_weights(path: Path) -> Weights:
             )
     shapes = parameter_shapes(state["model_config"])
     names = {name.removeprefix(PARAMETERS) for name in tensors if name.startswith(PARAMETERS)}
-    _refuse_unknown(checkpoint.path, names - set(shapes))
+    _reject_unknown(checkpoint.path, names - set(shapes))
     side_files = Path(state["tokenizer_dir"]) if state.get("tokenizer_dir") else None
     if side_files and not side_files.is_dir():
         raise CheckpointError(
-            f"{checkpoint.path}: its tokenizer directory {side_files} is gone; put it back, the export needs its files."
+            f"{checkpoint.path}: its tokenizer directory {side_files} is gone;"
+            " put it back, the export copies its files."
         )
-    section = Fp8Section.model_validate(state["fp8"], strict=False)
     return Weights(
-        checkpoint.path,
-        state["model_config"],
-        side_files,
-        section,
-        names,
-        lambda name: tensors[PARAMETERS + name],
-        shapes,
+        origin=checkpoint.path,
+        config=state["model_config"],
+        side_files=side_files,
+        fp8=Fp8Section.model_validate(state["fp8"], strict=False),
+        names=names,
+        load=lambda name: tensors[PARAMETERS + name],
+        shapes=shapes,
     )
 
 
 def hf_weights(path: Path, quantized: bool) -> Weights:
-    """The weights of a Hugging Face directory; with `quantized` its FP8 pairs come out dequantised to BF16.
+    """The weights of a Hugging Face directory; FP8 weights are dequantized to BF16.
 
-    Raises CheckpointError if the directory is of the other kind.
+    Args:
+        quantized: which kind of directory is required, FP8 or not quantized.
+
+    Raises:
+        CheckpointError: `path` is of the other kind, or stores tensors that its config does not
+            know.
     """
     config = read_json(path / "config.json")
     if quantized != (config.get("quantization_config") is not None):
-        wanted = (
+        required = (
             "an FP8 model (quantization_config)"
             if quantized
-            else "a model that is not quantised yet"
+            else "a model that is not quantized yet"
         )
         raise CheckpointError(
-            f"{path / 'config.json'}: is not of {wanted}; give the other directory."
+            f"{path / 'config.json'}: is not the config of {required}; give the other directory."
         )
     files = HfWeights(path)
+    plain_config = {key: value for key, value in config.items() if key != "quantization_config"}
+    shapes = parameter_shapes(plain_config)
     names = set(files.names())
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    shapes = parameter_shapes(plain)
-    unknown = {
-        name for name in names - set(shapes) if not name.endswith(".rotary_emb.inv_freq")
-    }  # a derived buffer of old files
+    _reject_unknown(path, _unknown_names(files, names - set(shapes), quantized))
+    return Weights(
+        origin=path,
+        config=plain_config,
+        side_files=path,
+        fp8=None,
+        names=names,
+        load=lambda name: _read_dequantized(files, names, name),
+        shapes=shapes,
+    )
+
+
+def _unknown_names(files: HfWeights, extra: set[str], quantized: bool) -> set[str]:
+    """Those of `extra` that are not redundant either.
+
+    Args:
+        extra: names of stored tensors that are not weights of the model.
+        quantized: whether scales of FP8 weights may be among them.
+    """
+    # Old files store inv_freq, a buffer that is computed from the config.
+    unknown = {name for name in extra if not name.endswith(".rotary_emb.inv_freq")}
     if quantized:
-        unknown -= {name + SCALE_SUFFIX for name in names}
-    if "lm_head.weight" in unknown and torch.equal(
-        files.read("lm_head.weight"), files.read("model.embed_tokens.weight")
-    ):
-        unknown.discard("lm_head.weight")  # tied, and written twice
-    _refuse_unknown(path, unknown)
+        unknown -= {name + SCALE_SUFFIX for name in files.names()}
+    if "lm_head.weight" in unknown:  # a tied head may be stored as a second copy of the embedding
+        head, embedding = files.read("lm_head.weight"), files.read("model.embed_tokens.weight")
+        if torch.equal(head, embedding):
+            unknown.discard("lm_head.weight")
+    return unknown
 
-    def load(name: str) -> Tensor:
-        tensor, scale_name = files.read(name), name + SCALE_SUFFIX
-        if scale_name in names:
-            return dequantize_pair(tensor, files.read(scale_name), name)
-        if tensor.element_size() < 2:
-            raise CheckpointError(
-                f"{path}: '{name}' is {tensor.dtype} and has no '{scale_name}'; copy the model again."
-            )
-        return tensor
 
-    return Weights(path, plain, path, None, names, load, shapes)
+def _read_dequantized(files: HfWeights, names: set[str], name: str) -> Tensor:
+    tensor, scale_name = files.read(name), name + SCALE_SUFFIX
+    if scale_name in names:
+        return dequantize_pair(tensor, files.read(scale_name), name)
+    if tensor.element_size() < 2:
+        raise CheckpointError(
+            f"{files.directory}: '{name}' is {tensor.dtype} and has no '{scale_name}';"
+            " copy the model again."
+        )
+    return tensor
 
 
 def file_scale_format(path: Path) -> str:
-    """Scale format ("pow2", "fp32") that an FP8 directory declares, after checking that its blocks are ours."""
+    """The scale format ("pow2", "fp32") that an FP8 directory declares.
+
+    Raises CheckpointError unless its weights are FP8 in 128x128 blocks.
+    """
     section = read_json(path / "config.json").get("quantization_config")
     if (
         not isinstance(section, dict)
@@ -187,15 +218,18 @@ def file_scale_format(path: Path) -> str:
         or list(section.get("weight_block_size") or ()) != list(BLOCK)
     ):
         raise CheckpointError(
-            f"{path / 'config.json'}: quantization_config is not quant_method fp8 with weight_block_size [128, 128]."
+            f"{path / 'config.json'}: quantization_config is not quant_method fp8"
+            " with weight_block_size [128, 128]."
         )
     return "pow2" if section.get("scale_fmt") == "ue8m0" else "fp32"
 
 
 def dequantize_pair(codes: Tensor, scale: Tensor, name: str) -> Tensor:
-    """BF16 values of an FP8 weight [N, K] and its `weight_scale_inv`; CheckpointError unless the two belong together.
+    """Dequantize an FP8 weight to BF16.
 
-    Exact for power-of-two scales, rounded once otherwise.
+    codes: [N, K]; scale: its `weight_scale_inv`, [ceil(N/128), ceil(K/128)].
+    The result is exact for power-of-two scales and rounded once otherwise. Raises CheckpointError
+    unless dtypes and shapes of the two match.
     """
     try:
         pair = Fp8Tensor(codes, scale.float(), BLOCK, "fp32")
@@ -206,22 +240,31 @@ def dequantize_pair(codes: Tensor, scale: Tensor, name: str) -> Tensor:
     return dequantize(pair, torch.float32).to(torch.bfloat16)
 
 
-def compare_names(found: set[str], weights: set[str], quantized: set[str], directory: Path) -> None:
-    """Raise CheckFailedError unless the tensors of `directory` are these weights, with scales for the quantised ones."""
-    for name in sorted(found ^ (weights | {weight + SCALE_SUFFIX for weight in quantized})):
+def compare_names(
+    stored: set[str], weights: set[str], quantized: set[str], directory: Path
+) -> None:
+    """Raise CheckFailedError unless `stored` is `weights` plus one scale for each of `quantized`.
+
+    Args:
+        stored: names of the tensors in `directory`.
+        weights: names of the model's weights.
+        quantized: those of `weights` that are FP8.
+    """
+    for name in sorted(stored ^ (weights | {weight + SCALE_SUFFIX for weight in quantized})):
         weight = name.removesuffix(SCALE_SUFFIX)
         if name != weight and weight in weights:
             ours, theirs = ("FP8", "BF16") if weight in quantized else ("BF16", "FP8")
             raise CheckFailedError(
-                f"'{weight}' is {ours} in the run and {theirs} in {directory}: the high-precision lists differ."
+                f"'{weight}' is {ours} in the run and {theirs} in {directory}:"
+                " their lists of layers in high precision differ."
             )
-        raise CheckFailedError(
-            f"{directory}: tensor '{name}' is {'not in the model' if name in found else 'missing'}."
-        )
+        state = "not in the model" if name in stored else "missing"
+        raise CheckFailedError(f"{directory}: tensor '{name}' is {state}.")
 
 
-def _refuse_unknown(origin: Path, unknown: set[str]) -> None:
+def _reject_unknown(origin: Path, unknown: set[str]) -> None:
     if unknown:
         raise CheckpointError(
-            f"{origin}: has {len(unknown)} tensors that its config does not know, such as '{min(unknown)}'."
+            f"{origin}: has {len(unknown)} tensors that its config does not know,"
+            f" such as '{min(unknown)}'."
         )

@@ -258,9 +258,6 @@ def test_words_reach_their_function(
         "write_report",
     )
     parts = (
-        "convert.import_hf",
-        "convert.megatron_import",
-        "convert.megatron_export",
         "convert",
         "demo.world",
         "demo.stages",

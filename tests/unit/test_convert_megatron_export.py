@@ -1,4 +1,4 @@
-"""export megatron: megatron-core loads it and computes our logits; import megatron of it gives the same bytes back."""
+"""export megatron: megatron-core loads it and computes our logits; import gives the same bytes."""
 
 import dataclasses
 import importlib.util
@@ -14,10 +14,8 @@ from test_convert_export import make_decoder, make_run  # noqa: F401 (a fixture)
 
 from infir2.cli import main
 from infir2.config.schema import ShapeSection
-from infir2.convert import export_hf
+from infir2.convert import export_hf, export_megatron, import_megatron
 from infir2.convert import megatron_export as module
-from infir2.convert.megatron_export import export_megatron
-from infir2.convert.megatron_import import import_megatron
 from infir2.errors import CheckpointError, OutputExistsError
 from infir2.model import Decoder
 
@@ -28,36 +26,32 @@ TOKEN_IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 90]
 @pytest.mark.parametrize(
     ("architecture", "tied"), [("qwen2", True), ("qwen3", False), ("llama", False)]
 )
-def test_export_then_import_gives_the_bytes_of_export_hf(tmp_path, make_run, architecture, tied):  # noqa: F811
+def test_export_then_import_equals_export_hf(tmp_path, make_run, architecture, tied):  # noqa: F811
     run = make_run(make_decoder(architecture, tied=tied))
     assert main(["export", "hf", str(run), "--to", str(tmp_path / "hf")]) == 0
     for source, name in ((run, "from-run"), (tmp_path / "hf", "from-hf")):
         assert main(["export", "megatron", str(source), "--to", str(tmp_path / name)]) == 0
-        assert (
-            main(
-                ["import", "megatron", str(tmp_path / name), "--to", str(tmp_path / f"{name}-back")]
-            )
-            == 0
-        )  # no --like
+        back = str(tmp_path / f"{name}-back")
+        assert main(["import", "megatron", str(tmp_path / name), "--to", back]) == 0  # no --like
         import_megatron(tmp_path / name / "release", tmp_path / f"{name}-like", tmp_path / "hf")
         for back in (f"{name}-back", f"{name}-like"):
-            expected, found = (
+            expected, actual = (
                 load_file(tmp_path / directory / "model.safetensors") for directory in ("hf", back)
             )
-            assert expected.keys() == found.keys()
+            assert expected.keys() == actual.keys()
             for key, tensor in expected.items():
-                assert found[key].dtype == torch.bfloat16
-                assert torch.equal(found[key].view(torch.int16), tensor.view(torch.int16)), key
+                assert actual[key].dtype == torch.bfloat16
+                assert torch.equal(actual[key].view(torch.int16), tensor.view(torch.int16)), key
         assert (tmp_path / f"{name}-like" / "tokenizer.json").is_file()
     config = json.loads((tmp_path / "from-run-back/config.json").read_text())
-    wanted = json.loads((tmp_path / "hf/config.json").read_text())
-    different = {key for key in wanted if config.get(key) != wanted[key]}
+    expected_config = json.loads((tmp_path / "hf/config.json").read_text())
+    different = {key for key in expected_config if config.get(key) != expected_config[key]}
     assert different <= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
 @pytest.mark.parametrize(("architecture", "tied"), [("qwen2", True), ("qwen3", False)])
-def test_megatron_core_loads_it_and_computes_our_logits(tmp_path, make_run, architecture, tied):  # noqa: F811
+def test_megatron_core_computes_our_logits(tmp_path, make_run, architecture, tied):  # noqa: F811
     decoder = make_decoder(architecture, tied=tied)
     run = make_run(decoder)
     export_hf(run, tmp_path / "hf")
@@ -91,7 +85,7 @@ def test_megatron_core_loads_it_and_computes_our_logits(tmp_path, make_run, arch
     assert (logits - loaded["logits"]).abs().max() < 1e-4 * logits.abs().max()
 
 
-def test_memory_holds_one_layer_and_a_refusal_leaves_nothing(tmp_path, make_run, monkeypatch):  # noqa: F811
+def test_memory_holds_one_layer(tmp_path, make_run, monkeypatch):  # noqa: F811
     run = make_run(make_decoder())
     (tmp_path / "there").mkdir()
     with pytest.raises(OutputExistsError, match="there"):
@@ -122,7 +116,7 @@ def test_memory_holds_one_layer_and_a_refusal_leaves_nothing(tmp_path, make_run,
     ]
 
 
-def test_every_parameter_of_every_variant_has_a_place() -> None:
+def test_every_parameter_of_every_variant_is_written_once() -> None:
     shape = ShapeSection(
         architecture="llama", hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=2, ffn_size=64
     )
@@ -134,5 +128,5 @@ def test_every_parameter_of_every_variant_has_a_place() -> None:
     )
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in Decoder(config).named_parameters()}
-    pieces = list(module._pieces(shapes, 1))
-    assert sorted(name for piece in pieces for name in piece.names) == sorted(shapes)
+    chunks = list(module._chunks(shapes, 1))
+    assert sorted(name for chunk in chunks for name in chunk.names) == sorted(shapes)

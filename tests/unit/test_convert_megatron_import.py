@@ -1,4 +1,4 @@
-"""Megatron-core checkpoints: a real one reproduces Megatron's own logits; layouts, shapes and hostile files."""
+"""Megatron-core checkpoints: Megatron's own logits, layouts, shapes and hostile files."""
 
 import argparse
 import enum
@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from infir2.config.schema import ShapeSection
-from infir2.convert.megatron_import import MegatronCheckpoint, config_of_arguments, import_megatron
+from infir2.convert import import_megatron
+from infir2.convert.megatron_import import MegatronCheckpoint, config_from_arguments
 from infir2.errors import CheckpointError, ConfigError, OutputExistsError
 from infir2.model import Decoder, ModelConfig
 
@@ -43,7 +44,7 @@ def hf_directory(path: Path, config: ModelConfig) -> Path:
     return path
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the checkpoint written by megatron-core is not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason="the checkpoint written by megatron-core is missing")
 def test_a_checkpoint_of_megatron_core_gives_its_logits(tmp_path):
     like = hf_directory(tmp_path / "like", REAL_SHAPE)
     import_megatron(REAL / "qwen2-tiny-tp1-stacked", tmp_path / "out", like)
@@ -60,7 +61,7 @@ def test_a_checkpoint_of_megatron_core_gives_its_logits(tmp_path):
 
 
 def megatron_tensors(decoder: Decoder, stacked: bool) -> dict[str, Tensor]:
-    """The decoder's parameters under Megatron's names, written down independently of the importer."""
+    """The decoder's parameters under Megatron's names, written independently of the importer."""
     weights = {name: parameter.detach() for name, parameter in decoder.named_parameters()}
     config = decoder.config
     layers: list[dict[str, Tensor]] = []
@@ -140,7 +141,7 @@ def make_decoder(architecture: str, tied: bool) -> Decoder:
 @pytest.mark.parametrize(
     ("architecture", "tied"), [("qwen2", True), ("qwen3", False), ("llama", False)]
 )
-def test_every_parameter_finds_its_place(tmp_path, architecture, tied, stacked):
+def test_every_parameter_is_imported(tmp_path, architecture, tied, stacked):
     decoder = make_decoder(architecture, tied)
     source = write_torch_dist(tmp_path / "megatron", megatron_tensors(decoder, stacked))
     import_megatron(source, tmp_path / "out", hf_directory(tmp_path / "like", decoder.config))
@@ -151,7 +152,7 @@ def test_every_parameter_finds_its_place(tmp_path, architecture, tied, stacked):
         assert torch.equal(read[name], parameter), name
 
 
-def test_padding_of_the_vocabulary_is_cut_and_an_own_output_layer_unties(tmp_path):
+def test_vocabulary_padding_is_dropped_and_an_output_layer_unties(tmp_path):
     decoder = make_decoder("qwen2", tied=True)
     tensors = megatron_tensors(decoder, stacked=True)
     padded = torch.cat([tensors["embedding.word_embeddings.weight"], torch.zeros(14, 64)])
@@ -190,7 +191,7 @@ def arguments(**changes: object) -> argparse.Namespace:
 
 
 def test_the_shape_comes_from_megatrons_own_arguments(tmp_path, monkeypatch):
-    """Enums of megatron among them are passed over without importing megatron."""
+    """Enums of megatron among them are skipped without importing megatron."""
     module = types.ModuleType("megatron")
     module.Backend = enum.Enum("Backend", {"flash": 1}, module=module.__name__, qualname="Backend")
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -215,7 +216,7 @@ def test_the_shape_comes_from_megatrons_own_arguments(tmp_path, monkeypatch):
         ({"add_qkv_bias": False}, "llama"),
     ):
         torch.save({"args": arguments(**changes)}, source / "common.pt")
-        assert config_of_arguments(MegatronCheckpoint(source))["model_type"] == architecture
+        assert config_from_arguments(MegatronCheckpoint(source))["model_type"] == architecture
 
 
 def test_the_tracker_file_names_the_iteration(tmp_path):
@@ -256,7 +257,7 @@ def test_the_tracker_file_names_the_iteration(tmp_path):
         ({"decoder.mtp.weight": torch.ones(3)}, "decoder.mtp.weight"),
     ],
 )
-def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, message):
+def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, message):
     decoder = make_decoder("qwen2", tied=True)
     tensors = {
         name: t
@@ -269,7 +270,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, change, mes
     assert not (tmp_path / "out").exists()
 
 
-def test_a_shape_that_nobody_gives_is_a_configuration_error(tmp_path):
+def test_an_unknown_shape_is_a_configuration_error(tmp_path):
     source = write_torch_dist(
         tmp_path / "megatron", megatron_tensors(make_decoder("llama", False), stacked=True)
     )
@@ -343,7 +344,7 @@ def test_a_shard_outside_the_checkpoint_is_refused(tmp_path, escape):
         MegatronCheckpoint(source)
 
 
-def test_a_tensor_larger_than_its_files_is_refused_before_memory_is_taken(tmp_path):
+def test_a_tensor_larger_than_its_files_is_refused_before_allocation(tmp_path):
     decoder = make_decoder("llama", False)
     source = write_torch_dist(tmp_path / "megatron", megatron_tensors(decoder, stacked=True))
     metadata = pickle.loads((source / ".metadata").read_bytes())
@@ -354,7 +355,7 @@ def test_a_tensor_larger_than_its_files_is_refused_before_memory_is_taken(tmp_pa
 
 
 @pytest.mark.parametrize("name", [".metadata", "common.pt"])
-def test_a_cut_pickle_is_an_error_with_its_name(tmp_path, name):
+def test_a_truncated_pickle_is_an_error_with_its_name(tmp_path, name):
     source = write_torch_dist(
         tmp_path / "megatron", megatron_tensors(make_decoder("llama", False), stacked=True)
     )

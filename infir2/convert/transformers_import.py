@@ -1,0 +1,95 @@
+"""Models that transformers loads and our readers do not, as BF16 Hugging Face directories.
+
+These are GGUF files, pickled (`.bin`) directories, and directories in another quantization.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infir2.convert.hf import SHARD_BYTES, complete_config, write_with_progress
+from infir2.convert.weights import hf_weights
+from infir2.errors import CheckpointError, OutputExistsError, first_line
+from infir2.model import Decoder, ModelConfig
+from infir2.model.hf_names import exported_weights, load_weights
+from infir2.model.safetensors_io import read_json, write_hf
+
+
+def import_hf(src: str | Path, out: str | Path) -> None:
+    """Write the model at `src` as a BF16 Hugging Face directory with configuration and tokenizer.
+
+    An unquantized directory of safetensors is streamed. Everything else is loaded by transformers,
+    which holds the full model in memory. `trust_remote_code` stays off, so no code of the model is
+    executed.
+
+    Args:
+        src: model directory or .gguf file.
+        out: directory to create.
+
+    Raises:
+        OutputExistsError: `out` exists.
+        CheckpointError: transformers cannot load `src`, or our decoder does not implement its
+            architecture.
+    """
+    src, out = Path(src), Path(out)
+    if out.exists():
+        raise OutputExistsError(f"{out} already exists; remove it or choose another output")
+    if not src.exists():
+        raise CheckpointError(f"{src} does not exist; give a model directory or a .gguf file")
+    if _is_plain_safetensors(src):
+        weights = hf_weights(src, quantized=False)
+        config = complete_config(weights.config)
+        write_with_progress(weights, out, weights.bf16(), config, "importing")
+        return
+    source, tokenizer = _load_with_transformers(src)
+    config = source.config.to_dict()
+    config.pop("quantization_config", None)  # transformers has dequantized the weights
+    with torch.device("meta"):
+        decoder = Decoder(ModelConfig.from_hf(config))
+    load_weights(decoder, _named_weights(source), "cpu")
+    with tempfile.TemporaryDirectory() as side_files:
+        tokenizer.save_pretrained(side_files)
+        with contextlib.suppress(OSError, ValueError):  # the model has no generation settings
+            source.generation_config.save_pretrained(side_files)
+        write_hf(out, exported_weights(decoder), decoder.config.to_hf(), side_files, SHARD_BYTES)
+
+
+def _is_plain_safetensors(src: Path) -> bool:
+    config = src / "config.json"
+    if not config.is_file() or not list(src.glob("*.safetensors")):
+        return False
+    return "quantization_config" not in read_json(config)
+
+
+def _load_with_transformers(src: Path) -> tuple[Any, Any]:
+    """(model in BF16, tokenizer) from a directory or a .gguf file; raises CheckpointError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory, options = src, {}
+    if src.suffix == ".gguf":
+        directory, options = src.parent, {"gguf_file": src.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, local_files_only=True, dtype=torch.bfloat16, **options
+        )
+    except ImportError as error:
+        raise CheckpointError(
+            f"{src}: transformers needs another package to read this: {first_line(error)}"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{src}: transformers cannot load it: {first_line(error)}") from error
+    return model, tokenizer
+
+
+def _named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Named weights of a transformers model, without the ones tied to another weight."""
+    tied = set()
+    if model.config.tie_word_embeddings:
+        tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
