@@ -17,7 +17,6 @@ def rl(arguments: Sequence[str]) -> None:
         print_result(recipe_help(RlRecipe, "rl", description))
         return
     loaded = load_recipe(RlRecipe, arguments, "rl")
-    from infir2.evaluate.run import in_loop_evaluator
     from infir2.rl.loop import run_rl
 
-    run_rl(loaded, in_loop_evaluator(loaded.recipe))
+    run_rl(loaded)

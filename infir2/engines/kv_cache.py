@@ -44,6 +44,17 @@ class KvCache:
             for _ in range(2)
         )
 
+    def grow(self, num_slots: int, max_tokens: int) -> None:
+        """Enlarge to these sizes and keep the content. Copies the cache, one layer at a time."""
+        assert num_slots >= self.num_slots, "a cache only grows"
+        assert max_tokens >= self.max_tokens, "a cache only grows"
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                larger = old.new_empty((num_slots, old.shape[1], max_tokens, old.shape[3]))
+                larger[: self.num_slots, :, : self.max_tokens] = old
+                tensors[layer] = larger
+        self.num_slots, self.max_tokens = num_slots, max_tokens
+
 
 @dataclass(frozen=True)
 class CachedAttention:

@@ -1,8 +1,10 @@
-"""Whether a server that speaks the OpenAI API computes what an FP8 directory says.
+"""`infir2 verify-weights --engine`: does a server with the OpenAI API compute what an FP8 directory
+defines?
 
-A server gives no bytes, so this compares behaviour: fixed prompts of token ids, continued greedily, against our engine on the
-same directory. It finds wrong or badly loaded weights. It cannot tell weights a small update apart: a server that sums in
-another order already differs by up to MAX_DIFFERENCE in log-probability.
+A server does not show its bytes, so the check compares behavior: fixed prompts of token ids,
+continued greedily by the server and by our engine on the same directory. It finds wrong or badly
+loaded weights. It does not find a small update: a server that sums in another order already differs
+by up to MAX_DIFFERENCE in log-probability.
 """
 
 import json
@@ -14,74 +16,103 @@ from typing import Any
 
 import torch
 
-from infir2.data import load_tokenizer
+from infir2.data import ChatTokenizer, load_tokenizer
+from infir2.engines.generate import generate_all
 from infir2.engines.native import NativeEngine
-from infir2.engines.types import Request, SamplingParams
+from infir2.engines.types import Completion, Request, SamplingParams
 from infir2.errors import CheckFailedError, ConfigError
 
 KEY_VARIABLE = "INFIR2_ENGINE_KEY"
 NUM_PROBES, PROBE_TOKENS, NEW_TOKENS = 4, 24, 12
 MIN_AGREEMENT = 0.5  # of the tokens, counted up to each probe's first difference
-MAX_DIFFERENCE = 0.25  # mean |log-probability difference| of those
+MAX_DIFFERENCE = 0.25  # mean |log-probability difference| of those tokens
 TIMEOUT_SECONDS = 120.0
 
 
 def check_engine(url: str, hf_dir: Path) -> str:
-    """One sentence on how far the server at `url` (with or without /v1) agrees; its key comes from INFIR2_ENGINE_KEY.
+    """Compare the server at `url` (with or without /v1) with `hf_dir`; INFIR2_ENGINE_KEY is its
+    key.
 
-    Raises ConfigError (no such server, or an answer that is not the API's), CheckFailedError (it computes something else).
+    Returns one sentence with the agreement. Raises ConfigError for a server that does not answer as
+    the API does, CheckFailedError for one that computes something else.
     """
     base = url.rstrip("/").removesuffix("/v1") + "/v1"
     tokenizer = load_tokenizer(hf_dir)
-    engine = NativeEngine.from_hf(hf_dir, NUM_PROBES, torch.bfloat16, torch.device("cpu"))
-    vocabulary = tokenizer.vocab_size
-    prompts = [
-        [(7919 * probe + 104729 * place) % vocabulary for place in range(1, PROBE_TOKENS + 1)]
-        for probe in range(1, NUM_PROBES + 1)
-    ]
-    requests = [Request(str(index), prompt, index) for index, prompt in enumerate(prompts)]
-    ours = engine.generate(
-        requests, SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, stop_ids=())
-    )
+    expected = _reference_completions(hf_dir, tokenizer.vocab_size)
     differences: list[float] = []
     try:
         model = _call(f"{base}/models")["data"][0]["id"]
-        for prompt, mine in zip(prompts, ours, strict=True):
-            words = {
-                "prompt": prompt,
-                "model": model,
-                "max_tokens": NEW_TOKENS,
-                "temperature": 0,
-                "logprobs": 1,
-                "ignore_eos": True,
-            }
-            theirs = _call(f"{base}/completions", words | {"return_tokens_as_token_ids": True})[
-                "choices"
-            ][0]["logprobs"]
-            for token, logprob, text, value in zip(
-                mine.token_ids,
-                mine.rollout_logprobs,
-                theirs["tokens"],
-                theirs["token_logprobs"],
-                strict=False,
-            ):
-                if text not in (f"token_id:{token}", tokenizer.decode([token])):
-                    break
-                differences.append(abs(float(logprob) - float(value)))
+        for request, completion in expected:
+            answer = _server_logprobs(base, model, request)
+            differences += _matching_differences(completion, answer, tokenizer)
     except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ConfigError(
-            f"{base}: gives no completions with log-probabilities ({error}); check the URL and {KEY_VARIABLE}."
+            f"{base}: returned no completions with log-probabilities ({error}); check the URL and "
+            f"{KEY_VARIABLE}."
         ) from error
-    agreed, mean = (
-        len(differences) / (NUM_PROBES * NEW_TOKENS),
-        sum(differences) / max(1, len(differences)),
+    return _verdict(url, hf_dir, differences)
+
+
+def _reference_completions(hf_dir: Path, vocab_size: int) -> list[tuple[Request, Completion]]:
+    engine = NativeEngine.from_hf(hf_dir, NUM_PROBES, torch.bfloat16, torch.device("cpu"))
+    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, stop_ids=())
+    requests = []
+    for probe in range(1, NUM_PROBES + 1):
+        positions = range(1, PROBE_TOKENS + 1)
+        prompt = [(7919 * probe + 104729 * position) % vocab_size for position in positions]
+        requests.append(Request(str(probe), prompt, params, key=probe))
+    return list(zip(requests, generate_all(engine, requests), strict=True))
+
+
+def _server_logprobs(base: str, model: str, request: Request) -> dict[str, Any]:
+    """The `logprobs` object of the server's completion: lists `tokens` and `token_logprobs`."""
+    body = {
+        "prompt": list(request.token_ids),
+        "model": model,
+        "max_tokens": request.params.max_tokens,
+        "temperature": 0,
+        "logprobs": 1,
+        "ignore_eos": True,
+        "return_tokens_as_token_ids": True,
+    }
+    answer: dict[str, Any] = _call(f"{base}/completions", body)["choices"][0]["logprobs"]
+    return answer
+
+
+def _matching_differences(
+    completion: Completion, answer: dict[str, Any], tokenizer: ChatTokenizer
+) -> list[float]:
+    """|log-probability difference| of each token up to the first that the server chose differently.
+
+    A server that does not know `return_tokens_as_token_ids` answers with the token's text.
+    """
+    differences = []
+    for token, logprob, text, value in zip(
+        completion.token_ids,
+        completion.rollout_logprobs,
+        answer["tokens"],
+        answer["token_logprobs"],
+        strict=False,
+    ):
+        if text not in (f"token_id:{token}", tokenizer.decode([token])):
+            break
+        differences.append(abs(float(logprob) - float(value)))
+    return differences
+
+
+def _verdict(url: str, hf_dir: Path, differences: list[float]) -> str:
+    total = NUM_PROBES * NEW_TOKENS
+    agreement, mean = len(differences) / total, sum(differences) / max(1, len(differences))
+    result = (
+        f"{agreement:.0%} of {total} greedy tokens agree, their log-probabilities within "
+        f"{mean:.3g} on average"
     )
-    found = f"{agreed:.0%} of {NUM_PROBES * NEW_TOKENS} greedy tokens agree, their log-probabilities within {mean:.3g} on average"
-    if agreed < MIN_AGREEMENT or not mean <= MAX_DIFFERENCE:
+    if agreement < MIN_AGREEMENT or not mean <= MAX_DIFFERENCE:
         raise CheckFailedError(
-            f"{url} does not compute what {hf_dir} says: {found} (allowed {MIN_AGREEMENT:.0%}, {MAX_DIFFERENCE})."
+            f"{url} does not compute what {hf_dir} defines: {result} (required: "
+            f"{MIN_AGREEMENT:.0%}, {MAX_DIFFERENCE})."
         )
-    return f"{url}: {found}."
+    return f"{url}: {result}."
 
 
 def _call(url: str, body: dict[str, Any] | None = None) -> Any:
@@ -90,7 +121,6 @@ def _call(url: str, body: dict[str, Any] | None = None) -> Any:
         "Authorization": f"Bearer {os.environ.get(KEY_VARIABLE, '')}",
     }
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(
-        urllib.request.Request(url, data, headers), timeout=TIMEOUT_SECONDS
-    ) as answer:
+    request = urllib.request.Request(url, data, headers)
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
         return json.loads(answer.read())

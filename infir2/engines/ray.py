@@ -1,15 +1,25 @@
-"""Rollout engines apart from the trainer: actors in the placement group that `infir2 launch ray --engines N` made.
+"""Rollout engines in processes of their own: actors in the placement group that
+`infir2 launch ray --engines N` reserved.
 
-The first rank talks to them. Weights go through Ray's object store as bytes (it does not take FP8 tensors), put once and
-fetched by every engine. An engine serves a version of the weights only after its digest of them was found to be the first
-one's, and `open_engine` compares that with the trainer's. Ray starts a dead engine again, as often as the launcher said; until
-it has the weights, the others do its work. One that makes no progress is ended, which makes it a dead one.
+Rank 0 talks to the actors. It keeps the queue and gives each engine a few more requests than it can
+run at a time, so engines that are faster get more. An actor works on its requests in calls of a
+fraction of a second: each call brings new requests and returns what has finished, and a call that
+does not return for a long time shows that the engine is stuck.
+
+Weights travel through Ray's object store as bytes (it does not accept FP8 tensors): rank 0 puts
+them once, every actor fetches them. An engine gets requests only after the digest of its weights
+was found equal to that of the first engine; `weight_sync` compares it with the trainer's.
+
+Ray restarts an engine that died, as often as the launcher allows; until it has loaded the weights,
+the other engines generate its unfinished requests. A stuck engine is killed; Ray then restarts it.
 """
 
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +29,37 @@ from torch import Tensor
 
 from infir2.config.schema import RolloutSection
 from infir2.engines.native import NativeEngine
-from infir2.engines.types import Ended, Request, SamplingParams
+from infir2.engines.types import Completion, Request, check_request
 from infir2.errors import CheckFailedError, RankError
 from infir2.launch.ray import ENGINES, actors_in, connect
 from infir2.parallel.ranks import Ranks
 from infir2.terminal import log
 
-ProcessId = tuple[str, int]  # of an engine's process: Ray's node, pid there
-Piece = tuple[
-    str, str, tuple[int, ...], Any
-]  # of a weight: name, dtype, shape, reference to its bytes
+ProcessId = tuple[str, int]  # of an engine's process: Ray's node id, pid on that node
+StoredWeight = tuple[str, str, tuple[int, ...], Any]  # name, dtype, shape, object-store reference
 POLL_SECONDS = 0.5
-BEAT_SECONDS = 1.0  # between signs of life of an engine whose responses are long
+CALL_SECONDS = 0.2  # an engine works on its requests for so long before it returns completions
+QUEUE_FACTOR = 1.25  # requests at an engine per request that it runs, so that no free slot waits
 
 
-class NotServing(Exception):
-    """An engine was started again and has not got its weights yet."""
+class NotServingError(Exception):
+    """The engine was restarted and does not have its weights yet."""
 
 
 class EngineActor:
-    """A `NativeEngine` in a process of its own, on a GPU if its bundle has one."""
+    """A `NativeEngine` in its own process, on a GPU if its bundle has one."""
 
     def __init__(self, section: RolloutSection, compute_dtype: torch.dtype) -> None:
         self._section, self._compute_dtype = section, compute_dtype
         self._engine: NativeEngine | None = None
 
     def load(
-        self, pieces: Sequence[Piece], policy_version: int
+        self, weights: Sequence[StoredWeight], policy_version: int
     ) -> tuple[dict[str, str], ProcessId]:
-        """Take over these weights, without any those of `rollout.model`. Returns their digest, and where this process is."""
+        """Drop all requests and load `weights`; without any, those of `rollout.model`.
+
+        Returns the digest of the weights, and which process this is.
+        """
         import ray
 
         if self._engine is None:
@@ -56,26 +68,82 @@ class EngineActor:
             self._engine = NativeEngine.from_hf(
                 directory, self._section.max_running_requests, self._compute_dtype, device
             )
-        if pieces:
-            self._engine.update_weights(_fetched(pieces), policy_version)
+        self._engine.cancel_all()
+        if weights:
+            self._engine.update_weights(_fetch_weights(weights), policy_version)
         return self._engine.weights_digest(), (ray.get_runtime_context().get_node_id(), os.getpid())
 
-    def generate(
-        self, requests: Sequence[Request], params: SamplingParams, policy_version: int
-    ) -> Iterator[list[Ended]]:
-        """What has ended, as it ends; nothing, every BEAT_SECONDS in which tokens were made."""
+    def generate(self, requests: Sequence[Request], policy_version: int) -> list[Completion]:
+        """Accept requests and work on all unfinished ones for CALL_SECONDS; returns what finished.
+
+        Raises NotServingError in a restarted process.
+        """
         engine = self._engine
         if engine is None or engine.policy_version != policy_version:
-            raise NotServing
-        told = time.monotonic()
-        for ended in engine.stream(requests, params):
-            if ended or time.monotonic() - told > BEAT_SECONDS:
-                told = time.monotonic()
-                yield ended
+            raise NotServingError
+        for request in requests:
+            engine.submit(request)
+        completions, end = list[Completion](), time.monotonic() + CALL_SECONDS
+        while engine.num_unfinished:
+            completions += engine.step()
+            if time.monotonic() > end:
+                break
+        return completions
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """As `Engine.cancel`."""
+        if self._engine is not None:
+            self._engine.cancel(request_ids)
+
+
+@dataclass(eq=False)
+class _RemoteEngine:
+    """What rank 0 knows of an actor. An actor has at most one `load` or `generate` call in flight.
+
+    Attributes:
+        requests: those that were given to the actor and have not finished, by id.
+        new_ids: which of them the actor has not received yet.
+        serving: whether it holds the current weights.
+        call: reference to the result of the call in flight.
+        called_at: when that call began, time.monotonic().
+        process: its process, known after `load`.
+    """
+
+    actor: Any
+    requests: dict[str, Request] = field(default_factory=dict)
+    new_ids: list[str] = field(default_factory=list)
+    serving: bool = False
+    call: Any = None
+    called_at: float = 0.0
+    process: ProcessId | None = None
+
+    def load(self, weights: Sequence[StoredWeight], policy_version: int) -> None:
+        # A call in flight is forgotten: an actor does its calls in order, so this one comes after.
+        self.serving = False
+        self.requests, self.new_ids = {}, []
+        self.call = self.actor.load.remote(weights, policy_version)
+        self.called_at = time.monotonic()
+
+    def add(self, request: Request) -> None:
+        self.requests[request.id] = request
+        self.new_ids.append(request.id)
+
+    def generate(self, policy_version: int) -> None:
+        new = [self.requests[request_id] for request_id in self.new_ids]
+        self.new_ids = []
+        self.call = self.actor.generate.remote(new, policy_version)
+        self.called_at = time.monotonic()
+
+    def cancel(self, request_ids: set[str]) -> None:
+        received = request_ids & self.requests.keys() - set(self.new_ids)
+        self.requests = {i: r for i, r in self.requests.items() if i not in request_ids}
+        self.new_ids = [i for i in self.new_ids if i not in request_ids]
+        if received:
+            self.actor.cancel.remote(sorted(received))
 
 
 class RayEngines:
-    """All engines of the run as one `Engine`; every rank has one, and the first rank's does the work."""
+    """All engines of the run as one `RolloutEngine`. Every rank has this object; rank 0's works."""
 
     def __init__(
         self,
@@ -84,182 +152,196 @@ class RayEngines:
         ranks: Ranks,
         timeout_seconds: float,
     ) -> None:
-        """Start the engines with the weights of `rollout.model`, version 0. Errors: those of `NativeEngine.from_hf`.
+        """Start the engines with the weights of `rollout.model`, version 0.
 
-        An engine that makes no token, or loads weights, for longer than `timeout_seconds` is ended.
+        An engine whose call does not return within `timeout_seconds` is killed. Raises as
+        `NativeEngine.from_hf`.
         """
-        self.policy_version, self.shared = 0, True
+        self.policy_version, self.shared_by_ranks = 0, True
         self._ranks, self._timeout_seconds = ranks, timeout_seconds
-        self._pieces: list[Piece] = []
-        self._actors: list[Any] = []  # those that are not dead for good
-        self._serving: list[Any] = []
-        self._loading: dict[Any, Any] = {}  # reference to the digest that is to come -> actor
-        self._places: dict[
-            Any, ProcessId
-        ] = {}  # of actors that have loaded weights in this life of theirs
-        self._heard: dict[
-            Any, float
-        ] = {}  # when a call to an actor began or gave something, time.monotonic()
+        self._max_queued = max(1, round(QUEUE_FACTOR * section.max_running_requests))
+        self._weights: list[StoredWeight] = []
+        self._digest: dict[str, str] = {}
+        self._unfinished_ids: set[str] = set()
+        self._waiting: deque[Request] = deque()
+        self._engines: list[_RemoteEngine] = []  # those that Ray still restarts
         if ranks.is_rank0:
-            self._actors = _start(section, compute_dtype)
+            actors = _start_actors(section, compute_dtype)
+            self._engines = [_RemoteEngine(actor) for actor in actors]
         self._digest = ranks.broadcast_from_rank0(self._load_all)
 
+    @property
+    def num_unfinished(self) -> int:
+        """As `Engine`."""
+        return len(self._unfinished_ids)
+
+    def submit(self, request: Request) -> None:
+        """As `Engine`."""
+        check_request(request, self._unfinished_ids)
+        self._unfinished_ids.add(request.id)
+        self._waiting.append(request)
+
+    def step(self) -> list[Completion]:
+        """As `Engine`. Raises RankError when every engine has died and Ray restarts none."""
+        self._require_an_engine()
+        serving = [engine for engine in self._engines if engine.serving]
+        while self._waiting and serving:
+            engine = min(serving, key=lambda engine: len(engine.requests))
+            if len(engine.requests) >= self._max_queued:
+                break
+            engine.add(self._waiting.popleft())
+        for engine in serving:
+            if engine.requests and engine.call is None:
+                engine.generate(self.policy_version)
+        return self._collect(POLL_SECONDS)
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """As `Engine`."""
+        canceled = self._unfinished_ids.intersection(request_ids)
+        self._unfinished_ids -= canceled
+        self._waiting = deque(r for r in self._waiting if r.id not in canceled)
+        for engine in self._engines:
+            engine.cancel(canceled)
+
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
-        """As `Engine`; on other ranks than the first, only go through the weights."""
-        self._pieces = []  # the object store need not hold two versions
+        """As `WeightSink`; the other ranks only take part in gathering each weight."""
+        assert not self.num_unfinished, "finish or cancel all requests before new weights"
+        self._weights = []  # frees the old version's memory in the object store
         for name, tensor in weights:
             if self._ranks.is_rank0:
-                self._pieces.append(_put(name, tensor))
+                self._weights.append(_store_weight(name, tensor))
         self.policy_version = policy_version
         self._digest = self._ranks.broadcast_from_rank0(self._load_all)
 
     def weights_digest(self) -> dict[str, str]:
-        """That of every engine that serves."""
+        """As `OffersDigest`: the digest that all serving engines have."""
         return self._digest
 
-    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Ended]]:
-        """As `Engine`. What an engine had not finished when it died is divided again. Raises RankError when all are dead for good."""
-        done: set[int] = set()
-        while waiting := [i for i in range(len(requests)) if i not in done]:
-            yield from self._await_one()
-            streams = {}
-            for number, actor in enumerate(self._serving):
-                share = waiting[number :: len(self._serving)]
-                if share:
-                    stream = actor.generate.options(num_returns="streaming").remote(
-                        [requests[i] for i in share], params, self.policy_version
-                    )
-                    streams[stream] = (actor, share)
-            for ended in self._collect(streams):
-                done.update(index for index, _ in ended)
-                yield ended
+    def _load_all(self) -> dict[str, str]:
+        """Load the current weights into every engine. Returns their digest."""
+        self._digest = {}
+        for engine in self._engines:
+            engine.load(self._weights, self.policy_version)
+        while any(engine.call is not None for engine in self._engines):
+            self._collect(POLL_SECONDS)
+        self._require_an_engine()
+        return self._digest
 
-    def _collect(self, streams: dict[Any, tuple[Any, list[int]]]) -> Iterator[list[Ended]]:
+    def _require_an_engine(self) -> None:
+        if not self._engines:
+            raise RankError(
+                "every rollout engine has died, more often than --max-restarts allows; "
+                "the messages above say why"
+            )
+
+    def _collect(self, wait_seconds: float) -> list[Completion]:
+        """Wait for a call to return and handle all that have."""
         import ray
 
-        self._heard |= dict.fromkeys(streams, time.monotonic())
-        while streams:
-            yield []
-            for stream in ray.wait(list(streams), timeout=POLL_SECONDS)[0]:
-                actor, share = streams[stream]
-                self._heard[stream] = time.monotonic()
-                try:
-                    yield [
-                        (share[place], completion) for place, completion in ray.get(next(stream))
-                    ]
-                except StopIteration:
-                    del streams[stream]
-                except (ray.exceptions.RayActorError, NotServing) as error:
-                    del streams[stream]
-                    log(
-                        f"a rollout engine died ({type(error).__name__}); the others do its work",
-                        "rl",
-                    )
-                    self._serving.remove(actor)
-                    self._places.pop(actor, None)
-                    self._load(actor)
-            self._end_wedged({stream: actor for stream, (actor, _) in streams.items()})
+        self._kill_stuck_engines()
+        engine_of = {engine.call: engine for engine in self._engines if engine.call is not None}
+        if not engine_of:
+            return []
+        completions = list[Completion]()
+        calls = list(engine_of)
+        if not ray.wait(calls, timeout=wait_seconds)[0]:
+            return []
+        for call in ray.wait(calls, num_returns=len(calls), timeout=0)[0]:
+            engine = engine_of[call]
+            engine.call = None
+            if engine.serving:
+                completions += self._finish_generate(engine, call)
+            else:
+                self._finish_load(engine, call)
+        return completions
 
-    def _end_wedged(self, calls: Mapping[Any, Any]) -> None:
-        """End the engines whose call has long given nothing (call -> actor); Ray lets the call fail then, and starts them again.
+    def _finish_generate(self, engine: _RemoteEngine, call: Any) -> list[Completion]:
+        import ray
 
-        By a signal where the process is known: `ray.kill` asks it first, and gives up (Ray 2.60) if the question cannot be sent.
+        try:
+            finished: list[Completion] = ray.get(call)
+        except (ray.exceptions.RayActorError, NotServingError) as error:
+            log(f"a rollout engine died ({type(error).__name__}); the others do its work", "rl")
+            self._waiting.extendleft(reversed(engine.requests.values()))
+            engine.process = None
+            engine.load(self._weights, self.policy_version)
+            return []
+        # A canceled request may have finished before the engine knew.
+        wanted = [each for each in finished if each.id in engine.requests]
+        for completion in wanted:
+            del engine.requests[completion.id]
+            self._unfinished_ids.remove(completion.id)
+        return wanted
+
+    def _finish_load(self, engine: _RemoteEngine, call: Any) -> None:
+        """The engine serves if its weights have the digest of the others."""
+        import ray
+
+        try:
+            digest, engine.process = ray.get(call)
+        except ray.exceptions.ActorUnavailableError:  # Ray is restarting it
+            engine.process = None
+            time.sleep(POLL_SECONDS)
+            engine.load(self._weights, self.policy_version)
+            return
+        except ray.exceptions.RayActorError as error:
+            log(f"a rollout engine is gone: {error}", "rl")
+            self._engines.remove(engine)
+            return
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        self._digest = self._digest or digest
+        if digest != self._digest:
+            raise CheckFailedError(
+                "two rollout engines hold different weights: rollout.model must be the same on "
+                "every node"
+            )
+        engine.serving = True
+
+    def _kill_stuck_engines(self) -> None:
+        """Kill engines whose call is overdue; the call then fails, and Ray restarts the engine.
+
+        The kill is a signal where the process is known: `ray.kill` sends the process a message
+        first and gives up (Ray 2.60) when a stopped process does not accept it.
         """
         import ray
 
         now = time.monotonic()
-        for call, actor in calls.items():
-            if (
-                now - self._heard[call] > self._timeout_seconds
-                and not ray.wait([call], timeout=0)[0]
-            ):
-                log(
-                    f"a rollout engine made no progress in {self._timeout_seconds:g} s; ending it",
-                    "rl",
-                )
-                if place := self._places.pop(actor, None):
-                    _kill(*place)
-                else:
-                    ray.kill(actor, no_restart=False)
-                self._heard[call] = now
-
-    def _load(self, actor: Any) -> None:
-        loaded = actor.load.remote(self._pieces, self.policy_version)
-        self._loading[loaded], self._heard[loaded] = actor, time.monotonic()
-
-    def _load_all(self) -> dict[str, str]:
-        """Give every engine the version at hand; their digest."""
-        # A load in flight is of the version before; an actor does its calls in order, so the new one comes after it.
-        self._serving, self._loading, self._heard, self._digest = [], {}, {}, {}
-        for actor in self._actors:
-            self._load(actor)
-        while self._loading:
-            self._admit(POLL_SECONDS)
-        for _ in self._await_one():
-            pass
-        return self._digest
-
-    def _await_one(self) -> Iterator[list[Ended]]:
-        """Until an engine serves, which may be at once; those that have got ready serve too."""
-        self._admit(0)
-        while not self._serving:
-            if not self._loading:
-                raise RankError(
-                    "every rollout engine has died, more often than --max-restarts allows; see above"
-                )
-            yield []
-            self._admit(POLL_SECONDS)
-
-    def _admit(self, wait_seconds: float) -> None:
-        """Let engines serve whose weights have the right digest."""
-        import ray
-
-        self._end_wedged(self._loading)
-        for loaded in (
-            ray.wait(list(self._loading), timeout=wait_seconds)[0] if self._loading else ()
-        ):
-            actor = self._loading.pop(loaded)
-            try:
-                digest, self._places[actor] = ray.get(loaded)
-            except ray.exceptions.ActorUnavailableError:  # being started again
-                self._places.pop(actor, None)
-                time.sleep(POLL_SECONDS)
-                self._load(actor)
+        for engine in self._engines:
+            overdue = engine.call is not None and now - engine.called_at > self._timeout_seconds
+            if not overdue or ray.wait([engine.call], timeout=0)[0]:
                 continue
-            except ray.exceptions.RayActorError as error:
-                log(f"a rollout engine is gone: {error}", "rl")
-                self._actors.remove(actor)
-                continue
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
-            self._digest = self._digest or digest
-            if digest != self._digest:
-                raise CheckFailedError(
-                    "two rollout engines hold different weights: rollout.model must be the same on every node"
-                )
-            self._serving.append(actor)
+            limit = f"{self._timeout_seconds:g} s"
+            log(f"a rollout engine made no progress in {limit}; killing it", "rl")
+            if engine.process:
+                _kill_process(*engine.process)
+                engine.process = None
+            else:
+                ray.kill(engine.actor, no_restart=False)
+            engine.called_at = now
 
 
-def _start(section: RolloutSection, compute_dtype: torch.dtype) -> list[Any]:
+def _start_actors(section: RolloutSection, compute_dtype: torch.dtype) -> list[Any]:
     import ray
     from ray.util.placement_group import PlacementGroup
 
     connect(os.environ["RAY_ADDRESS"])
-    number, _, max_restarts = os.environ[ENGINES].partition(":")
-    group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number)))
+    group_id, _, max_restarts = os.environ[ENGINES].partition(":")
+    group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
     return actors_in(group, EngineActor, section, compute_dtype, max_restarts=int(max_restarts))
 
 
-def _kill(node: str, pid: int) -> None:
-    """SIGKILL to a process on a node of the cluster. Nobody waits for it."""
+def _kill_process(node_id: str, pid: int) -> None:
+    """Send SIGKILL to a process on a node of the cluster, without waiting for it to end."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     kill = ray.remote(lambda: os.kill(pid, signal.SIGKILL))
-    kill.options(num_cpus=0, scheduling_strategy=On(node, soft=False), max_retries=0).remote()
+    on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    kill.options(num_cpus=0, scheduling_strategy=on_node, max_retries=0).remote()
 
 
-def _put(name: str, tensor: Tensor) -> Piece:
+def _store_weight(name: str, tensor: Tensor) -> StoredWeight:
     import ray
 
     content = tensor.detach().to("cpu").contiguous()
@@ -267,9 +349,9 @@ def _put(name: str, tensor: Tensor) -> Piece:
     return name, str(content.dtype).removeprefix("torch."), tuple(content.shape), ray.put(raw)
 
 
-def _fetched(pieces: Sequence[Piece]) -> Iterator[tuple[str, Tensor]]:
+def _fetch_weights(weights: Sequence[StoredWeight]) -> Iterator[tuple[str, Tensor]]:
     import ray
 
-    for name, dtype, shape, reference in pieces:
+    for name, dtype, shape, reference in weights:
         raw = np.array(ray.get(reference))  # a copy: the store's memory is read-only
         yield name, torch.from_numpy(raw).view(getattr(torch, dtype)).view(shape)

@@ -1,18 +1,30 @@
-"""Sampling whose randomness depends on the request alone: one counter-based uniform number per token."""
+"""Sampling whose randomness is a function of the request: a counter-based generator, one uniform
+number per token."""
+
+import hashlib
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment, 2^64 / golden ratio
+
+
+def sampling_key(seed: int, prompt_id: str, sample: int, policy_version: int) -> int:
+    """64-bit key of a request: the first bytes of a SHA-256 over the arguments.
+
+    It depends on nothing else, so a rollout that is generated again after a crash is the same.
+    """
+    text = f"{seed}/{prompt_id}/{sample}/{policy_version}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
 def uniforms(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
-    """SplitMix64 of key + counter as float64 in [0, 1).
+    """SplitMix64 of key + counter as float64 [n] in [0, 1).
 
     Args:
         keys: uint64 [n], one per request.
-        counters: [n], index of the token about to be sampled.
+        counters: int [n], index of the response token that is about to be sampled.
     """
     with np.errstate(over="ignore"):
         z = keys + (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN
@@ -23,37 +35,57 @@ def uniforms(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
 
 
 def sample(
-    logits: Tensor, temperature: float, top_p: float, draws: np.ndarray
+    logits: Tensor, temperatures: np.ndarray, top_ps: np.ndarray, draws: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token per row by inverting the cumulative distribution.
+    """Sample one token per row by inverting the cumulative distribution; a row does not depend on
+    the others.
 
     Args:
         logits: FP32 [B, V].
-        temperature: 0 takes the most likely token (its log-probability is then given at temperature 1).
-        top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
+        temperatures: float64 [B]; 0 takes the most likely token and reports its log-probability at
+            temperature 1.
+        top_ps: float64 [B]; sample from the smallest set of tokens with at least this probability,
+            1 keeps all.
         draws: float64 [B], uniform in [0, 1).
 
     Returns:
-        token_ids [B], and their FP32 log-probabilities [B] at the temperature, before top_p.
+        token_ids int64 [B], and their FP32 log-probabilities [B] at the temperature, before top-p
+        truncation.
     """
-    scaled = logits.double() / (temperature or 1.0)
+    greedy = temperatures == 0
+    divisors = torch.from_numpy(np.where(greedy, 1.0, temperatures)).to(logits.device)
+    scaled = logits.double() / divisors[:, None]
     logprobs = scaled - torch.logsumexp(scaled, dim=-1, keepdim=True)
-    if temperature == 0:
+    if greedy.all():
         chosen = logits.argmax(-1)
     else:
-        chosen = _invert(logprobs.exp(), top_p, torch.from_numpy(draws).to(logits.device))
+        probabilities = _keep_top_p(logprobs.exp(), top_ps)
+        chosen = _invert_cumulative(probabilities, torch.from_numpy(draws).to(logits.device))
+        if greedy.any():
+            is_greedy = torch.from_numpy(greedy).to(logits.device)
+            chosen = torch.where(is_greedy, logits.argmax(-1), chosen)
     return chosen, logprobs.gather(1, chosen[:, None]).squeeze(1).float()
 
 
-def _invert(probabilities: Tensor, top_p: float, draws: Tensor) -> Tensor:
-    if top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
+def _keep_top_p(probabilities: Tensor, top_ps: np.ndarray) -> Tensor:
+    """Zero what lies outside of each row's smallest set of tokens with probability `top_ps`; rows
+    of 1 stay as they are."""
+    truncated = torch.from_numpy(np.flatnonzero(top_ps < 1)).to(probabilities.device)
+    if not len(truncated):
+        return probabilities
+    limits = torch.from_numpy(top_ps[top_ps < 1]).to(probabilities.device)[:, None]
+    ordered, order = probabilities[truncated].sort(dim=-1, descending=True, stable=True)
+    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= limits, 0.0)
+    kept = torch.zeros_like(ordered).scatter_(1, order, ordered)
+    return probabilities.index_copy(0, truncated, kept)
+
+
+def _invert_cumulative(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """The token [B] whose interval of the cumulative sum contains draw * total; the rows need not
+    sum to 1."""
     cumulative = probabilities.cumsum(-1)
-    index = torch.searchsorted(
-        cumulative, (draws * cumulative[:, -1])[:, None], right=True
-    ).squeeze(1)
-    # the last token with any probability, should rounding put the draw at the very end
+    targets = (draws * cumulative[:, -1])[:, None]
+    index = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+    # If rounding puts the target at the very end, take the last token with a probability above 0.
     last = probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1)
     return torch.minimum(index, last)

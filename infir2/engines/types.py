@@ -1,23 +1,31 @@
-"""What goes into an engine and what comes out. Tokens in, tokens out: sampled text is never rendered again."""
+"""Interfaces of an engine: a request goes in, a completion comes out, new weights replace old ones.
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+Everything is token ids: sampled text is never tokenized again. `infir2/engines/generate.py` has the
+functions that most callers want; a server calls `submit` and `step` itself.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
-from infir2.parallel.ranks import Ranks
-
-Item = TypeVar("Item")
-
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. Example: `SamplingParams(temperature=1.0, top_p=1.0, max_tokens=96, stop_ids=(2,))`."""
+    """How to sample one response.
 
-    temperature: float  # 0: greedy
+    Example: `SamplingParams(temperature=1.0, max_tokens=96, stop_ids=(2,))`.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy.
+        max_tokens: the response ends after this many tokens, at least 1.
+        stop_ids: the response ends with the first of these tokens, which belongs to it.
+        top_p: sample from the smallest set of tokens with at least this probability; 1 keeps all.
+    """
+
+    temperature: float
     max_tokens: int
     stop_ids: tuple[int, ...]
     top_p: float = 1.0
@@ -25,87 +33,119 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to generate. `key` seeds its randomness, whatever else runs beside it.
+    """One response to generate.
 
-    Example: `Request("p17/3", [5, 9, 2], key=sampling_key(1236, "p17", 3, policy_version=4))`.
+    Example: `Request("p17/3", [5, 9, 2], params, key=sampling_key(1236, "p17", 3,
+        policy_version=4))`.
+
+    Attributes:
+        id: unique among the unfinished requests of an engine.
+        token_ids: the prompt, at least one token.
+        params: how to sample.
+        key: 64-bit seed of the request's randomness. With the same weights, prompt and params the
+            response depends on nothing else: neither on the batch nor on when the request arrived.
     """
 
     id: str
-    token_ids: Sequence[int]  # the prompt
+    token_ids: Sequence[int]
+    params: SamplingParams
     key: int
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Length of the prompt and the longest response that `params` allows."""
+        return len(self.token_ids) + self.params.max_tokens
 
 
 @dataclass(frozen=True)
 class Completion:
     """One generated response.
 
-    `rollout_logprobs[i]` is the log-probability of `token_ids[i]` at the sampling temperature, before top-p truncation.
+    Attributes:
+        id: that of its request.
+        token_ids: the response, with the stop token if there was one.
+        rollout_logprobs: float32 [len(token_ids)], log-probability of each token at the sampling
+            temperature (greedy: at temperature 1), before top-p truncation.
+        finish: "stop" after a stop token, "length" after `max_tokens`.
+        policy_version: version of the weights that generated it.
     """
 
     id: str
     token_ids: list[int]
-    rollout_logprobs: np.ndarray  # float32 [len(token_ids)]
+    rollout_logprobs: np.ndarray
     finish: Literal["stop", "length"]
     policy_version: int
 
 
-Ended = tuple[int, Completion]  # with the place of its request
-
-
 class Engine(Protocol):
-    """Generates with one version of the weights at a time. Of a run of several ranks, each has an `Engine`.
+    """Generates. Requests may be submitted at any time and join those that are running.
 
-    `shared`: they are the same engines, which the first rank asks for everything.
+    One thread drives an engine: it submits requests and calls `step` until none is unfinished.
+
+    Attributes:
+        policy_version: version of the weights that it generates with.
+        shared_by_ranks: False: each rank of a run has an engine of its own. True: all ranks have
+            the same engines behind this object, and only rank 0 may submit requests to them.
     """
 
     policy_version: int
-    shared: bool
+    shared_by_ranks: bool
 
-    def stream(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[list[Ended]]:
-        """One completion per request. Yields all the time what has ended, often nothing: a caller that goes away ends the work."""
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that were submitted and have neither finished nor been canceled."""
         ...
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises ValueError for an empty prompt, `max_tokens` below 1, or the id of an unfinished
+        request.
+        """
+        ...
+
+    def step(self) -> list[Completion]:
+        """Do a little work, at most about a second; return what finished in it, often nothing."""
+        ...
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """Drop unfinished requests; no `step` returns them any more. Ids that are not unfinished
+        are ignored."""
+        ...
+
+
+class WeightSink(Protocol):
+    """Accepts new weights. Every rank of a run calls `update_weights` at the same point."""
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
-        """Take over new weights, given under their exported names; anything cached from the old ones is dropped."""
+        """Replace the weights by `weights`, given under their exported names (FP8 pairs stay FP8).
+
+        No request may be unfinished: its cached keys and values are those of the old weights.
+        """
         ...
+
+
+class RolloutEngine(Engine, WeightSink, Protocol):
+    """What RL needs of an engine."""
+
+
+@runtime_checkable
+class OffersDigest(Protocol):
+    """An engine that can prove which weights it holds."""
 
     def weights_digest(self) -> dict[str, str]:
-        """sha256 of each weight's bytes by exported name."""
+        """SHA-256 of each weight's bytes, by exported name."""
         ...
 
 
-def part_of(engine: Engine, ranks: Ranks, items: Sequence[Item]) -> Sequence[Item]:
-    """What this rank has `engine` generate of work that all ranks know."""
-    if engine.shared:
-        return items if ranks.is_rank0 else items[:0]
-    return items[ranks.rank :: ranks.size]
-
-
-def respond(
-    engine: Engine,
-    prompts: Sequence[tuple[str, list[int]]],
-    samples: int,
-    seed: int,
-    params: SamplingParams,
-    check: Callable[[], None],
-) -> Iterator[tuple[int, list[Completion]]]:
-    """The responses to each prompt (its id, token_ids), with its place, as the last of them ends; what `check` raises ends the work."""
-    requests = [
-        Request(f"{name}/{i}", ids, sampling_key(seed, name, i, engine.policy_version))
-        for name, ids in prompts
-        for i in range(samples)
-    ]
-    found: dict[int, Completion] = {}
-    for ended in engine.stream(requests, params):
-        found.update(ended)
-        for prompt in {place // samples for place, _ in ended}:
-            places = range(prompt * samples, (prompt + 1) * samples)
-            if found.keys() >= set(places):
-                yield prompt, [found[place] for place in places]
-        check()
-
-
-def sampling_key(seed: int, prompt_id: str, sample: int, policy_version: int) -> int:
-    """64-bit key: randomness is a function of (seed, prompt, sample, policy_version) alone, so that a redone rollout repeats."""
-    text = f"{seed}/{prompt_id}/{sample}/{policy_version}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+def check_request(request: Request, unfinished_ids: Collection[str]) -> None:
+    """Raise the ValueError of `Engine.submit`."""
+    if not request.token_ids:
+        problem = "the prompt has no tokens"
+    elif request.params.max_tokens < 1:
+        problem = f"max_tokens is {request.params.max_tokens}; it must be at least 1"
+    elif request.id in unfinished_ids:
+        problem = "a request of this id is not finished; choose another id"
+    else:
+        return
+    raise ValueError(f"request {request.id}: {problem}")

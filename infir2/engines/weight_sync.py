@@ -1,4 +1,4 @@
-"""Opening the engine a recipe names, and proving that it holds the trainer's weights."""
+"""Weights from the trainer to the rollout engine, and the proof that both hold the same bytes."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from torch import Tensor
 from infir2.config.schema import RlRecipe
 from infir2.engines.native import NativeEngine
 from infir2.engines.ray import RayEngines
-from infir2.engines.types import Engine
+from infir2.engines.types import OffersDigest, RolloutEngine
 from infir2.errors import CheckFailedError, ConfigError
 from infir2.launch.ray import ENGINES
 from infir2.model.hf_names import weights_digest
@@ -19,66 +19,86 @@ from infir2.parallel.parallel_model import ParallelModel
 
 def open_engine(
     recipe: RlRecipe, parallel_model: ParallelModel, policy_version: int
-) -> tuple[Engine, str]:
-    """This rank's engine of `rollout.model`, or all ranks' where the launcher made room for engines apart.
+) -> tuple[RolloutEngine, str]:
+    """Open `rollout.model`: this rank's own engine, or the engines that `infir2 launch` reserved.
 
-    Its bytes are compared with the trainer's before anything is generated.
-    Returns the engine and a digest of its weights.
-    A resumed run (`policy_version` > 0) sends the trainer's weights first: the exported file is older.
-    Raises CheckFailedError naming the first weight that differs.
+    The engine's weights are compared with the trainer's before anything is generated. A resumed run
+    (`policy_version` > 0) publishes the trainer's weights first, because the exported files are
+    older.
+
+    Returns:
+        The engine, and one digest of the weights it holds.
+
+    Raises:
+        ConfigError: `rollout.model` is empty, or `rl.asynchronous` lacks engines of its own.
+        CheckFailedError: a weight differs; the message names the first one.
     """
-    if not recipe.rollout.model:
-        raise ConfigError(
-            "rollout.model is empty: name the FP8 export of model.path (infir2 export hf, infir2 export fp8)"
-        )
-    apart = bool(os.environ.get(ENGINES))
-    if (
-        recipe.rl.asynchronous
-        and not apart
-        and (parallel_model.ranks.size > 1 or parallel_model.layout.device.type != "cpu")
-    ):
-        raise ConfigError(
-            "rl.asynchronous needs engines apart from the trainer, for otherwise both wait for the same processor: start with "
-            "infir2 launch ray --engines N -- rl ... (one process on a CPU may try it without)"
-        )
+    remote = bool(os.environ.get(ENGINES))
+    _check_recipe(recipe, parallel_model, remote)
     section, dtype = recipe.rollout, parallel_model.model.compute_dtype
-    engine: Engine
-    if apart:
+    engine: RolloutEngine
+    if remote:
         engine = RayEngines(section, dtype, parallel_model.ranks, recipe.parallel.timeout_seconds)
     else:
-        engine = NativeEngine.from_hf(
-            Path(section.model), section.max_running_requests, dtype, parallel_model.layout.device
-        )
+        device = parallel_model.layout.device
+        directory = Path(section.model)
+        engine = NativeEngine.from_hf(directory, section.max_running_requests, dtype, device)
     if policy_version > 0:
         return engine, publish(parallel_model, engine, policy_version)
-    return engine, _assert_same(parallel_model, weights_digest(parallel_model.exported()), engine)
+    return engine, _prove_equal(parallel_model, weights_digest(parallel_model.exported()), engine)
 
 
-def publish(parallel_model: ParallelModel, engine: Engine, policy_version: int) -> str:
-    """Send the trainer's weights to the engine. Returns and raises as `open_engine`; every rank calls it at the same point."""
-    ours: dict[str, str] = {}
+def publish(parallel_model: ParallelModel, engine: RolloutEngine, policy_version: int) -> str:
+    """Send the trainer's weights to the engine, and compare digests if the engine offers one.
 
-    def passing() -> Iterator[tuple[str, Tensor]]:
+    Every rank calls this at the same point. Returns one digest of the weights. Raises
+    CheckFailedError as `open_engine`.
+    """
+    digests: dict[str, str] = {}
+
+    def exported_with_digests() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in parallel_model.exported():
-            ours.update(weights_digest([(name, tensor)]))
+            digests.update(weights_digest([(name, tensor)]))
             yield name, tensor
 
-    engine.update_weights(passing(), policy_version)
-    return _assert_same(parallel_model, ours, engine)
+    engine.update_weights(exported_with_digests(), policy_version)
+    return _prove_equal(parallel_model, digests, engine)
 
 
-def _assert_same(parallel_model: ParallelModel, ours: dict[str, str], engine: Engine) -> str:
-    """One digest of the weights. Raises CheckFailedError unless trainer and engine hold the same bytes under the same names."""
+def _check_recipe(recipe: RlRecipe, parallel_model: ParallelModel, remote: bool) -> None:
+    if not recipe.rollout.model:
+        raise ConfigError(
+            "rollout.model is empty: name the FP8 export of model.path (infir2 export hf, infir2 "
+            "export fp8)"
+        )
+    single_cpu = parallel_model.ranks.size == 1 and parallel_model.layout.device.type == "cpu"
+    if recipe.rl.asynchronous and not remote and not single_cpu:
+        raise ConfigError(
+            "rl.asynchronous needs engines apart from the trainer, or both wait for the same "
+            "processor: start with infir2 launch ray --engines N -- rl ... (one process on a CPU "
+            "may try it without)"
+        )
+
+
+def _prove_equal(
+    parallel_model: ParallelModel, trainer: dict[str, str], engine: RolloutEngine
+) -> str:
+    """Compare the trainer's digests with the engine's. Returns one digest of all weights."""
 
     def compare() -> None:
-        theirs = engine.weights_digest()
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
-                state = "differs" if name in ours and name in theirs else "is missing on one side"
-                raise CheckFailedError(
-                    f"{name} {state} between the trainer and the rollout engine: export the trainer's start again "
-                    "(infir2 export hf, infir2 export fp8) with the same fp8.scale_format and fp8.skip_modules"
-                )
+        if isinstance(engine, OffersDigest):
+            _compare(trainer, engine.weights_digest())
 
     parallel_model.ranks.raise_together(compare)
-    return hashlib.sha256(repr(sorted(ours.items())).encode()).hexdigest()
+    return hashlib.sha256(repr(sorted(trainer.items())).encode()).hexdigest()
+
+
+def _compare(trainer: dict[str, str], engine: dict[str, str]) -> None:
+    for name in sorted(trainer.keys() | engine.keys()):
+        if trainer.get(name) != engine.get(name):
+            state = "differs" if name in trainer and name in engine else "is missing on one side"
+            raise CheckFailedError(
+                f"{name} {state} between the trainer and the rollout engine: export the trainer's "
+                "starting weights again (infir2 export hf, infir2 export fp8) with the same "
+                "fp8.scale_format and fp8.skip_modules"
+            )

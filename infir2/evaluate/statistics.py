@@ -1,7 +1,8 @@
 """Scores with their uncertainty: pure functions of plain numbers.
 
-A benchmark is a few dozen problems, each answered k times. Answers to one problem resemble each other, so the problem,
-not the answer, is the unit of chance: every interval here is clustered by problem (Miller 2024, arXiv 2411.00640).
+A benchmark is a few dozen problems, each answered k times. Answers to one problem resemble each
+other, so the problem, not the answer, is the unit of sampling: every interval is clustered by
+problem (Miller 2024, arXiv 2411.00640).
 """
 
 import math
@@ -23,7 +24,10 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one evaluation, fractions of 1; `interval` is the half-width of the 95 % interval of avg@k, clustered by problem."""
+    """Scores of one evaluation, as fractions of 1.
+
+    `interval` is the half-width of the 95 % confidence interval of avg@k, clustered by problem.
+    """
 
     avg_at_k: float
     interval: float
@@ -33,12 +37,24 @@ class Evaluation:
     truncated_fraction: float
     by_difficulty: dict[str, float]
 
+    def describe(self) -> str:
+        """One line for people.
+
+        Example: "avg@4 0.412 +- 0.031, pass@4 0.700 on 300 problems, 1.2 % truncated".
+        """
+        return (
+            f"avg@{self.k} {self.avg_at_k:.3f} +- {self.interval:.3f}, "
+            f"pass@{self.k} {self.pass_at_k:.3f} on {self.num_problems} problems, "
+            f"{100 * self.truncated_fraction:.1f} % truncated"
+        )
+
 
 def clustered_mean(problem_means: Sequence[float]) -> Estimate:
-    """Mean of per-problem means m_i in [0, 1], half-width 1.96 * s / sqrt(n), s = sqrt(sum (m_i - mean)^2 / (n - 1)).
+    """The mean of per-problem means m_i in [0, 1] and its half-width 1.96 * s / sqrt(n).
 
-    All 0 or all 1 is not certainty: the half-width is then Wilson's bound z^2 / (n + z^2). One problem gives an infinite
-    interval. Raises ValueError without problems.
+    s = sqrt(sum (m_i - mean)^2 / (n - 1)). All 0 or all 1 is not certainty: the half-width is then
+    Wilson's bound z^2 / (n + z^2). The interval of one problem is infinite. Raises ValueError for
+    an empty list.
     """
     values = np.asarray(problem_means, dtype=np.float64)
     if values.size == 0:
@@ -54,21 +70,25 @@ def clustered_mean(problem_means: Sequence[float]) -> Estimate:
 
 
 def average_at_k(scores: Sequence[Sequence[float]]) -> Estimate:
-    """avg@k: the mean over problems of the mean score of a problem's samples. `scores`: one list of k scores per problem.
+    """avg@k: the mean over problems of the mean score of a problem's samples.
 
-    Problems weigh the same whatever their number of samples. Example: [[1, 0], [1, 1]] -> 0.75 +- 0.49.
+    `scores` has one list of k scores per problem. All problems have the same weight, whatever their
+    number of samples. Example: [[1, 0], [1, 1]] -> 0.75 +- 0.49.
     """
     return clustered_mean([_mean(samples) for samples in scores])
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that at least one of k samples is correct, from n >= k samples of which c are.
+    """Estimate without bias the chance that at least one of k samples is correct.
 
-    1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, equation 1), as a product that neither overflows nor cancels.
+    `num_correct` c of `num_samples` n >= k are correct. The estimate is 1 - C(n-c, k) / C(n, k)
+    (Chen et al. 2021, arXiv 2107.03374, equation 1), computed as a product that neither overflows
+    nor cancels. Raises ValueError for impossible counts.
     """
     if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
         raise ValueError(
-            f"pass@k needs 0 <= correct <= samples and 1 <= k <= samples, got {num_correct}, {num_samples}, k = {k}"
+            "pass@k needs 0 <= correct <= samples and 1 <= k <= samples, got "
+            f"{num_correct}, {num_samples}, k = {k}"
         )
     if num_samples - num_correct < k:
         return 1.0

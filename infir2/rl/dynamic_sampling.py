@@ -9,7 +9,8 @@ import numpy as np
 
 from infir2.config.schema import RlSection
 from infir2.data import ChatTokenizer, Prompt
-from infir2.engines.types import Completion, Engine, SamplingParams, part_of, respond
+from infir2.engines.generate import generate_groups, items_of_rank
+from infir2.engines.types import Completion, Engine, SamplingParams
 from infir2.errors import DataError
 from infir2.faults import fault
 from infir2.rl.groups import Group, Response
@@ -100,7 +101,7 @@ class GroupSampler:
                 for i, key in enumerate(keys)
                 if (kept := self._journal.get(key)) is not None
             }
-        mine = part_of(engine, self._ranks, [i for i in range(count) if i not in found])
+        mine = items_of_rank(engine, self._ranks, [i for i in range(count) if i not in found])
         for part in divide(
             lambda check: self._respond(engine, {i: (keys[i], *drawn[i]) for i in mine}, check)
         ):
@@ -117,10 +118,10 @@ class GroupSampler:
             self.rl.temperature, self.rl.max_response_tokens, self._tokenizer.eos_token_ids
         )
         checks: dict[int, Future[list[Response]]] = {}
-        for place, completions in respond(
-            engine, prompts, self.rl.group_size, self._seed, params, check
+        for index, completions in generate_groups(
+            engine, prompts, self.rl.group_size, params, self._seed, check
         ):
-            i, (key, _, prompt, _) = missing[place]
+            i, (key, _, prompt, _) = missing[index]
             checks[i] = self._checker.submit(self._finish, key, completions, prompt.answer)
         return {i: checked.result() for i, checked in checks.items()}
 

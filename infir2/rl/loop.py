@@ -1,7 +1,7 @@
 """`infir2 rl`: rollouts, rewards, the policy update, new weights for the engine; one step after another."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +9,13 @@ import torch
 
 from infir2.config.load import Loaded
 from infir2.config.schema import RlRecipe
-from infir2.data import Batch, ChatTokenizer, load_prompts, pack_sequences
-from infir2.engines.types import Engine
+from infir2.data import Batch, load_prompts, pack_sequences
 from infir2.engines.weight_sync import open_engine
 from infir2.errors import CheckFailedError
 from infir2.parallel.parallel_model import ParallelModel
 from infir2.parallel.ranks import Ranks
 from infir2.rl.dynamic_sampling import Collected, GroupSampler
+from infir2.rl.evaluation import InLoopEvaluation
 from infir2.rl.groups import Group, training_samples
 from infir2.rl.journal import Journal
 from infir2.rl.pipeline import Rollouts
@@ -25,15 +25,12 @@ from infir2.train.schedules import learning_rate
 from infir2.train.supervisor import Session
 from infir2.train.trainer import StepResult, Trainer
 
-Evaluator = Callable[[Engine, ChatTokenizer, int, Session], None]
 SAMPLES_PER_STEP = 2  # responses written to samples.jsonl
 
 
-def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
-    """Train to `schedule.total_steps` rollout steps, from the newest checkpoint of `run.dir` if there is one.
-
-    `evaluate(engine, tokenizer, step, session)` is called every `rl.evaluate_every` steps.
-    """
+def run_rl(loaded: Loaded[RlRecipe]) -> None:
+    """Train to `schedule.total_steps` rollout steps, from the newest checkpoint in `run.dir`."""
+    evaluation = InLoopEvaluation(loaded.recipe)
     with Session(loaded, "rl") as session:
         recipe = loaded.recipe
         tokenizer, tokenizer_dir = open_tokenizer(session.model, recipe.data.tokenizer)
@@ -70,14 +67,9 @@ def run_rl(loaded: Loaded[RlRecipe], evaluate: Evaluator | None = None) -> None:
         total = recipe.schedule.total_steps
 
         def evaluate_if_due(step: int) -> None:
-            if (
-                evaluate
-                and recipe.rl.evaluate_every
-                and step
-                and (step % recipe.rl.evaluate_every == 0 or step == total)
-            ):
+            if evaluation.is_due(step):
                 rollouts.update(step)
-                evaluate(engine, tokenizer, step, session)
+                evaluation.run(engine, tokenizer, step, session)
 
         with Rollouts(
             sampler, journal, engine, weights, trainer.parallel_model, session, total

@@ -4,7 +4,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from infir2.engines.types import Engine
+from infir2.engines.types import RolloutEngine
 from infir2.engines.weight_sync import publish
 from infir2.errors import Interrupted
 from infir2.parallel.parallel_model import ParallelModel
@@ -28,7 +28,7 @@ class Rollouts:
         self,
         sampler: GroupSampler,
         journal: Journal,
-        engine: Engine,
+        engine: RolloutEngine,
         weights: str,
         parallel_model: ParallelModel,
         session: Session,

@@ -177,7 +177,7 @@ def test_an_engine_that_makes_no_progress_is_ended(
     result = on_ray(script, tmp_path)
     said = result.stdout + result.stderr
     assert "code 0" in result.stdout, said
-    assert said.count("a rollout engine made no progress in 20 s; ending it") == 1, said
+    assert said.count("a rollout engine made no progress in 20 s; killing it") == 1, said
     assert said.count("a rollout engine died") == (call == "generate"), said
     assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(
         undisturbed_rl, "reward", "loss", "gradient_norm"

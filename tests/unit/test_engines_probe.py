@@ -13,6 +13,7 @@ from infir2.cli import main
 from infir2.config.schema import ShapeSection
 from infir2.convert import selfcheck
 from infir2.data import load_tokenizer
+from infir2.engines.generate import generate_all
 from infir2.engines.native import NativeEngine
 from infir2.engines.probe import KEY_VARIABLE, check_engine
 from infir2.engines.types import Request, SamplingParams
@@ -40,7 +41,7 @@ def serve(directory: Path, as_ids: bool):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert body["model"] == "model"
             params = SamplingParams(temperature=0.0, max_tokens=body["max_tokens"], stop_ids=())
-            done = engine.generate([Request("0", body["prompt"], 0)], params)[0]
+            done = generate_all(engine, [Request("0", body["prompt"], params, key=0)])[0]
             texts = [
                 f"token_id:{token}" if as_ids else tokenizer.decode([token])
                 for token in done.token_ids
@@ -114,5 +115,5 @@ def test_right_and_wrong_servers(fp8_model, monkeypatch, as_ids):
         monkeypatch.delenv(KEY_VARIABLE)
         with pytest.raises(ConfigError, match=KEY_VARIABLE):
             check_engine(url, right)
-    with pytest.raises(ConfigError, match="gives no completions"):
+    with pytest.raises(ConfigError, match="returned no completions"):
         check_engine(url, right)

@@ -3,15 +3,15 @@
 import numpy as np
 import torch
 
-from infir2.engines.sampling import sample, uniforms
-from infir2.engines.types import sampling_key
+from infir2.engines.sampling import sample, sampling_key, uniforms
 
 
 def draw(
     logits: torch.Tensor, temperature: float, top_p: float = 1.0, count: int = 20000
 ) -> torch.Tensor:
     draws = uniforms(np.full(count, sampling_key(1, "p", 0, 0), dtype=np.uint64), np.arange(count))
-    return sample(logits.expand(count, -1), temperature, top_p, draws)[0]
+    params = np.full(count, temperature), np.full(count, top_p)
+    return sample(logits.expand(count, -1), *params, draws)[0]
 
 
 def test_uniforms_are_uniform_and_depend_on_key_and_counter_only() -> None:
@@ -45,12 +45,24 @@ def test_top_p_keeps_the_smallest_sufficient_set() -> None:
 
 def test_greedy_takes_the_mode_and_reports_its_probability() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0]])
-    chosen, logprobs = sample(logits, 0.0, 1.0, np.zeros(1))
+    chosen, logprobs = sample(logits, np.zeros(1), np.ones(1), np.zeros(1))
     assert chosen.tolist() == [1]
     assert torch.allclose(logprobs, torch.log_softmax(logits, -1)[:, 1])
 
 
 def test_an_impossible_token_is_never_drawn_at_the_ends_of_the_unit_interval() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(2, -1)
-    chosen, _ = sample(logits, 1.0, 1.0, np.array([0.0, 1.0 - 2.0**-53]))
+    chosen, _ = sample(logits, np.ones(2), np.ones(2), np.array([0.0, 1.0 - 2.0**-53]))
     assert chosen.tolist() == [1, 2]
+
+
+def test_a_row_does_not_depend_on_the_parameters_of_the_others() -> None:
+    logits = torch.randn(12, 50, generator=torch.Generator().manual_seed(3))
+    temperatures = np.array([0.0, 1.0, 0.6, 1.0] * 3)
+    top_ps = np.array([1.0, 1.0, 0.9, 0.3] * 3)
+    draws = np.random.default_rng(0).random(12)
+    token_ids, logprobs = sample(logits, temperatures, top_ps, draws)
+    for i in range(12):
+        row = slice(i, i + 1)
+        alone = sample(logits[row], temperatures[row], top_ps[row], draws[row])
+        assert (token_ids[i], logprobs[i]) == (alone[0][0], alone[1][0])

@@ -114,13 +114,13 @@ def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
 ) -> None:
     """Killed in step 4 after three responses' groups: the resumed run asks the engine for the others only, and ends the same."""
     asked: list[tuple[int, str]] = []  # policy version and request
-    real = NativeEngine.stream
+    real = NativeEngine.submit
 
-    def stream(self, requests, params):  # type: ignore[no-untyped-def]
-        asked.extend((self.policy_version, request.id) for request in requests)
-        return real(self, requests, params)
+    def submit(self, request):  # type: ignore[no-untyped-def]
+        asked.append((self.policy_version, request.id))
+        return real(self, request)
 
-    monkeypatch.setattr(NativeEngine, "stream", stream)
+    monkeypatch.setattr(NativeEngine, "submit", submit)
     monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
     run(words(world, start, tmp_path / "a"))
     after_step_2 = {request for version, request in asked if version >= 2}
@@ -170,12 +170,13 @@ def test_asynchronous_samples_the_next_step_while_one_trains(
 ) -> None:
     """No update of a step but the last begins before the engine has begun on the next step's responses."""
     versions: queue.Queue[int] = queue.Queue()  # of what is sampled in the background
-    stream, update = NativeEngine.stream, infir2.rl.loop.update_policy
+    generate = infir2.rl.dynamic_sampling.generate_groups
+    update = infir2.rl.loop.update_policy
 
-    def stream_and_tell(self, *words):  # type: ignore[no-untyped-def]
+    def generate_and_record(engine, *arguments):  # type: ignore[no-untyped-def]
         if threading.current_thread() is not threading.main_thread():
-            versions.put(self.policy_version)
-        return stream(self, *words)
+            versions.put(engine.policy_version)
+        return generate(engine, *arguments)
 
     updates = []
 
@@ -184,7 +185,7 @@ def test_asynchronous_samples_the_next_step_while_one_trains(
         return update(*words)
 
     monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
-    monkeypatch.setattr(NativeEngine, "stream", stream_and_tell)
+    monkeypatch.setattr(infir2.rl.dynamic_sampling, "generate_groups", generate_and_record)
     monkeypatch.setattr(infir2.rl.loop, "update_policy", update_once_sampling)
     run(
         words(

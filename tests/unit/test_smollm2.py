@@ -46,6 +46,7 @@ def test_greedy_tokens_equal_transformers(model_dir: Path) -> None:
 def test_rollout_logprobs_equal_the_trainers_in_fp8(model_dir: Path) -> None:
     """Batched prefill and decode with a KV cache give the log-probs of a packed forward."""
     from infir2.data import load_tokenizer
+    from infir2.engines.generate import generate_all
     from infir2.engines.native import NativeEngine
     from infir2.engines.types import Request, SamplingParams
     from infir2.model import Decoder
@@ -57,10 +58,9 @@ def test_rollout_logprobs_equal_the_trainers_in_fp8(model_dir: Path) -> None:
         tokenizer.encode_text(text)
         for text in ("One plus one is", "The colour of the sky on a clear day is")
     ]
-    requests = [Request(str(i), ids, key=i) for i, ids in enumerate(prompts)]
-    completions = NativeEngine(model, max_running_requests=2).generate(
-        requests, SamplingParams(1.0, 8, stop_ids=())
-    )
+    params = SamplingParams(1.0, 8, stop_ids=())
+    requests = [Request(str(i), ids, params, key=i) for i, ids in enumerate(prompts)]
+    completions = generate_all(NativeEngine(model, max_running_requests=2), requests)
     for ids, completion in zip(prompts, completions, strict=True):
         stream = torch.tensor([*ids, *completion.token_ids])
         with torch.no_grad():

@@ -1,0 +1,39 @@
+"""The evaluation inside RL: the policy's scores on held-out problems, every `rl.evaluate_every`
+steps."""
+
+from dataclasses import asdict
+from itertools import chain
+from typing import Any
+
+from infir2.config.schema import RlRecipe
+from infir2.data import ChatTokenizer
+from infir2.engines.generate import items_of_rank
+from infir2.engines.types import Engine
+from infir2.evaluate.problems import answer_problems, load_problems, summarize
+from infir2.train.supervisor import Session
+
+
+class InLoopEvaluation:
+    """Evaluates with the engine of the rollouts. Without `evaluate.problems` it is never due."""
+
+    def __init__(self, recipe: RlRecipe) -> None:
+        """Load the problems. Raises DataError."""
+        self._recipe = recipe
+        self._problems = load_problems(recipe.evaluate) if recipe.evaluate.problems else []
+
+    def is_due(self, step: int) -> bool:
+        """Whether an evaluation belongs after this step."""
+        every, last = self._recipe.rl.evaluate_every, self._recipe.schedule.total_steps
+        return bool(self._problems and every and step and (step % every == 0 or step == last))
+
+    def run(self, engine: Engine, tokenizer: ChatTokenizer, step: int, session: Session) -> None:
+        """Log the scores of the engine's weights. Every rank calls this and answers its part."""
+        session.beat(f"the evaluation after step {step}")
+        section, seed = self._recipe.evaluate, self._recipe.run.seed
+        problems = items_of_rank(engine, session.ranks, self._problems)
+        parts: list[list[dict[str, Any]]] = session.divided(
+            lambda check: answer_problems(engine, tokenizer, problems, section, seed, check)
+        )
+        scores = summarize(self._problems, list(chain.from_iterable(parts)), section.samples)
+        session.metrics.write("evaluation", step, **asdict(scores))
+        session.progress.log(f"step {step}: {scores.describe()}")

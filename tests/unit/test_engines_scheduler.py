@@ -1,0 +1,232 @@
+"""Continuous batching: requests join and leave at any time, and a response depends on its request
+only."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+
+from infir2.config.schema import ShapeSection
+from infir2.engines import scheduler as scheduler_module
+from infir2.engines.generate import generate, generate_all, generate_groups
+from infir2.engines.native import NativeEngine
+from infir2.engines.scheduler import Scheduler
+from infir2.engines.types import Completion, Engine, OffersDigest, Request, SamplingParams
+from infir2.model import Decoder
+from infir2.model.hf_names import exported_fp8_weights
+from infir2.numerics import convert_to_fp8, token_logprobs
+
+VOCAB = 101
+PARAMS = SamplingParams(temperature=1.0, max_tokens=12, stop_ids=(7,))
+
+
+def make_model() -> Decoder:
+    shape = ShapeSection(
+        hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=136, head_dim=16
+    )
+    return convert_to_fp8(Decoder.from_shape(shape, VOCAB, seed=3))
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    return make_model()
+
+
+def request(number: int, params: SamplingParams = PARAMS, length: int = 0) -> Request:
+    rng = np.random.default_rng(number)
+    prompt = rng.integers(0, VOCAB, length or int(rng.integers(1, 40))).tolist()
+    return Request(f"r{number}", prompt, params, key=1000 + number)
+
+
+def alone(model: Decoder, requests: Iterable[Request]) -> dict[str, Completion]:
+    """The completion of each request in an engine that has no other."""
+    return {each.id: generate_all(NativeEngine(model, 1), [each])[0] for each in requests}
+
+
+def run_to_end(engine: Engine) -> dict[str, Completion]:
+    completions = {}
+    while engine.num_unfinished:
+        completions |= {completion.id: completion for completion in engine.step()}
+    return completions
+
+
+def assert_same(found: dict[str, Completion], expected: dict[str, Completion]) -> None:
+    """Token ids and log-probabilities, to the last bit."""
+    assert found.keys() == expected.keys()
+    for name, completion in expected.items():
+        assert found[name].token_ids == completion.token_ids, name
+        assert found[name].finish == completion.finish, name
+        assert np.array_equal(found[name].rollout_logprobs, completion.rollout_logprobs), name
+
+
+MIXED = [
+    request(0, SamplingParams(0.0, 9, stop_ids=())),
+    request(1, SamplingParams(1.0, 30, stop_ids=(3, 50))),
+    request(2, SamplingParams(0.6, 4, stop_ids=(), top_p=0.9)),
+    request(3, SamplingParams(1.3, 1, stop_ids=())),
+    request(4, SamplingParams(1.0, 17, stop_ids=tuple(range(0, VOCAB, 4)), top_p=0.5)),
+    request(5, SamplingParams(0.0, 25, stop_ids=())),
+]
+
+
+@pytest.mark.parametrize("max_running", [1, 2, 4, 6])
+def test_each_request_has_its_own_parameters(model: Decoder, max_running: int) -> None:
+    engine = NativeEngine(model, max_running)
+    found = {completion.id: completion for completion in generate(engine, MIXED)}
+    assert_same(found, alone(model, MIXED))
+    for each in MIXED:
+        ids = found[each.id].token_ids
+        stopped = ids[-1] in each.params.stop_ids
+        assert found[each.id].finish == ("stop" if stopped else "length")
+        assert stopped or len(ids) == each.params.max_tokens
+        assert not set(ids[:-1]) & set(each.params.stop_ids)
+
+
+def test_log_probabilities_are_those_of_a_packed_forward(model: Decoder) -> None:
+    each = request(9, SamplingParams(1.0, 20, stop_ids=()))
+    engine = NativeEngine(model, 4)
+    completion = next(c for c in generate_all(engine, [each, *MIXED]) if c.id == each.id)
+    stream = torch.tensor([*each.token_ids, *completion.token_ids])
+    with torch.no_grad():
+        hidden = model.hidden_states(
+            stream[:-1], torch.arange(len(stream) - 1), torch.tensor([0, len(stream) - 1])
+        )
+        first = len(each.token_ids)
+        expected, _ = token_logprobs(hidden[first - 1 :], model.head_weight, stream[first:])
+    assert np.array_equal(completion.rollout_logprobs, expected.numpy())
+
+
+@pytest.mark.parametrize("max_running", [1, 3, 8])
+def test_late_requests_join_the_running_ones(model: Decoder, max_running: int) -> None:
+    """Also one that is longer than any before it, for which the cache has to grow in use."""
+    params = SamplingParams(1.0, 24, stop_ids=())
+    requests = [request(i, params, length=3 + 2 * i) for i in range(5)]
+    requests.append(request(5, SamplingParams(1.0, 40, stop_ids=()), length=300))
+    engine = NativeEngine(model, max_running)
+    completions: dict[str, Completion] = {}
+    for each in requests:
+        engine.submit(each)
+        for _ in range(3):
+            completions |= {completion.id: completion for completion in engine.step()}
+    if max_running == 8:
+        assert engine.num_unfinished == len(requests), "all of them run side by side"
+    completions |= run_to_end(engine)
+    assert_same(completions, alone(model, requests))
+
+
+def test_requests_are_admitted_first_come_first_served(model: Decoder) -> None:
+    engine = NativeEngine(model, 1)
+    requests = [request(i, SamplingParams(1.0, 2, stop_ids=())) for i in range(4)]
+    for each in requests:
+        engine.submit(each)
+    assert list(run_to_end(engine)) == [each.id for each in requests]
+
+
+def test_prefill_is_split(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No forward pass has more prompt tokens than the bound, except for one longer prompt."""
+    monkeypatch.setattr(scheduler_module, "PREFILL_TOKENS", 40)
+    passes, real = [], scheduler_module.cached_hidden_states
+
+    def record(model, cache, slots, token_ids, *rest):  # type: ignore[no-untyped-def]
+        passes.append((len(slots), len(token_ids)))
+        return real(model, cache, slots, token_ids, *rest)
+
+    monkeypatch.setattr(scheduler_module, "cached_hidden_states", record)
+    params = SamplingParams(1.0, 1, stop_ids=())
+    requests = [request(i, params, length) for i, length in enumerate((50, 20, 20, 20))]
+    generate_all(NativeEngine(model, 8), requests)
+    assert passes == [(1, 50), (2, 40), (1, 20)]
+
+
+def test_cancel_frees_slots_and_leaves_the_others_alone(model: Decoder) -> None:
+    params = SamplingParams(1.0, 10, stop_ids=())
+    requests = [request(i, params) for i in range(6)]
+    engine = NativeEngine(model, 2)
+    for each in requests:
+        engine.submit(each)
+    engine.step()
+    engine.cancel(["r0", "r3", "unknown"])  # r0 runs, r3 waits
+    assert engine.num_unfinished == 4
+    engine.step()
+    engine.submit(requests[0])  # its id is free again
+    found = run_to_end(engine)
+    assert_same(found, alone(model, [each for each in requests if each.id != "r3"]))
+    assert next(iter(found)) == "r1"
+
+
+def test_the_cache_fits_the_requests_and_is_freed_with_the_last(model: Decoder) -> None:
+    """A closed batch: slots for as many as may run, each as long as the longest request needs."""
+    scheduler = Scheduler(model, max_running_requests=4)
+    requests = [request(i, PARAMS, length=5 + i) for i in range(9)]
+    for each in requests:
+        scheduler.submit(each)
+    sizes = set()
+    while scheduler.num_unfinished:
+        scheduler.step(0)
+        if cache := scheduler._cache:
+            sizes.add((cache.num_slots, cache.max_tokens))
+    assert sizes == {(4, 13 + PARAMS.max_tokens)}
+    assert scheduler._cache is None
+    scheduler.submit(requests[0])
+    scheduler.step(0)
+    cache = scheduler._cache
+    assert cache is not None
+    assert (cache.num_slots, cache.max_tokens) == (1, 5 + PARAMS.max_tokens)
+    scheduler.cancel_all()
+    assert scheduler._cache is None
+
+
+def test_requests_that_cannot_generate_are_refused(model: Decoder) -> None:
+    engine = NativeEngine(model, 2)
+    engine.submit(request(0))
+    for bad, message in (
+        (request(0), "another id"),
+        (Request("empty", [], PARAMS, 0), "no tokens"),
+        (request(1, SamplingParams(1.0, 0, stop_ids=())), "max_tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.submit(bad)
+    assert engine.num_unfinished == 1
+
+
+def test_new_weights_need_an_engine_without_requests() -> None:
+    engine = NativeEngine(make_model(), 2)
+    weights = [(name, tensor.clone()) for name, tensor in exported_fp8_weights(engine.model)]
+    engine.submit(request(0))
+    with pytest.raises(AssertionError, match="finish or cancel"):
+        engine.update_weights(weights, 1)
+    engine.cancel_all()
+    engine.update_weights(weights, 1)
+    assert engine.policy_version == 1
+    assert isinstance(engine, OffersDigest)
+
+
+def test_a_caller_that_goes_away_cancels_the_rest(model: Decoder) -> None:
+    engine = NativeEngine(model, 2)
+    completions = generate(engine, MIXED)
+    next(completions)
+    assert engine.num_unfinished == len(MIXED) - 1
+    completions.close()
+    assert engine.num_unfinished == 0
+
+    class Stop(Exception):
+        pass
+
+    def check() -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        list(generate(engine, MIXED, check))
+    assert engine.num_unfinished == 0
+    assert_same({c.id: c for c in generate(engine, MIXED)}, alone(model, MIXED))
+
+
+def test_groups_are_complete_and_in_order(model: Decoder) -> None:
+    prompts = [(f"p{i}", request(i).token_ids) for i in range(4)]
+    engine = NativeEngine(model, 3)
+    groups = dict(generate_groups(engine, prompts, 3, PARAMS, seed=5))  # type: ignore[arg-type]
+    assert sorted(groups) == [0, 1, 2, 3]
+    for index, group in groups.items():
+        assert [each.id for each in group] == [f"p{index}/{sample}" for sample in range(3)]
+    assert len({tuple(each.token_ids) for each in groups[0]}) == 3, "each has its own randomness"
