@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress
 
 _PLAIN_INTERVAL_SECONDS = 15.0
@@ -21,6 +22,22 @@ _MIN_BAR_BYTES = 2**28
 def print_result(text: str) -> None:
     """Print the result of a command to stdout."""
     print(text, flush=True)
+
+
+def print_heading(title: str, detail: str = "") -> None:
+    """Print a rule across stdout with a title and a dim detail."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    dim = f"   [dim]{escape(detail)}[/dim]" if detail else ""
+    Console().rule(escape(title) + dim, align="left")
+
+
+def print_renderable(renderable: "RenderableType") -> None:
+    """Print a table of rich to stdout, as wide as the terminal."""
+    from rich.console import Console
+
+    Console().print(renderable)
 
 
 def log(text: str, source: str = "infir2") -> None:

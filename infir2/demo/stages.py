@@ -1,141 +1,160 @@
-"""`infir2 demo`: the whole recipe on a tiny model, through the same commands a user types.
+"""`infir2 demo`: the whole recipe on a tiny model, through the commands that a user types.
 
-The stages that need one another run in order, and beside them, on a small machine's second core, the BF16 comparison and
-the evaluations, which nothing waits for until the end. Every stage is resumed or skipped when it is already done, so the
-command can be stopped and given again.
+The stages from cpt to rl2 run in order, because each starts from the model of the one before. On a
+second core run the stages that no other stage needs: the BF16 comparison and the evaluations. A
+stage that is done is skipped and one that was interrupted resumes, so the demo can be stopped and
+run again.
 """
 
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-
-from infir2.errors import ConfigError, UserError
+from infir2.errors import UserError
 from infir2.report import render_stage_table, stage_table, write_report
+from infir2.terminal import print_heading, print_renderable, print_result
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 STAGES = ("cpt", "sft1", "sft2", "rl1", "rl2")  # each starts from the one before
 EVALUATED = STAGES[1:]
+REPORTED = ("cpt", "cpt-bf16", *STAGES[1:], *(f"eval-{name}" for name in EVALUATED))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One `infir2` command of the demo and the file that shows it is done (None: the command knows itself)."""
+    """One `infir2` command of the demo.
+
+    `output` exists once the stage is done; None if the command itself finds out. `after` names the
+    stage that a side stage waits for.
+    """
 
     name: str
-    words: tuple[str, ...]
-    done: Path | None = None
-    needs: str = ""  # of a stage beside the main ones: the one that it waits for
+    arguments: tuple[str, ...]
+    output: Path | None = None
+    after: str = ""
 
     @property
     def is_done(self) -> bool:
-        return self.done is not None and self.done.exists()
+        return self.output is not None and self.output.exists()
 
     @property
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "infir2", *self.words]
+        return [sys.executable, "-m", "infir2", *self.arguments]
 
-    def failure(self, code: int, where: str) -> UserError:
+    def failure(self, code: int, message_location: str) -> UserError:
+        """The error that ends the demo: the stage's exit code, 70 if a signal killed it."""
         error = UserError(
-            f"the demo stopped: stage {self.name} ended with code {code}, {where}; the same command goes on from there"
+            f"the demo stopped: stage {self.name} ended with code {code}, its message is "
+            f"{message_location}; run the same command again to resume"
         )
         error.exit_code = code if code > 0 else 70
         return error
 
 
-def run_demo(directory: Path, seed: int) -> None:
-    """Runs every stage under `directory`, prints what improved and where the report is."""
-    if not RECIPES.is_dir():
-        raise ConfigError(f"{RECIPES} is missing: the demo runs from a checkout of the repository")
-    start = time.monotonic()
-    directory.mkdir(parents=True, exist_ok=True)
-    logs = directory / "logs"
-    logs.mkdir(exist_ok=True)
-    console = Console()
-    main, side = plan(directory, seed)
-    beside: list[tuple[Stage, subprocess.Popen[bytes]]] = []
-    try:
-        for stage in main:
-            if stage.is_done:
-                console.print(f"{stage.name}: done before, {stage.done}")
-            else:
-                console.rule(
-                    f"{stage.name}   [dim]infir2 {' '.join(stage.words[:2])} ...[/dim]",
-                    align="left",
-                )
-                if code := subprocess.run(stage.command, check=False).returncode:
-                    raise stage.failure(code, "its message is above")
-            for other in side:
-                if other.needs == stage.name and not other.is_done:
-                    with (logs / f"{other.name}.log").open("wb") as log:
-                        beside.append(
-                            (
-                                other,
-                                subprocess.Popen(
-                                    other.command, stdout=log, stderr=subprocess.STDOUT
-                                ),
-                            )
-                        )
-        console.rule("waiting for the comparisons beside", align="left")
-        for other, process in beside:
+class SideStages:
+    """Stages that run in the background, with their output in log files."""
+
+    def __init__(self, stages: Sequence[Stage], log_dir: Path) -> None:
+        self._stages, self._log_dir = stages, log_dir
+        self._running: list[tuple[Stage, subprocess.Popen[bytes]]] = []
+
+    def start_after(self, name: str) -> None:
+        """Start the stages that wait for the stage `name`."""
+        for stage in self._stages:
+            if stage.after == name and not stage.is_done:
+                with self._log(stage).open("wb") as log:
+                    process = subprocess.Popen(stage.command, stdout=log, stderr=subprocess.STDOUT)
+                self._running.append((stage, process))
+
+    def wait(self) -> None:
+        """Wait for all of them. Raises UserError if one failed."""
+        for stage, process in self._running:
             if code := process.wait():
-                raise other.failure(code, f"its message is in {logs / other.name}.log")
-    finally:
-        for _, process in beside:  # nothing goes on after the demo has ended
+                raise stage.failure(code, f"in {self._log(stage)}")
+
+    def terminate(self) -> None:
+        for _, process in self._running:
             process.terminate()
             process.wait()
-    runs = [
-        directory / name
-        for name in (*STAGES[:1], "cpt-bf16", *STAGES[1:], *(f"eval-{name}" for name in EVALUATED))
-    ]
+
+    def _log(self, stage: Stage) -> Path:
+        return self._log_dir / f"{stage.name}.log"
+
+
+def run_demo(directory: Path, seed: int) -> None:
+    """Run every stage under `directory`, write the report, print a table of the stages.
+
+    Raises UserError with the exit code of a stage that failed.
+    """
+    start = time.monotonic()
+    main, side = plan(directory, seed)
+    with _side_stages(side, directory / "logs") as side_stages:
+        for stage in main:
+            if stage.is_done:
+                print_result(f"{stage.name}: already done, {stage.output}")
+            else:
+                print_heading(stage.name, f"infir2 {' '.join(stage.arguments[:2])} ...")
+                if code := subprocess.run(stage.command, check=False).returncode:
+                    raise stage.failure(code, "above")
+            side_stages.start_after(stage.name)
+        print_heading("waiting for the comparisons")
+        side_stages.wait()
+    runs = [directory / name for name in REPORTED]
     page = write_report(runs, directory / "report.html")
-    console.print(render_stage_table(stage_table(runs)))
-    console.print(
-        f"{(time.monotonic() - start) / 60:.1f} minutes. Report: {page.resolve()}", soft_wrap=True
-    )
+    print_renderable(render_stage_table(stage_table(runs)))
+    print_result(f"{(time.monotonic() - start) / 60:.1f} minutes. Report: {page.resolve()}")
+
+
+@contextmanager
+def _side_stages(stages: Sequence[Stage], log_dir: Path) -> Iterator[SideStages]:
+    """Background stages; none outlives the block."""
+    log_dir.mkdir(parents=True, exist_ok=True)
+    side_stages = SideStages(stages, log_dir)
+    try:
+        yield side_stages
+    finally:
+        side_stages.terminate()
 
 
 def plan(directory: Path, seed: int) -> tuple[list[Stage], list[Stage]]:
-    """The stages in order, and those that run beside them as soon as their model exists."""
+    """(stages in order, side stages that start when their model exists)."""
     world = directory / "world"
-    main = [Stage("data", ("data", "demo", "--to", str(world), "--seed", str(seed)), world)]
-    main += [
+    main = [
+        Stage("data", ("data", "demo", "--to", str(world), "--seed", str(seed)), world),
         _train("cpt", "cpt", directory, seed),
         _train("sft", "sft1", directory, seed),
         _train("sft", "sft2", directory, seed),
-    ]
-    main += [*_export("sft2", directory), _train("rl", "rl1", directory, seed)]
-    main += [
+        *_export("sft2", directory),
+        _train("rl", "rl1", directory, seed),
         *_export("rl1", directory),
         _train("rl", "rl2", directory, seed),
         *_export("rl2", directory),
+        Stage("verify", ("verify-weights", str(directory / "rl2"), str(directory / "rl2-fp8"))),
     ]
-    main.append(
-        Stage("verify", ("verify-weights", str(directory / "rl2"), str(directory / "rl2-fp8")))
-    )
-    comparison = replace(_train("cpt", "cpt-bf16", directory, seed), needs="data")
-    return main, [comparison, *(_evaluate(name, directory, seed) for name in EVALUATED)]
+    bf16 = replace(_train("cpt", "cpt-bf16", directory, seed), after="data")
+    return main, [bf16, *(_evaluate(name, directory, seed) for name in EVALUATED)]
 
 
 def _train(verb: str, name: str, directory: Path, seed: int) -> Stage:
+    world = directory / "world"
     data = name.removesuffix("-bf16")
     options = [
         f"--run.dir={directory / name}",
         f"--run.seed={seed}",
-        f"--data.tokenizer={directory / 'world' / 'tokenizer'}",
+        f"--data.tokenizer={world / 'tokenizer'}",
+        f"--data.sources.0.path={world / data}.jsonl",
     ]
-    options.append(f"--data.sources.0.path={directory / 'world' / data}.jsonl")
     if data == "cpt":
-        options.append(
-            f"--data.validation_sources.0.path={directory / 'world' / 'cpt_validation.jsonl'}"
-        )
+        options.append(f"--data.validation_sources.0.path={world / 'cpt_validation.jsonl'}")
     else:
-        options.append(f"--model.path={directory / STAGES[STAGES.index(name) - 1]}")
-    if verb == "rl":
-        options.append(f"--rollout.model={directory / STAGES[STAGES.index(name) - 1]}-fp8")
+        previous = directory / STAGES[STAGES.index(name) - 1]
+        options.append(f"--model.path={previous}")
+        if verb == "rl":
+            options.append(f"--rollout.model={previous}-fp8")
     return Stage(name, (verb, str(RECIPES / f"{name}.toml"), *options))
 
 
@@ -148,14 +167,13 @@ def _export(name: str, directory: Path) -> list[Stage]:
 
 
 def _evaluate(name: str, directory: Path, seed: int) -> Stage:
-    out = directory / f"eval-{name}"
-    problems = f"--evaluate.problems.0.path={directory / 'world' / 'heldout.jsonl'}"
-    words = (
+    run_dir = directory / f"eval-{name}"
+    arguments = (
         "eval",
         str(RECIPES / "eval.toml"),
         f"--model.path={directory / name}",
-        f"--run.dir={out}",
+        f"--run.dir={run_dir}",
         f"--run.seed={seed}",
-        problems,
+        f"--evaluate.problems.0.path={directory / 'world' / 'heldout.jsonl'}",
     )
-    return Stage(f"eval-{name}", words, out / "metrics.jsonl", needs=name)
+    return Stage(f"eval-{name}", arguments, run_dir / "metrics.jsonl", after=name)

@@ -1,7 +1,7 @@
-"""The demo world's tokenizer: word level, about 170 entries, and every text of the world comes back exactly.
+"""The demo world's tokenizer: word level, about 170 entries, lossless for every text of the world.
 
-A word carries the space before it, and the space after it where a number follows, so that each number 0-99 is one
-token wherever it stands: "Tom has 7 apples." is `Tom| has |7| apples|.`.
+A word includes the space before it, and the space after it if a number follows. So each number
+0-99 is the same token in every context: "Tom has 7 apples." is `Tom| has |7| apples|.`.
 """
 
 import json
@@ -32,7 +32,7 @@ def pre_tokens(text: str) -> list[str]:
 
 
 def build_vocabulary(texts: Iterable[str]) -> list[str]:
-    """Numbers 0-99 first, then what the texts use, sorted: the same for every seed."""
+    """Numbers 0-99, then the sorted words of the texts: the same for every seed."""
     words = {piece for text in texts for piece in pre_tokens(text) if not piece.isdigit()}
     words |= {"system", "user", "assistant", "\n", " "}
     return [str(number) for number in range(100)] + sorted(words)
@@ -41,8 +41,8 @@ def build_vocabulary(texts: Iterable[str]) -> list[str]:
 def write_tokenizer(directory: Path, vocabulary: list[str]) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, loadable by transformers.
 
-    The control tokens are flagged special; `<think>` and `</think>` are not (as in Qwen3), so that a decoded
-    response still shows its thought.
+    The control tokens are special; `<think>` and `</think>` are not (as in Qwen3), so that a
+    decoded response shows its thought.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 

@@ -1,13 +1,15 @@
-"""A small world of arithmetic that a model of 1 M parameters learns in minutes: `infir2 demo` trains the whole recipe on it.
+"""The data of `infir2 demo`: a world of arithmetic that 1 M parameters learn in minutes.
 
-A problem is a start value 1-20 and 2-4 steps of plus or minus 1-6 whose partial results stay in 0-49, asked as a
-formula ("What is 7+5-3?") or as a story ("Tom has 7 apples. Tom finds 5 more. ..."). A good answer thinks first:
+A problem is a start value 1-20 and 2-4 steps of plus or minus 1-6 whose partial results stay in
+0-49, asked as a formula ("What is 7+5-3?") or as a story ("Tom has 7 apples. Tom finds 5 more.
+..."). A good answer thinks first:
 
     <think>7+5=12;12-3=9</think>\\boxed{9}
 
-Continual pre-training teaches the material, SFT the form of an answer. A share of the SFT rows answers without a
-thought, so that RL has a behaviour to select. A hash of (start, steps) decides whether a problem is held out; no
-training text contains a held-out chain of steps, not even as a part of a longer one.
+Continual pre-training teaches the arithmetic, SFT the form of an answer. A fraction of the SFT
+rows answers without a thought, so that RL has a behavior to select. A hash of (start, steps)
+decides whether a problem is held out; no training text contains a held-out chain of steps, not
+even as a part of a longer chain.
 """
 
 import hashlib
@@ -34,14 +36,11 @@ FORMULA_QUESTIONS = ("What is {}?", "Compute {}.", "{}=?")
 
 @dataclass(frozen=True)
 class DemoWorld:
-    """Sizes and proportions. Shares of difficulties are for 2, 3 and 4 steps."""
+    """Sizes and proportions. A `difficulty` weighs problems of 2, 3 and 4 steps."""
 
     cpt_tokens: int = 1_638_400  # 1,600 steps of 1,024 tokens
-    cpt_shares: tuple[float, float, float] = (
-        0.85,
-        0.1,
-        0.05,
-    )  # solved problems, single facts, told stories
+    # solved problems, single facts, stories with their results
+    cpt_shares: tuple[float, float, float] = (0.85, 0.1, 0.05)
     cpt_difficulty: tuple[float, float, float] = (0.3, 0.35, 0.35)
     validation_documents: int = 1024
     sft_rows: int = 4096
@@ -85,7 +84,7 @@ class Chain:
 
 @cache
 def held_out(start: int, steps: tuple[int, ...]) -> bool:
-    """Whether this problem belongs to the held-out split. Depends on nothing else, the seed included."""
+    """Whether this problem is in the held-out split, which is the same for every seed."""
     digest = hashlib.blake2b(f"{start} {steps}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
@@ -102,7 +101,10 @@ def contains_held_out(chain: Chain) -> bool:
 
 
 def random_chain(random_source: random.Random, num_steps: int, is_held_out: bool = False) -> Chain:
-    """A chain with all partial results in 0-49; plus and minus are equally likely. It, or no part of it, is held out."""
+    """A chain with all partial results in 0-49; plus and minus are equally likely.
+
+    With `is_held_out` the chain is a held-out problem, otherwise no part of it is one.
+    """
     while True:
         steps = tuple(
             random_source.choice((-1, 1)) * random_source.randint(1, LARGEST_STEP)
@@ -116,13 +118,12 @@ def random_chain(random_source: random.Random, num_steps: int, is_held_out: bool
 
 
 def story(random_source: random.Random, chain: Chain, with_results: bool) -> str:
-    """The chain as a story: with the running total told (a plain statement), or with the question at the end."""
+    """The chain as a story: a statement after each step, or one question at the end."""
     name, thing = random_source.choice(NAMES), random_source.choice(THINGS)
     sentences = [f"{name} has {chain.start} {thing}."]
     for step, value in zip(chain.steps, chain.values, strict=True):
-        sentences.append(
-            f"{name} {random_source.choice(GAINS if step > 0 else LOSSES)} {abs(step)}{' more' * (step > 0)}."
-        )
+        verb = random_source.choice(GAINS if step > 0 else LOSSES)
+        sentences.append(f"{name} {verb} {abs(step)}{' more' * (step > 0)}.")
         if with_results:
             sentences.append(f"Now {name} has {value} {thing}.")
     if not with_results:
@@ -147,7 +148,7 @@ def random_fact(random_source: random.Random) -> tuple[int, int]:
 
 
 def facts(random_source: random.Random, count: int) -> str:
-    """Single steps over the whole range of values. No fact goes on from the one before: that would be a chain."""
+    """Single steps over the range of values; none continues the one before, as a chain would."""
     lines: list[str] = []
     previous = -1
     while len(lines) < count:
@@ -188,7 +189,10 @@ def problems(
     difficulty: tuple[float, ...],
     is_held_out: bool = False,
 ) -> Iterator[tuple[str, Chain]]:
-    """`count` problems, all different while there are enough; the shares of the difficulties are met up to rounding."""
+    """`count` problems with the given weights of difficulties, up to rounding.
+
+    They differ from each other as long as 100 draws find a new one.
+    """
     seen: set[Chain] = set()
     sizes = [round(count * share / sum(difficulty)) for share in difficulty]
     sizes[-1] = count - sum(sizes[:-1])
@@ -197,7 +201,7 @@ def problems(
     ]
     random_source.shuffle(order)
     for num_steps in order:
-        for _ in range(100):  # draws before a repeat is accepted
+        for _ in range(100):
             chain = random_chain(random_source, num_steps, is_held_out)
             if chain not in seen:
                 break
@@ -206,7 +210,7 @@ def problems(
 
 
 def conversations(random_source: random.Random, world: DemoWorld, stage: int) -> Iterator[dict]:
-    """`messages` rows of one SFT stage; an exact share has an empty thought and the right answer."""
+    """`messages` rows of one SFT stage; an exact fraction answers right with an empty thought."""
     empty = round(world.sft_rows * world.sft_empty_thoughts[stage])
     thinks = [False] * empty + [True] * (world.sft_rows - empty)
     random_source.shuffle(thinks)
@@ -231,7 +235,8 @@ def every_phrase() -> Iterator[str]:
     """Texts that use every word of the world, for the vocabulary."""
     for name in NAMES:
         for thing in THINGS:
-            yield f"{name} has 1 {thing}. {name} does. Now {name} has 2. How many {thing} does {name} have?"
+            statements = f"{name} has 1 {thing}. {name} does. Now {name} has 2."
+            yield f"{statements} How many {thing} does {name} have?"
     yield from (f"Tom {verb} 1 more." for verb in (*GAINS, *LOSSES))
     yield from (text.format("1+1-1=1;1") for text in FORMULA_QUESTIONS)
     yield "1=1\nThe answer is 1.\\boxed{1}"
@@ -245,23 +250,23 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 def make_demo_world(directory: Path, seed: int, world: DemoWorld | None = None) -> None:
     """Write the demo's tokenizer and data; the same seed and sizes give the same bytes.
 
-    Writes `tokenizer/`, `cpt.jsonl` and `cpt_validation.jsonl` (`text`), `sft1.jsonl` and `sft2.jsonl` (`messages`),
-    `rl1.jsonl`, `rl2.jsonl` and `heldout.jsonl` (`prompt`, `label`, `difficulty`). Every row of a problem names its
-    difficulty, the number of steps.
+    Writes `tokenizer/`, `cpt.jsonl` and `cpt_validation.jsonl` (`text`), `sft1.jsonl` and
+    `sft2.jsonl` (`messages`, `difficulty`), `rl1.jsonl`, `rl2.jsonl` and `heldout.jsonl`
+    (`prompt`, `label`, `difficulty`). A difficulty is a number of steps.
 
-    Raises OutputExistsError when the directory already holds something.
+    Raises OutputExistsError if the directory is not empty.
     """
     world = world or DemoWorld()
     if directory.exists() and any(directory.iterdir()):
         raise OutputExistsError(
-            f"{directory} already holds files: choose another directory for the demo's data, or remove it."
+            f"{directory} already holds files: "
+            "choose another directory for the demo's data, or remove it."
         )
     write_tokenizer(directory / "tokenizer", build_vocabulary(every_phrase()))
 
     def source(name: str) -> random.Random:
-        return random.Random(
-            f"{seed}/{name}"
-        )  # a text seed is hashed with SHA-512: the same on every platform
+        # random hashes a text seed with SHA-512, the same on every platform.
+        return random.Random(f"{seed}/{name}")
 
     corpus = list(documents(source("cpt"), world))
     write_rows(directory / "cpt.jsonl", ({"text": text} for text in corpus))

@@ -41,16 +41,16 @@ def test_the_readme_shows_what_the_demo_runs() -> None:
     main, _ = plan(Path("runs/demo"), 1236)
     told = {(words[0], words[1].removeprefix("recipes/demo/")) for words in readme_commands()}
     for stage in main:
-        if stage.words[0] in ("cpt", "sft", "rl"):
-            assert (stage.words[0], Path(stage.words[1]).name) in told, stage.name
+        if stage.arguments[0] in ("cpt", "sft", "rl"):
+            assert (stage.arguments[0], Path(stage.arguments[1]).name) in told, stage.name
 
 
 def test_each_stage_of_the_plan_parses_and_starts_from_the_one_before(tmp_path: Path) -> None:
     main, side = plan(tmp_path, 5)
     recipes = {
-        stage.name: recipe_of(list(stage.words))
+        stage.name: recipe_of(list(stage.arguments))
         for stage in [*main, *side]
-        if stage.words[0] in CLASSES
+        if stage.arguments[0] in CLASSES
     }
     assert {recipe.run.seed for recipe in recipes.values()} == {5}  # type: ignore[attr-defined]
     for before, name in pairwise(STAGES):
@@ -58,12 +58,12 @@ def test_each_stage_of_the_plan_parses_and_starts_from_the_one_before(tmp_path: 
     assert recipes["rl2"].rollout.model == str(tmp_path / "rl1-fp8")  # type: ignore[attr-defined]
     assert not recipes["cpt-bf16"].fp8.enabled  # type: ignore[attr-defined]
     known = {stage.name for stage in main}
-    assert all(stage.needs in known for stage in side)
+    assert all(stage.after in known for stage in side)
 
 
 def test_the_two_cpt_runs_differ_in_nothing_but_fp8(tmp_path: Path) -> None:
     main, side = plan(tmp_path, 5)
-    words = {stage.name: list(stage.words) for stage in [*main, *side]}
+    words = {stage.name: list(stage.arguments) for stage in [*main, *side]}
     fp8, bf16 = recipe_of(words["cpt"]).model_dump(), recipe_of(words["cpt-bf16"]).model_dump()  # type: ignore[attr-defined]
     assert {key for key in fp8 if fp8[key] != bf16[key]} == {"run", "fp8"}
     assert {key for key in fp8["run"] if fp8["run"][key] != bf16["run"][key]} == {"dir"}

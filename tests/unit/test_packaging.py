@@ -1,0 +1,86 @@
+"""The wheel: it holds every file that the package reads, and the demo runs from it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("setuptools") is None, reason="needs setuptools to build a wheel"),
+    pytest.mark.skipif(find_spec("pip") is None, reason="needs pip to build a wheel"),
+]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built in a copy: setuptools writes build/ and *.egg-info beside the sources."""
+    directory = tmp_path_factory.mktemp("wheel")
+    source = directory / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    no_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "infir2", source / "infir2", ignore=no_caches)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "-w", str(directory), str(source)]
+    subprocess.run(command, check=True)
+    (path,) = directory.glob("infir2-*.whl")
+    return path
+
+
+def infir2(wheel: Path, directory: Path, *arguments: str, **variables: str) -> tuple[int, str]:
+    """Exit code and output of the wheel's `infir2` in a directory, without the checkout."""
+    site = wheel.parent / "site"
+    if not site.exists():
+        zipfile.ZipFile(wheel).extractall(site)
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-m", "infir2", *arguments],
+        cwd=directory,
+        env=environ | {"PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return result.returncode, result.stdout
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "infir2").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("infir2/")}
+    assert packed == files
+    assert {
+        "infir2/py.typed",
+        "infir2/report/style.css",
+        "infir2/report/hover.js",
+        "infir2/demo/recipes/cpt.toml",
+    } <= packed
+
+
+def test_recipes_demo_is_the_packages(tmp_path: Path) -> None:
+    assert (ROOT / "recipes/demo").resolve() == ROOT / "infir2/demo/recipes"
+
+
+def test_the_demo_runs_from_a_wheel_in_an_empty_directory(wheel: Path, tmp_path: Path) -> None:
+    """Its data stage, and the start of its first training stage, which SIGTERM ends."""
+    code, output = infir2(wheel, tmp_path, "demo", "demo", INFIR2_FAULTS="train.step:2:term")
+    assert code == 75, output
+    assert "stage cpt ended with code 75" in output
+    assert (tmp_path / "demo/world/cpt.jsonl").exists()
+    assert (tmp_path / "demo/cpt/recipe.toml").exists()
+    site = (wheel.parent / "site").resolve()
+    assert (
+        f"file:{site}/infir2/demo/recipes/cpt.toml"
+        in (tmp_path / "demo/cpt/recipe.toml").read_text()
+    )
