@@ -1,7 +1,7 @@
-"""The environment variables that the reference's scripts are configured with, as keys of a recipe.
+"""The environment variables of the reference implementation's scripts, as keys of a recipe.
 
-They override recipe files and are overridden by options. Each one that is set is named on the terminal, so that a
-variable left over in a shell never changes a run in silence. `MASTER_ADDR` is read by torchrun itself.
+They override recipe files, and options override them. The command prints each one that is set, so
+that a variable left over in a shell never changes a run silently. torchrun reads MASTER_ADDR.
 """
 
 import os
@@ -14,11 +14,11 @@ from infir2.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Word:
-    """A variable that is set: the key it sets (empty: none), and the sentence to print."""
+class Variable:
+    """A variable that is set, the key that it sets ("" for none), and the sentence to print."""
 
     name: str
-    text: str
+    value: str
     key: str
     note: str
 
@@ -47,52 +47,61 @@ _EVAL = {
     "TEMPERATURE": "evaluate.temperature",
     "TOP_P": "evaluate.top_p",
 }
-_SERVED = dict.fromkeys(
+_SERVER = dict.fromkeys(
     ("SERVED_NAME", "TP_SIZE", "API_PORT"), "the model is loaded in this process"
 )
-_UNUSED = {"LOG_DIR": "logs and metrics are in the run directory", **_SERVED}
+_UNUSED = {"LOG_DIR": "logs and metrics are in the run directory", **_SERVER}
 SOURCES = ("data.sources", "evaluate.problems")
 
 
 def variables_of(recipe_class: Recipe) -> dict[str, str]:
-    """Variable name -> dotted key it sets (empty: accepted, without effect)."""
+    """Return {variable: dotted key that it sets}; "" for a variable without effect."""
     if issubclass(recipe_class, EvalRecipe):
-        return _EVAL | dict.fromkeys(_SERVED, "")
+        return _EVAL | dict.fromkeys(_SERVER, "")
     return dict(_RL if issubclass(recipe_class, RlRecipe) else _TRAIN)
 
 
-def set_variables(recipe_class: Recipe, environ: Mapping[str, str], run_dir: str) -> Iterator[Word]:
-    """The variables that are set (an empty one is not) for this kind of recipe.
+def set_variables(
+    recipe_class: Recipe, environ: Mapping[str, str], run_dir: str
+) -> Iterator[Variable]:
+    """Yield the variables of this kind of recipe that are set and not empty.
 
     Args:
-        run_dir: `run.dir` of the recipe files; a LOAD_DIR equal to the run directory means nothing more than resuming.
+        run_dir: `run.dir` of the recipe files. A LOAD_DIR equal to the run directory sets no key,
+            because the run resumes from there anyway.
 
     Raises:
         ConfigError: two variables set one key to different values.
     """
-    texts = {name: environ[name] for name in variables_of(recipe_class) if environ.get(name)}
-    keys = {name: key for name, key in variables_of(recipe_class).items() if name in texts}
-    if keys.get("HF_CHECKPOINT") == "model.path" and "REF_LOAD" in texts:
+    values = {name: environ[name] for name in variables_of(recipe_class) if environ.get(name)}
+    keys = {name: key for name, key in variables_of(recipe_class).items() if name in values}
+    if keys.get("HF_CHECKPOINT") == "model.path" and "REF_LOAD" in values:
         keys["HF_CHECKPOINT"] = "data.tokenizer"
+    run_dir = os.path.normpath(values.get("SAVE_DIR", run_dir) or ".")
     for name, key in keys.items():
-        text = texts[name]
-        twins = [
-            other for other in keys if other != name and keys[other] == key and texts[other] != text
-        ]
-        if key and twins:
-            raise ConfigError(
-                f"environment {name}: {name} and {twins[0]} both set {key}, to different values; unset one of them."
+        value = values[name]
+        _check_conflict(name, keys, values)
+        if name == "LOAD_DIR" and os.path.normpath(value) == run_dir:
+            note = (
+                f"LOAD_DIR={value} is the run directory itself: "
+                "the run resumes from its newest checkpoint anyway."
             )
-        if name == "LOAD_DIR" and os.path.normpath(text) == os.path.normpath(
-            texts.get("SAVE_DIR", run_dir) or "."
-        ):
-            yield Word(
-                name,
-                text,
-                "",
-                f"LOAD_DIR={text} is the run directory itself: the run resumes from its newest checkpoint anyway.",
-            )
+            yield Variable(name, value, "", note)
         elif not key:
-            yield Word(name, text, "", f"{name} is set but not needed: {_UNUSED[name]}.")
+            note = f"{name} is set but not needed: {_UNUSED[name]}."
+            yield Variable(name, value, "", note)
         else:
-            yield Word(name, text, key, f"environment variable {name} sets {key} to {text!r}.")
+            note = f"environment variable {name} sets {key} to {value!r}."
+            yield Variable(name, value, key, note)
+
+
+def _check_conflict(name: str, keys: Mapping[str, str], values: Mapping[str, str]) -> None:
+    """Raise ConfigError if another variable sets the key of `name` to another value."""
+    if not keys[name]:
+        return
+    for other in keys:
+        if other != name and keys[other] == keys[name] and values[other] != values[name]:
+            raise ConfigError(
+                f"environment {name}: {name} and {other} both set {keys[name]}, to different "
+                "values; unset one of them."
+            )

@@ -1,6 +1,7 @@
-"""Walking the schema: which dotted keys a recipe class has, and what stands under them.
+"""The dotted keys of a recipe class, found by walking its pydantic fields.
 
-A key is a path of field names; an element of a list of tables is named by its index (`data.sources.0.path`).
+A key is a path of field names, such as `schedule.total_steps`. An element of a list of tables is
+named by its index: `data.sources.0.path`.
 """
 
 import types
@@ -14,7 +15,7 @@ Recipe = type[BaseModel]
 
 
 def section_class(annotation: Any) -> Recipe | None:
-    """The section that an annotation stands for: `S` and `S | None` give S, anything else None."""
+    """Return the section class of an annotation: S for `S` and `S | None`, otherwise None."""
     if get_origin(annotation) in (Union, types.UnionType):
         kinds = [
             section_class(option) for option in get_args(annotation) if option is not type(None)
@@ -26,12 +27,15 @@ def section_class(annotation: Any) -> Recipe | None:
 
 
 def item_class(annotation: Any) -> Recipe | None:
-    """The section whose tables a list holds: `tuple[S, ...]` gives S, anything else None."""
+    """Return the section class of a list of tables: S for `tuple[S, ...]`, otherwise None."""
     return section_class(get_args(annotation)[0]) if get_origin(annotation) is tuple else None
 
 
 def child(annotation: Any, name: str) -> Any:
-    """The annotation under `name` of a section or (a number) of a list of tables; None if there is no such key."""
+    """Return the annotation of a section's field or of a list's element; None if there is none.
+
+    `name` is a field name for a section, and an index in decimal digits for a list of tables.
+    """
     section = section_class(annotation)
     if section is not None:
         return section.model_fields[name].annotation if name in section.model_fields else None
@@ -39,7 +43,7 @@ def child(annotation: Any, name: str) -> Any:
 
 
 def lookup(recipe_class: Recipe, key: str) -> Any:
-    """The annotation of a dotted key; None if the recipe class has no such key."""
+    """Return the annotation of a dotted key; None if the recipe class has no such key."""
     annotation: Any = recipe_class
     for name in key.split("."):
         annotation = child(annotation, name)
@@ -49,14 +53,14 @@ def lookup(recipe_class: Recipe, key: str) -> Any:
 
 
 class Key(NamedTuple):
-    """A leaf of the schema, such as `data.sources.0.path`."""
+    """A leaf of the schema, such as `data.sources.0.path`, and its field."""
 
     name: str
     field: FieldInfo
 
 
 def leaf_keys(recipe_class: Recipe, prefix: str = "") -> Iterator[Key]:
-    """Every leaf in the schema's order; a list of tables is shown by its element 0."""
+    """Yield every leaf in the order of the schema; element 0 represents a list of tables."""
     for name, field in recipe_class.model_fields.items():
         key = f"{prefix}{name}"
         section, item = section_class(field.annotation), item_class(field.annotation)
@@ -69,7 +73,7 @@ def leaf_keys(recipe_class: Recipe, prefix: str = "") -> Iterator[Key]:
 
 
 def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a recipe with its value, in the schema's order; an empty list of tables is a leaf."""
+    """Return {dotted key: value} in the order of the schema; an empty list of tables is a leaf."""
     flat: dict[str, Any] = {}
     for name in type(section).model_fields:
         key, value = f"{prefix}{name}", getattr(section, name)
@@ -84,7 +88,7 @@ def flatten(section: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether a key's value is text (a string or a choice), so that it needs no quotes on the command line."""
+    """Whether a key's value is a string or a choice, which needs no quotes on the command line."""
     return annotation is str or get_origin(annotation) is Literal
 
 

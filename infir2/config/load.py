@@ -1,9 +1,9 @@
-"""Recipes from TOML files, environment variables and options into one checked object.
+"""Merge TOML files, environment variables and options into one checked recipe.
 
-Order, the later wins: `extends`, the file, further files, environment variables, `--section.key=value` options. Tables
-merge key by key; a list replaces the earlier list as a whole, except that `data.sources.0.path` (an option, or a
-table `[data.sources.0]`) changes one element. A relative path inside a recipe is relative to the current directory, `extends` to the
-file that says it.
+From lowest to highest priority: the file that `extends` names, the file itself, further files,
+environment variables, `--section.key=value` options. Tables merge key by key. A list replaces the
+earlier list, except that `data.sources.0.path` (an option, or a table `[data.sources.0]`) changes
+one element. A relative path is relative to the working directory; in `extends`, to the file.
 """
 
 import difflib
@@ -28,11 +28,11 @@ from infir2.config.keys import (
     lookup,
     section_class,
 )
-from infir2.config.rules import problems
+from infir2.config.rules import violations
 from infir2.errors import ConfigError
 
 R = TypeVar("R", bound=BaseModel)
-_MUST = {
+_REQUIREMENTS = {  # pydantic's error type -> how the sentence "KEY ..." continues
     "bool_type": "must be true or false",
     "int_type": "must be a whole number",
     "float_type": "must be a number",
@@ -43,10 +43,14 @@ _MUST = {
 
 @dataclass(frozen=True)
 class Loaded(Generic[R]):
-    """A checked recipe, and for each of its dotted keys where the value came from.
+    """A checked recipe and the origin of each value.
 
-    `provenance`: `data.sources.0.path` -> `file:recipes/x.toml` | `option` | `environment NAME` | `default`.
-    `notes`: sentences about the environment variables that were used, for the terminal.
+    Attributes:
+        recipe: the recipe.
+        provenance: {dotted key: origin}, such as {"data.sources.0.path": "file:recipes/x.toml"};
+            an origin is "file:PATH", "option", "environment NAME" or "default".
+        notes: sentences to print about the environment variables that were used.
+        accept_changes: `--accept-changes`, a resumed run may change keys that are not safe.
     """
 
     recipe: R
@@ -56,17 +60,23 @@ class Loaded(Generic[R]):
 
 
 class _Layers:
-    """The values merged so far, and the origin of each leaf."""
+    """The values merged so far, and the origin of each leaf key."""
 
     def __init__(self, recipe_class: Recipe) -> None:
         self.recipe_class = recipe_class
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
-        self.place = ""
+        self.location = ""  # of the layer being merged, for error sentences
 
     def merge(self, table: Mapping[str, Any], origin: str, key: str = "") -> None:
-        """Puts a table over the values so far; `key` is the one key of an option or variable, for errors."""
-        self.place = _place(origin, key)
+        """Merge a table over the values so far.
+
+        Args:
+            table: nested TOML tables.
+            origin: origin of the values, as in `Loaded.provenance`.
+            key: dotted key of an option or variable, for error sentences.
+        """
+        self.location = _location(origin, key)
         self._merge_section(self.values, self.recipe_class, table, "", origin)
 
     def _merge_section(
@@ -80,19 +90,19 @@ class _Layers:
         for name, value in table.items():
             key, kind = f"{prefix}{name}", child(annotation, name)
             if kind is None:
-                raise ConfigError(f"{self.place}: {unknown_key(self.recipe_class, key)}")
+                raise ConfigError(f"{self.location}: {unknown_key(self.recipe_class, key)}")
             if section_class(kind) is not None:
                 if not isinstance(value, Mapping):
                     raise ConfigError(
-                        f"{self.place}: {key} is a section, so write [{key}] and keys under it, not a single value."
+                        f"{self.location}: {key} is a section, so write [{key}] and keys under it, "
+                        "not a single value."
                     )
                 self._merge_section(into.setdefault(name, {}), kind, value, f"{key}.", origin)
             elif item_class(kind) is not None:
                 self._merge_tables(into, name, kind, value, key, origin)
             elif isinstance(value, Mapping) and value:
-                raise ConfigError(
-                    f"{self.place}: {unknown_key(self.recipe_class, f'{key}.{next(iter(value))}')}"
-                )
+                inner = f"{key}.{next(iter(value))}"
+                raise ConfigError(f"{self.location}: {unknown_key(self.recipe_class, inner)}")
             else:
                 into[name], self.origins[key] = value, origin
 
@@ -110,13 +120,15 @@ class _Layers:
             index.isdecimal() and isinstance(item, Mapping) for index, item in value.items()
         ):
             raise ConfigError(
-                f"{self.place}: {key} is a list of tables, so write [[{key}]] and keys under it, or {key}.0.KEY for one."
+                f"{self.location}: {key} is a list of tables, so write [[{key}]] and keys under "
+                f"it, or {key}.0.KEY for one."
             )
         items = into.setdefault(name, [])
         for index, item in value.items():
             if int(index) > len(items):
                 raise ConfigError(
-                    f"{self.place}: {key}.{index} is not an element of {key}, which has {len(items)}; count from 0."
+                    f"{self.location}: {key}.{index} is not an element of {key}, "
+                    f"which has {len(items)}; count from 0."
                 )
             if int(index) == len(items):
                 items.append({})
@@ -125,10 +137,11 @@ class _Layers:
             )
 
     def set_text(self, key: str, text: str, origin: str) -> None:
-        """One value that arrives as text, from an option or the environment."""
+        """Set one key from text: an option's or an environment variable's value."""
         if text != text.encode("utf-8", "ignore").decode():
             raise ConfigError(
-                f"{_place(origin, key)}: the value is not valid UTF-8, and a recipe is text; rename what it names."
+                f"{_location(origin, key)}: the value is not valid UTF-8, which a recipe cannot "
+                "store; rename the file or directory."
             )
         value: Any = _parse_text(lookup(self.recipe_class, key), text)
         for name in reversed(key.split(".")):
@@ -136,7 +149,7 @@ class _Layers:
         self.merge(value, origin, key)
 
     def set_source(self, key: str, path: str, origin: str) -> None:
-        """One path in place of a list of sources; the first source's field names stay."""
+        """Replace a list of sources by one path, keeping the field names of the first source."""
         section, name = key.split(".")
         table = self.values.get(section, {})
         if name in table:
@@ -156,17 +169,17 @@ def load(
     environ: Mapping[str, str] | None = None,
     verb: str = "",
 ) -> Loaded[R]:
-    """Reads, merges and checks a recipe.
+    """Read, merge and check a recipe.
 
     Args:
         recipe_class: TrainRecipe, RlRecipe or EvalRecipe.
-        paths: recipe files, the later override the earlier.
-        overrides: options as typed, `--section.key=value`; the value is TOML, and text needs no quotes.
+        paths: recipe files; later files override earlier ones.
+        overrides: options `--section.key=value`; the value is TOML, and text needs no quotes.
         environ: environment variables; None or {} uses none.
-        verb: `cpt` or `sft` adds the checks that only this kind of training has.
+        verb: "cpt" or "sft" adds the checks that are specific to it.
 
     Raises:
-        ConfigError: one sentence with the file, option or variable and the key.
+        ConfigError: one sentence with the file, option or variable, and the key.
     """
     layers = _Layers(recipe_class)
     for path in paths:
@@ -178,38 +191,40 @@ def load(
         if not equals:
             raise ConfigError(f"option {option}: write it as --{key}=VALUE.")
         layers.set_text(key, text, "option")
-    recipe = _validate(recipe_class, layers, _main_place(paths))
+    recipe = _validate(recipe_class, layers, _last_file(paths))
     provenance = {key: layers.origins.get(key, "default") for key in flatten(recipe)}
-    for key, sentence in problems(recipe, verb):
+    for key, sentence in violations(recipe, verb):
         origin = layers.origins.get(key, "default")
-        place = _main_place(paths) if origin == "default" else _place(origin, key)
-        raise ConfigError(f"{place}: {sentence}")
+        location = _last_file(paths) if origin == "default" else _location(origin, key)
+        raise ConfigError(f"{location}: {sentence}")
     return Loaded(recipe, provenance, notes)
 
 
 def sections_in(paths: Sequence[str | Path]) -> set[str]:
-    """The sections that recipe files set, unchecked: what kind of recipe they are. Raises ConfigError."""
+    """Return the names of the sections in recipe files; checks no keys.
+
+    Raises:
+        ConfigError: a file is missing or is not valid TOML.
+    """
     return {name for path in paths for _, table in _read_chain(Path(path)) for name in table}
 
 
 def _merge_environment(layers: _Layers, environ: Mapping[str, str]) -> tuple[str, ...]:
     notes = []
-    for word in set_variables(
+    for variable in set_variables(
         layers.recipe_class, environ, str(layers.values.get("run", {}).get("dir", ""))
     ):
-        if word.key:
-            put = layers.set_source if word.key in SOURCES else layers.set_text
-            put(word.key, word.text, f"environment {word.name}")
-        notes.append(word.note)
+        if variable.key:
+            set_value = layers.set_source if variable.key in SOURCES else layers.set_text
+            set_value(variable.key, variable.value, f"environment {variable.name}")
+        notes.append(variable.note)
     return tuple(notes)
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """The file's table after those it extends, each with the name to show."""
+    """Return (path, table) of each file that `path` extends, the base first, then of `path`."""
     if path.resolve() in seen:
-        raise ConfigError(
-            f"{path}: extends goes round in a circle; remove one of the extends lines."
-        )
+        raise ConfigError(f"{path}: its extends lines form a circle; remove one of them.")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -232,7 +247,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict
 
 
 def _parse_text(annotation: Any, text: str) -> Any:
-    """Text as the TOML value that the key takes; what TOML cannot read stays text, for the type check to refuse."""
+    """Parse text as a TOML value; text that is not TOML stays text, for the type check."""
     try:
         table = tomllib.loads(f"value = {text}")
         value = table["value"] if len(table) == 1 else text
@@ -245,15 +260,15 @@ def _parse_text(annotation: Any, text: str) -> Any:
     return value
 
 
-def _validate(recipe_class: type[R], layers: _Layers, main_place: str) -> R:
+def _validate(recipe_class: type[R], layers: _Layers, last_file: str) -> R:
     try:
         return recipe_class.model_validate(_tuples(layers.values))
     except ValidationError as error:
         first, *more = error.errors(include_url=False)
         key = ".".join(str(part) for part in first["loc"])
-        place = _place(layers.origins[key], key) if key in layers.origins else main_place
+        location = _location(layers.origins[key], key) if key in layers.origins else last_file
         rest = f" ({len(more)} more like this)" if more else ""
-        raise ConfigError(f"{place}: {_sentence(recipe_class, key, first)}{rest}") from None
+        raise ConfigError(f"{location}: {_sentence(recipe_class, key, first)}{rest}") from None
 
 
 def _sentence(recipe_class: Recipe, key: str, error: Any) -> str:
@@ -270,17 +285,19 @@ def _sentence(recipe_class: Recipe, key: str, error: Any) -> str:
         parent = section_class(lookup(recipe_class, key.rpartition(".")[0]))
         meaning = parent.model_fields[leaf].description if parent else ""
         return f"{key} is missing; set it ({meaning})."
-    must = _MUST.get(error["type"]) or error["msg"].replace("Input should", "must", 1)
-    return f"{key} {must}, not {error['input']!r}."
+    requirement = _REQUIREMENTS.get(error["type"]) or error["msg"].replace(
+        "Input should", "must", 1
+    )
+    return f"{key} {requirement}, not {error['input']!r}."
 
 
 def unknown_key(recipe_class: Recipe, key: str) -> str:
-    """The sentence for a key that the recipe class does not have, with the nearest one that it has."""
+    """Return the sentence about a key that does not exist, with the nearest key that does."""
     section = key.split(".")[0]
     if section not in recipe_class.model_fields:
         known = list(recipe_class.model_fields)
         near = difflib.get_close_matches(section, known, 1, 0.6)
-        hint = f"did you mean {near[0]}?" if near else f"the sections here are {', '.join(known)}."
+        hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(known)}."
         return f"{section} is not a section of this kind of recipe; {hint}"
     known = [leaf.name for leaf in leaf_keys(recipe_class)]
     leaf_name = key.rsplit(".", 1)[-1]
@@ -292,18 +309,18 @@ def unknown_key(recipe_class: Recipe, key: str) -> str:
 
 
 def _tuples(value: Any) -> Any:
-    """TOML's lists as the tuples that the strict schema takes."""
+    """Convert TOML's lists to tuples, which the strict schema requires."""
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _place(origin: str, key: str = "") -> str:
-    """How an origin is named in an error."""
+def _location(origin: str, key: str = "") -> str:
+    """Return how an error sentence names an origin."""
     if origin == "option":
         return f"option --{key}" if key else "option"
     return origin.removeprefix("file:")
 
 
-def _main_place(paths: Sequence[str | Path]) -> str:
+def _last_file(paths: Sequence[str | Path]) -> str:
     return str(paths[-1]) if paths else "recipe"

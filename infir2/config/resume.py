@@ -1,4 +1,4 @@
-"""The resolved recipe of a run directory: written with where each value came from, read back, compared on resume."""
+"""The resolved recipe in a run directory: dump it, load it back, compare it on resume."""
 
 import json
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from infir2.config.keys import flatten
 from infir2.config.load import Loaded, R, load
 from infir2.errors import ConfigError
 
-# Keys that may differ when a run is resumed: they do not change which numbers the next step is to compute. Anything
-# else (data, seed, shape, schedule, loss) makes the run a different one.
+# A resumed run may change these keys: they do not change what the next step computes. Any other key
+# (data, seed, shape, schedule, loss) would make it a different run.
 SAFE_KEYS = (
     "run.dir",
     "run.threads",
@@ -38,12 +38,12 @@ SAFE_KEYS = (
 
 
 def dump(loaded: Loaded[Any]) -> str:
-    """The recipe as TOML that loads again to an equal recipe; each line ends with the value's origin."""
-    head = "# Resolved recipe: every key with its value and where the value came from.\n"
-    return head + "".join(_section(loaded.recipe, loaded.provenance, "", "")) + "\n"
+    """Return the recipe as TOML that loads to an equal recipe; comments name each origin."""
+    header = "# Resolved recipe: every key with its value and where the value came from.\n"
+    return header + "".join(_dump_section(loaded.recipe, loaded.provenance, "", "")) + "\n"
 
 
-def _section(
+def _dump_section(
     section: BaseModel, provenance: dict[str, str], prefix: str, header: str
 ) -> Iterator[str]:
     values = {name: getattr(section, name) for name in type(section).model_fields}
@@ -57,21 +57,24 @@ def _section(
         yield f"\n{header}"
     for name, value in values.items():
         if name not in tables and name not in lists and value is not None:
-            yield f"\n{name} = {_toml(value)}  # {_printable(provenance.get(prefix + name, 'default'))}"
+            origin = _printable(provenance.get(prefix + name, "default"))
+            yield f"\n{name} = {_toml(value)}  # {origin}"
     if header:
         yield "\n"
     for name, value in tables.items():
-        yield from _section(value, provenance, f"{prefix}{name}.", f"[{prefix}{name}]")
+        key = f"{prefix}{name}"
+        yield from _dump_section(value, provenance, f"{key}.", f"[{key}]")
     for name, items in lists.items():
+        key = f"{prefix}{name}"
         for index, item in enumerate(items):
-            yield from _section(item, provenance, f"{prefix}{name}.{index}.", f"[[{prefix}{name}]]")
+            yield from _dump_section(item, provenance, f"{key}.{index}.", f"[[{key}]]")
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's escapes are TOML's; TOML also refuses a bare DEL.
+        # JSON and TOML escape alike, except that TOML also requires an escape for DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return f"[{', '.join(_toml(item) for item in value)}]"
@@ -83,7 +86,7 @@ def _printable(origin: str) -> str:
 
 
 def changed_keys(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ -> (old, new); None stands for a key that one of them does not have."""
+    """Return {dotted key: (old value, new value)} of keys that differ; None for a missing key."""
     before, after = flatten(old), flatten(new)
     return {
         key: (before.get(key), after.get(key))
@@ -93,26 +96,30 @@ def changed_keys(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
 
 
 def is_safe(key: str) -> bool:
-    """Whether a resumed run may have another value of this key."""
+    """Whether a resumed run may change this key."""
     return any(key == safe or key.startswith(f"{safe}.") for safe in SAFE_KEYS)
 
 
 def check_resume(loaded: Loaded[R], recipe_path: Path) -> list[str]:
-    """Compares the recipe with the one the run directory was made with.
+    """Compare the recipe with the resolved recipe of the run directory that it resumes.
 
     Returns:
-        One line per changed key, to be printed; or that the earlier recipe cannot be read.
+        Lines to print: one per changed key, or that the earlier recipe cannot be read.
 
     Raises:
-        ConfigError: a key changed that makes it a different run, or may have, and `--accept-changes` was not given.
+        ConfigError: a key that is not safe changed, or the earlier recipe cannot be read, and
+            `--accept-changes` was not given.
     """
-    mend = "name a new run.dir, restore the value, or resume with --accept-changes."
+    fix = "name a new run.dir, restore the value, or resume with --accept-changes."
     try:
         old = load(type(loaded.recipe), [recipe_path]).recipe
     except ConfigError as error:
-        text = f"{recipe_path}: what this run was started with cannot be read back ({str(error).rstrip('.')})"
+        text = (
+            f"{recipe_path}: the recipe that this run was started with cannot be read "
+            f"({str(error).rstrip('.')})"
+        )
         if not loaded.accept_changes:
-            raise ConfigError(f"{text}; {mend}") from error
+            raise ConfigError(f"{text}; {fix}") from error
         return [text]
     changes = changed_keys(old, loaded.recipe)
     unsafe = [key for key in changes if not is_safe(key)]
@@ -121,7 +128,8 @@ def check_resume(loaded: Loaded[R], recipe_path: Path) -> list[str]:
         before, after = changes[key]
         rest = f" (and {len(unsafe) - 1} more: {', '.join(unsafe[1:4])})" if len(unsafe) > 1 else ""
         raise ConfigError(
-            f"{recipe_path}: this run was started with {key} = {before!r}, and now it is {after!r}{rest}; {mend}"
+            f"{recipe_path}: this run was started with {key} = {before!r}, "
+            f"and now it is {after!r}{rest}; {fix}"
         )
     return [
         f"resumed with {key} = {after!r} (was {before!r})"

@@ -1,6 +1,7 @@
-"""What no single key's type can say: combinations of values that cannot work.
+"""Combinations of values that cannot work, which the type of a single key cannot express.
 
-Each rule is whether it is broken, the dotted key it is shown at, and how the sentence about that key goes on.
+A rule is (whether the recipe violates it, the dotted key to name, the rest of the sentence that
+starts with this key).
 """
 
 from collections.abc import Iterator
@@ -13,15 +14,20 @@ from infir2.config.schema import (
     ModelSection,
     RlRecipe,
     ScheduleSection,
+    ShapeSection,
     TrainRecipe,
 )
 
-Problem = tuple[str, str]
+Violation = tuple[str, str]
 Rule = tuple[bool, str, str]
 
 
-def problems(recipe: BaseModel, verb: str = "") -> Iterator[Problem]:
-    """(key, sentence) of what is wrong, the most basic first; `verb` is `cpt`, `sft`, `rl`, `eval` or empty (not known)."""
+def violations(recipe: BaseModel, verb: str = "") -> Iterator[Violation]:
+    """Yield (dotted key, sentence) of each violated rule, the most basic first.
+
+    Args:
+        verb: "cpt" or "sft" adds the rules that are specific to it; "" if the verb is not known.
+    """
     rules: list[Rule] = []
     if isinstance(recipe, TrainRecipe):
         rules += _training(recipe)
@@ -31,7 +37,7 @@ def problems(recipe: BaseModel, verb: str = "") -> Iterator[Problem]:
         rules += _batch(recipe.data, verb)
     if isinstance(recipe, EvalRecipe):
         rules += _evaluation(recipe)
-    yield from ((key, f"{key} {goes_on}") for broken, key, goes_on in rules if broken)
+    yield from ((key, f"{key} {rest}") for violated, key, rest in rules if violated)
 
 
 def _training(recipe: TrainRecipe) -> list[Rule]:
@@ -46,7 +52,7 @@ def _training(recipe: TrainRecipe) -> list[Rule]:
         (
             bool(model.shape) and not data.tokenizer,
             "data.tokenizer",
-            "is missing; a model made from model.shape brings none of its own.",
+            "is missing; a model initialized from model.shape has no tokenizer of its own.",
         ),
         (not data.sources, "data.sources", "is empty; name at least one file of training data."),
         (
@@ -57,61 +63,53 @@ def _training(recipe: TrainRecipe) -> list[Rule]:
         (
             recipe.parallel.dp == 0,
             "parallel.dp",
-            "must be -1 (all ranks that are left) or at least 1.",
+            "must be -1 (all remaining ranks) or at least 1.",
         ),
         *_schedule(recipe.schedule, recipe.train.epochs),
     ]
 
 
 def _model(model: ModelSection) -> list[Rule]:
-    shape, start = (
-        model.shape,
-        "name a Hugging Face or run directory to start from, or make a model with [model.shape].",
-    )
     rules: list[Rule] = [
-        (not model.path and shape is None, "model.path", f"is missing; {start}"),
         (
-            bool(model.path) and shape is not None,
+            not model.path and model.shape is None,
+            "model.path",
+            "is missing; name a Hugging Face or run directory to start from, or initialize a model "
+            "with [model.shape].",
+        ),
+        (
+            bool(model.path) and model.shape is not None,
             "model.path",
             "and model.shape are both set; keep one of them.",
         ),
     ]
-    if shape is None:
-        return rules
-    heads, width, head_dim = (
-        shape.num_heads,
-        shape.hidden_size,
-        shape.head_dim or shape.hidden_size // shape.num_heads,
-    )
-    undivided = not shape.head_dim and width % heads > 0
+    return rules if model.shape is None else rules + _shape(model.shape)
+
+
+def _shape(shape: ShapeSection) -> list[Rule]:
+    heads, hidden_size = shape.num_heads, shape.hidden_size
+    head_dim = shape.head_dim or hidden_size // heads
     return [
-        *rules,
         (
             heads % shape.num_kv_heads > 0,
             "model.shape.num_kv_heads",
             f"({shape.num_kv_heads}) must divide num_heads ({heads}).",
         ),
         (
-            undivided,
+            not shape.head_dim and hidden_size % heads > 0,
             "model.shape.num_heads",
-            f"({heads}) must divide hidden_size ({width}), or set model.shape.head_dim.",
+            f"({heads}) must divide hidden_size ({hidden_size}), or set model.shape.head_dim.",
         ),
         (
             head_dim % 2 > 0,
             "model.shape.head_dim",
-            f"is {head_dim}, and rotary positions need an even one; set model.shape.head_dim.",
+            f"is {head_dim}, but rotary embeddings require an even number; set it.",
         ),
     ]
 
 
 def _batch(data: DataSection, verb: str) -> list[Rule]:
-    windows, samples, longest, pass_tokens = (
-        data.batch_sequences,
-        data.batch_samples,
-        data.sequence_tokens,
-        data.micro_batch_tokens,
-    )
-    split = f"({pass_tokens}) must be at least data.sequence_tokens ({longest}): a sequence is not divided over passes."
+    windows, samples = data.batch_sequences, data.batch_samples
     return [
         (
             windows > 0 and samples > 0,
@@ -126,29 +124,28 @@ def _batch(data: DataSection, verb: str) -> list[Rule]:
         (
             verb == "cpt" and samples > 0,
             "data.batch_samples",
-            "is for SFT; set data.batch_sequences, for documents are packed into windows.",
+            "is for SFT; set data.batch_sequences, because CPT packs documents into windows.",
         ),
-        (pass_tokens < longest, "data.micro_batch_tokens", split),
+        (
+            data.micro_batch_tokens < data.sequence_tokens,
+            "data.micro_batch_tokens",
+            f"({data.micro_batch_tokens}) must be at least data.sequence_tokens "
+            f"({data.sequence_tokens}): a sequence is not split over forward passes.",
+        ),
     ]
 
 
 def _schedule(schedule: ScheduleSection, epochs: float) -> list[Rule]:
-    total, warmup, decay, start = (
-        schedule.total_steps,
-        schedule.warmup_steps,
-        schedule.decay_steps,
-        schedule.decay_from_step,
-    )
+    decay, start = schedule.decay_steps, schedule.decay_from_step
     peak, final = schedule.learning_rate, schedule.final_learning_rate
-    end = f"+ schedule.decay_steps is {start + decay}, after schedule.total_steps ({total}); set total_steps to the end of the decay."
     rules: list[Rule] = [
         (
-            not total and not epochs,
+            not schedule.total_steps and not epochs,
             "schedule.total_steps",
             "and train.epochs are both 0; set one of them, the length of the run.",
         ),
         (
-            warmup > 0 and schedule.warmup_fraction > 0,
+            schedule.warmup_steps > 0 and schedule.warmup_fraction > 0,
             "schedule.warmup_fraction",
             "and schedule.warmup_steps are both set; keep one.",
         ),
@@ -162,14 +159,21 @@ def _schedule(schedule: ScheduleSection, epochs: float) -> list[Rule]:
             "schedule.decay_from_step",
             "needs schedule.decay_steps, the length of the decay.",
         ),
+        (
+            schedule.kind != "wsd" and (decay > 0 or start >= 0),
+            "schedule.decay_steps",
+            f'and schedule.decay_from_step require kind = "wsd", not "{schedule.kind}".',
+        ),
     ]
-    if schedule.kind != "wsd":
-        goes_on = f'and schedule.decay_from_step belong to kind = "wsd", not "{schedule.kind}".'
-        rules.append((decay > 0 or start >= 0, "schedule.decay_steps", goes_on))
-    if not total:  # it follows from the epochs
-        return rules
+    # total_steps = 0: the length follows from the epochs, and is checked once the rows are counted.
+    return rules + _phases(schedule) if schedule.total_steps else rules
+
+
+def _phases(schedule: ScheduleSection) -> list[Rule]:
+    """Warm-up and decay must fit into total_steps."""
+    total, warmup = schedule.total_steps, schedule.warmup_steps
+    decay, start = schedule.decay_steps, schedule.decay_from_step
     return [
-        *rules,
         (
             warmup > total,
             "schedule.warmup_steps",
@@ -180,22 +184,22 @@ def _schedule(schedule: ScheduleSection, epochs: float) -> list[Rule]:
             "schedule.decay_steps",
             f"({decay}) must not exceed schedule.total_steps ({total}).",
         ),
-        (start >= 0 and start + decay > total, "schedule.decay_from_step", end),
+        (
+            start >= 0 and start + decay > total,
+            "schedule.decay_from_step",
+            f"+ schedule.decay_steps is {start + decay}, after schedule.total_steps ({total}); "
+            "set total_steps to the end of the decay.",
+        ),
         (
             warmup + decay > total and start < 0,
             "schedule.decay_steps",
-            f"and warm-up together must not exceed total_steps ({total}).",
+            f"plus the warm-up must not exceed total_steps ({total}).",
         ),
     ]
 
 
 def _rl(recipe: RlRecipe) -> list[Rule]:
     rl, data, groups = recipe.rl, recipe.data, recipe.rl.prompts_per_step
-    drawn, buffer, longest = (
-        rl.over_sample_prompts,
-        rl.overlong_buffer_tokens,
-        rl.max_response_tokens,
-    )
     unused = (
         "is not used by RL, whose batch is rl.prompts_per_step groups of rl.group_size; remove it."
     )
@@ -213,9 +217,9 @@ def _rl(recipe: RlRecipe) -> list[Rule]:
             "is not used by RL, whose length is schedule.total_steps; remove it.",
         ),
         (
-            drawn < groups,
+            rl.over_sample_prompts < groups,
             "rl.over_sample_prompts",
-            f"({drawn}) must be at least rl.prompts_per_step ({groups}).",
+            f"({rl.over_sample_prompts}) must be at least rl.prompts_per_step ({groups}).",
         ),
         (
             rl.mini_batches > groups,
@@ -223,9 +227,10 @@ def _rl(recipe: RlRecipe) -> list[Rule]:
             f"({rl.mini_batches}) must not exceed rl.prompts_per_step ({groups}).",
         ),
         (
-            buffer > longest,
+            rl.overlong_buffer_tokens > rl.max_response_tokens,
             "rl.overlong_buffer_tokens",
-            f"({buffer}) must not exceed rl.max_response_tokens ({longest}).",
+            f"({rl.overlong_buffer_tokens}) must not exceed rl.max_response_tokens "
+            f"({rl.max_response_tokens}).",
         ),
     ]
 
@@ -235,12 +240,12 @@ def _evaluation(recipe: EvalRecipe) -> list[Rule]:
         (
             not recipe.model.path,
             "model.path",
-            "is missing; name the Hugging Face or run directory to score.",
+            "is missing; name the Hugging Face or run directory to evaluate.",
         ),
         (
             recipe.model.shape is not None,
             "model.shape.hidden_size",
-            "makes a new model, with nothing to score; set model.path instead.",
+            "initializes a new model, which has nothing to evaluate; set model.path instead.",
         ),
         (
             bool(recipe.rollout.model),

@@ -1,7 +1,7 @@
-"""Every section of a recipe as a typed, frozen class. Imports no torch.
+"""Every section of a recipe as a typed, frozen pydantic class. Imports no torch.
 
-A component receives its own section, never the whole recipe. `Field(description=...)` is what `infir2 VERB --help`
-prints; a unit stands in the name (`_tokens`, `_seconds`) or in the description.
+A component receives its own section, never the whole recipe. `infir2 VERB --help` prints each
+field's description; the unit is in the field's name (`_tokens`, `_seconds`) or in the description.
 """
 
 from typing import Literal
@@ -13,100 +13,117 @@ ComputeDtype = Literal["bfloat16", "float32"]
 
 
 class Section(BaseModel):
+    """A section of a recipe: unknown keys, coerced types, NaN and infinity are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
     dir: str = Field(
         "",
-        description="run directory: checkpoints, metrics, report; the same command run again resumes from it",
+        description="run directory for checkpoints, metrics and the report; running the same "
+        "command again resumes from it",
     )
-    seed: int = Field(1236, ge=0, description="seed of weights, data order and sampling")
-    threads: int = Field(0, ge=0, description="CPU threads for torch (0: leave torch's choice)")
+    seed: int = Field(1236, ge=0, description="seed of initial weights, data order and sampling")
+    threads: int = Field(0, ge=0, description="CPU threads for torch (0: torch's default)")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where to run; auto takes a GPU if there is one"
+        "auto", description="device to run on; auto uses a GPU if there is one"
     )
 
 
 class ShapeSection(Section):
-    """A model made from nothing. Without it, the model comes from `model.path`."""
+    """A randomly initialized model. Without this section, the model comes from `model.path`."""
 
     architecture: Literal["qwen2", "qwen3", "llama"] = Field(
-        "qwen2", description="block variant and Hugging Face architecture"
+        "qwen2", description="decoder block variant and Hugging Face architecture"
     )
     vocab_size: int = Field(0, ge=0, description="rows of the embedding (0: the tokenizer's size)")
     hidden_size: int = Field(gt=0, description="width D of the residual stream")
-    num_layers: int = Field(gt=0, description="decoder blocks")
-    num_heads: int = Field(gt=0, description="query heads N")
-    num_kv_heads: int = Field(gt=0, description="key/value heads G; divides num_heads")
-    head_dim: int = Field(0, ge=0, description="H (0: hidden_size / num_heads)")
-    ffn_size: int = Field(gt=0, description="F, the inner width of the feed-forward")
-    tie_embeddings: bool = Field(True, description="one matrix for embedding and lm_head")
-    rope_theta: float = Field(1e6, gt=0, description="rotary base")
+    num_layers: int = Field(gt=0, description="number of decoder blocks")
+    num_heads: int = Field(gt=0, description="number of query heads N")
+    num_kv_heads: int = Field(gt=0, description="number of key/value heads G; divides num_heads")
+    head_dim: int = Field(0, ge=0, description="head dimension H (0: hidden_size / num_heads)")
+    ffn_size: int = Field(gt=0, description="intermediate size F of the feed-forward network")
+    tie_embeddings: bool = Field(True, description="share one matrix between embedding and lm_head")
+    rope_theta: float = Field(1e6, gt=0, description="base of the rotary position embedding")
     rms_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     max_positions: int = Field(
-        32768, gt=0, description="longest sequence the exported model announces, tokens"
+        32768, gt=0, description="max_position_embeddings of the exported model, tokens"
     )
     init_std: float = Field(
-        0.0, ge=0, description="standard deviation of new weights (0: 1/sqrt(fan_in))"
+        0.0, ge=0, description="standard deviation of initial weights (0: 1/sqrt(fan_in))"
     )
 
 
 class ModelSection(Section):
     path: str = Field(
         "",
-        description="start from this: a Hugging Face directory, or a run directory (newest checkpoint's weights)",
+        description="initial weights: a Hugging Face directory, or a run (its newest checkpoint)",
     )
     shape: ShapeSection | None = Field(
-        None, description="make a new model of this shape instead of loading one"
+        None, description="initialize a new model of this shape instead of loading one"
     )
     compute_dtype: ComputeDtype = Field(
-        "bfloat16", description="dtype of activations; masters, reductions and logits are FP32"
+        "bfloat16",
+        description="dtype of activations; masters, reductions and logits are FP32",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="made again in the backward to save memory; selective: norms and SwiGLU products (GPU), full: whole blocks",
+        description="activation recomputation in the backward; selective: norms and SwiGLU "
+        "products (GPU only), full: whole decoder blocks",
     )
     pre_activation_dtype: Literal["bfloat16", "fp8"] = Field(
         "bfloat16",
-        description="kept of gate and up for the backward; fp8: half the bytes, gradients of rounded values",
+        description="format in which the inputs of SwiGLU (gate and up) are saved for the "
+        "backward; fp8 halves their memory, and gradients see rounded values",
     )
 
 
 class Fp8Section(Section):
     enabled: bool = Field(
         True,
-        description="FP8 in the Linears of the decoder blocks; false trains the same model in BF16",
+        description="linear layers of the decoder in FP8; false trains the same model in BF16",
     )
     scale_format: ScaleFormat = Field(
         "pow2", description="pow2: scales rounded up to powers of two; fp32: amax/448"
     )
     keep_transposed: bool = Field(
         True,
-        description="FP8 weights in both layouts (GPU); false: half the bytes, a transpose per backward",
+        description="cache FP8 weights in both layouts (GPU only); false halves that memory and "
+        "transposes each weight in the backward",
     )
     skip_modules: tuple[str, ...] = Field(
-        (), description="glob patterns of exported modules kept in BF16, as 'model.layers.0.*'"
+        (),
+        description="glob patterns of exported module names to keep in BF16: 'model.layers.0.*'",
     )
 
 
 class SourceSection(Section):
-    path: str = Field(description="a .jsonl, .jsonl.gz or .parquet file, or a directory of them")
-    weight: float = Field(
-        1.0, gt=0, description="share in the mixture, relative to the other sources"
+    """A file or directory of data, and the names of its fields."""
+
+    path: str = Field(
+        description="a .jsonl, .jsonl.gz, .parquet or .txt file, the prefix of a Megatron indexed "
+        "data set, or a directory of such files"
     )
-    text_field: str = Field("text", description="documents: the field with the text")
+    weight: float = Field(1.0, gt=0, description="share in the mixture, relative to other sources")
+    text_field: str = Field("text", description="CPT: field with the text of a document")
     prompt_field: str = Field(
-        "prompt", description="prompts: the field with the question (text, or messages)"
+        "prompt",
+        description="RL and evaluation, or SFT with solution_field: field with the question "
+        "(text, or for RL and evaluation a list of messages)",
     )
-    answer_field: str = Field("label", description="prompts: the field with the reference answer")
+    answer_field: str = Field(
+        "label", description="RL and evaluation: field with the reference answer"
+    )
     solution_field: str = Field(
         "",
-        description="messages from question and solution: the solution's field (empty: rows have `messages`)",
+        description="SFT: field with the solution, for rows of question and solution (empty: rows "
+        "have a `messages` field)",
     )
     reasoning_field: str = Field(
         "",
-        description="with solution_field: the field with the thought, put between <think> and </think>",
+        description="SFT with solution_field: field with the reasoning, which is put between "
+        "<think> and </think> before the solution",
     )
 
 
@@ -120,58 +137,65 @@ class DataSection(Section):
         (), description="data for the validation loss"
     )
     sequence_tokens: int = Field(
-        32768, gt=1, description="longest sequence; CPT packs documents into windows of this length"
+        32768,
+        gt=1,
+        description="maximum sequence length; CPT packs documents into windows of this length",
     )
     batch_sequences: int = Field(
         0,
         ge=0,
-        description="windows of sequence_tokens in an optimizer step (CPT, or SFT packed over a window)",
+        description="windows of sequence_tokens per optimizer step (CPT, or SFT in windows)",
     )
     batch_samples: int = Field(
         0,
         ge=0,
-        description="samples in an optimizer step (SFT); exactly one of the two batch keys is set",
+        description="samples per optimizer step (SFT); set one of the two batch keys",
     )
     micro_batch_tokens: int = Field(
         32768,
         gt=0,
-        description="most tokens in one forward pass on one device (MAX_TOKENS_PER_GPU)",
+        description="maximum tokens in one forward pass on one device (MAX_TOKENS_PER_GPU)",
     )
     pack_window_samples: int = Field(
-        1024, gt=0, description="samples considered together when packing windows of tokens"
+        1024,
+        gt=0,
+        description="SFT with packed windows: samples that are packed jointly; more fill the "
+        "windows better",
     )
     on_too_long: Literal["drop", "truncate"] = Field(
-        "drop", description="a sample longer than sequence_tokens (documents are split instead)"
+        "drop",
+        description="SFT: what to do with a sample longer than sequence_tokens; truncate keeps "
+        "its end (documents are split instead)",
     )
     max_quarantined_fraction: float = Field(
         0.01,
         ge=0,
         le=1,
-        description="stop when more than this share of a source's rows is unusable",
+        description="stop when more than this fraction of a source's rows is unusable",
     )
-    system_prompt: str = Field("", description="system message put before rows that have none")
+    system_prompt: str = Field("", description="system message for rows without one")
 
 
 class OptimizerSection(Section):
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay")
-    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second-moment decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(
-        0.1, ge=0, description="decoupled decay of matrices (not of norms and biases)"
+        0.1, ge=0, description="decoupled weight decay of matrices (norms and biases have none)"
     )
-    clip_norm: float = Field(1.0, ge=0, description="global gradient norm bound (0: no clipping)")
+    clip_norm: float = Field(1.0, ge=0, description="maximum global gradient norm (0: no clipping)")
     moment_dtype: Literal["fp32", "bf16", "fp8"] = Field(
-        "fp32", description="format of AdamW's moments; fp8: 8 bits, a scale per 128 values"
+        "fp32", description="dtype of AdamW's moments; fp8: 8 bits and one scale per 128 values"
     )
-    offload: bool = Field(False, description="keep AdamW's moments in the host's memory")
+    offload: bool = Field(False, description="keep AdamW's moments in host memory")
     grad_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="dtype of gradient buffers; masters and clipping stay FP32"
+        "fp32", description="dtype of gradient buffers; master weights and clipping stay FP32"
     )
 
 
 class ScheduleSection(Section):
     kind: Literal["wsd", "cosine", "constant"] = Field(
-        "constant", description="learning-rate curve"
+        "constant", description="learning-rate schedule; wsd: warm-up, stable, decay"
     )
     learning_rate: float = Field(gt=0, description="peak learning rate")
     final_learning_rate: float = Field(
@@ -182,98 +206,119 @@ class ScheduleSection(Section):
         0.0,
         ge=0,
         lt=1,
-        description="linear warm-up as a share of total_steps (instead of warmup_steps)",
+        description="linear warm-up as a fraction of total_steps, instead of warmup_steps",
     )
-    total_steps: int = Field(0, ge=0, description="optimizer steps in all (0: from train.epochs)")
+    total_steps: int = Field(
+        0, ge=0, description="optimizer steps of the run (0: from train.epochs)"
+    )
     decay_steps: int = Field(0, ge=0, description="wsd: length of the final decay, steps")
     decay_from_step: int = Field(
         -1,
         ge=-1,
-        description="wsd: start of the decay of a stable checkpoint (-1: total_steps - decay_steps)",
+        description="wsd: step at which the decay starts, to branch from a stable checkpoint "
+        "(-1: total_steps - decay_steps)",
     )
-    decay_shape: Literal["cosine", "linear"] = Field("cosine", description="wsd: form of the decay")
+    decay_shape: Literal["cosine", "linear"] = Field(
+        "cosine", description="wsd: shape of the decay"
+    )
 
 
 class TrainSection(Section):
     epochs: float = Field(
-        0.0, ge=0, description="passes over the data (sets schedule.total_steps when that is 0)"
+        0.0, ge=0, description="passes over the data; used when schedule.total_steps is 0"
     )
     stop_after_step: int = Field(
-        0, ge=0, description="end the run after this step, schedule unchanged (0: run to the end)"
+        0,
+        ge=0,
+        description="stop after this step, with the schedule unchanged (0: at the end)",
     )
     validate_every: int = Field(100, ge=0, description="steps between validation losses (0: never)")
-    validation_batches: int = Field(10, gt=0, description="micro-batches in a validation loss")
+    validation_batches: int = Field(10, gt=0, description="micro-batches per rank per validation")
     max_nonfinite_steps: int = Field(
         3,
         ge=1,
-        description="stop (exit 17) after this many steps in a row with a non-finite loss or gradient; each such step is skipped",
+        description="stop (exit code 17) after this many consecutive steps with a non-finite loss "
+        "or gradient; each such step skips its update",
     )
     on_spike: Literal["continue", "stop"] = Field(
         "continue",
-        description="after 4 steps in a row whose loss is twice the mean of the last 100 (cpt, sft): go on, or end the run",
+        description="CPT and SFT: what to do after 4 consecutive steps whose loss is above twice "
+        "the mean of the last 100",
     )
-    loss_chunk_tokens: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
+    loss_chunk_tokens: int = Field(
+        2048, gt=0, description="tokens per chunk of the loss; bounds the memory of the logits"
+    )
     log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
 
 
 class CheckpointSection(Section):
     save_every: int = Field(
-        1000, gt=0, description="steps between checkpoints; the last step is always saved"
+        1000,
+        gt=0,
+        description="steps between checkpoints; the last step is always saved",
     )
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     background: bool = Field(
         True,
-        description="save while training goes on, from a copy of masters and moments in host memory",
+        description="save while training continues, from a copy of the state in host memory",
     )
     on_save_error: Literal["stop", "warn"] = Field(
-        "stop", description="after a failed save: end the run, or go on and try again"
+        "stop", description="what to do after a failed save; warn: continue and retry later"
     )
     branch_from: str = Field(
         "",
-        description="checkpoint (RUN/checkpoints/step-300) that a new run goes on from, with optimizer and data",
+        description="checkpoint (RUN/checkpoints/step-300) from which a new run takes weights, "
+        "optimizer state and data position",
     )
 
 
 class RlSection(Section):
-    prompts_per_step: int = Field(128, gt=0, description="groups trained in a step")
+    prompts_per_step: int = Field(128, gt=0, description="groups trained on per rollout step")
     group_size: int = Field(16, gt=1, description="responses per prompt")
     over_sample_prompts: int = Field(
         384,
         gt=0,
-        description="prompts sampled at most in a step to find groups whose rewards differ",
+        description="maximum prompts sampled per step to find groups whose rewards differ",
     )
-    mini_batches: int = Field(
-        1, gt=0, description="optimizer updates made from one step's responses"
+    mini_batches: int = Field(1, gt=0, description="optimizer updates per rollout step")
+    clip_low: float = Field(
+        0.2, gt=0, lt=1, description="the probability ratio is clipped below 1 - clip_low"
     )
-    clip_low: float = Field(0.2, gt=0, lt=1, description="lower clip of the probability ratio")
-    clip_high: float = Field(0.28, gt=0, description="upper clip of the probability ratio")
+    clip_high: float = Field(
+        0.28, gt=0, description="the probability ratio is clipped above 1 + clip_high"
+    )
     tis_cap: float = Field(
-        2.0, gt=0, description="upper bound of the truncated importance weight trainer/rollout"
+        2.0,
+        gt=0,
+        description="upper bound of the truncated importance weight, trainer / rollout probability",
     )
     temperature: float = Field(
-        1.0, gt=0, description="sampling temperature; log-probabilities are taken at it too"
+        1.0, gt=0, description="sampling temperature; the trainer's log-probabilities use it too"
     )
     max_response_tokens: int = Field(
-        8192, gt=0, description="longest response; a longer one is cut and counted as truncated"
+        8192, gt=0, description="maximum response length, tokens; longer responses are truncated"
     )
-    max_prompt_tokens: int = Field(2048, gt=0, description="longer prompts are dropped and counted")
+    max_prompt_tokens: int = Field(
+        2048, gt=0, description="maximum prompt length, tokens; longer prompts are dropped"
+    )
     overlong_buffer_tokens: int = Field(
-        0, ge=0, description="soft overlong penalty: its ramp before max_response_tokens (0: off)"
+        0,
+        ge=0,
+        description="soft overlong penalty: it grows linearly over this many tokens before "
+        "max_response_tokens (0: no penalty)",
     )
-    overlong_penalty: float = Field(1.0, ge=0, description="largest soft overlong penalty")
+    overlong_penalty: float = Field(1.0, ge=0, description="maximum soft overlong penalty")
     normalize_by_std: bool = Field(
-        True, description="divide advantages by the group's standard deviation"
+        True, description="divide advantages by the standard deviation of the group's rewards"
     )
     max_mismatch_kl: float = Field(
         0.05, gt=0, description="stop when the mean KL between rollout and trainer exceeds this"
     )
     asynchronous: bool = Field(
         False,
-        description="sample step n + 1 while step n trains, from weights a version older; for engines apart",
+        description="sample step n + 1 while step n trains, from weights one version older",
     )
-    evaluate_every: int = Field(
-        20, ge=0, description="steps between in-loop evaluations (0: never)"
-    )
+    evaluate_every: int = Field(20, ge=0, description="steps between evaluations (0: never)")
 
 
 class RolloutSection(Section):
@@ -281,43 +326,45 @@ class RolloutSection(Section):
         "", description="exported FP8 Hugging Face directory that the engine loads (HF_CHECKPOINT)"
     )
     max_running_requests: int = Field(
-        128, gt=0, description="sequences that generate at the same time in one engine"
+        128, gt=0, description="maximum concurrent requests of one engine"
     )
 
 
 class EvaluateSection(Section):
     problems: tuple[SourceSection, ...] = Field((), description="held-out problems")
-    max_problems: int = Field(0, ge=0, description="take the first so many problems (0: all)")
-    samples: int = Field(4, gt=0, description="k of avg@k and pass@k")
+    max_problems: int = Field(
+        0, ge=0, description="use only the first max_problems problems (0: all)"
+    )
+    samples: int = Field(4, gt=0, description="responses per problem, the k of avg@k and pass@k")
     temperature: float = Field(1.0, ge=0, description="sampling temperature (0: greedy)")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
-    max_response_tokens: int = Field(8192, gt=0, description="longest response")
+    top_p: float = Field(1.0, gt=0, le=1, description="probability mass of nucleus sampling")
+    max_response_tokens: int = Field(8192, gt=0, description="maximum response length, tokens")
     system_prompt: str = Field("", description="system message of every problem")
     response_prefix: str = Field(
-        "", description="text that the assistant's turn starts with, such as '<think>\\n'"
+        "", description="text with which every response starts, such as '<think>\\n'"
     )
 
 
 class ParallelSection(Section):
-    """Sizes of the process mesh; their product is the number of processes. docs/parallel.md says how to choose."""
+    """Axes of the device mesh; their product is the number of processes. See docs/parallel.md."""
 
     dp: int = Field(
         -1,
         ge=-1,
-        description="ranks that read different data and shard the weights (-1: all that are left)",
+        description="data-parallel ranks, which shard the weights (FSDP); -1: all remaining ranks",
     )
     dp_replicate: int = Field(
-        1, ge=1, description="copies of the sharded model, such as one per node (HSDP)"
+        1, ge=1, description="replicas of the sharded model, such as one per node (HSDP)"
     )
-    tp: int = Field(
-        1, ge=1, description="ranks that share every layer (tensor and sequence parallelism)"
-    )
+    tp: int = Field(1, ge=1, description="tensor- and sequence-parallel ranks")
     cp: int = Field(
-        1, ge=1, description="ranks that share the tokens of a micro-batch (context parallelism)"
+        1, ge=1, description="context-parallel ranks, which split the tokens of a micro-batch"
     )
     pp: int = Field(1, ge=1, description="only 1: there is no pipeline parallelism")
     timeout_seconds: float = Field(
-        600.0, gt=0, description="a rank without a sign of life for so long ends the run (exit 71)"
+        600.0,
+        gt=0,
+        description="end the run (exit code 71) when a rank sends no heartbeat for this long",
     )
 
 

@@ -475,7 +475,7 @@ def test_f7_a_recipe_that_cannot_be_read_back_counts_as_changed(
     run([*words, "--train.stop_after_step=2"])
     path.unlink() if content is None else path.write_text(content)
     assert main(words) == 2
-    assert "what this run was started with cannot be read back" in capsys.readouterr().err
+    assert "the recipe that this run was started with cannot be read" in capsys.readouterr().err
     run([*words, "--accept-changes"])
     run(words)
 

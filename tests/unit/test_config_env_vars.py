@@ -1,4 +1,4 @@
-"""The reference's environment variables as keys."""
+"""The environment variables of the reference implementation set keys of a recipe."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_every_variable_sets_a_key_that_exists(recipe_class: type[TrainRecipe]) 
     assert all(lookup(recipe_class, key) for key in variables_of(recipe_class).values() if key)
 
 
-def test_training_words(recipe: str) -> None:
+def test_variables_of_training(recipe: str) -> None:
     environ = {
         "DATA_DIR": "data/sft",
         "HF_CHECKPOINT": "hf",
@@ -50,12 +50,12 @@ def test_training_words(recipe: str) -> None:
     assert "environment variable HF_CHECKPOINT sets model.path to 'hf'." in loaded.notes
 
 
-def test_weights_and_tokenizer_from_two_places(recipe: str) -> None:
+def test_weights_and_tokenizer_from_two_directories(recipe: str) -> None:
     loaded = load(TrainRecipe, [recipe], [], {"HF_CHECKPOINT": "hf", "REF_LOAD": "dist"})
     assert (loaded.recipe.model.path, loaded.recipe.data.tokenizer) == ("dist", "hf")
 
 
-def test_rl_words(recipe: str) -> None:
+def test_variables_of_rl(recipe: str) -> None:
     environ = {
         "HF_CHECKPOINT": "hf-fp8",
         "REF_LOAD": "runs/sft",
@@ -69,7 +69,7 @@ def test_rl_words(recipe: str) -> None:
     )
 
 
-def test_evaluation_words(recipe: str) -> None:
+def test_variables_of_evaluation(recipe: str) -> None:
     environ = {
         "MODEL_PATH": "m",
         "DATASET_LOCAL": "aime.jsonl",
@@ -98,9 +98,9 @@ def test_evaluation_words(recipe: str) -> None:
     assert any(note.startswith("API_PORT is set but not needed") for note in loaded.notes)
 
 
-def test_options_win_over_variables(recipe: str) -> None:
-    loaded = load(TrainRecipe, [recipe], ["--model.path=mine"], {"HF_CHECKPOINT": "hf"})
-    assert (loaded.recipe.model.path, loaded.provenance["model.path"]) == ("mine", "option")
+def test_options_override_variables(recipe: str) -> None:
+    loaded = load(TrainRecipe, [recipe], ["--model.path=other"], {"HF_CHECKPOINT": "hf"})
+    assert (loaded.recipe.model.path, loaded.provenance["model.path"]) == ("other", "option")
 
 
 def test_load_dir_branches_unless_it_is_the_run_itself(recipe: str) -> None:
@@ -116,11 +116,13 @@ def test_load_dir_branches_unless_it_is_the_run_itself(recipe: str) -> None:
     [
         (
             {"MAX_TOKENS_PER_GPU": "many"},
-            "environment MAX_TOKENS_PER_GPU: data.micro_batch_tokens must be a whole number, not 'many'.",
+            "environment MAX_TOKENS_PER_GPU: data.micro_batch_tokens must be a whole number, not "
+            "'many'.",
         ),
         (
             {"DATA_DIR": "a", "DATA_PATH": "b"},
-            "environment DATA_DIR: DATA_DIR and DATA_PATH both set data.sources, to different values; unset one of them.",
+            "environment DATA_DIR: DATA_DIR and DATA_PATH both set data.sources, to different "
+            "values; unset one of them.",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Recipes: merging, provenance, strictness, the sentence that each mistake gets."""
+"""Recipes: merging, provenance, strictness, and one error sentence per mistake."""
 
 import tomllib
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from infir2.config import Loaded, load
-from infir2.config.rules import problems
+from infir2.config.rules import violations
 from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
 from infir2.errors import ConfigError
 
@@ -44,7 +44,7 @@ def sft(
     return load(TrainRecipe, [path], arguments, environ, "sft")
 
 
-def test_later_layers_win_and_provenance_names_them(recipe: str) -> None:
+def test_later_layers_override_and_provenance_names_them(recipe: str) -> None:
     Path("base.toml").write_text("[run]\nseed = 1\nthreads = 2\ndevice = 'cpu'\n")
     Path("later.toml").write_text(
         "extends = 'base.toml'\n[run]\nseed = 2\n[data]\ntokenizer = 'toks'\n"
@@ -78,10 +78,10 @@ def test_extends_is_relative_to_the_file(recipe: str) -> None:
     assert loaded.provenance["run.seed"] == "file:deep/base.toml"
 
 
-def test_extends_in_a_circle_is_refused(recipe: str) -> None:
+def test_circular_extends_is_an_error(recipe: str) -> None:
     Path("a.toml").write_text('extends = "b.toml"')
     Path("b.toml").write_text('extends = "a.toml"')
-    with pytest.raises(ConfigError, match=r"^a\.toml: extends goes round in a circle"):
+    with pytest.raises(ConfigError, match=r"^a\.toml: its extends lines form a circle"):
         sft(path="a.toml")
 
 
@@ -118,7 +118,7 @@ def test_options_of_each_kind(recipe: str) -> None:
     assert (loaded.model.path, loaded.data.tokenizer) == ("2024", "quo ted")
 
 
-def test_an_option_can_give_the_whole_list(recipe: str) -> None:
+def test_an_option_can_replace_the_list(recipe: str) -> None:
     loaded = sft('--data.sources=[{path = "z.jsonl", weight = 3}]')
     assert [(source.path, source.weight) for source in loaded.recipe.data.sources] == [
         ("z.jsonl", 3.0)
@@ -136,20 +136,24 @@ def test_an_option_can_give_the_whole_list(recipe: str) -> None:
         ("--data.seed=1", "option --data.seed: data.seed is not a key; did you mean run.seed?"),
         (
             "--dataa.tokenizer=x",
-            "option --dataa.tokenizer: dataa is not a section of this kind of recipe; did you mean data?",
+            "option --dataa.tokenizer: dataa is not a section of this kind of recipe; did you "
+            "mean data?",
         ),
         ("--run.seed.x=1", "option --run.seed.x: run.seed.x is not a key; did you mean run.seed?"),
         (
             "--data.sources.0.pth=x",
-            "option --data.sources.0.pth: data.sources.0.pth is not a key; did you mean data.sources.0.path?",
+            "option --data.sources.0.pth: data.sources.0.pth is not a key; did you mean "
+            "data.sources.0.path?",
         ),
         (
             "--data.sources.3.path=x",
-            "option --data.sources.3.path: data.sources.3 is not an element of data.sources, which has 2; count from 0.",
+            "option --data.sources.3.path: data.sources.3 is not an element of data.sources, "
+            "which has 2; count from 0.",
         ),
         (
             "--schedule.total_steps=1e3",
-            "option --schedule.total_steps: schedule.total_steps must be a whole number, not 1000.0.",
+            "option --schedule.total_steps: schedule.total_steps must be a whole number, not "
+            "1000.0.",
         ),
         (
             "--schedule.learning_rate=true",
@@ -157,7 +161,8 @@ def test_an_option_can_give_the_whole_list(recipe: str) -> None:
         ),
         (
             "--schedule.learning_rate=nan",
-            "option --schedule.learning_rate: schedule.learning_rate must be a finite number, not nan.",
+            "option --schedule.learning_rate: schedule.learning_rate must be a finite number, not "
+            "nan.",
         ),
         (
             "--fp8.enabled=False",
@@ -165,7 +170,8 @@ def test_an_option_can_give_the_whole_list(recipe: str) -> None:
         ),
         (
             "--schedule.kind=cos",
-            "option --schedule.kind: schedule.kind must be 'wsd', 'cosine' or 'constant', not 'cos'.",
+            "option --schedule.kind: schedule.kind must be 'wsd', 'cosine' or 'constant', not "
+            "'cos'.",
         ),
         (
             "--run.seed=1\nthreads=2",
@@ -173,7 +179,9 @@ def test_an_option_can_give_the_whole_list(recipe: str) -> None:
         ),
         (
             "--model.path=a\udcffb",
-            "option --model.path: the value is not valid UTF-8, and a recipe is text; rename what it names.",
+            "option --model.path: the value is not valid UTF-8, which a recipe cannot store; "
+            "rename "
+            "the file or directory.",
         ),
         ("--run.seed", "option --run.seed: write it as --run.seed=VALUE."),
         (
@@ -182,7 +190,8 @@ def test_an_option_can_give_the_whole_list(recipe: str) -> None:
         ),
         (
             "--data.batch_sequences=2",
-            "option --data.batch_sequences: data.batch_sequences and data.batch_samples are both set; keep one and set the other to 0.",
+            "option --data.batch_sequences: data.batch_sequences and data.batch_samples are both "
+            "set; keep one and set the other to 0.",
         ),
     ],
 )
@@ -190,6 +199,24 @@ def test_mistakes_get_one_sentence(recipe: str, option: str, sentence: str) -> N
     with pytest.raises(ConfigError) as error:
         sft(option)
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("model.pre_activations", "model.pre_activation_dtype"),
+        ("data.too_long", "data.on_too_long"),
+        ("train.skip_nonfinite_steps", "train.max_nonfinite_steps"),
+        ("optimizer.gradients", "optimizer.grad_dtype"),
+        ("train.head_chunk_tokens", "train.loss_chunk_tokens"),
+    ],
+)
+def test_a_renamed_key_is_unknown_and_the_new_one_is_suggested(
+    recipe: str, old: str, new: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        sft(f"--{old}=x")
+    assert str(error.value) == f"option --{old}: {old} is not a key; did you mean {new}?"
 
 
 @pytest.mark.parametrize(
@@ -300,7 +327,7 @@ def test_combinations_that_cannot_work(recipe: str, options: list[str], key: str
     assert str(error.value).startswith(("option --", "x.toml: "))
 
 
-def test_cpt_refuses_a_batch_of_samples(recipe: str) -> None:
+def test_cpt_rejects_a_batch_of_samples(recipe: str) -> None:
     with pytest.raises(ConfigError, match="batch_samples is for SFT"):
         load(TrainRecipe, [recipe], verb="cpt")
 
@@ -355,7 +382,7 @@ def test_every_shipped_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch)
     loaded = load(
         recipe_class, [path], options, verb="" if recipe_class is not TrainRecipe else path.stem[:3]
     )
-    assert not list(problems(loaded.recipe))
+    assert not list(violations(loaded.recipe))
 
 
 def test_every_base_recipe_is_valid_toml() -> None:

@@ -1,4 +1,4 @@
-"""The resolved recipe: it loads again to the same, and decides what a resumed run may change."""
+"""The resolved recipe loads to an equal recipe, and decides what a resumed run may change."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_a_dump_with_a_shape_and_without_sources_of_validation(loaded: Loaded[Tr
     assert load(TrainRecipe, ["resolved.toml"]).recipe == first.recipe
 
 
-def test_a_dump_says_where_each_value_came_from(loaded: Loaded[TrainRecipe]) -> None:
+def test_a_dump_names_the_origin_of_each_value(loaded: Loaded[TrainRecipe]) -> None:
     text = dump(load(TrainRecipe, ["x.toml"], ["--run.threads=3"], {"HF_CHECKPOINT": "hf"}))
     lines = text.splitlines()
     for line in (
@@ -73,7 +73,7 @@ def test_changes_are_named_key_by_key(loaded: Loaded[TrainRecipe]) -> None:
     assert changed_keys(new, new) == {}
 
 
-def test_what_decides_the_numbers_is_not_safe() -> None:
+def test_keys_that_change_the_computation_are_not_safe() -> None:
     names = [key.name for key in leaf_keys(RlRecipe)]
     assert all(
         any(name == safe or name.startswith(f"{safe}.") for name in names) for safe in SAFE_KEYS
@@ -105,7 +105,7 @@ def test_what_decides_the_numbers_is_not_safe() -> None:
     )
 
 
-def test_resume_refuses_a_different_run_and_names_both_values(loaded: Loaded[TrainRecipe]) -> None:
+def test_resume_rejects_a_different_run_and_names_both_values(loaded: Loaded[TrainRecipe]) -> None:
     recipe_path = Path("recipe.toml")
     recipe_path.write_text(dump(loaded))
     safe = load(TrainRecipe, ["x.toml"], ["--train.log_every=5"])
@@ -117,7 +117,8 @@ def test_resume_refuses_a_different_run_and_names_both_values(loaded: Loaded[Tra
     )
     with pytest.raises(
         ConfigError,
-        match=r"run\.seed = 1236, and now it is 2 \(and 1 more: schedule\.learning_rate\).*--accept-changes",
+        match=r"run\.seed = 1236, and now it is 2 \(and 1 more: "
+        r"schedule\.learning_rate\).*--accept-changes",
     ):
         check_resume(unsafe, recipe_path)
     accepted = Loaded(unsafe.recipe, unsafe.provenance, accept_changes=True)

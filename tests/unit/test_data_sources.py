@@ -90,7 +90,8 @@ def test_quarantine_stops_above_its_share_and_lists_a_row_once(tmp_path: Path) -
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
     with pytest.raises(
         DataError,
-        match=r"2 of 100 rows are unusable \(2 bad_json; .*rows.jsonl:100.*raise data.max_quarantined_fraction",
+        match=r"2 of 100 rows are unusable \(2 bad_json; .*rows.jsonl:100.*raise "
+        r"data.max_quarantined_fraction",
     ) as raised:
         quarantine.add(source, 99, error)
     assert raised.value.exit_code == 4
@@ -155,7 +156,8 @@ def test_rows_without_messages_name_the_keys_to_set(tmp_path: Path) -> None:
     (tmp_path / "qa.jsonl").write_bytes(line({"problem": "2+3", "solution": "5"}))
     with pytest.raises(
         DataError,
-        match=r"no field `messages` \(it has problem, solution\): .* set prompt_field and solution_field",
+        match=r"no field `messages` \(it has problem, solution\): .* set prompt_field and "
+        r"solution_field",
     ):
         open_source(SourceSection(path=str(tmp_path / "qa.jsonl")), "messages")
     section = SourceSection(
