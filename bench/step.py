@@ -193,7 +193,7 @@ class Step:
         self._touch()
 
     def _touch(self) -> None:
-        from infir2.numerics.ops_cuda import stack
+        from infir2.numerics.stacked_weights import stack
 
         block: Any
         for block in self.model.model.layers:

@@ -15,7 +15,8 @@ from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
 from infir2.numerics.kernels import api as kernels
 from infir2.numerics.kernels import rope as rope_kernels
 from infir2.numerics.kernels import softmax as softmax_kernels
-from infir2.numerics.quantize_reference import quantize_reference, transpose_reference
+from infir2.numerics.quantize_reference import quantize as quantize_reference
+from infir2.numerics.quantize_reference import transpose as transpose_reference
 
 EPS = 1e-6
 Check = tuple[Callable[[Tensor, str], list[Fp8Tensor]], Callable[[Tensor, str], list[Fp8Tensor]]]

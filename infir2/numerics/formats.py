@@ -1,7 +1,8 @@
 """The block-scaled FP8 format: one dataclass and its constants.
 
-`x[r, c] ~= codes[r, c] * scale[r // block[0], c // 128]`. `scale` multiplies on the way out; Hugging Face files call
-the same numbers `weight_scale_inv`. Tails of a shape that 128 does not divide take no part in any block.
+`x[r, c] ~= codes[r, c] * scale[r // block[0], c // 128]`. `scale` is the dequantization multiplier;
+Hugging Face files call the same numbers `weight_scale_inv`. If 128 does not divide a size, the last
+block is smaller.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0  # largest finite value of E4M3
-NAN_CODE = 0x7F  # the one NaN byte written here (0xFF is NaN too and is never produced)
+NAN_CODE = 0x7F  # the NaN byte that is written (0xFF is NaN too and is never produced)
 GROUP = 128  # columns that share a scale
 ROW_BLOCK = (1, GROUP)  # activations and output gradients
 TILE_BLOCK = (GROUP, GROUP)  # weights and the activation operand of the weight gradient
@@ -27,7 +28,7 @@ class Fp8Tensor:
 
     Attributes:
         codes: float8_e4m3fn [R, C], contiguous.
-        scale: float32 [ceil(R / block[0]), ceil(C / 128)]; the dequantisation multiplier.
+        scale: float32 [ceil(R / block[0]), ceil(C / 128)]; the dequantization multiplier.
         block: (1, 128) or (128, 128), rows and columns that share a scale.
         scale_format: "pow2" (powers of two) or "fp32" (amax / 448).
     """
@@ -41,18 +42,19 @@ class Fp8Tensor:
         check_format(self.block, self.scale_format)
         if self.codes.dtype != E4M3 or self.codes.ndim != 2:
             raise ValueError(
-                f"codes must be float8_e4m3fn [R, C]; got {self.codes.dtype} {list(self.codes.shape)}"
+                "codes must be float8_e4m3fn [R, C]; "
+                f"got {self.codes.dtype} {list(self.codes.shape)}"
             )
         expected = scale_shape(self.codes.shape[0], self.codes.shape[1], self.block)
         if self.scale.dtype != torch.float32 or tuple(self.scale.shape) != expected:
-            found = f"{self.scale.dtype} {list(self.scale.shape)}"
             raise ValueError(
-                f"scale of codes {list(self.codes.shape)} in {self.block} blocks must be float32 {list(expected)}; got {found}"
+                f"scale of codes {list(self.codes.shape)} in {self.block} blocks must be "
+                f"float32 {list(expected)}; got {self.scale.dtype} {list(self.scale.shape)}"
             )
 
     @property
     def shape(self) -> torch.Size:
-        """Shape [R, C] of the matrix that is stored."""
+        """Shape [R, C] of the matrix."""
         return self.codes.shape
 
     @property
@@ -62,12 +64,12 @@ class Fp8Tensor:
 
 
 def scale_shape(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the scales of a [rows, columns] matrix: one row and one column per started block."""
+    """Shape of the scales of a [rows, columns] matrix, one scale per block or part of a block."""
     return -(-rows // block[0]), -(-columns // block[1])
 
 
 def check_format(block: tuple[int, int], scale_format: str) -> None:
-    """Refuse a block or a scale format that does not exist, with a ValueError."""
+    """Raise ValueError for an unknown block or scale format."""
     if tuple(block) not in BLOCKS:
         raise ValueError(f"block must be (1, 128) or (128, 128); got {block}")
     if scale_format not in SCALE_FORMATS:

@@ -1,14 +1,9 @@
-"""The GEMMs of a linear layer: what they multiply, forward and backward. The seam where a device's own GEMMs take over.
+"""Operands and products of a linear layer's three GEMMs, emulated on dequantized values.
 
-    out    = x      @ W.T      x 1x128 along K,            W 128x128
-    grad_x = grad   @ W        grad 1x128 along N,         W.T 128x128, from the same codes
-    grad_W = grad.T @ x        grad.T 1x128 along tokens,  x.T 128x128, from the forward's codes
-
-Without block-scaled hardware the GEMMs run on dequantised values. The forward sums in FP64 and rounds once, so that the
-result for a token does not depend on the batch around it; the backward sums in FP32. Backward operands are nobody's
-bytes, so their values are computed without a detour over codes: `round_to_e4m3_` is the cast there and back, and a test
-holds the values equal to `dequantize(quantize(...))` and `dequantize(transpose(...))`.
-"""
+`linear` describes the GEMMs. The forward sums in FP64 and rounds once, so that a token's result
+does not depend on the batch around it; the backward sums in FP32. The operands of the backward are
+temporary, so their values are computed without encoding and decoding codes (`round_to_e4m3_`).
+Tests hold them equal to `dequantize(quantize(...))` and `dequantize(transpose(...))`."""
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +15,29 @@ from infir2.numerics.quantize_reference import as_tiles, block_scale, decode, ti
 
 _EXPONENT_BITS = 0x7F800000
 _SMALLEST_NORMAL = 2.0**-6
-# 1.5 * 2**20 times a power of two p has p / 8 as its last bit: adding it rounds to three bits after the leading one.
+# The last bit of 1.5 * 2**20 * p, p a power of two, is p / 8: adding it to a number in [p, 2p)
+# rounds the number to three bits after the leading one.
 _ROUNDER = 1.5 * 2.0**20
 
 
 def plain_dtype(x: Tensor) -> torch.dtype:
-    """In which dtype unquantised x and weights are multiplied: FP64 on a CPU, their own where the hardware sums in FP32."""
+    """The dtype in which unquantized operands of the forward are multiplied.
+
+    FP64 on a CPU; their own on a GPU, which sums in FP32.
+    """
     return x.dtype if x.is_cuda else torch.float64
 
 
 def backward_dtype(x: Tensor) -> torch.dtype:
-    """In which dtype unquantised operands are multiplied in the backward; `fp32_product` sums them in FP32."""
+    """The dtype in which unquantized operands of the backward are multiplied, with FP32 sums."""
     return x.dtype if x.is_cuda else torch.float32
 
 
 def output(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`x @ weight.T + bias`, rounded once to `dtype`; x [T, K] and weight [N, K] both FP64 or both `dtype`, bias [N] in any."""
+    """`x @ weight.T + bias` [T, N], rounded once to `dtype`.
+
+    x [T, K] and weight [N, K] are both FP64 or both `dtype`; bias [N] has any dtype.
+    """
     if x.dtype == dtype:
         return F.linear(x, weight, bias)
     out = x @ weight.t()
@@ -45,20 +47,20 @@ def output(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -
 
 
 def quantize_input(x: Tensor, scale_format: str) -> tuple[Fp8Tensor, Tensor]:
-    """The activation x [T, K] as 1x128 codes and as the FP64 values [T, K] that the forward multiplies."""
+    """The 1x128 codes of x [T, K], and the FP64 values [T, K] that the forward multiplies."""
     codes = quantize(x, ROW_BLOCK, scale_format)
     return codes, dequantize(codes, torch.float64)
 
 
 def input_for_backward(x: Tensor, codes: Fp8Tensor) -> Fp8Tensor:
-    """What the weight gradient needs of x [T, K]: its 1x128 "pow2" codes, or x.T in 128x128 "fp32" blocks."""
+    """Codes for the weight gradient: of x in 1x128 ("pow2"), or of x.T in 128x128 ("fp32")."""
     if codes.scale_format == "pow2":
         return codes
     return quantize(x.t(), TILE_BLOCK, codes.scale_format)
 
 
 def fp32_product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    """`a @ b` [M, N] FP32 with FP32 sums, for two matrices of one dtype; added to `total` in place where that is given."""
+    """`a @ b` [M, N] FP32 with FP32 sums, for matrices of one dtype; added to `total` in place."""
     if a.is_cuda and a.dtype != torch.float32:
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -68,7 +70,7 @@ def fp32_product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
 
 
 def input_values(saved: Fp8Tensor) -> Tensor:
-    """FP32 values [T, K] of the weight gradient's x, from what `input_for_backward` returned."""
+    """FP32 values [T, K] of the weight gradient's x, from the result of `input_for_backward`."""
     if saved.block == TILE_BLOCK:
         return dequantize(saved).t()
     tiles = as_tiles(decode(saved.codes, torch.float32), GROUP)
@@ -84,11 +86,11 @@ def input_values(saved: Fp8Tensor) -> Tensor:
 def gradient_values(
     grad: Tensor, scale_format: str, by_row: bool, by_column: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """FP32 values [T, N] of the output gradient in the layouts asked for, from one read.
+    """FP32 values [T, N] of the output gradient in the requested layouts, from one read.
 
     Returns:
-        The gradient quantised 1x128 along N (for grad_x), and the one whose transpose is quantised 1x128 along the
-        tokens (for grad_W), both [T, N].
+        The gradient quantized in 1x128 along N (for grad_x), and in 1x128 along the tokens (for
+        grad_W), both [T, N].
     """
     rows, columns = grad.shape
     bottom, right = -rows % GROUP, -columns % GROUP
@@ -96,7 +98,7 @@ def gradient_values(
         wide = F.pad(grad.float(), (0, right, 0, bottom))
     else:
         wide = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    # Values are made in place and in one scratch: fresh memory costs a CPU as much as the arithmetic.
+    # In place, with one scratch tensor: on a CPU, fresh memory costs as much as the arithmetic.
     scratch = wide.abs()
     along_columns = (rows + bottom, (columns + right) // GROUP, GROUP)
     along_tokens = ((rows + bottom) // GROUP, GROUP, columns + right)
@@ -121,9 +123,9 @@ def gradient_values(
 
 
 def round_to_e4m3_(values: Tensor, scratch: Tensor) -> Tensor:
-    """Round FP32 values to the nearest E4M3 number (ties to even), in place; |values| < 464, NaN stays NaN.
+    """Round FP32 values to the nearest E4M3 number (ties to even), in place; |values| < 464.
 
-    `scratch` is FP32 of the same shape and is overwritten.
+    NaN stays NaN. `scratch` is FP32 of the same shape and is overwritten.
     """
     torch.bitwise_and(values.view(torch.int32), _EXPONENT_BITS, out=scratch.view(torch.int32))
     rounder = scratch.clamp_min_(_SMALLEST_NORMAL).mul_(_ROUNDER)
@@ -131,7 +133,7 @@ def round_to_e4m3_(values: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _scale(magnitude: Tensor, dim: int, scale_format: str) -> Tensor:
-    """One scale per `dim` of FP32 magnitudes, kept as a dimension of one; non-finite blocks are counted."""
+    """Scales of blocks along `dim` of FP32 magnitudes, with keepdim; counts non-finite blocks."""
     scale = block_scale(magnitude.amax(dim=dim, keepdim=True), scale_format)
     nonfinite_blocks.add(scale)
     return scale

@@ -1,15 +1,16 @@
-"""`a @ b.T` of two block-scaled FP8 matrices: cuBLAS, DeepGEMM or emulation, chosen per shape by measurement.
+"""`a @ b.T` of two block-scaled FP8 matrices, by cuBLAS, DeepGEMM or emulation.
 
     out    = x [T, K]      @ W [N, K].T        a 1x128, b 128x128
     grad_x = grad [T, N]   @ W.T [K, N].T      a 1x128, b 128x128
     grad_W = grad.T [N, T] @ x.T [K, T].T      a 1x128, b 128x128 (or 1x128)
 
-Block scaling exists on compute capability 9.0 only (Hopper); elsewhere emulation dequantises and multiplies in FP32
-(exact products for "pow2" even where the process allows TF32). cuBLAS takes what 16 divides, so other sizes are padded
-with zero codes. A process measures a shape once; INFIR2_GEMM=cublas|deepgemm|emulation overrides the choice. Under
-torch.use_deterministic_algorithms nothing is measured: the first backend that can multiply the operands is taken, so that
-a run repeats bit for bit.
-"""
+Only compute capability 9.0 (Hopper) has block-scaled GEMMs. Elsewhere, emulation dequantizes and
+multiplies in FP32 (products of "pow2" operands are exact even if the process allows TF32). cuBLAS
+needs sizes that 16 divides, so other sizes are padded with zero codes.
+
+A process measures the backends once per shape and uses the fastest; INFIR2_GEMM = cublas | deepgemm
+| emulation overrides the choice. Under torch.use_deterministic_algorithms nothing is measured and
+the first backend that supports the operands is used, so that a run repeats bit for bit."""
 
 import os
 import statistics
@@ -34,7 +35,13 @@ _TIMED_CALLS = 7
 
 @dataclass(frozen=True)
 class Operand:
-    """One block-scaled matrix: codes float8_e4m3fn [R, K], scale float32 [ceil(R / block_rows), ceil(K / 128)]."""
+    """A block-scaled matrix.
+
+    Attributes:
+        codes: float8_e4m3fn [R, K].
+        scale: float32 [ceil(R / block_rows), ceil(K / 128)].
+        block_rows: 1 or 128.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -42,13 +49,13 @@ class Operand:
 
     @property
     def scaling(self) -> F.ScalingType:
-        """The name that torch has for this block."""
+        """torch's name of this block shape."""
         return (
             F.ScalingType.BlockWise1x128 if self.block_rows == 1 else F.ScalingType.BlockWise128x128
         )
 
     def padded(self) -> "Operand":
-        """Rows padded to a multiple of 16 and columns to one of 128, with zero codes (scale 1); itself where they are."""
+        """Sizes that 16 does not divide padded with zero codes: rows to 16, columns to 128."""
         rows, columns = self.codes.shape
         more_rows, more_columns = (
             -rows % _ALIGNMENT,
@@ -77,14 +84,17 @@ class Operand:
 
 @cache
 def missing_block_scaling(device: torch.device) -> str | None:
-    """Why this device has no block-scaled FP8 GEMM, as the end of a sentence; None where it has one."""
+    """Why this device has no block-scaled FP8 GEMM, as the end of a sentence; None if it has."""
     if device.type != "cuda":
         return f"{device.type} has no FP8 hardware"
     if torch.version.hip is not None:
         return "block-scaled FP8 is used on NVIDIA GPUs only"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
-        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and block-scaled FP8 needs 9.0 (Hopper)"
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, "
+            "and block-scaled FP8 needs 9.0 (Hopper)"
+        )
     return None
 
 
@@ -101,21 +111,25 @@ def gemm_nt(
     """`dequantize(a) @ dequantize(b).T` [M, N], summed in FP32.
 
     Args:
-        a_codes: float8_e4m3fn [M, K]; a_scale its scales, in any memory layout (kernels write the one that needs no copy).
-        b_codes: float8_e4m3fn [N, K]; b_scale its scales.
-        a_block: (1, 128) or (128, 128); b_block likewise; not both (128, 128) on hardware.
+        a_codes: float8_e4m3fn [M, K].
+        a_scale: its scales, in any memory layout (the kernels write the one that needs no copy).
+        b_codes: float8_e4m3fn [N, K].
+        b_scale: its scales.
+        a_block: (1, 128) or (128, 128).
+        b_block: (1, 128) or (128, 128); hardware does not support (128, 128) for both.
         out_dtype: BF16 or FP32.
-        backend: one of `BACKENDS`; None: INFIR2_GEMM, else the fastest for this shape.
+        backend: one of `BACKENDS`; None for INFIR2_GEMM, or the fastest for this shape.
 
     Raises:
-        ValueError: shapes or blocks that do not fit.
-        ConfigError: an unknown backend, or one that cannot multiply these operands on this device.
+        ValueError: shapes or blocks that do not match.
+        ConfigError: an unknown backend, or one that does not support these operands on this device.
     """
     if tuple(a_block) not in BLOCKS or tuple(b_block) not in BLOCKS:
         raise ValueError(f"blocks must be (1, 128) or (128, 128); got {a_block} and {b_block}")
     if a_codes.shape[1] != b_codes.shape[1]:
         raise ValueError(
-            f"a {list(a_codes.shape)} and b {list(b_codes.shape)} must have the same number of columns"
+            f"a {list(a_codes.shape)} and b {list(b_codes.shape)} must have the same number of "
+            "columns"
         )
     chosen = backend or os.environ.get("INFIR2_GEMM") or "auto"
     return _gemm_nt(a_codes, a_scale, b_codes, b_scale, a_block[0], b_block[0], out_dtype, chosen)
@@ -140,15 +154,16 @@ def _gemm_nt(
         backend = usable[0] if len(usable) == 1 else _fastest(a, b, out_dtype, usable)
     elif backend not in BACKENDS:
         raise ConfigError(
-            f"INFIR2_GEMM is {backend!r}; use one of {', '.join(BACKENDS)} or leave it empty"
+            f"INFIR2_GEMM is {backend!r}; use one of {', '.join(BACKENDS)} or unset it"
         )
     elif backend not in usable and backend != "emulation":
         reason = (
             missing_block_scaling(a_codes.device)
-            or f"it cannot multiply {a_rows}x128 by {b_rows}x128 blocks into {out_dtype}"
+            or f"it does not support {a_rows}x128 by {b_rows}x128 blocks into {out_dtype}"
         )
         raise ConfigError(
-            f"the {backend} GEMM was asked for (INFIR2_GEMM), but {reason}; use emulation, BF16 layers, or leave it empty"
+            f"INFIR2_GEMM asks for the {backend} GEMM, but {reason}; "
+            "use emulation or BF16 layers, or unset it"
         )
     return _RUN[backend](a, b, out_dtype)
 
@@ -168,10 +183,13 @@ def _fake_gemm_nt(
 
 
 def candidates(a: Operand, b: Operand, out_dtype: torch.dtype) -> tuple[str, ...]:
-    """Backends that can multiply these operands on their device, the safe choice first; emulation only where alone."""
+    """Backends that support these operands on their device, the safest first.
+
+    Emulation only if there is no other.
+    """
     if missing_block_scaling(a.codes.device) or a.block_rows == b.block_rows == TILE_BLOCK[0]:
         return ("emulation",)
-    # DeepGEMM's tiles: shapes that do not fill one are not compiled.
+    # DeepGEMM compiles no kernels for shapes that do not fill a tile.
     filled = a.codes.shape[0] >= 64 and b.codes.shape[0] % 64 == 0 and a.codes.shape[1] % GROUP == 0
     if (
         filled
@@ -185,7 +203,7 @@ def candidates(a: Operand, b: Operand, out_dtype: torch.dtype) -> tuple[str, ...
 
 @cache
 def deep_gemm() -> ModuleType | None:
-    """DeepGEMM (sgl-deep-gemm) if it is installed and fits this torch; a warning where it is installed and does not."""
+    """DeepGEMM (sgl-deep-gemm), or None; warns if it is installed and does not load."""
     try:
         import deep_gemm as module
     except ModuleNotFoundError as error:
@@ -194,7 +212,7 @@ def deep_gemm() -> ModuleType | None:
                 f"DeepGEMM is installed, but {error.name} is not; using cuBLAS", stacklevel=2
             )
         return None
-    except Exception as error:  # it loads libraries of one torch and one CUDA, and asserts on both
+    except Exception as error:  # built for one torch and one CUDA, it asserts on both
         warnings.warn(
             f"DeepGEMM is installed but does not load ({error}); using cuBLAS", stacklevel=2
         )
@@ -206,13 +224,18 @@ def _cublas(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
     rows, columns = a.codes.shape[0], b.codes.shape[0]
     a, b = a.padded(), b.padded()
     out = F.scaled_mm(
-        a.codes, b.codes.t(), _cublas_scale(a), a.scaling, _cublas_scale(b), b.scaling, output_dtype=out_dtype
+        a.codes, b.codes.t(), _cublas_scale(a), a.scaling, _cublas_scale(b), b.scaling,
+        output_dtype=out_dtype,
     )  # fmt: skip
     return out if out.shape == (rows, columns) else out[:rows, :columns].contiguous()
 
 
 def _cublas_scale(operand: Operand) -> Tensor:
-    """1x128: strides (1, R). 128x128: transposed, [K / 128 padded to a multiple of 4, R / 128], strides (1, that)."""
+    """The scales in the memory layout that cuBLAS reads; a copy only if they have another.
+
+    1x128: strides (1, R). 128x128: transposed, [P, R / 128] with strides (1, P), where P is K / 128
+    padded to a multiple of 4.
+    """
     scale = operand.scale
     if operand.block_rows == 1:
         strides = (1, scale.shape[0])
@@ -277,13 +300,13 @@ def _fastest(a: Operand, b: Operand, out_dtype: torch.dtype, usable: tuple[str, 
 
 
 def _rounded(size: int) -> int:
-    """Up to four significant bits: packed batches of similar size share a choice."""
+    """`size` rounded up to four significant bits: packed batches of similar size share a choice."""
     step = 1 << max(0, size.bit_length() - 4)
     return -(-size // step) * step
 
 
 def _milliseconds(name: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> float:
-    """Median time of one product; infinite where the backend fails, which a warning says."""
+    """Median time of one product; infinite, with a warning, if the backend fails."""
     times = []
     try:
         for _ in range(_TIMED_CALLS + 2):  # two to compile and to warm up
@@ -293,9 +316,10 @@ def _milliseconds(name: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> 
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end))
-    except Exception as error:  # a compiler that is missing, a shape that is refused: the other backend still works
+    except Exception as error:  # no compiler, or no support for the shape: use the other backend
         warnings.warn(
-            f"the {name} GEMM failed on {[*a.codes.shape]} x {[*b.codes.shape]} and is not used: {error}",
+            f"the {name} GEMM failed on {[*a.codes.shape]} x {[*b.codes.shape]} "
+            f"and is not used: {error}",
             stacklevel=2,
         )
         return float("inf")

@@ -1,84 +1,44 @@
-"""Quantise, dequantise, transpose: the public entry, which checks its input and counts non-finite blocks.
+"""Quantize, dequantize, transpose: the public conversions.
 
-The arithmetic is in `reference`; on a GPU the kernels, with the same bits.
+They check their input, count non-finite blocks, and choose the definition (`_definitions_for`):
+`quantize_reference` defines the bits, `kernels.api` reproduces them on a GPU.
 """
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
+from infir2.numerics import quantize_reference
+from infir2.numerics.formats import ROW_BLOCK, Fp8Tensor, check_format
 from infir2.numerics.kernels import usable
-from infir2.numerics.quantize_reference import (
-    dequantize_reference,
-    encode_rows,
-    quantize_reference,
-    transpose_reference,
-)
 
-_SMALL, _TOGETHER = 1 << 16, 256
+_SMALL_SCALES, _BATCH = 1 << 16, 256
 _INPUT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
-class NonFiniteBlocks:
-    """Counts quantised blocks that held an Inf or a NaN, one counter per device, without waiting for a GPU.
+class Conversions(Protocol):
+    """The signatures of `quantize_reference` and `kernels.api`."""
 
-    Example: `nonfinite_blocks.add(scale)` after each quantisation; `nonfinite_blocks.read()` once per optimizer step.
-    """
-
-    def __init__(self) -> None:
-        self._counts: dict[torch.device, Tensor] = {}
-        self._waiting: list[Tensor] = []
-
-    def add(self, scale: Tensor) -> None:
-        """Count the NaN scales in `scale` (float32, any shape)."""
-        if scale.is_meta:
-            return
-        if (
-            scale.is_cuda and scale.numel() < _SMALL
-        ):  # a weight's: counted many at a time, for a launch costs more than the count
-            self._waiting.append(scale)
-            if len(self._waiting) < _TOGETHER:
-                return
-            scale = self._take_waiting()
-        self._add(scale)
-
-    def _take_waiting(self) -> Tensor:
-        waiting, self._waiting = self._waiting, []
-        return torch.cat([scale.flatten() for scale in waiting])
-
-    def _add(self, scale: Tensor) -> None:
-        count = self._counts.get(scale.device)
-        if count is None:
-            with torch.inference_mode(
-                False
-            ):  # a tensor born in inference mode could not count outside it
-                count = self._counts[scale.device] = torch.zeros(
-                    (), dtype=torch.int64, device=scale.device
-                )
-        count += torch.isnan(scale).sum()
-
-    def read(self) -> int:
-        """Blocks counted since the start or the last `reset`; waits for the devices that counted."""
-        if self._waiting:
-            self._add(self._take_waiting())
-        return sum(int(count.item()) for count in self._counts.values())
-
-    def reset(self) -> None:
-        """Start again from zero."""
-        self._waiting.clear()
-        for count in self._counts.values():
-            count.zero_()
+    def quantize(self, x: Tensor, block: tuple[int, int], scale_format: str) -> Fp8Tensor: ...
+    def quantize_weight(self, master: Tensor, scale_format: str) -> Fp8Tensor: ...
+    def encode_weight_rows(self, master: Tensor, scale: Tensor, scale_format: str) -> Tensor: ...
+    def dequantize(self, t: Fp8Tensor, dtype: torch.dtype) -> Tensor: ...
+    def transpose(self, t: Fp8Tensor) -> Fp8Tensor: ...
 
 
-nonfinite_blocks = NonFiniteBlocks()
+def _definitions_for(tensor: Tensor) -> Conversions:
+    if not usable(tensor.device):
+        return quantize_reference
+    from infir2.numerics.kernels import api  # imports triton, which may be missing elsewhere
+
+    return api
 
 
 def quantize(
     x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2"
 ) -> Fp8Tensor:
-    """Quantise x [R, C] to E4M3 with one scale per block; any shape (zero rows too), any strides.
+    """Quantize x [R, C] to E4M3 with one scale per block; any shape (R = 0 too), any strides.
 
     Args:
         x: BF16, FP32 or FP16 matrix.
@@ -86,62 +46,97 @@ def quantize(
         scale_format: "pow2" or "fp32".
 
     Returns:
-        Codes and scales as `infir2.numerics.quantize_reference` defines them. A block with Inf or NaN is NaN throughout and is
-        counted in `nonfinite_blocks`.
+        Codes and scales as `infir2.numerics.quantize_reference` defines them. A block with an Inf
+        or a NaN is NaN throughout and is counted in `nonfinite_blocks`.
 
     Raises:
-        ValueError: x is not a matrix of one of those dtypes, or the block or format does not exist.
+        ValueError: x is not a matrix of one of those dtypes, or unknown block or format.
     """
     block = (block[0], block[1])
     check_format(block, scale_format)
     if x.ndim != 2 or x.dtype not in _INPUT_DTYPES:
         raise ValueError(
-            f"quantize takes a BF16, FP32 or FP16 matrix [R, C]; got {x.dtype} {list(x.shape)}"
+            f"quantize needs a BF16, FP32 or FP16 matrix [R, C]; got {x.dtype} {list(x.shape)}"
         )
     with torch.no_grad():
-        result: Fp8Tensor = (
-            _kernels().quantize(x, block, scale_format)
-            if usable(x.device)
-            else quantize_reference(x, block, scale_format)
-        )
+        result = _definitions_for(x).quantize(x, block, scale_format)
     nonfinite_blocks.add(result.scale)
     return result
 
 
 def quantize_weight(master: Tensor, scale_format: str) -> Fp8Tensor:
     """128x128 blocks of the BF16-rounded master [N, K]: the one definition of a weight's bytes."""
-    if not usable(master.device):
-        return quantize(master.detach().to(torch.bfloat16), TILE_BLOCK, scale_format)
-    with torch.no_grad():
-        result: Fp8Tensor = _kernels().quantize_weight(master.detach(), scale_format)
+    master = master.detach()
+    result = _definitions_for(master).quantize_weight(master, scale_format)
     nonfinite_blocks.add(result.scale)
     return result
 
 
 def encode_weight_rows(master: Tensor, scale: Tensor, scale_format: str) -> Tensor:
-    """Codes of rows of a weight, master [R, K], by given scales [R, K / 128]: a part of blocks whose scales are known."""
-    if usable(master.device):
-        return _kernels().matrix.encode_weight_rows(master, scale, scale_format == "pow2")
-    return encode_rows(master.to(torch.bfloat16), scale)
+    """Codes of rows of a weight, master [R, K], with given scales [R, ceil(K / 128)]."""
+    return _definitions_for(master).encode_weight_rows(master, scale, scale_format)
 
 
 def dequantize(t: Fp8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`codes * scale` [R, C]; exact in FP64, and exact in every dtype that holds the values for "pow2" scales."""
-    if dtype == torch.bfloat16 and t.block == ROW_BLOCK and usable(t.codes.device):
-        return _kernels().dequantize(t)
-    return dequantize_reference(t, dtype)
+    """`codes * scale` [R, C] in `dtype`.
+
+    Exact in FP64; with "pow2" scales, exact in every dtype that can represent the values.
+    """
+    return _definitions_for(t.codes).dequantize(t, dtype)
 
 
 def transpose(t: Fp8Tensor) -> Fp8Tensor:
-    """Fp8Tensor of the transposed matrix in 128x128 blocks, from the codes alone; ValueError for 1x128 "fp32"."""
-    result: Fp8Tensor = (
-        _kernels().transpose(t) if usable(t.codes.device) else transpose_reference(t)
-    )
-    return result
+    """The transposed matrix in 128x128 blocks, from the codes alone.
+
+    Raises:
+        ValueError: 1x128 "fp32", whose codes cannot be rescaled exactly.
+    """
+    return _definitions_for(t.codes).transpose(t)
 
 
-def _kernels() -> Any:
-    """Imported at the first use: triton need not be there."""
-    from infir2.numerics.kernels import api as operations
+class NonFiniteBlocks:
+    """Counts quantized blocks that held an Inf or a NaN, per device, without waiting for a GPU.
 
-    return operations
+    Example: `nonfinite_blocks.take(device)` once per optimizer step, added to what the step reduces
+    and reads anyway.
+
+    On a CPU, every quantization is counted. The fused operations of a GPU (`ops_cuda`) do not count
+    activations and gradients, because counting would cost them three more launches per tensor;
+    weights and the conversions of `infir2.numerics.quantize` are counted there too.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[torch.device, Tensor] = {}
+        self._pending: list[Tensor] = []
+
+    def add(self, scale: Tensor) -> None:
+        """Count the NaN scales in `scale` (float32, any shape)."""
+        if scale.is_meta:
+            return
+        if scale.is_cuda and scale.numel() < _SMALL_SCALES:
+            # A weight's scales: count many weights at once, a launch costs more than the count.
+            self._pending.append(scale)
+            if len(self._pending) >= _BATCH:
+                self._count_pending()
+        else:
+            self._count(scale)
+
+    def take(self, device: torch.device) -> Tensor:
+        """Blocks counted on `device` since the last call, int64 []; the host does not wait."""
+        self._count_pending()
+        count = self._counts.pop(device, None)
+        return torch.zeros((), dtype=torch.int64, device=device) if count is None else count
+
+    def _count_pending(self) -> None:
+        pending, self._pending = self._pending, []
+        for device in {scale.device for scale in pending}:
+            self._count(torch.cat([s.flatten() for s in pending if s.device == device]))
+
+    def _count(self, scale: Tensor) -> None:
+        with torch.inference_mode(False):  # an inference tensor could not be added to outside
+            found = torch.isnan(scale).sum()
+            count = self._counts.get(scale.device)
+            self._counts[scale.device] = found if count is None else count + found
+
+
+nonfinite_blocks = NonFiniteBlocks()

@@ -1,17 +1,19 @@
-"""The definition of every FP8 conversion, in plain PyTorch. Kernels must reproduce its codes and scales bit for bit.
+"""The definition of every FP8 conversion, in plain PyTorch.
 
-Per block, with `amax` the largest magnitude and every operation in FP32:
+The kernels of `infir2.numerics.kernels.api` have the same functions with the same signatures and
+must reproduce codes and scales bit for bit. Per block, with `amax` the largest magnitude and every
+operation in FP32:
 
     s      = amax / 448                                     IEEE division
-    scale  = s                                              "fp32"; at least 2**-149, so that it is never zero
+    scale  = s                                              "fp32"; at least 2**-149, never zero
            = 2 ** ceil(log2(s)), exponent in [-126, 127]    "pow2", computed on the bits of s
            = 1                                              amax == 0
            = NaN                                            the block holds an Inf or a NaN
     codes  = round-to-nearest-even(clamp(x / scale, -448, 448))
            = 0x7F                                           scale is NaN
 
-The clamp stands before the cast because casts differ: torch 2.13 saturates above 464, older ones give NaN. The test for
-Inf stands on amax because a saturating cast would hide it.
+The clamp precedes the cast because casts differ: torch 2.13 saturates above 464, older versions
+return NaN. The test for Inf is made on amax because a saturating cast would hide it.
 """
 
 import torch
@@ -35,9 +37,82 @@ _CODE_VALUES = {
 }
 
 
+def quantize(
+    x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2"
+) -> Fp8Tensor:
+    """Quantize x [R, C] (any float dtype up to FP32) by the rules above."""
+    rows, columns = x.shape
+    tiles = as_tiles(x.detach().float(), block[0])
+    scratch = tiles.abs()
+    scale = block_scale(scratch.amax(dim=3).amax(dim=1), scale_format)
+    # `scratch` is reused: on a CPU, fresh memory costs as much as the division.
+    scaled = torch.div(tiles, scale[:, None, :, None], out=scratch)
+    codes = _encode(scaled.clamp_(-E4M3_MAX, E4M3_MAX), torch.isnan(scale))
+    return Fp8Tensor(from_tiles(codes, rows, columns), scale, block, scale_format)
+
+
+def quantize_weight(master: Tensor, scale_format: str) -> Fp8Tensor:
+    """128x128 blocks of the master [N, K], rounded to BF16 first."""
+    return quantize(master.to(torch.bfloat16), TILE_BLOCK, scale_format)
+
+
+def encode_weight_rows(master: Tensor, scale: Tensor, scale_format: str) -> Tensor:
+    """Codes [R, K] of rows of a weight, rounded to BF16 first, with given scales.
+
+    Ranks that hold some rows of a 128x128 block use it to encode them with the scale of the block.
+
+    Args:
+        master: [R, K].
+        scale: float32 [R, ceil(K / 128)], one per row and group of columns.
+        scale_format: that of the scales.
+    """
+    scaled = as_tiles(master.to(torch.bfloat16).float(), 1) / scale[:, None, :, None]
+    codes = _encode(scaled.clamp_(-E4M3_MAX, E4M3_MAX), torch.isnan(scale))
+    return from_tiles(codes, *master.shape)
+
+
+def dequantize(t: Fp8Tensor, dtype: torch.dtype) -> Tensor:
+    """`codes * scale` [R, C]: exact for FP64; otherwise the FP32 product, rounded to `dtype`."""
+    rows, columns = t.shape
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    tiles = as_tiles(decode(t.codes, work), t.block[0])
+    return from_tiles(tiles.mul_(t.scale.to(work)[:, None, :, None]), rows, columns).to(dtype)
+
+
+def transpose(t: Fp8Tensor) -> Fp8Tensor:
+    """The transposed matrix [C, R] in 128x128 blocks, from the codes alone.
+
+    128x128 blocks: the same bytes in another order. 1x128 "pow2": each 128x128 tile gets the
+    largest scale among its rows whose codes in the tile are not all zero (1 if there is no such
+    row). Codes are then multiplied by powers of two, which is exact for normal numbers; subnormals
+    round to nearest even. A NaN row makes its tile NaN.
+
+    Raises:
+        ValueError: 1x128 "fp32", whose codes cannot be rescaled exactly.
+    """
+    if t.block == TILE_BLOCK:
+        codes, scale = t.codes.t().contiguous(), t.scale.t().contiguous()
+        return Fp8Tensor(codes, scale, TILE_BLOCK, t.scale_format)
+    if t.scale_format != "pow2":
+        raise ValueError(
+            '1x128 codes with "fp32" scales cannot be transposed exactly; '
+            'use quantize(x.T, (128, 128), "fp32")'
+        )
+    rows, columns = t.shape
+    tiles = as_tiles(decode(t.codes, torch.float32), GROUP)
+    row_scale, tile_scale = tile_scales(t.scale, (tiles != 0).any(dim=-1))
+    moved = tiles * (row_scale / tile_scale[:, None, :])[..., None]
+    codes = from_tiles(_encode(moved, torch.isnan(tile_scale)), rows, columns)
+    return Fp8Tensor(codes.t().contiguous(), tile_scale.t().contiguous(), TILE_BLOCK, "pow2")
+
+
 def block_scale(amax: Tensor, scale_format: str) -> Tensor:
-    """Scales of blocks from their largest magnitudes; `amax` float32 of any shape, NaN or Inf for a non-finite block."""
-    # A tensor as divisor: CUDA turns a division by a Python number into a product with its reciprocal, which rounds differently.
+    """Scales of blocks with largest magnitudes `amax`, float32 of any shape.
+
+    `amax` is NaN or Inf for a block that is not finite; its scale is NaN.
+    """
+    # Divide by a tensor: CUDA turns a division by a Python number into a product with its
+    # reciprocal, which rounds differently.
     s = amax / amax.new_full((), E4M3_MAX)
     if scale_format == "pow2":
         exponent = ((s.view(torch.int32) + 0x7FFFFF) >> 23).clamp_(1, 254)
@@ -48,92 +123,35 @@ def block_scale(amax: Tensor, scale_format: str) -> Tensor:
     return torch.where(amax < torch.inf, scale, torch.nan)
 
 
-def quantize_reference(
-    x: Tensor, block: tuple[int, int] = ROW_BLOCK, scale_format: str = "pow2"
-) -> Fp8Tensor:
-    """Quantise x [R, C] (any float dtype up to FP32) by the rules above."""
-    rows, columns = x.shape
-    tiles = as_tiles(x.detach().float(), block[0])
-    scratch = tiles.abs()
-    scale = block_scale(scratch.amax(dim=3).amax(dim=1), scale_format)
-    scaled = torch.div(
-        tiles, scale[:, None, :, None], out=scratch
-    )  # fresh memory costs a CPU as much as the division
-    codes = _encode(scaled.clamp_(-E4M3_MAX, E4M3_MAX), torch.isnan(scale))
-    return Fp8Tensor(from_tiles(codes, rows, columns), scale, block, scale_format)
-
-
-def encode_rows(x: Tensor, scale: Tensor) -> Tensor:
-    """Codes [R, C] of x by given scales [R, C / 128], one per row and group of columns: a part of a block whose scale is known."""
-    scaled = as_tiles(x.float(), 1) / scale[:, None, :, None]
-    return from_tiles(_encode(scaled.clamp_(-E4M3_MAX, E4M3_MAX), torch.isnan(scale)), *x.shape)
-
-
-def dequantize_reference(t: Fp8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`codes * scale` [R, C]: an exact product for FP64; otherwise the FP32 product, rounded to `dtype`."""
-    rows, columns = t.shape
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    tiles = as_tiles(decode(t.codes, work), t.block[0])
-    return from_tiles(tiles.mul_(t.scale.to(work)[:, None, :, None]), rows, columns).to(dtype)
-
-
-def transpose_reference(t: Fp8Tensor) -> Fp8Tensor:
-    """Fp8Tensor [C, R] of the transposed matrix, 128x128 blocks, from the codes alone.
-
-    128x128 blocks: the same bytes in another order. 1x128 "pow2": each 128x128 tile takes the largest scale among its
-    rows whose codes in the tile are not all zero (no such row: 1); codes move by powers of two, exact away from the
-    subnormals, which round to nearest even. A NaN row makes its tile NaN. 1x128 "fp32": ValueError, codes cannot be
-    re-scaled exactly; quantise the transposed matrix instead.
-    """
-    if t.block == TILE_BLOCK:
-        return Fp8Tensor(
-            t.codes.t().contiguous(), t.scale.t().contiguous(), TILE_BLOCK, t.scale_format
-        )
-    if t.scale_format != "pow2":
-        raise ValueError(
-            '1x128 codes with "fp32" scales cannot be transposed exactly; use quantize(x.T, (128, 128), "fp32")'
-        )
-    rows, columns = t.shape
-    tiles = as_tiles(decode(t.codes, torch.float32), GROUP)
-    row_scale, tile_scale = tile_scales(t.scale, (tiles != 0).any(dim=-1))
-    moved = tiles * (row_scale / tile_scale[:, None, :])[..., None]
-    codes = _encode(moved, torch.isnan(tile_scale))
-    return Fp8Tensor(
-        from_tiles(codes, rows, columns).t().contiguous(),
-        tile_scale.t().contiguous(),
-        TILE_BLOCK,
-        "pow2",
-    )
-
-
-def tile_scales(scale: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales of the 128x128 tiles of a matrix with 1x128 scales [R, C / 128].
+def tile_scales(scale: Tensor, nonzero: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of the 128x128 tiles of a matrix with 1x128 scales.
 
     Args:
-        scale: the 1x128 scales.
-        held: bool [R / 128, 128, C / 128], whether the row's codes in the tile are not all zero; False in the padding.
+        scale: the 1x128 scales [R, C / 128].
+        nonzero: bool [R / 128, 128, C / 128], whether a row has a code in the tile that is not
+            zero; False in the padding.
 
     Returns:
-        Row scales [R / 128, 128, C / 128], 0 for a row whose codes in the tile are all zero, and tile scales
-        [R / 128, C / 128]: the largest of them, 1 where there is none, NaN where one is NaN.
+        Row scales [R / 128, 128, C / 128], 0 for a row whose codes in the tile are all zero, and
+        tile scales [R / 128, C / 128]: the largest of them, 1 if all are 0, NaN if one is NaN.
     """
-    row_scale = F.pad(scale, (0, 0, 0, -scale.shape[0] % GROUP)).reshape(held.shape)
-    row_scale = torch.where(held, row_scale, 0.0)
+    row_scale = F.pad(scale, (0, 0, 0, -scale.shape[0] % GROUP)).reshape(nonzero.shape)
+    row_scale = torch.where(nonzero, row_scale, 0.0)
     tile_scale = row_scale.amax(dim=1)
     return row_scale, torch.where(tile_scale == 0, 1.0, tile_scale)
 
 
 def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers that E4M3 codes stand for, in FP32 or FP64."""
+    """The values of E4M3 codes, in FP32 or FP64."""
     if codes.device.type != "cpu":
         return codes.to(dtype)
-    # torch's cast from FP8 on a CPU is three times slower than a look-up among the 256 values
+    # torch's cast from FP8 on a CPU is three times slower than a table of the 256 values.
     table = _CODE_VALUES[dtype]
     return table.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
 
 
 def as_tiles(x: Tensor, block_rows: int) -> Tensor:
-    """View x [R, C] as [R / block_rows, block_rows, C / 128, 128], padded with zeros where that does not divide."""
+    """View x [R, C] as [R / block_rows, block_rows, C / 128, 128], zero-padded to whole tiles."""
     rows, columns = x.shape
     bottom, right = -rows % block_rows, -columns % GROUP
     if bottom or right:
@@ -143,13 +161,16 @@ def as_tiles(x: Tensor, block_rows: int) -> Tensor:
 
 def from_tiles(tiles: Tensor, rows: int, columns: int) -> Tensor:
     """The inverse of `as_tiles`: contiguous [rows, columns] without the padding."""
-    whole = tiles.reshape(tiles.shape[0] * tiles.shape[1], tiles.shape[2] * GROUP)
-    return whole[:rows, :columns].contiguous()
+    padded = tiles.reshape(tiles.shape[0] * tiles.shape[1], tiles.shape[2] * GROUP)
+    return padded[:rows, :columns].contiguous()
 
 
 def _encode(values: Tensor, nonfinite: Tensor) -> Tensor:
-    """E4M3 codes of tiles within +-448; blocks marked in `nonfinite` [R / block_rows, C / 128] become 0x7F."""
+    """E4M3 codes of tiles with values in [-448, 448].
+
+    Blocks that are marked in `nonfinite` [R / block_rows, C / 128] become 0x7F.
+    """
     codes = values.to(E4M3)
-    if values.is_cuda or nonfinite.any():  # on a GPU asking would wait for it
+    if values.is_cuda or nonfinite.any():  # on a GPU, `any` would make the host wait
         codes.view(torch.uint8).masked_fill_(nonfinite[:, None, :, None], NAN_CODE)
     return codes

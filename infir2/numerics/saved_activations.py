@@ -6,14 +6,16 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class SavedActivations:
-    """What each block saves between forward and backward; the rest is recomputed with the same bits.
+    """What each block saves for its backward; the rest is recomputed with the same bits.
 
     Example: `SavedActivations(recompute="selective", pre_activations="fp8")` uses the least memory
     that needs no GEMM to run twice.
 
     Attributes:
-        recompute: "none"; "selective" recomputes RMSNorm outputs and SwiGLU products from their inputs.
-        pre_activations: "bf16", or "fp8" to save gate and up as 1x128 codes (gradients then see rounded values).
+        recompute: "none", or "selective" to recompute RMSNorm outputs and SwiGLU products from
+            their inputs.
+        pre_activations: "bf16", or "fp8" to save gate and up as 1x128 codes; gradients are then
+            those of the rounded values.
         keep_transposed_weights: cache the transposed codes of FP8 weights until the weights change;
             otherwise each backward transposes them again.
     """

@@ -1,4 +1,4 @@
-"""What differs between the versions of torch that are supported (2.11 to 2.13), in one place."""
+"""Differences between the supported versions of torch, 2.11 to 2.13."""
 
 import inspect
 from functools import cache
@@ -7,12 +7,15 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-# 2.13 renamed the collectives on one tensor and deprecates the old name; before, only that exists.
+# torch 2.13 renamed this collective and deprecates the old name.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def varlen_causal(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    """torch's attention over a packed stream, causal, q [T, N, H], k and v [T, G, H]; 2.11 says `is_causal`, later ones a window."""
+    """torch's causal attention over a packed stream, q [T, N, H], k and v [T, G, H].
+
+    torch 2.11 has the argument `is_causal`, later versions express it by a window.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     known = _parameters_of(varlen_attn)

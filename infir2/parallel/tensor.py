@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from infir2.model import Decoder
 from infir2.model.decoder import Attention, FeedForward
 from infir2.numerics import Fp8Linear, RMSNorm, SavedActivations, add_linear, apply_rope
-from infir2.numerics.linear import linear
-from infir2.numerics.ops import rms_norm, swiglu
+from infir2.numerics.ops import linear, rms_norm, swiglu
 from infir2.parallel.collectives import all_gather, all_reduce_gradient, reduce_scatter
 from infir2.parallel.mesh import Layout, Split
 

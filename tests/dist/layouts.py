@@ -24,7 +24,7 @@ from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.model.hf_names import exported_fp8_weights, weights_digest
 from infir2.numerics import Fp8Linear, convert_to_fp8
-from infir2.numerics import ops_cuda as fused
+from infir2.numerics import ops
 from infir2.numerics.weight_cache import local_tensor
 from infir2.numerics.quantize import quantize_weight
 from infir2.parallel import fsdp
@@ -303,7 +303,7 @@ def main() -> None:
     out, *words = sys.argv[1:]
     ranks = init_ranks(torch.device("cpu"), 60)
     if INTERPRETED:
-        fused.serves = lambda x, dtype=None: (dtype or x.dtype) == torch.bfloat16
+        ops.runs_on_kernels = lambda x, dtype=None: (dtype or x.dtype) == torch.bfloat16
     found = {}
     for word in words:
         name, _, numbers = word.partition("=")

@@ -12,7 +12,7 @@ from infir2.numerics import gemm_scaled as gemm_backends
 from infir2.numerics.error import relative_error
 from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
 from infir2.numerics.kernels import usable
-from infir2.numerics.quantize_reference import quantize_reference
+from infir2.numerics.quantize_reference import quantize as quantize_reference
 from infir2.train.optimizer import make_optimizer, update
 
 converts = torch.cuda.is_available() and usable(torch.device("cuda"))

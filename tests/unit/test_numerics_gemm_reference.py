@@ -73,9 +73,9 @@ def test_extreme_gradients_go_the_same_way() -> None:
 def test_nonfinite_gradients_reach_both_operands_and_the_counter() -> None:
     grad = torch.randn(256, 256)
     grad[2, 3] = math.inf
-    nonfinite_blocks.reset()
+    nonfinite_blocks.take(torch.device("cpu"))
     rows, columns = gradient_values(grad, "pow2", by_row=True, by_column=True)
-    assert nonfinite_blocks.read() == 2
+    assert nonfinite_blocks.take(torch.device("cpu")) == 2
     assert torch.isnan(rows).nonzero()[:, 0].unique().tolist() == [2]
     assert torch.isnan(columns).nonzero()[:, 1].unique().tolist() == [3]
     x = torch.randn(256, 128)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from infir2.checkpoint import Store, open_checkpoint
 from infir2.config.schema import OptimizerSection
 from infir2.errors import CheckpointError
-from infir2.numerics.adamw import Hyper, Moments, adamw_, new_moment
+from infir2.numerics.adamw import adamw_
+from infir2.numerics.adamw_reference import Hyper, Moments, new_moment
 from infir2.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors, update
 
 

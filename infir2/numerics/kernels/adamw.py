@@ -1,6 +1,6 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
 # mypy: disable-error-code="no-untyped-def"
-"""AdamW over many parameters in one launch; moments are FP32, BF16 or 1x128 FP8 codes. `infir2.numerics.adamw` is the reference.
+"""AdamW over many parameters in one launch; moments are FP32, BF16 or 1x128 FP8 codes. `infir2.numerics.adamw_reference` is the reference.
 
 A table of addresses tells the kernel where each parameter's tensors lie, so that a model of hundreds of parameters costs one
 launch, and the clipping of the gradients no pass of its own. Bytes per value with FP32 moments and gradients: 28.
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infir2.numerics.adamw_reference import Hyper, Moments
 from infir2.numerics.kernels.codec import (
     GROUP,
     block_scale,
@@ -112,14 +113,20 @@ def _adamw_kernel(
             tl.store(v_at, (round_to_bf16(v) if ROUND else v).to(MOMENT), mask=inside)
 
 
-def adamw_(tensors: Sequence[Tensors], clip: Tensor, *numbers: float) -> None:
-    """Update parameters and moments in place.
-
-    Args:
-        tensors: per parameter p, its gradient, m, scales of m, v, scales of v; all contiguous, dtypes alike over parameters.
-        clip: [] float32, the gradients' factor.
-        numbers: step, lr, beta1, beta2, eps, decay and both bias corrections.
-    """
+def adamw_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    moments: Sequence[Moments],
+    hyper: Hyper,
+    clip: Tensor,
+) -> None:
+    """Update parameters and moments in place; see `adamw.adamw_`. All tensors are contiguous."""
+    tensors: list[Tensors] = [
+        (p, g, state.m, state.m_scale, state.v, state.v_scale)
+        for p, g, state in zip(parameters, gradients, moments, strict=True)
+    ]
+    betas = (hyper.beta1, hyper.beta2)
+    numbers = (hyper.step, hyper.lr, *betas, hyper.eps, hyper.decay, *hyper.corrections)
     rows = [
         [0 if t is None else t.data_ptr() for t in parts] + [parts[0].numel()]
         for parts in tensors

@@ -4,8 +4,10 @@ Importing this file imports triton and starts no device. With TRITON_INTERPRET=1
 CPU tensors, which is how tests compare them with the reference where there is no GPU.
 """
 
+import torch
 from torch import Tensor
 
+from infir2.numerics import quantize_reference as reference
 from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
 from infir2.numerics.kernels import norm, swiglu
 from infir2.numerics.kernels import quantizers as matrix
@@ -15,7 +17,6 @@ from infir2.numerics.kernels.rope import rope as rope
 from infir2.numerics.kernels.softmax import label_logprobs as label_logprobs
 from infir2.numerics.kernels.softmax import label_logprobs_backward as label_logprobs_backward
 from infir2.numerics.kernels.swiglu import swiglu_backward as swiglu_backward
-from infir2.numerics.quantize_reference import quantize_reference, transpose_reference
 
 swiglu_product = swiglu.swiglu
 
@@ -45,10 +46,12 @@ def transpose(t: Fp8Tensor) -> Fp8Tensor:
     return _fp8(matrix.transpose_rows(t.codes, t.scale), TILE_BLOCK, "pow2")
 
 
-def dequantize(t: Fp8Tensor) -> Tensor:
-    """BF16 values [R, C] of 1x128 blocks."""
-    assert t.block == ROW_BLOCK
-    return matrix.dequantize_rows(t.codes, t.scale)
+def dequantize(t: Fp8Tensor, dtype: torch.dtype) -> Tensor:
+    """`codes * scale` [R, C]; only 1x128 blocks to BF16 have a kernel."""
+    if t.block != ROW_BLOCK or dtype != torch.bfloat16:
+        return reference.dequantize(t, dtype)
+    values: Tensor = matrix.dequantize_rows(t.codes, t.scale)
+    return values
 
 
 def quantize_gradient(grad: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp8Tensor]:
@@ -67,8 +70,8 @@ def quantize_input(x: Tensor, scale_format: str = "pow2") -> tuple[Fp8Tensor, Fp
     if (
         x.shape[1] == 1
     ):  # Triton 3.6 folds a row stride of 1 into wrong addresses in this kernel; the reference takes its place
-        rows = quantize_reference(x, ROW_BLOCK, scale_format)
-        return rows, transpose_reference(rows) if scale_format == "pow2" else quantize_reference(
+        rows = reference.quantize(x, ROW_BLOCK, scale_format)
+        return rows, reference.transpose(rows) if scale_format == "pow2" else reference.quantize(
             x.t(), TILE_BLOCK, scale_format
         )
     codes, scale, codes_t, scale_t = matrix.quantize_rows_and_tiles(x, _is_pow2(scale_format))
@@ -87,6 +90,11 @@ def quantize_weight(master: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
     return _fp8(
         matrix.quantize_tiles(master, _is_pow2(scale_format), True), TILE_BLOCK, scale_format
     )
+
+
+def encode_weight_rows(master: Tensor, scale: Tensor, scale_format: str) -> Tensor:
+    """Codes [R, K] of rows of a weight, rounded to BF16, with given scales [R, ceil(K / 128)]."""
+    return matrix.encode_weight_rows(master, scale, scale_format == "pow2")
 
 
 def rms_norm_quantize(

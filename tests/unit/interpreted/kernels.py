@@ -8,8 +8,8 @@ from triton import knobs
 
 from infir2.config.schema import ShapeSection
 from infir2.model import Decoder
-from infir2.numerics import SavedActivations, adamw, convert_to_fp8, token_logprobs
-from infir2.numerics import ops_cuda as fused
+from infir2.numerics import SavedActivations, convert_to_fp8, ops, token_logprobs
+from infir2.numerics import adamw_reference as adamw
 from infir2.numerics.error import relative_error
 from infir2.numerics.formats import Fp8Tensor
 from infir2.numerics.kernels import adamw as adamw_kernels
@@ -17,7 +17,9 @@ from infir2.numerics.kernels import api as operations
 from infir2.numerics.kernels import norm, rope, softmax, swiglu
 from infir2.numerics.kernels import quantizers as matrix
 from infir2.numerics.kernels.api import quantize, swiglu_backward_quantize, transpose
-from infir2.numerics.quantize_reference import block_scale, quantize_reference, transpose_reference
+from infir2.numerics.quantize_reference import block_scale
+from infir2.numerics.quantize_reference import quantize as quantize_reference
+from infir2.numerics.quantize_reference import transpose as transpose_reference
 
 FORMATS = ("pow2", "fp32")
 SHAPES = [(1, 1), (0, 130), (131, 200), (128, 256)]
@@ -91,7 +93,7 @@ def test_softmax_of_the_head_agrees_with_fp64(shape: tuple[int, int], temperatur
 def test_adamw_s_kernel_is_the_reference(states: str) -> None:
     results = []
     shapes, clip = [(37, 53), (6, 128), (1, 3)], torch.tensor(0.7)
-    for update in (adamw.adamw_, adamw_on_kernels):
+    for update in (adamw.adamw_, adamw_kernels.adamw_):
         parameters = [cases.gaussian(*shape).float() for shape in shapes]
         moments = [
             adamw.Moments(m, v, *scales)
@@ -123,31 +125,14 @@ def new_moments(p: torch.Tensor, states: str) -> list[torch.Tensor | None]:
     return [m, v, m_scale, v_scale]
 
 
-def adamw_on_kernels(
-    parameters, gradients, moments, hyper: adamw.Hyper, clip: torch.Tensor
-) -> None:
-    tensors = [
-        (p, g, s.m, s.m_scale, s.v, s.v_scale)
-        for p, g, s in zip(parameters, gradients, moments, strict=True)
-    ]
-    numbers = (
-        hyper.step,
-        hyper.lr,
-        hyper.beta1,
-        hyper.beta2,
-        hyper.eps,
-        hyper.decay,
-        *hyper.corrections,
-    )
-    adamw_kernels.adamw_(tensors, clip, *numbers)
-
-
 def decoder_results(
     on_kernels: bool, scale_format: str, saved: SavedActivations, monkeypatch: pytest.MonkeyPatch
 ) -> list[torch.Tensor]:
     """Hidden states and all gradients of a small decoder, by the fused operations or by their definitions."""
     monkeypatch.setattr(
-        fused, "serves", lambda x, dtype=None: on_kernels and (dtype or x.dtype) == torch.bfloat16
+        ops,
+        "runs_on_kernels",
+        lambda x, dtype=None: on_kernels and (dtype or x.dtype) == torch.bfloat16,
     )
     shape = ShapeSection(
         hidden_size=128, ffn_size=256, num_heads=4, num_kv_heads=2, head_dim=64, num_layers=1
