@@ -1,4 +1,4 @@
-"""The reference's word for `infir2 export fp8 INPUT --to OUTPUT --scale-format pow2|fp32`."""
+"""The reference's name for `infir2 export fp8 INPUT --to OUTPUT --scale-format pow2|fp32`."""
 
 import argparse
 import sys
@@ -11,18 +11,7 @@ parser.add_argument("--output-fp8-hf-path", required=True)
 parser.add_argument(
     "--force-pow-2-scale", choices=("True", "False"), default="True", type=str.capitalize
 )
-words = parser.parse_args()
-scale_format = "pow2" if words.force_pow_2_scale == "True" else "fp32"
-sys.exit(
-    main(
-        [
-            "export",
-            "fp8",
-            words.input_bf16_hf_path,
-            "--to",
-            words.output_fp8_hf_path,
-            "--scale-format",
-            scale_format,
-        ]
-    )
-)
+options = parser.parse_args()
+source, target = options.input_bf16_hf_path, options.output_fp8_hf_path
+scale_format = "pow2" if options.force_pow_2_scale == "True" else "fp32"
+sys.exit(main(["export", "fp8", source, "--to", target, "--scale-format", scale_format]))

@@ -31,7 +31,7 @@ from infir2.config.schema import RolloutSection
 from infir2.engines.native import NativeEngine
 from infir2.engines.types import Completion, Request, check_request
 from infir2.errors import CheckFailedError, RankError
-from infir2.launch.ray import ENGINES, actors_in, connect
+from infir2.launch.ray import ENGINES_VARIABLE, connect, start_actors
 from infir2.parallel.ranks import Ranks
 from infir2.terminal import log
 
@@ -326,9 +326,9 @@ def _start_actors(section: RolloutSection, compute_dtype: torch.dtype) -> list[A
     from ray.util.placement_group import PlacementGroup
 
     connect(os.environ["RAY_ADDRESS"])
-    group_id, _, max_restarts = os.environ[ENGINES].partition(":")
+    group_id, _, max_restarts = os.environ[ENGINES_VARIABLE].partition(":")
     group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
-    return actors_in(group, EngineActor, section, compute_dtype, max_restarts=int(max_restarts))
+    return start_actors(group, EngineActor, section, compute_dtype, max_restarts=int(max_restarts))
 
 
 def _kill_process(node_id: str, pid: int) -> None:

@@ -12,7 +12,7 @@ from infir2.engines.native import NativeEngine
 from infir2.engines.ray import RayEngines
 from infir2.engines.types import OffersDigest, RolloutEngine
 from infir2.errors import CheckFailedError, ConfigError
-from infir2.launch.ray import ENGINES
+from infir2.launch.ray import ENGINES_VARIABLE
 from infir2.model.hf_names import weights_digest
 from infir2.parallel.parallel_model import ParallelModel
 
@@ -33,7 +33,7 @@ def open_engine(
         ConfigError: `rollout.model` is empty, or `rl.asynchronous` lacks engines of its own.
         CheckFailedError: a weight differs; the message names the first one.
     """
-    remote = bool(os.environ.get(ENGINES))
+    remote = bool(os.environ.get(ENGINES_VARIABLE))
     _check_recipe(recipe, parallel_model, remote)
     section, dtype = recipe.rollout, parallel_model.model.compute_dtype
     engine: RolloutEngine

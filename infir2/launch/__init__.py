@@ -1,1 +1,1 @@
-"""Starting a command on many processes and nodes: torchrun, SLURM, Ray. They manage processes; nothing of that is done here."""
+"""Start a command on many processes and nodes; torchrun, SLURM and Ray manage the processes."""

@@ -1,9 +1,12 @@
-"""How the code of every rank reaches the one who launched it, and a signal every rank.
+"""How the launcher learns the exit code of every rank, and how it signals them.
 
-torchrun returns 1 whatever its workers ended with, and gives them 30 seconds after SIGTERM. So each rank leaves a file with
-its pid and one with its exit code in the launcher's directory, and the launcher signals the ranks themselves:
+torchrun returns 1 for every failure of its workers, and kills them 30 seconds after SIGTERM. So
+each rank writes its pid and its exit code to files in the launcher's directory, and the launcher
+signals the ranks itself:
 
-    LAUNCH_DIR/HOST-PID/attempt-0/{rank-0.pid, rank-0.code, ...}    LAUNCH_DIR/HOST-PID/stop
+    RANKS_DIR/HOST-PID/attempt-0/{rank-0.pid, rank-0.code, ...}    RANKS_DIR/HOST-PID/stop
+
+HOST-PID names a launcher, one on each node; torchrun's restarts count the attempts.
 """
 
 import contextlib
@@ -15,128 +18,143 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
-VARIABLE = "INFIR2_RANKS_DIR"
-STOP = "stop"
-DIED = 71  # a rank that left no code was killed
+RANKS_DIR_VARIABLE = "INFIR2_RANKS_DIR"
+STOP_FILE = "stop"
+INTERNAL_ERROR = 70
+DIED = 71  # also stands for a rank without a code: it was killed
 PREEMPTED, INTERRUPTED = 75, 130
-# From mild to bad. Any other code names a cause, and outranks its echo on other ranks (70, 71 of a broken collective).
-_MILD_TO_BAD = (0, PREEMPTED, INTERRUPTED, DIED, 70)
-RESTARTED = (70, DIED)
-STOPPED_BY: dict[int, int] = {
-    signal.SIGTERM: PREEMPTED,
-    signal.SIGINT: INTERRUPTED,
-}  # signal -> code of what it ended
+# In order of severity. Every other code names a cause and outranks these: when one rank fails, the
+# collectives of the others break, and they exit with 70 or 71.
+_SEVERITY = (0, PREEMPTED, INTERRUPTED, DIED, INTERNAL_ERROR)
+RESTARTABLE = (INTERNAL_ERROR, DIED)
+CODE_OF_SIGNAL: dict[int, int] = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
 _PR_SET_PDEATHSIG = 1
 
 
 def worst_code(codes: Iterable[int]) -> int:
-    """The code that says most about what went wrong. Example: [75, 71, 2] -> 2; no codes at all -> 71."""
-    return max(
-        codes,
-        key=lambda code: (
-            _MILD_TO_BAD.index(code) if code in _MILD_TO_BAD else len(_MILD_TO_BAD),
-            code,
-        ),
-        default=DIED,
-    )
+    """The code that best names the cause. Example: [75, 71, 2] -> 2; 71 if there is no code."""
+
+    def severity(code: int) -> tuple[int, int]:
+        return (_SEVERITY.index(code) if code in _SEVERITY else len(_SEVERITY), code)
+
+    return max(codes, key=severity, default=DIED)
 
 
 @contextlib.contextmanager
-def stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Meanwhile SIGTERM and Ctrl-C go to `handler`."""
-    previous = {number: signal.signal(number, handler) for number in STOPPED_BY}
+def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call `handler` for SIGTERM and SIGINT inside the block."""
+    previous = {number: signal.signal(number, handler) for number in CODE_OF_SIGNAL}
     try:
         yield
     finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
 def die_with_parent() -> None:
-    """SIGKILL this process when its parent ends, so that no rank outlives its launcher and keeps the run's lock (Linux)."""
+    """Let the kernel kill this process when its parent exits (Linux only).
+
+    Otherwise ranks could outlive their launcher and hold the lock of the run.
+    """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def attempt_dirs(place: Path) -> list[Path]:
-    """Attempts of one launcher, oldest first."""
-    return sorted(place.glob("attempt-*"), key=lambda path: int(path.name.partition("-")[2]))
+def attempt_dirs(launcher_dir: Path) -> list[Path]:
+    """The attempts of one launcher, oldest first."""
+    return sorted(launcher_dir.glob("attempt-*"), key=lambda path: _number_in(path.name))
 
 
-def codes_of(attempt: Path) -> dict[int, int]:
-    """{rank: code} of the ranks that started; 71 for one without a code."""
-    started = [int(path.stem.partition("-")[2]) for path in attempt.glob("rank-*.pid")]
-    files = {rank: attempt / f"rank-{rank}.code" for rank in sorted(started)}
+def exit_codes(attempt_dir: Path) -> dict[int, int]:
+    """{rank: exit code} of the ranks that started; 71 for a rank without a code."""
+    started = sorted(_number_in(path.stem) for path in attempt_dir.glob("rank-*.pid"))
+    files = {rank: attempt_dir / f"rank-{rank}.code" for rank in started}
     return {rank: int(path.read_text()) if path.exists() else DIED for rank, path in files.items()}
 
 
-def last_codes(place: Path) -> dict[int, int]:
-    """Those of one launcher's newest attempt."""
-    return codes_of((attempt_dirs(place) or [place])[-1])
+def latest_exit_codes(launcher_dir: Path) -> dict[int, int]:
+    """`exit_codes` of the newest attempt of one launcher."""
+    return exit_codes(_latest_attempt(launcher_dir))
 
 
-def gathered_code(directory: Path) -> int:
-    """The worst code of the last attempt of every launcher that wrote into a shared directory."""
-    return worst_code(code for place in directory.glob("*") for code in last_codes(place).values())
+def worst_code_in(ranks_dir: Path) -> int:
+    """The worst code of the newest attempts of all launchers that share a directory."""
+    return worst_code(
+        code
+        for launcher_dir in ranks_dir.glob("*")
+        for code in latest_exit_codes(launcher_dir).values()
+    )
 
 
-def signal_ranks(place: Path, number: int) -> None:
-    """Ask every rank of the newest attempt to stop; those that have not started yet will not."""
-    (place / STOP).touch()
-    for path in (attempt_dirs(place) or [place])[-1].glob("rank-*.pid"):
+def signal_ranks(launcher_dir: Path, number: int) -> None:
+    """Send a signal to every running rank of the newest attempt, and let no further rank start."""
+    (launcher_dir / STOP_FILE).touch()
+    for path in _latest_attempt(launcher_dir).glob("rank-*.pid"):
         if not path.with_suffix(".code").exists():
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int(path.read_text()), number)
 
 
 def code_for_torchrun(code: int) -> int:
-    """What the process of a rank ends with: `code`, after which torchrun ends the others, or 0, after which they go on.
+    """The exit code of a rank's process: `code`, or 0 where torchrun should not react to it.
 
-    0 under `infir2 launch` for what a restart cannot better (an orderly stop, bad data, a wrong recipe): torchrun would restart
-    and add a traceback. Only between nodes an error is needed to tell the others.
+    torchrun answers every failure with a traceback and a restart. Under `infir2 launch` a rank
+    therefore exits with 0 if a restart cannot fix the cause: an orderly stop, bad data, a wrong
+    recipe. With several nodes it exits with such an error's code, because torchrun has to stop the
+    other nodes.
     """
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    return (
-        0
-        if _launched()
-        and (code in (PREEMPTED, INTERRUPTED) or (one_node and code not in RESTARTED))
-        else code
-    )
-
-
-def _launched() -> bool:
-    """Whether this process is one of torchrun's under `infir2 launch`."""
-    return bool(os.environ.get(VARIABLE)) and "TORCHELASTIC_RESTART_COUNT" in os.environ
+    if not _is_launched():
+        return code
+    is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    is_stop = code in (PREEMPTED, INTERRUPTED)
+    return 0 if is_stop or (is_one_node and code not in RESTARTABLE) else code
 
 
 def run_rank(main: Callable[[], int]) -> int:
-    """`main()`; under `infir2 launch`, its code is left for the launcher, and a rank restarted after one that no restart betters
-    ends with that at once."""
-    if not _launched():
+    """Run `main` and return the exit code of this process.
+
+    Under `infir2 launch` the code of `main` is also written for the launcher. After a restart: if
+    the previous attempt ended for a cause that a restart cannot fix, exit with the same code.
+    """
+    if not _is_launched():
         return main()
     die_with_parent()
     rank, restart = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    place = Path(os.environ[VARIABLE])
-    attempt = place / f"attempt-{restart}"
-    attempt.mkdir(exist_ok=True)
+    launcher_dir = Path(os.environ[RANKS_DIR_VARIABLE])
+    attempt_dir = launcher_dir / f"attempt-{restart}"
+    attempt_dir.mkdir(exist_ok=True)
 
     def leave(code: int) -> int:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # this code stands, whatever torchrun sends to all
-        _write(attempt / f"rank-{rank}.code", str(code))
+        # torchrun may still send SIGTERM to all its workers; it must not change this code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _write(attempt_dir / f"rank-{rank}.code", str(code))
         return code_for_torchrun(code)
 
-    # until main has its own handlers there is nothing to save
+    # Until main installs its own handlers there is nothing to save.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(leave(PREEMPTED)))
-    _write(attempt / f"rank-{rank}.pid", str(os.getpid()))
-    before = worst_code(codes_of(place / f"attempt-{restart - 1}").values()) if restart else DIED
-    if before not in RESTARTED:
-        return leave(before)
+    _write(attempt_dir / f"rank-{rank}.pid", str(os.getpid()))
+    if restart:
+        previous = exit_codes(launcher_dir / f"attempt-{restart - 1}")
+        if (code := worst_code(previous.values())) not in RESTARTABLE:
+            return leave(code)
     try:
-        return leave(PREEMPTED if (place / STOP).exists() else main())
-    except SystemExit as stop:  # SIGTERM before the run had its own handler
+        return leave(PREEMPTED if (launcher_dir / STOP_FILE).exists() else main())
+    except SystemExit as stop:  # SIGTERM before the run installed its handlers
         return leave(stop.code if isinstance(stop.code, int) else DIED)
+
+
+def _is_launched() -> bool:
+    """Whether torchrun started this process under `infir2 launch`."""
+    return bool(os.environ.get(RANKS_DIR_VARIABLE)) and "TORCHELASTIC_RESTART_COUNT" in os.environ
+
+
+def _latest_attempt(launcher_dir: Path) -> Path:
+    return (attempt_dirs(launcher_dir) or [launcher_dir])[-1]
+
+
+def _number_in(name: str) -> int:
+    """Example: "rank-12" -> 12"""
+    return int(name.partition("-")[2])
 
 
 def _write(path: Path, text: str) -> None:
@@ -145,5 +163,5 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-if __name__ == "__main__":  # what a batch script ends with: python -m infir2.launch.ranks DIR
-    sys.exit(gathered_code(Path(sys.argv[1])))
+if __name__ == "__main__":  # the last command of a batch script: python -m infir2.launch.ranks DIR
+    sys.exit(worst_code_in(Path(sys.argv[1])))

@@ -1,8 +1,9 @@
-"""`infir2 launch ray`: one torchrun per node of a running Ray cluster, placed by a placement group, restarted after a death.
+"""`infir2 launch ray`: one torchrun per node of a running Ray cluster, restarted after a death.
 
-Ray places, streams logs and notices dead nodes; on each node torchrun starts the ranks. A node is an actor that holds one bundle
-(its GPUs and CPUs). When a rank, a torchrun or a node dies, everything is ended and started again from the newest checkpoint, at
-most `max_restarts` times.
+Ray places the nodes, streams their logs and notices dead machines. A node is an actor that holds
+one bundle of a placement group (its GPUs and CPUs); in it torchrun starts the ranks. When a rank, a
+torchrun or a node dies, all are stopped and started again from the newest checkpoint, at most
+`max_restarts` times.
 """
 
 import os
@@ -20,39 +21,34 @@ from typing import Any
 
 from infir2.errors import ConfigError, RankError
 from infir2.launch.ranks import (
+    CODE_OF_SIGNAL,
     DIED,
-    RESTARTED,
-    STOPPED_BY,
+    RESTARTABLE,
     die_with_parent,
-    stop_signals,
+    handle_stop_signals,
     worst_code,
 )
 from infir2.launch.torchrun import Layout
 from infir2.terminal import log
 
-FIRST_ROOM_SECONDS = 60.0  # room that never was will not come
-LATER_ROOM_SECONDS = 1800.0  # after a death: a machine has to start again, or another has to come
-PEER_SECONDS = 60.0  # one node has ended badly: the others notice, and tell their reason
+START_TIMEOUT_SECONDS = 60.0  # resources that the cluster never had will not appear
+RECOVERY_TIMEOUT_SECONDS = 1800.0  # after a death: a machine has to boot, or another to join
+PEER_SECONDS = 60.0  # after a node failed: time for the others to notice and to report
 POLL_SECONDS = 0.5
-ENGINES = "INFIR2_ENGINES"  # ID:N, the placement group of engines apart and how often each may be started again
-_PASSED = (
-    "INFIR2_",
-    "OMP_",
-    "MKL_",
-    "NCCL_",
-    "TORCH_",
-    "HF_",
-)  # variables that travel to every node, beside the user's words
+# ID:N, the placement group of the engines and how often Ray may restart each of them.
+ENGINES_VARIABLE = "INFIR2_ENGINES"
+# Environment variables that every node receives, beside those of the recipe.
+_FORWARDED_PREFIXES = ("INFIR2_", "OMP_", "MKL_", "NCCL_", "TORCH_", "HF_")
 
 
 class Node:
-    """An actor: the ranks of one node."""
+    """Actor: the ranks of one node."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
     def address(self) -> tuple[str, int]:
-        """This node's address, and a port that is free on it."""
+        """This node's IP address, and a free port."""
         import ray
 
         with socket.socket() as probe:
@@ -60,7 +56,7 @@ class Node:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(self, command: Sequence[str], variables: Mapping[str, str], directory: str) -> None:
-        """Start the node's torchrun; its output goes where this actor's does, to the driver."""
+        """Start torchrun; Ray forwards its output to the driver, as it does this actor's."""
         self._process = subprocess.Popen(
             [sys.executable, *command],
             env=os.environ | dict(variables),
@@ -69,78 +65,75 @@ class Node:
         )
 
     def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """torchrun's exit code; None while it runs."""
         assert self._process is not None
         return self._process.poll()
 
     def stop(self, number: int) -> None:
-        """Pass a signal on."""
+        """Forward a signal."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
 
-def node_command(layout: Layout, words: Sequence[str]) -> list[str]:
-    """What runs on every node, after the interpreter."""
-    command = [
-        "-m",
-        "infir2",
-        "launch",
-        "torchrun",
-        "--nodes",
-        str(layout.nodes),
-        "--gpus-per-node",
-        str(layout.ranks_per_node),
-    ]
-    command += ["--max-restarts", "0"]  # the driver counts restarts, of all nodes together
+def node_command(layout: Layout, command: Sequence[str]) -> list[str]:
+    """What each node runs, without the interpreter. The driver counts restarts, not torchrun."""
+    rendezvous: list[str] = []
     if layout.nodes > 1:
-        command += [
-            "--endpoint",
-            layout.endpoint,
-            "--run-id",
-            layout.run_id,
-            "--local-address",
-            layout.local_address,
+        rendezvous = [
+            *("--endpoint", layout.endpoint),
+            *("--run-id", layout.run_id),
+            *("--local-address", layout.local_address),
         ]
-    return [*command, "--", *words]
+    return [
+        *("-m", "infir2", "launch", "torchrun"),
+        *("--nodes", str(layout.nodes)),
+        *("--gpus-per-node", str(layout.ranks_per_node)),
+        *("--max-restarts", "0"),
+        *rendezvous,
+        "--",
+        *command,
+    ]
 
 
 def placement(layout: Layout) -> list[tuple[list[dict[str, float]], str]]:
-    """Bundles and strategy of each placement group: nodes, every one on a machine of its own, and engines apart."""
+    """(bundles, strategy) of each placement group.
 
-    def bundle(processes: int) -> dict[str, float]:
-        return {"CPU": layout.cpus_per_rank * processes} | (
-            {} if layout.cpu else {"GPU": float(processes)}
-        )
+    The first group has one bundle for each node, on a machine of its own; the second, if there are
+    engines, one for each engine.
+    """
 
-    nodes = (
-        [bundle(layout.ranks_per_node)] * layout.nodes,
-        "STRICT_SPREAD" if layout.nodes > 1 else "STRICT_PACK",
-    )
-    return [nodes, ([bundle(1)] * layout.engines, "PACK")] if layout.engines else [nodes]
+    def bundle(num_processes: int) -> dict[str, float]:
+        cpus = {"CPU": layout.cpus_per_rank * num_processes}
+        return cpus if layout.cpu else cpus | {"GPU": float(num_processes)}
+
+    strategy = "STRICT_SPREAD" if layout.nodes > 1 else "STRICT_PACK"
+    groups = [([bundle(layout.ranks_per_node)] * layout.nodes, strategy)]
+    if layout.engines:
+        groups.append(([bundle(1)] * layout.engines, "PACK"))
+    return groups
 
 
-def description(layout: Layout, words: Sequence[str]) -> str:
-    """For --dry-run: the placement groups, and the command of a node."""
-    command = [
-        sys.executable,
-        *node_command(replace(layout, endpoint="HOST:PORT", local_address="HOST"), words),
-    ]
+def description(layout: Layout, command: Sequence[str]) -> str:
+    """The text of --dry-run: the placement groups, and the command of a node."""
+    layout = replace(layout, endpoint="HOST:PORT", local_address="HOST")
     groups = "; ".join(
         f"{len(bundles)} bundles of {bundles[0]}, {strategy}"
         for bundles, strategy in placement(layout)
     )
-    return f"# {groups}; in each of the first:\n{shlex.join(command)}"
+    node = shlex.join([sys.executable, *node_command(layout, command)])
+    return f"# {groups}; in each of the first:\n{node}"
 
 
 def connect(address: str) -> None:
-    """`ray.init`, but SIGTERM stays with the handler it has. Call it in the main thread. Raises ConnectionError without a cluster."""
+    """`ray.init` that keeps the SIGTERM handler. Call it in the main thread.
+
+    `ray.init` installs a handler that exits at once. SIGTERM is blocked until ours is installed
+    again. Raises ConnectionError if there is no cluster.
+    """
     import ray
 
-    # ray.init takes SIGTERM over, to exit at once; one that comes meanwhile waits for the handler's return
-    handler, blocked = (
-        signal.getsignal(signal.SIGTERM),
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}),
-    )
+    handler = signal.getsignal(signal.SIGTERM)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         ray.init(address=address, log_to_driver=True)
     finally:
@@ -148,41 +141,52 @@ def connect(address: str) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def actors_in(group: Any, kind: type, *arguments: Any, **options: Any) -> list[Any]:
-    """An actor in each bundle of a placement group, which holds all of it."""
+def start_actors(group: Any, actor_class: type, *arguments: Any, **options: Any) -> list[Any]:
+    """One actor in each bundle of a placement group, with all resources of the bundle.
+
+    `arguments` are the constructor's, `options` Ray's.
+    """
     import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as In
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     return [
-        ray.remote(kind)
+        ray.remote(actor_class)
         .options(
-            num_cpus=room["CPU"],
-            num_gpus=room.get("GPU", 0),
-            scheduling_strategy=In(group, index),
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
             **options,
         )
         .remote(*arguments)
-        for index, room in enumerate(group.bundle_specs)
+        for index, bundle in enumerate(group.bundle_specs)
     ]
 
 
-def run_ray(layout: Layout, words: Sequence[str], variables: Sequence[str]) -> int:
-    """Run on the cluster that `RAY_ADDRESS`, `ray start` or `ray job submit` names; the worst rank's code.
+def run_ray(layout: Layout, command: Sequence[str], variables: Sequence[str]) -> int:
+    """Run `infir2 COMMAND` on a Ray cluster and return the worst rank's exit code.
 
-    `variables`: names of environment variables that the verb reads. Raises ConfigError without Ray, a cluster or room on it,
-    RankError when a dead node's room does not come back.
+    Args:
+        layout: the processes.
+        command: the verb and its arguments.
+        variables: names of the environment variables that the verb reads.
+
+    Raises:
+        ConfigError: Ray is not installed, RAY_ADDRESS (or this machine) has no cluster, or the
+            cluster lacks the resources.
+        RankError: the resources of a dead node did not come back.
     """
     try:
         import ray
     except ImportError as error:
-        raise ConfigError("Ray is not installed here: pip install 'infir2[ray]'.") from error
-    driver = _Driver(layout, words, variables)
-    with stop_signals(driver.stop):
+        raise ConfigError("Ray is not installed: pip install 'infir2[ray]'.") from error
+    driver = _Driver(layout, command, variables)
+    with handle_stop_signals(driver.stop):
         try:
             connect(os.environ.get("RAY_ADDRESS", "auto"))
         except ConnectionError as error:
             raise ConfigError(
-                "no Ray cluster runs here: start one with `ray start --head`, or set RAY_ADDRESS."
+                "no Ray cluster runs on this machine: "
+                "start one with `ray start --head`, or set RAY_ADDRESS."
             ) from error
         try:
             return driver.run()
@@ -191,21 +195,25 @@ def run_ray(layout: Layout, words: Sequence[str], variables: Sequence[str]) -> i
 
 
 class _Stopped(Exception):
-    """SIGTERM or Ctrl-C came before all nodes had started."""
+    """SIGTERM or SIGINT arrived before all nodes had started."""
 
 
 class _Driver:
-    def __init__(self, layout: Layout, words: Sequence[str], variables: Sequence[str]) -> None:
-        self._layout, self._words = layout, words
-        passed = {name: os.environ[name] for name in variables if name in os.environ}
-        self._variables = passed | {
-            name: value for name, value in os.environ.items() if name.startswith(_PASSED)
+    """Starts the nodes, waits for them, and restarts them."""
+
+    def __init__(self, layout: Layout, command: Sequence[str], variables: Sequence[str]) -> None:
+        self._layout, self._command = layout, command
+        self._variables = {
+            name: value
+            for name, value in os.environ.items()
+            if name in variables or name.startswith(_FORWARDED_PREFIXES)
         }
         self._nodes: list[Any] = []
-        self._stopped = 0  # the newest stop signal
-        self._unsent: list[int] = []  # stop signals of which the nodes have not heard
+        self._stop_signal = 0  # the newest; 0 for none
+        self._unsent_signals: list[int] = []  # signals that the nodes have not received
 
     def run(self) -> int:
+        """Run the attempts and return the exit code of the last one."""
         from ray.util.placement_group import placement_group, remove_placement_group
 
         groups = [
@@ -213,112 +221,127 @@ class _Driver:
             for bundles, strategy in placement(self._layout)
         ]
         if self._layout.engines:
-            self._variables |= {ENGINES: f"{groups[1].id.hex()}:{self._layout.max_restarts}"}
-        code = DIED
+            engines = f"{groups[1].id.hex()}:{self._layout.max_restarts}"
+            self._variables |= {ENGINES_VARIABLE: engines}
         try:
-            for attempt in range(self._layout.max_restarts + 1):
-                code = self._attempt(groups, attempt)
-                if self._stopped or code not in RESTARTED:
-                    break
-                left = self._layout.max_restarts - attempt
-                log(
-                    f"a worker died; {left} restarts left, from the newest checkpoint",
-                    "infir2 launch",
-                )
+            code = self._run_attempts(groups)
         except _Stopped:
-            code = -self._stopped
+            code = -self._stop_signal
         finally:
             for group in groups:
                 remove_placement_group(group)
-        # A node that hears of the signal before it can handle it ends by it.
-        return STOPPED_BY[self._stopped] if self._stopped and code == -self._stopped else code
+        # A node without a signal handler yet is killed by the signal itself.
+        is_killed = self._stop_signal and code == -self._stop_signal
+        return CODE_OF_SIGNAL[self._stop_signal] if is_killed else code
 
     def stop(self, number: int, _frame: FrameType | None) -> None:
-        """Handle SIGTERM or Ctrl-C: the nodes hear of it as soon as they are there."""
-        self._stopped = number
-        self._unsent.append(number)
+        """Signal handler: the nodes receive the signal once they have started."""
+        self._stop_signal = number
+        self._unsent_signals.append(number)
 
-    def _attempt(self, groups: Sequence[Any], attempt: int) -> int:
+    def _run_attempts(self, groups: Sequence[Any]) -> int:
+        code = DIED
+        for attempt in range(self._layout.max_restarts + 1):
+            code = self._run_attempt(groups, attempt)
+            if self._stop_signal or code not in RESTARTABLE:
+                break
+            left = self._layout.max_restarts - attempt
+            text = f"a worker died; {left} restarts left, from the newest checkpoint"
+            log(text, "infir2 launch")
+        return code
+
+    def _run_attempt(self, groups: Sequence[Any], attempt: int) -> int:
         import ray
 
-        deadline = time.monotonic() + LATER_ROOM_SECONDS
+        deadline = time.monotonic() + RECOVERY_TIMEOUT_SECONDS
         while True:
             started = False
             try:
-                self._await_room(groups, attempt)
+                self._await_resources(groups, attempt)
                 self._start(groups[0], attempt)
                 started = True
                 return self._wait()
             except ray.exceptions.RayActorError:
-                # The cluster takes a moment to know that a machine is dead, and may place a node there: that is no further death.
+                # Ray learns of a dead machine with a delay and may place a node on it: try again,
+                # without counting this as a restart.
                 if started or not attempt or time.monotonic() > deadline:
                     return DIED
             finally:
                 for node in self._nodes:
-                    ray.kill(node)  # with it goes, by the kernel, all that it started
+                    ray.kill(node)  # the kernel kills the processes that the actor started
             time.sleep(POLL_SECONDS)
 
-    def _await_room(self, groups: Sequence[Any], attempt: int) -> None:
+    def _await_resources(self, groups: Sequence[Any], attempt: int) -> None:
+        """Wait until each placement group is placed. Raises ConfigError, RankError, _Stopped."""
         import ray
 
-        seconds = LATER_ROOM_SECONDS if attempt else FIRST_ROOM_SECONDS
+        seconds = RECOVERY_TIMEOUT_SECONDS if attempt else START_TIMEOUT_SECONDS
         for group, (bundles, _) in zip(groups, placement(self._layout), strict=True):
             wanted = f"room for {len(bundles)} bundles of {bundles[0]}"
             if attempt and not group.wait(1):
                 log(f"waits up to {seconds / 60:.0f} minutes for {wanted}", "infir2 launch")
-            if not self._until(partial(group.wait, 1), seconds):
-                there = ray.cluster_resources()
-                has = f"{wanted} after {seconds:.0f} s (in all it has CPU {there.get('CPU', 0):g}, GPU {there.get('GPU', 0):g})"
-                if attempt:
-                    raise RankError(
-                        f"the Ray cluster again has no {has}: start the dead node again; the same command goes on."
-                    )
-                raise ConfigError(f"the Ray cluster has no {has}: ask for less, or end other jobs.")
+            if self._wait_for(partial(group.wait, 1), seconds):
+                continue
+            total = ray.cluster_resources()
+            missing = (
+                f"{wanted} after {seconds:.0f} s "
+                f"(its total is CPU {total.get('CPU', 0):g}, GPU {total.get('GPU', 0):g})"
+            )
+            if attempt:
+                raise RankError(
+                    f"the Ray cluster again has no {missing}: "
+                    "start the dead node and run the same command to resume."
+                )
+            raise ConfigError(f"the Ray cluster has no {missing}: ask for less, or end other jobs.")
 
-    def _until(self, ready: Callable[[], bool], seconds: float) -> bool:
-        """Whether `ready`, which takes a moment, came true in time. Raises _Stopped."""
+    def _wait_for(self, is_ready: Callable[[], bool], seconds: float) -> bool:
+        """Whether `is_ready`, which blocks for a moment, was true in time. Raises _Stopped."""
         deadline = time.monotonic() + seconds
-        while not self._stopped and not (there := ready()) and time.monotonic() < deadline:
+        while not self._stop_signal and not (ready := is_ready()) and time.monotonic() < deadline:
             pass
-        if self._stopped:
+        if self._stop_signal:
             raise _Stopped
-        return there
+        return ready
 
     def _start(self, group: Any, attempt: int) -> None:
-        """Start every node's torchrun. A bundle whose machine died unnoticed is placed again first, which takes as long as it does."""
+        """Start every node's torchrun.
+
+        If the machine of a bundle has died unnoticed, Ray first places the bundle again.
+        """
         import ray
 
-        self._nodes = actors_in(group, Node)
+        self._nodes = start_actors(group, Node)
         addresses = self._get([node.address.remote() for node in self._nodes])
-        endpoint, run_id = f"{addresses[0][0]}:{addresses[0][1]}", f"infir2-{os.getpid()}-{attempt}"
+        host, port = addresses[0]
+        layout = replace(
+            self._layout, endpoint=f"{host}:{port}", run_id=f"infir2-{os.getpid()}-{attempt}"
+        )
         variables = self._variables | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         starts = []
         for node, (address, _) in zip(self._nodes, addresses, strict=True):
-            layout = replace(self._layout, endpoint=endpoint, run_id=run_id, local_address=address)
-            starts.append(
-                node.start.remote(node_command(layout, self._words), variables, os.getcwd())
-            )
+            command = node_command(replace(layout, local_address=address), self._command)
+            starts.append(node.start.remote(command, variables, os.getcwd()))
         self._get(starts)
 
     def _get(self, references: list[Any]) -> list[Any]:
-        """What the nodes answer. Raises _Stopped, RayActorError."""
+        """`ray.get` that can be interrupted. Raises _Stopped, RankError, RayActorError."""
         import ray
 
-        if not self._until(
-            lambda: not ray.wait(references, num_returns=len(references), timeout=POLL_SECONDS)[1],
-            LATER_ROOM_SECONDS,
-        ):
+        def is_ready() -> bool:
+            count = len(references)
+            return not ray.wait(references, num_returns=count, timeout=POLL_SECONDS)[1]
+
+        if not self._wait_for(is_ready, RECOVERY_TIMEOUT_SECONDS):
             raise RankError(
-                f"a node of the Ray cluster gave no answer in {LATER_ROOM_SECONDS:.0f} s: `ray status` shows the nodes"
+                "a node of the Ray cluster did not answer within "
+                f"{RECOVERY_TIMEOUT_SECONDS:.0f} s: `ray status` lists the nodes"
             )
         return list(ray.get(references))
 
     def _wait(self) -> int:
-        """The worst node's code, when all have ended, or one has badly and the others have had time to."""
+        """Wait until all nodes have ended, or PEER_SECONDS after one failed; their worst code."""
         codes: list[int | None] = [None] * self._layout.nodes
-        while (
-            None in codes and worst_code([code for code in codes if code is not None] or [0]) == 0
-        ):
+        while None in codes and not any(codes):
             codes = self._poll()
         deadline = time.monotonic() + PEER_SECONDS
         while None in codes and time.monotonic() < deadline:
@@ -326,11 +349,11 @@ class _Driver:
         return worst_code(DIED if code is None else code for code in codes)
 
     def _poll(self) -> list[int | None]:
-        """Exit codes of the nodes after a moment, in which stop signals are passed on."""
+        """Forward stop signals, wait for a moment, and return the nodes' exit codes."""
         import ray
 
-        while self._unsent:
-            number = self._unsent.pop(0)
+        while self._unsent_signals:
+            number = self._unsent_signals.pop(0)
             for node in self._nodes:
                 node.stop.remote(number)
         time.sleep(POLL_SECONDS)

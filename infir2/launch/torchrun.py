@@ -1,4 +1,7 @@
-"""`infir2 launch torchrun`: ranks on one node or many through torch's own launcher, with the worst rank's exit code."""
+"""`infir2 launch torchrun`: torch's own launcher on one node or on each of several nodes.
+
+The launcher's exit code is the worst code of this node's ranks.
+"""
 
 import glob
 import os
@@ -25,21 +28,33 @@ VERBS = ("cpt", "sft", "rl", "eval")
 
 @dataclass(frozen=True)
 class Layout:
-    """How many processes, where. Example: `Layout(nodes=4, ranks_per_node=8)`: 32 ranks, one per GPU."""
+    """How many processes run, and where.
+
+    Example: `Layout(nodes=4, ranks_per_node=8)`: 32 ranks, one per GPU.
+
+    Attributes:
+        cpu: Request no GPUs.
+        cpus_per_rank: Cores to request of SLURM or Ray.
+        engines: Rollout engines in processes of their own (Ray).
+        max_restarts: Restarts of all ranks after one died.
+        endpoint: HOST:PORT of the rendezvous of several nodes.
+        run_id: Distinguishes jobs with the same endpoint.
+        local_address: Address of this node for the others, if it is not the host name.
+    """
 
     nodes: int = 1
     ranks_per_node: int = 1
-    cpu: bool = False  # ask for no GPUs
-    cpus_per_rank: float = 1.0  # what SLURM and Ray are asked for
-    engines: int = 0  # rollout engines of their own, beside the ranks (Ray)
-    max_restarts: int = 3  # of all ranks, after one died
-    endpoint: str = ""  # HOST:PORT where nodes meet
-    run_id: str = "infir2"  # tells jobs with one endpoint apart
-    local_address: str = ""  # what other nodes reach this one by, if not its host name
+    cpu: bool = False
+    cpus_per_rank: float = 1.0
+    engines: int = 0
+    max_restarts: int = 3
+    endpoint: str = ""
+    run_id: str = "infir2"
+    local_address: str = ""
 
 
 def default_ranks() -> int:
-    """The GPUs of this machine that are visible, without asking torch; 1 without any."""
+    """The number of visible GPUs of this machine, found without torch; 1 if there is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return max(1, len([name for name in visible.split(",") if name.strip()]))
@@ -47,91 +62,110 @@ def default_ranks() -> int:
 
 
 def default_endpoint() -> str:
-    """MASTER_ADDR:MASTER_PORT of the environment; empty without MASTER_ADDR."""
+    """$MASTER_ADDR:$MASTER_PORT; empty without MASTER_ADDR."""
     host = os.environ.get("MASTER_ADDR", "")
     return f"{host}:{os.environ.get('MASTER_PORT', PORT)}" if host else ""
 
 
-def check_words(words: Sequence[str], layout: Layout) -> None:
-    """Raises ConfigError for what cannot be launched."""
-    if not words or words[0] not in VERBS:
+def check_command(command: Sequence[str], layout: Layout) -> None:
+    """Raise ConfigError if `infir2 COMMAND` cannot be launched with this layout."""
+    if not command or command[0] not in VERBS:
         raise ConfigError(
-            f"infir2 launch needs a verb after --: one of {', '.join(VERBS)}, then its words."
+            f"infir2 launch needs a verb after --: one of {', '.join(VERBS)}, and its arguments."
         )
-    if words[0] == "eval" and layout.nodes * layout.ranks_per_node > 1:
+    if command[0] == "eval" and layout.nodes * layout.ranks_per_node > 1:
         raise ConfigError(
             "infir2 eval runs in one process: launch it with --nodes 1 --gpus-per-node 1."
         )
 
 
-def torchrun_command(layout: Layout, words: Sequence[str]) -> list[str]:
-    """The words of torch's launcher. Raises ConfigError for several nodes without a place to meet."""
-    command = [sys.executable, "-m", "torch.distributed.run"]
+def torchrun_command(layout: Layout, command: Sequence[str]) -> list[str]:
+    """The command line of torch's launcher for `infir2 COMMAND`.
+
+    Raises ConfigError for several nodes without an endpoint.
+    """
     if layout.nodes == 1:
-        command.append("--standalone")
+        rendezvous = ["--standalone"]
     elif not layout.endpoint:
         raise ConfigError(
-            "several nodes have to meet somewhere: set MASTER_ADDR, or --endpoint HOST:PORT with the first node's address."
+            "several nodes need a rendezvous: set MASTER_ADDR, "
+            "or --endpoint HOST:PORT with the first node's address."
         )
     else:
-        command += [f"--nnodes={layout.nodes}", "--rdzv-backend=c10d"]
-        command += [f"--rdzv-endpoint={layout.endpoint}", f"--rdzv-id={layout.run_id}"]
-        command += [f"--local-addr={layout.local_address}"] if layout.local_address else []
-    command += [
+        rendezvous = [
+            f"--nnodes={layout.nodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={layout.endpoint}",
+            f"--rdzv-id={layout.run_id}",
+        ]
+        if layout.local_address:
+            rendezvous.append(f"--local-addr={layout.local_address}")
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", *rendezvous),
         f"--nproc-per-node={layout.ranks_per_node}",
         f"--max-restarts={layout.max_restarts}",
+        *("-m", "infir2", *command),
     ]
-    return [*command, "-m", "infir2", *words]
 
 
-def run_torchrun(layout: Layout, words: Sequence[str]) -> int:
-    """Run to the end. SIGTERM and Ctrl-C go to the ranks, which save; returns the worst code of this node's ranks."""
+def run_torchrun(layout: Layout, command: Sequence[str]) -> int:
+    """Run `infir2 COMMAND` on this node's ranks and return their worst exit code.
+
+    SIGTERM and SIGINT are forwarded to the ranks, which save.
+    """
     with tempfile.TemporaryDirectory(prefix="infir2-ranks-") as temporary:
-        place = (
-            Path(os.environ.get(ranks.VARIABLE) or temporary)
-            / f"{socket.gethostname()}-{os.getpid()}"
-        )
-        place.mkdir(parents=True)
+        ranks_dir = Path(os.environ.get(ranks.RANKS_DIR_VARIABLE) or temporary)
+        launcher_dir = ranks_dir / f"{socket.gethostname()}-{os.getpid()}"
+        launcher_dir.mkdir(parents=True)
 
         def forward(number: int, _frame: FrameType | None) -> None:
-            ranks.signal_ranks(place, number)
+            ranks.signal_ranks(launcher_dir, number)
 
-        with ranks.stop_signals(forward):
+        with ranks.handle_stop_signals(forward):
             process = subprocess.Popen(
-                torchrun_command(layout, words),
-                env=os.environ | {ranks.VARIABLE: str(place), "PET_SIGNALS_TO_HANDLE": "SIGQUIT"},
-                start_new_session=True,  # a Ctrl-C reaches the ranks once, through `forward`
+                torchrun_command(layout, command),
+                env=os.environ
+                | {
+                    ranks.RANKS_DIR_VARIABLE: str(launcher_dir),
+                    "PET_SIGNALS_TO_HANDLE": "SIGQUIT",
+                },
+                start_new_session=True,  # Ctrl-C reaches the ranks once, through `forward`
                 preexec_fn=_before_torchrun,
             )
-            _wait(process, place)
-        codes = ranks.last_codes(place)
-        code = ranks.worst_code(codes.values())
-        if code and len(codes) != 1:
-            ended = ", ".join(
-                f"rank {rank}: {'killed' if each == ranks.DIED else each}"
-                for rank, each in codes.items()
-            )
-            log(ended or "no rank started", "infir2 launch")
-        return code
+            _wait(process, launcher_dir)
+        return _report(ranks.latest_exit_codes(launcher_dir))
+
+
+def _report(codes: dict[int, int]) -> int:
+    """Return the worst code, and log all of them if several ranks ran and one failed."""
+    worst = ranks.worst_code(codes.values())
+    if worst and len(codes) != 1:
+        ended = ", ".join(
+            f"rank {rank}: {'killed' if code == ranks.DIED else code}"
+            for rank, code in codes.items()
+        )
+        log(ended or "no rank started", "infir2 launch")
+    return worst
 
 
 def _before_torchrun() -> None:
-    """SLURM signals every process of a step; torchrun would kill the ranks in the middle of a long save."""
+    """SLURM signals every process of a step, and torchrun would kill ranks during a long save."""
     ranks.die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _wait(process: subprocess.Popen[bytes], place: Path) -> None:
-    """Until torchrun ends. Ranks that wait for one that ended with an error of the user's are not waited for long."""
-    given_up = float("inf")
+def _wait(process: subprocess.Popen[bytes], launcher_dir: Path) -> None:
+    """Wait until torchrun exits.
+
+    A rank that ends with a user's error exits with 0 for torchrun, so the others may wait for it in
+    a collective: they are killed after PEER_SECONDS.
+    """
+    no_cause = (0, ranks.PREEMPTED, ranks.INTERRUPTED, *ranks.RESTARTABLE)
+    deadline = float("inf")
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
-        causes = [
-            code
-            for code in ranks.last_codes(place).values()
-            if code not in (0, ranks.PREEMPTED, ranks.INTERRUPTED, *ranks.RESTARTED)
-        ]
-        if causes and given_up == float("inf"):
-            given_up = time.monotonic() + PEER_SECONDS
-        if time.monotonic() > given_up:
-            ranks.signal_ranks(place, signal.SIGKILL)
+        codes = ranks.latest_exit_codes(launcher_dir).values()
+        if deadline == float("inf") and any(code not in no_cause for code in codes):
+            deadline = time.monotonic() + PEER_SECONDS
+        if time.monotonic() > deadline:
+            ranks.signal_ranks(launcher_dir, signal.SIGKILL)

@@ -12,15 +12,18 @@ SAMPLES_PER_RUN, SAMPLE_CHARACTERS, RECIPE_CHARACTERS = 8, 6_000, 30_000
 
 
 def pick_samples(samples: Sequence[Row], count: int) -> list[Row]:
-    """A quarter from the first step, the others from the last ones; rewarded and unrewarded responses take turns."""
+    """A quarter from the first step, the others from the last steps.
+
+    Rewarded and unrewarded responses alternate.
+    """
     first = min((sample["step"] for sample in samples), default=0)
-    early = _by_turns([sample for sample in samples if sample["step"] == first], count // 4)
-    late = _by_turns(sorted(samples, key=lambda sample: -sample["step"])[: 2 * count], count)
+    early = _alternate([sample for sample in samples if sample["step"] == first], count // 4)
+    late = _alternate(sorted(samples, key=lambda sample: -sample["step"])[: 2 * count], count)
     chosen = early + [sample for sample in late if sample not in early]
     return sorted(chosen[:count], key=lambda sample: sample["step"])
 
 
-def _by_turns(samples: Sequence[Row], count: int) -> list[Row]:
+def _alternate(samples: Sequence[Row], count: int) -> list[Row]:
     rewarded, others = (
         [sample for sample in samples if (sample["reward"] > 0) is good] for good in (True, False)
     )
@@ -34,7 +37,8 @@ def samples_html(run: Run) -> str:
     """Responses that open on a click."""
     items = []
     for sample in pick_samples(run.samples, SAMPLES_PER_RUN):
-        badges = f'<span class="badge {"good" if sample["reward"] > 0 else "bad"}">reward {compact(sample["reward"])}</span>'
+        quality = "good" if sample["reward"] > 0 else "bad"
+        badges = f'<span class="badge {quality}">reward {compact(sample["reward"])}</span>'
         badges += '<span class="badge">truncated</span>' if sample.get("truncated") else ""
         step = f'<span class="step">step {sample["step"]:.0f}</span>' if run.train else ""
         question = escape(" ".join(str(sample.get("prompt")).split())[:160])
@@ -49,11 +53,12 @@ def samples_html(run: Run) -> str:
 
 
 def _long(text: str) -> str:
-    """Escaped text, with the middle of a very long one left out."""
+    """Escaped text without the middle of a very long one."""
     if len(text) <= SAMPLE_CHARACTERS:
         return escape(text) or "–"
     half = SAMPLE_CHARACTERS // 2
-    return f"{escape(text[:half])}\n<i>… {len(text) - 2 * half:,} characters left out …</i>\n{escape(text[-half:])}"
+    omitted = f"<i>… {len(text) - 2 * half:,} characters left out …</i>"
+    return f"{escape(text[:half])}\n{omitted}\n{escape(text[-half:])}"
 
 
 def recipe_html(run: Run) -> str:
@@ -62,11 +67,10 @@ def recipe_html(run: Run) -> str:
     more = (
         "\n# … the run directory has the rest" if len(run.recipe_text) > RECIPE_CHARACTERS else ""
     )
-    return (
-        f"<details><summary>{escape(run.name)}/recipe.toml</summary><pre>{text}{more}</pre></details>"
-        if text
-        else ""
-    )
+    if not text:
+        return ""
+    summary = f"<summary>{escape(run.name)}/recipe.toml</summary>"
+    return f"<details>{summary}<pre>{text}{more}</pre></details>"
 
 
 def environment_html(runs: Sequence[Run]) -> str:
@@ -88,19 +92,20 @@ def environment_html(runs: Sequence[Run]) -> str:
 
 
 def commands_html(runs: Sequence[Run]) -> str:
-    """The commands as they were given, and where every value is that they used."""
-    words = [
-        (run.environment["command"], run)
-        for run in runs
-        if isinstance(run.environment.get("command"), list)
+    """The command of each run, and where to find every value that it used."""
+    commands = [
+        command for run in runs if isinstance(command := run.environment.get("command"), list)
     ]
-    lines = [shlex.join(["infir2", *map(str, command[1:])]) for command, _ in words if command]
+    lines = [shlex.join(["infir2", *map(str, command[1:])]) for command in commands if command]
     if not lines:
         return ""
     commits = sorted(
         {str(run.environment["commit"]) for run in runs if run.environment.get("commit")}
     )
-    note = "Each run directory's recipe.toml has every value that was used, and runs again under a new run.dir."
+    note = (
+        "Each run directory's recipe.toml has every value that was used, "
+        "and runs again under a new run.dir."
+    )
     note += f" Commit: {', '.join(commits)}." if commits else ""
     return (
         f"<pre>{escape(chr(10).join(dict.fromkeys(lines)))}</pre><p class=note>{escape(note)}</p>"

@@ -1,8 +1,9 @@
-"""Run directories as data, with everything tolerated that a stopped run leaves.
+"""Read run directories, including those of killed and diverged runs.
 
-A run that was killed leaves a half-written last line; a diverged run has nulls in its lines. Reading never fails on
-these: unreadable lines are counted in `Run.notes`, of two lines for one step the later stands, and values that are not
-finite become NaN, which charts show as gaps. `seconds` and `trained_tokens` of a train line are those of its own step.
+A killed run leaves an incomplete last line; a diverged run has nulls in its lines. Neither is an
+error: unreadable lines are counted in `Run.notes`, the later of two lines for one step counts, and
+values that are not finite become NaN, which charts show as gaps. `seconds` and `trained_tokens` of
+a train line are those of its own step.
 """
 
 import json
@@ -25,7 +26,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """Lines of one kind, by step: `Table(rows)["loss"]` is float64 [rows], NaN where absent or not finite."""
+    """Lines of one kind, by step.
+
+    Example: `Table(rows)["loss"]` is float64 [rows], NaN where it is absent or not finite.
+    """
 
     rows: tuple[Row, ...] = ()
     columns: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
@@ -76,7 +80,7 @@ class Run:
 
     @property
     def base(self) -> str:
-        """The path that the run started from (a run directory, a checkpoint or a Hugging Face directory), or ''."""
+        """The run, checkpoint or Hugging Face directory that the run started from; '' for none."""
         return str(
             self.recipe.get("checkpoint", {}).get("branch_from")
             or self.recipe.get("model", {}).get("path")
@@ -85,7 +89,7 @@ class Run:
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """The last evaluation; NaN or 0 where a line lacks something."""
+        """The last evaluation; a value that its line lacks is NaN or 0."""
         if not self.evaluations:
             return None
         row = self.evaluations.rows[-1]
@@ -109,14 +113,14 @@ class Run:
         return int(self.train.steps[-1] - self.train.steps[0]) + 1 if self.train else 0
 
     def starts_from(self, other: "Run") -> bool:
-        """Whether the base is `other` or one of its checkpoints, by name: runs may have been moved since."""
+        """Whether the base is `other` or one of its checkpoints, by name: runs may have moved."""
         parts = Path(self.base).parts
         parts = parts[: parts.index("checkpoints")] if "checkpoints" in parts else parts
         own = Path(other.name).parts
         return parts[-len(own) :] == own
 
     def total(self, column: str) -> float:
-        """Sum of a train column over all steps; steps between logged ones count as the mean of those."""
+        """Sum of a train column over all steps; a step without a line counts as the mean."""
         values = self.train[column]
         return (
             float(np.nansum(values)) / max(1, len(values)) * (self.num_steps if self.train else 0)
@@ -133,10 +137,11 @@ def number(value: Any) -> float:
 
 
 def read_runs(run_dirs: Iterable[Path]) -> list[Run]:
-    """Runs in the order given. A directory without a run of its own stands for the runs just inside it, bases first.
+    """Read runs in the given order.
 
-    Runs that have one name get the name of the directory around them too.
-    Raises DataError for a path that is no directory or holds no run.
+    A directory that is no run is replaced by the runs directly inside it, each after its base. Runs
+    with the same name get the name of their parent directory as a prefix. Raises DataError for a
+    path without a run.
     """
     runs: dict[Path, Run] = {}
     for directory in map(Path, run_dirs):
@@ -148,7 +153,8 @@ def read_runs(run_dirs: Iterable[Path]) -> list[Run]:
             )
         if not found:
             raise DataError(
-                f"{directory} holds no run (no metrics.jsonl in it or just below it); name run directories or the one above"
+                f"{directory} holds no run (no metrics.jsonl in it or directly below it); "
+                "name run directories or their parent"
             )
         runs |= {run.path.resolve(): run for run in found if run.path.resolve() not in runs}
     names = Counter(run.name for run in runs.values())
@@ -207,7 +213,7 @@ def read_run(run_dir: Path) -> Run:
 
 
 def _read_file(path: Path, parse: Callable[[str], Any], notes: list[str]) -> tuple[str, Row]:
-    """A file's text and the table that it holds; '' and {} where there is none."""
+    """A file's text and its parsed table; '' and {} if there is none."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

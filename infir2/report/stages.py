@@ -1,4 +1,4 @@
-"""What each stage brought: the last evaluation of every stage and its change from the stage it started from."""
+"""Accuracy by stage: the last evaluation of each, and the change from the stage it started from."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,10 +18,13 @@ CHANGE = HEADINGS.index("change, points")
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage's accuracy, fractions of 1, such as StageRow("rl1", Path("runs/rl1"), evaluation, 0.21, 0.05, "sft2").
+    """One stage's accuracy, in fractions of 1.
 
-    `change` is the difference in avg@k from the row named `compared_with` (NaN and '' without one). Its interval adds both
-    half-widths in quadrature, as if the problems were drawn anew; for the same problems it is on the cautious side.
+    Example: StageRow("rl1", Path("runs/rl1"), evaluation, 0.21, 0.05, "sft2")
+
+    `change` is the difference in avg@k from the row `compared_with` (NaN and '' without one).
+    `change_interval` adds both half-widths in quadrature, as for independent problems; for the same
+    problems it is too wide.
     """
 
     stage: str
@@ -56,47 +59,42 @@ class StageRow:
 
 
 def stage_table(run_dirs: Iterable[Path]) -> list[StageRow]:
-    """Rows in the order of the stages, for runs that were evaluated or have an `eval-NAME` directory that evaluated them."""
+    """One row for each stage that has an evaluation, in itself or in an `eval-NAME` directory."""
     return stage_rows(read_runs(run_dirs))
 
 
 def stage_rows(runs: Sequence[Run]) -> list[StageRow]:
-    """As `stage_table`, from runs that are read already."""
+    """`stage_table` of runs that are already read."""
     trained = [run for run in runs if run.train]
-    found: dict[str, tuple[int, Run]] = {}
+    evaluated: dict[str, tuple[int, Run]] = {}  # stage -> (index in trained or -1, evaluated run)
     for run in (run for run in runs if run.evaluation):
         subject = run if run.train else _subject(run, trained)
         stage = subject.name if subject else run.name.removeprefix(EVALUATION_PREFIX)
-        if (
-            stage not in found or not run.train
-        ):  # an evaluation of its own replaces the smaller one in the loop
-            found[stage] = (trained.index(subject) if subject else -1, run)
+        # `infir2 eval` replaces the smaller evaluation in the training loop.
+        if stage not in evaluated or not run.train:
+            evaluated[stage] = (trained.index(subject) if subject else -1, run)
     rows: list[StageRow] = []
-    for stage, (order, run) in sorted(found.items(), key=lambda item: item[1][0]):
+    for stage, (order, run) in sorted(evaluated.items(), key=lambda item: item[1][0]):
         evaluation = run.evaluation
         assert evaluation is not None
-        before = _before(trained[order], trained, rows) if order >= 0 else None
-        change = evaluation.avg_at_k - before.evaluation.avg_at_k if before else math.nan
-        interval = (
-            math.hypot(evaluation.interval, before.evaluation.interval) if before else math.nan
-        )
+        base = _compared_row(trained[order], trained, rows) if order >= 0 else None
+        change = evaluation.avg_at_k - base.evaluation.avg_at_k if base else math.nan
+        interval = math.hypot(evaluation.interval, base.evaluation.interval) if base else math.nan
         rows.append(
-            StageRow(stage, run.path, evaluation, change, interval, before.stage if before else "")
+            StageRow(stage, run.path, evaluation, change, interval, base.stage if base else "")
         )
     return rows
 
 
 def _subject(evaluation: Run, trained: Sequence[Run]) -> Run | None:
-    """The run that an evaluation directory evaluated: the model it names, or by its own name."""
-    named = [run for run in trained if evaluation.starts_from(run)]
-    return next(
-        iter(named or [run for run in trained if evaluation.name == EVALUATION_PREFIX + run.name]),
-        None,
-    )
+    """The run that an evaluation directory evaluated, by its model.path or by its own name."""
+    by_path = [run for run in trained if evaluation.starts_from(run)]
+    by_name = [run for run in trained if evaluation.name == EVALUATION_PREFIX + run.name]
+    return next(iter(by_path or by_name), None)
 
 
-def _before(run: Run, trained: Sequence[Run], rows: Sequence[StageRow]) -> StageRow | None:
-    """The row of the nearest ancestor that was evaluated, else of a base model. Without recipes, the row above."""
+def _compared_row(run: Run, trained: Sequence[Run], rows: Sequence[StageRow]) -> StageRow | None:
+    """The row of the nearest evaluated ancestor, else of a base model; the row above without recipe."""
     if not run.recipe:
         return rows[-1] if rows else None
     by_stage, seen = {row.stage: row for row in rows}, {run.name}
@@ -119,7 +117,7 @@ def accuracy_text(evaluation: Evaluation) -> str:
 
 
 def render_stage_table(rows: Sequence[StageRow]) -> RichTable:
-    """The rows for a terminal: `rich.print(render_stage_table(stage_table(run_dirs)))`."""
+    """The rows as a table for the terminal."""
     table = RichTable(
         title="What improved",
         title_justify="left",

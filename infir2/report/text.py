@@ -1,11 +1,11 @@
-"""Numbers and tables as text: what the page and the terminal have in common."""
+"""Numbers and tables as text, for the page and for the terminal."""
 
 import math
 from collections.abc import Iterable, Sequence
 
 
 def compact(value: float) -> str:
-    """Four digits at most, three below 1: 0.123, 1.234, 1,234, 12.34 k, 160 B, 2e−5; a dash for NaN."""
+    """At most four digits, three below 1: 0.123, 1.234, 1,234, 12.34 k, 2e−5; a dash for NaN."""
     if not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -49,16 +49,20 @@ def duration(seconds: float) -> str:
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A table that scrolls in its own box. Cells are HTML; the first names its row, those from `text_columns` on are numbers."""
+    """A table that scrolls in its own box.
+
+    Args:
+        head: HTML of the column titles.
+        rows: HTML of the cells, or whole `<td>` elements; the first cell is the title of its row.
+        text_columns: the columns from this one on are numbers.
+    """
 
     def cell(index: int, html: str) -> str:
         if index == 0:
             return f'<th scope="row">{html}</th>'
-        return (
-            html
-            if html.startswith("<td")
-            else f"<td{' class=num' if index >= text_columns else ''}>{html}</td>"
-        )
+        if html.startswith("<td"):
+            return html
+        return f"<td{' class=num' if index >= text_columns else ''}>{html}</td>"
 
     names = (
         f'<th scope="col"{" class=num" if index >= text_columns else ""}>{name}</th>'
@@ -67,6 +71,7 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns:
     body = (
         f"<tr>{''.join(cell(index, html) for index, html in enumerate(row))}</tr>" for row in rows
     )
-    kind = ' class="text"' if text_columns > 1 else ""
-    table = f"<table{kind}><thead><tr>{''.join(names)}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    style = ' class="text"' if text_columns > 1 else ""
+    header = f"<thead><tr>{''.join(names)}</tr></thead>"
+    table = f"<table{style}>{header}<tbody>{''.join(body)}</tbody></table>"
     return f'<div class="scroll" tabindex="0">{table}</div>'

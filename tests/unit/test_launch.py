@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stages import RECIPES, begin, curve, options, run
+from stages import RECIPES, begin, curve, lines, options, run
 
 from infir2.cli import main
 from infir2.errors import ConfigError, RankError
@@ -82,8 +82,8 @@ def test_what_cannot_be_launched_is_refused(capsys: pytest.CaptureFixture[str]) 
         (["slurm", "--cpus-per-rank", "inf", "--", "cpt"], "inf is not a number"),
         (["torchrun", "--nodes", "2.5", "--", "cpt"], "invalid number value: '2.5'"),
         (["torchrun", "cpt", "a b.toml"], "write infir2 launch torchrun -- cpt 'a b.toml'"),
-        (["slurm", "--", "cpt", "a.toml"], "say --gpus-per-node M"),
-        (["ray", "--cpu", "--", "cpt", "a.toml"], "say --gpus-per-node M"),
+        (["slurm", "--", "cpt", "a.toml"], "set --gpus-per-node M"),
+        (["ray", "--cpu", "--", "cpt", "a.toml"], "set --gpus-per-node M"),
         (["torchrun", "--dry-run", "--", "cpt", "absent.toml"], "absent.toml: no such recipe"),
         (
             ["slurm", "--gpus-per-node", "1", "--", "cpt", "absent.toml"],
@@ -129,9 +129,8 @@ def test_the_slurm_script_is_a_shell_script_that_requeues_itself(
     assert "--gpus-per-node=" not in dry(
         capsys, "slurm", "--cpu", "--gpus-per-node", "1", "--", "cpt", "a.toml"
     )
-    assert "scontrol requeue" not in dry(
-        capsys, "slurm", "--", "eval", "a.toml"
-    )  # it would begin anew, for ever
+    # An evaluation would start from its beginning every time.
+    assert "scontrol requeue" not in dry(capsys, "slurm", "--", "eval", "a.toml")
 
 
 def test_ray_names_bundles_and_the_command_of_a_node(capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,14 +203,14 @@ def test_codes_of_several_launchers_come_together_and_only_the_last_attempt_coun
     rank("n1-7", 0, 0, 17)
     rank("n1-7", 10, 0, 0)
     rank("n2-8", 0, 1, 75)
-    assert ranks.gathered_code(tmp_path) == 75
+    assert ranks.worst_code_in(tmp_path) == 75
     rank("n2-8", 0, 2, None)
-    assert ranks.gathered_code(tmp_path) == 71
+    assert ranks.worst_code_in(tmp_path) == 71
     assert (
         subprocess.run([sys.executable, "-m", "infir2.launch.ranks", str(tmp_path)]).returncode
         == 71
     )
-    assert ranks.gathered_code(tmp_path / "absent") == 71
+    assert ranks.worst_code_in(tmp_path / "absent") == 71
 
 
 def start(words: list[str], *launch: str, **variables: str) -> "subprocess.Popen[str]":
@@ -279,7 +278,7 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_75(world: Path, tmp_path: P
     assert "Traceback" not in errors
 
 
-def test_a_stopped_evaluation_says_that_it_begins_anew(world: Path, tmp_path: Path) -> None:
+def test_a_stopped_evaluation_says_that_it_starts_again(world: Path, tmp_path: Path) -> None:
     run(options(world, tmp_path / "cpt", "cpt", schedule__total_steps=4))
     words = [
         "eval",
@@ -296,9 +295,9 @@ def test_a_stopped_evaluation_says_that_it_begins_anew(world: Path, tmp_path: Pa
     process = start(words, INFIR2_FAULTS="evaluate:3:term")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    lines = errors.splitlines()
-    assert "infir2: stopped; the same command starts the evaluation again." in lines  # the rank
-    assert "infir2: stopped; the same command starts the evaluation again" in lines  # the launcher
+    sentence = "infir2: stopped; the same command starts the evaluation again"
+    assert f"{sentence}." in errors.splitlines(), "by the rank"
+    assert sentence in errors.splitlines(), "by the launcher"
     assert "saved" not in errors
     _, errors = (again := start(words)).communicate(timeout=120)
     assert again.returncode == 0, errors
@@ -334,19 +333,21 @@ def test_ray_waits_longer_for_room_after_a_death(
     clock = iter(range(0, 100_000, 10))  # seconds
     monkeypatch.setattr(ray_launch.time, "monotonic", lambda: next(clock))
     with pytest.raises(ConfigError, match="after 60 s"):
-        driver._await_room([FakeGroup(50)], attempt=0)
-    driver._await_room([FakeGroup(50)], attempt=1)
+        driver._await_resources([FakeGroup(50)], attempt=0)
+    driver._await_resources([FakeGroup(50)], attempt=1)
     assert "waits up to 30 minutes for room" in capsys.readouterr().err
     with pytest.raises(RankError, match="after 1800 s") as caught:
-        driver._await_room([FakeGroup(math.inf)], attempt=1)
+        driver._await_resources([FakeGroup(math.inf)], attempt=1)
     assert caught.value.exit_code == 71
 
 
 def test_a_stop_while_ray_waits_for_room_is_heard(driver: "ray_launch._Driver") -> None:
     with pytest.raises(ray_launch._Stopped):
-        driver._await_room([FakeGroup(50, lambda: driver.stop(signal.SIGTERM, None))], attempt=0)
+        driver._await_resources(
+            [FakeGroup(50, lambda: driver.stop(signal.SIGTERM, None))], attempt=0
+        )
     with pytest.raises(ray_launch._Stopped):
-        driver._await_room([FakeGroup(0)], attempt=0)  # room came with the signal
+        driver._await_resources([FakeGroup(0)], attempt=0)  # room came with the signal
 
 
 def test_a_wrong_recipe_is_said_once_and_not_tried_again(world: Path, tmp_path: Path) -> None:
@@ -360,7 +361,10 @@ def test_a_wrong_recipe_is_said_once_and_not_tried_again(world: Path, tmp_path: 
 
 def test_the_code_of_a_rank_stands_when_torchrun_stops_all(tmp_path: Path) -> None:
     """SIGTERM may come when `main` has returned and the process is still ending."""
-    program = "import atexit, os, sys; from infir2.launch.ranks import run_rank; atexit.register(os.kill, os.getpid(), 15); "
+    program = (
+        "import atexit, os, sys; from infir2.launch.ranks import run_rank; "
+        "atexit.register(os.kill, os.getpid(), 15); "
+    )
     variables = {"INFIR2_RANKS_DIR": str(tmp_path), "TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0"}
     variables |= {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
     process = begin([sys.executable, "-c", program + "sys.exit(run_rank(lambda: 17))"], **variables)
