@@ -100,7 +100,7 @@ SELECTIVE = SavedActivations(recompute="selective")
 LEANEST = SavedActivations(
     recompute="selective", pre_activations="fp8", keep_transposed_weights=False
 )
-BEST: dict[str, Any] = {"moment_dtype": "fp8", "gradients": "bf16", "loss_chunk_tokens": 1024}
+BEST: dict[str, Any] = {"moment_dtype": "fp8", "grad_dtype": "bf16", "loss_chunk_tokens": 1024}
 CASES: dict[str, dict[str, Case]] = {
     "1.5B-8k": {
         "BF16": Case("1.5B", 2, 8192, False),

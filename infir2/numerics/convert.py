@@ -38,24 +38,16 @@ def convert_to_fp8(
         ConfigError: a pattern matches no module.
         ValueError: unknown scale format.
     """
-    names = [name for name, _ in module.named_modules()]
-    for pattern in skip_modules:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(
-                f"fp8.skip_modules: {pattern!r} matches no module; "
-                "use names such as 'model.layers.0.mlp.down_proj'"
-            )
-    heads = _head_weights(module)
+    _check_patterns(module, skip_modules)
     old_parameters = list(module.parameters())
+    heads = _head_weights(module)
     masters: dict[Tensor, nn.Parameter] = {}  # tied weights stay tied
     layers: dict[nn.Module, Fp8Linear] = {}  # a layer that is used twice stays one layer
     converted: nn.Module = module
     for name, child in list(module.named_modules(remove_duplicate=False)):
         if type(child) is not nn.Linear or id(child.weight) in heads:
             continue
-        if name.rpartition(".")[2] == "lm_head" or any(
-            fnmatchcase(name, pattern) for pattern in skip_modules
-        ):
+        if name.rpartition(".")[2] == "lm_head" or _matches(name, skip_modules):
             continue
         if child not in layers:
             layers[child] = Fp8Linear.from_linear(child, scale_format, masters)
@@ -63,13 +55,22 @@ def convert_to_fp8(
             converted = layers[child]
         else:
             module.set_submodule(name, layers[child])
-    kept = {id(parameter) for parameter in converted.parameters()}
-    for parameter in old_parameters:
-        if id(parameter) not in kept:
-            parameter.__class__ = ReplacedParameter
-            if converted is module:
-                parameter.data = parameter.new_empty(0)
+    _mark_replaced(old_parameters, converted, free=converted is module)
     return cast(AnyModule, converted)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(module: nn.Module, skip_modules: Sequence[str]) -> None:
+    names = [name for name, _ in module.named_modules()]
+    for pattern in skip_modules:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"fp8.skip_modules: {pattern!r} matches no module; "
+                "use names such as 'model.layers.0.mlp.down_proj'"
+            )
 
 
 def _head_weights(module: nn.Module) -> set[int]:
@@ -97,3 +98,13 @@ class ReplacedParameter(nn.Parameter):
     @grad.setter
     def grad(self, value: object) -> None:
         self.grad  # noqa: B018 (raises)
+
+
+def _mark_replaced(old: Sequence[nn.Parameter], converted: nn.Module, free: bool) -> None:
+    """Mark parameters that `converted` does not use any more, and free their memory on request."""
+    used = {id(parameter) for parameter in converted.parameters()}
+    for parameter in old:
+        if id(parameter) not in used:
+            parameter.__class__ = ReplacedParameter
+            if free:
+                parameter.data = parameter.new_empty(0)

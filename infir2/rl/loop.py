@@ -109,6 +109,7 @@ def _one_step(
         "seconds": seconds,
         "rollout_seconds": generated - start,
         "skipped": result.skipped,
+        "nonfinite_blocks": result.nonfinite_blocks,
         "reward": sum(response.reward for response in responses) / len(responses),
         "response_tokens": num_tokens / len(responses),
         "truncated_fraction": sum(response.completion.finish == "length" for response in responses)
@@ -219,6 +220,7 @@ def _combined(results: Sequence[StepResult]) -> StepResult:
         skipped=any(r.skipped for r in results),
         metrics={name: mean([r.metrics[name] for r in results]) for name in results[0].metrics},
         signal=next((r.signal for r in results if r.signal), None),
+        nonfinite_blocks=sum(r.nonfinite_blocks for r in results),
     )
 
 

@@ -117,5 +117,6 @@ def _one_step(
         "tokens_per_second": result.tokens / seconds,
         "seconds": seconds,
         "skipped": result.skipped,
+        "nonfinite_blocks": result.nonfinite_blocks,
     }
     return line, result

@@ -6,7 +6,7 @@ How the data flows through `Trainer.step`, on every rank:
     -> all_reduce: trained tokens of the step, over micro-batches and ranks
     -> per batch: hidden states [T, D] -> log-probabilities [n] of its n trained tokens
        -> loss sum / trained tokens of the step -> backward into FP32 .grad
-    -> all_reduce: squared gradient norm, loss, tokens, stop signals, metrics
+    -> all_reduce: squared gradient norm, loss, tokens, stop signals, non-finite blocks, metrics
     -> finite check -> clip -> AdamW -> zero_grad
 
 CPT, SFT and the policy update of RL differ only in their data and in their `Loss`.
@@ -27,7 +27,7 @@ from infir2.data import Batch
 from infir2.errors import CheckpointError
 from infir2.faults import fault
 from infir2.model import Decoder
-from infir2.numerics import Fp8Linear, token_logprobs
+from infir2.numerics import Fp8Linear, nonfinite_blocks, token_logprobs
 from infir2.numerics.weight_cache import local_tensor
 from infir2.parallel.collectives import to_device
 from infir2.parallel.parallel_model import ParallelModel, single_process
@@ -54,6 +54,9 @@ class StepResult:
     skipped: bool  # no parameter changed: non-finite loss or gradient, or no trained token
     metrics: dict[str, float] = field(default_factory=dict)  # the loss's, means over trained tokens
     signal: int | None = None  # a stop signal that some rank has received
+    # FP8 blocks with an Inf or NaN that all ranks quantized since the last step; on a GPU, of
+    # weights and of conversions outside the fused operations (NonFiniteBlocks).
+    nonfinite_blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class _Totals:
     """Sums over the micro-batches of all ranks, after the step's one reduction."""
 
     squared_norm: Tensor  # [] FP64 on the device, so that clipping does not wait for the host
-    values: dict[str, float]  # squared_norm, loss, tokens, trained_tokens, sigterm, sigint
+    values: dict[str, float]  # by the names in `_reduce_measurements`, and trained_tokens
     metrics: dict[str, float]
 
     def result(self) -> StepResult:
@@ -80,6 +83,7 @@ class _Totals:
             skipped=skipped,
             metrics={name: sum_ / max(1, trained_tokens) for name, sum_ in self.metrics.items()},
             signal=signal.SIGTERM if self.values["sigterm"] else stop,
+            nonfinite_blocks=int(self.values["nonfinite_blocks"]),
         )
 
 
@@ -231,6 +235,7 @@ class Trainer:
             "tokens": self._number(self._counted * sum(len(batch.token_ids) for batch in batches)),
             "sigterm": self._number(stop == signal.SIGTERM),
             "sigint": self._number(stop == signal.SIGINT),
+            "nonfinite_blocks": nonfinite_blocks.take(self._device).double(),
         }
         total = self.parallel_model.total(torch.stack([*local.values(), *metric_sums.values()]))
         # tolist() is the step's only point where the host waits for the device.

@@ -1,6 +1,7 @@
-"""Every operation has two definitions under one signature, and one function chooses between them."""
+"""Every operation has two definitions with one signature, and one function chooses between them."""
 
 import inspect
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -16,7 +17,9 @@ from infir2.numerics import (
     ops_reference,
     quantize_reference,
 )
-from infir2.numerics import quantize as conversions
+
+# The package's attribute of that name is the function.
+conversions = import_module("infir2.numerics.quantize")
 
 
 def cuda_definitions() -> dict[type, tuple[ModuleType, ModuleType]]:
