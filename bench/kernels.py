@@ -36,7 +36,7 @@ from infir2.numerics import gemm_scaled as gemm_backends
 from infir2.numerics.error import relative_error
 from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
 from infir2.numerics.kernels import api as operations
-from infir2.numerics.kernels import norm, swiglu
+from infir2.numerics.kernels import conversions, norm, swiglu
 from infir2.numerics.kernels import quantizers as matrix
 
 FORMATS = ("pow2", "fp32")
@@ -177,9 +177,9 @@ def calls(rows: int, columns: int, pow2: bool) -> dict[str, Callable[[], Any]]:
         "rows": lambda: matrix.quantize_rows(x, pow2),
         "gradient": lambda: matrix.quantize_rows_and_columns(x, pow2),
         "input": lambda: matrix.quantize_rows_and_tiles(x, pow2),
-        "transpose": lambda: matrix.transpose_rows(codes, scale),
+        "transpose": lambda: conversions.transpose_rows(codes, scale),
         "weight": lambda: matrix.quantize_tiles(master, pow2, True),
-        "transpose bytes": lambda: matrix.transpose_bytes(codes),
+        "transpose bytes": lambda: conversions.transpose_bytes(codes),
         "norm": lambda: norm.rms_norm(x, weight, 1e-6),
         "norm quantize": lambda: norm.rms_norm_quantize(x, weight, 1e-6, pow2),
         "norm transposed": lambda: norm.rms_norm_transposed(x, rstd, weight, pow2),

@@ -1,7 +1,7 @@
 """Triton kernels behind the FP8 conversions and the operations fused with them.
 
-`operations` has the functions, with the signatures and the bits of the reference in `infir2.numerics.quantize_reference`. This
-file imports no triton, so that a machine without it can ask.
+`api` has the functions, with the signatures and the bits of `infir2.numerics.quantize_reference`.
+This file does not import triton, so that `usable` also works without it.
 """
 
 from functools import cache
@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
-SMALLEST_CAPABILITY = (8, 9)  # the first GPUs that convert to E4M3
+SMALLEST_CAPABILITY = (8, 9)  # the first GPUs with an instruction that converts to E4M3
 
 
 @cache

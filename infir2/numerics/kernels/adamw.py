@@ -1,9 +1,10 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
 # mypy: disable-error-code="no-untyped-def"
-"""AdamW over many parameters in one launch; moments are FP32, BF16 or 1x128 FP8 codes. `infir2.numerics.adamw_reference` is the reference.
+"""AdamW over many parameters in one launch; moments are FP32, BF16 or 1x128 FP8 codes.
 
-A table of addresses tells the kernel where each parameter's tensors lie, so that a model of hundreds of parameters costs one
-launch, and the clipping of the gradients no pass of its own. Bytes per value with FP32 moments and gradients: 28.
+`infir2.numerics.adamw_reference` is the reference. The kernel reads a table with the addresses of every
+parameter's tensors, so that a model of hundreds of parameters needs one launch, and it clips the
+gradients without a separate pass. It moves 28 bytes per value with FP32 moments and gradients.
 """
 
 from collections.abc import Sequence
@@ -26,18 +27,17 @@ from infir2.numerics.kernels.codec import (
     to_float32,
 )
 
-_ROWS = 8  # groups of 128 values that a program holds at a time
-_CHUNK = 64  # such tiles per program
-_FIELDS = tl.constexpr(
-    7
-)  # of the table: addresses of p, gradient, m, scales of m, v, scales of v; number of values
+_ROWS = 8  # groups of 128 values in a tile
+_CHUNK = 64  # tiles per program
+# A table row: addresses of p, gradient, m, scales of m, v, scales of v; number of values.
+_FIELDS = tl.constexpr(7)
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.uint8: tl.uint8}
 
 
 @triton.jit
 def _noise(index, step):
-    """20 bits from a position and a step: the same on every machine."""
+    """20 pseudorandom bits of a position and a step, the same on every machine."""
     x = index.to(tl.uint32) * 0x9E3779B1 + step.to(tl.uint32) * 0x85EBCA77
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -46,7 +46,7 @@ def _noise(index, step):
 
 @triton.jit
 def _encode(x, scale, noise):
-    """E4M3 bytes of x / scale, rounded up with the probability of the remainder; scale is a power of two."""
+    """E4M3 bytes of x / scale, rounded stochastically by `noise`; scale is a power of two."""
     scaled = x * reciprocal_of_power(scale)
     bits = magnitude_bits(scaled)
     normal = ((bits + noise) & -1048576).to(tl.float32, bitcast=True)
@@ -62,13 +62,13 @@ def _at(table_ptr, field: tl.constexpr, index, TYPE: tl.constexpr, EVEN: tl.cons
     return tl.multiple_of(address, [16, 16]) if EVEN else address
 
 
-@triton.jit(
-    do_not_specialize=["step"]
-)  # the first step is 1, which would become a constant without a type
+# Specialized, the first step's 1 would become a constant without a type.
+@triton.jit(do_not_specialize=["step"])
 def _adamw_kernel(
-    tables_ptr, chunks_ptr, clip_ptr, step, lr, beta1, beta2, eps, decay, correction1, correction2,
-    GRADIENT: tl.constexpr, MOMENT: tl.constexpr, FP8: tl.constexpr, ROUND: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr
+    tables_ptr, chunks_ptr, clip_ptr,
+    step, lr, beta1, beta2, eps, decay, correction1, correction2,
+    GRADIENT: tl.constexpr, MOMENT: tl.constexpr, FP8: tl.constexpr, ROUND: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     table_ptr = tables_ptr + tl.load(chunks_ptr + pid * 2) * _FIELDS
@@ -120,7 +120,7 @@ def adamw_(
     hyper: Hyper,
     clip: Tensor,
 ) -> None:
-    """Update parameters and moments in place; see `adamw.adamw_`. All tensors are contiguous."""
+    """See `adamw.adamw_`; all tensors are contiguous, with the same dtypes for every parameter."""
     tensors: list[Tensors] = [
         (p, g, state.m, state.m_scale, state.v, state.v_scale)
         for p, g, state in zip(parameters, gradients, moments, strict=True)
@@ -132,12 +132,12 @@ def adamw_(
         for parts in tensors
         if parts[0].numel()
     ]
-    # What does not lie in whole vectors of 16 values or bytes would cost the others their wide loads.
-    even = [row for row in rows if all(number % 16 == 0 for number in row)]
-    odd = [row for row in rows if any(number % 16 for number in row)]
-    for some in (even, odd):
-        if some:
-            _launch(some, tensors[0], clip, numbers, some is even)
+    # Wide loads need addresses and sizes that 16 divides; other parameters get a second launch.
+    aligned = [row for row in rows if all(number % 16 == 0 for number in row)]
+    unaligned = [row for row in rows if any(number % 16 for number in row)]
+    for selected in (aligned, unaligned):
+        if selected:
+            _launch(selected, tensors[0], clip, numbers, selected is aligned)
 
 
 def _launch(
@@ -149,14 +149,15 @@ def _launch(
     )
     chunks = _chunks(tuple(row[-1] for row in rows), device)
     _adamw_kernel[(len(chunks),)](
-        table, chunks, clip, *numbers, GRADIENT=_TYPES[gradient.dtype], MOMENT=_TYPES[moment.dtype], FP8=scale is not None,
-        ROUND=moment.dtype == torch.bfloat16, EVEN=even, ROWS=_ROWS, CHUNK=_CHUNK, num_warps=4,
+        table, chunks, clip, *numbers, GRADIENT=_TYPES[gradient.dtype],
+        MOMENT=_TYPES[moment.dtype], FP8=scale is not None, ROUND=moment.dtype == torch.bfloat16,
+        EVEN=even, ROWS=_ROWS, CHUNK=_CHUNK, num_warps=4,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=8)
 def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [programs, 2]: the parameter that a program works on, and which of its chunks."""
+    """Parameter index and chunk index of each program, int32 [programs, 2]."""
     counts = torch.tensor([triton.cdiv(size, _ROWS * GROUP.value * _CHUNK) for size in sizes])
     owner = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     return torch.stack(

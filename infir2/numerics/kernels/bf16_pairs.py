@@ -1,9 +1,10 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
 # mypy: disable-error-code="no-untyped-def"
-"""Device functions on tiles of BF16 pairs: two neighbours of a row in one int32, [128, 64] instead of [128, 128].
+"""Device functions on tiles of BF16 pairs: two neighbors of a row in one int32, [128, 64].
 
-A quantiser of both layouts has to hold a whole tile until its column scales are known. As float32 that is 64 registers of
-a thread among 256, as pairs 32: the difference between two programs on a processor without spills and one.
+A quantizer of both layouts must keep a 128x128 tile in registers until its column scales are known.
+That needs 64 registers of each of 256 threads as float32 and 32 as pairs, which decides whether two
+programs or one fit a processor without spills.
 """
 
 import triton
@@ -40,7 +41,7 @@ def pack(first, second):
         bits = round_to_bf16(first).to(tl.int32, bitcast=True)
         return ((bits >> 16) & 0xFFFF) | (round_to_bf16(second).to(tl.int32, bitcast=True) & -65536)
     else:
-        # Not pure: the compiler must not compute the values a second time instead of keeping the pairs.
+        # Not pure: the compiler must keep the pairs instead of computing the values a second time.
         return tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;",
             "=r,r,r",
@@ -53,7 +54,10 @@ def pack(first, second):
 
 @triton.jit
 def load_pairs(ptr, first_row, group, rows, stride):
-    """The 128x128 tile of a BF16 matrix as pairs [128, 64]; zeros below its last row. Its columns are whole groups of 128."""
+    """The 128x128 tile of a BF16 matrix as pairs [128, 64]; zeros below its last row.
+
+    The matrix has a multiple of 128 columns.
+    """
     row = first_row + tl.arange(0, 128)
     pair = group * PAIRS + tl.arange(0, PAIRS)
     at = (
@@ -98,9 +102,10 @@ def write_pairs(
     scale_t_stride,
     POW2: tl.constexpr,
 ):
-    """Quantise a tile of pairs along its rows and along its columns, 1x128 both, and write both layouts.
+    """Quantize a tile of pairs in 1x128 blocks along its rows and along its columns; write both.
 
-    codes [rows, stride], scale with strides (1, rows); codes_t row-major with `rows` columns, scale_t with strides (1, scale_t_stride).
+    codes are [rows, stride], scale has strides (1, rows); codes_t are row-major with `rows`
+    columns, scale_t has strides (1, scale_t_stride).
     """
     row = first_row + tl.arange(0, 128)
     pair = tl.arange(0, PAIRS)

@@ -1,13 +1,14 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
 # mypy: disable-error-code="no-untyped-def"
-"""Device functions of the FP8 conversions: the arithmetic of `infir2.numerics.quantize_reference`, bit for bit, in Triton.
+"""Device functions of the FP8 conversions, with the bits of `infir2.numerics.quantize_reference`.
 
-Magnitudes are compared as integers: the bits of |x| order like |x|, and an Inf or a NaN is simply a large one, whereas
-float maxima drop NaNs. Codes are handled as uint8, so that no layout or select has to know the type.
+Magnitudes are compared as integers: the bits of |x| have the order of |x|, and Inf and NaN are
+large values, whereas float maxima drop NaNs. Codes are uint8, so that layouts and selects need not
+support the FP8 type.
 
-Under the interpreter (TRITON_INTERPRET=1) casts to FP8 round wrongly, casts to BF16 truncate, casts from BF16 lose
-subnormals (Triton 3.6 to 3.9), and `fma` rounds twice; `INTERPRET` selects integer arithmetic and plain division there.
-Both ways give the same bits.
+Under the interpreter (TRITON_INTERPRET=1) casts to FP8 round wrongly, casts to BF16 truncate, casts
+from BF16 lose subnormals (Triton 3.6 to 3.9), and `fma` rounds twice; there `INTERPRET` selects
+integer arithmetic and plain division. Both variants compute the same bits.
 """
 
 import triton
@@ -41,7 +42,7 @@ def round_to_bf16(x):
     if INTERPRET:
         bits = magnitude_bits(x)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        # An Inf or a NaN keeps its bits: the carry could turn one into a finite number.
+        # Inf and NaN keep their bits: the carry could turn one into a finite number.
         magnitude = tl.where(bits >= INF_BITS, bits, rounded)
         return (magnitude | (x.to(tl.int32, bitcast=True) & -2147483648)).to(
             tl.float32, bitcast=True
@@ -52,10 +53,14 @@ def round_to_bf16(x):
 
 @triton.jit
 def block_scale(amax_bits, POW2: tl.constexpr):
-    """Scales of blocks from the bits of their largest magnitude (int32): 1 for zero, NaN for Inf or NaN."""
+    """Scales of blocks from the bits of their largest magnitude (int32).
+
+    The scale is 1 for zero and NaN for Inf or NaN.
+    """
     if POW2:
-        # ceil(log2(amax / 448)) without the division: 448 = 1.75 * 2**8, so the exponent of amax falls by 8 and rises by
-        # one where the mantissa exceeds 1.75. The rounding of amax / 448 never crosses that line.
+        # ceil(log2(amax / 448)) without the division: 448 = 1.75 * 2**8, so the exponent of amax
+        # falls by 8 and rises by one where the mantissa exceeds 1.75. The rounding of amax / 448
+        # never crosses that boundary.
         scale_bits = tl.maximum(((amax_bits + 0x1FFFFF) >> 23) - 8, 1) << 23
     else:
         quotient_bits = tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 448.0).to(
@@ -80,9 +85,10 @@ def quotient(x, scale):
     if INTERPRET:
         return tl.div_rn(x, scale)
     else:
-        # One division per block instead of one per value: with r = RN(1 / s), a first correction makes the quotient
-        # faithful and a second one makes it the correctly rounded one (Markstein). Tiny scales are lifted by 2**96,
-        # exactly, so that neither 1 / s overflows nor a remainder becomes subnormal.
+        # One division per block instead of one per value: with r = RN(1 / s), a first correction
+        # makes the quotient faithful and a second one rounds it correctly (Markstein). Tiny scales
+        # are multiplied by 2**96, which is exact, so that 1 / s does not overflow and no remainder
+        # becomes subnormal.
         lift = tl.where(scale < 5.421010862427522e-20, 7.922816251426434e28, 1.0)
         divisor = scale * lift
         inverse = tl.broadcast_to(tl.div_rn(1.0, divisor), x.shape)
@@ -96,7 +102,10 @@ def quotient(x, scale):
 
 @triton.jit
 def encode(x, scale, POW2: tl.constexpr):
-    """E4M3 bytes (uint8) of x / scale, nearest even, saturating; 0x7F where scale is NaN. scale broadcasts against x."""
+    """E4M3 bytes (uint8) of x / scale, nearest even, saturating; 0x7F where scale is NaN.
+
+    scale broadcasts against x.
+    """
     if POW2:
         scaled = x * reciprocal_of_power(scale)
     else:
@@ -118,7 +127,7 @@ def _encode_by_bits(x):
     bits = x.to(tl.int32, bitcast=True)
     magnitude = tl.minimum(bits & 0x7FFFFFFF, E4M3_MAX_BITS)
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960  # exponent bias 127 -> 7
-    # Adding 1.5 * 2**23 rounds to a whole number of 2**-9, the spacing of the subnormals.
+    # Adding 1.5 * 2**23 rounds to a multiple of 2**-9, the spacing of the subnormals.
     subnormal = (magnitude.to(tl.float32, bitcast=True) * 512.0 + 12582912.0) - 12582912.0
     code = tl.where(magnitude < E4M3_MIN_NORMAL_BITS, subnormal.to(tl.int32), normal)
     code = tl.where((bits & 0x7FFFFFFF) > INF_BITS, 0x7F, code | ((bits >> 24) & 0x80))
@@ -127,15 +136,16 @@ def _encode_by_bits(x):
 
 @triton.jit
 def decode(codes):
-    """float32 values of E4M3 bytes (uint8). What a NaN byte gives is not defined: its scale says so already."""
+    """float32 values of E4M3 bytes (uint8); undefined for NaN bytes, whose scale is NaN anyway."""
     return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def rescale_tile(codes, row_scale):
-    """One 128x128 tile from 1x128 "pow2" codes [128, 128] (uint8) and scales [128]: (codes, tile scale).
+    """(codes, scale) of a 128x128 tile from 1x128 "pow2" codes [128, 128] (uint8) and scales [128].
 
-    The tile takes the largest scale of its rows whose codes are not all zero; 1 if there is none; NaN if one is NaN.
+    The tile's scale is the largest one of its rows whose codes are not all zero, 1 if there is no
+    such row, and NaN if one of them is NaN.
     """
     occupied = tl.max((codes & 0x7F).to(tl.int32), axis=1) != 0
     # As bits, NaN is the largest scale.

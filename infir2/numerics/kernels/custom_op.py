@@ -1,4 +1,4 @@
-"""A function as a custom operator: torch.compile sees the operator, eager mode calls the function itself."""
+"""Custom operators: one node for torch.compile, plain functions in eager mode."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +7,13 @@ import torch
 
 
 class Operator:
-    """The dispatcher costs 20 microseconds a call, which eager mode need not pay: these functions have no autograd and no
-    variants by device. Under a compiler, `self.op` is the one node of the graph.
+    """A function and its registered operator `op`.
 
-    Example: `@operator("infir2::quantize_rows")` over a function, then `@quantize_rows.register_fake` over its shapes.
+    These functions have no autograd and no variants by device, so eager mode skips the dispatcher,
+    which costs 20 microseconds a call.
+
+    Example: decorate a function with `@operator("infir2::quantize_rows")`, and the function that
+    allocates its results with `@quantize_rows.register_fake`.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -25,5 +28,5 @@ class Operator:
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Decorator of `Operator`."""
+    """Decorate a function to make it an `Operator` with this qualified name."""
     return lambda function: Operator(name, function)

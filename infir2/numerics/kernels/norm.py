@@ -1,15 +1,16 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
 # mypy: disable-error-code="no-untyped-def"
-"""RMSNorm fused with the quantiser behind it, its backward, and the plain BF16 norm for layers that stay in BF16.
+"""RMSNorm, plain in BF16 or fused with the quantizer after it, and its backward.
 
-Semantics, of which `infir2.numerics.rms_norm` is the reference (it sums in FP64, these in FP32):
+`infir2.numerics.rms_norm` is the reference; it sums in FP64, these kernels in FP32:
 
-    rstd   = 1 / sqrt(mean(x ** 2) + eps)          FP32
-    y      = bf16(x * rstd * bf16(weight))         rounded once
-    codes  = quantize(y)
-    dx     = bf16(rstd * (dy * w - x * rstd * mean(dy * w * x * rstd))),    dweight = sum over tokens of dy * x * rstd
+    rstd    = 1 / sqrt(mean(x ** 2) + eps)          FP32
+    y       = bf16(x * rstd * bf16(weight))         rounded once
+    codes   = quantize(y)
+    dx      = bf16(rstd * (dy * w - x * rstd * mean(dy * w * x * rstd)))
+    dweight = sum over tokens of dy * x * rstd
 
-Bytes per value: forward 3 (quantised) or 4 (BF16), transposed codes from x 3, backward 6.
+Bytes per value: forward 3 (quantized) or 4 (BF16), transposed codes from x 3, backward 6.
 """
 
 import torch
@@ -17,6 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from infir2.numerics.kernels.buffers import (
+    as_bytes,
+    empty_codes,
+    empty_row_scales,
+    empty_tile_scales,
+    groups,
+    rows_contiguous,
+)
 from infir2.numerics.kernels.codec import (
     GROUP,
     block_scale,
@@ -26,14 +35,6 @@ from infir2.numerics.kernels.codec import (
     to_float32,
 )
 from infir2.numerics.kernels.custom_op import operator
-from infir2.numerics.kernels.quantizers import (
-    as_bytes,
-    empty_codes,
-    empty_row_scales,
-    empty_tile_scales,
-    groups,
-    rows_contiguous,
-)
 from infir2.numerics.kernels.tiles import (
     load_values,
     quantize_rows_of,
@@ -41,7 +42,7 @@ from infir2.numerics.kernels.tiles import (
     write_second_layout,
 )
 
-# Values that one program holds at a time, and its warps; chosen by bench/kernels.py on an H100.
+# Values of a program's tile, and its warps; tuned by bench/kernels.py on an H100.
 FORWARD_CONFIG = {"values": 2048, "num_warps": 4}
 BACKWARD_CONFIG = {"values": 4096, "num_warps": 8, "programs_per_processor": 8}
 TRANSPOSED_CONFIG = {"num_warps": 8, "maxnreg": 80}
@@ -50,8 +51,8 @@ _INTERPRETED_PROGRAMS = 3
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, codes_ptr, scale_ptr, rstd_ptr, rows, columns, x_stride, eps, POW2: tl.constexpr, QUANTIZE: tl.constexpr,
-    R: tl.constexpr, G: tl.constexpr
+    x_ptr, weight_ptr, codes_ptr, scale_ptr, rstd_ptr, rows, columns, x_stride, eps,
+    POW2: tl.constexpr, QUANTIZE: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * R + tl.arange(0, R)
     group = tl.arange(0, G)
@@ -117,8 +118,9 @@ def _transposed_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr, x_ptr, rstd_ptr, weight_ptr, residual_ptr, grad_x_ptr, partial_ptr, rows, columns, grad_stride, x_stride, residual_stride,
-    rows_per_program, HAS_RESIDUAL: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    grad_ptr, x_ptr, rstd_ptr, weight_ptr, residual_ptr, grad_x_ptr, partial_ptr,
+    rows, columns, grad_stride, x_stride, residual_stride, rows_per_program,
+    HAS_RESIDUAL: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     column = tl.arange(0, C)
@@ -171,10 +173,11 @@ def _launch_forward(
     rows, columns = x.shape
     if not rows:
         return
-    # Without fused multiply-adds the quantised and the BF16 variant of the kernel sum alike, to the last bit.
+    # Without fused multiply-adds the quantized and the BF16 variant of the kernel have equal bits.
     tile_rows, wide = _forward_shape(columns)
     _forward_kernel[(triton.cdiv(rows, tile_rows),)](
-        x, weight, out, scale, rstd, rows, columns, x.stride(0), eps, POW2=pow2, QUANTIZE=quantize, R=tile_rows, G=wide,
+        x, weight, out, scale, rstd, rows, columns, x.stride(0), eps,
+        POW2=pow2, QUANTIZE=quantize, R=tile_rows, G=wide,
         num_warps=FORWARD_CONFIG["num_warps"], enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -183,7 +186,10 @@ def _launch_forward(
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, pow2: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """1x128 blocks of the normed x [T, D] BF16: (codes [T, D], scale [T, ceil(D / 128)], rstd [T] float32)."""
+    """1x128 blocks of the normalized x [T, D] BF16.
+
+    Returns codes [T, D], scale [T, ceil(D / 128)] and rstd [T] float32.
+    """
     x = rows_contiguous(x)
     codes, scale, rstd = _fake_rms_norm_quantize(x, weight, eps, pow2)
     _launch_forward(x, weight, eps, as_bytes(codes), scale, rstd, pow2, True)
@@ -201,7 +207,7 @@ def _fake_rms_norm_quantize(
 
 @operator("infir2::rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normed x [T, D] in BF16 and rstd [T] float32."""
+    """The normalized x [T, D] in BF16 and rstd [T] float32."""
     x = rows_contiguous(x)
     y, rstd = _fake_rms_norm(x, weight, eps)
     _launch_forward(x, weight, eps, y, rstd, rstd, True, False)
@@ -219,10 +225,11 @@ def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tenso
 def rms_norm_transposed(
     x: Tensor, rstd: Tensor, weight: Tensor, pow2: bool
 ) -> tuple[Tensor, Tensor]:
-    """128x128 blocks of the transposed normed x, made again from x [T, D] and rstd [T]: (codes_t [D, T], scale_t).
+    """128x128 blocks of the transposed normalized x, recomputed from x [T, D] and rstd [T].
 
-    The bytes that `transpose` ("pow2") or `quantize(y.T, (128, 128))` ("fp32") would give: a linear behind a norm need
-    not keep its input for the weight gradient, because the norm's own backward keeps x anyway.
+    Returns (codes_t [D, T], scale_t) with the bytes of `transpose` ("pow2") or of
+    `quantize(y.T, (128, 128))` ("fp32"). So a linear after a norm does not save its input for the
+    weight gradient: the norm's backward saves x anyway.
     """
     rows, columns = x.shape
     x = rows_contiguous(x)
@@ -257,9 +264,10 @@ def _fake_rms_norm_transposed(
 def rms_norm_backward(
     grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(grad_x [T, D] BF16, grad_weight [D] float32) for grad and x [T, D] BF16; run to run the same bits on one GPU.
+    """(grad_x [T, D] BF16, grad_weight [D] float32) for grad and x [T, D] BF16.
 
-    `residual` [T, D] BF16, the gradient that x gets from elsewhere, is added to grad_x as autograd would add it.
+    `residual` [T, D] BF16, another gradient of x, is added to grad_x as autograd would add it. Runs
+    on the same GPU model have equal bits.
     """
     rows, columns = x.shape
     grad, x = rows_contiguous(grad), rows_contiguous(x)
@@ -274,8 +282,9 @@ def rms_norm_backward(
     programs = triton.cdiv(rows, rows_per_program)
     partial = torch.empty((programs, columns), dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
-        grad, x, rstd, weight, grad if residual is None else residual, grad_x, partial, rows, columns, grad.stride(0), x.stride(0),
-        0 if residual is None else residual.stride(0), rows_per_program, HAS_RESIDUAL=residual is not None, R=tile_rows, C=wide,
+        grad, x, rstd, weight, grad if residual is None else residual, grad_x, partial,
+        rows, columns, grad.stride(0), x.stride(0), 0 if residual is None else residual.stride(0),
+        rows_per_program, HAS_RESIDUAL=residual is not None, R=tile_rows, C=wide,
         num_warps=BACKWARD_CONFIG["num_warps"],
     )  # fmt: skip
     return grad_x, torch.sum(partial, dim=0, out=grad_weight)

@@ -1,10 +1,10 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
 # mypy: disable-error-code="no-untyped-def"
-"""Quantisers of a matrix in memory, as operators that eager mode and torch.compile both call without a graph break.
+"""Quantizers of a matrix in memory, as operators for eager mode and torch.compile (custom_op.py).
 
-Every operator takes `pow2` for the scale format and returns plain tensors; `infir2.numerics.kernels` wraps them. Bytes
-moved per value of a BF16 matrix, which bounds each of them: rows 3, rows and columns 4, rows and transposed tiles 4,
-transposed tiles from codes 2, FP32 weight 5.
+Every operator has a flag `pow2` for the scale format and returns plain tensors; `api.py` wraps them
+in `Fp8Tensor`. The bytes that they move per value of a BF16 matrix bound their speed: rows 3, rows
+and columns 4, rows and transposed tiles 4, FP32 weight 5.
 """
 
 import torch
@@ -12,11 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infir2.numerics.formats import E4M3, GROUP
-from infir2.numerics.kernels.codec import decode, encode, rescale_tile, round_to_bf16
+from infir2.numerics.kernels.buffers import (
+    as_bytes,
+    empty_codes,
+    empty_row_scales,
+    empty_tile_scales,
+    groups,
+    rows_contiguous,
+)
+from infir2.numerics.kernels.codec import encode, round_to_bf16
 from infir2.numerics.kernels.custom_op import operator
 from infir2.numerics.kernels.tiles import (
-    load_tile,
     load_values,
     quantize_rows_of,
     quantize_tile_of,
@@ -25,10 +31,10 @@ from infir2.numerics.kernels.tiles import (
     write_columns,
     write_rows,
     write_second_layout,
-    write_transposed_tile,
 )
 
-# Chosen by bench/kernels.py on an H100: rows of a tile, warps of a program, registers of a thread (docs/results).
+# Tuned by bench/kernels.py on an H100: rows of a tile, warps of a program, registers of a thread
+# (docs/results).
 ROWS_CONFIG = {"BLOCK_ROWS": 32, "num_warps": 4}
 GRADIENT_CONFIG = {"num_warps": 8, "maxnreg": 128}
 INPUT_CONFIG = {"num_warps": 8, "maxnreg": 96}
@@ -109,38 +115,6 @@ def _rows_and_tiles_kernel(
 
 
 @triton.jit
-def _transpose_kernel(
-    codes_ptr,
-    scale_ptr,
-    codes_t_ptr,
-    scale_t_ptr,
-    rows,
-    columns,
-    scale_row_stride,
-    scale_group_stride,
-    scale_t_stride,
-):
-    first_row, group = tile_of_program(rows, columns, 128)
-    codes = load_tile(codes_ptr, first_row, group, rows, columns, columns, 128)
-    row = first_row + tl.arange(0, 128)
-    scale_at = (
-        scale_ptr + group.to(tl.int64) * scale_group_stride + row.to(tl.int64) * scale_row_stride
-    )
-    row_scale = tl.load(scale_at, mask=row < rows, other=0.0)
-    tile, tile_scale = rescale_tile(codes, row_scale)
-    write_transposed_tile(
-        tile, tile_scale, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, scale_t_stride
-    )
-
-
-@triton.jit
-def _transpose_bytes_kernel(codes_ptr, codes_t_ptr, rows, columns):
-    first_row, group = tile_of_program(rows, columns, 128)
-    codes = load_tile(codes_ptr, first_row, group, rows, columns, columns, 128)
-    store_tile(codes_t_ptr, tl.trans(codes), group * 128, first_row, columns, rows, rows, 128, 128)
-
-
-@triton.jit
 def _tiles_kernel(
     x_ptr,
     codes_ptr,
@@ -192,70 +166,6 @@ def _encode_kernel(
     )
 
 
-@triton.jit
-def _dequantize_kernel(
-    codes_ptr,
-    scale_ptr,
-    out_ptr,
-    rows,
-    columns,
-    scale_row_stride,
-    scale_group_stride,
-    BLOCK_ROWS: tl.constexpr,
-):
-    first_row, group = tile_of_program(rows, columns, BLOCK_ROWS)
-    codes = load_tile(codes_ptr, first_row, group, rows, columns, columns, BLOCK_ROWS)
-    row = first_row + tl.arange(0, BLOCK_ROWS)
-    scale_at = (
-        scale_ptr + group.to(tl.int64) * scale_group_stride + row.to(tl.int64) * scale_row_stride
-    )
-    values = round_to_bf16(decode(codes) * tl.load(scale_at, mask=row < rows, other=0.0)[:, None])
-    store_tile(
-        out_ptr,
-        values.to(out_ptr.dtype.element_ty),
-        first_row,
-        group * 128,
-        rows,
-        columns,
-        columns,
-        BLOCK_ROWS,
-        128,
-    )
-
-
-def groups(size: int) -> int:
-    """Number of started groups of 128 in `size`."""
-    return -(-size // GROUP)
-
-
-def empty_codes(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Codes [rows, columns] on the device of `like`."""
-    return torch.empty((rows, columns), dtype=E4M3, device=like.device)
-
-
-def empty_row_scales(like: Tensor, rows: int, num_groups: int) -> Tensor:
-    """1x128 scales [rows, num_groups] with strides (1, rows)."""
-    return torch.empty((num_groups, rows), dtype=torch.float32, device=like.device).t()
-
-
-def empty_tile_scales(like: Tensor, rows: int, columns: int) -> Tensor:
-    """128x128 scales of a [rows, columns] matrix, as a view of rows padded to a multiple of 4 (what cuBLAS reads)."""
-    wide = -(-groups(columns) // 4) * 4
-    return torch.empty((groups(rows), wide), dtype=torch.float32, device=like.device)[
-        :, : groups(columns)
-    ]
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    """x [R, C] itself if the values of a row are adjacent, else a copy."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def as_bytes(codes: Tensor) -> Tensor:
-    """The same memory as uint8: kernels handle codes as bytes."""
-    return codes.view(torch.uint8)
-
-
 @operator("infir2::quantize_rows")
 def quantize_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     """1x128 blocks of x [R, C]: (codes [R, C], scale [R, ceil(C / 128)])."""
@@ -278,7 +188,7 @@ def _fake_quantize_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
 
 @operator("infir2::quantize_rows_and_columns")
 def quantize_rows_and_columns(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """1x128 blocks of x [R, C] and of x.T [C, R] from one read: (codes, scale, codes_t, scale_t)."""
+    """1x128 blocks of x [R, C] and of x.T from one read: (codes, scale, codes_t, scale_t)."""
     rows, columns = x.shape
     x = rows_contiguous(x)
     codes, scale, codes_t, scale_t = _fake_quantize_rows_and_columns(x, pow2)
@@ -312,7 +222,11 @@ def _fake_quantize_rows_and_columns(x: Tensor, pow2: bool) -> tuple[Tensor, Tens
 
 @operator("infir2::quantize_rows_and_tiles")
 def quantize_rows_and_tiles(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """1x128 blocks of x [R, C] and 128x128 blocks of x.T from one read; "pow2": the latter as `transpose` gives them."""
+    """1x128 blocks of x [R, C] and 128x128 blocks of x.T from one read.
+
+    Returns (codes, scale, codes_t, scale_t). With `pow2` the second layout has the bytes of
+    `transpose`, otherwise those of quantizing x.T.
+    """
     x = rows_contiguous(x)
     codes, scale, codes_t, scale_t = _fake_quantize_rows_and_tiles(x, pow2)
     _launch_rows_and_tiles(x, codes, scale, codes_t, scale_t, pow2, True)
@@ -328,7 +242,7 @@ def _fake_quantize_rows_and_tiles(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor
 
 @operator("infir2::quantize_transposed")
 def quantize_transposed(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
-    """The second layout of `quantize_rows_and_tiles` alone: (codes_t [C, R], scale_t)."""
+    """Only the second layout of `quantize_rows_and_tiles`: (codes_t [C, R], scale_t)."""
     x = rows_contiguous(x)
     codes_t, scale_t = _fake_quantize_transposed(x, pow2)
     _launch_rows_and_tiles(x, codes_t, scale_t, codes_t, scale_t, pow2, False)
@@ -353,87 +267,14 @@ def _launch_rows_and_tiles(
     rows, columns = x.shape
     if rows:
         _rows_and_tiles_kernel[(groups(rows) * groups(columns),)](
-            x, as_bytes(codes), scale, as_bytes(codes_t), scale_t, rows, columns, x.stride(0), scale_t.stride(0), POW2=pow2, ROWS=with_rows,
-            **INPUT_CONFIG,
+            x, as_bytes(codes), scale, as_bytes(codes_t), scale_t, rows, columns, x.stride(0),
+            scale_t.stride(0), POW2=pow2, ROWS=with_rows, **INPUT_CONFIG,
         )  # fmt: skip
-
-
-@operator("infir2::dequantize_rows")
-def dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
-    """BF16 values [R, C] of 1x128 codes."""
-    rows, columns = codes.shape
-    codes = codes.contiguous()
-    out = _fake_dequantize_rows(codes, scale)
-    if rows:
-        grid = (triton.cdiv(rows, ROWS_CONFIG["BLOCK_ROWS"]) * groups(columns),)
-        _dequantize_kernel[grid](
-            as_bytes(codes),
-            scale,
-            out,
-            rows,
-            columns,
-            scale.stride(0),
-            scale.stride(1),
-            **ROWS_CONFIG,
-        )
-    return out
-
-
-@dequantize_rows.register_fake
-def _fake_dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
-
-
-@operator("infir2::transpose_bytes")
-def transpose_bytes(codes: Tensor) -> Tensor:
-    """Codes [C, R] of the transposed matrix, contiguous."""
-    rows, columns = codes.shape
-    codes = codes.contiguous()
-    codes_t = _fake_transpose_bytes(codes)
-    if rows:
-        grid = (groups(rows) * groups(columns),)
-        _transpose_bytes_kernel[grid](
-            as_bytes(codes), as_bytes(codes_t), rows, columns, num_warps=4
-        )
-    return codes_t
-
-
-@transpose_bytes.register_fake
-def _fake_transpose_bytes(codes: Tensor) -> Tensor:
-    return empty_codes(codes, codes.shape[1], codes.shape[0])
-
-
-@operator("infir2::transpose_rows")
-def transpose_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """128x128 blocks of the transposed matrix from 1x128 "pow2" codes [R, C]: (codes_t [C, R], scale_t)."""
-    rows, columns = codes.shape
-    codes = codes.contiguous()
-    codes_t, scale_t = _fake_transpose_rows(codes, scale)
-    if rows:
-        grid = (groups(rows) * groups(columns),)
-        strides = (scale.stride(0), scale.stride(1), scale_t.stride(0))
-        _transpose_kernel[grid](
-            as_bytes(codes),
-            scale,
-            as_bytes(codes_t),
-            scale_t,
-            rows,
-            columns,
-            *strides,
-            **TILE_CONFIG,
-        )
-    return codes_t, scale_t
-
-
-@transpose_rows.register_fake
-def _fake_transpose_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = codes.shape
-    return empty_codes(codes, columns, rows), empty_tile_scales(codes, columns, rows)
 
 
 @operator("infir2::quantize_tiles")
 def quantize_tiles(x: Tensor, pow2: bool, round_to_bf16: bool) -> tuple[Tensor, Tensor]:
-    """128x128 blocks of x [R, C], rounded to BF16 first on request: (codes, scale)."""
+    """128x128 blocks of x [R, C], which `round_to_bf16` rounds first: (codes, scale)."""
     x = rows_contiguous(x)
     codes, scale = _fake_quantize_tiles(x, pow2, round_to_bf16)
     rows, columns = x.shape
@@ -452,14 +293,12 @@ def _fake_quantize_tiles(x: Tensor, pow2: bool, round_to_bf16: bool) -> tuple[Te
 
 
 def encode_weight_rows(x: Tensor, scale: Tensor, pow2: bool) -> Tensor:
-    """Codes [R, C] of an FP32 x, rounded to BF16, by given scales [R, ceil(C / 128)]."""
+    """Codes [R, C] of an FP32 x, rounded to BF16, with known scales [R, ceil(C / 128)]."""
     rows, columns = x.shape
     codes = empty_codes(x, rows, columns)
     if rows:
-        grid, strides = (
-            (triton.cdiv(rows, ROWS_CONFIG["BLOCK_ROWS"]) * groups(columns),),
-            (x.stride(0), scale.stride(0)),
-        )
+        grid = (triton.cdiv(rows, ROWS_CONFIG["BLOCK_ROWS"]) * groups(columns),)
+        strides = (x.stride(0), scale.stride(0))
         _encode_kernel[grid](
             x, as_bytes(codes), scale, rows, columns, *strides, POW2=pow2, **ROWS_CONFIG
         )

@@ -1,9 +1,10 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
 # mypy: disable-error-code="no-untyped-def"
-"""Bias and rotary embedding of the fused q, k, v projection, forward and backward, each in one pass.
+"""Bias and rotary embedding of the fused q, k, v projection, one pass forward and one backward.
 
-`infir2.model.rope.apply_rope` is the reference: the rotation in FP32, each product and sum rounded, then BF16. The bias
-is added to the BF16 product and rounded first, as a linear layer of its own would round it.
+`infir2.numerics.apply_rope` is the reference: it rotates in FP32, rounding each product and sum,
+and then rounds to BF16. The bias is added to the BF16 product and rounded first, as a separate
+linear layer would round it.
 """
 
 import triton
@@ -13,12 +14,12 @@ from torch import Tensor
 from infir2.numerics.kernels.codec import round_to_bf16, to_float32
 from infir2.numerics.kernels.custom_op import operator
 
-_TOKENS = 32
+_TOKENS = 32  # tokens of one head that a program rotates
 
 
 @triton.jit
 def _rotate(first, second, cos, sin, INVERSE: tl.constexpr):
-    """(first, second) turned by the angle, or back by it."""
+    """(first, second) rotated by the angle, or by its negative."""
     if INVERSE:
         return first * cos + second * sin, second * cos - first * sin
     else:
@@ -27,8 +28,10 @@ def _rotate(first, second, cos, sin, INVERSE: tl.constexpr):
 
 @triton.jit
 def _rope_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, cos_ptr, sin_ptr, out_ptr, tokens, q_heads, k_heads, q_stride, k_stride, v_stride, out_stride,
-    HALF: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, INVERSE: tl.constexpr, TOKENS: tl.constexpr
+    q_ptr, k_ptr, v_ptr, bias_ptr, cos_ptr, sin_ptr, out_ptr,
+    tokens, q_heads, k_heads, q_stride, k_stride, v_stride, out_stride,
+    HALF: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, INVERSE: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     head = tl.program_id(1)
@@ -64,12 +67,15 @@ def _rope_kernel(
 def rope(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, inverse: bool
 ) -> Tensor:
-    """Heads of q [T, N, H], k and v [T, G, H] BF16 in one matrix [T, (N + 2 G) H], plus bias, q and k rotated.
+    """Add the bias to q [T, N, H], k and v [T, G, H] BF16, and rotate q and k.
 
     Args:
-        bias: FP32 [(N + 2 G) H], rounded to BF16 here; None for none.
-        cos: FP32 [T, 1, H / 2], as `rope_tables` gives them; sin likewise.
-        inverse: turn back: the backward of the rotation.
+        bias: FP32 [(N + 2 G) H], which is rounded to BF16 first, or None.
+        cos: FP32 [T, 1, H / 2] from `rope_tables`; sin likewise.
+        inverse: rotate by the negative angle, which is the backward.
+
+    Returns:
+        q, k and v in one matrix [T, (N + 2 G) H].
     """
     tokens, q_heads, size = q.shape
     k_heads = k.shape[1]
@@ -77,9 +83,10 @@ def rope(
     out = _fake_rope(q, k, v, bias, cos, sin, inverse)
     if tokens:
         _rope_kernel[(triton.cdiv(tokens, _TOKENS), q_heads + 2 * k_heads)](
-            q, k, v, q if bias is None else bias, cos, sin, out, tokens, q_heads, k_heads, q.stride(0), k.stride(0), v.stride(0),
-            out.stride(0), HALF=size // 2, WIDE=triton.next_power_of_2(size // 2), HAS_BIAS=bias is not None, INVERSE=inverse,
-            TOKENS=_TOKENS,
+            q, k, v, q if bias is None else bias, cos, sin, out,
+            tokens, q_heads, k_heads, q.stride(0), k.stride(0), v.stride(0), out.stride(0),
+            HALF=size // 2, WIDE=triton.next_power_of_2(size // 2), HAS_BIAS=bias is not None,
+            INVERSE=inverse, TOKENS=_TOKENS,
         )  # fmt: skip
     return out
 

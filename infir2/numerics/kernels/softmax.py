@@ -1,9 +1,9 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
 # mypy: disable-error-code="no-untyped-def"
-"""The head's softmax over the vocabulary: one pass over the logits forward, one pass backward.
+"""The head's softmax over the vocabulary, with one pass over the logits in each direction.
 
-Semantics, of which `infir2.numerics.head` is the reference: FP32 logits / temperature, their log-sum-exp, the label's
-log-probability, the entropy; backward, BF16 gradients of the logits.
+`infir2.numerics.head` is the reference. The forward computes the log-sum-exp of FP32 logits /
+temperature, the label's log-probability and the entropy; the backward BF16 gradients of the logits.
 """
 
 import torch
@@ -18,8 +18,10 @@ _CONFIG = {"WIDE": 4096, "num_warps": 8}
 
 
 @triton.jit
-def _forward_kernel(logits_ptr, labels_ptr, logprob_ptr, normalizer_ptr, entropy_ptr, columns, inverse_temperature, ENTROPY: tl.constexpr,
-                    WIDE: tl.constexpr):  # fmt: skip
+def _forward_kernel(
+    logits_ptr, labels_ptr, logprob_ptr, normalizer_ptr, entropy_ptr, columns, inverse_temperature,
+    ENTROPY: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, WIDE)
     largest = tl.full((WIDE,), float("-inf"), tl.float32)
@@ -84,7 +86,10 @@ def _backward_kernel(
 def label_logprobs(
     logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probability of the label, log-sum-exp, entropy), FP32 [T] each, of softmax(logits [T, V] FP32 / temperature)."""
+    """Label's log-probability, log-sum-exp and entropy, FP32 [T] each, of logits / temperature.
+
+    logits are FP32 [T, V], labels [T]; without `with_entropy` the entropy is empty.
+    """
     logprobs, normalizer, entropy = _fake_label_logprobs(logits, labels, temperature, with_entropy)
     if logits.shape[0]:
         _forward_kernel[(logits.shape[0],)](
@@ -117,7 +122,7 @@ def _fake_label_logprobs(
 def label_logprobs_backward(
     logits: Tensor, labels: Tensor, normalizer: Tensor, grad: Tensor, temperature: float
 ) -> Tensor:
-    """Gradient of the logits [T, V] in BF16, for the gradient [T] of the labels' log-probabilities."""
+    """BF16 gradient of the logits [T, V] for `grad` [T] of the labels' log-probabilities."""
     out = _fake_label_logprobs_backward(logits, labels, normalizer, grad, temperature)
     rows, columns = logits.shape
     if rows:

@@ -1,16 +1,17 @@
 # ruff: noqa: N803 (constants of a kernel are upper case)
 # mypy: disable-error-code="no-untyped-def"
-"""SwiGLU fused with the quantiser behind it, its backward fused with the gradient quantisers, and the plain BF16 pair.
+"""SwiGLU and its backward, plain in BF16 or fused with the quantizers after them.
 
-Semantics, of which `infir2.numerics.swiglu` is the reference (its forward is FP64, these are FP32):
+`infir2.numerics.swiglu` is the reference; its forward is FP64, these kernels are FP32:
 
-    y  = bf16(silu(gate) * up),  codes = quantize(y)
-    dgate = bf16(dy * up * (silu(gate) + sigmoid(gate) * (1 - silu(gate)))),  dup = bf16(dy * silu(gate))
+    y     = bf16(silu(gate) * up),  codes = quantize(y)
+    dgate = bf16(dy * up * (silu(gate) + sigmoid(gate) * (1 - silu(gate))))
+    dup   = bf16(dy * silu(gate))
 
-The backward gives the gradient of the fused projection, [T, 2F] = [dgate | dup], quantised like any output gradient:
-1x128 along the features and 1x128 along the tokens; the block grid restarts at `up`. gate and up may be the two halves of
-one [T, 2F] matrix. Bytes per value of y: forward 5 (quantised) or 6 (BF16), transposed codes from gate and up 5,
-backward 10 (quantised, both layouts) or 10 (BF16).
+The backward returns the gradient of the fused projection, [T, 2F] = [dgate | dup], quantized like
+every output gradient: 1x128 along the features and 1x128 along the tokens. The block grid restarts
+at `up`. gate and up may be the two halves of one [T, 2F] matrix. Bytes per value of y: forward 5
+(quantized) or 6 (BF16), transposed codes from gate and up 5, backward 10 (both variants).
 """
 
 import torch
@@ -19,10 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infir2.numerics.kernels.bf16_pairs import high, load_pairs, low, pack, write_pairs
-from infir2.numerics.kernels.codec import GROUP, INTERPRET, round_to_bf16
-from infir2.numerics.kernels.custom_op import operator
-from infir2.numerics.kernels.quantizers import (
-    ROWS_CONFIG,
+from infir2.numerics.kernels.buffers import (
     as_bytes,
     empty_codes,
     empty_row_scales,
@@ -30,6 +28,9 @@ from infir2.numerics.kernels.quantizers import (
     groups,
     rows_contiguous,
 )
+from infir2.numerics.kernels.codec import GROUP, INTERPRET, round_to_bf16
+from infir2.numerics.kernels.custom_op import operator
+from infir2.numerics.kernels.quantizers import ROWS_CONFIG
 from infir2.numerics.kernels.tiles import (
     load_values,
     quantize_rows_of,
@@ -39,7 +40,7 @@ from infir2.numerics.kernels.tiles import (
     write_second_layout,
 )
 
-# Chosen by bench/kernels.py on an H100.
+# Tuned by bench/kernels.py on an H100.
 BACKWARD_CONFIG = {"BLOCK_ROWS": 16, "num_warps": 4}
 BACKWARD_QUANTIZE_CONFIG = {"num_warps": 8, "maxnreg": 128}
 TRANSPOSED_CONFIG = {"num_warps": 8, "maxnreg": 80}
@@ -50,12 +51,12 @@ def _sigmoid(x):
     if INTERPRET:
         return 1.0 / (1.0 + tl.exp(-x))
     else:
-        # Two instructions that are exact to one or two units in the last place, without the care for subnormals that
-        # `exp` and `/` take: a value below 2**-126 has no bit in the BF16 results. Not pure: two programs' worth of
-        # sigmoids held in registers costs more than computing them again.
+        # Two instructions with errors of one or two units in the last place. Unlike `exp` and `/`
+        # they flush subnormals, which have no bit in the BF16 results. Not pure: keeping the
+        # sigmoids in registers costs more than computing them again.
         return tl.inline_asm_elementwise(
-            "{.reg .f32 t; mul.ftz.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.ftz.f32 t, t, 0f3F800000;"
-            " rcp.approx.ftz.f32 $0, t;}",
+            "{.reg .f32 t; mul.ftz.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
+            " add.ftz.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t;}",
             "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1,
         )  # fmt: skip
 
@@ -88,8 +89,8 @@ def _load_pair(
 
 @triton.jit
 def _forward_kernel(
-    gate_ptr, up_ptr, codes_ptr, scale_ptr, rows, columns, gate_stride, up_stride, POW2: tl.constexpr, QUANTIZE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr
+    gate_ptr, up_ptr, codes_ptr, scale_ptr, rows, columns, gate_stride, up_stride,
+    POW2: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     first_row, group = tile_of_program(rows, columns, BLOCK_ROWS)
     gate, up = _load_pair(
@@ -143,11 +144,11 @@ def _transposed_kernel(
 
 @triton.jit
 def _backward_quantize_kernel(
-    grad_ptr, gate_ptr, up_ptr, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, rows, columns, grad_stride, gate_stride, up_stride,
-    POW2: tl.constexpr
+    grad_ptr, gate_ptr, up_ptr, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr,
+    rows, columns, grad_stride, gate_stride, up_stride, POW2: tl.constexpr,
 ):  # fmt: skip
-    # Two programs per tile, one for each half, next to each other: the second read of grad and gate is served by the L2
-    # cache, and a program holds one gradient tile instead of two.
+    # Two programs with adjacent ids per tile, one for each half: the L2 cache serves the second
+    # read of grad and gate, and a program needs registers for one gradient tile instead of two.
     half = tl.program_id(0) % 2
     tile = tl.program_id(0) // 2
     num_groups = columns // GROUP
@@ -162,7 +163,7 @@ def _backward_quantize_kernel(
         )
     else:
         values = pack(_up_gradient(low(grad), low(gate)), _up_gradient(high(grad), high(gate)))
-    # [T, 2F] and [2F, T]: the half of `up` begins at column F, at row F, and at scale group F / 128.
+    # [T, 2F] and [2F, T]: the half of `up` starts at column F, at row F, at scale group F / 128.
     codes_ptr += half * columns
     scale_ptr += half * num_groups * rows
     codes_t_ptr += (half * columns).to(tl.int64) * rows
@@ -244,7 +245,7 @@ def _launch_forward(
 
 @operator("infir2::swiglu_quantize")
 def swiglu_quantize(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
-    """1x128 blocks of silu(gate) * up, both [T, F] BF16: (codes [T, F], scale [T, ceil(F / 128)])."""
+    """1x128 blocks of silu(gate) * up, [T, F] BF16: (codes [T, F], scale [T, ceil(F / 128)])."""
     codes, scale = _fake_swiglu_quantize(gate, up, pow2)
     _launch_forward(gate, up, as_bytes(codes), scale, pow2, True)
     return codes, scale
@@ -271,9 +272,10 @@ def _fake_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @operator("infir2::swiglu_transposed")
 def swiglu_transposed(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
-    """128x128 blocks of the transposed product, made again from gate and up [T, F]: (codes_t [F, T], scale_t).
+    """128x128 blocks of the transposed product, recomputed from gate and up [T, F].
 
-    The bytes that `transpose` ("pow2") or `quantize(y.T, (128, 128))` ("fp32") would give.
+    Returns (codes_t [F, T], scale_t) with the bytes of `transpose` ("pow2") or of
+    `quantize(y.T, (128, 128))` ("fp32").
     """
     rows, columns = gate.shape
     codes_t, scale_t = _fake_swiglu_transposed(gate, up, pow2)
@@ -305,13 +307,13 @@ def _fake_swiglu_transposed(gate: Tensor, up: Tensor, pow2: bool) -> tuple[Tenso
 def swiglu_backward_quantize(
     grad: Tensor, gate: Tensor, up: Tensor, pow2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantised gradient [dgate | dup] for grad, gate, up [T, F] BF16, as g and as g.T; F is a multiple of 128.
+    """Quantized gradient g = [dgate | dup] and g.T, for grad, gate, up [T, F] BF16, F % 128 == 0.
 
     Returns:
         codes [T, 2F], scale [T, 2F / 128], codes_t [2F, T], scale_t [2F, ceil(T / 128)].
     """
     rows, columns = grad.shape
-    assert columns % GROUP.value == 0, "the block grid of `up` begins at a whole group"
+    assert columns % GROUP.value == 0, "the block grid of `up` starts at a multiple of 128"
     codes, scale, codes_t, scale_t = _fake_swiglu_backward_quantize(grad, gate, up, pow2)
     if rows:
         grad, gate, up = rows_contiguous(grad), rows_contiguous(gate), rows_contiguous(up)

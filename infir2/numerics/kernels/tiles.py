@@ -2,8 +2,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """Device functions that read and write one tile: the memory layouts that all kernels share.
 
-Layouts. Codes are row-major. Scales of 1x128 blocks, [R, ceil(C / 128)], lie with strides (1, R), the layout of both
-cuBLAS and DeepGEMM; scales of 128x128 blocks are row-major with rows padded to a multiple of 4 (cuBLAS).
+Codes are row-major. Scales of 1x128 blocks, [R, ceil(C / 128)], have strides (1, R), the layout of
+both cuBLAS and DeepGEMM; scales of 128x128 blocks are row-major with rows padded to a multiple of 4
+(cuBLAS).
 """
 
 import triton
@@ -21,7 +22,7 @@ from infir2.numerics.kernels.codec import (
 
 @triton.jit
 def tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr):
-    """(first row, column group) of this program; neighbours in a row of tiles run next to each other."""
+    """(first row, column group) of this program; neighbors in a row of tiles have adjacent ids."""
     groups = tl.cdiv(columns, GROUP)
     pid = tl.program_id(0)
     return (pid // groups) * BLOCK_ROWS, pid % groups
@@ -29,7 +30,7 @@ def tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, first_row, group, rows, columns, stride, BLOCK_ROWS: tl.constexpr):
-    """The tile [BLOCK_ROWS, 128] in its own dtype; zeros outside the matrix."""
+    """The tile [BLOCK_ROWS, 128] in the matrix's dtype; zeros outside the matrix."""
     row = tl.arange(0, BLOCK_ROWS)
     column = group * GROUP + tl.arange(0, GROUP)
     mask = (first_row + row < rows)[:, None] & (column < columns)[None, :]
@@ -82,7 +83,7 @@ def write_rows(
     POW2: tl.constexpr,
     R: tl.constexpr,
 ):
-    """Quantise the rows of a tile as 1x128 blocks and write them; returns (codes, scale)."""
+    """Quantize the rows of a tile as 1x128 blocks and write them; returns (codes, scale)."""
     codes, scale = quantize_rows_of(values, POW2)
     store_tile(codes_ptr, codes, first_row, group * GROUP, rows, columns, stride, R, GROUP)
     store_group_scales(scale_ptr, scale, first_row, group, rows, rows, R)
@@ -93,7 +94,10 @@ def write_rows(
 def write_columns(
     values, codes_ptr, scale_ptr, first_row, group, rows, columns, scale_stride, POW2: tl.constexpr
 ):
-    """Quantise the columns of a 128x128 tile as 1x128 blocks of the transposed matrix [columns, rows] and write them."""
+    """Quantize the columns of a 128x128 tile and write them to the transposed matrix.
+
+    They become 1x128 blocks of [columns, rows].
+    """
     scale = block_scale(tl.max(magnitude_bits(values), axis=0), POW2)
     codes = encode(values, scale[None, :], POW2)
     store_tile(
@@ -108,7 +112,7 @@ def write_columns(
 def write_transposed_tile(
     codes, scale, codes_ptr, scale_ptr, first_row, group, rows, columns, scale_stride
 ):
-    """Write a quantised 128x128 tile (codes, one scale) into the transposed matrix [columns, rows]."""
+    """Write a quantized 128x128 tile (codes, one scale) to the transposed [columns, rows]."""
     store_tile(
         codes_ptr, tl.trans(codes), group * GROUP, first_row, columns, rows, rows, GROUP, GROUP
     )
@@ -136,7 +140,7 @@ def write_second_layout(
     scale_stride,
     POW2: tl.constexpr,
 ):
-    """The 128x128 blocks of the transposed matrix: "pow2" from the 1x128 codes, "fp32" from the values themselves."""
+    """Write the tile's block of the transposed matrix: "pow2" from codes, "fp32" from values."""
     if POW2:
         tile, scale = rescale_tile(codes, row_scale)
     else:

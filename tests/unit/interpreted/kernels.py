@@ -14,7 +14,7 @@ from infir2.numerics.error import relative_error
 from infir2.numerics.formats import Fp8Tensor
 from infir2.numerics.kernels import adamw as adamw_kernels
 from infir2.numerics.kernels import api as operations
-from infir2.numerics.kernels import norm, rope, softmax, swiglu
+from infir2.numerics.kernels import conversions, norm, rope, softmax, swiglu
 from infir2.numerics.kernels import quantizers as matrix
 from infir2.numerics.kernels.api import quantize, swiglu_backward_quantize, transpose
 from infir2.numerics.quantize_reference import block_scale
@@ -251,10 +251,10 @@ def operator_calls() -> dict[str, tuple]:
         "rows": (matrix.quantize_rows, (x, True)),
         "rows and columns": (matrix.quantize_rows_and_columns, (x, True)),
         "rows and tiles": (matrix.quantize_rows_and_tiles, (x, True)),
-        "transpose": (matrix.transpose_rows, (codes, scale)),
+        "transpose": (conversions.transpose_rows, (codes, scale)),
         "tiles": (matrix.quantize_tiles, (x, True, True)),
         "second layout alone": (matrix.quantize_transposed, (x, True)),
-        "bytes transposed": (matrix.transpose_bytes, (codes,)),
+        "bytes transposed": (conversions.transpose_bytes, (codes,)),
         "norm": (norm.rms_norm, (x, weight, 1e-6)),
         "norm quantize": (norm.rms_norm_quantize, (x, weight, 1e-6, True)),
         "norm transposed": (norm.rms_norm_transposed, (x, rstd, weight, True)),
@@ -285,7 +285,7 @@ def test_what_the_compiler_assumes_of_an_operator_is_what_it_returns(name: str) 
 def test_operators_are_one_graph_for_the_compiler() -> None:
     def step(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         codes, scale, _ = norm.rms_norm_quantize(x * 2, weight, 1e-6, True)
-        codes_t, scale_t = matrix.transpose_rows(codes, scale)
+        codes_t, scale_t = conversions.transpose_rows(codes, scale)
         return codes_t.view(torch.uint8).sum() + scale_t.sum()
 
     x = cases.gaussian(130, 200)
