@@ -1,5 +1,4 @@
-"""Generation with any `Engine`: submit requests, step until they are finished, group the responses
-by prompt."""
+"""Generation with any `Engine`: submit requests, step until they finish, group them by prompt."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -27,7 +26,7 @@ def generate(
     assert not engine.num_unfinished, "the engine has requests of another caller"
     unfinished = set[str]()
     try:
-        # Longest prompts first: prompts that run side by side are then similar, with little padding.
+        # Longest prompts first: similar lengths run side by side, which keeps padding small.
         for request in sorted(requests, key=lambda request: len(request.token_ids), reverse=True):
             engine.submit(request)
             unfinished.add(request.id)
@@ -79,8 +78,7 @@ def generate_groups(
 
 
 def items_of_rank(engine: Engine, ranks: Ranks, items: Sequence[Item]) -> Sequence[Item]:
-    """The part of `items`, a list that is the same on all ranks, for which this rank asks
-    `engine`."""
+    """This rank's part of `items`, which all ranks know: what it should have `engine` generate."""
     if engine.shared_by_ranks:
         return items if ranks.is_rank0 else items[:0]
     return items[ranks.rank :: ranks.size]

@@ -1,5 +1,4 @@
-"""`infir2 verify-weights --engine`: does a server with the OpenAI API compute what an FP8 directory
-defines?
+"""`infir2 verify-weights --engine`: compare a server's OpenAI API with an FP8 directory.
 
 A server does not show its bytes, so the check compares behavior: fixed prompts of token ids,
 continued greedily by the server and by our engine on the same directory. It finds wrong or badly

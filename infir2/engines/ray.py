@@ -1,5 +1,4 @@
-"""Rollout engines in processes of their own: actors in the placement group that
-`infir2 launch ray --engines N` reserved.
+"""Rollout engines as Ray actors, in the placement group of `infir2 launch ray --engines N`.
 
 Rank 0 talks to the actors. It keeps the queue and gives each engine a few more requests than it can
 run at a time, so engines that are faster get more. An actor works on its requests in calls of a

@@ -1,5 +1,8 @@
-"""Sampling whose randomness is a function of the request: a counter-based generator, one uniform
-number per token."""
+"""Sampling tokens from logits, with randomness that is a function of the request.
+
+The generator is counter-based: token i of a request uses the uniform number of (key, i). So a
+response does not depend on the batch, and a rollout that is repeated after a crash is the same.
+"""
 
 import hashlib
 
@@ -11,10 +14,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment, 2^64 / golden
 
 
 def sampling_key(seed: int, prompt_id: str, sample: int, policy_version: int) -> int:
-    """64-bit key of a request: the first bytes of a SHA-256 over the arguments.
-
-    It depends on nothing else, so a rollout that is generated again after a crash is the same.
-    """
+    """64-bit key of a request: the first bytes of a SHA-256 over the arguments."""
     text = f"{seed}/{prompt_id}/{sample}/{policy_version}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
@@ -37,8 +37,9 @@ def uniforms(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
 def sample(
     logits: Tensor, temperatures: np.ndarray, top_ps: np.ndarray, draws: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """Sample one token per row by inverting the cumulative distribution; a row does not depend on
-    the others.
+    """Sample one token per row by inverting the cumulative distribution.
+
+    Each row has its own parameters, and its result does not depend on the other rows.
 
     Args:
         logits: FP32 [B, V].
@@ -68,8 +69,7 @@ def sample(
 
 
 def _keep_top_p(probabilities: Tensor, top_ps: np.ndarray) -> Tensor:
-    """Zero what lies outside of each row's smallest set of tokens with probability `top_ps`; rows
-    of 1 stay as they are."""
+    """Zero the tokens outside of each row's smallest set with probability at least `top_ps`."""
     truncated = torch.from_numpy(np.flatnonzero(top_ps < 1)).to(probabilities.device)
     if not len(truncated):
         return probabilities
@@ -81,8 +81,7 @@ def _keep_top_p(probabilities: Tensor, top_ps: np.ndarray) -> Tensor:
 
 
 def _invert_cumulative(probabilities: Tensor, draws: Tensor) -> Tensor:
-    """The token [B] whose interval of the cumulative sum contains draw * total; the rows need not
-    sum to 1."""
+    """The token [B] whose interval of the cumulative sum contains draw * (sum of the row)."""
     cumulative = probabilities.cumsum(-1)
     targets = (draws * cumulative[:, -1])[:, None]
     index = torch.searchsorted(cumulative, targets, right=True).squeeze(1)

@@ -74,8 +74,8 @@ class Running:
 class Scheduler:
     """Runs at most `max_running_requests` requests at a time on `model`, the others wait.
 
-    Example: `scheduler.submit(request)`, then `scheduler.step(policy_version)` while
-        `scheduler.num_unfinished`.
+    Example: after `scheduler.submit(request)`, call `scheduler.step(policy_version)` while
+    `scheduler.num_unfinished` is not 0.
     """
 
     def __init__(self, model: Decoder, max_running_requests: int) -> None:
@@ -119,13 +119,18 @@ class Scheduler:
         if canceled:
             self._waiting = deque(r for r in self._waiting if r.id not in canceled)
             self._release(canceled)
+            unfinished = [*self._waiting, *(sequence.request for sequence in self._running)]
+            self._tokens_per_slot = max((r.max_total_tokens for r in unfinished), default=0)
 
     def cancel_all(self) -> None:
         self.cancel(set(self._unfinished_ids))
 
     def _admit(self) -> list[Running]:
-        """Move requests from the queue into free slots, at most PREFILL_TOKENS of prompts (or one
-        longer prompt)."""
+        """Move requests from the queue into free slots.
+
+        Their prompts have at most PREFILL_TOKENS tokens together; a longer prompt is admitted by
+        itself.
+        """
         admitted, tokens = list[Running](), 0
         while self._waiting and self._free_slots:
             tokens += len(self._waiting[0].token_ids)
@@ -169,8 +174,7 @@ class Scheduler:
 
 
 def _append_tokens(model: Decoder, cache: KvCache, sequences: list[Running]) -> None:
-    """One forward pass over the tokens that the cache does not hold yet, and one sampled token for
-    each sequence."""
+    """Sample the next token of each sequence, with one forward pass."""
     logits = _next_logits(model, cache, sequences)
     params = [sequence.request.params for sequence in sequences]
     keys = np.array([sequence.request.key for sequence in sequences], dtype=np.uint64)

@@ -35,8 +35,7 @@ class SamplingParams:
 class Request:
     """One response to generate.
 
-    Example: `Request("p17/3", [5, 9, 2], params, key=sampling_key(1236, "p17", 3,
-        policy_version=4))`.
+    Example: `Request("p17/3", [5, 9, 2], params, key=sampling_key(1236, "p17", 3, 4))`.
 
     Attributes:
         id: unique among the unfinished requests of an engine.
@@ -109,8 +108,7 @@ class Engine(Protocol):
         ...
 
     def cancel(self, request_ids: Iterable[str]) -> None:
-        """Drop unfinished requests; no `step` returns them any more. Ids that are not unfinished
-        are ignored."""
+        """Drop unfinished requests, so that no `step` returns them; other ids are ignored."""
         ...
 
 

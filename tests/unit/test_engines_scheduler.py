@@ -175,6 +175,11 @@ def test_the_cache_fits_the_requests_and_is_freed_with_the_last(model: Decoder) 
     assert (cache.num_slots, cache.max_tokens) == (1, 5 + PARAMS.max_tokens)
     scheduler.cancel_all()
     assert scheduler._cache is None
+    scheduler.submit(requests[1])
+    scheduler.submit(request(20, SamplingParams(1.0, 10_000, stop_ids=())))
+    scheduler.cancel(["r20"])
+    scheduler.step(0)
+    assert scheduler._cache.max_tokens == 6 + PARAMS.max_tokens
 
 
 def test_requests_that_cannot_generate_are_refused(model: Decoder) -> None:
