@@ -1,13 +1,16 @@
-"""FP8 kernels and GEMMs on one GPU: bits against the reference, then speed against the floor, in one command.
+"""FP8 kernels and GEMMs on one GPU: bit-equality with the reference, then speed against the floor.
 
-    python bench/kernels.py --out kernels.json [--sections bits,quantisers,...]
+    python bench/kernels.py --out kernels.json [--sections bits,quantizers,...]
 
-Floors. A quantiser moves bytes: per BF16 value it reads 2 and writes 1 per layout (`BYTES` has each kernel's count; scales
-add 4/128 per layout and are counted), so its floor is bytes / measured copy bandwidth, and its share of the copy bandwidth is
-the figure of merit (goal: 0.90 from 100 M elements on, 0.75 at 25 M). Conversions and the copy are timed inside a CUDA graph, so
-that a launch, which costs the host as much as a small kernel takes, does not count (section `host` has it). A GEMM does
-2 M N K operations. For a layer's linears, forward and backward, the floor is the sum of the GEMMs alone at the best backend's
-rate; those times are medians of triton.testing.do_bench. The L2 cache is cleared before each call; data is random.
+Quantizers are bound by memory traffic. Per BF16 value a quantizer reads 2 bytes and writes 1 per
+layout (`BYTES` counts each kernel's, with 4/128 bytes per layout for the scales). Its floor is
+bytes / measured copy bandwidth, and its share of the copy bandwidth is the figure of merit (goal:
+0.90 from 100 M elements on, 0.75 at 25 M). Quantizers and copies are timed inside a CUDA graph, so
+the launch overhead does not count; the section `host` measures it.
+
+A GEMM does 2 M N K operations. For the linears of a layer, forward and backward, the floor is the
+sum of the GEMMs at the rate of the fastest backend. These times are medians of
+triton.testing.do_bench. The L2 cache is cleared before each call; data is random.
 """
 
 import argparse
@@ -30,14 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import kernel_cases as cases
-from layer import MODELS, Layer
+from layer import MODELS, LayerLinears
 
 from infir2.numerics import gemm_scaled as gemm_backends
 from infir2.numerics.error import relative_error
 from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
-from infir2.numerics.kernels import api as operations
-from infir2.numerics.kernels import conversions, norm, swiglu
-from infir2.numerics.kernels import quantizers as matrix
+from infir2.numerics.kernels import api, conversions, norm, quantizers, swiglu
 
 FORMATS = ("pow2", "fp32")
 SIZES = {"25M": (6144, 4096), "100M": (24576, 4096), "150M": (36864, 4096)}
@@ -60,14 +61,8 @@ BYTES = {
     "swiglu backward": 10,
     "swiglu backward quantize": 10 + 4 * SCALE,
 }
-PLAIN = (
-    "transpose",
-    "transpose bytes",
-    "norm",
-    "norm backward",
-    "swiglu",
-    "swiglu backward",
-)  # no scale format
+# Kernels without a scale format.
+FORMAT_FREE = ("transpose", "transpose bytes", "norm", "norm backward", "swiglu", "swiglu backward")
 
 
 def milliseconds(call: Callable[[], Any], rep: int = 40) -> float:
@@ -76,23 +71,26 @@ def milliseconds(call: Callable[[], Any], rep: int = 40) -> float:
 
 
 def device_milliseconds(call: Callable[[], Any], calls_per_graph: int = 8) -> float:
-    """Median time of a call on the device, with a cold L2 cache: a graph of calls and cache flushes less one of flushes alone."""
+    """Median time of a call on the device with a cold L2 cache.
+
+    A CUDA graph of calls and cache flushes is timed, and a graph of flushes only is subtracted.
+    """
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
 
-    def replayed(work: Callable[[], Any]) -> float:
-        work()  # compiles, and chooses what is chosen once
+    def graph_milliseconds(work: Callable[[], Any]) -> float:
+        work()  # compiles and picks backends
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(calls_per_graph):
                 flush.zero_()
                 work()
-        return float(statistics.median(_replay(graph) for _ in range(7)))
+        return float(statistics.median(_replay_milliseconds(graph) for _ in range(7)))
 
-    return (replayed(call) - replayed(lambda: None)) / calls_per_graph
+    return (graph_milliseconds(call) - graph_milliseconds(lambda: None)) / calls_per_graph
 
 
-def _replay(graph: torch.cuda.CUDAGraph) -> float:
+def _replay_milliseconds(graph: torch.cuda.CUDAGraph) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     graph.replay()
@@ -107,21 +105,21 @@ def random(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tens
 
 
 def fp8(rows: int, columns: int, block: tuple[int, int]) -> Fp8Tensor:
-    """A random quantised matrix."""
-    return operations.quantize(random(rows, columns), block)
+    """A random quantized matrix."""
+    return api.quantize(random(rows, columns), block)
 
 
 def product(
     a: Fp8Tensor, b: Fp8Tensor, dtype: torch.dtype = torch.bfloat16, backend: str | None = None
 ) -> Tensor:
-    """`gemm_nt` of two quantised matrices."""
+    """`gemm_nt` of two quantized matrices."""
     return gemm_backends.gemm_nt(
         a.codes, a.scale, b.codes, b.scale, a.block, b.block, dtype, backend
     )
 
 
 def bits(results: dict[str, Any]) -> None:
-    """Every kernel against the reference on the CPU; prints what differs."""
+    """Compare every kernel bit by bit with the CPU reference; print the mismatches."""
     wrong = 0
     shapes = [(257, 576), (512, 1536), (8, 18944)]
     for name, (kernel, reference) in [*cases.CONVERSIONS.items(), *cases.FUSED.items()]:
@@ -131,21 +129,22 @@ def bits(results: dict[str, Any]) -> None:
             for make in (cases.gaussian,) if fused else (cases.gaussian, cases.hostile):
                 x = make(*shape)
                 for scale_format in FORMATS:
-                    found = kernel(x.cuda(), scale_format)
-                    # The reference of a fused quantiser takes the BF16 result of the GPU's own producer.
+                    actual = kernel(x.cuda(), scale_format)
+                    # The reference of a fused kernel quantizes the BF16 result of the GPU's
+                    # producer.
                     expected = reference(x.cuda() if fused else x, scale_format)
                     count += sum(
-                        cases.mismatches(f, e) for f, e in zip(found, expected, strict=True)
+                        cases.mismatches(a, e) for a, e in zip(actual, expected, strict=True)
                     )
         results[name] = count
         wrong += count
     for columns in (576, 1536, 3584):
-        for name, (found, expected) in cases.producer_results(
+        for name, (actual, expected) in cases.producer_results(
             cases.gaussian(512, columns).cuda()
         ).items():
-            results[f"{name} {columns}: error"] = relative_error(expected, found.cpu())
+            results[f"{name} {columns}: error"] = relative_error(expected, actual.cpu())
             results[f"{name} {columns}: differing"] = (
-                (found.cpu() != expected).double().mean().item()
+                (actual.cpu() != expected).double().mean().item()
             )
     print(
         f"bits: {wrong} mismatches",
@@ -172,13 +171,13 @@ def calls(rows: int, columns: int, pow2: bool) -> dict[str, Callable[[], Any]]:
     weight = torch.ones(columns, device="cuda")
     master = random(rows, columns, torch.float32)
     _, rstd = norm.rms_norm(x, weight, 1e-6)
-    codes, scale = matrix.quantize_rows(x, True)
+    codes, scale = quantizers.quantize_rows(x, True)
     return {
-        "rows": lambda: matrix.quantize_rows(x, pow2),
-        "gradient": lambda: matrix.quantize_rows_and_columns(x, pow2),
-        "input": lambda: matrix.quantize_rows_and_tiles(x, pow2),
+        "rows": lambda: quantizers.quantize_rows(x, pow2),
+        "gradient": lambda: quantizers.quantize_rows_and_columns(x, pow2),
+        "input": lambda: quantizers.quantize_rows_and_tiles(x, pow2),
         "transpose": lambda: conversions.transpose_rows(codes, scale),
-        "weight": lambda: matrix.quantize_tiles(master, pow2, True),
+        "weight": lambda: quantizers.quantize_tiles(master, pow2, True),
         "transpose bytes": lambda: conversions.transpose_bytes(codes),
         "norm": lambda: norm.rms_norm(x, weight, 1e-6),
         "norm quantize": lambda: norm.rms_norm_quantize(x, weight, 1e-6, pow2),
@@ -193,17 +192,17 @@ def calls(rows: int, columns: int, pow2: bool) -> dict[str, Callable[[], Any]]:
 
 
 def share(name: str, rows: int, columns: int, time_ms: float, copy: float) -> float:
-    """Bytes a kernel must move over the time it took, as a share of the copy bandwidth [TB/s]."""
+    """Bytes that a kernel must move / its time, as a share of the copy bandwidth [TB/s]."""
     return BYTES[name] * rows * columns / time_ms / 1e9 / copy
 
 
-def quantisers(results: dict[str, Any], copy: dict[str, float]) -> None:
-    """Share of the copy bandwidth of every kernel at three sizes, and at the models' widths for the norms."""
+def quantizer_rates(results: dict[str, Any], copy: dict[str, float]) -> None:
+    """Share of the copy bandwidth of every kernel, at three sizes and at both models' widths."""
     peak = max(copy.values())
     for scale_format in FORMATS:
         for size, (rows, columns) in SIZES.items():
             for name, call in calls(rows, columns, scale_format == "pow2").items():
-                if scale_format == "pow2" or name not in PLAIN:
+                if scale_format == "pow2" or name not in FORMAT_FREE:
                     results[f"{name} {scale_format} {size}"] = share(
                         name, rows, columns, device_milliseconds(call), peak
                     )
@@ -254,7 +253,7 @@ def gemm_times(m: int, n: int, k: int, kind: str) -> dict[str, float]:
     out = torch.float32 if kind == "grad_W" else torch.bfloat16
     x, w = random(m, k), random(n, k)
     a, b = fp8(m, k, ROW_BLOCK), fp8(n, k, TILE_BLOCK)
-    if kind == "grad_W":  # BF16 reads both operands along the tokens, where they lie
+    if kind == "grad_W":  # BF16 reads both operands along the token dimension, as stored
         x, w = random(k, m).t(), random(k, n).t()
     times = {
         "bf16": milliseconds(lambda: x @ w.t()),
@@ -276,7 +275,7 @@ def _operand(t: Fp8Tensor) -> gemm_backends.Operand:
 
 
 def gemm_correctness(results: dict[str, Any]) -> None:
-    """Every backend against the emulation, on whole, padded and tail shapes."""
+    """Compare every backend with the emulation, on full, padded and partial blocks."""
     shapes = [
         (256, 512, 1024),
         (100, 200, 576),
@@ -306,20 +305,20 @@ def gemm_correctness(results: dict[str, Any]) -> None:
 
 
 def layers(results: dict[str, Any]) -> None:
-    """All linears of one decoder layer, forward + backward: ratio of BF16's time to ours."""
+    """All linears of one decoder layer, forward + backward: ratio of BF16 time to FP8 time."""
     for model, (tokens, linears) in MODELS.items():
-        layer = Layer(tokens, linears)
+        layer = LayerLinears(tokens, linears)
         times = {name: milliseconds(call, rep=200) for name, call in layer.variants().items()}
-        times["weights quantised"] = milliseconds(layer.quantize_weights)
+        times["weights quantized"] = milliseconds(layer.quantize_weights)
         plain, fused = (
             times["bf16 linears"],
             times["fp8 fused"] - (times["bf16 with producers"] - times["bf16 linears"]),
         )
         ratios = {
-            "quantisers apart": plain / times["fp8 linears"],
+            "separate quantizers": plain / times["fp8 linears"],
             "fused producers": plain / fused,
-            "GEMMs alone (floor)": plain / times["fp8 GEMMs alone"],
-            "forward alone": times["bf16 forward"] / times["fp8 forward"],
+            "GEMMs only (floor)": plain / times["fp8 GEMMs only"],
+            "forward only": times["bf16 forward"] / times["fp8 forward"],
             "layer without attention": times["bf16 with producers"] / times["fp8 fused"],
         }
         results[model] = {"milliseconds": times, "ratios": ratios}
@@ -330,11 +329,11 @@ def layers(results: dict[str, Any]) -> None:
 
 
 def host(results: dict[str, Any]) -> None:
-    """Host time per call of an operator, microseconds (hidden while the GPU has more to do than that)."""
+    """Host microseconds per operator call; hidden as long as the GPU is busy for longer."""
     x = random(128, 128)
     a, b = fp8(128, 128, ROW_BLOCK), fp8(128, 128, TILE_BLOCK)
     for name, call in {
-        "rows": lambda: matrix.quantize_rows(x, True),
+        "rows": lambda: quantizers.quantize_rows(x, True),
         "gemm": lambda: product(a, b),
         "bf16 mm": lambda: x @ x,
     }.items():
@@ -350,7 +349,7 @@ def host(results: dict[str, Any]) -> None:
 
 
 def _warps(*pairs: tuple[int, int | None]) -> list[dict[str, int]]:
-    """Launch configurations from (warps, most registers per thread)."""
+    """Launch configurations from (warps, maximum registers per thread)."""
     return [
         {"num_warps": warps} | ({"maxnreg": registers} if registers else {})
         for warps, registers in pairs
@@ -360,16 +359,19 @@ def _warps(*pairs: tuple[int, int | None]) -> list[dict[str, int]]:
 TILES = _warps((4, None), (8, None), (4, 168), (4, 128), (8, 128), (8, 96), (8, 80))
 TUNED = {
     "rows": (
-        matrix.ROWS_CONFIG,
+        quantizers.ROWS_CONFIG,
         [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 2), (16, 4), (64, 4))],
     ),
-    "gradient": (matrix.GRADIENT_CONFIG, TILES),
-    "input": (matrix.INPUT_CONFIG, TILES),
-    "transpose": (matrix.TILE_CONFIG, _warps((4, None), (8, None), (8, 128), (8, 64), (16, 64))),
+    "gradient": (quantizers.GRADIENT_CONFIG, TILES),
+    "input": (quantizers.INPUT_CONFIG, TILES),
+    "transpose": (
+        quantizers.TILE_CONFIG,
+        _warps((4, None), (8, None), (8, 128), (8, 64), (16, 64)),
+    ),
     "norm transposed": (norm.TRANSPOSED_CONFIG, TILES),
     "swiglu transposed": (swiglu.TRANSPOSED_CONFIG, TILES),
     "swiglu quantize": (
-        matrix.ROWS_CONFIG,
+        quantizers.ROWS_CONFIG,
         [{"BLOCK_ROWS": r, "num_warps": w} for r, w in ((16, 4), (32, 4), (64, 8))],
     ),
     "swiglu backward quantize": (
@@ -394,7 +396,7 @@ TUNED = {
 
 
 def tune(results: dict[str, Any], copy: dict[str, float], names: list[str]) -> None:
-    """Share of the copy bandwidth by launch configuration, both formats, at 150 M and 25 M elements."""
+    """Share of the copy bandwidth by launch configuration, at 150 M and 25 M elements."""
     peak = max(copy.values())
     for name in names:
         config, variants = TUNED[name]
@@ -416,23 +418,29 @@ def tune(results: dict[str, Any], copy: dict[str, float], names: list[str]) -> N
 
 
 def environment() -> dict[str, str]:
-    """What the figures depend on."""
-    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0],
-            "deepgemm": str(getattr(gemm_backends.deep_gemm(), "__version__", gemm_backends.deep_gemm() is not None))}  # fmt: skip
+    """Hardware and library versions."""
+    deep_gemm = gemm_backends.deep_gemm()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": sys.version.split()[0],
+        "deepgemm": str(getattr(deep_gemm, "__version__", deep_gemm is not None)),
+    }
 
 
 def main() -> None:
-    """Run the sections; an error in one is printed and recorded, and the others still run."""
+    """Run the sections; an error in one is recorded and the others still run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the raw numbers")
     parser.add_argument(
-        "--tune", default="", help="only these kernels in the section `tune`, comma-separated"
+        "--tune", default="", help="kernels for the section `tune`, comma-separated (default: all)"
     )
     parser.add_argument(
         "--sections",
-        default="bits,gemm_correctness,quantisers,gemms,layers,host,tune",
+        default="bits,gemm_correctness,quantizers,gemms,layers,host,tune",
         help="comma-separated",
     )
     arguments = parser.parse_args()
@@ -448,7 +456,7 @@ def main() -> None:
     sections: dict[str, Callable[[dict[str, Any]], None]] = {
         "bits": bits,
         "gemm_correctness": gemm_correctness,
-        "quantisers": lambda results: quantisers(results, report["copy"]),
+        "quantizers": lambda results: quantizer_rates(results, report["copy"]),
         "gemms": gemms,
         "layers": layers,
         "host": host,

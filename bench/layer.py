@@ -1,7 +1,8 @@
 """All linears of one decoder layer, forward and backward, in BF16 and in FP8, as closures to time.
 
-Attention, RoPE and residuals are left out: they are the same in both. BF16 is PyTorch's own matrix product with BF16 weight
-gradients (FP8's are FP32) and the same fused norm and SwiGLU kernels without the quantiser.
+Attention, RoPE and residuals are left out because both share them. BF16 uses PyTorch's matrix
+product with BF16 weight gradients (FP32 in FP8) and the same fused norm and SwiGLU kernels without
+the quantizer.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from infir2.numerics.formats import Fp8Tensor
 from infir2.numerics.gemm_scaled import gemm_nt
-from infir2.numerics.kernels import api as fp8
+from infir2.numerics.kernels import api
 
 # Tokens, and (N, K) of each fused linear.
 MODELS = {
@@ -29,11 +30,11 @@ EPS = 1e-6
 
 
 def product(a: Fp8Tensor, b: Fp8Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """`a @ b.T` with the backend that measured fastest."""
+    """`a @ b.T` with the default backend, the fastest one measured."""
     return gemm_nt(a.codes, a.scale, b.codes, b.scale, a.block, b.block, dtype)
 
 
-class Layer:
+class LayerLinears:
     """Random weights, activations and gradients of one layer's linears."""
 
     def __init__(self, tokens: int, linears: dict[str, tuple[int, int]]) -> None:
@@ -51,28 +52,28 @@ class Layer:
         self.quantize_weights()
         self.operands = {
             name: (
-                fp8.quantize_input(self.inputs[name]),
-                fp8.quantize_gradient(self.gradients[name]),
+                api.quantize_input(self.inputs[name]),
+                api.quantize_gradient(self.gradients[name]),
             )
             for name in linears
         }
 
     def quantize_weights(self) -> None:
-        """Both layouts of every weight from its FP32 master: once per optimizer step."""
+        """Quantize every FP32 master in both layouts, as training does once per optimizer step."""
         self.quantized = {}
         for name, master in self.masters.items():
-            codes = fp8.quantize_weight(master)
-            self.quantized[name] = (codes, fp8.transpose(codes))
+            codes = api.quantize_weight(master)
+            self.quantized[name] = (codes, api.transpose(codes))
 
     def variants(self) -> dict[str, Callable[[], Any]]:
-        """What is timed, by name."""
+        """The closures to time, by name."""
         return {
             "bf16 linears": self.bf16_linears,
             "fp8 linears": self.fp8_linears,
-            "fp8 GEMMs alone": self.fp8_gemms,
+            "fp8 GEMMs only": self.fp8_gemms,
             "bf16 forward": lambda: [self.inputs[n] @ w.t() for n, w in self.weights.items()],
             "fp8 forward": lambda: [
-                product(fp8.quantize(self.inputs[n]), w[0]) for n, w in self.quantized.items()
+                product(api.quantize(self.inputs[n]), w[0]) for n, w in self.quantized.items()
             ],
             "bf16 with producers": self.bf16_layer,
             "fp8 fused": self.fp8_layer,
@@ -86,14 +87,14 @@ class Layer:
             self._bf16_backward(name, x, grad)
 
     def fp8_linears(self) -> None:
-        """The same, with every activation and gradient quantised from BF16 by a kernel of its own."""
+        """The same in FP8, with a separate quantizer for every activation and gradient."""
         for name, (weight, _) in self.quantized.items():
-            x, x_t = fp8.quantize_input(self.inputs[name])
+            x, x_t = api.quantize_input(self.inputs[name])
             product(x, weight)
-            self._fp8_backward(name, x_t, *fp8.quantize_gradient(self.gradients[name]))
+            self._fp8_backward(name, x_t, *api.quantize_gradient(self.gradients[name]))
 
     def fp8_gemms(self) -> None:
-        """The same GEMMs on operands that are already quantised."""
+        """The same GEMMs on operands that are already quantized."""
         for name, ((x, x_t), gradients) in self.operands.items():
             product(x, self.quantized[name][0])
             self._fp8_backward(name, x_t, *gradients)
@@ -101,44 +102,44 @@ class Layer:
     def bf16_layer(self) -> None:
         """The linears with norm and SwiGLU, forward and backward."""
         hidden = self.inputs["qkv"]
-        normed, rstd = fp8.rms_norm(hidden, self.norm_weight, EPS)
+        normed, rstd = api.rms_norm(hidden, self.norm_weight, EPS)
         normed @ self.weights["qkv"].t()
         self.inputs["o"] @ self.weights["o"].t()
-        second, second_rstd = fp8.rms_norm(hidden, self.norm_weight, EPS)
+        second, second_rstd = api.rms_norm(hidden, self.norm_weight, EPS)
         second @ self.weights["gate_up"].t()
-        y = fp8.swiglu_product(self.gate, self.up)
+        y = api.swiglu_product(self.gate, self.up)
         y @ self.weights["down"].t()
         grad_y = self._bf16_backward("down", y, self.gradients["down"])
         grad_second = self._bf16_backward(
-            "gate_up", second, fp8.swiglu_backward(grad_y, self.gate, self.up)
+            "gate_up", second, api.swiglu_backward(grad_y, self.gate, self.up)
         )
-        fp8.rms_norm_backward(grad_second, hidden, second_rstd, self.norm_weight, None)
+        api.rms_norm_backward(grad_second, hidden, second_rstd, self.norm_weight, None)
         self._bf16_backward("o", self.inputs["o"], self.gradients["o"])
         grad_normed = self._bf16_backward("qkv", normed, self.gradients["qkv"])
-        fp8.rms_norm_backward(grad_normed, hidden, rstd, self.norm_weight, None)
+        api.rms_norm_backward(grad_normed, hidden, rstd, self.norm_weight, None)
 
     def fp8_layer(self) -> None:
-        """The same in FP8, quantisers fused into norm, SwiGLU and SwiGLU's backward."""
+        """The same in FP8, with quantizers fused into norm, SwiGLU and SwiGLU's backward."""
         hidden = self.inputs["qkv"]
-        normed, rstd = fp8.rms_norm_quantize(hidden, self.norm_weight, EPS)
+        normed, rstd = api.rms_norm_quantize(hidden, self.norm_weight, EPS)
         product(normed, self.quantized["qkv"][0])
-        attended, attended_t = fp8.quantize_input(self.inputs["o"])
+        attended, attended_t = api.quantize_input(self.inputs["o"])
         product(attended, self.quantized["o"][0])
-        second, second_rstd = fp8.rms_norm_quantize(hidden, self.norm_weight, EPS)
+        second, second_rstd = api.rms_norm_quantize(hidden, self.norm_weight, EPS)
         product(second, self.quantized["gate_up"][0])
-        y = fp8.swiglu_quantize(self.gate, self.up)
+        y = api.swiglu_quantize(self.gate, self.up)
         product(y, self.quantized["down"][0])
         grad_y = self._fp8_backward(
-            "down", fp8.transpose(y), *fp8.quantize_gradient(self.gradients["down"])
+            "down", api.transpose(y), *api.quantize_gradient(self.gradients["down"])
         )
-        gradient = fp8.swiglu_backward_quantize(grad_y, self.gate, self.up)
-        grad_second = self._fp8_backward("gate_up", fp8.transpose(second), *gradient)
-        fp8.rms_norm_backward(grad_second, hidden, second_rstd, self.norm_weight, None)
-        self._fp8_backward("o", attended_t, *fp8.quantize_gradient(self.gradients["o"]))
+        gradient = api.swiglu_backward_quantize(grad_y, self.gate, self.up)
+        grad_second = self._fp8_backward("gate_up", api.transpose(second), *gradient)
+        api.rms_norm_backward(grad_second, hidden, second_rstd, self.norm_weight, None)
+        self._fp8_backward("o", attended_t, *api.quantize_gradient(self.gradients["o"]))
         grad_normed = self._fp8_backward(
-            "qkv", fp8.transpose(normed), *fp8.quantize_gradient(self.gradients["qkv"])
+            "qkv", api.transpose(normed), *api.quantize_gradient(self.gradients["qkv"])
         )
-        fp8.rms_norm_backward(grad_normed, hidden, rstd, self.norm_weight, None)
+        api.rms_norm_backward(grad_normed, hidden, rstd, self.norm_weight, None)
 
     def _bf16_backward(self, name: str, x: Tensor, grad: Tensor) -> Tensor:
         grad.t() @ x

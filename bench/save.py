@@ -1,11 +1,13 @@
-"""What a checkpoint costs: the stall of a step by a save in the background, a synchronous save against the disk, a resume.
+"""Cost of a checkpoint: stall of a background save, rate of a synchronous save, time to resume.
 
     python bench/save.py [--to docs/results/save.md] [--dir DIR] [--large 1.5]
 
-The stall is measured on a decoder of 0.5 B parameters with AdamW's moments: time spent in starting the save and in waiting for the
-copy before the next update, against the time of a synchronous save. The large save streams a model of 1.5 B parameters (random
-weights; the two moments are the masters' memory again, so that 18 GB need 6): bytes per second, against sequential writes of
-the same size with one fsync at the end, in turns with it.
+The stall is measured on a decoder of 0.5 B parameters with AdamW moments: the time to start the
+save plus the wait for the host copy before the next update, against the time of a synchronous save.
+
+The large save streams 1.5 B random parameters with their moments. The moments alias the masters'
+memory, so 18 GB on disk need 6 GB of RAM. Its rate is compared with sequential writes of the same
+size with one fsync at the end; the two alternate.
 """
 
 import argparse
@@ -43,7 +45,10 @@ GIB, PIECE_BYTES = 2**30, 2**26
 
 
 def sequential_rate(directory: Path, num_bytes: int, early: bool) -> float:
-    """GiB/s of writing so many random bytes to one file and syncing it; `early`: written out from the start, as a save is."""
+    """GiB/s of writing `num_bytes` random bytes to one file with a final fsync.
+
+    early: start write-back after every piece, as a save does.
+    """
     piece = memoryview(os.urandom(PIECE_BYTES))
     path = directory / "sequential"
     began = time.perf_counter()
@@ -68,7 +73,7 @@ def hash_rate() -> float:
 
 
 def stall(directory: Path) -> list[str]:
-    """Lines about 0.5 B parameters."""
+    """Measure the stall and the resume with 0.5 B parameters; returns lines of Markdown."""
     model = Decoder.from_shape(
         ShapeSection(**HALF_BILLION),
         vocab_size=HALF_BILLION["vocab_size"],
@@ -102,9 +107,9 @@ def stall(directory: Path) -> list[str]:
         waited[0] += time.perf_counter() - started
 
     trainer.before_update = await_copy
-    quiet = [step() for _ in range(2)]
+    undisturbed = [step() for _ in range(2)]
     rows = []
-    for number in (2, 3):  # the first has to get the memory of the copies
+    for number in (2, 3):  # the first save allocates the host copies
         waited[0] = 0.0
         began = time.perf_counter()
         future = saver.start(number, trainer.tensors(), {"step": number})
@@ -113,7 +118,8 @@ def stall(directory: Path) -> list[str]:
         future.result()
         stalled = starting + waited[0]
         rows.append(
-            f"| background, save {number - 1} | {stalled:.3f} | {100 * stalled / synchronous:.1f} % | {first:.2f} |"
+            f"| background, save {number - 1} | {stalled:.3f} |"
+            f" {100 * stalled / synchronous:.1f} % | {first:.2f} |"
         )
     saver.close()
     store.close()
@@ -123,12 +129,12 @@ def stall(directory: Path) -> list[str]:
     trainer.load_tensors(checkpoint.tensors())
     resumed = time.perf_counter() - began
     return [
-        f"0.5 B: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {num_bytes / GIB:.2f} GiB a checkpoint, "
-        f"{len(tokens)} tokens a step.",
+        f"0.5 B: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters,"
+        f" {num_bytes / GIB:.2f} GiB per checkpoint, {len(tokens)} tokens per step.",
         "",
-        "| save | step blocked, s | of the synchronous one | step during the save, s |",
+        "| save | step blocked, s | of a synchronous save | step during the save, s |",
         "|---|---|---|---|",
-        f"| synchronous | {synchronous:.3f} | 100 % | {sum(quiet) / len(quiet):.2f} (none running) |",
+        f"| synchronous | {synchronous:.3f} | 100 % | {statistics.mean(undisturbed):.2f} (none) |",
         *rows,
         "",
         f"Resume: {resumed:.1f} s, of which {verified:.1f} s to verify every byte.",
@@ -136,7 +142,7 @@ def stall(directory: Path) -> list[str]:
 
 
 def large(directory: Path, billions: float, rounds: int) -> list[str]:
-    """Lines about the synchronous save and its resume."""
+    """Measure the synchronous save and its resume; returns lines of Markdown."""
     count = round(billions * 1e9 / 1000)
     masters = {f"parameters/{i}": torch.randn(count // 8, 125) for i in range(64)}
     tensors = dict(masters)
@@ -155,7 +161,8 @@ def large(directory: Path, billions: float, rounds: int) -> list[str]:
         store.close()
         ratios.append(rate / max(plain, early))
         rows.append(
-            f"| {number} | {plain:.3f} | {early:.3f} | {rate:.3f} | {ratios[-1]:.2f} | {os.getloadavg()[0]:.1f} |"
+            f"| {number} | {plain:.3f} | {early:.3f} | {rate:.3f} | {ratios[-1]:.2f} |"
+            f" {os.getloadavg()[0]:.1f} |"
         )
     after = peak_memory()
     began = time.perf_counter()
@@ -166,20 +173,22 @@ def large(directory: Path, billions: float, rounds: int) -> list[str]:
         loaded.read(name, unsharded(tensor.shape), tensor)
     resumed = time.perf_counter() - began
     return [
-        f"{billions:g} B: {num_bytes / GIB:.1f} GiB in GiB/s; SHA-256 in one thread: {hash_rate():.2f} GiB/s.",
+        f"{billions:g} B: {num_bytes / GIB:.1f} GiB, rates in GiB/s;"
+        f" SHA-256 in one thread: {hash_rate():.2f} GiB/s.",
         "",
-        "| round | sequential write | written out early | save | save / the faster of both | load average |",
+        "| round | plain write | early write-back | save | save / faster write | load average |",
         "|---|---|---|---|---|---|",
         *rows,
         "",
-        f"Median: **{statistics.median(ratios):.2f} of the disk**. Peak memory: {before:.2f} GiB before the saves, {after:.2f} after.",
+        f"Median: **{statistics.median(ratios):.2f} of the disk**."
+        f" Peak memory: {before:.2f} GiB before the saves, {after:.2f} after.",
         "",
         f"Resume: {resumed:.1f} s, of which {verified:.1f} s to verify every byte.",
     ]
 
 
 def peak_memory() -> float:
-    """GiB that this process has had in memory at most."""
+    """Peak resident memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -194,30 +203,32 @@ def main() -> None:
         type=float,
         default=1.5,
         metavar="BILLIONS",
-        help="size of the streamed save; 0: none",
+        help="parameters of the streamed save; 0 skips it",
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, help="of the streamed save and the writes beside it"
+        "--rounds", type=int, default=3, help="rounds of streamed save and plain writes"
     )
-    words = parser.parse_args()
-    directory = Path(tempfile.mkdtemp(prefix="infir2-save-", dir=words.dir))
+    options = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="infir2-save-", dir=options.dir))
     load = os.getloadavg()[0]
     try:
-        lines = (
-            large(directory, words.large, words.rounds) if words.large else []
-        )  # first: the peak of memory is its own
+        # The large save runs first, so the peak memory is its own.
+        lines = large(directory, options.large, options.rounds) if options.large else []
         shutil.rmtree(directory / "large", ignore_errors=True)
         lines += ["", *stall(directory)]
     finally:
         shutil.rmtree(directory)
-    noisy = f"{torch.get_num_threads()} of {os.cpu_count()} cores, load average at the start {load:.1f} (not ours)."
+    machine = (
+        f"{torch.get_num_threads()} of {os.cpu_count()} cores,"
+        f" load average at the start {load:.1f} (other programs)."
+    )
     text = (
-        "\n".join(["# Saving and resuming", "", "`python bench/save.py`", "", noisy, "", *lines])
+        "\n".join(["# Saving and resuming", "", "`python bench/save.py`", "", machine, "", *lines])
         + "\n"
     )
     print(text)
-    if words.to:
-        words.to.write_text(text, encoding="utf-8")
+    if options.to:
+        options.to.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
-"""Several GPUs of one host: is the arithmetic the same, how fast is it, what does it cost; one command, one table.
+"""Several GPUs of one host: equality with one process, speed, memory, cost of communication.
 
-    python bench/scale.py --out docs/results/scale-h200-x2.json            on all GPUs; docs/results/scale.md says what is measured
-    python bench/scale.py --gpus 4 --dry-run                               what would run, memory and minutes, without a GPU
-    python bench/scale.py --tiny --device cpu --gpus 2 --out /some/x.json  every line of it, on a CPU
-    python bench/scale.py --tiny --share-gpu --gpus 2 --out /some/x.json   the same on one GPU, NCCL's part through the host
+All GPUs (docs/results/scale.md describes the measurements):
 
-Each job is a torchrun of bench/scale_rank.py, most important first, bounded in time; results are written after each, so that
-a run that is cut off still brings what it has. A job that fails is one line, and the next one runs.
+    python bench/scale.py --out docs/results/scale-h200-x2.json
+
+Jobs, memory and minutes of a run, without a GPU:
+
+    python bench/scale.py --gpus 4 --dry-run
+
+Every code path on a CPU, or on one GPU with collectives through host memory:
+
+    python bench/scale.py --tiny --device cpu --gpus 2 --out x.json
+    python bench/scale.py --tiny --share-gpu --gpus 2 --out x.json
+
+Each job is a torchrun of bench/scale_rank.py with a time limit, the most important one first.
+Results are written after each job, so an interrupted run keeps them. A failed job prints one line
+and the next one runs.
 """
 
 import argparse
@@ -35,13 +44,14 @@ from infir2.preflight.gpu_memory import gpu_ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("equality", "throughput", "gather", "overlap", "save", "ray")
-# NVLink multicast is not available to guests of a shared host, and using it can take its GPUs out of service.
+# NVLink multicast is not available to guests of a shared host, and using it can take its GPUs out
+# of service.
 ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
 }
-# RECIPE.md section 4: BF16 and FP8 as (total ms, peak GB, TFLOP/s per GPU)
+# The published reference, BF16 and FP8: (total ms, peak GB, TFLOP/s per GPU).
 REFERENCE = {
     ("1.5B", 32768): ("TP2", (3170, 57.8, 345), (2950, 51.7, 360)),
     ("1.5B", 8192): ("TP1", (2030, 68.1, 340), (1590, 58.3, 376)),
@@ -52,56 +62,56 @@ REFERENCE = {
 
 @dataclass(frozen=True)
 class Job:
-    """One torchrun. Example: `Job("throughput", "7B 8192 dp2", 2, 2.0, {"work": "throughput", "sizes": (1, 2, 1, 1), ...})`."""
+    """One torchrun. Example: `Job("gather", "one block", 2, 0.5, {"work": "gather", ...})`."""
 
     section: str
     name: str
     ranks: int
-    minutes: float  # expected; three times as long ends it
-    settings: dict[str, Any]
+    minutes: float  # expected; the job is killed after three times as long
+    settings: dict[str, Any]  # read by bench/scale_rank.py
 
 
 def layouts(ranks: int) -> dict[str, tuple[int, int, int, int]]:
-    """Every kind of layout that so many ranks allow, name -> (dp_replicate, dp, cp, tp)."""
-    found = {
+    """Every kind of layout for this number of ranks: name -> (dp_replicate, dp, cp, tp)."""
+    layouts = {
         f"dp{ranks}": (1, ranks, 1, 1),
         f"tp{ranks}": (1, 1, 1, ranks),
         f"cp{ranks}": (1, 1, ranks, 1),
     }
     if ranks % 4 == 0:
         half = ranks // 2
-        found |= {
+        layouts |= {
             f"hsdp2x{half}": (2, half, 1, 1),
             f"dp{half}-tp2": (1, half, 1, 2),
             f"cp2-tp{half}": (1, 1, 2, half),
         }
-        found[f"dp{half}-cp2"] = (1, half, 2, 1)
+        layouts[f"dp{half}-cp2"] = (1, half, 2, 1)
     if ranks == 8:
-        found["dp2-cp2-tp2"] = (1, 2, 2, 2)
-    return found
+        layouts["dp2-cp2-tp2"] = (1, 2, 2, 2)
+    return layouts
 
 
-def plan(words: argparse.Namespace) -> list[Job]:
-    """The jobs, most important first."""
-    n, tiny = words.gpus, words.tiny
+def plan(options: argparse.Namespace) -> list[Job]:
+    """The jobs, the most important one first."""
+    n, tiny = options.gpus, options.tiny
     small: dict[str, object] = {
         "model": "tiny" if tiny else "small",
         "layers": 2 if tiny else 4,
         "sequences": 1,
         "length": 256 if tiny else 4096,
     }
-    possible = {
+    layouts_of_small = {
         name: sizes
         for name, sizes in layouts(n).items()
         if not tp_problem(config_of(case_of(small, True)), sizes[3], True)
     }
-    same = {
+    shared = {
         "steps": 2 if tiny else 10,
         "micro_batches": n,
-        "layouts": possible,
-        "text": str(words.text or ""),
+        "layouts": layouts_of_small,
+        "text": str(options.text or ""),
     }
-    jobs = [Job("equality", "equality", n, 1.5, {"work": "equality", **small, **same})]
+    jobs = [Job("equality", "equality", n, 1.5, {"work": "equality", **small, **shared})]
 
     def speed(
         model: str, length: int, ranks: int, sizes: tuple[int, int, int, int], minutes: float
@@ -127,18 +137,18 @@ def plan(words: argparse.Namespace) -> list[Job]:
         return Job("throughput", f"{model} {length} {name}", ranks, minutes, settings)
 
     dp, tp, cp = (1, n, 1, 1), (1, n // 2, 1, 2), (1, n // 2, 2, 1)
-    wanted = [
+    cases = [
         ("7B", 8192, n, dp, 1.0),
         ("1.5B", 8192, n, dp, 0.6),
         ("1.5B", 8192, 1, (1, 1, 1, 1), 0.6),
     ]
-    wanted += [
+    cases += [
         ("7B", 32768, n, dp, 1.3),
         ("1.5B", 32768, n, dp, 0.7),
         ("7B", 8192, n, tp, 1.0),
         ("7B", 32768, n, cp, 1.2),
     ]
-    jobs += [speed(*numbers) for numbers in (wanted[:1] if tiny else wanted)]
+    jobs += [speed(*numbers) for numbers in (cases[:1] if tiny else cases)]
     block = (
         {**small, "steps": 2}
         if tiny
@@ -151,7 +161,7 @@ def plan(words: argparse.Namespace) -> list[Job]:
     )
     jobs.insert(4, Job("save", "save and resume", n, 1.0, {}))
     jobs.insert(5, Job("ray", "a Ray launch", n, 0.8, {}))
-    return [job for job in jobs if job.section in words.sections.split(",")]
+    return [job for job in jobs if job.section in options.sections.split(",")]
 
 
 def config_of(case: Case) -> ModelConfig:
@@ -160,7 +170,7 @@ def config_of(case: Case) -> ModelConfig:
 
 
 def memory_gib(job: Job, fp8: bool) -> float:
-    """The ledger of bench/step.py's case, its weights shared by the ranks: an estimate of the peak of one GPU."""
+    """Estimate of one GPU's peak memory in GiB, from the ledger of the job's case."""
     case = case_of(job.settings, fp8)
     sizes = Sizes(*job.settings.get("sizes", (1, job.ranks, 1, 1)))
     return sum(gpu_ledger(config_of(case), case.recipe(), sizes).values()) / 2**30
@@ -178,57 +188,66 @@ def command(job: Job, script: str, *rest: str) -> list[str]:
     ]
 
 
-def execute(line: list[str], seconds: float, **variables: str) -> str:
-    """Run one command and all that it starts, for so long at most; the reason if it fails, else nothing."""
+def execute(command_line: list[str], seconds: float, **variables: str) -> str:
+    """Run a command in its own session, killed after `seconds`.
+
+    Returns the reason of a failure, or "".
+    """
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = (
         os.environ | ENVIRONMENT | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | variables
     )
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            line, env=environment, cwd=ROOT, stdout=said, stderr=said, start_new_session=True
+            command_line,
+            env=environment,
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
         try:
             code = process.wait(seconds)
-            reason = f"ended with {code}" if code else ""
+            reason = f"exit code {code}" if code else ""
         except subprocess.TimeoutExpired:
-            reason = f"ended after {seconds:.0f} s"
+            reason = f"killed after {seconds:.0f} s"
             process.terminate()  # torchrun ends its ranks, whose memory the next job needs
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(40)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        said.seek(0)
+        output.seek(0)
         if reason:
-            telling = [
+            errors = [
                 text.strip()
-                for text in said.read().splitlines()
+                for text in output.read().splitlines()
                 if "Error" in text and "ChildFailed" not in text
             ]
-            own = [
-                text for text in telling if "Connection closed" not in text and "NCCL" not in text
-            ]  # not what followed from it
-            reason += f": {(own or telling)[-1][:300]}" if telling else ""
+            # The ranks that lose their peer report NCCL errors; prefer the error that came first.
+            causes = [
+                text for text in errors if "Connection closed" not in text and "NCCL" not in text
+            ]
+            reason += f": {(causes or errors)[-1][:300]}" if errors else ""
         return reason
 
 
 def ranks_job(
-    job: Job, words: argparse.Namespace, seconds: float, directory: Path
+    job: Job, options: argparse.Namespace, seconds: float, directory: Path
 ) -> dict[str, Any]:
     spec, out = directory / "job.json", directory / "out.json"
     out.unlink(missing_ok=True)
-    settings = job.settings | {"device": words.device, "share_gpu": words.share_gpu}
+    settings = job.settings | {"device": options.device, "share_gpu": options.share_gpu}
     spec.write_text(json.dumps(settings), encoding="utf-8")
     reason = execute(
         command(job, str(ROOT / "bench" / "scale_rank.py"), str(spec), str(out)), seconds
     )
-    found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    return found | ({"failed": reason} if reason else {})
+    result = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    return result | ({"failed": reason} if reason else {})
 
 
-def training(words: argparse.Namespace, directory: Path, run: str, steps: int) -> list[str]:
-    """Words of a short pre-training run on the demo's world, in FP8, saved at its end."""
+def training(options: argparse.Namespace, directory: Path, run: str, steps: int) -> list[str]:
+    """Arguments of a short FP8 pre-training run on the demo's data, saved at its end."""
     from infir2.demo.world import DemoWorld, make_demo_world
 
     world = directory / "world"
@@ -251,7 +270,7 @@ def training(words: argparse.Namespace, directory: Path, run: str, steps: int) -
     ]
     paths += [
         f"--data.validation_sources.0.path={world / 'cpt_validation.jsonl'}",
-        f"--run.device={words.device}",
+        f"--run.device={options.device}",
     ]
     shape = {
         "hidden_size": 256,
@@ -262,7 +281,7 @@ def training(words: argparse.Namespace, directory: Path, run: str, steps: int) -
     }
     paths += [f"--model.shape.{name}={value}" for name, value in shape.items()]
     paths += [
-        f"--data.batch_sequences={words.gpus}",
+        f"--data.batch_sequences={options.gpus}",
         "--data.sequence_tokens=256",
         "--data.micro_batch_tokens=256",
     ]
@@ -282,46 +301,47 @@ def training(words: argparse.Namespace, directory: Path, run: str, steps: int) -
 
 
 def curve(run: Path) -> dict[int, float]:
-    found = [
+    """Training loss by step, from metrics.jsonl."""
+    lines = [
         json.loads(text)
         for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    return {line["step"]: line["loss"] for line in found if line["kind"] == "train"}
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
-def save(job: Job, words: argparse.Namespace, seconds: float, directory: Path) -> dict[str, Any]:
-    """4 steps on all GPUs, then 4 on half of them, against 8 undisturbed ones."""
-    if words.share_gpu:
-        return {"skipped": "infir2 takes a GPU for every rank"}
+def save(job: Job, options: argparse.Namespace, seconds: float, directory: Path) -> dict[str, Any]:
+    """Compare 4 steps on all GPUs plus 4 on half of them with 8 undisturbed steps."""
+    if options.share_gpu:
+        return {"skipped": "infir2 needs one GPU per rank"}
     half = Job("save", "half", max(1, job.ranks // 2), job.minutes, {})
-    for ranks, run, steps in ((job, "whole", 8), (job, "moved", 4), (half, "moved", 8)):
+    for ranks, run, steps in ((job, "undisturbed", 8), (job, "moved", 4), (half, "moved", 8)):
         reason = execute(
-            command(ranks, "-m infir2", *training(words, directory, run, steps)), seconds / 3
+            command(ranks, "-m infir2", *training(options, directory, run, steps)), seconds / 3
         )
         if reason:
             return {"failed": f"{run}, {ranks.ranks} ranks, to step {steps}: {reason}"}
-    whole, moved = curve(directory / "whole"), curve(directory / "moved")
+    undisturbed, moved = curve(directory / "undisturbed"), curve(directory / "moved")
     return {
-        "whole": whole,
+        "undisturbed": undisturbed,
         "moved": moved,
-        "largest difference": max(abs(whole[step] - moved[step]) for step in whole),
+        "largest difference": max(abs(undisturbed[step] - moved[step]) for step in undisturbed),
     }
 
 
-def ray(job: Job, words: argparse.Namespace, seconds: float, directory: Path) -> dict[str, Any]:
-    """The same run launched on a Ray cluster of this host."""
+def ray(job: Job, options: argparse.Namespace, seconds: float, directory: Path) -> dict[str, Any]:
+    """Launch the same run on a Ray cluster of this host."""
     program = shutil.which("ray")
-    if words.share_gpu:
-        return {"skipped": "infir2 takes a GPU for every rank"}
+    if options.share_gpu:
+        return {"skipped": "infir2 needs one GPU per rank"}
     if find_spec("ray") is None or program is None:
-        return {"skipped": "Ray is not installed here"}
+        return {"skipped": "Ray is not installed"}
     cluster = [
         "--head",
         "--node-ip-address=127.0.0.1",
         "--include-dashboard=false",
         f"--num-cpus={job.ranks}",
     ]
-    cluster += [f"--num-gpus={job.ranks if words.device == 'cuda' else 0}"]
+    cluster += [f"--num-gpus={job.ranks if options.device == 'cuda' else 0}"]
     try:
         reason = execute([program, "start", *cluster], 60)
         launch = [
@@ -329,12 +349,12 @@ def ray(job: Job, words: argparse.Namespace, seconds: float, directory: Path) ->
             "infir2",
             "launch",
             "ray",
-            *(["--cpu"] if words.device == "cpu" else []),
+            *(["--cpu"] if options.device == "cpu" else []),
             "--gpus-per-node",
             str(job.ranks),
         ]
         began = time.monotonic()
-        line = [sys.executable, *launch, "--", *training(words, directory, "ray", 4)]
+        line = [sys.executable, *launch, "--", *training(options, directory, "ray", 4)]
         reason = reason or execute(line, seconds, RAY_ADDRESS="127.0.0.1:6379")
         return (
             {"failed": reason}
@@ -345,30 +365,31 @@ def ray(job: Job, words: argparse.Namespace, seconds: float, directory: Path) ->
         execute([program, "stop"], 60)
 
 
-def rows_of(job: Job, found: dict[str, Any]) -> list[str]:
-    """What is printed of a job's results."""
-    rows = [f"{job.name}: {word}: {found[word]}" for word in ("failed", "skipped") if word in found]
+def rows_of(job: Job, result: dict[str, Any]) -> list[str]:
+    """The printed lines of a job's results."""
+    rows = [f"{job.name}: {key}: {result[key]}" for key in ("failed", "skipped") if key in result]
     if job.section == "equality":
         rows += [
-            f"{name:24s} largest difference of the loss {row['largest difference']:.2e}, first gradient {row[GRADIENT]:.0f} dB"
+            f"{name:24s} largest loss difference {row['largest difference']:.2e},"
+            f" first gradient {row[GRADIENT]:.0f} dB"
             + (
                 f", bytes equal: {row['bytes equal on all ranks']}"
                 if "bytes equal on all ranks" in row
                 else ""
             )
-            for name, row in found.items()
+            for name, row in result.items()
             if isinstance(row, dict)
         ]
     if job.section == "throughput":
-        rows += throughput_rows(job, found)
+        rows += throughput_rows(job, result)
     elif job.section != "equality" and not rows:
-        rows += [f"{job.name}, {key}: {value}" for key, value in found.items()]
+        rows += [f"{job.name}, {key}: {value}" for key, value in result.items()]
     return rows
 
 
-def throughput_rows(job: Job, found: dict[str, Any]) -> list[str]:
-    rows, bf16 = [], found.get("BF16")
-    for name, row in found.items():
+def throughput_rows(job: Job, result: dict[str, Any]) -> list[str]:
+    rows, bf16 = [], result.get("BF16")
+    for name, row in result.items():
         if not isinstance(row, dict):
             continue
         numbers = ("total", "forward", "backward", "peak_gib", "tflops", "tokens_per_second")
@@ -384,13 +405,14 @@ def throughput_rows(job: Job, found: dict[str, Any]) -> list[str]:
     if reference := REFERENCE.get((job.settings["model"], job.settings["length"])):
         layout, (slow, much, _), (fast, less, flops) = reference
         rows.append(
-            f"{'the reference, ' + layout:43s} FP8 {slow / fast:.2f}x as fast, memory {less / much:.2f}x, {flops} TFLOP/s"
+            f"{'the reference, ' + layout:43s} FP8 {slow / fast:.2f}x as fast,"
+            f" memory {less / much:.2f}x, {flops} TFLOP/s"
         )
     return rows
 
 
-def dry_run(jobs: list[Job], words: argparse.Namespace) -> None:
-    """Every command with what it is expected to take."""
+def dry_run(jobs: list[Job], options: argparse.Namespace) -> None:
+    """Print every job with its expected memory and minutes."""
     print(" ".join(f"{name}={value}" for name, value in ENVIRONMENT.items()))
     for job in jobs:
         memory = ""
@@ -400,10 +422,11 @@ def dry_run(jobs: list[Job], words: argparse.Namespace) -> None:
                 for name, fp8 in (("FP8", True), ("BF16", False))
             )
         print(
-            f"{job.section}: {job.name}: {job.minutes:g} minutes{memory}\n    {job.settings or 'infir2 cpt on the demo'}"
+            f"{job.section}: {job.name}: {job.minutes:g} minutes{memory}\n"
+            f"    {job.settings or 'infir2 cpt on the demo'}"
         )
         print(f"    torchrun --standalone --nproc_per_node={job.ranks}")
-    print(f"{sum(job.minutes for job in jobs):.1f} minutes in all; {words.minutes:g} allowed")
+    print(f"{sum(job.minutes for job in jobs):.1f} minutes in all; {options.minutes:g} allowed")
 
 
 def main() -> None:
@@ -412,57 +435,63 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON file for the raw numbers")
     parser.add_argument(
-        "--gpus", type=int, default=torch.cuda.device_count(), help="ranks (default: all GPUs here)"
+        "--gpus", type=int, default=torch.cuda.device_count(), help="ranks (default: all GPUs)"
     )
     parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated")
     parser.add_argument(
-        "--minutes", type=float, default=9.3, help="no job is begun that would end later"
+        "--minutes",
+        type=float,
+        default=9.3,
+        help="time budget; a job that would exceed it is skipped",
     )
     parser.add_argument(
         "--text",
         type=Path,
         help="train the equality section on this file's bytes instead of random tokens",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would run")
+    parser.add_argument("--dry-run", action="store_true", help="list the jobs")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few steps")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
-        "--share-gpu", action="store_true", help="all ranks on one GPU, for trying the command out"
+        "--share-gpu", action="store_true", help="all ranks on one GPU, to test the command"
     )
-    words = parser.parse_args()
-    if words.gpus < 2:
+    options = parser.parse_args()
+    if options.gpus < 2:
         parser.error(
-            f"this measures several GPUs and {words.gpus} is to be used: name a number with --gpus (with --dry-run, any)"
+            f"this needs at least 2 GPUs, not {options.gpus};"
+            " set --gpus (any number works with --dry-run)"
         )
-    jobs = plan(words)
-    if words.dry_run:
-        dry_run(jobs, words)
+    jobs = plan(options)
+    if options.dry_run:
+        dry_run(jobs, options)
         return
-    if words.out is None:
-        parser.error("--out FILE.json is where the results go")
-    began, report = (
-        time.monotonic(),
-        {"command": sys.argv, "torch": torch.__version__, "gpus": words.gpus},
-    )
-    if words.device == "cuda":
+    if options.out is None:
+        parser.error("--out FILE.json is required for the results")
+    began = time.monotonic()
+    report: dict[str, Any] = {
+        "command": sys.argv,
+        "torch": torch.__version__,
+        "gpus": options.gpus,
+    }
+    if options.device == "cuda":
         report["gpu"] = torch.cuda.get_device_name()
-    own = {"save": save, "ray": ray}
+    host_jobs = {"save": save, "ray": ray}
     with tempfile.TemporaryDirectory(prefix="infir2-scale-") as directory:
         for job in jobs:
-            left = 60 * words.minutes - (time.monotonic() - began)
-            found: dict[str, Any] = {
-                "skipped": f"{left:.0f} s are left and it takes about {60 * job.minutes:.0f}"
+            left = 60 * options.minutes - (time.monotonic() - began)
+            result: dict[str, Any] = {
+                "skipped": f"{left:.0f} s left, about {60 * job.minutes:.0f} s needed"
             }
             if left >= 60 * job.minutes:
                 try:
-                    found = own.get(job.section, ranks_job)(
-                        job, words, min(left, 180 * job.minutes), Path(directory)
+                    result = host_jobs.get(job.section, ranks_job)(
+                        job, options, min(left, 180 * job.minutes), Path(directory)
                     )
-                except Exception as error:  # the next job may still bring something
-                    found = {"failed": f"{type(error).__name__}: {error}"}
-            report[f"{job.section}: {job.name}"] = found
-            print(*rows_of(job, found), sep="\n", flush=True)
-            words.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+                except Exception as error:  # record it and run the next job
+                    result = {"failed": f"{type(error).__name__}: {error}"}
+            report[f"{job.section}: {job.name}"] = result
+            print(*rows_of(job, result), sep="\n", flush=True)
+            options.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

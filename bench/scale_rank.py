@@ -1,7 +1,8 @@
-"""What one rank of bench/scale.py does: `torchrun ... scale_rank.py JOB.json OUT.json`; rank 0 writes after each result.
+"""One rank of bench/scale.py: `torchrun ... scale_rank.py JOB.json OUT.json`.
 
-A job names one of `WORK` and its settings. With "share_gpu" all ranks work on one GPU and NCCL's part is done through the
-host by gloo: no figure then means anything, but every line runs, on a machine with a single GPU.
+A job names one of `WORK` and its settings; rank 0 writes OUT.json after each result. With
+"share_gpu" all ranks use one GPU and gloo replaces NCCL through host memory: the figures mean
+nothing then, but every line runs on a machine with a single GPU.
 """
 
 import gc
@@ -28,14 +29,15 @@ from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.numerics import Fp8Linear, SavedActivations
 from infir2.numerics.weight_cache import local_tensor
-from infir2.parallel import collectives as exchange
+from infir2.parallel import collectives
 from infir2.parallel.mesh import Layout, Sizes
 from infir2.parallel.parallel_model import ParallelModel
 from infir2.parallel.ranks import Ranks, init_ranks, shutdown_ranks
 from infir2.train.losses import NextTokenLoss, TokenScores, next_token_loss
 from infir2.train.trainer import Trainer
 
-# What 8 tensor-parallel ranks can share, with FP8's groups whole; and what a CPU's emulation does in a second.
+# "small" splits over 8 tensor-parallel ranks without cutting an FP8 block; "tiny" takes a second on
+# a CPU.
 SHAPES["small"] = SHAPES["1.5B"] | {
     "hidden_size": 1024,
     "num_heads": 8,
@@ -66,13 +68,13 @@ NO_WORK = (
     "FSDP::",
     "Optimizer.",
     "ProfilerStep",
-)  # copies, and names of stretches of the program
+)  # copies, and names of program regions
 GRADIENT = "decibels of the first gradient"
 Report = dict[str, Any]
 
 
 class Bench:
-    """A job on this rank."""
+    """A job on this rank: its settings, process group and results."""
 
     def __init__(self, job: Report, out: Path) -> None:
         self.job, self.out, self.report = job, out, Report()
@@ -81,13 +83,13 @@ class Bench:
             os.environ["LOCAL_RANK"] = "0"
         self.ranks: Ranks = init_ranks(torch.device(job["device"]), 300.0)
         if job.get("share_gpu"):
-            go_through_the_host()
+            use_host_collectives()
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
         )
 
-    def note(self, key: str, value: Any) -> None:
-        """Keep a result; rank 0 writes all so far."""
+    def record(self, key: str, value: Any) -> None:
+        """Record a result; rank 0 writes all results so far."""
         self.report[key] = value
         if self.ranks.is_rank0:
             partial = self.out.with_suffix(".part")
@@ -95,9 +97,9 @@ class Bench:
             partial.replace(self.out)
 
     def trainer(self, case: Case, sizes: Sizes, single_process: bool = False) -> Trainer:
-        """The same weights on every rank and in every layout, sharded, and an optimizer."""
+        """A trainer whose weights are the same in every layout, sharded unless `single_process`."""
         torch.manual_seed(0)
-        gc.collect()  # FSDP2's modules refer to each other in circles
+        gc.collect()  # FSDP2's modules form reference cycles
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -107,13 +109,13 @@ class Bench:
         )
         return Trainer(model, OptimizerSection(), case.loss_chunk_tokens, parallel_model)
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
 
 
 class Marks:
-    """Moments of this rank's stream, in rows that `set(first=True)` begins."""
+    """Time marks on this rank's stream; `set(first=True)` starts a new row."""
 
     def __init__(self, cuda: bool) -> None:
         self.cuda = cuda
@@ -129,40 +131,42 @@ class Marks:
             self.rows[-1].append(time.perf_counter())
 
     def milliseconds(self) -> list[list[float]]:
-        """Between the moments of each row."""
+        """Times between neighboring marks, row by row."""
         if self.cuda:
             torch.cuda.synchronize()
         between = (lambda a, b: a.elapsed_time(b)) if self.cuda else (lambda a, b: (b - a) * 1e3)
         return [[between(a, b) for a, b in itertools.pairwise(row)] for row in self.rows]
 
 
-def go_through_the_host() -> None:
-    """Let CUDA tensors of a collective travel as host tensors, over the same groups' gloo."""
+def use_host_collectives() -> None:
+    """Run collectives of CUDA tensors on host copies, with gloo in the same groups."""
     for name in COLLECTIVES:
         if original := getattr(dist, name, None):
 
-            def on_host(*args: Any, _original: Callable[..., Any] = original, **words: Any) -> None:
-                moved = {
+            def on_host(
+                *args: Any, _original: Callable[..., Any] = original, **kwargs: Any
+            ) -> None:
+                host = {
                     id(x): x.cpu()
-                    for x in (*args, *words.values())
+                    for x in (*args, *kwargs.values())
                     if isinstance(x, Tensor) and x.is_cuda
                 }
                 _original(
-                    *(moved.get(id(x), x) for x in args),
-                    **{name: moved.get(id(x), x) for name, x in words.items()},
+                    *(host.get(id(x), x) for x in args),
+                    **{name: host.get(id(x), x) for name, x in kwargs.items()},
                 )
-                for x in (*args, *words.values()):
-                    if id(x) in moved:
-                        x.copy_(moved[id(x)])
+                for x in (*args, *kwargs.values()):
+                    if id(x) in host:
+                        x.copy_(host[id(x)])
 
             setattr(dist, name, on_host)
-    exchange.all_gather_single = (
+    collectives.all_gather_single = (
         getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     )
 
 
 def batch_of(ids: Tensor, length: int) -> Batch:
-    """Windows of `length` tokens, each predicting its next."""
+    """A batch of sequences of `length` tokens that predict their next token."""
     positions, bounds = (
         torch.arange(length).repeat(len(ids) // length),
         torch.arange(0, len(ids) + 1, length, dtype=torch.int32),
@@ -172,7 +176,7 @@ def batch_of(ids: Tensor, length: int) -> Batch:
 
 
 def tokens(case: Case, seed: int, text: str) -> Tensor:
-    """A micro-batch of token ids: bytes of the text, or random ones."""
+    """Token ids of a micro-batch: bytes of the file `text`, or random ones."""
     if text:
         data = torch.frombuffer(bytearray(Path(text).read_bytes()), dtype=torch.uint8).long()
         return data.repeat(-(-(seed + 1) * case.tokens // len(data)))[
@@ -199,14 +203,15 @@ def case_of(job: Report, fp8: bool) -> Case:
 
 
 def digest(*tensors: Tensor) -> str:
-    found = hashlib.sha256()
+    """SHA-256 of the tensors' bytes."""
+    sha = hashlib.sha256()
     for x in tensors:  # a copy: numpy would pin memory that FSDP2 has to free
-        found.update(x.contiguous().view(torch.uint8).cpu().clone().numpy().tobytes())
-    return found.hexdigest()
+        sha.update(x.contiguous().view(torch.uint8).cpu().clone().numpy().tobytes())
+    return sha.hexdigest()
 
 
-def spy_on_bytes(model: Decoder) -> dict[str, str]:
-    """name -> digest of the codes and scales that the first forward reads, filled in as it runs."""
+def record_codes(model: Decoder) -> dict[str, str]:
+    """name -> digest of the codes and scales that the first forward reads; filled as it runs."""
     seen: dict[str, str] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, Fp8Linear):
@@ -221,38 +226,40 @@ def spy_on_bytes(model: Decoder) -> dict[str, str]:
     return seen
 
 
-def expected_bytes(bench: Bench, case: Case, parallel_model: ParallelModel) -> dict[str, str]:
-    """The digests of one process's weights, cut as tensor parallelism cuts them."""
+def expected_codes(bench: Bench, case: Case, parallel_model: ParallelModel) -> dict[str, str]:
+    """The digests of a single process's weights, split as tensor parallelism splits them."""
     torch.manual_seed(0)
-    whole = {}
+    digests = {}
     for name, layer in build(case, str(bench.device)).named_modules():
         if isinstance(layer, Fp8Linear):
             fp8, split = layer.quantized_weight(), parallel_model.splits.get(f"{name}.weight")
             parts = (fp8.codes.view(torch.uint8), fp8.scale)
-            whole[name] = digest(
+            digests[name] = digest(
                 *(
                     parts
                     if split is None
                     else (x.chunk(split.count, split.dim)[split.index] for x in parts)
                 )
             )
-    return whole
+    return digests
 
 
-def losses(trainer: Trainer, case: Case, job: Report, mine: slice) -> list[float]:
-    """Of `steps` steps on the same micro-batches, `mine` of which this rank reads."""
-    found = []
+def losses(trainer: Trainer, case: Case, job: Report, micro_batches: slice) -> list[float]:
+    """Losses of `steps` steps; `micro_batches` selects those that this rank reads."""
+    values = []
     for step in range(job["steps"]):
-        numbers = range(step * job["micro_batches"], (step + 1) * job["micro_batches"])[mine]
+        numbers = range(step * job["micro_batches"], (step + 1) * job["micro_batches"])[
+            micro_batches
+        ]
         batches = [
             batch_of(tokens(case, number, job.get("text", "")), case.length) for number in numbers
         ]
-        found.append(trainer.step(batches, next_token_loss, 1e-3).loss)
-    return found
+        values.append(trainer.step(batches, next_token_loss, 1e-3).loss)
+    return values
 
 
 def first_gradients(trainer: Trainer) -> dict[str, Tensor]:
-    """name -> this rank's part of the first step's gradient, filled in as it runs."""
+    """name -> this rank's shard of the first step's gradient; filled as it runs."""
     seen: dict[str, Tensor] = {}
 
     def keep(*_: object) -> None:
@@ -270,43 +277,45 @@ def first_gradients(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def decibels(
-    pairs: Iterable[tuple[Tensor, Tensor]], gather: Callable[[Any], list[Any]] = lambda mine: [mine]
+    pairs: Iterable[tuple[Tensor, Tensor]], gather: Callable[[Any], list[Any]] = lambda sums: [sums]
 ) -> float:
-    """Of what was found against what was expected, the pairs of all ranks as one vector; 300 where they are equal."""
+    """Signal-to-error ratio of (actual, expected) pairs of all ranks as one vector.
+
+    Equal pairs give 300 dB.
+    """
     error, total = 0.0, 0.0
-    for found, expected in pairs:
-        error += float((found - expected).double().square().sum())
+    for actual, expected in pairs:
+        error += float((actual - expected).double().square().sum())
         total += float(expected.double().square().sum())
     errors, totals = zip(*gather((error, total)), strict=True)
     return 10 * math.log10(sum(totals) / max(sum(errors), 1e-30 * sum(totals)))
 
 
-def parts_and_wanted(
-    parallel_model: ParallelModel, parts: dict[str, Tensor], whole: dict[str, Tensor]
+def gradient_pairs(
+    parallel_model: ParallelModel, shards: dict[str, Tensor], full: dict[str, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of each gradient, found and cut out of the whole one."""
+    """(this rank's shard, the same part of the full gradient) of every parameter."""
     for name, spec in parallel_model.shard_specs.items():
         ranges = tuple(
             slice(first, first + size)
             for first, size in zip(spec.offset, spec.local_shape, strict=True)
         )
-        yield parts[name], whole[name][ranges]
+        yield shards[name], full[name][ranges]
 
 
 def equality(bench: Bench) -> None:
-    """Losses and the first gradient of every layout against one process, and the bytes of gathered FP8 weights."""
+    """Compare every layout with a single process: losses, first gradient, gathered FP8 codes."""
     for fp8 in (True, False):
         case, job = case_of(bench.job, fp8), bench.job
         name = "FP8" if fp8 else "BF16"
-        # every rank works alone at the same time: none waits longer than a timeout for another
+        # Every rank trains the full model at the same time, so no rank waits into a timeout.
         trainer = bench.trainer(case, Sizes(), single_process=True)
-        whole = first_gradients(trainer)
+        full = first_gradients(trainer)
         single_process = losses(trainer, case, job, slice(None))
         del trainer
-        bench.note(f"{name} alone", single_process)
-        trainer = bench.trainer(
-            case, Sizes(), single_process=True
-        )  # what a GPU's own order of sums leaves of equality
+        bench.record(f"{name} single process", single_process)
+        # A repetition shows how far a GPU's summation order alone differs.
+        trainer = bench.trainer(case, Sizes(), single_process=True)
         again = first_gradients(trainer)
         repeated = losses(trainer, case, job, slice(None))
         row = {
@@ -315,41 +324,41 @@ def equality(bench: Bench) -> None:
                 abs(a - b) for a, b in zip(repeated, single_process, strict=True)
             ),
         }
-        bench.note(
-            f"{name} alone, again",
-            row | {GRADIENT: decibels((again[key], whole[key]) for key in whole)},
+        bench.record(
+            f"{name} single process, repeated",
+            row | {GRADIENT: decibels((again[key], full[key]) for key in full)},
         )
         del trainer, again
         for layout, numbers in job["layouts"].items():
             sizes = Sizes(*numbers)
             trainer = bench.trainer(case, sizes)
-            expected = expected_bytes(bench, case, trainer.parallel_model) if fp8 else {}
-            seen, parts = spy_on_bytes(trainer.model), first_gradients(trainer)
-            found = losses(
+            expected = expected_codes(bench, case, trainer.parallel_model) if fp8 else {}
+            codes, shards = record_codes(trainer.model), first_gradients(trainer)
+            layout_losses = losses(
                 trainer,
                 case,
                 job,
                 slice(trainer.parallel_model.layout.data_rank, None, sizes.num_data),
             )
             row = {
-                "losses": found,
+                "losses": layout_losses,
                 "largest difference": max(
-                    abs(a - b) for a, b in zip(found, single_process, strict=True)
+                    abs(a - b) for a, b in zip(layout_losses, single_process, strict=True)
                 ),
             }
             row[GRADIENT] = decibels(
-                parts_and_wanted(trainer.parallel_model, parts, whole), bench.ranks.all_gather
+                gradient_pairs(trainer.parallel_model, shards, full), bench.ranks.all_gather
             )
             if fp8:
                 row["bytes equal on all ranks"] = all(
-                    bench.ranks.all_gather(bool(seen) and seen == expected)
+                    bench.ranks.all_gather(bool(codes) and codes == expected)
                 )
-            bench.note(f"{name} {layout}", row)
+            bench.record(f"{name} {layout}", row)
             del trainer
 
 
 def throughput(bench: Bench) -> None:
-    """FP8 and BF16 with what both keep for the backward; on request also FP8 that keeps gate and up as FP8."""
+    """Measure FP8 and BF16 with default activations; on request also FP8 pre-activations."""
     small = (
         {"FP8, gate/up in FP8": (True, SavedActivations(pre_activations="fp8"))}
         if bench.job.get("small")
@@ -358,11 +367,11 @@ def throughput(bench: Bench) -> None:
     for name, (fp8, saved) in (
         {"FP8": (True, SavedActivations()), "BF16": (False, SavedActivations())} | small
     ).items():
-        bench.note(name, measure(bench, replace(case_of(bench.job, fp8), saved=saved)))
+        bench.record(name, measure(bench, replace(case_of(bench.job, fp8), saved=saved)))
 
 
 def measure(bench: Bench, case: Case) -> dict[str, float]:
-    """Medians of steps by the definitions of bench/step.py; tokens and operations are one GPU's share."""
+    """Medians over steps, defined as in bench/step.py; tokens and operations per GPU."""
     sizes, marks = Sizes(*bench.job["sizes"]), Marks(bench.cuda)
     trainer = bench.trainer(case, sizes)
     batch = batch_of(tokens(case, trainer.parallel_model.layout.data_rank, ""), case.length)
@@ -392,7 +401,7 @@ def measure(bench: Bench, case: Case) -> dict[str, float]:
 
 
 def gather(bench: Bench) -> None:
-    """One block's all-gather: bytes that a rank receives, milliseconds with its copies in and out."""
+    """Measure one block's all-gather: received bytes, milliseconds including copies."""
     sizes = Sizes(dp=bench.ranks.size)
     for fp8 in (True, False):
         case = case_of(bench.job, fp8)
@@ -405,15 +414,15 @@ def gather(bench: Bench) -> None:
         marks = Marks(bench.cuda)
         for _ in range(bench.job["steps"] + 2):
             received.clear()
-            bench.ranks.all_gather(None)  # all begin together
+            bench.ranks.all_gather(None)  # a barrier, so all ranks start at the same time
             marks.set(first=True)
             block.unshard()
             marks.set()
-            bench.wait()
+            bench.synchronize()
             block.reshard()
         size = sum(received) * (bench.ranks.size - 1) // bench.ranks.size
         median = statistics.median(span for (span,) in marks.milliseconds()[2:])
-        bench.note(
+        bench.record(
             "FP8" if fp8 else "BF16",
             {"bytes": size, "milliseconds": median, "GB/s": size / median / 1e6},
         )
@@ -421,23 +430,23 @@ def gather(bench: Bench) -> None:
 
 
 def count_gathered_bytes() -> list[int]:
-    """Sizes of the results of all-gathers, filled in as they run."""
+    """Sizes of all-gather results in bytes; filled as they run."""
     sizes: list[int] = []
     for name in GATHERS:
         if original := getattr(dist, name, None):
 
             def counted(
-                output: Tensor, *args: Any, _original: Callable[..., Any] = original, **words: Any
+                output: Tensor, *args: Any, _original: Callable[..., Any] = original, **kwargs: Any
             ) -> Any:
                 sizes.append(output.nbytes)
-                return _original(output, *args, **words)
+                return _original(output, *args, **kwargs)
 
             setattr(dist, name, counted)
     return sizes
 
 
 def overlap(bench: Bench) -> None:
-    """The share of the communication's time that lies under computation, from a profile of one step."""
+    """Profile one step: the share of communication time that computation hides."""
     activity = torch.profiler.ProfilerActivity
     for fp8 in (True, False):
         case = case_of(bench.job, fp8)
@@ -449,7 +458,7 @@ def overlap(bench: Bench) -> None:
             activities=[activity.CUDA] if bench.cuda else [activity.CPU]
         ) as trace:
             trainer.step([batch], next_token_loss, 1e-5)
-            bench.wait()
+            bench.synchronize()
         kind = torch.autograd.DeviceType.CUDA if bench.cuda else torch.autograd.DeviceType.CPU
         spans = [
             (e.name, e.time_range.start, e.time_range.end)
@@ -460,19 +469,22 @@ def overlap(bench: Bench) -> None:
         works = [
             span[1:] for span in spans if not span[0].startswith(NO_WORK) and "nccl" not in span[0]
         ]
-        total, under = sum(end - start for start, end in sends), covered(sends, works)
-        bench.note(
+        total, hidden = sum(end - start for start, end in sends), covered(sends, works)
+        bench.record(
             "FP8" if fp8 else "BF16",
             {
                 "communication_ms": total / 1e3,
-                "under_computation": under / total if total else None,
+                "under_computation": hidden / total if total else None,
             },
         )
         del trainer
 
 
 def covered(spans: Iterable[tuple[float, float]], by: Iterable[tuple[float, float]]) -> float:
-    """How much of `spans` lies under the union of `by`. Example: `covered([(0, 4)], [(1, 2), (1.5, 3), (9, 10)])` -> 2."""
+    """Length of `spans` that the union of `by` covers.
+
+    Example: `covered([(0, 4)], [(1, 2), (1.5, 3), (9, 10)])` -> 2.
+    """
     union: list[list[float]] = []
     for start, end in sorted(by):
         if union and start <= union[-1][1]:

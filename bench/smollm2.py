@@ -1,10 +1,11 @@
-"""A real 135M-parameter model through the package on a CPU: parity, FP8 perplexity, CPT, SFT, export.
+"""A real 135M-parameter model on a CPU: parity, FP8 perplexity, CPT, SFT, export.
 
     python bench/smollm2.py --model DIR --data DIR --out docs/results/smollm2.md [--quick]
 
-`--model` is a Hugging Face directory of SmolLM2-135M-Instruct; `--data` holds corpus/*.jsonl.gz (documents with `text`)
-and train/gsm8k_train.jsonl.gz, eval/gsm8k_test.jsonl.gz (`problem`, `solution`). Training goes through the `infir2` command
-with recipes/smollm2. About 10 minutes on 2 cores; `--quick` takes fewer tokens and steps. Exit code 1 if a bound does not hold.
+`--model` is a Hugging Face directory of SmolLM2-135M-Instruct. `--data` has corpus/*.jsonl.gz
+(documents with `text`), train/gsm8k_train.jsonl.gz and eval/gsm8k_test.jsonl.gz (`problem`,
+`solution`). Training runs the `infir2` command with recipes/smollm2. It takes about 10 minutes on 2
+cores; `--quick` uses fewer tokens and steps. The exit code is 1 if a bound does not hold.
 """
 
 import argparse
@@ -40,26 +41,27 @@ PAGES = ("openstax_ccby", "python_docs", "public_domain_english", "openlogic")
 
 @dataclass
 class Result:
-    """Lines of the report, and the bounds that did not hold."""
+    """Lines of the report, and the bounds that do not hold."""
 
     lines: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    def say(self, text: str) -> None:
+    def add(self, text: str) -> None:
         print(text, flush=True)
         self.lines.append(text)
 
     def check(self, holds: bool, text: str) -> None:
-        self.say(f"- {'holds' if holds else 'DOES NOT HOLD'}: {text}")
+        self.add(f"- {'holds' if holds else 'DOES NOT HOLD'}: {text}")
         if not holds:
             self.failures.append(text)
 
 
 def greedy_parity(model_dir: Path, result: Result, num_tokens: int) -> None:
-    """Our greedy choice in BF16 at every token of transformers' greedy continuation in BF16.
+    """Compare our greedy choice with every token of transformers' greedy continuation, in BF16.
 
-    transformers rounds its logits to BF16, whose spacing at 16-32 is 0.125, so a difference counts as a tie when we rate its
-    token within two spacings of our best; ties are told.
+    transformers rounds its logits to BF16, whose spacing between 16 and 32 is 0.125. A different
+    token therefore counts as a tie if we rate it within two spacings of our best; ties are
+    reported.
     """
     from transformers import AutoModelForCausalLM
 
@@ -99,23 +101,23 @@ def mean_loss(model: Decoder, batches: list[Batch]) -> float:
 
 
 class EmulatedLinear(nn.Module):
-    """An FP8 Linear written without infir2: quantise and dequantise weight and input, then a plain FP32 product."""
+    """An FP8 Linear without infir2: quantize and dequantize weight and input, multiply in FP32."""
 
     def __init__(self, linear: nn.Linear, activations: bool) -> None:
         super().__init__()
         self.activations, self.bias = activations, linear.bias
         self.weight = nn.Parameter(
-            self._rounded(linear.weight.detach().float(), 128), requires_grad=False
+            self._round_to_fp8(linear.weight.detach().float(), 128), requires_grad=False
         )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activations:
-            x = self._rounded(x.float().flatten(0, -2), 1).view(x.shape)
+            x = self._round_to_fp8(x.float().flatten(0, -2), 1).view(x.shape)
         out = x.float() @ self.weight.t()
         return (out if self.bias is None else out + self.bias.float()).bfloat16()
 
     @staticmethod
-    def _rounded(x: Tensor, block: int) -> Tensor:
+    def _round_to_fp8(x: Tensor, block: int) -> Tensor:
         rows, columns = x.shape
         out = torch.empty_like(x)
         for r in range(0, rows, block if block > 1 else rows):
@@ -135,7 +137,7 @@ class EmulatedLinear(nn.Module):
 
 
 def emulated_loss(model_dir: Path, batches: list[Batch], activations: bool) -> tuple[float, float]:
-    """transformers' own model in BF16, and with its Linears emulated: (loss BF16, loss FP8)."""
+    """(loss in BF16, loss with emulated FP8 Linears) of transformers' model."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
@@ -166,7 +168,7 @@ def emulated_loss(model_dir: Path, batches: list[Batch], activations: bool) -> t
 def perplexity(
     model_dir: Path, data: Path, result: Result, num_batches: int, pages: Sequence[str] = PAGES
 ) -> None:
-    """FP8 against BF16 on pages of several kinds, and against an emulation on transformers' model."""
+    """Compare FP8 with BF16 on several kinds of text, and with an emulation in transformers."""
     tokenizer = load_tokenizer(model_dir)
     batches = []
     for page in pages:
@@ -183,30 +185,32 @@ def perplexity(
             if scale_format is not None:
                 convert_to_fp8(model, scale_format)
             losses[name] = mean_loss(model, batches)
-    result.say(f"\nPerplexity over {tokens:,} tokens of {', '.join(pages)}:\n")
-    result.say("| weights and activations | perplexity | against BF16 |\n|---|---|---|")
+    result.add(f"\nPerplexity over {tokens:,} tokens of {', '.join(pages)}:\n")
+    result.add("| weights and activations | perplexity | against BF16 |\n|---|---|---|")
     rises = {name: 100 * math.expm1(loss - losses["BF16"]) for name, loss in losses.items()}
     for name, loss in losses.items():
-        result.say(f"| {name} | {math.exp(loss):.3f} | {rises[name]:+.2f} % |")
+        result.add(f"| {name} | {math.exp(loss):.3f} | {rises[name]:+.2f} % |")
     plain, emulated = emulated_loss(model_dir, batches, activations=True)
     rise = 100 * math.expm1(emulated - plain)
-    result.say(f"| transformers BF16 | {math.exp(plain):.3f} | |")
-    result.say(
-        f"| transformers, FP8 pow2 emulated independently | {math.exp(emulated):.3f} | {rise:+.2f} % |\n"
+    result.add(f"| transformers BF16 | {math.exp(plain):.3f} | |")
+    result.add(
+        "| transformers, FP8 pow2 emulated independently |"
+        f" {math.exp(emulated):.3f} | {rise:+.2f} % |\n"
     )
     result.check(rises["FP8 pow2"] <= 4.0, "pow2 perplexity within 4 % of BF16's")
     result.check(rises["FP8 fp32"] <= 4.0, "fp32 perplexity within 4 % of BF16's")
     result.check(
         abs(rises["FP8 pow2"] - rise) <= 0.3,
-        f"within 0.3 points of the independent emulation ({rises['FP8 pow2']:.2f} % and {rise:.2f} %)",
+        "within 0.3 points of the independent emulation"
+        f" ({rises['FP8 pow2']:.2f} % and {rise:.2f} %)",
     )
 
 
 def train(verb: str, model_dir: Path, data: Path, work: Path, result: Result, steps: int) -> Path:
-    """Through the command, as a user would; the validation loss must fall."""
+    """Train with the command, as a user would; the validation loss must fall. Returns the run."""
     run = work / verb
     if verb == "cpt":
-        # validated on another book of logic than the one trained on, so that the fall is not memory
+        # Validate on another book of logic, so memorization does not lower the loss.
         sources = {
             "sources.0": "corpus/openlogic.jsonl.gz",
             "validation_sources.0": "corpus/hott_book.jsonl.gz",
@@ -216,11 +220,11 @@ def train(verb: str, model_dir: Path, data: Path, work: Path, result: Result, st
             "sources.0": "train/gsm8k_train.jsonl.gz",
             "validation_sources.0": "eval/gsm8k_test.jsonl.gz",
         }
-    words = [f"--data.{name}.path={data / path}" for name, path in sources.items()]
-    words += [f"--model.path={model_dir}", f"--run.dir={run}", f"--schedule.total_steps={steps}"]
+    options = [f"--data.{name}.path={data / path}" for name, path in sources.items()]
+    options += [f"--model.path={model_dir}", f"--run.dir={run}", f"--schedule.total_steps={steps}"]
     start = time.monotonic()
     subprocess.run(
-        [sys.executable, "-m", "infir2", verb, str(RECIPES / f"{verb}.toml"), *words], check=True
+        [sys.executable, "-m", "infir2", verb, str(RECIPES / f"{verb}.toml"), *options], check=True
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["validation_loss"] for line in lines if line["kind"] == "validation"]
@@ -234,7 +238,7 @@ def train(verb: str, model_dir: Path, data: Path, work: Path, result: Result, st
 
 
 def exported_sentences(run: Path, work: Path, result: Result) -> None:
-    """The trained model, exported and reloaded by transformers, writes."""
+    """Export the trained model, reload it with transformers, and generate."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     subprocess.run(
@@ -260,22 +264,22 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="fewer tokens and steps")
-    words = parser.parse_args()
+    options = parser.parse_args()
     result = Result()
-    result.say(
+    result.add(
         "# SmolLM2-135M-Instruct on a CPU\n\nWritten by `python bench/smollm2.py"
-        + (" --quick" if words.quick else "")
+        + (" --quick" if options.quick else "")
         + "`.\n"
     )
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        greedy_parity(words.model, result, 8 if words.quick else 32)
-        perplexity(words.model, words.data, result, 1 if words.quick else 3)
-        for verb in ("cpt",) if words.quick else ("cpt", "sft"):
-            run = train(verb, words.model, words.data, work, result, 2 if words.quick else 20)
+        greedy_parity(options.model, result, 8 if options.quick else 32)
+        perplexity(options.model, options.data, result, 1 if options.quick else 3)
+        for verb in ("cpt",) if options.quick else ("cpt", "sft"):
+            run = train(verb, options.model, options.data, work, result, 2 if options.quick else 20)
         exported_sentences(run, work, result)
-    if words.out:
-        words.out.write_text("\n".join(result.lines) + "\n", encoding="utf-8")
+    if options.out:
+        options.out.write_text("\n".join(result.lines) + "\n", encoding="utf-8")
     return 1 if result.failures else 0
 
 

@@ -1,12 +1,16 @@
-"""A whole training step on one GPU, our FP8 against our BF16 and against public stacks, with random weights of the true shapes.
+"""A full training step on one GPU: our FP8 against our BF16 and against public stacks.
 
     python bench/step.py --out step.json [--cases 1.5B-8k,7B-8k,...] [--profile] [--peer]
 
-Both of ours are the same code: fused norm, SwiGLU, RoPE, head and residual gradients, the same attention, FP32 masters,
-gradients and AdamW states; FP8 differs in the Linears' operands alone. Times are medians of CUDA events over whole steps;
-`activations` is what the forward leaves allocated. TFLOP/s counts 6 x parameters x tokens (all but the input embedding)
-plus causal attention (half the square) of forward and backward; what is recomputed is not counted. `--peer` runs Hugging
-Face's model with Liger's kernels and cuDNN attention, BF16 weights and states, in a process of its own.
+Weights are random, shapes are the models' own. Our FP8 and BF16 run the same code: fused norm,
+SwiGLU, RoPE, head and residual gradients, the same attention, FP32 masters, gradients and AdamW
+moments. Only the operands of the Linears differ. Times are medians of CUDA events over full steps;
+`activations` is the memory that the forward leaves allocated.
+
+TFLOP/s counts 6 x parameters x tokens (all parameters except the input embedding) plus causal
+attention (half the square) of forward and backward; recomputation is not counted. `--peer` runs
+Hugging Face's model with Liger's kernels and cuDNN attention, BF16 weights and moments, in a
+separate process.
 """
 
 import argparse
@@ -51,18 +55,29 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1.5B": dict(zip(_KEYS, (1536, 28, 12, 2, 8960, 151936, True), strict=True)),
     "7B": dict(zip(_KEYS, (3584, 28, 28, 4, 18944, 152064, False), strict=True)),
 }
-PLAIN = SavedActivations()
+DEFAULT = SavedActivations()
+FP8_PRE_ACTIVATIONS = SavedActivations(pre_activations="fp8")
+SELECTIVE = SavedActivations(recompute="selective")
+SELECTIVE_FP8 = SavedActivations(recompute="selective", pre_activations="fp8")
+SMALLEST = SavedActivations(
+    recompute="selective", pre_activations="fp8", keep_transposed_weights=False
+)
+SMALL_OPTIMIZER: dict[str, Any] = {
+    "moment_dtype": "fp8",
+    "grad_dtype": "bf16",
+    "loss_chunk_tokens": 1024,
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table."""
+    """One row of the table. Example: `Case("7B", 1, 8192, fp8=True, layers=14)`."""
 
-    model: str
+    model: str  # key of SHAPES
     sequences: int
-    length: int
+    length: int  # of a sequence, in tokens
     fp8: bool
-    saved: SavedActivations = PLAIN
+    saved: SavedActivations = DEFAULT
     recompute: Literal["none", "full"] = "none"
     layers: int = 28
     optimizer: bool = True
@@ -76,7 +91,7 @@ class Case:
         return self.sequences * self.length
 
     def recipe(self) -> TrainRecipe:
-        """The keys that a user would set for this line."""
+        """The keys that a user would set for this case."""
         saved = self.saved
         recompute = "full" if self.recompute == "full" else saved.recompute
         pre: Literal["bfloat16", "fp8"] = "fp8" if saved.pre_activations == "fp8" else "bfloat16"
@@ -94,22 +109,17 @@ class Case:
         )
 
 
-SAVED = SavedActivations(pre_activations="fp8")
-LEAN = SavedActivations(recompute="selective", pre_activations="fp8")
-SELECTIVE = SavedActivations(recompute="selective")
-LEANEST = SavedActivations(
-    recompute="selective", pre_activations="fp8", keep_transposed_weights=False
-)
-BEST: dict[str, Any] = {"moment_dtype": "fp8", "grad_dtype": "bf16", "loss_chunk_tokens": 1024}
 CASES: dict[str, dict[str, Case]] = {
     "1.5B-8k": {
         "BF16": Case("1.5B", 2, 8192, False),
         "FP8": Case("1.5B", 2, 8192, True),
-        "FP8, gate/up in FP8": Case("1.5B", 2, 8192, True, SAVED),
+        "FP8, gate/up in FP8": Case("1.5B", 2, 8192, True, FP8_PRE_ACTIVATIONS),
         "BF16, selective recompute": Case("1.5B", 2, 8192, False, SELECTIVE),
         "FP8, selective recompute": Case("1.5B", 2, 8192, True, SELECTIVE),
-        "FP8, gate/up in FP8, selective recompute": Case("1.5B", 2, 8192, True, LEAN),
-        "FP8, least memory without full recompute": Case("1.5B", 2, 8192, True, LEANEST, **BEST),
+        "FP8, gate/up in FP8, selective recompute": Case("1.5B", 2, 8192, True, SELECTIVE_FP8),
+        "FP8, least memory without full recompute": Case(
+            "1.5B", 2, 8192, True, SMALLEST, **SMALL_OPTIMIZER
+        ),
         "FP8, fp32 scales": Case("1.5B", 2, 8192, True, scale_format="fp32"),
     },
     "1.5B-32k": {
@@ -131,15 +141,16 @@ def build(case: Case, device: str = "cuda") -> Decoder:
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(0, 0.02) if parameter.ndim == 2 else parameter.fill_(
-                0.0 if name.endswith("bias") else 1.0
-            )
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.02)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     model.saved_activations, model.recompute = case.saved, case.recompute
     return convert_to_fp8(model) if case.fp8 else model
 
 
 class Step:
-    """A model with random weights and what one optimizer step does with it."""
+    """A model with random weights, an optimizer, and the parts of one step."""
 
     def __init__(self, case: Case) -> None:
         self.case, recipe = case, case.recipe()
@@ -151,10 +162,8 @@ class Step:
         self.activations = 0
 
     def forward(self, measure_activations: bool = False) -> torch.Tensor:
-        if (
-            measure_activations
-        ):  # the FP8 copies of the weights are made before, so that they do not count
-            self._touch()
+        if measure_activations:  # quantize the weights before, so they do not count
+            self._prepare_weights()
         before = torch.cuda.memory_allocated()
         hidden = self.model.hidden_states(self.ids, self.positions, self.bounds)
         if measure_activations:
@@ -181,18 +190,18 @@ class Step:
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
-        """As after an update, but the weights are still those that were quantised."""
+        """Free the gradients without changing the weights, so their FP8 codes stay valid."""
         for parameter in self.model.parameters():
             parameter.grad = None
 
-    def quantise(self) -> None:
-        """What the first forward and backward after an update do once: both layouts of every weight."""
+    def quantize(self) -> None:
+        """Quantize every weight in both layouts, as the first micro-batch after an update does."""
         for layer in self.model.modules():
             if isinstance(layer, Fp8Linear):
                 invalidate(layer.weight)
-        self._touch()
+        self._prepare_weights()
 
-    def _touch(self) -> None:
+    def _prepare_weights(self) -> None:
         from infir2.numerics.stacked_weights import stack
 
         block: Any
@@ -204,17 +213,18 @@ class Step:
                 (mlp.gate_proj, mlp.up_proj),
                 (mlp.down_proj,),
             ):
-                whole = stack(layers)
-                assert whole is not None
-                whole.operand()
-                whole.operand_t(self.case.saved.keep_transposed_weights)
+                stacked = stack(layers)
+                assert stacked is not None
+                stacked.operand()
+                stacked.operand_t(self.case.saved.keep_transposed_weights)
 
 
 def measure(case: Case, steps: int) -> dict[str, float]:
-    """Medians over `steps` steps; milliseconds, GiB, TFLOP/s.
+    """Medians over `steps` steps: milliseconds, GiB, TFLOP/s.
 
-    `forward` and `backward` are of the first micro-batch after an update, which prepares the operands of all weights (codes,
-    or BF16 copies); `further` is forward + backward of one that finds them prepared, as the second of a step does.
+    `forward` and `backward` time the first micro-batch after an update, which prepares the operands
+    of all weights (codes, or BF16 copies). `further` times forward + backward of a later
+    micro-batch, whose operands are ready.
     """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -247,10 +257,10 @@ def measure(case: Case, steps: int) -> dict[str, float]:
         "activations_gib": step.activations / 2**30,
     }
     result |= {
-        "further": _further(step, steps),
+        "further": _further_milliseconds(step, steps),
         "further_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
-    if case.optimizer:  # the ledger is of a training step
+    if case.optimizer:  # the ledger counts an optimizer
         ledger = gpu_ledger(step.model.config, case.recipe())
         result |= {
             "ledger_gib": sum(ledger.values()) / 2**30,
@@ -264,14 +274,14 @@ def measure(case: Case, steps: int) -> dict[str, float]:
     if case.fp8:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        step.quantise()
+        step.quantize()
         torch.cuda.synchronize()
-        result["weights_quantised"] = (time.perf_counter() - start) * 1e3
+        result["weights_quantized"] = (time.perf_counter() - start) * 1e3
     return result
 
 
-def _further(step: Step, count: int) -> float:
-    """Median milliseconds of forward + backward with weights that are prepared."""
+def _further_milliseconds(step: Step, count: int) -> float:
+    """Median milliseconds of forward + backward with prepared weights."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -283,7 +293,7 @@ def _further(step: Step, count: int) -> float:
 
 
 def flops(case: Case) -> float:
-    """Operations of forward and backward."""
+    """Floating-point operations of forward and backward."""
     s = SHAPES[case.model]
     d, f, n, g = s["hidden_size"], s["ffn_size"], s["num_heads"], s["num_kv_heads"]
     head = d // n
@@ -293,9 +303,10 @@ def flops(case: Case) -> float:
 
 
 def train_7b(text: Path, steps: int) -> dict[str, Any]:
-    """All parameters of 7B on one GPU, 8,192 bytes of text a step (a byte is a token): losses and the peak.
+    """Train all parameters of 7B on one GPU, 8,192 bytes of text per step, one token per byte.
 
-    FP32 masters and clipping; 8-bit moments, BF16 gradients, full recompute, one layout of the FP8 weights.
+    FP32 masters, clipping, 8-bit moments, BF16 gradients, full recomputation, and FP8 weights in
+    one layout. Returns losses, median seconds per step and the peak.
     """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -307,7 +318,7 @@ def train_7b(text: Path, steps: int) -> dict[str, Any]:
             True,
             SavedActivations(keep_transposed_weights=False),
             recompute="full",
-            **BEST,
+            **SMALL_OPTIMIZER,
         )
     )
     assert step.optimizer is not None
@@ -351,9 +362,17 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from liger_kernel.transformers import apply_liger_kernel_to_qwen2
 apply_liger_kernel_to_qwen2()
 s = json.loads(sys.argv[1])
-config = Qwen2Config(hidden_size=s["hidden_size"], num_hidden_layers=s["num_layers"], num_attention_heads=s["num_heads"],
-    num_key_value_heads=s["num_kv_heads"], intermediate_size=s["ffn_size"], vocab_size=s["vocab_size"],
-    tie_word_embeddings=s["tie_embeddings"], attn_implementation="sdpa", use_cache=False)
+config = Qwen2Config(
+    hidden_size=s["hidden_size"],
+    num_hidden_layers=s["num_layers"],
+    num_attention_heads=s["num_heads"],
+    num_key_value_heads=s["num_kv_heads"],
+    intermediate_size=s["ffn_size"],
+    vocab_size=s["vocab_size"],
+    tie_word_embeddings=s["tie_embeddings"],
+    attn_implementation="sdpa",
+    use_cache=False,
+)
 torch.set_default_dtype(torch.bfloat16)
 with torch.device("cuda"):
     model = Qwen2ForCausalLM(config)
@@ -377,7 +396,7 @@ print(json.dumps({"total": total, "peak_gib": torch.cuda.max_memory_allocated() 
 
 
 def peer(model: str, sequences: int, length: int) -> dict[str, Any]:
-    """Hugging Face with Liger's kernels on the same shape."""
+    """Time Hugging Face with Liger's kernels on the same shape."""
     arguments = json.dumps({**SHAPES[model], "sequences": sequences, "length": length})
     done = subprocess.run(
         [sys.executable, "-c", PEER, arguments], capture_output=True, text=True, check=False
@@ -389,7 +408,7 @@ def peer(model: str, sequences: int, length: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the table as it grows and write the raw numbers."""
+    """Print each row when it is measured and write the raw numbers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -400,15 +419,15 @@ def main() -> None:
         "--profile",
         default="",
         metavar="CASES",
-        help="also the kernels of one forward and backward, FP8 and BF16",
+        help="also list the kernels of one forward and backward of these cases",
     )
     parser.add_argument(
         "--train-7b",
         type=Path,
         metavar="TEXT",
-        help="also 20 steps of 7B, all parameters, on this text",
+        help="also train all parameters of 7B on this text for 20 steps",
     )
-    parser.add_argument("--peer", action="store_true", help="also Hugging Face + Liger")
+    parser.add_argument("--peer", action="store_true", help="also time Hugging Face with Liger")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     report: dict[str, Any] = {

@@ -1,10 +1,11 @@
-"""Speed of `infir2 tokenize` against the tokenizers library alone, in turns, on the same texts and number of processes.
+"""Speed of `infir2 tokenize` against the bare tokenizers library, alternating on the same texts.
 
-    python bench/tokenizing.py SOURCE --tokenizer DIR [--processes 2] [--rounds 3] [--to docs/results/tokenize.md]
+    python bench/tokenizing.py SOURCE --tokenizer DIR [--processes 2] [--rounds 3] [--to
+    docs/results/tokenize.md]
 
-The library alone: each process holds its share of the texts in memory, calls `encode_batch_fast` (64 texts at a time) and counts
-the tokens; loading the tokenizer is not timed. Ours: unpacking, JSON, checks, tokens, both files on the disk; start and loading of
-the tokenizer are timed apart.
+The bare library: each process holds its share of the texts in memory, calls `encode_batch_fast` on
+64 texts at a time and counts tokens; loading the tokenizer is not timed. Ours: decompression, JSON,
+checks, tokens, both files on disk; start-up and loading of the tokenizer are timed separately.
 """
 
 import argparse
@@ -47,11 +48,13 @@ def _encode(texts: list[str], tokenizer_file: str, barrier: Any, results: Any) -
     results.put((num_tokens, time.perf_counter() - started, time.process_time() - cpu))
 
 
-def library_alone(texts: list[str], tokenizer: Path, processes: int) -> tuple[float, float]:
-    """Tokens per second of all processes together, from the first call to the end of the slowest; tokens per CPU second."""
+def bare_library(texts: list[str], tokenizer: Path, processes: int) -> tuple[float, float]:
+    """(tokens per second of all processes until the slowest ends, tokens per CPU second)."""
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(processes), context.Queue()
-    by_length = sorted(texts, key=len, reverse=True)  # equal shares: nobody waits for the other
+    by_length = sorted(
+        texts, key=len, reverse=True
+    )  # equal shares, so processes end at the same time
     shares = [by_length[index::processes] for index in range(processes)]
     workers = [
         context.Process(
@@ -61,15 +64,15 @@ def library_alone(texts: list[str], tokenizer: Path, processes: int) -> tuple[fl
     ]
     for worker in workers:
         worker.start()
-    found = [results.get() for _ in workers]
+    measured = [results.get() for _ in workers]
     for worker in workers:
         worker.join()
-    tokens, seconds, cpu_seconds = zip(*found, strict=True)
+    tokens, seconds, cpu_seconds = zip(*measured, strict=True)
     return sum(tokens) / max(seconds), sum(tokens) / sum(cpu_seconds)
 
 
 def ours(source: Path, tokenizer: Path, processes: int) -> tuple[float, float, float]:
-    """Tokens per second without and with the loading of the tokenizer; tokens per CPU second without it."""
+    """Tokens per second without and with tokenizer loading; tokens per CPU second without it."""
     started, cpu = time.perf_counter(), cpu_seconds()
     load_tokenizer(tokenizer)
     loading, loading_cpu = time.perf_counter() - started, cpu_seconds() - cpu
@@ -85,7 +88,7 @@ def ours(source: Path, tokenizer: Path, processes: int) -> tuple[float, float, f
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """CPU seconds of this process and of its children that have ended."""
     return sum(
         usage.ru_utime + usage.ru_stime
         for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -99,53 +102,46 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--to", type=Path)
-    words = parser.parse_args()
-    texts = read_texts(words.source)
+    options = parser.parse_args()
+    texts = read_texts(options.source)
     rows = []
-    for _ in range(words.rounds):
+    for _ in range(options.rounds):
         rows.append(
             (
-                *library_alone(texts, words.tokenizer, words.processes),
-                *ours(words.source, words.tokenizer, words.processes),
+                *bare_library(texts, options.tokenizer, options.processes),
+                *ours(options.source, options.tokenizer, options.processes),
             )
         )
-    single_process, alone_cpu, without, whole, without_cpu = (
+    bare, bare_cpu, without_loading, with_loading, cpu = (
         statistics.median(column) for column in zip(*rows, strict=True)
     )
     lines = [
-        "# Tokenising, thousand tokens per second",
+        "# Tokenizing, thousand tokens per second",
         "",
-        f"{words.processes} processes, {len(texts):,} documents of {sum(map(len, texts)) / 1e6:.1f} M characters, "
-        f"tokenizer {words.tokenizer.name}, median of {words.rounds} rounds, the two in turns; {os.cpu_count()} CPUs.",
+        f"{options.processes} processes, {len(texts):,} documents of"
+        f" {sum(map(len, texts)) / 1e6:.1f} M characters, tokenizer {options.tokenizer.name},"
+        f" median of {options.rounds} alternating rounds; {os.cpu_count()} CPUs.",
         "",
-        "| | k tokens/s | against the library alone | each round |",
+        "| | k tokens/s | against the bare library | each round |",
         "|---|---|---|---|",
     ]
     for name, value, base, column in (
-        (
-            "tokenizers library alone, texts in memory, nothing written",
-            single_process,
-            single_process,
-            0,
-        ),
-        (
-            "`infir2 tokenize`, from the first byte read to the renamed files",
-            without,
-            single_process,
-            2,
-        ),
-        ("the same with loading of the tokenizer", whole, single_process, 3),
-        ("tokenizers library alone, per CPU second", alone_cpu, alone_cpu, 1),
-        ("`infir2 tokenize`, per CPU second", without_cpu, alone_cpu, 4),
+        ("bare tokenizers library, texts in memory, nothing written", bare, bare, 0),
+        ("`infir2 tokenize`, first byte read to files renamed", without_loading, bare, 2),
+        ("the same with loading of the tokenizer", with_loading, bare, 3),
+        ("bare tokenizers library, per CPU second", bare_cpu, bare_cpu, 1),
+        ("`infir2 tokenize`, per CPU second", cpu, bare_cpu, 4),
     ):
-        lines.append(
-            f"| {name} | {value / 1e3:,.0f} | {value / base:.2f} | {', '.join(f'{row[column] / 1e3:,.0f}' for row in rows)} |"
-        )
-    command = f"python bench/tokenizing.py SOURCE --tokenizer {words.tokenizer.name} --processes {words.processes} --rounds {words.rounds}"
+        rounds = ", ".join(f"{row[column] / 1e3:,.0f}" for row in rows)
+        lines.append(f"| {name} | {value / 1e3:,.0f} | {value / base:.2f} | {rounds} |")
+    command = (
+        f"python bench/tokenizing.py SOURCE --tokenizer {options.tokenizer.name}"
+        f" --processes {options.processes} --rounds {options.rounds}"
+    )
     lines += ["", f"Measured with `{command}`."]
     print("\n".join(lines))
-    if words.to:
-        words.to.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if options.to:
+        options.to.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def test_losses_and_bytes_are_those_of_one_process(found: dict[str, Any]) -> Non
         assert found["equality"][f"FP8 {layout}"]["decibels of the first gradient"] > (100 if layout == "dp2" else 45)
         assert found["equality"][f"BF16 {layout}"]["decibels of the first gradient"] > (100 if layout == "dp2" else 45)
     assert found["equality"]["FP8 dp2"]["largest difference"] < 1e-6
-    assert found["equality"]["FP8 alone, again"]["decibels of the first gradient"] == pytest.approx(300), "a CPU repeats itself"
+    assert found["equality"]["FP8 single process, repeated"]["decibels of the first gradient"] == pytest.approx(300), "a CPU repeats itself"
 
 
 def test_figures_of_speed_and_traffic(found: dict[str, Any]) -> None:
