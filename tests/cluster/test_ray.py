@@ -1,6 +1,7 @@
-"""Ray on CPU: every stage through `infir2 launch ray` and `ray job submit`; a dead or stuck rank, node and engine; stops; codes.
+"""Ray on CPU: the stages through `infir2 launch ray` and `ray job submit`.
 
-Needs root, unshare and the `ray` program of the environment named by INFIR2_RAY_BIN (`make test-cluster` makes one).
+Ranks, nodes and engines die or get stuck; runs are stopped; exit codes arrive. Needs root, unshare
+and the `ray` program of the environment that INFIR2_RAY_BIN names (`make test-cluster` makes one).
 """
 
 import os
@@ -97,7 +98,9 @@ def test_sft_and_rl_survive_a_dead_rank_and_a_dead_node(
 
     run(sft("sft-undisturbed"))
     script = f"""
-    INFIR2_FAULTS=train.step:18 {LAUNCH} 1 --max-restarts 2 -- {shlex.join(sft("sft"))}; echo "code $?"
+    export INFIR2_FAULTS=train.step:18
+    {LAUNCH} 1 --max-restarts 2 -- {shlex.join(sft("sft"))}; echo "code $?"
+    unset INFIR2_FAULTS
     {LAUNCH} 2 -- {shlex.join(rl_words(world, start, tmp_path / "rl"))} & waiting=$!
     until grep -qs '"step": 3' rl/metrics.jsonl || ! kill -0 $waiting; do sleep 0.1; done
     kill -9 $(pgrep -f '^ray::Node')  # the node's actor, and by the kernel all that it started
@@ -129,7 +132,8 @@ def kill_engines(times: int) -> str:
     """Shell: SIGKILL `times` times an engine that is generating, after the first step."""
     return f"""
     for _ in $(seq {times}); do
-      until grep -qs '"step": 1' rl/metrics.jsonl && pid=$(pgrep -f '^ray::EngineActor.generate' | head -n 1) && [ -n "$pid" ]; do
+      until grep -qs '"step": 1' rl/metrics.jsonl &&
+        pid=$(pgrep -f '^ray::EngineActor.generate' | head -n 1) && [ -n "$pid" ]; do
         sleep 0.05
       done
       kill -9 $pid; while kill -0 $pid 2>/dev/null; do sleep 0.05; done
@@ -147,9 +151,13 @@ def test_engines_apart_die_in_a_step(
     kills: int,
     restarts: int,
 ) -> None:
-    """One of two: the other does its work, and it comes back. The only one, twice: all starts again from the newest checkpoint."""
+    """One of two dies: the other does its work, and Ray restarts it.
+
+    The only one dies twice, more often than allowed: the run restarts from the newest checkpoint.
+    """
     words = shlex.join(rl_words(world, start, tmp_path / "rl"))
-    script = f'{kill_engines(kills)}\n{LAUNCH} 1 --engines {engines} --max-restarts {restarts} -- {words}; echo "code $?"'
+    launch = f"{LAUNCH} 1 --engines {engines} --max-restarts {restarts}"
+    script = f'{kill_engines(kills)}\n{launch} -- {words}; echo "code $?"'
     result = on_ray(script, tmp_path)
     said = result.stdout + result.stderr
     assert "code 0" in result.stdout, said
@@ -166,11 +174,18 @@ def test_engines_apart_die_in_a_step(
 def test_an_engine_that_makes_no_progress_is_ended(
     world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path, call: str
 ) -> None:
-    """SIGSTOP to one of two: it is killed after the timeout, the other does its work, and it comes back."""
+    """SIGSTOP to one of two: it is killed after the timeout, and Ray restarts it."""
     words = shlex.join(rl_words(world, start, tmp_path / "rl", parallel__timeout_seconds=20))
     script = f"""
-    until_trained() {{ until [ {call} = generate ] || grep -qs '"step": 1,' rl/metrics.jsonl; do sleep 0.01; done; }}
-    stop() {{ until pid=$(pgrep -f '^ray::EngineActor.{call}' | head -n 1) && [ -n "$pid" ]; do sleep 0.01; done; kill -STOP $pid; }}
+    until_trained() {{
+      until [ {call} = generate ] || grep -qs '"step": 1,' rl/metrics.jsonl; do sleep 0.01; done
+    }}
+    stop() {{
+      until pid=$(pgrep -f '^ray::EngineActor.{call}' | head -n 1) && [ -n "$pid" ]; do
+        sleep 0.01
+      done
+      kill -STOP $pid
+    }}
     ( until_trained; stop ) &
     {LAUNCH} 1 --engines 2 -- {words}; echo "code $?"
     """
@@ -188,7 +203,7 @@ def test_an_engine_that_makes_no_progress_is_ended(
 def test_a_preempted_run_with_engines_apart_saves_and_goes_on(
     world: Path, start: Path, tmp_path: Path
 ) -> None:
-    """SIGTERM to the launcher: code 75, the last step saved; the resumed run ends as the undisturbed one."""
+    """SIGTERM to the launcher: code 75, the last step is saved; the resumed run ends the same."""
 
     def words(name: str) -> list[str]:
         return rl_words(
@@ -217,7 +232,7 @@ def test_a_preempted_run_with_engines_apart_saves_and_goes_on(
 def test_asynchronous_rl_outlives_an_engine_and_a_rank(
     world: Path, start: Path, tmp_path: Path
 ) -> None:
-    """Engines apart sample while two ranks train: one of two engines dies, then, in another run, a rank."""
+    """Two ranks train while two engines sample: an engine dies and, in another run, a rank."""
 
     def asynchronous(name: str) -> list[str]:
         return rl_words(
@@ -233,7 +248,8 @@ def test_asynchronous_rl_outlives_an_engine_and_a_rank(
     script = f"""
     {kill_engines(1)}
     {LAUNCH} 2 --engines 2 -- {shlex.join(asynchronous("rl"))}; echo "code $?"
-    INFIR2_FAULTS=train.step:5 {LAUNCH} 1 --engines 1 -- {shlex.join(asynchronous("again"))}; echo "code $?"
+    export INFIR2_FAULTS=train.step:5
+    {LAUNCH} 1 --engines 1 -- {shlex.join(asynchronous("again"))}; echo "code $?"
     """
     result = on_ray(script, tmp_path)
     said = result.stdout + result.stderr
@@ -247,7 +263,7 @@ def test_asynchronous_rl_outlives_an_engine_and_a_rank(
 
 
 def test_two_nodes_go_on_when_a_dead_one_is_replaced(world: Path, tmp_path: Path) -> None:
-    """Two raylets, a rank on each: one raylet is killed, and another one started when the launcher waits for it."""
+    """Two raylets with a rank each: one is killed; another starts while the launcher waits."""
     words = options(
         world,
         tmp_path / "run",
@@ -273,7 +289,10 @@ def test_two_nodes_go_on_when_a_dead_one_is_replaced(world: Path, tmp_path: Path
         timeout=240,
     )
     script = f"""
-    node() {{ {shlex.quote(str(RAY))} start --address=$RAY_ADDRESS --node-ip-address=127.0.0.1 --num-cpus=1 --disable-usage-stats; }}
+    node() {{
+      {shlex.quote(str(RAY))} start --address=$RAY_ADDRESS --node-ip-address=127.0.0.1 \
+        --num-cpus=1 --disable-usage-stats
+    }}
     head=$(pgrep -x raylet); node; second=$(pgrep -x raylet | grep -vx $head)
     {LAUNCH} 1 --nodes 2 -- {shlex.join(words)} > log 2>&1 & waiting=$!
     until grep -qs '"step": 12,' run/metrics.jsonl || ! kill -0 $waiting; do sleep 0.1; done

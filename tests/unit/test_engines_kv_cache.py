@@ -48,7 +48,10 @@ def packed_stream(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def generate(model: Decoder, first: list[int], step: int) -> tuple[Tensor, Tensor]:
-    """(packed, cached) hidden states; cached ones come `first[i]` tokens at first and `step` at a time after that."""
+    """(packed, cached) hidden states.
+
+    The cached ones are computed `first[i]` tokens of sequence i in the first pass, then `step`.
+    """
     token_ids, positions, cu_seqlens = packed_stream(LENGTHS)
     cache, done, sizes = poisoned_cache(model), [0] * len(LENGTHS), first
     cached = torch.full(

@@ -1,4 +1,4 @@
-"""verify-weights --engine: a server with the right weights passes, one with others fails, one without the key is named."""
+"""verify-weights --engine: right and wrong weights behind a server, and a server that refuses."""
 
 import http.server
 import json
