@@ -1,4 +1,4 @@
-"""Floor 2: files to packed batches. Sources, rows, mixture, chat template, packing, loader, and the demo's small world."""
+"""From files to packed batches: sources, rows, chat template, mixture, packing, loader."""
 
 from infir2.data.chat import ChatTokenizer, load_tokenizer
 from infir2.data.loader import Loader, load_prompts, validation_batches

@@ -1,7 +1,8 @@
-"""Training data by optimizer steps: mixed, tokenised when needed, packed, and resumed in the middle of an epoch.
+"""Training data by optimizer step: mixed, tokenized on demand, packed, resumable within an epoch.
 
-Every rank reads the same stream of rows and keeps its part of each step's batches, so that ranks never disagree on the
-number of steps and a run can go on with another number of ranks. The next step is prepared in a thread.
+Every rank reads the same stream of rows and keeps its share of each step's micro-batches, so that
+ranks always agree on the number of steps and a run can resume with another number of ranks. A
+thread prepares the next step.
 """
 
 import copy
@@ -11,14 +12,14 @@ from pathlib import Path
 
 from infir2.config.schema import DataSection, SourceSection
 from infir2.data.chat import ChatTokenizer
-from infir2.data.packing import pack, split_among_ranks
+from infir2.data.packing import concatenate, split_among_ranks
 from infir2.data.rows import Quarantine, open_source, parse_prompt
 from infir2.data.sources import RowError, Source
 from infir2.data.streams import (
     DocumentWindows,
-    Samples,
     SampleStream,
     SampleWindows,
+    SinglePacks,
     State,
     TrainingKind,
     slice_sample,
@@ -28,13 +29,23 @@ from infir2.errors import ConfigError, DataError
 
 
 class Loader:
-    """Steps of this rank's micro-batches, for ever.
+    """An endless stream of optimizer steps: this rank's micro-batches of each step.
 
-    Example: `Loader(section, "messages", tokenizer, seed=1236).next_step()` -> [Batch, ...], each of at most
-    `micro_batch_tokens`. The state is a small JSON object: the same steps follow it with any number of ranks.
+    Its state is a small JSON object that does not depend on the number of ranks.
 
-    The section is one that `infir2.config.rules` lets pass. Raises ConfigError (tokenizer without what the kind needs),
-    DataError (sources).
+    Example: `Loader(section, "messages", tokenizer, seed=1236).next_step()` returns a list of
+    `Batch`, each of at most `section.micro_batch_tokens` tokens.
+
+    Args:
+        section: a section that `infir2.config.rules` accepts.
+        kind: "documents" trains every token, "messages" the assistant turns.
+        seed: seed of the order of rows.
+        rank: data-parallel rank, of `world_size`.
+        quarantine: file in which rank 0 lists unusable rows; None lists none.
+
+    Raises:
+        ConfigError: the tokenizer lacks a chat template or an end-of-document token.
+        DataError: a source cannot be used.
     """
 
     def __init__(
@@ -56,30 +67,34 @@ class Loader:
         self._stream = SampleStream(
             section.sources, section, kind, tokenizer, seed, self._quarantine
         )
-        self._units = self._make_units()
+        self._packs = self._make_packs()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-data")
         self._pending: Future[tuple[list[Batch], State]] | None = None
         self._state = self._snapshot()
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Optimizer steps in a pass over the rows; None where it depends on the tokens (windows)."""
+        """Optimizer steps per pass over the rows; None for windows, which depend on tokens."""
         if not self._section.batch_samples:
             return None
         return -(-self.num_rows // self._section.batch_samples)
 
     @property
     def num_rows(self) -> int:
-        """Of all sources, usable or not."""
+        """Rows of all sources, usable or not."""
         return self._stream.mixture.num_rows
 
     @property
     def quarantined(self) -> dict[str, dict[str, int]]:
-        """Unusable rows met so far: source -> reason -> count."""
+        """Unusable rows so far: {source: {reason: count}}."""
         return copy.deepcopy(self._state["quarantined"])
 
     def next_step(self) -> list[Batch]:
-        """The next step's micro-batches of this rank: at least one, as many as every other rank's. Raises DataError."""
+        """Return this rank's micro-batches of the next step, at least one; every rank gets as many.
+
+        Raises:
+            DataError: more rows than allowed are unusable, or a sample exceeds a micro-batch.
+        """
         pending = self._pending or self._thread.submit(self._make_step)
         self._pending = None
         batches, self._state = pending.result()
@@ -87,30 +102,34 @@ class Loader:
         return batches
 
     def state_dict(self) -> State:
-        """Where the stream stands after the last step handed out; goes through JSON unchanged."""
+        """Return the position after the last returned step, as an object that JSON preserves."""
         return copy.deepcopy(self._state)
 
     def load_state_dict(self, state: State) -> None:
-        """Go on after the step that `state` was taken at. Raises DataError when the data is not the same any more."""
+        """Continue after the step at which `state` was taken.
+
+        Raises:
+            DataError: the kind of data, the seed, or the number of rows has changed.
+        """
         if self._pending is not None:
-            self._pending.exception()  # wait: the thread must not move the stream any more
+            self._pending.exception()  # wait: the thread must not advance the stream any further
             self._pending = None
         for name in ("kind", "seed", "rows"):
             if state[name] != self._state[name]:
                 raise DataError(
-                    f"the checkpoint's data position belongs to other data ({name} was {state[name]}, is {self._state[name]}): "
+                    f"the checkpoint's data position belongs to other data "
+                    f"({name} was {state[name]}, is {self._state[name]}): "
                     "restore data.sources and run.seed, or start a new run."
                 )
-        self._units.load_state_dict(state["place"])
-        self._quarantine.load_state_dict(
-            state["quarantined"]
-        )  # last: going to the place may meet counted rows again
+        self._packs.load_state_dict(state["place"])
+        # Last, because restoring the position may read unusable rows that are already counted.
+        self._quarantine.load_state_dict(state["quarantined"])
         self._state = copy.deepcopy(state)
 
-    def _make_units(self) -> "Samples | DocumentWindows | SampleWindows":
+    def _make_packs(self) -> SinglePacks | DocumentWindows | SampleWindows:
         section = self._section
         if section.batch_samples:
-            return Samples(self._stream)
+            return SinglePacks(self._stream)
         if self._kind == "documents":
             return DocumentWindows(self._stream, section.sequence_tokens)
         return SampleWindows(
@@ -118,20 +137,19 @@ class Loader:
         )
 
     def _make_step(self) -> tuple[list[Batch], State]:
-        units = [
-            self._units.unit()
-            for _ in range(self._section.batch_samples or self._section.batch_sequences)
-        ]
-        return split_among_ranks(
-            units, self._section.micro_batch_tokens, self._rank, self._world_size
-        ), self._snapshot()
+        section = self._section
+        num_packs = section.batch_samples or section.batch_sequences
+        packs = [self._packs.next_pack() for _ in range(num_packs)]
+        batches = split_among_ranks(packs, section.micro_batch_tokens, self._rank, self._world_size)
+        return batches, self._snapshot()
 
     def _snapshot(self) -> State:
+        # These keys are in saved checkpoints: do not rename them.
         return {
             "kind": self._kind,
             "seed": self._seed,
             "rows": [len(source) for source in self._stream.sources],
-            "place": self._units.state_dict(),
+            "place": self._packs.state_dict(),
             "quarantined": self._quarantine.state_dict(),
         }
 
@@ -144,9 +162,13 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> list[Batch]:
-    """This rank's part of at most `limit` micro-batches per rank of `validation_sources`, the same ones for every run.
+    """Return this rank's micro-batches of `validation_sources`, the same in every run.
 
-    Every rank gets the same number; the last may train nothing. Empty without validation sources. Raises as Loader.
+    Every rank gets the same number, at most `limit`; the last ones may train nothing. The list is
+    empty without validation sources.
+
+    Raises:
+        ConfigError, DataError: as `Loader`.
     """
     if not section.validation_sources:
         return []
@@ -157,7 +179,7 @@ def validation_batches(
     )
     groups: list[list[Sample]] = [[]]
     room = section.micro_batch_tokens
-    for sample in _one_pass(stream, min(section.sequence_tokens, section.micro_batch_tokens)):
+    for sample in _one_epoch(stream, min(section.sequence_tokens, section.micro_batch_tokens)):
         if sample.num_tokens > room:
             if len(groups) == limit * world_size:
                 break
@@ -166,16 +188,24 @@ def validation_batches(
         groups[-1].append(sample)
         room -= sample.num_tokens
     groups += [[] for _ in range(-len(groups) % world_size)]
-    return [pack(group or groups[0], range(len(group))) for group in groups[rank::world_size]]
+    return [
+        concatenate(group or groups[0], range(len(group))) for group in groups[rank::world_size]
+    ]
 
 
 def load_prompts(
     data: DataSection | Sequence[SourceSection], quarantine: Path | None = None
 ) -> list[Prompt]:
-    """All prompts in file order: of a data section (with its system prompt and quarantine), or of sources alone.
+    """Return all prompts in the order of the files.
 
-    Sources alone are problems to be scored: there, any unusable row is an error. Raises DataError; ConfigError for
-    weights, which mean nothing here.
+    Args:
+        data: a data section with its system prompt and quarantine limit, or the sources of an
+            evaluation, in which any unusable row is an error.
+        quarantine: file in which unusable rows are listed.
+
+    Raises:
+        ConfigError: the sources have different weights, which are not used for prompts.
+        DataError: a source cannot be used, or too many of its rows, or all.
     """
     section = (
         data
@@ -184,43 +214,49 @@ def load_prompts(
     )
     if len({source.weight for source in section.sources}) > 1:
         raise ConfigError(
-            "data.sources.weight: prompts are all used equally often; remove the weights, or repeat rows in the files."
+            "data.sources.weight: prompts are all used equally often; remove the weights, or "
+            "repeat rows in the files."
         )
     counts = Quarantine(section.max_quarantined_fraction, quarantine)
-    prompts: list[Prompt] = []
-    for number, entry in enumerate(section.sources):
-        source = open_source(entry, "prompts")
-        for index in range(len(source)):
-            try:
-                messages, answer, difficulty = parse_prompt(
-                    source.read(index), entry, section.system_prompt
-                )
-            except RowError as error:
-                counts.add(source, index, error)
-                continue
-            prompts.append(
-                Prompt(
-                    f"{number}/{_name(source, index)}",
-                    messages,
-                    answer,
-                    difficulty,
-                    source.origin(index),
-                )
-            )
+    prompts = [
+        prompt
+        for number, entry in enumerate(section.sources)
+        for prompt in _read_prompts(number, entry, section.system_prompt, counts)
+    ]
     if not prompts:
-        raise DataError("data.sources holds no usable prompt: name a file with prompts.")
+        raise DataError("data.sources has no usable prompt: name a file with prompts.")
     return prompts
 
 
-def _name(source: Source, index: int) -> str:
-    path, line = source.place(index)
+def _read_prompts(
+    number: int, entry: SourceSection, system_prompt: str, counts: Quarantine
+) -> Iterator[Prompt]:
+    """Yield the usable prompts of source `number`, and count the other rows."""
+    source = open_source(entry, "prompts")
+    for index in range(len(source)):
+        try:
+            messages, answer, difficulty = parse_prompt(source.read(index), entry, system_prompt)
+        except RowError as error:
+            counts.add(source, index, error)
+            continue
+        yield Prompt(
+            id=f"{number}/{_relative_origin(source, index)}",
+            messages=messages,
+            answer=answer,
+            difficulty=difficulty,
+            origin=source.origin(index),
+        )
+
+
+def _relative_origin(source: Source, index: int) -> str:
+    path, line = source.location(index)
     return f"{path.relative_to(source.path) if source.path.is_dir() else path.name}:{line}"
 
 
-def _one_pass(stream: SampleStream, length: int) -> Iterator[Sample]:
-    """Samples of one epoch, the long ones in pieces."""
+def _one_epoch(stream: SampleStream, length: int) -> Iterator[Sample]:
+    """Yield the samples of one epoch, split into overlapping pieces of at most `length` tokens."""
     while stream.position < stream.mixture.num_rows:
-        sample = stream.take()
+        sample = stream.next_sample()
         for start in range(0, sample.num_tokens - 1, length - 1):
             yield slice_sample(sample, start, min(start + length, sample.num_tokens))
 
@@ -229,4 +265,4 @@ def _check_tokenizer(kind: TrainingKind, tokenizer: ChatTokenizer) -> None:
     if kind == "messages":
         tokenizer.require_chat_template()
     else:
-        _ = tokenizer.eod_token_id
+        _ = tokenizer.eod_token_id  # raises ConfigError without an end-of-document token

@@ -1,4 +1,9 @@
-"""Samples into packed batches: best-fit decreasing within a token budget, the same number of batches on every rank."""
+"""Pack samples into micro-batches: best-fit decreasing under a token budget, for all ranks.
+
+A *pack* is a list of samples that stay in one micro-batch: a single sample, or a window that has
+been filled already. Every rank gets the same number of micro-batches, because the ranks run the
+collectives of each forward and backward pass together.
+"""
 
 import bisect
 import heapq
@@ -14,103 +19,112 @@ from infir2.errors import DataError
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of places in `lengths`, none over `capacity`: the longest first, each into the fullest bin that has room.
+    """Return bins of indices of `lengths`, each with a total length of at most `capacity`.
+
+    The longest item comes first; each goes to the fullest bin that has room for it.
 
     >>> best_fit_decreasing([3, 5, 2], capacity=5)
     [[1], [0, 2]]
     """
     assert not lengths or max(lengths) <= capacity
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
-    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
-        found = bisect.bisect_left(room, (lengths[place], -1))
-        if found == len(room):
+    free: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        position = bisect.bisect_left(free, (lengths[index], -1))
+        if position == len(free):
             bins.append([])
-            left, number = capacity, len(bins) - 1
+            room, number = capacity, len(bins) - 1
         else:
-            left, number = room.pop(found)
-        bins[number].append(place)
-        bisect.insort(room, (left - lengths[place], number))
+            room, number = free.pop(position)
+        bins[number].append(index)
+        bisect.insort(free, (room - lengths[index], number))
     return bins
 
 
 def balanced_bins(lengths: Sequence[int], capacity: int, multiple: int) -> list[list[int]]:
-    """As few bins as best-fit needs, rounded up to a multiple, with near-equal loads; the fullest first, empty ones last."""
+    """Return bins of indices with nearly equal loads, the fullest first, empty ones last.
+
+    Their number is that of best-fit decreasing, rounded up to a multiple of `multiple`.
+    """
     packed = best_fit_decreasing(lengths, capacity)
     bins: list[list[int]] = [[] for _ in range(max(1, -(-len(packed) // multiple)) * multiple)]
     loads = [(0, number) for number in range(len(bins))]
-    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         load, number = loads[0]
-        bins[number].append(place)
-        heapq.heapreplace(loads, (load + lengths[place], number))
-    if max(loads)[0] > capacity:  # only best-fit finds a place for everything
+        bins[number].append(index)
+        heapq.heapreplace(loads, (load + lengths[index], number))
+    if max(loads)[0] > capacity:  # balancing exceeds the capacity where best-fit does not
         bins = packed + [[] for _ in range(len(bins) - len(packed))]
-    return sorted(bins, key=lambda members: (-sum(lengths[place] for place in members), members))
+    return sorted(bins, key=lambda members: (-sum(lengths[index] for index in members), members))
 
 
 def split_among_ranks(
-    units: Sequence[Sequence[Sample]], micro_batch_tokens: int, rank: int, world_size: int
+    packs: Sequence[Sequence[Sample]], micro_batch_tokens: int, rank: int, world_size: int
 ) -> list[Batch]:
-    """This rank's micro-batches of a step: as many as every other rank's, with loads as equal as the units allow.
+    """Return this rank's micro-batches of an optimizer step, with loads as equal as packs allow.
 
-    A unit, one sample or a full window of them, stays in one batch: taken apart, full windows would not fit again. A
-    rank without a unit gets a batch of one token that trains nothing.
+    A pack stays in one micro-batch: the samples of full windows, once separated, would not fit
+    into the same number of micro-batches again. A rank without a pack gets one batch that trains
+    nothing. `Batch.sample_indices` count the samples of all packs in order.
+
+    Raises:
+        DataError: a sample is longer than `micro_batch_tokens`.
     """
-    samples = [sample for unit in units for sample in unit]
+    samples = [sample for pack in packs for sample in pack]
     check_lengths(samples, micro_batch_tokens)
-    bins = balanced_bins(
-        [sum(sample.num_tokens for sample in unit) for unit in units],
-        micro_batch_tokens,
-        world_size,
-    )
-    starts = list(itertools.accumulate((len(unit) for unit in units), initial=0))
+    lengths = [sum(sample.num_tokens for sample in pack) for pack in packs]
+    bins = balanced_bins(lengths, micro_batch_tokens, world_size)
+    starts = list(itertools.accumulate((len(pack) for pack in packs), initial=0))
     members = [
-        [place for unit in sorted(chosen) for place in range(starts[unit], starts[unit + 1])]
+        [index for pack in sorted(chosen) for index in range(starts[pack], starts[pack + 1])]
         for chosen in bins
     ]
-    return [pack(samples, places) for places in members[rank::world_size]]
+    return [concatenate(samples, indices) for indices in members[rank::world_size]]
 
 
 def pack_sequences(
     samples: Sequence[Sample], micro_batch_tokens: int, rank: int = 0, world_size: int = 1
 ) -> list[Batch]:
-    """All samples in as few batches of at most `micro_batch_tokens` as best-fit finds; `Batch.sample_indices` leads back.
+    """Pack all samples into micro-batches of at most `micro_batch_tokens` by best-fit decreasing.
 
-    Of several ranks each gets its part of the same batches, as many as every other; the last may train nothing.
-    Raises DataError for a sample that is longer.
+    Each rank gets the same number of micro-batches; those beyond the samples train nothing.
+    `Batch.sample_indices` maps the sequences to `samples`.
+
+    Raises:
+        DataError: a sample is longer than `micro_batch_tokens`.
     """
     check_lengths(samples, micro_batch_tokens)
     bins = best_fit_decreasing([sample.num_tokens for sample in samples], micro_batch_tokens)
     bins += [[] for _ in range(-len(bins) % world_size)]
-    return [pack(samples, sorted(members)) for members in bins[rank::world_size]]
+    return [concatenate(samples, sorted(members)) for members in bins[rank::world_size]]
 
 
 def check_lengths(samples: Sequence[Sample], micro_batch_tokens: int) -> None:
+    """Raise DataError for a sample that is longer than a micro-batch."""
     for sample in samples:
         if sample.num_tokens > micro_batch_tokens:
             raise DataError(
-                f"{sample.origin or 'a sample'} has {sample.num_tokens} tokens, more than one forward pass takes: "
-                f"raise data.micro_batch_tokens ({micro_batch_tokens}), or lower data.sequence_tokens."
+                f"{sample.origin or 'a sample'} has {sample.num_tokens} tokens, more than one "
+                f"forward pass can process: raise data.micro_batch_tokens ({micro_batch_tokens}), "
+                "or lower data.sequence_tokens."
             )
 
 
-def pack(samples: Sequence[Sample], members: Sequence[int]) -> Batch:
-    """The samples named by `members`, one after another. Nothing named: one masked token of the first sample."""
-    if not members:
-        blank = Sample(
-            samples[0].token_ids[:1],
-            np.zeros(1, dtype=np.bool_),
-            token_inputs={k: v[:1] for k, v in samples[0].token_inputs.items()},
-        )
-        return replace(pack([blank], [0]), sample_indices=(), origins=())
-    chosen = [samples[place] for place in members]
+def concatenate(samples: Sequence[Sample], indices: Sequence[int]) -> Batch:
+    """Concatenate the samples at `indices` into one batch.
+
+    Without indices, the batch is one token of the first sample and trains nothing.
+    """
+    if not indices:
+        return _empty_batch(samples[0])
+    chosen = [samples[index] for index in indices]
     lengths = np.array([sample.num_tokens for sample in chosen])
     token_ids = np.concatenate([sample.token_ids for sample in chosen]).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    mask = _shifted([sample.loss_mask for sample in chosen])
+    mask = _shift_left([sample.loss_mask for sample in chosen])
     labels = np.where(mask, np.append(token_ids[1:], 0), 0)
     token_inputs = {
-        name: np.where(mask, _shifted([sample.token_inputs[name] for sample in chosen]), 0)
+        name: np.where(mask, _shift_left([sample.token_inputs[name] for sample in chosen]), 0)
         for name in chosen[0].token_inputs
     }
     return Batch(
@@ -120,11 +134,21 @@ def pack(samples: Sequence[Sample], members: Sequence[int]) -> Batch:
         loss_mask=torch.from_numpy(mask),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         token_inputs={name: torch.from_numpy(values) for name, values in token_inputs.items()},
-        sample_indices=tuple(members),
+        sample_indices=tuple(indices),
         origins=tuple(sample.origin for sample in chosen),
     )
 
 
-def _shifted(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Values per token, each moved to the place before its token; the last place of a sequence gets 0."""
+def _empty_batch(sample: Sample) -> Batch:
+    """Return a batch of the first token of `sample`, with nothing to train."""
+    token = Sample(
+        sample.token_ids[:1],
+        np.zeros(1, dtype=np.bool_),
+        token_inputs={name: values[:1] for name, values in sample.token_inputs.items()},
+    )
+    return replace(concatenate([token], [0]), sample_indices=(), origins=())
+
+
+def _shift_left(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Shift the values of each sequence from a token to the position of its label; 0 at the end."""
     return np.concatenate([np.append(part[1:], np.zeros(1, dtype=part.dtype)) for part in parts])

@@ -1,7 +1,8 @@
-"""Rows of JSON Lines, Parquet, text and indexed token files, by index. Reads nothing but what is asked for.
+"""Random access to the rows of JSON Lines, Parquet, text and indexed token files.
 
-A plain .jsonl is memory-mapped with one byte offset per line. A .jsonl.gz is unpacked, and the needed columns of a
-.parquet are written as Arrow, into a temporary file that is mapped in the same way. A .txt file is one row.
+A .jsonl file is memory-mapped, with one byte offset per line. A .jsonl.gz file is decompressed into
+a temporary file, and the requested columns of a .parquet file are written as Arrow into one; the
+temporary file is memory-mapped. A .txt file is one row.
 """
 
 import bisect
@@ -21,13 +22,13 @@ from infir2.data.indexed import IndexedDocuments, is_indexed
 from infir2.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".idx")
-FIRST_ROWS = 20
+FIRST_ROWS = 20  # rows from which the fields of a .jsonl file are known
 CHUNK_BYTES = 1 << 26
 GZIP_MAGIC = b"\x1f\x8b"
 
 
 class RowError(Exception):
-    """A row that cannot be used: a reason that is counted (`bad_json`, ...) and a detail for people."""
+    """A row that cannot be used, with the reason to count, such as "bad_json", and a detail."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -38,25 +39,31 @@ class Rows(Protocol):
     """The rows of one file."""
 
     path: Path
-    num_bytes: int
-    fields: frozenset[str]  # names of the fields: of the first rows, or of the schema
+    num_bytes: int  # of the uncompressed rows
+    fields: frozenset[str]  # field names in the first rows or in the schema; empty if unknown
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> dict[str, Any]:
-        """One row. Raises RowError."""
+        """Return one row as {field: value}. Raises RowError for an unusable row."""
         ...
 
 
 class JsonLines:
-    """Lines of a .jsonl or .jsonl.gz file; blank lines at the end are no rows, one in the middle is an unusable row."""
+    """Lines of a .jsonl or .jsonl.gz file.
+
+    Blank lines at the end are ignored; any other blank line is an unusable row.
+
+    Raises:
+        DataError: the file is empty, binary or not a complete gzip file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty: fill it, or take it out of the sources.")
+            raise DataError(f"{path} is empty: add rows, or remove it from the sources.")
         self._bytes = np.memmap(
-            _unpacked(path) if path.suffix == ".gz" else path, dtype=np.uint8, mode="r"
+            _decompress(path) if path.suffix == ".gz" else path, dtype=np.uint8, mode="r"
         )
         self.num_bytes = len(self._bytes)
         head = self._bytes[:4096].tobytes()
@@ -64,7 +71,8 @@ class JsonLines:
             b"\0" in head or head.startswith(GZIP_MAGIC)
         ):
             raise DataError(
-                f"{path} is not JSON Lines but a binary file: a compressed file must be named .jsonl.gz."
+                f"{path} is not JSON Lines but a binary file: a compressed file must be named "
+                ".jsonl.gz."
             )
         self._starts = self._find_lines()
         self.fields = self._first_fields()
@@ -89,20 +97,20 @@ class JsonLines:
         return row
 
     def _first_fields(self) -> frozenset[str]:
-        found: set[str] = set()
+        fields: set[str] = set()
         for index in range(min(FIRST_ROWS, len(self))):
             with contextlib.suppress(RowError):
-                found |= self.read(index).keys()
-        return frozenset(found)
+                fields |= self.read(index).keys()
+        return frozenset(fields)
 
     def _find_lines(self) -> np.ndarray:
-        """Offsets of the lines' first bytes, then the end of the last line that is not blank."""
-        found = [np.zeros(1, dtype=np.int64)]
+        """Return the byte offset of each line, then the end of the last line that is not blank."""
+        parts = [np.zeros(1, dtype=np.int64)]
         for first in range(0, self.num_bytes, CHUNK_BYTES):
-            found.append(
+            parts.append(
                 np.flatnonzero(self._bytes[first : first + CHUNK_BYTES] == ord("\n")) + first + 1
             )
-        starts = np.concatenate(found)
+        starts = np.concatenate(parts)
         if starts[-1] != self.num_bytes:
             starts = np.append(starts, self.num_bytes)
         last = len(starts) - 1
@@ -110,13 +118,19 @@ class JsonLines:
             last -= 1
         if not last:
             raise DataError(
-                f"{self.path} has no row, only blank lines: fill it, or take it out of the sources."
+                f"{self.path} has only blank lines: add rows, or remove it from the sources."
             )
         return starts[: last + 1]
 
 
 class ParquetRows:
-    """Rows of a .parquet file; only the named columns are read."""
+    """Rows of a .parquet file.
+
+    Only `columns` are read, or all columns if the file has none of them.
+
+    Raises:
+        DataError: the file is not readable as Parquet or has no row.
+    """
 
     def __init__(self, path: Path, columns: Collection[str]) -> None:
         import pyarrow as pa
@@ -139,16 +153,15 @@ class ParquetRows:
                     for batch in parquet.iter_batches(columns=names):
                         writer.write_batch(batch.select(names).cast(schema))
                 file.flush()
-                options = pa.ipc.IpcReadOptions(
-                    use_threads=False
-                )  # `infir2 tokenize` reads in forked processes
-                self._batches = pa.ipc.open_file(
-                    pa.memory_map(file.name), options=options
-                )  # the mapping outlives the file's name
+                # `infir2 tokenize` reads in forked processes, which have none of Arrow's threads.
+                options = pa.ipc.IpcReadOptions(use_threads=False)
+                # The mapping stays valid after the temporary file is deleted.
+                self._batches = pa.ipc.open_file(pa.memory_map(file.name), options=options)
                 self.num_bytes = Path(file.name).stat().st_size
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{path} cannot be read as Parquet ({first_line(error)}): make it again, or leave it out."
+                f"{path} cannot be read as Parquet ({first_line(error)}): "
+                "write it again, or remove it from the sources."
             ) from None
         sizes = [
             self._batches.get_batch(index).num_rows
@@ -156,7 +169,7 @@ class ParquetRows:
         ]
         self._ends = list(itertools.accumulate(sizes))
         if not sum(sizes):
-            raise DataError(f"{path} has no row: fill it, or take it out of the sources.")
+            raise DataError(f"{path} has no row: add rows, or remove it from the sources.")
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -167,16 +180,16 @@ class ParquetRows:
         try:
             return self._batches.get_batch(batch).slice(index - first, 1).to_pylist()[0]
         except UnicodeDecodeError:
-            raise RowError("bad_utf8", "a text of the row is not UTF-8") from None
+            raise RowError("bad_utf8", "a string of the row is not UTF-8") from None
 
 
 class TextFile:
-    """A .txt file: one row, `{"text": all of it}`."""
+    """A .txt file: one row, {"text": its content}."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.num_bytes, self.fields = path, path.stat().st_size, frozenset({"text"})
         if not self.num_bytes:
-            raise DataError(f"{path} is empty: fill it, or take it out of the sources.")
+            raise DataError(f"{path} is empty: add rows, or remove it from the sources.")
 
     def __len__(self) -> int:
         return 1
@@ -189,7 +202,15 @@ class TextFile:
 
 
 class Source:
-    """All rows of a path of the recipe: one file, or a directory's files in the order of their names."""
+    """All rows of a source: one file, or the files of a directory in the order of their names.
+
+    Args:
+        path: file, directory, or prefix of an indexed data set.
+        columns: fields to read from Parquet files.
+
+    Raises:
+        DataError: the path does not exist, or a file cannot be read.
+    """
 
     def __init__(self, path: str | Path, columns: Collection[str] = ()) -> None:
         self.path = Path(path)
@@ -201,22 +222,22 @@ class Source:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the uncompressed rows."""
+        """Bytes of the uncompressed rows of all files."""
         return sum(file.num_bytes for file in self.files)
 
     def read(self, index: int) -> dict[str, Any]:
-        """Row `index`, counted over all files. Raises RowError."""
+        """Return row `index`, counted over all files. Raises RowError for an unusable row."""
         file, first = self._locate(index)
         return file.read(index - first)
 
-    def place(self, index: int) -> tuple[Path, int]:
-        """File and line (counted from 1) of a row."""
+    def location(self, index: int) -> tuple[Path, int]:
+        """Return the file of a row, and its line number, counted from 1."""
         file, first = self._locate(index)
         return file.path, index - first + 1
 
     def origin(self, index: int) -> str:
-        """`file:line` of a row."""
-        path, line = self.place(index)
+        """Return "file:line" of a row."""
+        path, line = self.location(index)
         return f"{path}:{line}"
 
     def _locate(self, index: int) -> tuple[Rows, int]:
@@ -228,18 +249,16 @@ def _files(path: Path, columns: Collection[str]) -> list[Path]:
     if path.is_file() or is_indexed(path):
         return [path]
     if not path.exists():
-        raise DataError(f"data source {path} does not exist: mend the path in the recipe.")
-    for suffixes in (
-        SUFFIXES,
-        (".txt",) if "text" in columns else (),
-    ):  # beside other files, a .txt is a licence or a remark
+        raise DataError(f"data source {path} does not exist: fix the path in the recipe.")
+    # A .txt file next to other data files is usually a license or a readme: skip it.
+    for suffixes in (SUFFIXES, (".txt",) if "text" in columns else ()):
         files = sorted(
             file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file()
         )
         if files:
             return files
     raise DataError(
-        f"directory {path} has no {', '.join(SUFFIXES)} file: mend the path in the recipe."
+        f"directory {path} has no {', '.join(SUFFIXES)} file: fix the path in the recipe."
     )
 
 
@@ -255,30 +274,32 @@ def _open_file(path: Path, columns: Collection[str]) -> Rows:
             return TextFile(path)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror or error}): mend the file or the path in the recipe."
+            f"{path} cannot be read ({error.strerror or error}): "
+            "fix the file, or the path in the recipe."
         ) from None
     raise DataError(
-        f"{path} is of an unknown kind: a source is a {', '.join((*SUFFIXES, '.txt'))} file or a directory of them."
+        f"{path} has an unknown file type: a source is a {', '.join((*SUFFIXES, '.txt'))} file "
+        "or a directory of such files."
     )
 
 
-def _unpacked(path: Path) -> Any:
-    """The content of a .gz file as a temporary file that vanishes with its last reader."""
-    file = tempfile.TemporaryFile(prefix="infir2-")  # noqa: SIM115 (the mapping keeps it)
+def _decompress(path: Path) -> Any:
+    """Return an open temporary file with the content of a .gz file; closing it deletes it."""
+    file = tempfile.TemporaryFile(prefix="infir2-")  # noqa: SIM115 (the memory map keeps it open)
     try:
         with gzip.open(path) as packed:
             while chunk := packed.read(CHUNK_BYTES):
                 file.write(chunk)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
-            f"{path} is not a whole gzip file ({first_line(error)}): copy or compress it again."
+            f"{path} is not a complete gzip file ({first_line(error)}): copy or compress it again."
         ) from None
     if not file.tell():
-        raise DataError(f"{path} is empty: fill it, or take it out of the sources.")
+        raise DataError(f"{path} is empty: add rows, or remove it from the sources.")
     file.flush()
     return file
 
 
 def _without_dictionary(field: Any) -> Any:
-    """An Arrow field with plain values: an Arrow file takes only one dictionary per column."""
+    """Return an Arrow field with plain values: an Arrow file allows one dictionary per column."""
     return field.with_type(field.type.value_type) if hasattr(field.type, "index_type") else field

@@ -1,4 +1,8 @@
-"""Streams of tokenised samples and windows, each with a state of two integers from which it goes on exactly."""
+"""Endless streams of tokenized samples and of packs, each resumable from a state of two integers.
+
+A pack is a list of samples that stay in one micro-batch: one sample (`SinglePacks`), a window of
+documents (`DocumentWindows`), or a window of conversations (`SampleWindows`).
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -25,17 +29,17 @@ State = dict[str, Any]
 
 
 def slice_sample(sample: Sample, start: int, end: int) -> Sample:
-    """Tokens start..end of a sample; the first of them is context only."""
+    """Return tokens [start, end) of a sample; the first one is context only."""
     mask = sample.loss_mask[start:end].copy()
     mask[0] = False
     return Sample(sample.token_ids[start:end], mask, sample.origin)
 
 
 class SampleStream:
-    """An endless stream of usable samples in the mixture's order.
+    """An endless stream of usable samples in the order of the mixture.
 
-    `position` is the place in the mixture after the last sample taken. Shares are of bytes for documents, of rows for
-    conversations.
+    The weights of the sources are shares of bytes for documents, and of rows for conversations.
+    `position` is the index in the mixture of the next row.
     """
 
     def __init__(
@@ -47,12 +51,8 @@ class SampleStream:
         seed: int,
         quarantine: Quarantine,
     ) -> None:
-        self._sections, self._section, self._kind, self._tokenizer = (
-            sources,
-            section,
-            kind,
-            tokenizer,
-        )
+        self._source_sections, self._section = sources, section
+        self._kind, self._tokenizer = kind, tokenizer
         self.sources = [open_source(source, kind) for source in sources]
         for opened in self.sources:
             check_same_tokenizer(opened, tokenizer)
@@ -65,23 +65,32 @@ class SampleStream:
         self.mixture = Mixture([len(source) for source in self.sources], shares, seed)
         self.position, self.quarantine = 0, quarantine
 
-    def take(self) -> Sample:
-        """The next usable sample. Raises DataError when too many rows, or all, are unusable."""
+    def next_sample(self) -> Sample:
+        """Return the next usable sample.
+
+        Raises:
+            DataError: more rows than allowed are unusable, or all of them.
+        """
         for _ in range(2 * self.mixture.num_rows + 1024):
-            place = self.mixture.place(self.position)
+            position = self.mixture.row_at(self.position)
             self.position += 1
             try:
-                return self.read(place.source, place.row)
+                return self.read(position.source, position.row)
             except RowError as error:
-                if place.epoch == 0:  # later passes meet the same rows again
-                    self.quarantine.add(self.sources[place.source], place.row, error)
+                if position.epoch == 0:  # later epochs read the same rows again
+                    self.quarantine.add(self.sources[position.source], position.row, error)
         raise DataError(
-            f"{self.sources[0].path}: no row of data.sources can be used; quarantine.jsonl names the reasons."
+            f"{self.sources[0].path}: no row of data.sources can be used; "
+            "quarantine.jsonl lists the reasons."
         )
 
     def read(self, source: int, row: int) -> Sample:
-        """One row as tokens. Raises RowError."""
-        section, origin = self._sections[source], self.sources[source].origin(row)
+        """Return one row, tokenized.
+
+        Raises:
+            RowError: the row is unusable.
+        """
+        section, origin = self._source_sections[source], self.sources[source].origin(row)
         content = self.sources[source].read(row)
         if self._kind == "documents":
             token_ids = document_tokens(content, section, self._tokenizer)
@@ -89,9 +98,9 @@ class SampleStream:
                 raise RowError("empty", "the text has no token")
             return Sample(token_ids, np.arange(len(token_ids)) > 0, origin)
         messages = parse_conversation(content, section, self._section.system_prompt)
-        return self._fitted(self._tokenizer.encode_conversation(messages, origin))
+        return self._limit_length(self._tokenizer.encode_conversation(messages, origin))
 
-    def _fitted(self, sample: Sample) -> Sample:
+    def _limit_length(self, sample: Sample) -> Sample:
         limit = self._section.sequence_tokens
         if sample.num_tokens <= limit:
             return sample
@@ -101,18 +110,18 @@ class SampleStream:
             )
         end = slice_sample(sample, sample.num_tokens - limit, sample.num_tokens)
         if not end.loss_mask.any():
-            raise RowError("no_trained_tokens", "no trained token is left after truncation")
+            raise RowError("no_trained_tokens", "truncation leaves no trained token")
         return end
 
 
-class Samples:
-    """Samples, each a unit of its own."""
+class SinglePacks:
+    """Packs of one sample each."""
 
     def __init__(self, stream: SampleStream) -> None:
         self._stream = stream
 
-    def unit(self) -> list[Sample]:
-        return [self._stream.take()]
+    def next_pack(self) -> list[Sample]:
+        return [self._stream.next_sample()]
 
     def state_dict(self) -> State:
         return {"position": self._stream.position}
@@ -122,84 +131,89 @@ class Samples:
 
 
 class DocumentWindows:
-    """Windows of `sequence_tokens` filled with documents, one after another; a document that does not fit is cut.
+    """Windows of `sequence_tokens` filled with consecutive documents.
 
-    The rest of a cut document begins the next window with its last token repeated, as context, so that every token but
-    the first of a document is a target exactly once.
+    A document that does not fit is split. The next window starts with its remainder, preceded by
+    the last token of this window as context, so that each token of a document except its first is
+    a target exactly once.
     """
 
     def __init__(self, stream: SampleStream, sequence_tokens: int) -> None:
-        self._stream, self._length = stream, sequence_tokens
-        self._rest: Sample | None = None
-        self._document, self._offset = (
-            0,
-            0,
-        )  # of the rest: its place in the mixture, and its first token
+        self._stream, self._sequence_tokens = stream, sequence_tokens
+        self._document: Sample | None = None  # a document with tokens left for the next window
+        self._document_position = 0  # its index in the mixture
+        self._offset = 0  # its first token in the next window
 
-    def unit(self) -> list[Sample]:
-        """Pieces of at most `sequence_tokens` together; a last place that could hold no target stays free."""
-        pieces, room = [], self._length
+    def next_pack(self) -> list[Sample]:
+        """Return pieces of documents with `sequence_tokens` tokens in total.
+
+        One token of a window stays free where it could hold no target.
+        """
+        pieces, room = [], self._sequence_tokens
         while room > 1:
-            if self._rest is None:
-                self._rest, self._offset = self._stream.take(), 0
-                self._document = self._stream.position - 1
-            whole, start = self._rest, self._offset
-            end = min(start + room, whole.num_tokens)
-            pieces.append(slice_sample(whole, start, end))
+            if self._document is None:
+                self._start_document(0)
+            document, start = self._document, self._offset
+            assert document is not None
+            end = min(start + room, document.num_tokens)
+            pieces.append(slice_sample(document, start, end))
             room -= end - start
             self._offset = end - 1
-            if end == whole.num_tokens:
-                self._rest = None
+            if end == document.num_tokens:
+                self._document = None
         return pieces
 
     def state_dict(self) -> State:
-        if self._rest is None:
+        if self._document is None:
             return {"position": self._stream.position, "offset": 0}
-        return {"position": self._document, "offset": self._offset}
+        return {"position": self._document_position, "offset": self._offset}
 
     def load_state_dict(self, state: State) -> None:
-        self._stream.position, self._rest = state["position"], None
+        self._stream.position, self._document = state["position"], None
         if state["offset"]:
-            self._rest, self._offset = self._stream.take(), state["offset"]
-            self._document = self._stream.position - 1
+            self._start_document(state["offset"])
+
+    def _start_document(self, offset: int) -> None:
+        self._document, self._offset = self._stream.next_sample(), offset
+        self._document_position = self._stream.position - 1
 
 
 class SampleWindows:
-    """Windows of at most `sequence_tokens` made of whole samples, packed over `pack_window_samples` of them."""
+    """Windows of at most `sequence_tokens`, packed from `pack_samples` samples at a time.
+
+    Samples are never split. The windows of one packing come in a pseudo-random order, because
+    best-fit decreasing sorts them by length.
+    """
 
     def __init__(
         self, stream: SampleStream, sequence_tokens: int, pack_samples: int, seed: int
     ) -> None:
-        self._stream, self._length = stream, sequence_tokens
+        self._stream, self._sequence_tokens = stream, sequence_tokens
         self._pack_samples, self._seed = pack_samples, seed
-        self._start, self._done = (
-            stream.position,
-            0,
-        )  # where the present pack begins, and its windows taken
-        self._windows: list[list[Sample]] = []
+        self._start = stream.position  # index in the mixture of the current packing's first row
+        self._windows: list[list[Sample]] = []  # of the current packing
+        self._num_returned = 0  # windows of the current packing that were returned
 
-    def unit(self) -> list[Sample]:
-        if self._done == len(self._windows):
-            self._fill()
-        self._done += 1
-        return self._windows[self._done - 1]
+    def next_pack(self) -> list[Sample]:
+        if self._num_returned == len(self._windows):
+            self._pack_next()
+        self._num_returned += 1
+        return self._windows[self._num_returned - 1]
 
     def state_dict(self) -> State:
-        return {"position": self._start, "windows": self._done}
+        return {"position": self._start, "windows": self._num_returned}
 
     def load_state_dict(self, state: State) -> None:
         self._stream.position = self._start = state["position"]
         self._windows = []
         if state["windows"]:
-            self._fill()
-        self._done = state["windows"]
+            self._pack_next()
+        self._num_returned = state["windows"]
 
-    def _fill(self) -> None:
-        self._start, self._done = self._stream.position, 0
-        samples = [self._stream.take() for _ in range(self._pack_samples)]
-        bins = best_fit_decreasing([sample.num_tokens for sample in samples], self._length)
-        order = [
-            permute_index(place, len(bins), (self._seed, self._start, 1))
-            for place in range(len(bins))
-        ]  # not by length
-        self._windows = [[samples[place] for place in sorted(bins[number])] for number in order]
+    def _pack_next(self) -> None:
+        self._start, self._num_returned = self._stream.position, 0
+        samples = [self._stream.next_sample() for _ in range(self._pack_samples)]
+        bins = best_fit_decreasing([sample.num_tokens for sample in samples], self._sequence_tokens)
+        key = (self._seed, self._start, 1)
+        order = [permute_index(index, len(bins), key) for index in range(len(bins))]
+        self._windows = [[samples[index] for index in sorted(bins[number])] for number in order]

@@ -1,8 +1,9 @@
-"""Text to Megatron's indexed data sets, by several processes, so that an interrupted run loses no finished chunk.
+"""Tokenize text into Megatron's indexed data sets, in several processes, resumable by chunk.
 
-A chunk is some megabytes of rows of one source. Each becomes one file in `PREFIX.parts/`, published by a rename; the same
-command run again takes those that are there. At the end they are joined in the order of the rows and renamed to PREFIX.bin,
-PREFIX.json and, last, PREFIX.idx.
+A chunk is a few megabytes of rows of one source. A worker tokenizes it into one file in
+`PREFIX.parts/`, published by a rename; when the same command runs again, it reuses these files. At
+the end they are joined in the order of the rows, and renamed to PREFIX.bin, PREFIX.json and, last,
+PREFIX.idx.
 """
 
 import itertools
@@ -35,7 +36,7 @@ _BATCH_ROWS = 64
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows `first` to `last` of a source, and the file their tokens go to."""
+    """Rows [first, last) of a source, and the file for their tokens."""
 
     source: int
     first: int
@@ -46,14 +47,16 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class Tokenized:
+    """Counts of a finished `tokenize`."""
+
     documents: int
     tokens: int
     quarantined: int
-    chunks_kept: int  # of an earlier run
+    chunks_kept: int  # chunks that an earlier, interrupted run had finished
 
 
-class _Work:
-    """What the forked processes inherit."""
+class _Job:
+    """Sources, field names and tokenizer, which the forked workers inherit."""
 
     def __init__(self, sections: Sequence[SourceSection], tokenizer: ChatTokenizer) -> None:
         self.sections, self.tokenizer = sections, tokenizer
@@ -63,38 +66,29 @@ class _Work:
             for file in source.files:
                 if isinstance(file, IndexedDocuments):
                     raise DataError(
-                        f"{file.path} holds tokens already: take it out of the sources."
+                        f"{file.path} is tokenized already: remove it from the sources."
                     )
 
     def chunks(self, parts: Path) -> list[_Chunk]:
-        found: list[_Chunk] = []
+        """Split the sources into chunks of about CHUNK_BYTES; `parts` is the directory of files."""
+        chunks: list[_Chunk] = []
         for number, source in enumerate(self.sources):
             count = min(len(source), -(-source.num_bytes // CHUNK_BYTES))
             edges = [len(source) * index // count for index in range(count + 1)]
             for first, last in itertools.pairwise(edges):
-                found.append(
-                    _Chunk(
-                        number,
-                        first,
-                        last,
-                        source.num_bytes // count,
-                        parts / f"{len(found):08d}.npz",
-                    )
-                )
-        return found
+                part = parts / f"{len(chunks):08d}.npz"
+                chunks.append(_Chunk(number, first, last, source.num_bytes // count, part))
+        return chunks
 
     def plan(self) -> str:
-        """All that decides the parts, as text."""
-        files = [
-            (str(file.path), file.path.stat().st_size, file.path.stat().st_mtime_ns)
-            for s in self.sources
-            for file in s.files
-        ]
+        """Return everything that determines the content of the parts, as text."""
+        paths = [file.path for source in self.sources for file in source.files]
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         fields = [section.text_field for section in self.sections]
         return json.dumps([files, fields, CHUNK_BYTES, self.tokenizer.document_fingerprint])
 
     def tokenize(self, chunk: _Chunk) -> None:
-        """Write the part of a chunk: tokens, lengths [documents], and unusable rows as JSON."""
+        """Write a chunk's file: tokens, lengths of the documents, and unusable rows as JSON."""
         source, section = self.sources[chunk.source], self.sections[chunk.source]
         tokens: list[np.ndarray] = []
         errors: list[tuple[int, str, str]] = []
@@ -122,18 +116,18 @@ class _Work:
         temporary.rename(chunk.part)
 
 
-_work: _Work  # set before the fork
+_job: _Job  # set before the workers are forked
 
 
-def _begin() -> None:
+def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     die_with_parent()
 
 
 def _tokenize(chunk: _Chunk) -> None:
     if not chunk.part.exists():
-        _work.tokenize(chunk)
+        _job.tokenize(chunk)
 
 
 def tokenize(
@@ -144,11 +138,23 @@ def tokenize(
     text_field: str = "text",
     max_quarantined_fraction: float = 0.01,
 ) -> Tokenized:
-    """Write the documents of `sources` (.jsonl, .jsonl.gz, .parquet, .txt, or directories of them) as PREFIX.bin and PREFIX.idx.
+    """Tokenize the documents of `sources` into PREFIX.bin, PREFIX.idx and PREFIX.json.
 
-    Each document ends with the tokenizer's document end. workers: processes (0: one per CPU). Unusable rows are listed in
-    PREFIX.quarantine.jsonl and left out. Raises OutputExistsError, ConfigError (tokenizer, parts of another job), DataError
-    (sources, more unusable rows than the share allowed, a full disk); finished chunks stay for the next run.
+    Each document ends with the tokenizer's end-of-document token. Unusable rows are left out and
+    listed in PREFIX.quarantine.jsonl. After an error, finished chunks stay for the next run.
+
+    Args:
+        sources: .jsonl, .jsonl.gz, .parquet or .txt files, or directories of them.
+        tokenizer_dir: directory with tokenizer.json and tokenizer_config.json.
+        prefix: path of the outputs without their suffix.
+        workers: number of processes (0: one per CPU).
+        text_field: field with the text.
+        max_quarantined_fraction: largest allowed fraction of unusable rows in a source.
+
+    Raises:
+        OutputExistsError: PREFIX.idx or PREFIX.bin exists already.
+        ConfigError: the tokenizer cannot be loaded, or PREFIX.parts/ belongs to another job.
+        DataError: a source cannot be used, too many rows are unusable, or the disk is full.
     """
     outputs = {
         suffix: prefix.with_name(f"{prefix.name}.{suffix}")
@@ -157,73 +163,80 @@ def tokenize(
     parts = outputs["parts"]
     if outputs["idx"].exists() or (outputs["bin"].exists() and not parts.exists()):
         raise OutputExistsError(
-            f"{outputs['idx']} or its .bin exists already; name another prefix, nothing was written."
+            f"{outputs['idx']} or its .bin exists already; name another prefix. "
+            "Nothing was written."
         )
-    global _work
-    _work = _Work(
+    global _job
+    _job = _Job(
         [SourceSection(path=str(path), text_field=text_field) for path in sources],
         load_tokenizer(tokenizer_dir),
     )
     try:
-        _claim(parts, _work.plan())
-        chunks = _work.chunks(parts)
+        _claim(parts, _job.plan())
+        chunks = _job.chunks(parts)
         kept = sum(chunk.part.exists() for chunk in chunks)
         quarantine = Quarantine(max_quarantined_fraction, outputs["quarantine.jsonl"])
         _run(chunks, workers or len(os.sched_getaffinity(0)), quarantine)
         lengths = _join(chunks, parts)
-        num_tokens = int(lengths.sum())
-        about = {
-            "tokenizer": _work.tokenizer.document_fingerprint,
-            "documents": len(lengths),
-            "tokens": num_tokens,
-        }
-        about["source_bytes"] = sum(source.num_bytes for source in _work.sources)
-        (parts / "json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        _write_about(parts / "json", lengths)
         for suffix in ("bin", "json", "idx"):
             (parts / suffix).rename(outputs[suffix])
         shutil.rmtree(parts)
     except OSError as error:
         raise DataError(
-            f"{prefix} cannot be written ({error.strerror or error}): make room or name another place."
+            f"{prefix} cannot be written ({error.strerror or error}): "
+            "free disk space, or name another prefix."
         ) from error
     num_unusable = sum(counts.total() for counts in quarantine.counts.values())
-    return Tokenized(len(lengths), num_tokens, num_unusable, kept)
+    return Tokenized(len(lengths), int(lengths.sum()), num_unusable, kept)
+
+
+def _write_about(path: Path, lengths: np.ndarray) -> None:
+    """Write PREFIX.json: fingerprint of the tokenizer, and counts."""
+    about = {
+        "tokenizer": _job.tokenizer.document_fingerprint,
+        "documents": len(lengths),
+        "tokens": int(lengths.sum()),
+        "source_bytes": sum(source.num_bytes for source in _job.sources),
+    }
+    path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def _claim(parts: Path, plan: str) -> None:
-    """Make the directory of the parts, or check that it is this job's."""
+    """Create the directory of the parts, or check that it belongs to this job."""
     parts.mkdir(parents=True, exist_ok=True)
     stamp = parts / "plan"
     if stamp.exists() and stamp.read_text() != plan:
         raise ConfigError(
-            f"{parts} is of another job (other sources, fields or tokenizer): remove it, or name another prefix."
+            f"{parts} belongs to another job (other sources, fields or tokenizer): "
+            "remove it, or name another prefix."
         )
     stamp.write_text(plan)
 
 
 def _run(chunks: Sequence[_Chunk], workers: int, quarantine: Quarantine) -> None:
-    context = multiprocessing.get_context(
-        "fork"
-    )  # the tokenizer and the opened sources are inherited, not loaded again
+    # Forked workers inherit the tokenizer and the opened sources instead of loading them again.
+    context = multiprocessing.get_context("fork")
     with (
-        ProcessPoolExecutor(workers, context, _begin) as pool,
-        byte_progress("tokenising", sum(chunk.num_bytes for chunk in chunks)) as on_bytes,
+        ProcessPoolExecutor(workers, context, _start_worker) as pool,
+        byte_progress("tokenizing", sum(chunk.num_bytes for chunk in chunks)) as on_bytes,
     ):
         try:
             for chunk, _ in zip(chunks, pool.map(_tokenize, chunks), strict=True):
                 on_bytes(chunk.num_bytes)
                 for row, reason, detail in json.loads(str(_read(chunk.part)["errors"])):
-                    quarantine.add(_work.sources[chunk.source], row, RowError(reason, detail))
+                    quarantine.add(_job.sources[chunk.source], row, RowError(reason, detail))
         except BrokenProcessPool:
             raise DataError(
-                "a process was killed, probably for lack of memory: run the same command again with fewer --workers."
+                "a worker process was killed, probably for lack of memory: "
+                "run the same command again with fewer --workers."
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _join(chunks: Sequence[_Chunk], parts: Path) -> np.ndarray:
-    """Write bin and idx into the directory of the parts; returns the documents' lengths."""
+    """Write bin and idx into the directory of the parts; return the lengths of the documents."""
     lengths = []
     (parts / "idx").unlink(missing_ok=True)
     with (parts / "bin").open("wb") as file:
@@ -236,9 +249,9 @@ def _join(chunks: Sequence[_Chunk], parts: Path) -> np.ndarray:
     joined = np.concatenate(lengths)
     if not len(joined):
         raise DataError(
-            f"{_work.sources[0].path}: no row can be used; the quarantine file names the reasons."
+            f"{_job.sources[0].path}: no row can be used; the quarantine file lists the reasons."
         )
-    write_index(parts / "idx", _work.dtype, joined)
+    write_index(parts / "idx", _job.dtype, joined)
     return joined
 
 

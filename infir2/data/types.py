@@ -1,4 +1,4 @@
-"""What the data floor hands out: samples, packed batches, prompts."""
+"""The types that the data room returns: samples, packed batches, prompts."""
 
 from dataclasses import dataclass, field
 
@@ -10,15 +10,22 @@ Message = dict[str, str]  # {"role": "user", "content": "2+3=?"}
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence of tokens. Example: prompt [7, 8], response [9, 2] -> token_ids [7, 8, 9, 2], loss_mask [F, F, T, T].
+    """One tokenized sequence of n tokens.
 
-    `loss_mask[j]` is True where token j is a trained target; token 0 never is. `token_inputs`
-    hold one value per token, such as advantages, for the loss.
+    `loss_mask[j]` is True where token j is a target of the loss; token 0 never is. `token_inputs`
+    hold one value per token for the loss, such as advantages.
+
+    Example: prompt [7, 8] and response [9, 2], a conversation whose answer is trained:
+
+    >>> mask = np.array([False, False, True, True])
+    >>> sample = Sample(np.array([7, 8, 9, 2], dtype=np.int32), mask, origin="sft.jsonl:17")
+    >>> sample.num_tokens
+    4
     """
 
     token_ids: np.ndarray  # int32 [n]
     loss_mask: np.ndarray  # bool [n]
-    origin: str = ""  # file:line
+    origin: str = ""  # file:line of the row
     token_inputs: dict[str, np.ndarray] = field(default_factory=dict)  # each [n]
 
     @property
@@ -28,23 +35,29 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences packed one after another, without padding. T tokens, B sequences.
+    """A micro-batch: B sequences concatenated into T tokens, without padding.
 
-    Example: the sample above alone -> labels [0, 9, 2, 0], loss_mask [F, T, T, F], positions [0, 1, 2, 3],
-    cu_seqlens [0, 4]. Labels are pre-shifted: `labels[t] = token_ids[t + 1]` where `loss_mask[t]`, else 0. An extra's
-    value for token j stands at the place of its label, j - 1, and is 0 where nothing is trained.
+    Labels are shifted already: `labels[t] = token_ids[t + 1]` where `loss_mask[t]`, otherwise 0.
+    `token_inputs` are shifted in the same way: the value that belongs to token j is at index j - 1,
+    where its label is, and it is 0 where `loss_mask` is False.
+
+    Example: a batch of the sample above (token_ids [7, 8, 9, 2], response [9, 2]) has
+
+        token_ids  [7, 8, 9, 2]
+        positions  [0, 1, 2, 3]
+        labels     [0, 9, 2, 0]
+        loss_mask  [F, T, T, F]
+        cu_seqlens [0, 4]
     """
 
     token_ids: Tensor  # int64 [T]
-    positions: Tensor  # int64 [T], restart at 0 in each sequence
+    positions: Tensor  # int64 [T], each sequence starts at 0
     labels: Tensor  # int64 [T]
     loss_mask: Tensor  # bool [T]
-    cu_seqlens: Tensor  # int32 [B+1], first token of each sequence, then T
+    cu_seqlens: Tensor  # int32 [B+1], offset of each sequence's first token, then T
     token_inputs: dict[str, Tensor] = field(default_factory=dict)  # each [T]
-    sample_indices: tuple[
-        int, ...
-    ] = ()  # [B], places of the sequences in the list that was packed; () for a filler
-
+    # [B], index of each sequence in the list of samples that was packed; () for an empty batch
+    sample_indices: tuple[int, ...] = ()
     origins: tuple[str, ...] = ()  # [B], file:line of each sequence
 
     @property
@@ -54,13 +67,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question with a reference answer. Example: `Prompt("0/rl1.jsonl:3", [{"role": "user", ...}], "16", 2, "d/rl1.jsonl:3")`.
+    """A problem with its reference answer, for RL and evaluation.
 
-    `id` does not depend on where the files lie, so that sampling seeded with it can be repeated elsewhere.
+    `id` does not depend on the directory of the files, so that sampling that is seeded with it is
+    reproducible on another machine.
+
+    Example: row 3 of the first source, `data/rl1.jsonl`, is
+
+        Prompt(
+            id="0/rl1.jsonl:3",
+            messages=[{"role": "user", "content": "12+4=?"}],
+            answer="16",
+            difficulty=2,
+            origin="data/rl1.jsonl:3",
+        )
     """
 
-    id: str
+    id: str  # source index / file:line
     messages: list[Message]
     answer: str
     difficulty: int | None
-    origin: str
+    origin: str  # file:line of the row

@@ -9,7 +9,8 @@ import numpy as np
 
 from infir2.config.schema import EvalRecipe, RlRecipe, SourceSection, TrainRecipe
 from infir2.data import ChatTokenizer
-from infir2.data.chat import PROBE_CONVERSATION, THINK_MARKERS
+from infir2.data.chat import PROBE_CONVERSATION
+from infir2.data.rendering import THINK_MARKERS
 from infir2.data.rows import (
     RowKind,
     check_same_tokenizer,

@@ -138,9 +138,9 @@ def test_what_opens_a_conversation_is_context(tokenizer: ChatTokenizer) -> None:
 
 
 def test_markers_spelled_in_a_message_stay_text(tokenizer: ChatTokenizer) -> None:
-    markers = [*tokenizer._control, "<think>", "</think>"]
+    markers = [*tokenizer._special, "<think>", "</think>"]
     spelled = "2 " + " ".join(markers) + "<|im_end|>\n<|im_start|>assistant\n5"
-    control = set(tokenizer._control.values())
+    control = set(tokenizer._special.values())
     clean = sum(token in control for token in tokenizer.apply_chat_template([SYSTEM, ASK], True))
     for role in ("system", "user"):
         messages = (
@@ -160,9 +160,9 @@ def test_markers_spelled_in_a_message_stay_text(tokenizer: ChatTokenizer) -> Non
     }
     used = control & set(tokenizer.encode_conversation([ASK, answer]).token_ids.tolist())
     assert used == {
-        tokenizer._control[name]
+        tokenizer._special[name]
         for name in ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
-        if name in tokenizer._control
+        if name in tokenizer._special
     }
 
 
@@ -170,7 +170,7 @@ def test_text_round_trips_and_documents_end(tokenizer: ChatTokenizer) -> None:
     text = "Tom has 7 apples. Tom finds 5 more.\n7+5=12"
     assert tokenizer.decode(tokenizer.encode_text(text)) == text
     ids = tokenizer.encode_document(text)
-    assert ids[-1] == tokenizer.eod_token_id == tokenizer._control["<|endoftext|>"]
+    assert ids[-1] == tokenizer.eod_token_id == tokenizer._special["<|endoftext|>"]
     assert tokenizer.decode(ids) == text
     assert tokenizer.eod_token_id in tokenizer.eos_token_ids
     assert (
@@ -181,7 +181,7 @@ def test_text_round_trips_and_documents_end(tokenizer: ChatTokenizer) -> None:
 
 def test_think_markers_of_a_prefix_are_the_models_own(demo_dir: Path) -> None:
     tokenizer = load_tokenizer(demo_dir)
-    assert tokenizer.encode_with_special_tokens("<think>") == [tokenizer._control["<think>"]]
+    assert tokenizer.encode_with_special_tokens("<think>") == [tokenizer._special["<think>"]]
     assert len(tokenizer.encode_text("<think>")) > 1
 
 

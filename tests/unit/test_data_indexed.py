@@ -62,21 +62,24 @@ def test_what_we_write_is_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda index: index[:-1], "its header calls for 94"),
+        (lambda index: index[:-1], "its header requires 94"),
         (lambda index: index[:20], "is not the index of a Megatron data set"),
         (lambda index: b"PK" + index[2:], "is not the index of a Megatron data set"),
         (lambda index: index[:9] + struct.pack("<Q", 2) + index[17:], "has version 2"),
         (lambda index: index[:17] + b"\x06" + index[18:], "dtype code 6"),
-        (lambda index: index[:18] + struct.pack("<Q", 2**62) + index[26:], "its header calls for"),
-        (lambda index: index[:34] + struct.pack("<i", -4) + index[38:], "does not fit corpus.bin"),
-        (lambda index: index[:34] + struct.pack("<i", 9) + index[38:], "does not fit corpus.bin"),
+        (lambda index: index[:18] + struct.pack("<Q", 2**62) + index[26:], "its header requires"),
+        (
+            lambda index: index[:34] + struct.pack("<i", -4) + index[38:],
+            "does not match corpus.bin",
+        ),
+        (lambda index: index[:34] + struct.pack("<i", 9) + index[38:], "does not match corpus.bin"),
         (
             lambda index: index[:46] + struct.pack("<q", 2**63 - 2) + index[54:],
-            "does not fit corpus.bin",
+            "does not match corpus.bin",
         ),
-        (lambda index: index[:46] + struct.pack("<q", 1) + index[54:], "does not fit corpus.bin"),
-        (lambda index: index[:70] + struct.pack("<3q", 0, 4, 3), "does not fit corpus.bin"),
-        (lambda index: index[:70] + struct.pack("<3q", 0, 1, 2), "does not fit corpus.bin"),
+        (lambda index: index[:46] + struct.pack("<q", 1) + index[54:], "does not match corpus.bin"),
+        (lambda index: index[:70] + struct.pack("<3q", 0, 4, 3), "does not match corpus.bin"),
+        (lambda index: index[:70] + struct.pack("<3q", 0, 1, 2), "does not match corpus.bin"),
     ],
 )
 def test_a_damaged_index_is_one_sentence(tmp_path, damage, sentence):
@@ -89,7 +92,7 @@ def test_a_damaged_index_is_one_sentence(tmp_path, damage, sentence):
 def test_a_cut_or_missing_bin_is_one_sentence(tmp_path):
     binary = write_by_hand(tmp_path / "corpus").with_name("corpus.bin")
     binary.write_bytes(binary.read_bytes()[:-2])
-    with pytest.raises(DataError, match=r"does not fit corpus\.bin"):
+    with pytest.raises(DataError, match=r"does not match corpus\.bin"):
         IndexedDocuments(binary)
     binary.unlink()
     with pytest.raises(DataError, match=r"corpus\.bin is missing"):

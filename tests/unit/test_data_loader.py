@@ -152,7 +152,7 @@ def test_every_token_of_a_document_but_its_first_is_a_target_once(
         windows = DocumentWindows(stream, length)
         targets: dict[str, list[int]] = defaultdict(list)
         while stream.position < len(documents):
-            pieces = windows.unit()
+            pieces = windows.next_pack()
             assert length - 1 <= sum(piece.num_tokens for piece in pieces) <= length
             for piece in pieces:
                 assert not piece.loss_mask[0]
@@ -183,7 +183,7 @@ def test_shares_of_documents_are_shares_of_bytes(tokenizer: ChatTokenizer, tmp_p
         sources=sources, sequence_tokens=256, batch_sequences=1, micro_batch_tokens=256
     )
     stream = SampleStream(sources, section, "documents", tokenizer, 0, Quarantine(0.0))
-    samples = [stream.take() for _ in range(1024)]
+    samples = [stream.next_sample() for _ in range(1024)]
     share = sum(sample.num_tokens for sample in samples if "long" in sample.origin) / sum(
         sample.num_tokens for sample in samples
     )

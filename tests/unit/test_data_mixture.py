@@ -34,7 +34,7 @@ def test_permuted_looks_random() -> None:
 def test_order_is_fixed_for_ever() -> None:
     """A checkpoint's data position means these rows; a change here breaks every resumed run."""
     mixture = Mixture([5, 3], [1.0, 2.0], seed=1236)
-    assert [tuple(mixture.place(index)) for index in range(6)] == [
+    assert [tuple(mixture.row_at(index)) for index in range(6)] == [
         (0, 0, 0),
         (1, 0, 0),
         (1, 2, 0),
@@ -46,7 +46,7 @@ def test_order_is_fixed_for_ever() -> None:
 
 def test_every_pass_visits_every_row_once() -> None:
     mixture = Mixture([10], [1.0], seed=3)
-    epochs = [[mixture.place(10 * epoch + index) for index in range(10)] for epoch in range(3)]
+    epochs = [[mixture.row_at(10 * epoch + index) for index in range(10)] for epoch in range(3)]
     assert all(sorted(place.row for place in places) == list(range(10)) for places in epochs)
     assert [places[0].epoch for places in epochs] == [0, 1, 2]
     assert len({tuple(place.row for place in places) for places in epochs}) == 3
@@ -54,7 +54,7 @@ def test_every_pass_visits_every_row_once() -> None:
 
 def test_shares_hold_over_short_stretches_and_small_sources_repeat() -> None:
     mixture = Mixture([1000, 10], [3.0, 1.0], seed=0)
-    places = [mixture.place(index) for index in range(4096)]
+    places = [mixture.row_at(index) for index in range(4096)]
     assert sum(place.source == 1 for place in places) == 1024
     assert 0.15 < sum(place.source == 1 for place in places[:256]) / 256 < 0.35
     small = [place for place in places if place.source == 1]

@@ -128,12 +128,12 @@ def test_files_of_each_kind_give_the_same_rows(tmp_path: Path) -> None:
         (
             "cut.jsonl.gz",
             gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20],
-            "not a whole gzip file",
+            "not a complete gzip file",
         ),
-        ("plain.jsonl.gz", b'{"text": "a"}\n', "not a whole gzip file"),
+        ("plain.jsonl.gz", b'{"text": "a"}\n', "not a complete gzip file"),
         ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("broken.parquet", b"PAR1 and nothing else", "cannot be read as Parquet"),
-        ("table.csv", b"a,b\n", "unknown kind"),
+        ("table.csv", b"a,b\n", "unknown file type"),
         (
             "other.jsonl",
             b'{"question": "2+3?", "answer": "5"}\n',

@@ -112,10 +112,10 @@ def test_an_existing_output_and_parts_of_another_job_are_refused(world, tmp_path
         assert len(list(tmp_path.glob(f"{suffix}.*"))) == 1
     (tmp_path / "out.parts").mkdir()
     (tmp_path / "out.parts/plan").write_text("another")
-    with pytest.raises(ConfigError, match="is of another job"):
+    with pytest.raises(ConfigError, match="belongs to another job"):
         module.tokenize([source], world / "tokenizer", tmp_path / "out")
     module.tokenize([source], world / "tokenizer", tmp_path / "tokens")
-    with pytest.raises(DataError, match="holds tokens already"):
+    with pytest.raises(DataError, match="is tokenized already"):
         module.tokenize([tmp_path / "tokens"], world / "tokenizer", tmp_path / "again")
     assert main(words([source], world, tmp_path / "x", "--workers=-1")) == 2
 
