@@ -5,13 +5,11 @@ import sys
 
 from infir2.cli import main
 
+FORMATS = {"True": "pow2", "False": "fp32"}
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--input-bf16-hf-path", required=True)
 parser.add_argument("--output-fp8-hf-path", required=True)
-parser.add_argument(
-    "--force-pow-2-scale", choices=("True", "False"), default="True", type=str.capitalize
-)
+parser.add_argument("--force-pow-2-scale", choices=FORMATS, default="True", type=str.capitalize)
 options = parser.parse_args()
-source, target = options.input_bf16_hf_path, options.output_fp8_hf_path
-scale_format = "pow2" if options.force_pow_2_scale == "True" else "fp32"
-sys.exit(main(["export", "fp8", source, "--to", target, "--scale-format", scale_format]))
+target = ["--to", options.output_fp8_hf_path, "--scale-format", FORMATS[options.force_pow_2_scale]]
+sys.exit(main(["export", "fp8", options.input_bf16_hf_path, *target]))

@@ -1,4 +1,4 @@
-"""Which curves a run has: its charts, and the comparison of an FP8 run with its BF16 twin."""
+"""The charts of a run, and the comparison of an FP8 run with its BF16 twin."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,17 @@ from infir2.report.chart import Chart, Series, figure, smooth
 from infir2.report.read import Run, Table
 from infir2.report.text import counted, percent
 
-FP8, BF16, VALIDATION = 0, 1, 2  # colours
+FP8, BF16, VALIDATION = 0, 1, 2  # colors
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A loss of an FP8 run and of its BF16 twin, such as Difference("validation loss", 300, 1.930, 1.926)."""
+    """A loss of an FP8 run and of its BF16 twin.
 
-    what: str
+    Example: Difference("validation loss", 300, 1.930, 1.926)
+    """
+
+    name: str
     step: int
     fp8: float
     bf16: float
@@ -30,9 +33,12 @@ class Difference:
 
 
 def twins(runs: Sequence[Run]) -> dict[str, Run]:
-    """Name of an FP8 run -> the BF16 run that differs from it in precision only, by its recipe or by its name NAME-bf16."""
+    """{name of an FP8 run: its BF16 twin}.
 
-    def same(fp8: Run, bf16: Run) -> bool:
+    A twin has the same recipe but for `[run]` and `[fp8]`, or the name NAME-bf16.
+    """
+
+    def are_twins(fp8: Run, bf16: Run) -> bool:
         left, right = (
             {name: section for name, section in run.recipe.items() if name not in ("run", "fp8")}
             for run in (fp8, bf16)
@@ -40,53 +46,47 @@ def twins(runs: Sequence[Run]) -> dict[str, Run]:
         return bf16.name == f"{fp8.name}-bf16" or (bool(right) and left == right)
 
     trained = [run for run in runs if run.train]
-    found: dict[str, Run] = {}
+    pairs: dict[str, Run] = {}
     for bf16 in (run for run in trained if run.fp8 is not True):
-        fp8 = next(
-            (
-                run
-                for run in trained
-                if run is not bf16
-                and run.fp8 is not False
-                and run.name not in found
-                and same(run, bf16)
-            ),
-            None,
+        free = (
+            run
+            for run in trained
+            if run is not bf16 and run.fp8 is not False and run.name not in pairs
         )
-        if fp8:
-            found[fp8.name] = bf16
-    return found
+        if fp8 := next((run for run in free if are_twins(run, bf16)), None):
+            pairs[fp8.name] = bf16
+    return pairs
 
 
 def window(table: Table) -> int:
-    """Steps to smooth over: a fortieth of the run, odd."""
+    """The number of steps to smooth over: a fortieth of the run, odd."""
     return len(table) // 40 | 1
 
 
 def final_difference(fp8: Run, bf16: Run) -> Difference | None:
-    """At the last validation that both have, else over the last smoothing window of the training loss."""
+    """The difference at the last common validation, or over the last window of training steps."""
     pairs = (
         ("validation loss", fp8.validation, bf16.validation, "validation_loss", 1),
         ("training loss", fp8.train, bf16.train, "loss", window(fp8.train)),
     )
-    for what, left, right, column, count in pairs:
+    for name, left, right, column, count in pairs:
         steps, a, b = np.intersect1d(left.steps, right.steps, return_indices=True)
         values = np.stack([left[column][a], right[column][b]]) if len(steps) else np.empty((2, 0))
         last = np.flatnonzero(np.isfinite(values).all(axis=0))[-count:]
         if len(last):
-            ours, theirs = values[:, last].mean(axis=1)
-            return (
-                Difference(what, int(steps[last[-1]]), float(ours), float(theirs))
-                if theirs
-                else None
-            )
+            mean_fp8, mean_bf16 = values[:, last].mean(axis=1)
+            step = int(steps[last[-1]])
+            return Difference(name, step, float(mean_fp8), float(mean_bf16)) if mean_bf16 else None
     return None
 
 
 def curve(
     table: Table, column: str, label: str, color: int = 0, raw: bool = True, dashed: bool = False
 ) -> list[Series]:
-    """The smoothed column over the single steps; only these when not `raw` or when the run is too short to smooth."""
+    """The smoothed column, over a faint line of the single steps.
+
+    Only the single steps if not `raw`, or if the run is too short to smooth.
+    """
     style: Literal["line", "dashed"] = "dashed" if dashed else "line"
     x, y, width = table.steps, table[column], window(table)
     if not raw or width < 3:
@@ -129,11 +129,11 @@ def _marks(run: Run) -> tuple[tuple[float, str], ...]:
 
 
 def precision_section(fp8: Run, bf16: Run, points: int) -> str:
-    """Loss of both in one chart, and the relative difference of the smoothed losses."""
+    """HTML: the loss of both in one chart, and the relative difference of the smoothed losses."""
     html, width = f"<h3>{escape(fp8.name)}</h3>", window(fp8.train)
     final = final_difference(fp8, bf16)
     if final:
-        values = f"{final.what} {final.fp8:.4f} in FP8, {final.bf16:.4f} in BF16"
+        values = f"{final.name} {final.fp8:.4f} in FP8, {final.bf16:.4f} in BF16"
         html += f'<p class="facts">At step {final.step}: {values}, <b>{final.text}</b>.</p>'
     note = f"Lines are means over {width} steps, faint lines the single steps." if width > 1 else ""
     loss = Chart(
@@ -145,8 +145,9 @@ def precision_section(fp8: Run, bf16: Run, points: int) -> str:
         note=note,
     )
     steps, left, right = np.intersect1d(fp8.train.steps, bf16.train.steps, return_indices=True)
-    ours, theirs = fp8.train["loss"][left], bf16.train["loss"][right]
-    ratio = np.divide(ours - theirs, theirs, out=np.full_like(ours, np.nan), where=theirs != 0)
+    loss_fp8, loss_bf16 = fp8.train["loss"][left], bf16.train["loss"][right]
+    gaps = np.full_like(loss_fp8, np.nan)
+    ratio = np.divide(loss_fp8 - loss_bf16, loss_bf16, out=gaps, where=loss_bf16 != 0)
     width = min(4 * width + 1, (len(steps) - 1) | 1) if len(steps) else 1
     relative = Series("(FP8 − BF16) / BF16", steps, smooth(ratio, width))
     note = f"Mean over {counted(width, 'step')}."
@@ -161,7 +162,10 @@ def precision_section(fp8: Run, bf16: Run, points: int) -> str:
 
 
 def run_charts(run: Run, twin: Run | None, points: int) -> str:
-    """Every chart that the run has data for; a BF16 twin's curves are drawn beside the run's own, their losses elsewhere."""
+    """HTML of every chart that the run has data for.
+
+    A BF16 twin's curves are in the same charts, except for the loss (`precision_section`).
+    """
     loss = Chart(
         "Loss",
         _loss_series(run, None),
@@ -190,7 +194,8 @@ def run_charts(run: Run, twin: Run | None, points: int) -> str:
         if loss.drawable and not run.is_rl and not twin
         else ""
     )
-    return f'{first}<div class="grid-3">{"".join(figure(chart, points) for chart in charts if chart.drawable)}</div>'
+    figures = "".join(figure(chart, points) for chart in charts if chart.drawable)
+    return f'{first}<div class="grid-3">{figures}</div>'
 
 
 def _rl_charts(run: Run) -> list[Chart]:

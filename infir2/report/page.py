@@ -1,7 +1,8 @@
-"""One self-contained HTML page from run directories: headline, accuracy by stage, FP8 against BF16, every run, samples, recipe.
+"""One self-contained HTML page from run directories.
 
-The page loads nothing from anywhere. All text of models and data is escaped, and its content security policy lets only
-the page's own script run.
+It has a headline, accuracy by stage, FP8 against BF16, the charts of every run, samples and
+recipes. The page loads nothing. All text of models and data is escaped, and the content security
+policy allows only the page's own script.
 """
 
 import base64
@@ -9,7 +10,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -26,17 +27,16 @@ from infir2.report.read import Run, read_runs
 from infir2.report.stages import CHANGE, HEADINGS, StageRow, accuracy_text, stage_rows
 from infir2.report.text import compact, counted, duration, html_table, percent
 
-POINT_BUDGET, LINES_PER_RUN = (
-    30_000,
-    20,
-)  # vertices on a page, about 25 bytes each, and drawn lines that share them
+POINT_BUDGET = 30_000  # vertices on a page, about 25 bytes each
+LINES_PER_RUN = 20  # lines that share them
 EVENTS_SHOWN = 40
 
 
 def write_report(run_dirs: list[Path], out: Path) -> Path:
-    """Write the page of these runs (or of the runs just inside a directory) to `out`, replacing an older one. Returns `out`.
+    """Write the page to `out`, replacing an older one, and return `out`.
 
-    Raises DataError when a path holds no run. What else a run lacks is left out of the page and named in its notes.
+    `run_dirs` are runs, or directories that contain runs. Raises DataError for a path without a
+    run. The page's notes name everything else that a run lacks.
     """
     html = render(read_runs(run_dirs))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,9 @@ def write_report(run_dirs: list[Path], out: Path) -> Path:
 def render(runs: Sequence[Run]) -> str:
     """The page's HTML."""
     rows, pairs = stage_rows(runs), twins(runs)
-    leaders = [run for run in runs if run.train and all(run is not twin for twin in pairs.values())]
+    is_twin = {id(twin) for twin in pairs.values()}
+    leaders = [run for run in runs if run.train and id(run) not in is_twin]
+    title = _chain(leaders or runs)
     points = int(np.clip(POINT_BUDGET / (LINES_PER_RUN * max(1, len(leaders))), 40, 400))
     sections = {
         "What improved": _accuracy(rows),
@@ -62,34 +64,41 @@ def render(runs: Sequence[Run]) -> str:
         "Environment": environment_html(runs),
         "How to reproduce": commands_html(runs),
     }
-    missing = ", ".join(title for title, html in sections.items() if not html)
+    missing = ", ".join(name for name, html in sections.items() if not html)
     notes = ([f"Nothing recorded for: {missing}."] if missing else []) + [
         f"{run.name}: {note}." for run in runs for note in run.notes
     ]
     shown = [
-        (title.lower().replace(" ", "-"), title, html) for title, html in sections.items() if html
+        (name.lower().replace(" ", "-"), name, html) for name, html in sections.items() if html
     ]
-    nav = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in shown)
+    nav = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in shown)
     body = "".join(
-        f'<section id="{anchor}"><h2>{title}</h2>{html}</section>' for anchor, title, html in shown
+        f'<section id="{anchor}"><h2>{name}</h2>{html}</section>' for anchor, name, html in shown
     )
     style, script = (
         resources.files("infir2.report").joinpath(name).read_text(encoding="utf-8")
         for name in ("style.css", "hover.js")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>InfiR2 report: {escape(_chain(leaders or runs))}</title><style>{style}</style></head><body>"
-        f'<header><p class="brand">InfiR2 training report</p>{_headline(runs, leaders, rows, pairs)}'
-        f'<nav aria-label="Sections">{nav}</nav></header><main>{body}</main>{_footer(notes)}<script>{script}</script></body></html>\n'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>InfiR2 report: {escape(title)}</title><style>{style}</style></head><body>"
+        '<header><p class="brand">InfiR2 training report</p>'
+        f"{_headline(leaders, title, rows, pairs)}"
+        f'<nav aria-label="Sections">{nav}</nav></header><main>{body}</main>{_footer(notes)}'
+        f"<script>{script}</script></body></html>\n"
     )
 
 
 def parameter_count(config: Mapping[str, Any]) -> int:
-    """Parameters of the model that a Hugging Face configuration describes; 0 for one that describes none of ours."""
+    """The number of parameters of a Hugging Face configuration; 0 for an unknown architecture."""
     try:
         return sum(math.prod(shape) for shape in parameter_shapes(config).values())
     except CheckpointError:
@@ -102,70 +111,68 @@ def _chain(runs: Sequence[Run]) -> str:
 
 
 def _headline(
-    runs: Sequence[Run], leaders: Sequence[Run], rows: Sequence[StageRow], pairs: Mapping[str, Run]
+    leaders: Sequence[Run], chain: str, rows: Sequence[StageRow], pairs: Mapping[str, Run]
 ) -> str:
-    """What was trained and what came of it, in one sentence and a few figures."""
+    """HTML: what was trained and with which result, in one sentence and a few numbers."""
     scored = [row for row in rows if math.isfinite(row.evaluation.avg_at_k)]
-    found = []
-    if len(scored) > 1:
-        found.append(
-            "accuracy "
-            + ", ".join(
-                f"{percent(row.evaluation.avg_at_k)} after {row.stage}"
-                for row in (scored[0], scored[-1])
-            )
-        )
-    differences = [
-        (run, final_difference(run, pairs[run.name])) for run in leaders if run.name in pairs
-    ]
-    found += [
-        f"{difference.what} of {run.name} {difference.text}"
-        for run, difference in differences
-        if difference
-    ]
     precision = {run.fp8 for run in leaders}
-    title = _chain(leaders or runs) + (
-        " in FP8" if precision == {True} else " in BF16" if precision == {False} else ""
+    suffix = " in FP8" if precision == {True} else " in BF16" if precision == {False} else ""
+    results = _results(leaders, scored, pairs)
+    title = chain + suffix + (f": {'; '.join(results)}" if results else "")
+    tiles = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
+        for value, text in _tiles(leaders, scored, bool(pairs))
     )
-    title += f": {'; '.join(found)}" if found else ""
+    return f"<h1>{escape(title)}</h1>" + (f'<div class="tiles">{tiles}</div>' if tiles else "")
+
+
+def _results(
+    leaders: Sequence[Run], scored: Sequence[StageRow], pairs: Mapping[str, Run]
+) -> list[str]:
+    """Sentences: accuracy before and after, and the loss of FP8 against BF16."""
+    results = []
+    if len(scored) > 1:
+        first, last = (
+            f"{percent(row.evaluation.avg_at_k)} after {row.stage}"
+            for row in (scored[0], scored[-1])
+        )
+        results.append(f"accuracy {first}, {last}")
+    for run in leaders:
+        twin = pairs.get(run.name)
+        if twin and (difference := final_difference(run, twin)):
+            results.append(f"{difference.name} of {run.name} {difference.text}")
+    return results
+
+
+def _tiles(
+    leaders: Sequence[Run], scored: Sequence[StageRow], has_twins: bool
+) -> Iterator[tuple[str, str]]:
+    """(number, text) of each known total."""
     configs = [run.state.get("model_config") or {} for run in leaders]
     largest = max(configs, key=parameter_count, default={})
-    num_parameters = parameter_count(largest)
-    seconds, tokens = (
-        sum(run.total(column) for run in leaders) for column in ("seconds", "trained_tokens")
-    )
-    tiles = [
-        (compact(num_parameters), f"parameters, {largest.get('model_type', '')}", num_parameters),
-        (
-            f"{sum(run.num_steps for run in leaders):,}",
-            f"optimizer steps in {counted(len(leaders), 'run')}",
-            leaders,
-        ),
-        (compact(tokens), "trained tokens", tokens),
-        (
-            duration(seconds),
-            "in training steps" + (", without the BF16 comparison" if pairs else ""),
-            seconds,
-        ),
-    ]
+    if num_parameters := parameter_count(largest):
+        yield compact(num_parameters), f"parameters, {largest.get('model_type', '')}"
+    if leaders:
+        num_steps = sum(run.num_steps for run in leaders)
+        yield f"{num_steps:,}", f"optimizer steps in {counted(len(leaders), 'run')}"
+    if tokens := sum(run.total("trained_tokens") for run in leaders):
+        yield compact(tokens), "trained tokens"
+    if seconds := sum(run.total("seconds") for run in leaders):
+        without = ", without the BF16 comparison" if has_twins else ""
+        yield duration(seconds), f"in training steps{without}"
     if scored:
-        last = scored[-1]
-        tiles.append(
-            (accuracy_text(last.evaluation), f"avg@{last.evaluation.k} after {last.stage}", True)
-        )
-    html = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
-        for value, text, known in tiles
-        if known
-    )
-    return f"<h1>{escape(title)}</h1>" + (f'<div class="tiles">{html}</div>' if html else "")
+        evaluation = scored[-1].evaluation
+        yield accuracy_text(evaluation), f"avg@{evaluation.k} after {scored[-1].stage}"
 
 
 def _accuracy(rows: Sequence[StageRow]) -> str:
-    """A table with a plot in it, and accuracy by difficulty."""
+    """HTML: accuracy by stage, as a table with a plot, and by difficulty."""
     if not rows:
         return ""
-    keys = '<p class="keys"><span class="key points k0">avg@k with 95 % interval</span><span class="key ring k0">pass@k</span></p>'
+    keys = (
+        '<p class="keys"><span class="key points k0">avg@k with 95 % interval</span>'
+        '<span class="key ring k0">pass@k</span></p>'
+    )
     body = []
     for row in rows:
         cells = [escape(cell) for cell in row.cells]
@@ -177,16 +184,16 @@ def _accuracy(rows: Sequence[StageRow]) -> str:
     axis = '<div class="axis"><span>0</span><span>50</span><span>100 %</span></div>'
     return (
         f"{keys}{html_table((HEADINGS[0], axis, *HEADINGS[1:]), body)}"
-        '<p class="note">± is the half-width of a 95 % interval. A change in bold is larger than its interval.</p>'
+        '<p class="note">± is the half-width of a 95 % interval. '
+        "A change in bold is larger than its interval.</p>"
         f"{_difficulty(rows)}"
     )
 
 
 def interval_plot(evaluation: Evaluation) -> str:
-    """A table's cell with avg@k, its interval and pass@k on an axis from 0 to 100 %, drawn by style.css."""
-    low, high = np.clip(
-        [evaluation.avg_at_k - evaluation.interval, evaluation.avg_at_k + evaluation.interval], 0, 1
-    )
+    """A table cell that plots avg@k, its interval and pass@k from 0 to 100 %."""
+    signs = np.array([-1, 1])
+    low, high = np.clip(evaluation.avg_at_k + signs * evaluation.interval, 0, 1)
     marks = (
         ("bar", low, high - low),
         ("ring", evaluation.pass_at_k, 0),
@@ -250,10 +257,12 @@ def _events(run: Run) -> str:
     summary = counted(len(run.events), "event") + (
         f", the last {len(events)}" if len(events) < len(run.events) else ""
     )
-    return f"<details><summary>{summary}</summary>{html_table(('step', 'event', 'detail'), rows, text_columns=3)}</details>"
+    table = html_table(("step", "event", "detail"), rows, text_columns=3)
+    return f"<details><summary>{summary}</summary>{table}</details>"
 
 
 def _footer(notes: Sequence[str]) -> str:
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<footer>{f"<h2>Notes</h2><ul>{items}</ul>" if items else ""}<p class="note">Written {written}.</p></footer>'
+    listed = f"<h2>Notes</h2><ul>{items}</ul>" if items else ""
+    return f'<footer>{listed}<p class="note">Written {written}.</p></footer>'

@@ -94,7 +94,7 @@ def _subject(evaluation: Run, trained: Sequence[Run]) -> Run | None:
 
 
 def _compared_row(run: Run, trained: Sequence[Run], rows: Sequence[StageRow]) -> StageRow | None:
-    """The row of the nearest evaluated ancestor, else of a base model; the row above without recipe."""
+    """The row of the nearest evaluated ancestor or base model; the row above without recipe."""
     if not run.recipe:
         return rows[-1] if rows else None
     by_stage, seen = {row.stage: row for row in rows}, {run.name}

@@ -154,8 +154,8 @@ def test_intervals_are_cut_at_the_ends_of_the_scale() -> None:
 
 
 def test_an_axis_places_its_ends() -> None:
-    assert Axis(1.0, 100.0, 0.0, 200.0, log=True).at(10.0) == pytest.approx(100.0)
-    assert Axis(0.0, 4.0, 180.0, 20.0).at(1.0) == pytest.approx(140.0)
+    assert Axis(1.0, 100.0, 0.0, 200.0, log=True).position(10.0) == pytest.approx(100.0)
+    assert Axis(0.0, 4.0, 180.0, 20.0).position(1.0) == pytest.approx(140.0)
 
 
 @pytest.mark.parametrize(

@@ -200,14 +200,14 @@ def test_final_difference_takes_the_last_validation_both_have(tmp_path: Path) ->
     )
     difference = final_difference(a, b)
     assert difference is not None
-    assert (difference.what, difference.step, difference.text) == (
+    assert (difference.name, difference.step, difference.text) == (
         "validation loss",
         20,
         "1.00 % above BF16",
     )
     difference = final_difference(a, read_run(run("b", {})))
     assert difference is not None
-    assert (difference.what, difference.step, difference.text) == (
+    assert (difference.name, difference.step, difference.text) == (
         "training loss",
         30,
         "20.00 % below BF16",
