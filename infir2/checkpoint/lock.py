@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from infir2.checkpoint.manifest import MEND_DISK
-from infir2.errors import CheckpointError, OutputExistsError, disk_reason
+from infir2.errors import OutputExistsError
+from infir2.files import disk_errors
 
 LOCK = ".lock"
 BEAT_SECONDS = 15.0
@@ -83,17 +83,13 @@ class RunLock:
 
 
 def _open_locked(path: Path, run_dir: Path, warn: Callable[[str], None]) -> int:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with disk_errors(f"{run_dir}: its lock file cannot be written"):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             _take(fd, path, run_dir, warn)
         except BaseException:
             os.close(fd)
             raise
-    except OSError as error:
-        raise CheckpointError(
-            f"{run_dir}: its lock file cannot be written ({disk_reason(error)}); {MEND_DISK}"
-        ) from error
     return fd
 
 

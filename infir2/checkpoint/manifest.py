@@ -5,7 +5,6 @@
 The file must be byte for byte the canonical JSON of its content, so a flipped byte anywhere in it is found.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -15,13 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from infir2.errors import CheckpointCorruptError, CheckpointError, disk_reason
+from infir2.errors import CheckpointCorruptError, CheckpointError
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"  # where each tensor lies, see dcp.py
 FORMAT = 1
 _LARGE_BYTES = 2**20
-MEND_DISK = "free space or make it writable, then run the same command again."
 
 
 class FileEntry(NamedTuple):
@@ -87,21 +85,6 @@ def write_file(path: Path, data: bytes) -> FileEntry:
     with HashedFile(path) as file:
         file.write(data)
     return file.entry
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Give a small file new content, synced, all of it or none. CheckpointError with the errno where the disk refuses."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        write_file(temporary, data)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path}: cannot be written ({disk_reason(error)}); {MEND_DISK}"
-        ) from error
 
 
 def removed(path: Path) -> str:

@@ -1,16 +1,12 @@
 """Where a run's numbers go: metrics.jsonl (the record), TensorBoard (a view)."""
 
-import contextlib
-import io
-import json
 import math
 import queue
 import threading
 from pathlib import Path
 from typing import Any
 
-from infir2.checkpoint.manifest import replace_file
-from infir2.errors import disk_reason
+from infir2.files import JsonLinesWriter, disk_errors, keep_json_lines, read_json_lines
 from infir2.terminal import log
 
 _CLOSE_SECONDS = 5.0
@@ -20,35 +16,32 @@ class MetricsWriter:
     """Appends one JSON object per line to metrics.jsonl and mirrors numbers to TensorBoard events.
 
     On resume, lines of steps after `resumed_step` are dropped: those steps run again, and the file stays one curve.
-    Raises CheckpointError where the disk refuses that; later it only delays lines (`Lines`).
+    Raises CheckpointError where the disk refuses that; later it only delays lines (`JsonLinesWriter`).
     """
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         self._lines, self._samples = (
-            Lines(run_dir / "metrics.jsonl"),
-            Lines(run_dir / "samples.jsonl"),
+            JsonLinesWriter(run_dir / "metrics.jsonl"),
+            JsonLinesWriter(run_dir / "samples.jsonl"),
         )
         for lines in (self._lines, self._samples):
-            _drop_lines_after(lines.path, resumed_step)
-        self._lines.add()  # the record is there from the start
+            with disk_errors(f"{lines.path}: cannot be written"):
+                keep_json_lines(lines.path, lambda row: _step_of(row) <= resumed_step)
+        self._lines.append()  # the record is there from the start
         self._view = TensorBoardView(run_dir, resumed_step)
 
     def values(self, kind: str, name: str) -> list[tuple[int, Any]]:
         """(step, value) of every line of a kind that has the name."""
-        found = map(json.loads, self._lines.path.read_text(encoding="utf-8").splitlines())
         return [
             (line["step"], line[name])
-            for line in found
+            for line in read_json_lines(self._lines.path)
             if line["kind"] == kind and line.get(name) is not None
         ]
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line; non-finite numbers become null, because JSON has none."""
-        self._lines.add(
-            json.dumps(
-                {"kind": kind, "step": step}
-                | {name: _plain(value) for name, value in values.items()}
-            )
+        self._lines.append(
+            {"kind": kind, "step": step} | {name: _plain(value) for name, value in values.items()}
         )
         for name, value in values.items():
             if (
@@ -60,44 +53,12 @@ class MetricsWriter:
 
     def write_samples(self, rows: list[dict[str, Any]]) -> None:
         """Readable responses beside the numbers: samples.jsonl."""
-        self._samples.add(*(json.dumps(row, ensure_ascii=False) for row in rows))
+        self._samples.append(*rows)
 
     def close(self) -> None:
         for lines in (self._lines, self._samples):
             lines.close()
         self._view.close()
-
-
-class Lines:
-    """A file that lines are appended to. What the disk refuses waits in memory for the next line, and is told of once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: io.FileIO | None = None
-        self._waiting, self._told = b"", False
-
-    def add(self, *lines: str) -> None:
-        self._waiting += "".join(f"{line}\n" for line in lines).encode()
-        try:
-            self._file = self._file or io.FileIO(self.path, "a")
-            while self._waiting:  # a full disk may take a part of a line
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
-        except OSError as error:
-            if not self._told:
-                log(
-                    f"{self.path} cannot be written ({disk_reason(error)}); its lines are kept until it can"
-                )
-            self._told = True
-
-    def close(self) -> None:
-        """Try once more to write what waits."""
-        if self._waiting:
-            self.add()
-        if self._file:
-            with contextlib.suppress(
-                OSError
-            ):  # a network file system may refuse here what it took before
-                self._file.close()
 
 
 class TensorBoardView:
@@ -136,13 +97,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep complete lines up to `step`; a line torn by a crash goes too. CheckpointError where the disk refuses."""
-    found = path.read_bytes() if path.exists() else b""
-    kept = []
-    for line in found.splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line.rstrip(b"\n") + b"\n")
-    if b"".join(kept) != found:
-        replace_file(path, b"".join(kept))
+def _step_of(row: dict[str, Any]) -> float:
+    """The line's step; infinity where it has none, so that a resumed run drops the line."""
+    step = row.get("step")
+    return step if isinstance(step, int | float) else math.inf

@@ -30,7 +30,6 @@ from torch import Tensor
 from infir2.checkpoint.lock import RunLock
 from infir2.checkpoint.manifest import (
     MANIFEST,
-    MEND_DISK,
     METADATA,
     FileEntry,
     encode_manifest,
@@ -40,6 +39,7 @@ from infir2.checkpoint.manifest import (
 )
 from infir2.errors import CheckpointCorruptError, CheckpointError, disk_reason
 from infir2.faults import fault
+from infir2.files import disk_error, fsync_directory
 from infir2.parallel.ranks import Ranks
 from infir2.parallel.shard_spec import ShardSpec
 from infir2.terminal import byte_progress
@@ -164,19 +164,6 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return open_checkpoint(path, glance=True).state
 
 
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if (
-            error.errno != errno.EINVAL
-        ):  # some network file systems cannot sync a directory, and need not
-            raise
-    finally:
-        os.close(fd)
-
-
 class Store:
     """Writes, keeps and finds the checkpoints of one run directory.
 
@@ -257,7 +244,7 @@ class Store:
         return True
 
     def _failure(self, what: str, error: OSError) -> CheckpointError:
-        return CheckpointError(f"{self.directory}: {what} ({disk_reason(error)}); {MEND_DISK}")
+        return disk_error(f"{self.directory}: {what}", error)
 
     def _publish(
         self, target: Path, step: int, tensors: Mapping[str, Tensor], payload: bytes
@@ -314,14 +301,14 @@ class Store:
         files[STATE] = write_file(temporary / STATE, payload)
         fault("save.before_manifest")
         write_file(temporary / MANIFEST, encode_manifest(step, files))
-        _sync_directory(temporary)
+        fsync_directory(temporary)
         if target.exists():
             os.rename(target, self.directory / f"corrupt-step-{step}-{secrets.token_hex(4)}")
         fault("save.before_rename")
         os.rename(temporary, target)
         self._corrupt.discard(step)
         try:
-            _sync_directory(self.directory)
+            fsync_directory(self.directory)
         except OSError as error:  # published and whole; only a power cut in the next seconds could undo the rename
             self._warn(
                 f"{self.directory}: could not be synced after publishing step {step} ({disk_reason(error)})."

@@ -1,8 +1,5 @@
 """Parse rows into documents, conversations and prompts; count and list unusable rows."""
 
-import contextlib
-import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +12,7 @@ from infir2.data.indexed import IndexedDocuments
 from infir2.data.sources import RowError, Source
 from infir2.data.types import Message
 from infir2.errors import DataError
+from infir2.files import JsonLinesWriter, read_json_lines, truncate_torn_line
 
 RowKind = Literal["documents", "messages", "prompts"]
 ROLES = ("system", "user", "assistant")
@@ -159,8 +157,9 @@ class Quarantine:
 
     def __init__(self, max_fraction: float, path: Path | None = None) -> None:
         self.counts: dict[str, Counter[str]] = {}
-        self._max_fraction, self._path = max_fraction, path
-        self._listed = _listed_origins(path) if path is not None and path.exists() else set()
+        self._max_fraction = max_fraction
+        self._file = JsonLinesWriter(path) if path is not None else None
+        self._listed = _listed_origins(path) if path is not None else set()
 
     def add(self, source: Source, index: int, error: RowError) -> None:
         """Count and list a row.
@@ -171,8 +170,11 @@ class Quarantine:
         counts = self.counts.setdefault(str(source.path), Counter())
         counts[error.reason] += 1
         origin = source.origin(index)
-        if self._path is not None and origin not in self._listed:
-            self._list(self._path, origin, error)
+        if self._file is not None:
+            row = {"origin": origin, "reason": error.reason, "detail": str(error)}
+            # Without a row this still writes lines that a full disk refused.
+            self._file.append(*([row] if origin not in self._listed else []))
+            self._listed.add(origin)
         if counts.total() > self._max_fraction * len(source):
             reasons = ", ".join(f"{number} {reason}" for reason, number in counts.most_common())
             raise DataError(
@@ -180,20 +182,6 @@ class Quarantine:
                 f"({reasons}; the last is {origin}: {error}), more than the allowed fraction of "
                 f"{self._max_fraction:g}: fix the rows, or raise data.max_quarantined_fraction."
             )
-
-    def _list(self, path: Path, origin: str, error: RowError) -> None:
-        """Append a row to the file.
-
-        A full disk does not end the run: the row is listed when it is read again.
-        """
-        line = json.dumps({"origin": origin, "reason": error.reason, "detail": str(error)})
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError:
-            return
-        self._listed.add(origin)
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         return {source: dict(counts) for source, counts in self.counts.items()}
@@ -203,15 +191,9 @@ class Quarantine:
 
 
 def _listed_origins(path: Path) -> set[str]:
-    """Return the origins in a quarantine file; skip damaged lines, remove a partial last line."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        os.truncate(path, sum(map(len, lines[:-1])))
-    origins = set()
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            origins.add(json.loads(line)["origin"])
-    return origins
+    """Return the origins in a quarantine file; remove a partial last line."""
+    truncate_torn_line(path)
+    return {row["origin"] for row in read_json_lines(path) if isinstance(row.get("origin"), str)}
 
 
 def _fields(section: SourceSection, kind: RowKind) -> list[str]:

@@ -6,6 +6,7 @@ the end they are joined in the order of the rows, and renamed to PREFIX.bin, PRE
 PREFIX.idx.
 """
 
+import io
 import itertools
 import json
 import multiprocessing
@@ -27,6 +28,7 @@ from infir2.data.indexed import IndexedDocuments, token_dtype, write_index
 from infir2.data.rows import Quarantine, open_source, parse_document
 from infir2.data.sources import RowError, Source
 from infir2.errors import ConfigError, DataError, OutputExistsError
+from infir2.files import write_atomically
 from infir2.launch.ranks import die_with_parent
 from infir2.terminal import byte_progress
 
@@ -102,18 +104,14 @@ class _Job:
             tokens += [
                 np.asarray(ids, dtype=self.dtype) for ids in self.tokenizer.encode_documents(texts)
             ]
-        temporary = chunk.part.with_suffix(f".{os.getpid()}")
-        with temporary.open("wb") as file:
-            joined = np.concatenate(tokens) if tokens else np.zeros(0, self.dtype)
-            np.savez(
-                file,
-                tokens=joined,
-                lengths=np.asarray([len(ids) for ids in tokens], np.int64),
-                errors=np.asarray(json.dumps(errors)),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(chunk.part)
+        file = io.BytesIO()
+        np.savez(
+            file,
+            tokens=np.concatenate(tokens) if tokens else np.zeros(0, self.dtype),
+            lengths=np.asarray([len(ids) for ids in tokens], np.int64),
+            errors=np.asarray(json.dumps(errors)),
+        )
+        write_atomically(chunk.part, file.getvalue())
 
 
 _job: _Job  # set before the workers are forked
@@ -199,7 +197,7 @@ def _write_about(path: Path, lengths: np.ndarray) -> None:
         "tokens": int(lengths.sum()),
         "source_bytes": sum(source.num_bytes for source in _job.sources),
     }
-    path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(about, indent=1).encode() + b"\n")
 
 
 def _claim(parts: Path, plan: str) -> None:
@@ -211,7 +209,7 @@ def _claim(parts: Path, plan: str) -> None:
             f"{parts} belongs to another job (other sources, fields or tokenizer): "
             "remove it, or name another prefix."
         )
-    stamp.write_text(plan)
+    write_atomically(stamp, plan.encode())
 
 
 def _run(chunks: Sequence[_Chunk], workers: int, quarantine: Quarantine) -> None:

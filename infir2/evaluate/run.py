@@ -10,6 +10,7 @@ from infir2.config.resume import dump
 from infir2.config.schema import EvalRecipe
 from infir2.engines.native import NativeEngine
 from infir2.evaluate.problems import answer_problems, load_problems, summarize
+from infir2.files import write_atomically
 from infir2.terminal import log_text
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.supervisor import describe_environment
@@ -30,9 +31,10 @@ def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
     scores = summarize(problems, rows, recipe.evaluate.samples)
     directory = Path(recipe.run.dir)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "recipe.toml").write_text(dump(loaded), encoding="utf-8")
-    (directory / "environment.json").write_text(
-        json.dumps(describe_environment(), indent=1) + "\n", encoding="utf-8"
+    write_atomically(directory / "recipe.toml", dump(loaded).encode())
+    write_atomically(
+        directory / "environment.json",
+        json.dumps(describe_environment(), indent=1).encode() + b"\n",
     )
     metrics = MetricsWriter(directory, resumed_step=0)
     metrics.write("evaluation", 1, **asdict(scores))

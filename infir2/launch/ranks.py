@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from infir2.files import write_atomically
+
 RANKS_DIR_VARIABLE = "INFIR2_RANKS_DIR"
 STOP_FILE = "stop"
 INTERNAL_ERROR = 70
@@ -127,12 +129,12 @@ def run_rank(main: Callable[[], int]) -> int:
     def leave(code: int) -> int:
         # torchrun may still send SIGTERM to all its workers; it must not change this code.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _write(attempt_dir / f"rank-{rank}.code", str(code))
+        write_atomically(attempt_dir / f"rank-{rank}.code", str(code).encode())
         return code_for_torchrun(code)
 
     # Until main installs its own handlers there is nothing to save.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(leave(PREEMPTED)))
-    _write(attempt_dir / f"rank-{rank}.pid", str(os.getpid()))
+    write_atomically(attempt_dir / f"rank-{rank}.pid", str(os.getpid()).encode())
     if restart:
         previous = exit_codes(launcher_dir / f"attempt-{restart - 1}")
         if (code := worst_code(previous.values())) not in RESTARTABLE:
@@ -155,12 +157,6 @@ def _latest_attempt(launcher_dir: Path) -> Path:
 def _number_in(name: str) -> int:
     """Example: "rank-12" -> 12"""
     return int(name.partition("-")[2])
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":  # the last command of a batch script: python -m infir2.launch.ranks DIR

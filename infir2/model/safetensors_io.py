@@ -6,12 +6,9 @@ on disk before the next one is gathered, and the directory gets its final name b
 all of its files are synced.
 """
 
-import contextlib
-import errno
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infir2.errors import CheckpointError, OutputExistsError, first_line
+from infir2.errors import CheckpointError, first_line
+from infir2.files import new_directory
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SCALES_FILE = "fp8_scales.st"  # safetensors; no engine loads a file of this suffix as weights
@@ -177,46 +175,16 @@ def write_hf(
         OutputExistsError: `directory` exists.
         CheckpointError: a tensor is non-finite or occurs twice, or the disk rejects the data.
     """
-    with new_directory(Path(directory)) as work:
-        _write_shards(work, tensors, max_shard_bytes)
-        if side_files_from is not None:
-            _copy_side_files(Path(side_files_from), work)
-        if scales:
-            save_file(scales, work / SCALES_FILE)
-        _write_json(work / "config.json", config)
-
-
-@contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
-    """Yield a temporary directory, and rename it to `target` once all of it is on disk.
-
-    After an error the temporary directory is deleted. Raises OutputExistsError if `target` exists,
-    CheckpointError if the disk rejects the data.
-    """
-    if target.exists() or target.is_symlink():
-        raise OutputExistsError(
-            f"{target}: exists already; name a new directory. Nothing was written."
-        )
-    work = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:12]}")
     try:
-        work.mkdir(parents=True)
-        yield work
-        for path in (*work.rglob("*"), work):
-            _sync(path)
-        work.rename(target)
-        _sync(target.parent)
-    except (OSError, SafetensorError) as error:
-        if (
-            isinstance(error, OSError)
-            and error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
-            and target.exists()
-        ):
-            raise OutputExistsError(
-                f"{target} was created meanwhile; remove it or choose another output"
-            ) from error
-        raise CheckpointError(f"{target} cannot be written: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with new_directory(Path(directory)) as work:
+            _write_shards(work, tensors, max_shard_bytes)
+            if side_files_from is not None:
+                _copy_side_files(Path(side_files_from), work)
+            if scales:
+                save_file(scales, work / SCALES_FILE)
+            _write_json(work / "config.json", config)
+    except SafetensorError as error:  # safetensors' form of an I/O error, such as a full disk
+        raise CheckpointError(f"{directory} cannot be written: {first_line(error)}") from error
 
 
 def _write_shards(work: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
@@ -293,14 +261,6 @@ def _copy_side_files(source: Path, work: Path) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _no_weights(directory: Path) -> str:

@@ -8,7 +8,6 @@ policy allows only the page's own script.
 import base64
 import hashlib
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -21,6 +20,7 @@ import numpy as np
 from infir2.convert.weights import parameter_shapes
 from infir2.errors import CheckpointError
 from infir2.evaluate.statistics import Evaluation
+from infir2.files import write_atomically
 from infir2.report.appendix import commands_html, environment_html, recipe_html, samples_html
 from infir2.report.curves import final_difference, precision_section, run_charts, twins
 from infir2.report.read import Run, read_runs
@@ -40,9 +40,7 @@ def write_report(run_dirs: list[Path], out: Path) -> Path:
     """
     html = render(read_runs(run_dirs))
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.write_text(html, encoding="utf-8", errors="replace")
-    temporary.replace(out)
+    write_atomically(out, html.encode("utf-8", errors="replace"))
     return out
 
 

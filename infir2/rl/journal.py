@@ -5,16 +5,14 @@ rewards. A line is used again, by any number of ranks, only for the same request
 of steps that a checkpoint holds are removed.
 """
 
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from infir2.checkpoint.record import Lines
 from infir2.engines.types import Completion
+from infir2.files import JsonLinesWriter, read_json_lines, truncate_torn_line
 from infir2.parallel.ranks import Ranks
 from infir2.rl.groups import Response
 
@@ -29,7 +27,7 @@ class Journal:
     def open(self, step: int, saved_step: int) -> None:
         """Begin a step: read what earlier processes finished of it, forget what the newest checkpoint holds. Every rank calls this."""
         self._kept = self._ranks.broadcast_from_rank0(lambda: self._read(step, saved_step))
-        self._lines = Lines(self._dir / f"step-{step}-{self._ranks.rank}.jsonl")
+        self._lines = JsonLinesWriter(self._dir / f"step-{step}-{self._ranks.rank}.jsonl")
 
     def _read(self, step: int, saved_step: int) -> dict[str, list[Response]]:
         self._dir.mkdir(exist_ok=True)
@@ -39,14 +37,10 @@ class Journal:
             if of_step <= saved_step:
                 path.unlink()
             elif of_step == step:
-                lines = path.read_bytes().splitlines(keepends=True)
-                whole = [line for line in lines if line.endswith(b"\n")]
-                os.truncate(
-                    path, sum(map(len, whole))
-                )  # a line cut by the kill must not spoil the next one
+                truncate_torn_line(path)
                 kept |= {
                     row["key"]: [_response(each) for each in row["responses"]]
-                    for row in map(json.loads, whole)
+                    for row in read_json_lines(path)
                 }
         return kept
 
@@ -56,10 +50,8 @@ class Journal:
 
     def add(self, key: str, responses: list[Response]) -> None:
         """Write a finished group down. One that the disk refuses is sampled again by a resumed run."""
-        row = {"key": key, "responses": [asdict(response) for response in responses]}
-        self._lines.add(
-            json.dumps(row, ensure_ascii=False, default=np.ndarray.tolist)
-        )  # decimals give every float32 back exactly
+        # JSON's decimals give every float32 back exactly
+        self._lines.append({"key": key, "responses": [asdict(response) for response in responses]})
 
 
 def _response(row: dict[str, Any]) -> Response:

@@ -21,7 +21,6 @@ import torch
 from infir2 import __version__
 from infir2.checkpoint import Checkpoint, Store, open_checkpoint
 from infir2.checkpoint.background import BackgroundSaver
-from infir2.checkpoint.manifest import replace_file
 from infir2.checkpoint.record import MetricsWriter
 from infir2.checkpoint.store import CHECKPOINTS, published_steps
 from infir2.config.load import Loaded
@@ -39,6 +38,7 @@ from infir2.errors import (
     UserError,
 )
 from infir2.faults import fault
+from infir2.files import disk_errors, write_atomically
 from infir2.parallel.mesh import Layout, Sizes, check_model, plan_sizes
 from infir2.parallel.ranks import init_ranks, shutdown_ranks
 from infir2.parallel.watchdog import Watchdog
@@ -384,11 +384,13 @@ class Session:
 
     def _write_description(self) -> None:
         """Once nothing can refuse this command any more: what is written here, the next one is compared with."""
-        replace_file(self.dir / "recipe.toml", dump(self._loaded).encode())
-        replace_file(
-            self.dir / "environment.json",
-            json.dumps(describe_environment(), indent=1).encode() + b"\n",
-        )
+        contents = {
+            "recipe.toml": dump(self._loaded),
+            "environment.json": json.dumps(describe_environment(), indent=1) + "\n",
+        }
+        for name, text in contents.items():
+            with disk_errors(f"{self.dir / name}: cannot be written"):
+                write_atomically(self.dir / name, text.encode())
 
 
 def resume_changes(loaded: Loaded) -> list[str]:

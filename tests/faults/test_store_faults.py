@@ -331,14 +331,14 @@ def test_a_directory_that_cannot_be_synced_after_the_rename_keeps_the_checkpoint
 ):
     warnings: list[str] = []
     store = Store(tmp_path, warn=warnings.append)
-    real = store_module._sync_directory
+    real = store_module.fsync_directory
 
     def sync(path: Path) -> None:
         if path == store.directory:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         real(path)
 
-    monkeypatch.setattr(store_module, "_sync_directory", sync)
+    monkeypatch.setattr(store_module, "fsync_directory", sync)
     save(store, 1)
     assert_whole(tmp_path, 1)
     assert [entry.name for entry in store.directory.iterdir()] == ["step-1"]

@@ -1,0 +1,218 @@
+"""Writing files so that a crash leaves the old content or the new content, never a mixture.
+
+Everything is written under a temporary name, synced and then renamed: `rename` is atomic within a
+directory (POSIX rename(2)). Files and directories get the permissions that the process's umask
+allows, like those of `open` and `mkdir`.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import operator
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from infir2.errors import CheckpointError, OutputExistsError, disk_reason, first_line
+from infir2.terminal import log
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `path` or replace its content. After an error or a crash it has its old content.
+
+    Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def fsync_directory(path: Path) -> None:
+    """Sync the entries of a directory: the names of files that were created or renamed in it.
+
+    Some network file systems refuse this with EINVAL; they sync directories themselves. Raises
+    OSError for everything else.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `target`; sync it and rename it to `target` at the end.
+
+    After an error nothing is left of it. Raises OutputExistsError if `target` exists,
+    CheckpointError for an OSError.
+    Example: `with new_directory(Path("out")) as work: (work / "file").write_text("x")`.
+    """
+    if target.exists() or target.is_symlink():
+        raise OutputExistsError(
+            f"{target}: exists already; name a new directory. Nothing was written."
+        )
+    work = target.with_name(f".{target.name}.tmp-{secrets.token_hex(6)}")
+    try:
+        work.mkdir(parents=True)
+        yield work
+        _apply_umask(work)
+        _fsync_tree(work)
+        work.rename(target)
+        fsync_directory(target.parent)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and target.exists():
+            raise OutputExistsError(
+                f"{target} was created meanwhile; remove it or choose another output"
+            ) from error
+        raise CheckpointError(f"{target} cannot be written: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _apply_umask(directory: Path) -> None:
+    """Give every file the permissions that `open` would have given it.
+
+    Libraries that write through a temporary file (safetensors) leave mode 0600, which other users,
+    such as that of an inference server, cannot read. `directory` itself was created by `mkdir`, so
+    its mode shows the umask (reading the umask means setting it, for all threads of the process).
+    """
+    allowed = directory.stat().st_mode & 0o666
+    for path in directory.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if path.is_file() and allowed & ~mode:
+            path.chmod(mode | allowed)
+
+
+def _fsync_tree(directory: Path) -> None:
+    for path in (*directory.rglob("*"), directory):
+        if path.is_dir():
+            fsync_directory(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def disk_errors(subject: str) -> Iterator[None]:
+    """Raise an OSError as a CheckpointError: "`subject` (the system's reason); what to do"."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(subject, error) from error
+
+
+def disk_error(subject: str, error: OSError) -> CheckpointError:
+    """The CheckpointError for a disk that refuses data.
+
+    Example: "runs/a/recipe.toml: cannot be written (No space left on device, errno 28 ENOSPC); free
+    space ..."
+    """
+    return CheckpointError(
+        f"{subject} ({disk_reason(error)}); "
+        "free space or make it writable, then run the same command again."
+    )
+
+
+class JsonLinesWriter:
+    """Appends JSON objects to a file, one per line; a failing disk delays lines but stops nobody.
+
+    Lines that cannot be written wait in memory for the next `append`; the first failure is printed.
+    Numpy arrays and tensors are written as lists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: io.FileIO | None = None
+        self._pending = b""
+        self._reported = False
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Write the lines that wait, then `rows`. With no rows the file is at least created."""
+        self._pending += b"".join(map(encode_json_line, rows))
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = io.FileIO(self.path, "a")
+            while self._pending:  # a disk that is almost full accepts a part of a line
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not self._reported:
+                log(
+                    f"{self.path} cannot be written ({disk_reason(error)}); "
+                    "its lines are kept until it can"
+                )
+            self._reported = True
+
+    def close(self) -> None:
+        """Try once more to write the lines that wait, and close the file."""
+        if self._pending:
+            self.append()
+        if self._file:
+            with contextlib.suppress(OSError):  # network file systems may fail a write this late
+                self._file.close()
+
+
+def encode_json_line(row: dict[str, Any]) -> bytes:
+    """One line of UTF-8 with its newline; arrays and tensors become lists."""
+    # a lone surrogate has no UTF-8; backslashreplace writes it as JSON's own escape
+    text = json.dumps(row, ensure_ascii=False, default=operator.methodcaller("tolist"))
+    return text.encode("utf-8", errors="backslashreplace") + b"\n"
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file's complete, undamaged lines; [] for a missing file."""
+    return [row for _, row in _parsed_lines(path)]
+
+
+def truncate_torn_line(path: Path) -> None:
+    """Cut off a last line without its newline (a write that a crash interrupted).
+
+    Otherwise the next line would be appended to its end. Needs no free space; a missing file stays
+    missing.
+    """
+    if path.exists():
+        data = path.read_bytes()
+        if not data.endswith(b"\n") and data:
+            os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Remove damaged lines and those that `keep` rejects; replaces the file atomically.
+
+    A last object without its newline is kept and gets one. Raises OSError.
+    """
+    if path.exists():
+        kept = b"".join(
+            line.rstrip(b"\n") + b"\n"
+            for line, row in _parsed_lines(path, allow_torn=True)
+            if keep(row)
+        )
+        if kept != path.read_bytes():
+            write_atomically(path, kept)
+
+
+def _parsed_lines(path: Path, allow_torn: bool = False) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield (line, object) of each JSON object; with `allow_torn`, the last needs no newline."""
+    if path.exists():
+        for line in io.BytesIO(path.read_bytes()):
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and (allow_torn or line.endswith(b"\n")):
+                    yield line, row
