@@ -19,5 +19,5 @@ def no_leftovers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A slice of the demo's world: tokenizer and data of every stage."""
+    """A small version of the demo's data: tokenizer and data of every stage."""
     return make_world(tmp_path_factory.mktemp("world") / "world")

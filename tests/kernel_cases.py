@@ -1,8 +1,9 @@
-"""What the kernels are compared on, shared by the interpreter's tests, the GPU's tests and bench/kernels.py.
+"""Kernel cases for the tests under Triton's interpreter, the GPU tests and bench/kernels.py.
 
-`CONVERSIONS` and `FUSED` map a name to two functions of (x, scale_format): the kernel's results and the reference's, lists
-of `Fp8Tensor` that must agree bit for bit. For a fused producer the reference quantises the BF16 result of the same
-producer without the quantiser; `PRODUCERS` compares that one with the FP64 definition, within the last bit.
+`CONVERSIONS` and `FUSED` map a name to two functions of (x, scale_format): results of the kernel
+and of the reference, lists of `Fp8Tensor` that must be bit-equal. For a fused producer the
+reference quantizes the BF16 result of the same producer without the quantizer; `producer_results`
+compares that result with the FP64 definition, within the last bit.
 """
 
 from collections.abc import Callable
@@ -32,12 +33,11 @@ def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def hostile(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """BF16 [rows, columns] with every kind of block that a scale or a cast can get wrong, row after row."""
+    """BF16 [rows, columns]; the rows cycle through blocks that a scale or a cast can get wrong."""
     x = gaussian(rows, columns, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    tie = (
-        torch.randint(8, 16, (columns,), generator=generator).float() + 0.5
-    )  # halfway between two codes
+    # Halfway between two codes.
+    tie = torch.randint(8, 16, (columns,), generator=generator).float() + 0.5
     patterns = [
         lambda row: row.zero_(),
         lambda row: row.zero_().neg_(),  # minus zero
@@ -62,15 +62,15 @@ def hostile(rows: int, columns: int, seed: int = 0) -> Tensor:
     return x
 
 
-def mismatches(found: Fp8Tensor, expected: Fp8Tensor) -> int:
+def mismatches(actual: Fp8Tensor, expected: Fp8Tensor) -> int:
     """Number of code bytes and scales that differ; NaN scales are equal to each other."""
-    assert (found.shape, found.block, found.scale_format) == (
+    assert (actual.shape, actual.block, actual.scale_format) == (
         expected.shape,
         expected.block,
         expected.scale_format,
     )
-    codes = (found.codes.cpu().view(torch.uint8) != expected.codes.cpu().view(torch.uint8)).sum()
-    a, b = found.scale.cpu(), expected.scale.cpu()
+    codes = (actual.codes.cpu().view(torch.uint8) != expected.codes.cpu().view(torch.uint8)).sum()
+    a, b = actual.scale.cpu(), expected.scale.cpu()
     return int(codes + (~((a == b) | (a.isnan() & b.isnan()))).sum())
 
 
@@ -101,13 +101,13 @@ def norm_weight(x: Tensor) -> Tensor:
 
 
 def gate_and_up(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Halves [R, C] of one [R, 2C] matrix, made from x."""
+    """Halves [R, C] of one [R, 2C] matrix, computed from x."""
     fused = torch.cat([x * 0.5, x.flip(0).roll(3, 1)], dim=1)
     return fused[:, : x.shape[1]], fused[:, x.shape[1] :]
 
 
 def upstream(x: Tensor) -> Tensor:
-    """An output gradient [R, C] made from x."""
+    """An output gradient [R, C], computed from x."""
     return x.roll(1, 0) * 2.0**-7
 
 
@@ -135,7 +135,7 @@ CONVERSIONS: dict[str, Check] = {
         ],
         _weight_reference,
     ),
-    "second layout alone": (
+    "second layout only": (
         lambda x, f: [kernels.quantize_transposed(x, f)],
         lambda x, f: [second_layout(x, f)],
     ),
@@ -157,7 +157,7 @@ def _norm(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
 
 
 def _norm_expected(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
-    # With the kernel's own rstd, an FP32 sum in no fixed order (`producer_results` holds it to the FP64 one).
+    # Uses the kernel's rstd, an FP32 sum in no fixed order; `producer_results` checks it in FP64.
     _, rstd = kernels.rms_norm_quantize(x, norm_weight(x), EPS, scale_format)
     y = (x.float() * rstd[:, None] * norm_weight(x).bfloat16().float()).bfloat16()
     return [quantize_reference(y, ROW_BLOCK, scale_format), second_layout(y, scale_format)]
@@ -196,7 +196,10 @@ FUSED: dict[str, Check] = {
 
 
 def producer_results(x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name -> (kernel's result, definition's result) of the producers and their backwards on finite x [R, C] BF16."""
+    """Name -> (kernel, definition) results of the producers and their backwards.
+
+    x: finite BF16 [R, C].
+    """
     weight = norm_weight(x)
     gate, up = gate_and_up(x)
     grad = upstream(x)
@@ -227,7 +230,7 @@ def producer_results(x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
 def rope_results(
     tokens: int, q_heads: int, k_heads: int, size: int, device: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name -> (kernel's result, definition's result) of bias + rotation and of the rotation back."""
+    """Name -> (kernel, definition) results of bias + rotation, and of the inverse rotation."""
     heads = q_heads + 2 * k_heads
     fused = gaussian(tokens, heads * size).to(device)
     bias = torch.linspace(-1, 1, heads * size, device=device)
@@ -241,12 +244,12 @@ def rope_results(
         apply_rope(t, cos, sin)
         for t in biased.view(tokens, heads, size).split([q_heads, k_heads, k_heads], dim=1)[:2]
     ]
-    found = rope_kernels.rope(q, k, v, bias, cos, sin, False)
+    rotated = rope_kernels.rope(q, k, v, bias, cos, sin, False)
     back = rope_kernels.rope(q.contiguous(), k.contiguous(), v, None, cos, sin, True)
     expected_back = [apply_rope(t, cos, -sin) for t in (q, k)]
     return {
         "rope": (
-            found,
+            rotated,
             torch.cat(
                 [*expected, biased.view(tokens, heads, size)[:, q_heads + k_heads :]], dim=1
             ).flatten(1),
@@ -258,7 +261,7 @@ def rope_results(
 def softmax_results(
     rows: int, columns: int, temperature: float, device: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name -> (kernel's result, FP64 result) of the head's softmax and its backward."""
+    """Name -> (kernel, FP64) results of the softmax of the head and of its backward."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, columns, generator=generator).mul_(5).to(device)
     labels = torch.randint(0, columns, (rows,), generator=generator).to(device)

@@ -1,4 +1,7 @@
-"""Small runs of every stage for tests: a model of 20 k parameters on a slice of the demo's world, through the command line."""
+"""Small runs of every stage for tests, through the command line.
+
+The model has 20 k parameters and the data is a small version of the demo's.
+"""
 
 import json
 import os
@@ -24,7 +27,7 @@ SHAPE = {
     "head_dim": 16,
     "ffn_size": 136,
 }
-BEGUN: "list[subprocess.Popen[str]]" = []
+STARTED: "list[subprocess.Popen[str]]" = []
 WORLD = DemoWorld(
     cpt_tokens=12_000, validation_documents=8, sft_rows=64, rl_rows=(24, 24), held_out_rows=12
 )
@@ -36,63 +39,66 @@ def make_world(directory: Path) -> Path:
 
 
 def options(world: Path, run: Path, stage: str, **values: Any) -> list[str]:
-    """Words after `infir2`: the demo's recipe of a stage, made small. A double underscore in a name stands for a dot."""
+    """Arguments of `infir2` for the demo's recipe of a stage with small settings.
+
+    Keyword names are keys with a double underscore for the dot.
+    """
     verb = stage.rstrip("12")
-    words = [
+    arguments = [
         verb,
         str(RECIPES / f"{stage}.toml"),
         f"--run.dir={run}",
         f"--data.tokenizer={world / 'tokenizer'}",
         "--run.threads=1",
     ]
-    words.append(f"--data.sources.0.path={world / stage}.jsonl")
+    arguments.append(f"--data.sources.0.path={world / stage}.jsonl")
     if verb == "cpt":
-        words.append(f"--data.validation_sources.0.path={world / 'cpt_validation.jsonl'}")
-        words += [f"--model.shape.{name}={value}" for name, value in SHAPE.items()]
-        words += [
+        arguments.append(f"--data.validation_sources.0.path={world / 'cpt_validation.jsonl'}")
+        arguments += [f"--model.shape.{name}={value}" for name, value in SHAPE.items()]
+        arguments += [
             "--data.batch_sequences=2",
             "--schedule.warmup_steps=2",
             "--schedule.decay_steps=2",
         ]
     if verb == "sft":
-        words.append("--data.batch_samples=4")
+        arguments.append("--data.batch_samples=4")
     if verb == "rl":
-        words += [
+        arguments += [
             "--rl.prompts_per_step=3",
             "--rl.over_sample_prompts=4",
             "--rl.group_size=4",
             "--rl.max_response_tokens=8",
         ]
-    return words + [f"--{name.replace('__', '.')}={value}" for name, value in values.items()]
+    return arguments + [f"--{name.replace('__', '.')}={value}" for name, value in values.items()]
 
 
-def run(words: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     """Run one command in this process; it must succeed."""
-    code = main(words)
-    assert code == 0, f"infir2 {' '.join(words)} ended with {code}"
+    code = main(arguments)
+    assert code == 0, f"infir2 {' '.join(arguments)} returned {code}"
 
 
 def begin(command: list[str], **variables: str) -> "subprocess.Popen[str]":
-    """A process with its own session, which ends with the test that began it, whatever becomes of that."""
+    """Start a process in its own session; it is killed when its test ends, passed or failed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     process = subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    BEGUN.append(process)
+    STARTED.append(process)
     return process
 
 
 def end_leftovers() -> None:
-    for process in BEGUN:
+    for process in STARTED:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    BEGUN.clear()
+    STARTED.clear()
 
 
 def torchrun(
-    num_processes: int, *words: str, timeout: float = 240, **variables: str
+    num_processes: int, *arguments: str, timeout: float = 240, **variables: str
 ) -> tuple[int, str]:
-    """Exit code and what was said on stderr."""
+    """Run torchrun; returns its exit code and stderr."""
     process = begin(
         [
             sys.executable,
@@ -100,16 +106,16 @@ def torchrun(
             "torch.distributed.run",
             "--standalone",
             f"--nproc_per_node={num_processes}",
-            *words,
+            *arguments,
         ],
         **variables,
     )
-    _, said = process.communicate(timeout=timeout)
-    return process.returncode, said
+    _, stderr = process.communicate(timeout=timeout)
+    return process.returncode, stderr
 
 
 def gone(pids: list[int], within_seconds: float = 10.0) -> bool:
-    """Whether they have all ended by then, or are zombies."""
+    """Whether all processes end, or become zombies, in time."""
     deadline = time.monotonic() + within_seconds
     while any(_running(pid) for pid in pids):
         if time.monotonic() > deadline:
@@ -126,8 +132,8 @@ def _running(pid: int) -> bool:
 
 
 def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
+    all_lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in all_lines if line["kind"] == kind]
 
 
 def curve(run_dir: Path, *names: str) -> list[tuple[Any, ...]]:
@@ -136,7 +142,7 @@ def curve(run_dir: Path, *names: str) -> list[tuple[Any, ...]]:
 
 
 def assert_same_state(a: Path, b: Path) -> None:
-    """The newest checkpoints of two runs hold the same bits and the same data position."""
+    """The newest checkpoints of two runs have the same bits and the same data position."""
     first, second = open_checkpoint(a), open_checkpoint(b)
     assert first.step == second.step
     assert first.state.get("loader") == second.state.get("loader")
@@ -148,7 +154,7 @@ def assert_same_state(a: Path, b: Path) -> None:
 
 
 def assert_each_step_once(run_dir: Path, steps: int) -> None:
-    """An RL run, one optimizer update a step, lost no step, did none twice and drew each prompt once."""
+    """An RL run with one update per step lost no step, repeated none, drew each prompt once."""
     trained, checkpoint = lines(run_dir, "train"), open_checkpoint(run_dir)
     assert [line["step"] for line in trained] == list(range(1, steps + 1))
     assert all(line["staleness"] in (0, 1) for line in trained)
@@ -164,7 +170,7 @@ def assert_each_step_once(run_dir: Path, steps: int) -> None:
 
 
 def make_rl_start(world: Path, directory: Path, **values: Any) -> Path:
-    """A little-trained model (`cpt`) and its exports (`hf`, `fp8`) in `directory`."""
+    """Train a model for a few steps (`cpt`) and export it (`hf`, `fp8`) in `directory`."""
     run(options(world, directory / "cpt", "cpt", **({"schedule__total_steps": 4} | values)))
     run(["export", "hf", str(directory / "cpt"), "--to", str(directory / "hf")])
     run(["export", "fp8", str(directory / "hf"), "--to", str(directory / "fp8")])

@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
-# Real SLURM on this machine's loopback: two virtual nodes, n1 and n2, then the command given; everything ends with it.
-#   unshare --net --pid --mount --fork --kill-child --mount-proc bash slurm_nodes.sh COMMAND [ARG ...]      (root)
-# The private namespaces keep the daemons, which listen on every address, off the network. 127.0.0.2 makes 127.0.0.1 resolvable
-# (glibc's AI_ADDRCONFIG wants an address beside the loopback's own). No accounting database, so no sacct.
+# Start SLURM with two virtual nodes, n1 and n2, on the loopback of this machine, run a command, and
+# stop SLURM with it. Needs root.
+#
+#   unshare --net --pid --mount --fork --kill-child --mount-proc \
+#     bash slurm_nodes.sh COMMAND [ARG ...]
+#
+# The private namespaces keep the daemons, which listen on every address, off the network. 127.0.0.2
+# makes 127.0.0.1 resolvable: glibc's AI_ADDRCONFIG requires an address other than 127.0.0.1. There is
+# no accounting database, so no sacct.
 set -eu
 ip link set lo up
 ip addr add 127.0.0.2/8 dev lo
@@ -11,7 +16,8 @@ export SLURM_CONF=$base/slurm.conf
 mkdir -p "$base"/{state,spool-n1,spool-n2} /run/munge
 mount -t tmpfs none /run/munge && chmod 755 /run/munge
 head -c 1024 /dev/urandom > "$base/munge.key" && chmod 600 "$base/munge.key"
-munged --force --key-file="$base/munge.key" --pid-file="$base/munged.pid" --log-file="$base/munged.log" --seed-file="$base/seed" 2> /dev/null
+munged --force --key-file="$base/munge.key" --pid-file="$base/munged.pid" \
+  --log-file="$base/munged.log" --seed-file="$base/seed" 2> /dev/null
 cat > "$SLURM_CONF" << CONF
 ClusterName=infir2
 SlurmctldHost=$host(127.0.0.1)

@@ -1,11 +1,13 @@
-"""SIGKILL at random moments of CPT, SFT and RL runs; every run must end as the one that nobody touched.
+"""SIGKILL at random moments of CPT, SFT and RL runs; every run must end like the undisturbed one.
 
-Asynchronous RL, whose responses may come from newer weights after a kill, must have lost no step and done none twice.
+Asynchronous RL, whose responses may come from newer weights after a kill, must have lost no step
+and repeated none.
 
     python tests/faults/campaign.py --kills 30 --to docs/results/faults.md      (make test-faults)
 
-A kill hits anywhere from the start of the process to its end: imports, loading, rollouts, verification, backward, saves in
-the background, retention. After each, what the newest good checkpoint lacks of the steps done is counted.
+A kill hits anywhere from the start of the process to its end: imports, loading, rollouts,
+verification, backward, background saves, retention. After each kill the steps done since the newest
+good checkpoint are counted.
 """
 
 import argparse
@@ -33,39 +35,39 @@ CURVES = {
     "sft": ("loss", "gradient_norm"),
     "rl": ("reward", "response_tokens", "groups_sampled", "loss"),
 }
-IN_FRONT = ("sft",)  # whose saves the step waits for
+SYNCHRONOUS = ("sft",)  # kinds that save without checkpoint.background
 KILLS_PER_RUN = 5
 
 
 @dataclass
 class Kill:
-    """One SIGKILL: the last step it had logged, and the newest checkpoint then."""
+    """One SIGKILL: the last logged step and the newest checkpoint at that moment."""
 
     kind: str
-    early: bool  # before this process had done a step
+    early: bool  # before the process had finished a step
     step: int
     published: int
 
     @property
     def lost(self) -> int:
-        """Steps that had to be done again."""
+        """Steps that had to be repeated."""
         return self.step - self.published
 
     @property
-    def begun(self) -> int:
-        """The last step whose save had begun for certain: a step came after it."""
+    def started(self) -> int:
+        """The last step whose save had certainly started: a later step is logged."""
         every = SAVE_EVERY[self.kind]
         return max(0, self.step - 1) // every * every
 
     @property
     def in_flight(self) -> bool:
-        """The save that had begun was not yet published."""
-        return self.published < self.begun
+        """Whether that save was not yet published."""
+        return self.published < self.started
 
 
 @dataclass
 class Campaign:
-    """Runs of one directory."""
+    """All runs in one directory, and their kills."""
 
     directory: Path
     seed: int
@@ -73,40 +75,40 @@ class Campaign:
     runs: int = 0
 
     def prepare(self) -> None:
-        """The world, what each stage starts from, and an undisturbed run of each."""
+        """Make the data, the models that stages start from, and an undisturbed run of each."""
         self.world = make_world(self.directory / "world")
         for kind in STEPS:
             self.finish(kind, self.directory / f"{kind}-undisturbed")
             if kind == "cpt":
-                for words in (
+                for arguments in (
                     ["hf", "cpt-undisturbed", "--to", "hf"],
                     ["fp8", "hf", "--to", "fp8"],
                 ):
-                    run = [sys.executable, "-m", "infir2", "export", *words]
+                    run = [sys.executable, "-m", "infir2", "export", *arguments]
                     subprocess.run(run, cwd=self.directory, check=True, stdout=subprocess.DEVNULL)
 
-    def words(self, kind: str, run_dir: Path) -> list[str]:
+    def arguments(self, kind: str, run_dir: Path) -> list[str]:
         stage = {"cpt": "cpt", "sft": "sft1"}.get(kind, "rl1")
-        given = {
+        keys = {
             "schedule__total_steps": STEPS[kind],
             "checkpoint__save_every": SAVE_EVERY[kind],
             "train__validate_every": 0,
         }
-        given["checkpoint__background"] = str(kind not in IN_FRONT).lower()
+        keys["checkpoint__background"] = str(kind not in SYNCHRONOUS).lower()
         if kind != "cpt":
-            given["model__path"] = self.directory / "cpt-undisturbed"
+            keys["model__path"] = self.directory / "cpt-undisturbed"
         if stage == "rl1":
-            given |= {
+            keys |= {
                 "rollout__model": self.directory / "fp8",
                 "rl__overlong_buffer_tokens": 6,
                 "rl__max_response_tokens": 24,
             }
-            given |= {"rl__mini_batches": 1, "rl__asynchronous": str(kind != "rl").lower()}
-            del given["train__validate_every"]
-        return options(self.world, run_dir, stage, **given)
+            keys |= {"rl__mini_batches": 1, "rl__asynchronous": str(kind != "rl").lower()}
+            del keys["train__validate_every"]
+        return options(self.world, run_dir, stage, **keys)
 
     def start(self, kind: str, run_dir: Path) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "infir2", *self.words(kind, run_dir)]
+        command = [sys.executable, "-m", "infir2", *self.arguments(kind, run_dir)]
         return subprocess.Popen(
             command,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -116,10 +118,10 @@ class Campaign:
 
     def finish(self, kind: str, run_dir: Path) -> None:
         code = self.start(kind, run_dir).wait(timeout=600)
-        assert code == 0, f"{kind} ended with {code} in {run_dir}"
+        assert code == 0, f"{kind} returned {code} in {run_dir}"
 
     def kill_run(self, kind: str, kills: int) -> None:
-        """One run, killed so often, then finished and compared."""
+        """Kill one run up to `kills` times, then finish it and compare it."""
         draw = random.Random(f"{self.seed}/{self.runs}")
         self.runs += 1
         run_dir = self.directory / f"{kind}-{self.runs}"
@@ -129,9 +131,9 @@ class Campaign:
                 if (newest := newest_checkpoint(run_dir / "checkpoints", lambda _: None))
                 else 0
             )
-            stale = _logged(run_dir)  # lines after the checkpoint, which the resumed process drops
+            stale = _logged(run_dir)  # includes lines that the resumed process drops
             process = self.start(kind, run_dir)
-            if draw.random() < 0.8:  # most of a short process is imports; strike in its work
+            if draw.random() < 0.8:  # imports dominate a short process; kill after them
                 while (
                     (logged := _logged(run_dir)) <= before or logged == stale
                 ) and process.poll() is None:
@@ -141,7 +143,7 @@ class Campaign:
                 time.sleep(draw.uniform(0, 5))
             if process.poll() is not None:
                 assert process.returncode == 0
-                break  # it was done before the kill: the rest go to another run
+                break  # it finished before the kill; the next run gets the rest
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             newest = newest_checkpoint(run_dir / "checkpoints", lambda _: None)
@@ -153,44 +155,47 @@ class Campaign:
             return
         undisturbed = self.directory / f"{kind}-undisturbed"
         assert curve(run_dir, *CURVES[kind]) == curve(undisturbed, *CURVES[kind]), (
-            f"{run_dir}: another curve than undisturbed"
+            f"{run_dir}: the curve differs from the undisturbed run"
         )
         assert_same_state(run_dir, undisturbed)
 
     def run(self, kills: int) -> None:
-        """Alternates between the kinds until so many kills are done, and checks what was lost."""
+        """Alternate between the kinds until `kills` are done, and check what was lost."""
         while len(self.kills) < kills:
             kind = tuple(STEPS)[self.runs % len(STEPS)]
             self.kill_run(kind, min(KILLS_PER_RUN, kills - len(self.kills)))
         for kill in self.kills:
-            # a save begins when the one before it is published: only the last one can be missing; none where the step waits for it
-            assert kill.published >= kill.begun - SAVE_EVERY[kill.kind] * (
-                kill.kind not in IN_FRONT
+            # A save starts after the previous one is published, so only the last one can be
+            # missing, and none of a synchronous save.
+            assert kill.published >= kill.started - SAVE_EVERY[kill.kind] * (
+                kill.kind not in SYNCHRONOUS
             ), kill
-            assert kill.kind not in IN_FRONT or kill.lost <= SAVE_EVERY[kill.kind], kill
+            assert kill.kind not in SYNCHRONOUS or kill.lost <= SAVE_EVERY[kill.kind], kill
 
     def save_seconds(self, kind: str) -> list[float]:
-        """From the beginning of each save of the undisturbed run to its publication."""
+        """Seconds from start to publication of each save of the undisturbed run."""
         return [line["seconds"] for line in lines(self.directory / f"{kind}-undisturbed", "save")]
 
     def report(self, duration: float) -> str:
         table = [
             "# Random kills",
             "",
-            f"`make test-faults`: {len(self.kills)} SIGKILLs at random moments over {self.runs} runs, seed {self.seed}, "
-            f"{duration / 60:.1f} minutes. Every run",
-            "of the first three kinds ended with the curve of the undisturbed one, bit for bit, and with the same checkpoint (weights,",
-            "moments, data position); every asynchronous one had done each step once: numbers of steps, optimizer updates and prompts.",
+            f"`make test-faults`: {len(self.kills)} SIGKILLs at random moments of {self.runs} runs,"
+            f" seed {self.seed}, {duration / 60:.1f} minutes. Every run",
+            "of the first three kinds ended with the curve of the undisturbed run, bit for bit,",
+            "and with the same checkpoint (weights, moments, data position). Every asynchronous",
+            "run did each step once, counted by steps, optimizer updates and prompts.",
             "",
-            "| kind | kills | before the process had done a step | last step then | while a save was in flight: kills, most steps lost "
-            "| else: mean, most | save interval | a save takes, s: mean, most |",
+            "| kind | kills | before the first step of the process | last step at the kill"
+            " | during a save: kills, most steps lost | otherwise: steps lost, mean, most"
+            " | save interval | seconds of a save: mean, most |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for kind in STEPS:
             kills = [kill for kill in self.kills if kill.kind == kind]
             if kills:
                 steps, seconds = [kill.step for kill in kills], self.save_seconds(kind)
-                flying, resting = (
+                during_save, otherwise = (
                     [kill.lost for kill in kills if kill.in_flight == in_flight]
                     for in_flight in (True, False)
                 )
@@ -200,28 +205,32 @@ class Campaign:
                     sum(kill.early for kill in kills),
                     f"{min(steps)} to {max(steps)} of {STEPS[kind]}",
                 ]
-                cells += [f"{len(flying)}, {max(flying)}" if flying else "0"]
+                cells += [f"{len(during_save)}, {max(during_save)}" if during_save else "0"]
                 cells += [
-                    f"{sum(resting) / len(resting):.1f}, {max(resting)}" if resting else "",
+                    f"{sum(otherwise) / len(otherwise):.1f}, {max(otherwise)}" if otherwise else "",
                     SAVE_EVERY[kind],
                 ]
                 cells += [f"{sum(seconds) / len(seconds):.2f}, {max(seconds):.2f}"]
                 table.append(f"| {' | '.join(map(str, cells))} |")
         table += [
             "",
-            "A kill loses the steps since the newest published checkpoint. A save begins at every interval, after the one before it",
-            "is published: so one interval, and while a save is in flight what was done since it began on top. The campaign checks that",
-            f"no kill finds more than the last save missing; and that {' and '.join(IN_FRONT)}, which ran with",
-            "`checkpoint.background = false`, never lost more than the interval.",
+            "A kill loses the steps since the newest published checkpoint. A save starts at every",
+            "interval, after the previous one is published. So a kill loses at most one interval",
+            "plus, during a save, the steps since that save started. The campaign checks that at",
+            "most the last save is missing after a kill, and that",
+            f"{' and '.join(SYNCHRONOUS)}, which ran with `checkpoint.background = false`, never",
+            "lost more than the interval.",
         ]
         return "\n".join(table) + "\n"
 
 
 def _logged(run_dir: Path) -> int:
-    """The last step in the record, whose last line may be half written."""
+    """The last step in metrics.jsonl, whose last line may be incomplete."""
     path = run_dir / "metrics.jsonl"
-    whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
-    return max((json.loads(line)["step"] for line in whole if '"kind": "train"' in line), default=0)
+    complete = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    return max(
+        (json.loads(line)["step"] for line in complete if '"kind": "train"' in line), default=0
+    )
 
 
 def main() -> None:
@@ -229,16 +238,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1236)
     parser.add_argument("--to", type=Path, help="file for the results")
-    words = parser.parse_args()
+    flags = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="infir2-campaign-") as directory:
-        campaign = Campaign(Path(directory), words.seed)
+        campaign = Campaign(Path(directory), flags.seed)
         campaign.prepare()
-        campaign.run(words.kills)
+        campaign.run(flags.kills)
         text = campaign.report(time.monotonic() - began)
     print(text)
-    if words.to:
-        words.to.write_text(text, encoding="utf-8")
+    if flags.to:
+        flags.to.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""F18: no program gets a reward that it did not earn, and none reaches anything outside its jail."""
+"""F18: no program gets an unearned reward, and none reaches anything outside its jail."""
 
 import os
 import random
@@ -24,7 +24,8 @@ CALL = [
 ]
 ASSERT = [
     {
-        "code": "import math\ndef check(c):\n  assert c(20, 22) == 42\n  assert abs(c(1, 2.5) - 3.5) < 1e-6",
+        "code": "import math\ndef check(c):\n  assert c(20, 22) == 42\n"
+        "  assert abs(c(1, 2.5) - 3.5) < 1e-6",
         "entry_point": "f",
     }
 ]
@@ -49,9 +50,10 @@ class Liar:
     def __hash__(self): return 0
     def __bool__(self): return True
 """
-TELL_EVERY_DESCRIPTOR = """
+WRITE_TO_EVERY_DESCRIPTOR = """
 import os
-for line in ('{"outcome": "ok", "detail": ""}', '{"correct": true}', '{"ready": true}', '{"id": "1", "value": 42}', "ok", "42"):
+LINES = ('{"outcome": "ok", "detail": ""}', '{"correct": true}', '{"ready": true}')
+for line in (*LINES, '{"id": "1", "value": 42}', "ok", "42"):
     for fd in range(3, 64):
         try: os.write(fd, (line + chr(10)).encode())
         except OSError: pass
@@ -70,8 +72,8 @@ def hunt():
         frame = frame.f_back
     for folder, _, files in os.walk("/tmp"):
         for name in files: return open(os.path.join(folder, name)).read()
-    for place in ("/proc/1/environ", "/proc/self/environ", "/proc/1/cmdline", "/proc/1/mem"):
-        try: return open(place).read()
+    for path in ("/proc/1/environ", "/proc/self/environ", "/proc/1/cmdline", "/proc/1/mem"):
+        try: return open(path).read()
         except OSError: pass
     raise LookupError
 """
@@ -93,12 +95,14 @@ CHEATS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ),
     (
         "patched json",
-        'import json\njson.dumps = lambda *a, **k: \'{"outcome": "ok", "correct": true}\'\ndef f(*a): return 0',
+        'import json\njson.dumps = lambda *a, **k: \'{"outcome": "ok", "correct": true}\'\n'
+        "def f(*a): return 0",
         CALL,
     ),
     (
         "patched builtins",
-        "import builtins\nbuiltins.isinstance = builtins.all = lambda *a: True\ndef f(*a): return 0",
+        "import builtins\nbuiltins.isinstance = builtins.all = lambda *a: True\n"
+        "def f(*a): return 0",
         ASSERT,
     ),
     (
@@ -110,12 +114,14 @@ CHEATS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("shadowed check", "def check(c): pass\ndef f(a, b): return 0", ASSERT),
     (
         "false isclose",
-        "isclose = lambda *a: True\nclass math: isclose = staticmethod(lambda *a: True)\ndef f(a, b): return 42",
+        "isclose = lambda *a: True\nclass math: isclose = staticmethod(lambda *a: True)\n"
+        "def f(a, b): return 42",
         LOOSE,
     ),
     (
         "false module",
-        "import types\nmath = types.SimpleNamespace(isclose=lambda *a: True)\nisclose = max\ndef f(a, b): return 42",
+        "import types\nmath = types.SimpleNamespace(isclose=lambda *a: True)\nisclose = max\n"
+        "def f(a, b): return 42",
         LOOSE,
     ),
     ("replaced helper of the test", "def poly(x): return 0\ndef f(x): return x", HELPER),
@@ -126,14 +132,18 @@ CHEATS: list[tuple[str, str, list[dict[str, Any]]]] = [
         ASSERT,
     ),
     ("verdict on stdout", "print('ok'); print('{\"outcome\": \"ok\"}'); print('passed')", STDIN),
-    ("verdict on every descriptor", TELL_EVERY_DESCRIPTOR, STDIN),
-    ("verdict on every descriptor, call", TELL_EVERY_DESCRIPTOR + "def f(*a): return 0", CALL),
-    ("verdict on every descriptor, assert", TELL_EVERY_DESCRIPTOR + "def f(*a): return 0", ASSERT),
+    ("verdict on every descriptor", WRITE_TO_EVERY_DESCRIPTOR, STDIN),
+    ("verdict on every descriptor, call", WRITE_TO_EVERY_DESCRIPTOR + "def f(*a): return 0", CALL),
+    (
+        "verdict on every descriptor, assert",
+        WRITE_TO_EVERY_DESCRIPTOR + "def f(*a): return 0",
+        ASSERT,
+    ),
     ("look for the answer", SEARCH + "def f(*a): return hunt()", CALL),
     ("look for the answer, script", SEARCH + "print(hunt())", STDIN),
     ("look for the answer, assert", SEARCH + "def f(*a): return hunt()", ASSERT),
     (
-        "answer from the grave",
+        "answer at exit",
         "import atexit\natexit.register(print, 42)\ndef f(*a): raise KeyboardInterrupt",
         CALL,
     ),
@@ -145,7 +155,8 @@ CHEATS: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("fork bomb", "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", STDIN),
     (
         "trickle",
-        "import os\nwhile True:\n  for fd in (1, 3, 4, 5, 6):\n    try: os.write(fd, b'x')\n    except OSError: pass",
+        "import os\nwhile True:\n  for fd in (1, 3, 4, 5, 6):\n    try: os.write(fd, b'x')\n"
+        "    except OSError: pass",
         CALL,
     ),
     ("deep nesting", "def f(*a):\n  x = []\n  for _ in range(100000): x = [x]\n  return x", CALL),
@@ -154,7 +165,7 @@ CHEATS: list[tuple[str, str, list[dict[str, Any]]]] = [
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_leftovers_of_jails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = set(living_descendants(os.getpid()))
     yield
@@ -165,7 +176,7 @@ def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 @pytest.mark.parametrize(
     ("program", "tests"), [cheat[1:] for cheat in CHEATS], ids=[cheat[0] for cheat in CHEATS]
 )
-def test_cheats_score_nothing(program: str, tests: list[dict[str, Any]]) -> None:
+def test_cheats_get_no_reward(program: str, tests: list[dict[str, Any]]) -> None:
     verdict = run_code(program, tests, Limits(seconds=2.0))
     assert not verdict.correct
     assert verdict.reason != "jail_error", verdict
@@ -199,14 +210,16 @@ def test_the_network_is_out_of_reach() -> None:
             server.accept()
 
 
-def test_no_privilege_is_left_to_regain() -> None:
+def test_no_privilege_can_be_regained() -> None:
     program = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 tries = [libc.unshare(0x10000000), libc.unshare(0x20000), libc.chroot(b"/tmp"), libc.setuid(0)]
-tries += [libc.mount(b"x", b"/tmp", b"tmpfs", 0, None), libc.umount2(b"/tmp", 0), libc.sethostname(b"x", 1), libc.ptrace(16, 1, 0, 0)]
+tries += [libc.mount(b"x", b"/tmp", b"tmpfs", 0, None), libc.umount2(b"/tmp", 0)]
+tries += [libc.sethostname(b"x", 1), libc.ptrace(16, 1, 0, 0)]
 tries += [libc.mknod(b"/tmp/x", 0o60600, 0x800)]
-class Head(ctypes.Structure): _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+class Head(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
 data = (ctypes.c_uint32 * 6)()
 assert libc.capget(ctypes.byref(Head(0x20080522, 0)), data) == 0
 print(all(result != 0 for result in tries), not any(data))
@@ -220,9 +233,10 @@ def test_nothing_of_the_interpreter_can_be_changed() -> None:
     program = f"""
 import os
 done = 0
-for place in (os.path.dirname(os.__file__), "/usr/lib", "/lib", "/", "/dev", "/home", "/var/tmp", "/tmp/../.."):
+paths = [os.path.dirname(os.__file__), "/usr/lib", "/lib", "/", "/dev", "/home", "/var/tmp"]
+for path in (*paths, "/tmp/../.."):
     try:
-        open(os.path.join(place, {marker!r}), "w").write("x")
+        open(os.path.join(path, {marker!r}), "w").write("x")
         done += 1
     except OSError: pass
 open("/tmp/" + {marker!r}, "w").write("x")
@@ -235,14 +249,14 @@ print(done)
 """
     assert run_code(program, [{"input": "", "output": "0"}]).correct
     assert not [
-        place
-        for place in (os.path.dirname(os.__file__), "/usr/lib", "/lib", "/", "/tmp", "/var/tmp")
-        if marker in os.listdir(place)
+        path
+        for path in (os.path.dirname(os.__file__), "/usr/lib", "/lib", "/", "/tmp", "/var/tmp")
+        if marker in os.listdir(path)
     ]
 
 
 def jailed(limits: Limits) -> set[str]:
-    """Processes of the jails with these limits, which stand in their command lines."""
+    """Processes of the jails with these limits, found by their command lines."""
     listing = subprocess.run(
         ["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=True
     ).stdout
@@ -255,7 +269,7 @@ def jailed(limits: Limits) -> set[str]:
 
 @pytest.mark.filterwarnings("ignore:level 'process'")
 @pytest.mark.parametrize("level", ["namespaces", "process"])
-def test_daemons_that_hold_the_pipe_delay_nothing_and_die(level: Any) -> None:
+def test_daemons_that_hold_the_pipe_cause_no_delay_and_die(level: Any) -> None:
     program = """
 import os, time
 if os.fork() == 0:
@@ -273,7 +287,7 @@ print(42)
     assert jailed(limits) == set()
 
 
-def test_a_killed_trainer_takes_its_jails_along() -> None:
+def test_jails_die_with_a_killed_trainer() -> None:
     limits = Limits(seconds=60, total_seconds=60 + random.random())
     program = f"""
 from infir2.verify import Limits, run_code

@@ -1,9 +1,10 @@
-"""Run by test_golden_curves.py: a small CPT, SFT and RL run from the same untrained weights, as JSON.
+"""Curves of a small CPT, SFT and RL run from the same untrained weights, as JSON.
 
-record.py OUT.json
+    record.py OUT.json
 
-`VARIABLES` ask MKL and torch for instructions that every x86-64 processor has, in one order on all of them: with the best ones of
-each, sums of the backward round differently, an FP8 code flips within a few steps, and in RL a sampled token after it.
+test_golden_curves.py runs it. `VARIABLES` restrict MKL and torch to instructions that every x86-64
+processor has, in one order. With each processor's best instructions, sums in the backward round
+differently, an FP8 code flips within a few steps, and in RL a sampled token after it.
 """
 
 import json
@@ -24,7 +25,7 @@ VARIABLES = {
     "ATEN_CPU_CAPABILITY": "default",
     "OMP_NUM_THREADS": "1",
 }
-# one step that moves nothing: each stage is a curve of its own, not the continuation of another's differences
+# One step that changes nothing, so that differences of one stage do not carry over to the next.
 UNTRAINED = {
     f"schedule__{name}": value
     for name, value in {"total_steps": 1, "warmup_steps": 0, "decay_steps": 0}.items()
@@ -32,8 +33,8 @@ UNTRAINED = {
 UNTRAINED |= {"schedule__learning_rate": 1e-12, "schedule__final_learning_rate": 1e-12}
 
 
-def reward_by_parity(completions, texts, answers, rl):  # type: ignore[no-untyped-def]
-    """A reward that an untrained model earns in half of its answers."""
+def reward_by_parity(completions, texts, answers, rl):
+    """A reward that an untrained model gets for half of its responses."""
     even = [sum(completion.token_ids) % 2 == 0 for completion in completions]
     return [
         Response(c, text, right, float(right))
@@ -45,7 +46,7 @@ def record(runs: Path) -> dict[str, list[list[float]]]:
     """(loss, gradient norm) of every step of each stage."""
     world = make_world(runs / "world")
     start = make_rl_start(world, runs / "start", **UNTRAINED)
-    # rates are told here, so that tuning the demo moves no golden curve
+    # Learning rates are set here, so tuning the demo changes no golden curve.
     run(
         options(
             world,

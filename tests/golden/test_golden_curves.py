@@ -1,7 +1,8 @@
-"""The loss curves of the three kinds of stage are those in the repository.
+"""The curves of the three kinds of stage equal the recorded ones.
 
-Bit-equal on the machine that wrote them (same processor, torch and Python), losses within 1e-3 elsewhere; seen bit-equal on two
-processors with torch 2.11 and 2.13. `INFIR2_UPDATE_GOLDEN=1` writes them anew after a change that is meant to move them.
+They are bit-equal on the machine that recorded them (same processor, torch and Python), and losses
+are within 1e-3 elsewhere. They were bit-equal on two processors with torch 2.11 and 2.13.
+`INFIR2_UPDATE_GOLDEN=1` records them again after a change that is meant to alter them.
 """
 
 import json
@@ -20,19 +21,19 @@ Curve = list[list[float]]
 
 
 def machine() -> str:
-    """What the bits depend on."""
-    wanted = ("model name", "cpu family", "model", "stepping")
-    found = dict(
+    """Processor and torch, which the bits depend on."""
+    keys = ("model name", "cpu family", "model", "stepping")
+    fields = dict(
         line.split(":", 1)
         for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         if ":" in line
     )
-    processor = ", ".join(value.strip() for name, value in found.items() if name.strip() in wanted)
+    processor = ", ".join(value.strip() for name, value in fields.items() if name.strip() in keys)
     return f"{processor}, torch {torch.__version__}, {platform.machine()}"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
+def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
     out = tmp_path_factory.mktemp("golden") / "curves.json"
     script = str(GOLDEN.with_name("record.py"))
     done = subprocess.run(
@@ -47,18 +48,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
 
 
 @pytest.mark.parametrize("stage", ["cpt", "sft", "rl"])
-def test_curves_are_the_recorded_ones(stage: str, found: dict[str, Curve]) -> None:
+def test_curves_are_the_recorded_ones(stage: str, curves: dict[str, Curve]) -> None:
     if os.environ.get("INFIR2_UPDATE_GOLDEN"):
-        GOLDEN.write_text(json.dumps({"machine": machine(), "curves": found}, indent=1) + "\n")
+        GOLDEN.write_text(json.dumps({"machine": machine(), "curves": curves}, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())
-    wanted = golden["curves"][stage]
+    expected = golden["curves"][stage]
     if golden["machine"] == machine():
-        assert found[stage] == wanted
+        assert curves[stage] == expected
     else:
-        assert [loss for loss, _ in found[stage]] == pytest.approx(
-            [loss for loss, _ in wanted], rel=1e-3, abs=1e-3
+        assert [loss for loss, _ in curves[stage]] == pytest.approx(
+            [loss for loss, _ in expected], rel=1e-3, abs=1e-3
         )
-        # a flipped code shows ten times as much in the norm of the gradients as in the loss
-        assert [norm for _, norm in found[stage]] == pytest.approx(
-            [norm for _, norm in wanted], rel=1e-2
+        # A flipped FP8 code changes the gradient norm ten times as much as the loss.
+        assert [norm for _, norm in curves[stage]] == pytest.approx(
+            [norm for _, norm in expected], rel=1e-2
         )

@@ -1,6 +1,8 @@
-"""Run by test_gpu_parallel.py: a model sharded by FSDP2 over one rank of NCCL against the same model unsharded, as JSON.
+"""Losses of a model sharded by FSDP2 over one NCCL rank and of the same model unsharded, as JSON.
 
-one_gpu.py OUT.json
+    one_gpu.py OUT.json
+
+test_gpu_parallel.py runs it.
 """
 
 import json
@@ -55,11 +57,11 @@ def batch(number: int) -> Batch:
     )
 
 
-def make(fp8: bool, parallel_model: bool) -> Trainer:
+def make(fp8: bool, sharded: bool) -> Trainer:
     model = Decoder.from_shape(ShapeSection(**SHAPE), vocab_size=512, seed=3, device="cuda")
     model = convert_to_fp8(model) if fp8 else model
     layout = Layout(Sizes(), Ranks(), torch.device("cuda"))
-    if parallel_model:
+    if sharded:
         layout.shard_mesh = init_device_mesh("cuda", (1,))
     return Trainer(model, OptimizerSection(), 256, ParallelModel(model, layout))
 
@@ -71,24 +73,24 @@ def steps(trainer: Trainer, first: int, last: int) -> list[float]:
     ]
 
 
-def gathered_bytes(trainer: Trainer) -> dict[str, Tensor]:
-    """The codes that a forward reads."""
-    seen: dict[str, Tensor] = {}
+def gathered_codes(trainer: Trainer) -> dict[str, Tensor]:
+    """name -> FP8 codes that a forward reads."""
+    codes: dict[str, Tensor] = {}
     for name, layer in trainer.model.named_modules():
         if isinstance(layer, Fp8Linear):
 
             def read(name: str = name, layer: Fp8Linear = layer) -> Any:
                 fp8 = Fp8Linear.quantized_weight(layer)
-                seen[name] = fp8.codes.view(torch.uint8).clone()
+                codes[name] = fp8.codes.view(torch.uint8).clone()
                 return fp8
 
             layer.quantized_weight = read  # type: ignore[method-assign]
     trainer.mean_loss([batch(0)])
-    return seen
+    return codes
 
 
-def waits(trainer: Trainer) -> int:
-    """How often the host waits for the GPU in a step."""
+def host_synchronizations(trainer: Trainer) -> int:
+    """How often the host waits for the GPU during a step."""
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -111,35 +113,34 @@ def make_split(fp8: bool, kind: str) -> Trainer:
         layout.cp_group = group
         context = parallel_model._context = ContextParallel(layout, trainer.model.plan_attention)
     share_blocks(trainer.model, layout, parallel_model.splits, context)
-    trainer.optimizer = make_optimizer(
-        trainer.model, OptimizerSection()
-    )  # of the parameters as they are now
+    # Splitting replaced parameters, so the optimizer is built again.
+    trainer.optimizer = make_optimizer(trainer.model, OptimizerSection())
     return trainer
 
 
 def compare(fp8: bool) -> dict[str, Any]:
-    single_process, parallel_model = make(fp8, False), make(fp8, True)
-    codes = [gathered_bytes(trainer) for trainer in (single_process, parallel_model)]
-    found: dict[str, Any] = {
-        "bytes": codes[0].keys() == codes[1].keys()
+    unsharded, sharded = make(fp8, False), make(fp8, True)
+    codes = [gathered_codes(trainer) for trainer in (unsharded, sharded)]
+    result: dict[str, Any] = {
+        "codes_equal": codes[0].keys() == codes[1].keys()
         and all(torch.equal(codes[0][k], codes[1][k]) for k in codes[0])
     }
-    found["weights"] = len(codes[1])
-    found["alone"], found["sharded"] = steps(single_process, 0, STEPS), steps(parallel_model, 0, 3)
+    result["weights"] = len(codes[1])
+    result["unsharded"], result["sharded"] = steps(unsharded, 0, STEPS), steps(sharded, 0, 3)
     resumed = make(fp8, True)
     with tempfile.TemporaryDirectory() as directory:
         store = Store(Path(directory), keep=1)
-        store.save(3, parallel_model.tensors(), {"step": 3})
+        store.save(3, sharded.tensors(), {"step": 3})
         resumed.load_tensors(open_checkpoint(directory).tensors())
         store.close()
-    found["resumed"], continued = steps(resumed, 3, STEPS), steps(parallel_model, 3, STEPS)
-    found["sharded"] += continued
-    found["waits"] = {"dp": waits(parallel_model)}
+    result["resumed"], continued = steps(resumed, 3, STEPS), steps(sharded, 3, STEPS)
+    result["sharded"] += continued
+    result["synchronizations"] = {"dp": host_synchronizations(sharded)}
     for kind in ("tp", "cp"):
         split = make_split(fp8, kind)
-        found[kind] = steps(split, 0, STEPS)
-        found["waits"][kind] = waits(split)
-    return found
+        result[kind] = steps(split, 0, STEPS)
+        result["synchronizations"][kind] = host_synchronizations(split)
+    return result
 
 
 def main() -> None:

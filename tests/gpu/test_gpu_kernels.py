@@ -1,4 +1,4 @@
-"""Kernels and GEMMs on a GPU: the reference's bits, every backend against emulation, one graph for the compiler."""
+"""Kernels and GEMMs on a GPU: bit-equality, every backend against emulation, torch.compile."""
 
 import pytest
 import torch
@@ -33,55 +33,54 @@ PAIRS = [(ROW_BLOCK, TILE_BLOCK), (TILE_BLOCK, ROW_BLOCK), (ROW_BLOCK, ROW_BLOCK
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("shape", [(1, 1), (0, 130), (131, 1000), (257, 576), (1024, 1536)])
 @pytest.mark.parametrize("make", [cases.gaussian, cases.hostile])
-def test_conversions_have_the_reference_s_bits(
+def test_conversions_are_bit_equal_to_the_reference(
     make, name: str, scale_format: str, shape: tuple[int, int]
 ) -> None:
     kernel, reference = cases.CONVERSIONS[name]
     x = make(*shape)
-    for found, expected in zip(
+    for actual, expected in zip(
         kernel(x.cuda(), scale_format), reference(x, scale_format), strict=True
     ):
-        assert cases.mismatches(found, expected) == 0
+        assert cases.mismatches(actual, expected) == 0
 
 
 @pytest.mark.parametrize("name", cases.FUSED)
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("shape", [(0, 128), (131, 640), (512, 3584)])
-def test_fused_quantisers_have_the_bits_of_quantising_the_bf16_result(
+def test_fused_quantizers_equal_quantizing_the_bf16_result(
     name: str, scale_format: str, shape: tuple[int, int]
 ) -> None:
     kernel, reference = cases.FUSED[name]
     x = cases.gaussian(*shape).cuda()
-    for found, expected in zip(kernel(x, scale_format), reference(x, scale_format), strict=True):
-        assert cases.mismatches(found, expected) == 0
+    for actual, expected in zip(kernel(x, scale_format), reference(x, scale_format), strict=True):
+        assert cases.mismatches(actual, expected) == 0
 
 
 @pytest.mark.parametrize("columns", [576, 1536, 8192])
 def test_producers_round_the_fp64_definition_up_to_its_last_bit(columns: int) -> None:
-    for name, (found, expected) in cases.producer_results(
+    for name, (actual, expected) in cases.producer_results(
         cases.gaussian(300, columns).cuda()
     ).items():
-        found = found.cpu()
-        assert relative_error(expected, found) < (1e-5 if found.dtype == torch.float32 else 3e-4), (
-            name
-        )
-        if found.dtype == torch.bfloat16:
-            assert (found != expected).double().mean() < 0.01, name
+        actual = actual.cpu()
+        assert relative_error(expected, actual) < (
+            1e-5 if actual.dtype == torch.float32 else 3e-4
+        ), name
+        if actual.dtype == torch.bfloat16:
+            assert (actual != expected).double().mean() < 0.01, name
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 1, 32), (300, 12, 2, 128), (70, 4, 2, 48)])
-def test_rope_is_the_reference_s_after_a_rounded_bias(shape: tuple[int, int, int, int]) -> None:
-    for name, (found, expected) in cases.rope_results(*shape, "cuda").items():
-        assert relative_error(expected.float(), found.float()) < 1e-4, (
-            name
-        )  # a fused multiply-add moves a value at a tie
+def test_rope_equals_the_reference_after_a_rounded_bias(shape: tuple[int, int, int, int]) -> None:
+    for name, (actual, expected) in cases.rope_results(*shape, "cuda").items():
+        # A fused multiply-add rounds a tie the other way.
+        assert relative_error(expected.float(), actual.float()) < 1e-4, name
 
 
 @pytest.mark.parametrize(("shape", "temperature"), [((300, 1000), 1.0), ((64, 151936), 0.7)])
 def test_softmax_of_the_head_agrees_with_fp64(shape: tuple[int, int], temperature: float) -> None:
-    for name, (found, expected) in cases.softmax_results(*shape, temperature, "cuda").items():
-        assert relative_error(expected, found.double()) < (
-            3e-3 if found.dtype == torch.bfloat16 else 1e-4
+    for name, (actual, expected) in cases.softmax_results(*shape, temperature, "cuda").items():
+        assert relative_error(expected, actual.double()) < (
+            3e-3 if actual.dtype == torch.bfloat16 else 1e-4
         ), name
 
 
@@ -110,30 +109,31 @@ def test_every_gemm_backend_agrees_with_emulation(
         gemm_backends.Operand(b.codes, b.scale, b.block[0]),
     )
     for backend in gemm_backends.candidates(*operands, dtype):
-        found = gemm_backends.gemm_nt(*arguments, dtype, backend=backend)
-        assert found.dtype == dtype
-        # Hopper's FP8 tensor cores keep about 14 bits of a partial sum between promotions to FP32 (measured 1e-4 to 6e-4).
-        assert relative_error(expected, found) < (3e-3 if dtype == torch.bfloat16 else 1e-3), (
+        actual = gemm_backends.gemm_nt(*arguments, dtype, backend=backend)
+        assert actual.dtype == dtype
+        # Hopper's FP8 tensor cores keep about 14 bits of a partial sum between promotions to FP32
+        # (measured 1e-4 to 6e-4).
+        assert relative_error(expected, actual) < (3e-3 if dtype == torch.bfloat16 else 1e-3), (
             backend
         )
 
 
 @needs_hopper
-def test_gemm_ignores_what_lies_in_the_padding_of_tile_scales() -> None:
+def test_gemm_ignores_the_padding_of_tile_scales() -> None:
     a, b = random_operand(128, 640, ROW_BLOCK), random_operand(256, 640, TILE_BLOCK)
     wide = torch.full((2, 8), torch.nan, device="cuda")
     wide[:, :5] = b.scale
     expected = gemm_backends.gemm_nt(
         a.codes, a.scale, b.codes, b.scale, a.block, b.block, torch.float32
     )
-    found = gemm_backends.gemm_nt(
+    actual = gemm_backends.gemm_nt(
         a.codes, a.scale, b.codes, wide[:, :5], a.block, b.block, torch.float32
     )
-    assert torch.equal(expected, found)
+    assert torch.equal(expected, actual)
 
 
 @needs_hopper
-def test_choices_are_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm_backends, "_chosen", {})
     monkeypatch.setattr(gemm_backends, "candidates", lambda a, b, dtype: ("cublas", "emulation"))
     a, b = random_operand(256, 512, ROW_BLOCK), random_operand(256, 512, TILE_BLOCK)
@@ -144,12 +144,12 @@ def test_choices_are_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> 
 
 @needs_hopper
 def test_compiled_linear_is_one_graph_with_the_same_bits() -> None:
-    from infir2.numerics.kernels import quantizers as matrix
+    from infir2.numerics.kernels import quantizers
 
     weight = random_operand(256, 512, TILE_BLOCK)
 
     def linear(x: torch.Tensor) -> torch.Tensor:
-        codes, scale = matrix.quantize_rows(x * 2, True)
+        codes, scale = quantizers.quantize_rows(x * 2, True)
         return (
             gemm_backends.gemm_nt(
                 codes,
@@ -169,19 +169,19 @@ def test_compiled_linear_is_one_graph_with_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("states", ["fp32", "bf16", "fp8"])
-def test_adamw_on_the_gpu_is_the_reference(states: str, offload: bool) -> None:
+@pytest.mark.parametrize("moment_dtype", ["fp32", "bf16", "fp8"])
+def test_adamw_on_the_gpu_equals_the_reference(moment_dtype: str, offload: bool) -> None:
     results = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         layers = nn.ModuleList(
             [nn.Linear(300, 257), nn.Linear(128, 64, bias=False), nn.Linear(3, 5)]
         ).to(device)
-        # On a CPU the default is torch's own; offloading changes nothing but where the moments lie.
+        # The default on a CPU is torch's AdamW; `offload` selects ours without changing the math.
         optimizer = make_optimizer(
             layers,
             OptimizerSection(
-                moment_dtype=states, offload=offload or device == "cpu", weight_decay=0.1
+                moment_dtype=moment_dtype, offload=offload or device == "cpu", weight_decay=0.1
             ),
         )
         for step in range(6):
@@ -192,8 +192,8 @@ def test_adamw_on_the_gpu_is_the_reference(states: str, offload: bool) -> None:
                 gradients.append(parameter.grad)
             update(optimizer, gradients, 1e-2, torch.tensor(0.3, device=device))
         results.append([parameter.detach().cpu() for parameter in layers.parameters()])
-    for expected, found in zip(*results, strict=True):
-        # a moment's last bit may round to another BF16 value or code
+    for expected, actual in zip(*results, strict=True):
+        # The last bit of a moment may round to another BF16 value or FP8 code.
         torch.testing.assert_close(
-            found, expected, rtol=0, atol={"fp32": 1e-6, "bf16": 2e-3, "fp8": 2e-2}[states]
+            actual, expected, rtol=0, atol={"fp32": 1e-6, "bf16": 2e-3, "fp8": 2e-2}[moment_dtype]
         )

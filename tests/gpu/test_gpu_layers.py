@@ -1,4 +1,4 @@
-"""The fused layer on a GPU: gradients against FP32, FP8 against BF16 training, packing, determinism, odd shapes, no waiting."""
+"""The fused layer on a GPU: gradients, training, packing, determinism, odd shapes, no host sync."""
 
 import math
 import os
@@ -84,7 +84,7 @@ def gradients(
 @pytest.mark.parametrize(
     "shape", [(1, 128, 128), (300, 576, 192), (512, 576, 1536), (2048, 1536, 2048), (257, 100, 72)]
 )
-def test_a_linear_s_results_keep_28_db(shape: tuple[int, int, int], scale_format: str) -> None:
+def test_a_linear_keeps_28_db(shape: tuple[int, int, int], scale_format: str) -> None:
     tokens, inside, outside = shape
     generator = torch.Generator().manual_seed(0)
     x, grad, weight = (
@@ -98,13 +98,13 @@ def test_a_linear_s_results_keep_28_db(shape: tuple[int, int, int], scale_format
     out = linear(source, (layer,))[0]
     out.backward(grad.cuda())
     x32, g32, w32 = x.cuda().double(), grad.cuda().double(), weight.cuda().double()
-    found = {
+    actual = {
         "out": (x32 @ w32.t(), out),
         "grad_x": (g32 @ w32, source.grad),
         "grad_W": (g32.t() @ x32, layer.weight.grad),
     }
-    floor = 28.0 if tokens >= 256 else 26.0  # a handful of values is no Gaussian average
-    for name, (expected, result) in found.items():
+    floor = 28.0 if tokens >= 256 else 26.0  # few values are no Gaussian average
+    for name, (expected, result) in actual.items():
         assert snr_db(expected, result.double()) > floor, name
     assert layer.weight.grad.dtype == torch.float32
 
@@ -118,14 +118,15 @@ def test_the_fused_layer_agrees_with_the_fp32_model(shape: dict[str, int]) -> No
     exact.compute_dtype = torch.float32
     reference, expected = gradients(exact, batch)
     for fp8, floor in ((False, 24.0), (True, 10.0)):
-        logprobs, found = gradients(decoder(fp8, **shape), batch)
+        logprobs, actual = gradients(decoder(fp8, **shape), batch)
         assert snr_db(reference, logprobs) > (45.0 if not fp8 else 30.0)
-        whole = [
-            torch.cat([grads[name].flatten() for name in expected]) for grads in (expected, found)
+        all_gradients = [
+            torch.cat([grads[name].flatten() for name in expected]) for grads in (expected, actual)
         ]
-        # Four layers deep; each GEMM alone keeps 28 dB (above). Gradients of k are small differences of large sums.
-        assert snr_db(*whole) > (28.0 if not fp8 else 15.0)
-        for name, grad in found.items():
+        # Four layers deep; a single GEMM keeps 28 dB (above). Gradients of k are small differences
+        # of large sums.
+        assert snr_db(*all_gradients) > (28.0 if not fp8 else 15.0)
+        for name, grad in actual.items():
             assert snr_db(expected[name], grad) > floor or "k_proj" in name, (
                 fp8,
                 name,
@@ -134,8 +135,11 @@ def test_the_fused_layer_agrees_with_the_fp32_model(shape: dict[str, int]) -> No
 
 
 @pytest.mark.parametrize("scale_format", ["pow2", "fp32"])
-def test_what_is_not_kept_is_made_again_with_the_same_bits(scale_format: str) -> None:
-    """Attention's backward adds in any order, so bits are compared in the last feed-forward, which it does not reach."""
+def test_recomputation_is_bit_equal(scale_format: str) -> None:
+    """Bits are compared in the last feed-forward only.
+
+    The backward of attention sums in no fixed order; the last feed-forward does not depend on it.
+    """
     batch = tokens_of(384, 128)
     expected = gradients(decoder(True, scale_format), batch)[1]
     last = [name for name in expected if name.startswith(("model.layers.3.mlp", "model.norm"))]
@@ -143,20 +147,19 @@ def test_what_is_not_kept_is_made_again_with_the_same_bits(scale_format: str) ->
         SavedActivations(recompute="selective"),
         SavedActivations(keep_transposed_weights=False),
     ):
-        found = gradients(decoder(True, scale_format, saved), batch)[1]
-        assert all(torch.equal(expected[name], found[name]) for name in last)
+        actual = gradients(decoder(True, scale_format, saved), batch)[1]
+        assert all(torch.equal(expected[name], actual[name]) for name in last)
         assert all(
-            snr_db(expected[name], found[name]) > 20.0 for name in expected if "k_proj" not in name
+            snr_db(expected[name], actual[name]) > 20.0 for name in expected if "k_proj" not in name
         )
     for saved in (SavedActivations(pre_activations="fp8"), SavedActivations("selective", "fp8")):
         rounded = gradients(decoder(True, scale_format, saved), batch)[1]
         assert min(snr_db(expected[name], rounded[name]) for name in last) > 22.0
 
 
-@pytest.mark.parametrize(
-    ("fp8", "floor"), [(False, 40.0), (True, 24.0)]
-)  # an ulp of attention's moves codes
-def test_packed_documents_are_the_documents_alone(fp8: bool, floor: float) -> None:
+# In FP8 a last-bit difference of attention changes codes, hence the lower floor.
+@pytest.mark.parametrize(("fp8", "floor"), [(False, 40.0), (True, 24.0)])
+def test_packed_documents_equal_separate_documents(fp8: bool, floor: float) -> None:
     model = decoder(fp8)
     lengths = (256, 77, 179)
     batch = tokens_of(*lengths)
@@ -164,10 +167,10 @@ def test_packed_documents_are_the_documents_alone(fp8: bool, floor: float) -> No
         packed = model.hidden_states(*batch)
         for start, length in zip((0, 256, 333), lengths, strict=True):
             part = slice(start, start + length)
-            single_process = model.hidden_states(
+            separate = model.hidden_states(
                 batch[0][part], batch[1][part], torch.tensor([0, length])
             )
-            assert snr_db(single_process.float(), packed[part].float()) > floor
+            assert snr_db(separate.float(), packed[part].float()) > floor
 
 
 DETERMINISTIC = """
@@ -190,8 +193,8 @@ def test_a_run_repeats_bit_for_bit_in_deterministic_mode() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_gradients_of_a_plain_sum_are_made_in_the_forward() -> None:
-    found = []
+def test_uniform_gradients_are_computed_in_the_forward() -> None:
+    actual = []
     for uniform in (False, True):
         model = decoder(False)
         hidden = (
@@ -205,11 +208,11 @@ def test_gradients_of_a_plain_sum_are_made_in_the_forward() -> None:
             hidden, model.head_weight, labels, 0.9, 128, uniform_gradient=uniform
         )
         (-logprobs.sum() / 77).backward()
-        found.append((logprobs.detach(), hidden.grad, model.head_weight.grad))
-    assert torch.equal(found[0][0], found[1][0])
+        actual.append((logprobs.detach(), hidden.grad, model.head_weight.grad))
+    assert torch.equal(actual[0][0], actual[1][0])
     assert all(
         snr_db(one.float(), other.float()) > 40.0
-        for one, other in zip(found[0][1:], found[1][1:], strict=True)
+        for one, other in zip(actual[0][1:], actual[1][1:], strict=True)
     )
 
 
@@ -223,7 +226,7 @@ def test_zero_tokens_pass() -> None:
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-7, 1e30])
-def test_magnitude_is_no_matter(magnitude: float) -> None:
+def test_accuracy_does_not_depend_on_magnitude(magnitude: float) -> None:
     layer = Fp8Linear.from_linear(nn.Linear(512, 256, bias=False)).cuda()
     x = torch.randn(256, 512, device="cuda").mul_(magnitude).bfloat16()
     out = linear(x, (layer,))[0]
@@ -233,7 +236,7 @@ def test_magnitude_is_no_matter(magnitude: float) -> None:
 def test_the_step_never_waits_for_the_gpu() -> None:
     model = decoder(True)
     batch = tokens_of(384, 128)
-    gradients(model, batch)  # backends are measured, kernels compiled
+    gradients(model, batch)  # measures backends and compiles kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -242,7 +245,7 @@ def test_the_step_never_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_weight_is_quantised_once_per_step() -> None:
+def test_a_weight_is_quantized_once_per_step() -> None:
     model = decoder(True, saved=SavedActivations(recompute="selective"))
     for _ in range(2):
         gradients(model, tokens_of(256))
@@ -250,7 +253,7 @@ def test_a_weight_is_quantised_once_per_step() -> None:
 
 
 def test_fp8_trains_like_bf16() -> None:
-    """300 steps from one start on a Markov chain of order two, which is learned without jumps."""
+    """300 steps from the same start on a second-order Markov chain, which is learned smoothly."""
     table = torch.randint(0, 64, (64, 64), generator=torch.Generator().manual_seed(11))
     final = []
     for fp8 in (True, False):
