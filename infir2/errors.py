@@ -1,7 +1,7 @@
-"""Errors of the user's that end a command: one sentence, one exit code, no traceback.
+"""Errors that the user can fix: a command prints one sentence and exits with a code, no traceback.
 
-Every class says which exit code the command line returns for it (docs/DESIGN.md has the table). A message names the
-key, file or row and says what to do.
+Each class defines the exit code of the command line (docs/DESIGN.md has the table). A message names
+the key, file or row and tells the user what to do.
 """
 
 import errno
@@ -9,60 +9,64 @@ from typing import Self
 
 
 class UserError(Exception):
-    """Something the user can mend. Base of all errors that are shown without a traceback.
+    """Base class of all errors that are printed without a traceback.
 
-    `told_by_first`: every rank raises it, so rank 0 alone need say it.
+    `exit_code`: what the command returns. `reported_by_rank0`: every rank raises this error, so
+    only rank 0 prints it.
     """
 
     exit_code = 2
     reported_by_rank0 = False
 
-    def of_all_ranks(self) -> Self:
-        """The same error, which every rank raises."""
+    def on_all_ranks(self) -> Self:
+        """Mark this error as raised on every rank, and return it.
+
+        Example: `raise CheckpointError("...").on_all_ranks()`.
+        """
         self.reported_by_rank0 = True
         return self
 
 
 class ConfigError(UserError):
-    """A recipe, an option or an environment variable that cannot be used."""
+    """A recipe, an option or an environment variable is invalid."""
 
     reported_by_rank0 = True
 
 
 class OutputExistsError(UserError):
-    """The place to write to is already taken; nothing was written."""
+    """The output path exists already, or another job uses it; nothing was written."""
 
 
 class CheckFailedError(UserError):
-    """A check the user asked for did not hold (verify-weights, a gate)."""
+    """A check that the user asked for failed (verify-weights, a gate)."""
 
     exit_code = 1
 
 
 class CheckpointError(UserError):
-    """A checkpoint or a model directory that cannot be read or written."""
+    """A checkpoint or a model directory cannot be read or written."""
 
     exit_code = 3
 
 
 class CheckpointCorruptError(CheckpointError):
-    """A file of a checkpoint does not have the bytes its manifest promises."""
+    """A file of a checkpoint differs from what its manifest lists."""
 
 
 class DataError(UserError):
-    """A data file that cannot be used."""
+    """A data file cannot be used."""
 
     exit_code = 4
 
 
 class NonFiniteError(UserError):
-    """Training stopped because loss or gradients stayed non-finite."""
+    """Training stopped because the loss or the gradients stayed non-finite."""
 
     exit_code = 17
 
 
 class LaunchedError(UserError):
-    """A launched command ended badly; carries the worst rank's exit code."""
+    """A launched command failed; the exit code is that of its worst rank."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"the worst rank ended with code {code}; its message is above")
@@ -70,28 +74,29 @@ class LaunchedError(UserError):
 
 
 class RankError(UserError):
-    """A process of a run of several died, hung or failed; the others cannot go on."""
+    """A process of a distributed run died, hung or failed, and the others cannot continue."""
 
     exit_code = 71
 
 
 class Preempted(UserError):
-    """SIGTERM arrived: the state is saved, the same command goes on from it."""
+    """SIGTERM arrived; the state is saved, and the same command resumes from it."""
 
     exit_code = 75
 
 
 class Interrupted(UserError):
-    """Ctrl-C arrived: the state is saved, the same command goes on from it."""
+    """Ctrl-C arrived; the state is saved, and the same command resumes from it."""
 
     exit_code = 130
 
 
 def disk_reason(error: OSError) -> str:
-    """Why the system refused, for brackets in a sentence. Example: "No space left on device, errno 28 ENOSPC"."""
-    return f"{error.strerror}, errno {error.errno} {errno.errorcode.get(error.errno or 0, '')}".rstrip()
+    """Why the system refused an operation. Example: "No space left on device, errno 28 ENOSPC"."""
+    name = errno.errorcode.get(error.errno or 0, "")
+    return f"{error.strerror}, errno {error.errno} {name}".rstrip()
 
 
 def first_line(error: BaseException) -> str:
-    """A library's error for the middle of a sentence: the first line of its text, else its class."""
+    """First line of an error's text without its period, or its class if it has no text."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -67,7 +67,7 @@ class StopSignals:
         kind = Preempted if self.received == signal.SIGTERM else Interrupted
         return kind(
             f"stopped; {what_was_saved}; the same command goes on from there"
-        ).of_all_ranks()
+        ).on_all_ranks()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

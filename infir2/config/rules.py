@@ -56,11 +56,6 @@ def _training(recipe: TrainRecipe) -> list[Rule]:
         ),
         (not data.sources, "data.sources", "is empty; name at least one file of training data."),
         (
-            recipe.parallel.pp != 1,
-            "parallel.pp",
-            "must be 1: there is no pipeline parallelism; use parallel.tp and parallel.dp instead.",
-        ),
-        (
             recipe.parallel.dp == 0,
             "parallel.dp",
             "must be -1 (all remaining ranks) or at least 1.",

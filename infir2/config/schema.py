@@ -360,7 +360,6 @@ class ParallelSection(Section):
     cp: int = Field(
         1, ge=1, description="context-parallel ranks, which split the tokens of a micro-batch"
     )
-    pp: int = Field(1, ge=1, description="only 1: there is no pipeline parallelism")
     timeout_seconds: float = Field(
         600.0,
         gt=0,

@@ -202,7 +202,7 @@ class Session:
                 raise CheckpointError(
                     f"{self.dir}: its last step, {step}, could not be saved, and the newest checkpoint is step {self.saved_step}; "
                     "make room, then run the same command again"
-                ).of_all_ranks()
+                ).on_all_ranks()
         else:
             self.stop_if_asked()
 
@@ -368,7 +368,7 @@ class Session:
             raise NonFiniteError(
                 f"stopped at step {step}: loss or gradient was not finite {self._failures_in_a_row} steps in a row; "
                 f"{self.dir}/metrics.jsonl names them, the newest checkpoint is step {self.saved_step}"
-            ).of_all_ranks()
+            ).on_all_ranks()
 
     def _starting_point(self) -> Checkpoint | None:
         for line in self._changes:

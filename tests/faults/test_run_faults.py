@@ -34,7 +34,7 @@ from infir2.train.trainer import Trainer
 
 @pytest.fixture(autouse=True)
 def passings_from_nought(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "_passings", Counter())
+    monkeypatch.setattr(faults, "_passes", Counter())
 
 
 def cpt(world: Path, directory: Path, **values: object) -> list[str]:
@@ -334,7 +334,7 @@ def test_f3_a_save_that_fails_twice_stops_the_run_or_is_told(
     assert main(words) == 3
     assert "step 4 could not be saved" in capsys.readouterr().err
     assert open_checkpoint(tmp_path / "stop").step == 2
-    monkeypatch.setattr(faults, "_passings", Counter())
+    monkeypatch.setattr(faults, "_passes", Counter())
     run(
         cpt(
             world,

@@ -32,7 +32,7 @@ SAVE_POINTS = [point for point in faults.POINTS if point.startswith("save.")]
 def small_shards(monkeypatch):
     """Two tensor files per checkpoint, and counters of passings that start at nought."""
     monkeypatch.setattr(dcp, "FILE_BYTES", 1)
-    monkeypatch.setattr(faults, "_passings", Counter())
+    monkeypatch.setattr(faults, "_passes", Counter())
 
 
 def save(store: Store, step: int) -> Path:
@@ -74,7 +74,7 @@ def test_a_kill_at_any_point_leaves_the_newest_whole_checkpoint(
 
     def next_save() -> None:
         monkeypatch.setenv("INFIR2_FAULTS", f"{point}:{passing}")
-        monkeypatch.setattr(faults, "_passings", Counter())
+        monkeypatch.setattr(faults, "_passes", Counter())
         save(Store(tmp_path, keep=1), 2)
 
     status = in_child(next_save)
@@ -148,7 +148,7 @@ def test_full_disk_once_makes_room_and_succeeds(tmp_path, monkeypatch):
     flip(
         store.directory / "step-3" / "state.json"
     )  # a damaged newest one must not cost the newest good one
-    monkeypatch.setattr(faults, "_passings", Counter())
+    monkeypatch.setattr(faults, "_passes", Counter())
     monkeypatch.setenv("INFIR2_FAULTS", "save.after_shard:2:enospc")
     save(store, 4)
     assert_whole(tmp_path, 4)
@@ -160,7 +160,7 @@ def test_full_disk_once_makes_room_and_succeeds(tmp_path, monkeypatch):
 def test_full_disk_twice_is_an_error_and_harms_nothing(tmp_path, monkeypatch):
     store = Store(tmp_path, keep=2, warn=lambda _: None)
     save(store, 1)
-    monkeypatch.setattr(faults, "_passings", Counter())
+    monkeypatch.setattr(faults, "_passes", Counter())
     monkeypatch.setenv(
         "INFIR2_FAULTS", "save.before_manifest:1:enospc,save.before_manifest:2:enospc"
     )
