@@ -1,4 +1,7 @@
-"""Check answers and programs. The one security boundary: nothing here imports torch, and no program runs outside a jail."""
+"""Check answers and programs. This package is the security boundary: programs run only in jails.
+
+Nothing in it imports torch.
+"""
 
 from infir2.verify.code import run_code
 from infir2.verify.math import check_math, check_math_batch

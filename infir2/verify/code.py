@@ -1,4 +1,4 @@
-"""Does a program pass its tests? Programs run in jails; the verdict is made outside of them."""
+"""Run programs against tests. Programs run in jails; the parent process decides the verdict."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ from infir2.verify.plain import decode, encode
 from infir2.verify.sandbox import Cell, JailBrokenError, JailError, Limits
 from infir2.verify.verdict import Reason, Verdict
 
-# What the usual judges import in front of a solution.
+# The imports that common judges put before a solution.
 PRELUDE = """\
 from typing import *
 from collections import *
@@ -24,43 +24,41 @@ from heapq import *
 from bisect import *
 from math import *
 from builtins import *
-import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
+import bisect, collections, copy, functools, heapq, itertools
+import math, operator, random, re, string, sys
 """
 
 outcomes: Counter[Reason] = Counter()
 _outcomes_lock = threading.Lock()
-_places = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))
+_run_slots = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))
 
 
 def run_code(
     program: str, tests: Sequence[dict[str, Any]], limits: Limits | None = None
 ) -> Verdict:
-    """Run a Python program (standard library only) against its tests; "ok" when all pass, else the first failure.
+    """Run a Python program (standard library only); "ok" if all tests pass, else the first failure.
 
     A test is one of
-    - {"input": str, "output": str}: a run with that standard input; output compared line by line, numbers by value;
-    - {"fn_name": str, "args": list, "expected": value}: a call of a function, or of a method of class `Solution`;
-    - {"code": str, "entry_point": str, "setup": str} (the last two optional): asserts; with `entry_point`, `check(it)` is
-      called after `code` (HumanEval). Names that `setup` defines are the test's own and cannot be replaced by the program.
-    Arguments and results cross by value, as plain Python values. Expected outputs and asserts never enter the program's jail.
+    - {"input": str, "output": str}: run with that standard input, and compare the output line by
+      line, numbers by value;
+    - {"fn_name": str, "args": list, "expected": value}: call a function, or a method of `Solution`;
+    - {"code": str, "entry_point": str, "setup": str}, the last two optional: run asserts; with
+      `entry_point`, call `check(entry_point)` after `code` (HumanEval). The program cannot replace
+      names that `setup` defines.
+    Arguments and results cross the jail by value, as plain Python values. Expected outputs and
+    asserts never enter the program's jail.
 
-    `limits.seconds` is for each test, `limits.total_seconds` for all of them. A broken jail is tried again once, then gets
-    the reason "jail_error"; JailError is raised when jails cannot be made here, or break in more than 1 % of the runs.
-    Counts are in `outcomes`.
+    `limits.seconds` bounds each test, `limits.total_seconds` all of them. A broken jail is retried
+    once and then gets the reason "jail_error". Outcomes are counted in `outcomes`.
+
+    Raises:
+        ValueError: `tests` is empty, or a test has none of these forms.
+        JailError: this machine cannot create jails, or more than 1 % of them break.
     """
-    if not tests:
-        raise ValueError("run_code needs at least one test: a program without tests has no verdict")
-    for place, test in enumerate(tests):
-        if not any(
-            kind <= test.keys()
-            for kind in ({"input", "output"}, {"fn_name", "args", "expected"}, {"code"})
-        ):
-            raise ValueError(
-                f"test {place} needs input and output, or fn_name, args and expected, or code; it has {sorted(test)}"
-            )
+    _check_tests(tests)
     limits = limits or Limits()
-    began = time.monotonic()
-    with _places:
+    start = time.monotonic()
+    with _run_slots:
         reason, detail = _Run(program, tests, limits).attempt()
         if reason == "jail_error":
             reason, detail = _Run(program, tests, limits).attempt()
@@ -69,9 +67,22 @@ def run_code(
         failures, total = outcomes["jail_error"], outcomes.total()
     if failures > max(3, total // 100):
         raise JailError(
-            f"{failures} of {total} jails broke down (last: {detail}); look at this machine's memory and processes"
+            f"{failures} of {total} jails broke down (last: {detail}); "
+            "check this machine's memory and processes"
         )
-    return Verdict(reason, detail=detail, seconds=time.monotonic() - began)
+    return Verdict(reason, detail=detail, seconds=time.monotonic() - start)
+
+
+def _check_tests(tests: Sequence[dict[str, Any]]) -> None:
+    if not tests:
+        raise ValueError("run_code needs at least one test: a program without tests has no verdict")
+    kinds = ({"input", "output"}, {"fn_name", "args", "expected"}, {"code"})
+    for index, test in enumerate(tests):
+        if not any(kind <= test.keys() for kind in kinds):
+            raise ValueError(
+                f"test {index} needs input and output, or fn_name, args and expected, or code; "
+                f"it has {sorted(test)}"
+            )
 
 
 class _Run:
@@ -79,23 +90,23 @@ class _Run:
 
     def __init__(self, program: str, tests: Sequence[dict[str, Any]], limits: Limits) -> None:
         self.program, self.tests, self.limits = program, tests, limits
-        self.last = time.monotonic() + limits.total_seconds
+        self.total_deadline = time.monotonic() + limits.total_seconds
 
     def attempt(self) -> tuple[Reason, str]:
         """The first failure, or ("ok", "")."""
         calls = [test for test in self.tests if "fn_name" in test]
         try:
-            for place, test in enumerate(self.tests):
+            for index, test in enumerate(self.tests):
                 if "fn_name" not in test:
                     reason, detail = self._input(test) if "input" in test else self._asserts(test)
                     if reason != "ok":
-                        return reason, f"test {place}: {detail}"
+                        return reason, f"test {index}: {detail}"
             return self._calls(calls) if calls else ("ok", "")
         except JailBrokenError as error:
             return "jail_error", str(error)
 
     def _deadline(self) -> float:
-        return min(time.monotonic() + self.limits.seconds, self.last)
+        return min(time.monotonic() + self.limits.seconds, self.total_deadline)
 
     def _input(self, test: dict[str, Any]) -> tuple[Reason, str]:
         expected = str(test["output"])
@@ -106,35 +117,32 @@ class _Run:
                 deadline, max(self.limits.output_bytes, 2 * len(expected.encode()))
             )
             if stopped == "timeout":
-                return "timeout", "the time was over"
+                return "timeout", "the time limit expired"
             if stopped:
-                return "wrong", "more output than allowed"
+                return "wrong", "the output is larger than allowed"
             if code != 0:
-                return _ended(cell, code)
-        return (
-            ("ok", "")
-            if same_output(output.decode(errors="replace"), expected)
-            else ("wrong", "the output differs")
-        )
+                return _early_exit(cell, code)
+        same = same_output(output.decode(errors="replace"), expected)
+        return ("ok", "") if same else ("wrong", "the output differs")
 
     def _load(self, cell: Cell, prelude: str, deadline: float) -> tuple[Reason, str, list[str]]:
         cell.send({"mode": "serve", "program": self.program, "prelude": prelude})
-        said = cell.channel.receive(deadline)
-        if said == {}:
-            return "timeout", "the time was over while the program was loading", []
-        if said is None:
+        reply = cell.channel.receive(deadline)
+        if reply == {}:
+            return "timeout", "the time limit expired while the program was loading", []
+        if reply is None:
             return "error", "the program ended before it could be called", []
-        names = said.get("names")
-        return ("ok", "", names) if isinstance(names, list) else (*_complaint(said), [])
+        names = reply.get("names")
+        return ("ok", "", names) if isinstance(names, list) else (*_reported_error(reply), [])
 
     def _calls(self, tests: Sequence[dict[str, Any]]) -> tuple[Reason, str]:
         with Cell(self.limits) as cell:
             reason, detail, _ = self._load(cell, PRELUDE, self._deadline())
-            for place, test in enumerate(tests):
+            for index, test in enumerate(tests):
                 if reason != "ok":
                     break
                 reason, detail = _call(cell, test, self._deadline())
-                detail = f"call {place}: {detail}"
+                detail = f"call {index}: {detail}"
         return reason, detail if reason != "ok" else ""
 
     def _asserts(self, test: dict[str, Any]) -> tuple[Reason, str]:
@@ -151,27 +159,26 @@ class _Run:
                     "code": test["code"],
                 }
                 examiner.send({"mode": "examine", "names": names, "key": key} | request)
-                said = examiner.channel.receive(deadline)
-        if said == {}:
-            return "timeout", "the time was over"
-        if said is None or said.get("key") != key:
+                reply = examiner.channel.receive(deadline)
+        if reply == {}:
+            return "timeout", "the time limit expired"
+        if reply is None or reply.get("key") != key:
             return "error", "the test ended without a verdict"
-        return said["outcome"], said["detail"]
+        return reply["outcome"], reply["detail"]
 
 
-def _ended(cell: Cell, code: int | None) -> tuple[Reason, str]:
-    """Why a program ended early, from its own last words (they choose among reasons that all score 0)."""
+def _early_exit(cell: Cell, code: int | None) -> tuple[Reason, str]:
+    """Why a program ended early, from its own message; every reason that it can choose scores 0."""
     if code is not None and code < 0:
         return "killed", f"ended by signal {-code}"
-    return _complaint(
+    return _reported_error(
         cell.channel.receive(time.monotonic() + 0.1) or {"error": f"exit code {code}"}
     )
 
 
-def _complaint(said: dict[str, Any]) -> tuple[Reason, str]:
-    return (
-        "oom" if said.get("error") == "MemoryError" else "error"
-    ), f"{said.get('error')}: {said.get('detail', '')}"
+def _reported_error(reply: dict[str, Any]) -> tuple[Reason, str]:
+    reason: Reason = "oom" if reply.get("error") == "MemoryError" else "error"
+    return reason, f"{reply.get('error')}: {reply.get('detail', '')}"
 
 
 def _call(cell: Cell, test: dict[str, Any], deadline: float) -> tuple[Reason, str]:
@@ -183,22 +190,22 @@ def _call(cell: Cell, test: dict[str, Any], deadline: float) -> tuple[Reason, st
         "options": encode({}),
     }
     cell.send(request)
-    said = cell.channel.receive(deadline)
-    if said == {}:
-        return "timeout", "the time was over"
-    if said is None or said.get("id") != key:
-        return "error", "the program ended, or answered out of turn"
-    if "value" not in said:
-        return _complaint(said)
+    reply = cell.channel.receive(deadline)
+    if reply == {}:
+        return "timeout", "the time limit expired"
+    if reply is None or reply.get("id") != key:
+        return "error", "the program ended, or sent an unexpected message"
+    if "value" not in reply:
+        return _reported_error(reply)
     try:
-        value = decode(said["value"])
+        value = decode(reply["value"])
     except ValueError as error:
         return "wrong", str(error)
     return ("ok", "") if same_value(value, test["expected"]) else ("wrong", "the result differs")
 
 
 def same_value(value: Any, expected: Any) -> bool:
-    """Equality of plain values: tuples count as lists (expected values come from JSON), floats agree to 1e-9."""
+    """Equality of plain values: floats to 1e-9; tuples equal lists, since JSON has no tuples."""
     if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
         return len(value) == len(expected) and all(map(same_value, value, expected))
     if isinstance(value, dict) and isinstance(expected, dict):
@@ -213,12 +220,13 @@ def same_value(value: Any, expected: Any) -> bool:
 
 
 def same_output(output: str, expected: str) -> bool:
-    """Equality of printed text: trailing space and blank last lines do not count, numbers in a line compare as decimals."""
-    lines, wanted = (
+    """Equality of printed text, ignoring trailing space and blank last lines; numbers by value."""
+    lines, expected_lines = (
         [line.split() for line in text.rstrip().splitlines()] for text in (output, expected)
     )
-    return len(lines) == len(wanted) and all(
-        len(a) == len(b) and all(map(_same_word, a, b)) for a, b in zip(lines, wanted, strict=True)
+    return len(lines) == len(expected_lines) and all(
+        len(a) == len(b) and all(map(_same_word, a, b))
+        for a, b in zip(lines, expected_lines, strict=True)
     )
 
 

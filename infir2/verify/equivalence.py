@@ -1,4 +1,7 @@
-"""Mathematical equality by the math-verify library. The only file that imports it; runs in worker processes only."""
+"""Mathematical equality by the math-verify library, for worker processes.
+
+Only this file imports math-verify.
+"""
 
 import logging
 import re
@@ -8,22 +11,22 @@ _QUOTIENT = re.compile(r"\\[dt]?frac|\d\s*(?:/|\\div)\s*\d")
 
 
 def prepare() -> None:
-    """Import and warm the library: its first parse builds tables that take longer than most answers."""
-    logging.getLogger("math_verify").setLevel(
-        logging.ERROR
-    )  # it warns that its own time limit is off; ours kills the process
+    """Import and warm up the library: its first parse builds tables, which takes seconds."""
+    # It warns that its own time limit is disabled; the pool's limit kills the process instead.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     assert equivalent("\\frac{1}{2}", "0.5")
 
 
 def equivalent(reference: str, answer: str) -> bool:
     """Whether two answers (LaTeX or plain, without `\\boxed`) are the same mathematical object.
 
-    An integer reference wants a number: an arithmetic expression that is left unevaluated (`3+4` for 7) may repeat the
-    question and is refused, as the DeepScaleR grader does.
+    An integer reference requires a number: like the DeepScaleR grader, this rejects an unevaluated
+    arithmetic expression (`3+4` for 7), which may just repeat the question.
     """
     from math_verify import parse, verify
 
-    # Time limits of the library are off: it uses SIGALRM between bytecodes, which neither stops C code nor survives a broad except.
+    # The library's time limits are disabled: their SIGALRM neither stops C code nor survives a
+    # broad except.
     gold, predicted = (
         parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer)
     )

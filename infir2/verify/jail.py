@@ -1,9 +1,12 @@
-"""The inside of a jail. sandbox.py starts this text, plain.py's and walls.py's under `python -I -S`: standard library only.
+"""The code inside a jail. sandbox.py starts it, plain.py and walls.py under `python -I -S`.
 
-A first process makes the namespaces and watches; the second one (process 1 of its own world) builds a file system of
-read-only libraries and a small tmpfs, gives up every privilege, says {"ready": true}, and only then is sent the program.
-Nothing that decides the verdict exists in the process that runs a program: no expected value, no test, no key. The parent
-compares plain values; an assert-style test runs in a second jail, the examiner, that calls the program's by messages.
+These three files import only the standard library. A first process creates the namespaces and
+watches; the second one (process 1 of its pid namespace) builds a file system of read-only libraries
+and a small tmpfs, drops every privilege, sends {"ready": true}, and only then receives the program.
+
+The process that runs a program contains nothing that decides the verdict: no expected value, no
+test, no key. The parent compares plain values; an assert-style test runs in a second jail, the
+examiner, which calls the program's functions by messages.
 """
 
 import builtins
@@ -23,7 +26,7 @@ from infir2.verify.walls import confine
 MAX_LINE_BYTES = 4 << 20  # of one message
 
 
-def _say(channel: socket.socket, **message: Any) -> None:
+def _send(channel: socket.socket, **message: Any) -> None:
     channel.sendall(json.dumps(message).encode() + b"\n")
 
 
@@ -39,12 +42,12 @@ def _script(channel: socket.socket, program: str) -> None:
     try:
         _run(program, "__main__")
     except Exception as error:
-        _say(channel, error=type(error).__name__, detail=str(error)[:200])
+        _send(channel, error=type(error).__name__, detail=str(error)[:200])
         sys.exit(1)
 
 
 def _serve(channel: socket.socket, requests: BinaryIO, program: str, prelude: str) -> None:
-    """Load the program, then answer calls of its functions (and of the objects they returned) by value."""
+    """Load the program; then serve calls of its functions and of the objects they returned."""
     kept: list[Any] = []
 
     def keep(value: Any) -> int:
@@ -53,9 +56,9 @@ def _serve(channel: socket.socket, requests: BinaryIO, program: str, prelude: st
 
     try:
         names = _run(program, "solution", prelude)
-        _say(channel, names=list(names))
+        _send(channel, names=list(names))
     except BaseException as error:
-        return _say(channel, error=type(error).__name__, detail=str(error)[:200])
+        return _send(channel, error=type(error).__name__, detail=str(error)[:200])
     tools: dict[str, Any] = {
         "getattr": getattr,
         "setattr": setattr,
@@ -85,13 +88,13 @@ def _serve(channel: socket.socket, requests: BinaryIO, program: str, prelude: st
                 decode(request["arguments"], kept.__getitem__),
                 decode(request["options"], kept.__getitem__),
             )
-            _say(channel, id=request["id"], value=encode(function(*arguments, **options), keep))
+            _send(channel, id=request["id"], value=encode(function(*arguments, **options), keep))
         except BaseException as error:
-            _say(channel, id=request["id"], error=type(error).__name__, detail=str(error)[:200])
+            _send(channel, id=request["id"], error=type(error).__name__, detail=str(error)[:200])
 
 
 class Remote:
-    """An object that lives in the program's jail. Two of them are equal only if they are the same handle."""
+    """A proxy of an object in the program's jail; two are equal only if they are identical."""
 
     def __init__(self, ask: Callable[..., Any], target: list) -> None:
         self.__dict__.update(_ask=ask, _target=target)
@@ -125,15 +128,14 @@ class Remote:
 
 
 def _examine(channel: socket.socket, peer: socket.socket, request: dict) -> None:
-    """Run an assert-style test against the program in the other jail, and say how it ended."""
-    peer.setblocking(
-        True
-    )  # the parent's time-out on its end of the same socket made it non-blocking
+    """Run an assert-style test against the program in the other jail, and send its outcome."""
+    # The parent's timeout on its descriptor of the same socket made it non-blocking.
+    peer.setblocking(True)
     replies = peer.makefile("rb")
 
     def ask(target: list, arguments: tuple, options: dict) -> Any:
         key = os.urandom(8).hex()
-        _say(
+        _send(
             peer,
             id=key,
             target=target,
@@ -142,7 +144,7 @@ def _examine(channel: socket.socket, peer: socket.socket, request: dict) -> None
         )
         reply = json.loads(replies.readline(MAX_LINE_BYTES) or "{}")
         if reply.get("id") != key:
-            raise ConnectionError("the program ended, or answered out of turn")
+            raise ConnectionError("the program ended, or sent an unexpected message")
         if "error" in reply:
             raise _exception(str(reply["error"]))(reply.get("detail"))
         return decode(reply["value"], remote)
@@ -172,11 +174,11 @@ def _examine(channel: socket.socket, peer: socket.socket, request: dict) -> None
         outcome, detail = "wrong", f"AssertionError: {error}"
     except BaseException as error:
         outcome, detail = "error", f"{type(error).__name__}: {error}"
-    _say(channel, key=request["key"], outcome=outcome, detail=detail[:200])
+    _send(channel, key=request["key"], outcome=outcome, detail=detail[:200])
 
 
 def _exception(name: str) -> type[Exception]:
-    """The builtin exception of that name; not StopIteration, with which a program could cut a test's loop short."""
+    """The builtin exception of that name, except StopIteration, which could end a test's loop."""
     kind = getattr(builtins, name, None)
     if (
         isinstance(kind, type)
@@ -188,28 +190,27 @@ def _exception(name: str) -> type[Exception]:
 
 
 def _bind(space: dict[str, Any], name: str, kind: str, value: Any) -> None:
-    """Give the test one of the program's names. The caller keeps builtins and the setup's names out of its reach."""
+    """Bind one of the program's names for the test; never a builtin or a name of `setup`."""
     if kind == "module":
-        # The real module: the program's own could say that everything is close to everything.
+        # The real module: in the program's own, everything could be close to everything.
         if value in sys.stdlib_module_names:
             space[name] = importlib.import_module(value)
     elif isinstance(value, Remote) and name in sys.stdlib_module_names:
-        space[name] = (
-            value.__call__
-        )  # a function of that name may be called, a fake module has nothing to give
+        # A function of that name can be called, but a fake module has no attributes.
+        space[name] = value.__call__
     else:
         space[name] = value
 
 
 def main() -> None:
-    """Confine this process, then do the one thing that the first line of the control channel asks for."""
+    """Confine this process, then serve the request in the first line of the control channel."""
     config = json.loads(sys.argv[1])
     channel = socket.socket(fileno=config["control"])
     try:
         confine(config)
     except (OSError, ValueError) as error:
-        return _say(channel, jail=f"{type(error).__name__}: {error}")
-    _say(channel, ready=True)
+        return _send(channel, jail=f"{type(error).__name__}: {error}")
+    _send(channel, ready=True)
     requests = channel.makefile("rb")
     request = json.loads(requests.readline())
     if request["mode"] == "script":

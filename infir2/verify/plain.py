@@ -1,4 +1,7 @@
-"""Plain values as JSON: the only thing that crosses between jails and the parent. Standard library only (jail.py)."""
+"""Plain values as JSON, the only data that jails and the parent exchange.
+
+This file imports only the standard library, because it runs inside jails (jail.py).
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +13,10 @@ _TYPES = {
 
 
 def encode(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
-    """`value` as JSON: scalars as they are, the rest as [kind, content]. Subclasses lose their methods (`__eq__` too).
+    """`value` as JSON: scalars unchanged, others as [kind, content].
 
-    What is no plain value becomes ["remote", keep(value)]; ValueError without `keep`.
+    Subclasses lose their methods, `__eq__` included. Other objects become ["remote", keep(value)];
+    without `keep` they raise ValueError.
     """
     kind = type(value)
     if value is None or kind in (bool, float, str) or (kind is int and abs(value) < 1 << 4096):
@@ -42,7 +46,7 @@ def encode(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
 
 
 def decode(data: Any, remote: Callable[[int], Any] | None = None) -> Any:
-    """The value that `encode` wrote. ValueError on anything else: what a jail says is not to be trusted."""
+    """The value that `encode` wrote. Raises ValueError for other data: jails are untrusted."""
     if data is None or isinstance(data, bool | int | float | str):
         return data
     try:

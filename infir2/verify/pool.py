@@ -1,8 +1,9 @@
-"""Run checks in processes that can be killed: a hard wall clock for each, whatever the check does.
+"""Run checks in processes that can be killed, so that each has a hard limit of wall-clock time.
 
-The workers are plain subprocesses (no fork: a trainer has threads) that import neither torch nor transformers. They
-start on first use, live until the pool is closed, and are replaced after a kill. When this process dies, however it dies,
-an idle worker sees its input end and a busy one is ended by the kernel's timer (worker.py).
+The workers are plain subprocesses (not forks: a trainer has threads) that import neither torch nor
+transformers. They start on first use, live until the pool is closed, and are replaced after a kill.
+When this process dies for any reason, an idle worker reads the end of its input, and the kernel's
+timer ends a busy one (worker.py).
 """
 
 import os
@@ -25,7 +26,7 @@ START_SECONDS, START_ATTEMPTS = 120.0, 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one check: its value, or the reason ("timeout", "error", "oom", "killed") why there is none."""
+    """The value of one check, or why there is none: "timeout", "error", "oom" or "killed"."""
 
     value: Any = None
     reason: str = ""
@@ -34,55 +35,55 @@ class Outcome:
 
 
 class _Worker:
-    """One process, and the socket that is its standard input and our way to it."""
+    """A worker process and the socket that is its standard input."""
 
     def __init__(self, function: str, memory_bytes: int) -> None:
         root = str(Path(__file__).resolve().parents[2])
-        variables = os.environ | {
-            "PYTHONPATH": os.pathsep.join([root, *(place for place in sys.path if place)])
-        }
-        ours, theirs = socket.socketpair()
-        self.channel = Channel(ours)
-        words = [sys.executable, "-P", "-m", "infir2.verify.worker", function, str(memory_bytes)]
-        with theirs:
+        search_path = os.pathsep.join([root, *(entry for entry in sys.path if entry)])
+        parent_end, child_end = socket.socketpair()
+        self.channel = Channel(parent_end)
+        command = [sys.executable, "-P", "-m", "infir2.verify.worker", function, str(memory_bytes)]
+        with child_end:
             self.process = subprocess.Popen(
-                words,
-                stdin=theirs.fileno(),
+                command,
+                stdin=child_end.fileno(),
                 stdout=subprocess.DEVNULL,
-                env=variables,
+                env=os.environ | {"PYTHONPATH": search_path},
                 start_new_session=True,
             )
 
     def kill(self) -> None:
+        """Kill the process with its descendants, reap it, and close the socket."""
         kill_tree(self.process)
         self.channel.socket.close()
 
 
 class Pool:
-    """At most `size` workers that call `function` ("module:name", arguments and value JSON-able).
+    """At most `size` workers that call `function` ("module:name"), shared by all threads.
 
-    Thread-safe: calls share the workers. `memory_bytes` bounds a worker's address space (0: no bound).
+    Its arguments and value must be JSON-serializable. `memory_bytes` bounds a worker's address
+    space; 0 means no bound.
     """
 
     def __init__(self, function: str, size: int, memory_bytes: int = 1 << 30) -> None:
         self._function, self._size, self._memory_bytes = function, size, memory_bytes
         self._workers: set[_Worker] = set()
-        self._idle: queue.LifoQueue[_Worker | None] = (
-            queue.LifoQueue()
-        )  # the warmest first; None may be started
+        # The most recently used worker comes first; None stands for one that is not started yet.
+        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(size):
             self._idle.put(None)
 
     def run(
         self, items: Sequence[Sequence[Any]], item_seconds: float, batch_seconds: float
     ) -> list[Outcome]:
-        """Outcomes in the order of `items` (argument lists). An item over its time, or not begun in the batch's, is a timeout.
+        """Outcomes in the order of `items` (argument lists).
 
-        Raises ConfigError when workers cannot start.
+        An item that exceeds `item_seconds`, or does not start within `batch_seconds`, is a timeout.
+        Raises ConfigError if workers cannot start.
         """
-        last = time.monotonic() + batch_seconds
+        deadline = time.monotonic() + batch_seconds
         with ThreadPoolExecutor(max_workers=self._size) as threads:
-            checks = [threads.submit(self._check, item, item_seconds, last) for item in items]
+            checks = [threads.submit(self._check, item, item_seconds, deadline) for item in items]
             try:
                 return [check.result() for check in checks]
             except BaseException:
@@ -90,60 +91,60 @@ class Pool:
                 raise
 
     def close(self) -> None:
-        """Kill and reap every worker; a check that is under way in another thread gets the reason "killed"."""
+        """Kill and reap every worker; checks running in other threads get the reason "killed"."""
         for worker in list(self._workers):
             self._kill(worker)
 
-    def _check(self, arguments: Sequence[Any], seconds: float, last: float) -> Outcome:
-        """One item, in a thread of its own: wait for a worker, ask it, and kill it unless it is as good as before."""
+    def _check(self, arguments: Sequence[Any], seconds: float, deadline: float) -> Outcome:
+        """Check one item, in its own thread; kill the worker if it cannot be reused."""
+        expired = Outcome(reason="timeout", detail="the batch's time limit expired")
         try:
-            worker = self._idle.get(timeout=max(0.0, last - time.monotonic()))
+            worker = self._idle.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
-            return Outcome(reason="timeout", detail="the batch's time was over")
+            return expired
         try:
             if worker is None or worker.process.poll() is not None:
-                worker = self._started(worker, last)
-            began = time.monotonic()
-            if worker is None or began >= last:
-                return Outcome(reason="timeout", detail="the batch's time was over")
+                worker = self._started(worker, deadline)
+            start = time.monotonic()
+            if worker is None or start >= deadline:
+                return expired
             worker.channel.send({"arguments": list(arguments), "seconds": seconds}, seconds)
-            reply = worker.channel.receive(min(began + seconds, last))
-            taken = time.monotonic() - began
+            reply = worker.channel.receive(min(start + seconds, deadline))
+            elapsed = time.monotonic() - start
             if not reply or reply.get("unclean") or reply.get("reason") == "oom":
                 self._kill(worker)
                 worker = None
             if reply == {}:
                 return Outcome(
-                    reason="timeout", detail=f"stopped after {taken:.1f} s", seconds=taken
+                    reason="timeout", detail=f"stopped after {elapsed:.1f} s", seconds=elapsed
                 )
             reply = reply or {"reason": "killed", "detail": "its process died"}
             return Outcome(
-                reply.get("value"), reply.get("reason", ""), reply.get("detail", ""), taken
+                reply.get("value"), reply.get("reason", ""), reply.get("detail", ""), elapsed
             )
         finally:
             self._idle.put(worker)
 
-    def _started(self, dead: _Worker | None, last: float) -> _Worker | None:
-        """A new worker, ready to be asked; None when the batch's time is over before it is."""
+    def _started(self, dead: _Worker | None, deadline: float) -> _Worker | None:
+        """A new worker that is ready; None if the deadline passes first."""
         if dead is not None:
             self._kill(dead)
-        why = ""
+        cause = ""
         for _ in range(START_ATTEMPTS):
             worker = _Worker(self._function, self._memory_bytes)
             self._workers.add(worker)
-            said = worker.channel.receive(min(time.monotonic() + START_SECONDS, last))
-            if said and "ready" in said:
+            reply = worker.channel.receive(min(time.monotonic() + START_SECONDS, deadline))
+            if reply and "ready" in reply:
                 return worker
             self._kill(worker)
-            if time.monotonic() >= last:
+            if time.monotonic() >= deadline:
                 return None
-            why = (
-                f"not ready within {START_SECONDS:.0f} s"
-                if said == {}
-                else (said or {}).get("failed", "ended before it was ready")
-            )
+            cause = (reply or {}).get("failed", "ended before it was ready")
+            if reply == {}:
+                cause = f"not ready within {START_SECONDS:.0f} s"
         raise ConfigError(
-            f"the process that checks answers cannot start ({why}); reinstall infir2 with its dependencies"
+            f"the process that checks answers cannot start ({cause}); "
+            "reinstall infir2 with its dependencies"
         )
 
     def _kill(self, worker: _Worker) -> None:

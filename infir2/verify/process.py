@@ -1,4 +1,4 @@
-"""Talking to another process with deadlines, and killing it together with everything it started."""
+"""Messages to another process with deadlines, and killing it with all of its descendants."""
 
 import ctypes
 import json
@@ -15,20 +15,23 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Channel:
-    """JSON objects, one a line, over a socket. What the other side says is not trusted."""
+    """JSON objects over a socket, one per line, from an untrusted peer."""
 
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
         self._received = bytearray()
 
     def send(self, message: dict[str, Any], seconds: float) -> None:
-        """One message. A peer that has ended, or does not read for so long, is noticed by `receive`."""
+        """Send one message. Errors are ignored: `receive` reports a peer that ended or hangs."""
         self.socket.settimeout(seconds)
         with suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, deadline: float) -> dict[str, Any] | None:
-        """The next message, {} when the deadline (monotonic seconds) passed, None when the peer ended or sent no message."""
+        """The next message; {} after the deadline, None if the peer ended or sent no JSON object.
+
+        `deadline` is in seconds of the monotonic clock.
+        """
         complete = b"\n" in self._received
         while not complete:
             left = deadline - time.monotonic()
@@ -43,7 +46,7 @@ class Channel:
             if not chunk or len(self._received) > MAX_MESSAGE_BYTES:
                 return None
             complete = b"\n" in chunk
-            if left < 0 and not complete:  # a trickle of bytes is no way around the clock
+            if left < 0 and not complete:  # a slow stream of bytes must not extend the deadline
                 return {}
         line, _, self._received = self._received.partition(b"\n")
         try:
@@ -54,19 +57,19 @@ class Channel:
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of its descendants' orphans, so that `kill_tree` on it finds daemons too."""
+    """Adopt orphaned descendants of this process, so that `kill_tree` finds daemons too."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def kill_tree(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL `process` and all its descendants, those in other sessions too, and reap it.
+    """SIGKILL `process` and all its descendants, also in other sessions, and reap it.
 
-    The parent is stopped first and, when it called `adopt_orphans`, keeps orphans as children, so that nothing escapes
-    between the look and the kill.
+    The parent is stopped first and, if it called `adopt_orphans`, keeps orphans as children, so
+    that nothing escapes between the listing and the kill.
     """
     if process.poll() is None:
         process.send_signal(signal.SIGSTOP)
-        for _ in range(100):  # a fork bomb grows while it is killed; every round leaves less of it
+        for _ in range(100):  # a fork bomb grows while it is killed; every round shrinks it
             descendants = living_descendants(process.pid)
             if not descendants:
                 break
@@ -78,14 +81,14 @@ def kill_tree(process: "subprocess.Popen[bytes]") -> None:
 
 
 def living_descendants(ancestor: int) -> list[int]:
-    """Ids of the processes below `ancestor` that are no zombies."""
+    """Ids of the descendants of `ancestor`, without zombies."""
     children: dict[int, list[int]] = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError, IndexError), open(f"/proc/{entry}/stat", "rb") as stat:
             state, parent = stat.read().rpartition(b")")[2].split()[:2]
             if state not in (b"Z", b"X"):
                 children.setdefault(int(parent), []).append(int(entry))
-    found = [ancestor]
-    for process in found:  # grows while it is walked
-        found += children.get(process, [])
-    return found[1:]
+    family = [ancestor]
+    for process in family:  # the list grows during the loop
+        family += children.get(process, [])
+    return family[1:]

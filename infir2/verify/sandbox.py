@@ -1,9 +1,10 @@
-"""Jails for programs that a policy wrote: start one, talk to it, end it with everything it started.
+"""Jails for programs that a policy wrote: start them, exchange messages, kill all their processes.
 
-Level "namespaces" (default): user/mount/pid/net/ipc namespaces, a root of read-only interpreter libraries, a tmpfs for
-files, no privileges, rlimits. It shares the kernel with this machine: against a kernel exploit use a virtual machine.
-Level "process": rlimits, an empty environment and a temporary directory, with your own user's rights. It is for machines
-without namespaces and programs you trust, and is never chosen silently.
+Level "namespaces" (the default) has user/mount/pid/net/ipc namespaces, a root of read-only
+interpreter libraries, a tmpfs for files, no privileges, and rlimits. It uses the machine's kernel,
+so only a virtual machine protects against kernel exploits. Level "process" has rlimits, an empty
+environment and a temporary directory, with your own user's rights. It is for trusted programs on
+machines without namespaces, and is never chosen automatically.
 """
 
 import glob
@@ -30,7 +31,7 @@ START_SECONDS = 30.0
 
 
 def _boot_text() -> str:
-    """The program that `python -c` starts: plain, walls and jail as modules of their names, without files."""
+    """The program for `python -c`; it creates the modules plain, walls and jail without files."""
     texts = [("infir2", ""), ("infir2.verify", "")]
     texts += [
         (module.__name__, Path(str(module.__file__)).read_text()) for module in (plain, walls, jail)
@@ -46,15 +47,26 @@ module.main()
 
 _BOOT_TEXT = _boot_text()
 _REMEDY = (
-    "allow unprivileged user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone=1, "
-    "kernel.apparmor_restrict_unprivileged_userns=0), in a container add CAP_SYS_ADMIN or seccomp=unconfined, "
+    "allow unprivileged user namespaces (sysctl user.max_user_namespaces, "
+    "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0), "
+    "in a container add CAP_SYS_ADMIN or seccomp=unconfined, "
     "or choose level 'process' if you trust the programs"
 )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use. `seconds` of wall clock for one test (an assert-style test, a call, or a run on one input)."""
+    """Resources of one program.
+
+    Attributes:
+        seconds: wall clock of one test (an assert-style test, a call, or a run on one input).
+        total_seconds: wall clock of all tests of a program.
+        memory_bytes: address space of each process.
+        output_bytes: standard output of a run.
+        file_bytes: size of a file and of the temporary file system.
+        processes: processes and threads.
+        level: kind of jail, see the module's docstring.
+    """
 
     seconds: float = 6.0
     total_seconds: float = 60.0
@@ -66,16 +78,19 @@ class Limits:
 
 
 class JailError(ConfigError):
-    """Programs cannot be run safely here. Never a statement about a program."""
+    """This machine cannot run programs safely. It implies nothing about a program."""
 
 
 class JailBrokenError(Exception):
-    """One jail broke down (start, reaping); the item may be tried again."""
+    """One jail failed to start or to be reaped; the item may be retried."""
 
 
 def libraries() -> list[str]:
-    """Directories that a jail shows read-only (installed packages inside them are covered): standard and shared libraries."""
-    wanted = [
+    """Directories of standard and shared libraries, which a jail mounts read-only.
+
+    A jail hides the installed packages inside them.
+    """
+    candidates = [
         str(Path(os.__file__).resolve().parents[1]),
         "/lib",
         "/lib64",
@@ -83,29 +98,34 @@ def libraries() -> list[str]:
         "/usr/lib64",
         "/usr/local/lib",
     ]
-    return sorted({path for path in wanted if os.path.isdir(path)})
+    return sorted({path for path in candidates if os.path.isdir(path)})
 
 
 class Cell:
-    """One jailed interpreter, ready for one request. A context manager; leaving it ends and reaps every process inside.
+    """A context manager of one jailed interpreter for one request.
 
-    `stdin` is what the program reads; `peer` a socket that the process inside gets (an examiner's way to the program).
-    Raises JailError when this machine cannot make a jail of that level, JailBrokenError when this one did not start.
+    Leaving it kills and reaps every process inside. The program reads `stdin`; the process inside
+    inherits the socket `peer`, by which an examiner calls the program. Raises JailError if this
+    machine cannot create a jail of that level, JailBrokenError if this one did not start.
     """
 
     def __init__(
         self, limits: Limits, stdin: bytes = b"", peer: socket.socket | None = None
     ) -> None:
         if sys.platform != "linux":
-            raise JailError("programs can be checked on Linux only: its namespaces are the jail")
+            raise JailError("programs can be checked on Linux only: jails need its namespaces")
         if limits.level == "process":
-            sentence = "level 'process' runs programs with your own rights: no protection of files and network"
-            warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                "level 'process' runs programs with your own rights: "
+                "files and network are not protected",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self.limits = limits
         try:
-            with ExitStack() as mine, ExitStack() as inside:
-                self._start(mine, inside, stdin, peer)
-                self._open = mine.pop_all()
+            with ExitStack() as parent_side, ExitStack() as child_side:
+                self._start(parent_side, child_side, stdin, peer)
+                self._open = parent_side.pop_all()
         except OSError as error:
             raise JailBrokenError(f"the jail did not start: {error}") from error
         try:
@@ -115,47 +135,31 @@ class Cell:
             raise
 
     def _start(
-        self, mine: ExitStack, theirs: ExitStack, stdin: bytes, peer: socket.socket | None
+        self,
+        parent_side: ExitStack,
+        child_side: ExitStack,
+        stdin: bytes,
+        peer: socket.socket | None,
     ) -> None:
-        folder = (
-            mine.enter_context(tempfile.TemporaryDirectory(prefix="infir2-jail-"))
-            if self.limits.level == "process"
-            else "/"
-        )
-        ours, control = socket.socketpair()
-        self.channel = Channel(mine.enter_context(ours))
-        theirs.enter_context(control)
+        """Start the process; each stack closes the descriptors of its side."""
+        folder = "/"
+        if self.limits.level == "process":
+            folder = parent_side.enter_context(tempfile.TemporaryDirectory(prefix="infir2-jail-"))
+        parent_end, control = socket.socketpair()
+        self.channel = Channel(parent_side.enter_context(parent_end))
+        child_side.enter_context(control)
         self.status, status = os.pipe()
-        mine.callback(os.close, self.status)
-        theirs.callback(os.close, status)
+        parent_side.callback(os.close, self.status)
+        child_side.callback(os.close, status)
         input_file = os.memfd_create("stdin")
-        theirs.callback(os.close, input_file)
+        child_side.callback(os.close, input_file)
         with open(input_file, "wb", closefd=False) as file:
             file.write(stdin)
         os.lseek(input_file, 0, os.SEEK_SET)
-        shown = libraries()
-        config = asdict(self.limits) | {
-            "cpu_seconds": math.ceil(self.limits.total_seconds)
-            + 1,  # a backstop: the parent's wall clock decides
-            "libraries": shown,
-            "hidden": [
-                path for place in shown for path in glob.glob(f"{place}/python3*/*-packages")
-            ],
-            "control": control.fileno(),
-            "status": status,
-            "peer": peer.fileno() if peer else -1,
-        }
+        config = self._config(control.fileno(), status, peer.fileno() if peer else -1)
+        interpreter = [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8"]
         self.process = subprocess.Popen(
-            [
-                os.path.realpath(sys.executable),
-                "-I",
-                "-S",
-                "-X",
-                "utf8",
-                "-c",
-                _BOOT_TEXT,
-                json.dumps(config),
-            ],
+            [*interpreter, "-c", _BOOT_TEXT, json.dumps(config)],
             stdin=input_file,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -165,23 +169,43 @@ class Cell:
             start_new_session=True,
         )
         assert self.process.stdout is not None
-        mine.enter_context(self.process.stdout)
+        parent_side.enter_context(self.process.stdout)
+
+    def _config(self, control: int, status: int, peer: int) -> dict[str, Any]:
+        """The settings that jail.py and walls.py read, with the descriptors that they inherit."""
+        mounted = libraries()
+        packages = [
+            path for folder in mounted for path in glob.glob(f"{folder}/python3*/*-packages")
+        ]
+        return asdict(self.limits) | {
+            # a second limit; the parent's wall clock is the first
+            "cpu_seconds": math.ceil(self.limits.total_seconds) + 1,
+            "libraries": mounted,
+            "hidden": packages,
+            "control": control,
+            "status": status,
+            "peer": peer,
+        }
 
     def _await_ready(self) -> None:
-        said = self.channel.receive(time.monotonic() + START_SECONDS)
-        if said and "jail" in said:
+        reply = self.channel.receive(time.monotonic() + START_SECONDS)
+        if reply and "jail" in reply:
             raise JailError(
-                f"this machine refuses a jail of level '{self.limits.level}' ({said['jail']}): {_REMEDY}"
+                f"this machine cannot create a jail of level '{self.limits.level}' "
+                f"({reply['jail']}): {_REMEDY}"
             )
-        if not said or "ready" not in said:
+        if not reply or "ready" not in reply:
             raise JailBrokenError("the jail did not start")
 
     def send(self, message: dict[str, Any]) -> None:
-        """One request; the answer comes through `channel`."""
+        """Send the request; `channel` receives the reply."""
         self.channel.send(message, self.limits.seconds)
 
     def output(self, deadline: float, max_bytes: int) -> tuple[bytes, int | None, str]:
-        """Standard output until the program ends: (bytes, exit code, ""), or (bytes so far, None, "timeout" | "output")."""
+        """Standard output until the program ends: (bytes, exit code, "").
+
+        If a limit is exceeded first: (bytes so far, None, "timeout" or "output").
+        """
         assert self.process.stdout is not None
         source, collected = self.process.stdout.fileno(), bytearray()
         os.set_blocking(source, False)
@@ -207,14 +231,14 @@ class Cell:
                 return bytes(collected), self.exit_code(), ""
 
     def exit_code(self) -> int:
-        """Exit code of the ended program, negative for a signal. JailBrokenError when its watcher died."""
+        """Exit code of the program, negative for a signal; JailBrokenError if its watcher died."""
         text = os.read(self.status, 32)
         if not text:
             raise JailBrokenError("the jail's watcher died")
         return int(text)
 
     def close(self) -> None:
-        """End and reap. In a pid namespace the watcher returns only after every process inside is gone."""
+        """Kill and reap. In a pid namespace the watcher exits only after every process inside."""
         try:
             if self.limits.level == "namespaces":
                 self.process.terminate()

@@ -1,4 +1,4 @@
-"""What a checker says about one answer."""
+"""The result of checking one answer."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,11 +11,18 @@ MAX_DETAIL_CHARACTERS = 300  # it may quote a hostile program
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of one check. `correct` holds exactly for the reason "ok".
+    """Result of one check.
 
-    wrong: an answer that is not the reference. no_answer: nothing to compare. timeout: the wall clock ran out.
-    error: the answer (or the program) raised. oom: it ran out of memory. killed: its process died of a signal that was
-    not ours. jail_error: the jail failed, which says nothing about the answer: such an item belongs in no reward.
+    Reasons:
+        ok: the answer is correct; only then `correct` is True.
+        wrong: the answer differs from the reference.
+        no_answer: there is nothing to compare.
+        timeout: the time limit expired.
+        error: the answer or the program raised an exception.
+        oom: it ran out of memory.
+        killed: its process died of a signal that this package did not send.
+        jail_error: the jail failed. This implies nothing about the answer, so exclude the item from
+            rewards.
 
     Example: Verdict("wrong", answer="41").
     """
@@ -30,4 +37,5 @@ class Verdict:
 
     @property
     def correct(self) -> bool:
+        """Whether the reason is "ok"."""
         return self.reason == "ok"

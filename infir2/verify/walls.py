@@ -1,4 +1,7 @@
-"""The walls of a jail, built from inside by the process that will be confined. Standard library only (jail.py)."""
+"""Confinement of a jail, set up from inside by the process that it confines.
+
+This file imports only the standard library, because it runs inside jails (jail.py).
+"""
 
 import ctypes
 import os
@@ -7,7 +10,7 @@ import signal
 from contextlib import suppress
 from typing import Any
 
-# Linux's numbers (sched.h, mount.h, prctl.h): the standard library has no names for them.
+# Linux's constants (sched.h, mount.h, prctl.h), which the standard library does not define.
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
     0x20000,
     0x4000000,
@@ -32,7 +35,7 @@ def _call(libc: ctypes.CDLL, name: str, *arguments: Any) -> None:
 
 
 def _unshare(libc: ctypes.CDLL) -> None:
-    """Enter fresh namespaces: with a user namespace when this is no root, or a root that may not do it without."""
+    """Enter new namespaces; a user namespace too, unless this is root and may do without."""
     flags = _NEWNS | _NEWUTS | _NEWIPC | _NEWPID | _NEWNET
     if os.geteuid() == 0:
         try:
@@ -56,18 +59,18 @@ def _bind(libc: ctypes.CDLL, source: str, target: str, flags: int) -> None:
     else:
         open(target, "w").close()
     _call(libc, "mount", source, target, None, _BIND | _REC, None)
-    # Flags that the source's mount has may not be lifted by a user namespace: repeat them (ST_* to MS_*).
+    # A user namespace may not clear flags of the source's mount: repeat them (ST_* to MS_*).
     present = os.statvfs(source).f_flag
-    same = present & (1 | 2 | 4 | 8 | 1024 | 2048) | ((1 << 21) if present & 4096 else 0)
-    _call(libc, "mount", None, target, None, _BIND | _REMOUNT | same | flags, None)
+    inherited = present & (1 | 2 | 4 | 8 | 1024 | 2048) | ((1 << 21) if present & 4096 else 0)
+    _call(libc, "mount", None, target, None, _BIND | _REMOUNT | inherited | flags, None)
 
 
 def _build_root(
     libc: ctypes.CDLL, libraries: list[str], hidden: list[str], file_bytes: int
 ) -> None:
-    """Make a root of read-only libraries, /dev/null, /dev/urandom and a tmpfs of `file_bytes` at /tmp, and stay there."""
+    """Change to a root of read-only libraries, /dev/null, /dev/urandom and a tmpfs at /tmp."""
     _call(libc, "mount", None, "/", None, _REC | _PRIVATE, None)
-    top = "/proc"  # covered by the new root while it is built: the one directory that no library lives under
+    top = "/proc"  # the new root is built over it, since no library is below it
     base = top + "/jail"
     _call(libc, "mount", "tmpfs", top, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=0755")
     for path in libraries:
@@ -78,34 +81,30 @@ def _build_root(
         os.makedirs(folder, exist_ok=True)
     for device in ("/dev/null", "/dev/urandom"):
         _bind(libc, device, base + device, _NOSUID)
-    _call(
-        libc,
-        "mount",
-        "tmpfs",
-        base + "/tmp",
-        "tmpfs",
-        _NOSUID | _NODEV,
-        f"size={file_bytes},mode=1777,nr_inodes=4096",
-    )
+    options = f"size={file_bytes},mode=1777,nr_inodes=4096"
+    _call(libc, "mount", "tmpfs", base + "/tmp", "tmpfs", _NOSUID | _NODEV, options)
     os.chdir(top)
     _call(libc, "pivot_root", ".", "old")
     _call(libc, "umount2", "/old", _DETACH)
     _call(libc, "mount", None, "/", None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV, None)
-    os.chroot(
-        "/jail"
-    )  # the kernel denies user namespaces, and so new capabilities, to a process whose root is not its world's
+    # The kernel denies user namespaces, and so new capabilities, to a process whose root is not its
+    # mount namespace's.
+    os.chroot("/jail")
     os.chdir("/tmp")
 
 
 def _drop_privileges(libc: ctypes.CDLL, user: int) -> None:
-    """No capability, none to gain, and as real root a user id of this jail alone (RLIMIT_NPROC counts by user id)."""
+    """Drop all capabilities for good; as real root, change to a user id that only this jail uses.
+
+    RLIMIT_NPROC counts processes per user id.
+    """
     for capability in range(64):
         libc.prctl(_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0)
     if os.geteuid() == 0:
         os.setgroups([])
         try:
             os.setresgid(user, user, user)
-        except OSError:  # a container that maps few ids
+        except OSError:  # in a container that maps few ids
             user = 65534
             os.setresgid(user, user, user)
         os.setresuid(user, user, user)
@@ -129,16 +128,15 @@ def _set_limits(config: dict) -> None:
 
 
 def confine(config: dict) -> None:
-    """Return in the confined process only; the first process stays behind as its watcher and never returns."""
+    """Return only in the confined child; the calling process becomes its watcher for good."""
     libc = ctypes.CDLL(None, use_errno=True)
     namespaces = config["level"] == "namespaces"
     user = 1 << 30 | os.getpid()
     if namespaces:
         _unshare(libc)
     libc.prctl(_SUBREAPER, 1, 0, 0, 0)
-    libc.prctl(
-        _PDEATHSIG, signal.SIGKILL, 0, 0, 0
-    )  # fires when the parent's thread ends, and that waits in run_code
+    # The signal comes when the parent's thread ends; that thread waits in run_code.
+    libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     child = os.fork()
     if child:
@@ -156,7 +154,10 @@ def confine(config: dict) -> None:
 
 
 def _watch(child: int, status: int, stay: bool) -> None:
-    """Kill the child on SIGTERM, reap it, report its exit code. In a pid namespace all its descendants die before it."""
+    """Kill the child on SIGTERM, reap it, and write its exit code to `status`.
+
+    In a pid namespace all its descendants die before it.
+    """
     signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     os.closerange(0, status)
@@ -164,6 +165,7 @@ def _watch(child: int, status: int, stay: bool) -> None:
     ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.write(status, b"%d\n" % ended)
-    while stay:  # without a pid namespace the parent ends what the program left behind, which this process has adopted
+    # Without a pid namespace the parent kills the processes that this one has adopted.
+    while stay:
         signal.pause()
     os._exit(0)

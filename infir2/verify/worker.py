@@ -1,8 +1,9 @@
 """The process that pool.py starts: `python -m infir2.verify.worker MODULE:FUNCTION MEMORY_BYTES`.
 
-Protocol, one JSON object a line: the worker says {"ready": true}; then for each {"arguments": [...], "seconds": s} it
-answers {"value": ...} or {"reason": "error" | "oom", "detail": "..."}, with "unclean": true when the check left processes
-behind. Imports neither torch nor transformers.
+The protocol is one JSON object per line. The worker sends {"ready": true}; then for each
+{"arguments": [...], "seconds": s} it replies {"value": ...} or {"reason": "error" | "oom",
+"detail": "..."}, with "unclean": true if the check left processes behind. It imports neither torch
+nor transformers.
 """
 
 import json
@@ -19,14 +20,12 @@ from typing import Any
 
 from infir2.verify.process import Channel, adopt_orphans
 
-SEND_SECONDS, IDLE_SECONDS = (
-    60.0,
-    7 * 86_400.0,
-)  # a worker that nobody asks for a week ends; the pool starts another
+SEND_SECONDS = 60.0
+IDLE_SECONDS = 7 * 86_400.0  # a worker without requests for a week exits; the pool starts another
 
 
 def main() -> None:
-    """Serve until the channel ends. It is standard input no longer: what a check reads or prints goes nowhere."""
+    """Serve until the channel ends; a check's own standard input and output are /dev/null."""
     channel = Channel(socket.socket(fileno=os.dup(0)))
     name, memory_bytes = sys.argv[1], int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -49,18 +48,18 @@ def main() -> None:
     channel.send({"ready": True}, SEND_SECONDS)
     while request := channel.receive(time.monotonic() + IDLE_SECONDS):
         channel.send(_answer(function, request) | {"unclean": _has_children()}, SEND_SECONDS)
-    os.killpg(
-        0, signal.SIGKILL
-    )  # the parent is gone; so is whatever a check left running in this session
+    # The parent has ended: end this session with every process that a check left behind.
+    os.killpg(0, signal.SIGKILL)
 
 
 def _answer(function: Callable[..., Any], request: dict[str, Any]) -> dict[str, Any]:
-    # The kernel's own clock: SIGALRM's default action ends this process even if the parent died and C code never returns.
+    # The kernel's timer: SIGALRM's default action ends this process even if the parent died and C
+    # code never returns.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 1.0)
     try:
         value = function(*request["arguments"])
-        json.dumps(value)  # raises for what cannot be sent
+        json.dumps(value)  # raises if the value cannot be sent
         return {"value": value}
     except MemoryError as error:
         return {"reason": "oom", "detail": str(error)}
@@ -79,10 +78,10 @@ def _has_children() -> bool:
 
 
 def _leave_the_file_system() -> None:
-    """Work in a directory that is already deleted: nothing to leave behind, nothing of the user's to overwrite."""
-    place = tempfile.mkdtemp()
-    os.chdir(place)
-    os.rmdir(place)
+    """Work in a deleted directory, so that checks leave no files and overwrite no user's file."""
+    directory = tempfile.mkdtemp()
+    os.chdir(directory)
+    os.rmdir(directory)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """AdamW over many parameters in one launch; moments are FP32, BF16 or 1x128 FP8 codes.
 
-`infir2.numerics.adamw_reference` is the reference. The kernel reads a table with the addresses of every
-parameter's tensors, so that a model of hundreds of parameters needs one launch, and it clips the
-gradients without a separate pass. It moves 28 bytes per value with FP32 moments and gradients.
+`infir2.numerics.adamw_reference` is the reference. The kernel reads a table with the addresses of
+every parameter's tensors, so that a model of hundreds of parameters needs one launch, and it clips
+the gradients without a separate pass. It moves 28 bytes per value with FP32 moments and gradients.
 """
 
 from collections.abc import Sequence
