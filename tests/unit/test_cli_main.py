@@ -1,4 +1,4 @@
-"""The `infir2` command: what goes where, which exit code, which words on stderr."""
+"""The `infir2` command: arguments of each verb, exit codes, messages on stderr."""
 
 import os
 import resource
@@ -40,7 +40,10 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple]]:
-    """Puts a module of fake functions in the place of a stage's; returns the list of calls: (function, *arguments)."""
+    """Replace a module by one with fake functions.
+
+    Returns the list of calls: (function, *arguments).
+    """
 
     def put(module: str, *functions: str, raises: BaseException | None = None) -> list[tuple]:
         calls: list[tuple] = []
@@ -78,7 +81,7 @@ def test_training_gets_the_recipe_and_the_kind(
     )
 
 
-def test_variables_that_took_part_are_printed_once(
+def test_environment_variables_in_use_are_logged_once(
     recipe: str,
     replace: Callable[..., list[tuple]],
     monkeypatch: pytest.MonkeyPatch,
@@ -124,7 +127,7 @@ def test_each_error_has_its_exit_code_and_one_line(
 
 
 @pytest.mark.parametrize(
-    ("stopped", "variables", "said"),
+    ("stopped", "variables", "reported"),
     [
         (True, {}, ""),
         (False, {}, "infir2: error: a key.\n"),
@@ -132,22 +135,25 @@ def test_each_error_has_its_exit_code_and_one_line(
         (False, {"GROUP_RANK": "1"}, ""),
     ],
     ids=[
-        "rank 0 has said it",
-        "rank 0 says nothing",
-        "infir2 launch does not end rank 0",
+        "rank 0 has reported it",
+        "rank 0 reports nothing",
+        "infir2 launch does not kill rank 0",
         "rank 0 is on another node",
     ],
 )
-def test_a_rank_lets_rank_0_say_what_all_have(
+def test_a_rank_lets_rank_0_report_a_common_error(
     recipe: str,
     replace: Callable[..., list[tuple]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     stopped: bool,
     variables: dict[str, str],
-    said: str,
+    reported: str,
 ) -> None:
-    """It waits for that as long as its end would make torchrun end rank 0; torchrun's SIGTERM tells that rank 0 has ended."""
+    """A rank whose exit would make torchrun kill rank 0 waits for torchrun's SIGTERM.
+
+    The signal means that rank 0 has exited.
+    """
     waited = []
 
     def wait(signals: CommandSignals, seconds: float) -> bool:
@@ -170,7 +176,7 @@ def test_a_rank_lets_rank_0_say_what_all_have(
         monkeypatch.setenv(name, value)
     assert main(["sft", recipe]) == 2
     assert waited == ([] if variables else [20.0])
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == reported
 
 
 def test_an_internal_error_has_its_traceback(
@@ -185,7 +191,7 @@ def test_an_internal_error_has_its_traceback(
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["sfft"], "sfft is not a verb; did you mean sft?"),
         (["--colour"], "--colour is not a verb; `infir2 --help` lists the verbs."),
@@ -195,7 +201,8 @@ def test_an_internal_error_has_its_traceback(
         ),
         (
             ["sft", "x.toml", "--verbose"],
-            "--verbose is not an option of infir2 sft; options are --section.key=value, see `infir2 sft --help`.",
+            "--verbose is not an option of infir2 sft; options are --section.key=value, "
+            "see `infir2 sft --help`.",
         ),
         (["sft", "x.toml", "--run.seed", "5"], "option --run.seed: write it as --run.seed=5."),
         (["sft", "gone.toml"], "gone.toml: there is no such recipe file; recipes are in recipes/."),
@@ -213,10 +220,10 @@ def test_an_internal_error_has_its_traceback(
         ),
     ],
 )
-def test_wrong_words_are_one_sentence_and_exit_2(
-    recipe: str, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+def test_wrong_arguments_are_one_sentence_and_exit_2(
+    recipe: str, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
 ) -> None:
-    assert main(words) == 2
+    assert main(arguments) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith(f"infir2: error: {sentence}")
@@ -242,7 +249,7 @@ def test_wrong_words_are_one_sentence_and_exit_2(
         ("report a --to p.html", ("write_report", [Path("a")], Path("p.html"))),
     ],
 )
-def test_words_reach_their_function(
+def test_arguments_reach_their_function(
     words: str, call: tuple, replace: Callable[..., list[tuple]]
 ) -> None:
     functions = (
@@ -308,7 +315,7 @@ def test_help_is_quick_and_survives_a_closed_pipe() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.stdout.startswith("usage: infir2 rl")
     assert result.stderr == ""
-    # Seconds of CPU, so that a busy machine does not matter: 0.2 s, and importing torch alone takes over 2 s.
+    # CPU seconds do not depend on the load of the machine: 0.2 s; importing torch takes over 2 s.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.2
 
 

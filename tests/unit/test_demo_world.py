@@ -1,4 +1,4 @@
-"""The demo world: right answers, balanced difficulty, exact round trip, and a held-out split that nothing leaks into."""
+"""The demo world: right answers, balanced difficulty, lossless tokens, a clean held-out split."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def row_text(row: dict) -> str:
 
 
 def asked(text: str) -> tuple[int, tuple[int, ...]]:
-    """Read a question back, independently of how it was made: the start value and the signed steps."""
+    """Parse a question, independently of its generator: the start value and the signed steps."""
     first = text.split("\n")[0]
     formula = re.search(r"(\d+)((?:[+-]\d)+)", first)
     if formula:
@@ -48,7 +48,7 @@ def asked(text: str) -> tuple[int, tuple[int, ...]]:
 
 
 def chains_in(text: str) -> list[tuple[int, tuple[int, ...]]]:
-    """Every run of linked steps that a text shows: questions, told stories, and equations that go on from each other."""
+    """Every chain of steps in a text: questions, stories, equations that continue each other."""
     chains = [asked(text)]
     for line in text.split("\n"):
         linked: list[int] = []

@@ -1,4 +1,4 @@
-"""`infir2 launch`: what would run, what runs under torchrun, and whose exit code comes out."""
+"""`infir2 launch`: command lines, torchrun, and the exit code of the launcher."""
 
 import math
 import shlex
@@ -190,11 +190,11 @@ def test_the_worst_code_is_the_cause_and_not_its_echo(codes: list[int], worst: i
     assert ranks.worst_code(codes) == worst
 
 
-def test_codes_of_several_launchers_come_together_and_only_the_last_attempt_counts(
+def test_the_worst_code_of_several_launchers_is_that_of_their_last_attempts(
     tmp_path: Path,
 ) -> None:
-    def rank(place: str, attempt: int, number: int, code: int | None) -> None:
-        directory = tmp_path / place / f"attempt-{attempt}"
+    def rank(launcher: str, attempt: int, number: int, code: int | None) -> None:
+        directory = tmp_path / launcher / f"attempt-{attempt}"
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f"rank-{number}.pid").write_text("1")
         if code is not None:
@@ -305,7 +305,7 @@ def test_a_stopped_evaluation_says_that_it_starts_again(world: Path, tmp_path: P
 
 
 class FakeGroup:
-    """A placement group that has room in the wait after `waits` of them."""
+    """A placement group that is placed after `waits` waits."""
 
     def __init__(self, waits: float, meanwhile: Callable[[], None] = lambda: None) -> None:
         self.waits, self.meanwhile = waits, meanwhile
@@ -318,14 +318,14 @@ class FakeGroup:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> "ray_launch._Driver":
-    """Of a cluster that gives room when `FakeGroup`s say so."""
+    """The driver of a cluster whose placement groups are `FakeGroup`s."""
     monkeypatch.setitem(
         sys.modules, "ray", types.SimpleNamespace(cluster_resources=lambda: {"CPU": 1.0})
     )
     return ray_launch._Driver(Layout(cpu=True), ["cpt"], [])
 
 
-def test_ray_waits_longer_for_room_after_a_death(
+def test_ray_waits_longer_for_resources_after_a_death(
     driver: "ray_launch._Driver",
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -341,16 +341,18 @@ def test_ray_waits_longer_for_room_after_a_death(
     assert caught.value.exit_code == 71
 
 
-def test_a_stop_while_ray_waits_for_room_is_heard(driver: "ray_launch._Driver") -> None:
+def test_a_signal_interrupts_the_wait_for_resources(driver: "ray_launch._Driver") -> None:
     with pytest.raises(ray_launch._Stopped):
         driver._await_resources(
             [FakeGroup(50, lambda: driver.stop(signal.SIGTERM, None))], attempt=0
         )
     with pytest.raises(ray_launch._Stopped):
-        driver._await_resources([FakeGroup(0)], attempt=0)  # room came with the signal
+        driver._await_resources([FakeGroup(0)], attempt=0)  # placed when the signal arrives
 
 
-def test_a_wrong_recipe_is_said_once_and_not_tried_again(world: Path, tmp_path: Path) -> None:
+def test_an_error_in_the_recipe_is_reported_once_and_not_retried(
+    world: Path, tmp_path: Path
+) -> None:
     _, errors = (
         process := start(options(world, tmp_path / "cpt", "cpt", schedule__total_step=6))
     ).communicate(timeout=120)

@@ -1,4 +1,4 @@
-"""The Makefile's choice of an interpreter: the first that really runs, not the first that is there."""
+"""The Makefile's choice of an interpreter: the first that runs, not the first that exists."""
 
 import os
 import shutil
@@ -10,9 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("make") is None, reason="there is no make on this machine"
-)
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
 def chosen(path: Path, *variables: str) -> str:

@@ -62,7 +62,7 @@ def check(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict
     return code, lines
 
 
-def test_a_good_recipe_passes_and_nothing_is_made(
+def test_a_good_recipe_passes_and_nothing_is_written(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, lines = check(capsys, recipe, "--data.batch_sequences=2")
@@ -125,7 +125,7 @@ def test_the_verb_follows_from_sections_and_rows(
     assert lines["model"].startswith("FAIL model.path: /nowhere/run does not exist")
 
 
-def test_a_failed_check_is_named_and_what_hangs_on_it_is_skipped(
+def test_a_failed_check_is_named_and_dependent_checks_are_skipped(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, lines = check(capsys, recipe, "--data.batch_sequences=2", "--data.tokenizer=/nowhere")
@@ -172,7 +172,7 @@ def test_a_run_directory_that_cannot_be_used(
     assert lines["run dir"].startswith("FAIL run.dir:")
 
 
-def test_a_changed_recipe_is_seen_before_the_run_is(
+def test_a_changed_recipe_is_found_before_the_run_starts(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from infir2.checkpoint import Store
@@ -190,9 +190,7 @@ def test_a_changed_recipe_is_seen_before_the_run_is(
     path = store.save(7, tensors, {"model_config": model.config.to_hf()})
     store.close()
     shard = path / "__0_0.distcp"
-    shard.write_bytes(
-        bytes(shard.stat().st_size)
-    )  # a look at the run reads no tensor: seconds for one of 7 B parameters
+    shard.write_bytes(bytes(shard.stat().st_size))  # the checks read no tensor
     (with_run / "recipe.toml").write_text(dump(loaded))
     code, lines = check(capsys, recipe, *options)
     assert (code, lines["run dir"]) == (0, f"ok {with_run} resumes after step 7")
@@ -298,7 +296,7 @@ def test_memory_is_that_of_one_process_of_several(recipe: Path) -> None:
         (["--optimizer.moment_dtype=fp8"], "ok", "for one process"),
     ],
 )
-def test_what_several_processes_cannot_do_or_do_in_vain(
+def test_limits_of_several_processes(
     recipe: Path, capsys: pytest.CaptureFixture[str], options: list[str], word: str, sentence: str
 ) -> None:
     code, lines = check(capsys, recipe, "--data.batch_sequences=2", *options)
@@ -338,7 +336,7 @@ def test_damaged_model_files_are_found_without_reading_weights(
     )
 
 
-def test_the_jail_is_tried_for_rl_and_a_broken_one_is_said(
+def test_the_jail_is_checked_for_rl_and_a_broken_one_is_reported(
     recipe: Path, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import infir2.verify

@@ -65,7 +65,7 @@ def page_of(runs: list[Path], out: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
-def test_the_page_of_a_whole_recipe(recipe: Path, tmp_path: Path) -> None:
+def test_the_page_of_a_recipe(recipe: Path, tmp_path: Path) -> None:
     text, page = page_of([recipe], tmp_path / "deep" / "report.html")
     for heading in (
         "What improved",
@@ -137,9 +137,9 @@ def test_missing_pieces_are_left_out_and_named(tmp_path: Path) -> None:
     write(tmp_path / "bare", [{"kind": "train", "step": 1, "loss": 2.0}])
     text, page = page_of([tmp_path / "bare"], tmp_path / "report.html")
     assert (
-        "Nothing recorded for: What improved, FP8 against BF16, Sample responses, Configuration, Environment, How to reproduce."
-        in text
-    )
+        "Nothing recorded for: What improved, FP8 against BF16, Sample responses, Configuration, "
+        "Environment, How to reproduce."
+    ) in text
     assert "bare: no recipe.toml." in text
     assert "Loss" in page.headings
     assert "Throughput" not in page.headings

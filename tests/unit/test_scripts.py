@@ -1,4 +1,4 @@
-"""The reference's scripts start from their own paths, with the user's variables, and stay thin."""
+"""The reference's scripts work with its paths and environment variables, and stay thin."""
 
 import http.server
 import json
@@ -34,7 +34,10 @@ EVALS = {
 
 @pytest.fixture
 def variables(tmp_path: Path) -> dict[str, str]:
-    """An environment without a user's words, whose `infir2` is this one and whose `evalscope` prints its words."""
+    """A clean environment.
+
+    Its `infir2` is this checkout's, and its `evalscope` prints its arguments.
+    """
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "infir2").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m infir2 "$@"\n')
@@ -167,7 +170,7 @@ def test_a_dry_run_needs_neither_evalscope_nor_a_server_and_can_be_pasted(
     assert dataset in json.loads(given[given.index("--dataset-args") + 1])
 
 
-def test_a_script_finds_its_neighbour_inside_a_job(
+def test_a_script_finds_its_neighbor_inside_a_job(
     variables: dict[str, str], tmp_path: Path
 ) -> None:
     """Started by its path in a job that was submitted elsewhere; and the copy that sbatch runs."""
@@ -185,7 +188,7 @@ def test_a_script_finds_its_neighbour_inside_a_job(
     assert copied.stdout == inside.stdout != ""
 
 
-def test_the_users_words_change_an_evaluation(variables: dict[str, str], port: str) -> None:
+def test_environment_variables_change_an_evaluation(variables: dict[str, str], port: str) -> None:
     words = {
         "MAX_NEW_TOKENS": "100",
         "GENERATED_NUM": "2",
@@ -207,7 +210,7 @@ def test_the_users_words_change_an_evaluation(variables: dict[str, str], port: s
     assert "local_path" not in given[given.index("--dataset-args") + 1]
 
 
-def test_what_is_missing_is_said_in_one_sentence(variables: dict[str, str]) -> None:
+def test_a_missing_program_or_server_is_reported_in_one_sentence(variables: dict[str, str]) -> None:
     absent = script("eval/gpqa_eval.sh", variables | {"API_PORT": "1", "MODEL_PATH": "/models/m"})
     assert absent.returncode == 2
     assert "no server answers at http://127.0.0.1:1/v1: serve /models/m" in absent.stderr
