@@ -34,7 +34,7 @@ from infir2.errors import ConfigError
 R = TypeVar("R", bound=BaseModel)
 _REQUIREMENTS = {  # pydantic's error type -> how the sentence "KEY ..." continues
     "bool_type": "must be true or false",
-    "int_type": "must be a whole number",
+    "int_type": "must be an integer",
     "float_type": "must be a number",
     "string_type": "must be text, in quotes",
     "tuple_type": "must be a list",

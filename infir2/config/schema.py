@@ -1,6 +1,6 @@
 """Every section of a recipe as a typed, frozen pydantic class. Imports no torch.
 
-A component receives its own section, never the whole recipe. `infir2 VERB --help` prints each
+A component receives its own section, never the full recipe. `infir2 VERB --help` prints each
 field's description; the unit is in the field's name (`_tokens`, `_seconds`) or in the description.
 """
 
@@ -70,7 +70,7 @@ class ModelSection(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="activation recomputation in the backward; selective: norms and SwiGLU "
-        "products (GPU only), full: whole decoder blocks",
+        "products (GPU only), full: entire decoder blocks",
     )
     pre_activation_dtype: Literal["bfloat16", "fp8"] = Field(
         "bfloat16",

@@ -29,7 +29,7 @@ def open_source(section: SourceSection, kind: RowKind) -> Source:
     for file in source.files:
         if isinstance(file, IndexedDocuments) and kind != "documents":
             raise DataError(
-                f"{file.path} holds tokenized documents, which only `infir2 cpt` trains on: "
+                f"{file.path} contains tokenized documents, which only `infir2 cpt` trains on: "
                 f"name a file with {kind}."
             )
         missing = [field for field in fields if file.fields and field not in file.fields]
@@ -59,7 +59,7 @@ def document_tokens(
 ) -> np.ndarray:
     """Return the tokens of a document, int32 [n], ending with an end-of-document token.
 
-    A row of an indexed file holds tokens already; an end token is appended if there is none.
+    A row of an indexed file is tokenized already; an end token is appended if there is none.
 
     Raises:
         RowError: the text is unusable, or a token is outside the tokenizer's vocabulary.
@@ -85,7 +85,7 @@ def check_same_tokenizer(source: Source, tokenizer: ChatTokenizer) -> None:
         fingerprint = file.about.get("tokenizer")
         if fingerprint not in (None, tokenizer.document_fingerprint):
             raise DataError(
-                f"{file.path} was made with another tokenizer than {tokenizer.directory}: "
+                f"{file.path} was tokenized with another tokenizer than {tokenizer.directory}: "
                 "set data.tokenizer to that tokenizer, or tokenize the text again."
             )
 
@@ -225,11 +225,11 @@ def _check_text(text: str, field: str) -> str:
     if not text.strip():
         raise RowError("empty", f"`{field}` is empty")
     if "\0" in text:
-        raise RowError("nul_byte", f"`{field}` holds a NUL character")
+        raise RowError("nul_byte", f"`{field}` contains a NUL character")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError("bad_utf8", f"`{field}` holds half of a surrogate pair") from None
+        raise RowError("bad_utf8", f"`{field}` contains an unpaired surrogate") from None
     return text
 
 

@@ -13,7 +13,7 @@ class Sample:
     """One tokenized sequence of n tokens.
 
     `loss_mask[j]` is True where token j is a target of the loss; token 0 never is. `token_inputs`
-    hold one value per token for the loss, such as advantages.
+    are values per token for the loss, such as advantages.
 
     Example: prompt [7, 8] and response [9, 2], a conversation whose answer is trained:
 

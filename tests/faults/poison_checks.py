@@ -1,4 +1,4 @@
-"""Checks that misbehave, for test_reward_faults.py: each hangs, dies or litters in its own way."""
+"""Answer checks that hang, crash, leak processes or flood output, for test_reward_faults.py."""
 
 import contextlib
 import ctypes

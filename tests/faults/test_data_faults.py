@@ -1,4 +1,7 @@
-"""Fault table F12, F15, F16 through the command a user types: poisoned rows, nothing to train, weights that FP8 cannot hold."""
+"""Faults F12, F15, F16 through the command line.
+
+F12: unusable rows. F15: nothing to train on. F16: values that FP8 cannot represent.
+"""
 
 import json
 import math
@@ -47,44 +50,51 @@ def sft(world: Path, run_dir: Path, rows: list[bytes], **values: object) -> list
     """One epoch of SFT of a new model on these rows."""
     path = run_dir.parent / f"{run_dir.name}.jsonl"
     path.write_bytes(b"\n".join(rows) + b"\n")
-    words = options(world, run_dir, "sft1", train__epochs=1.0, train__validate_every=0, **values)
-    words += [f"--data.sources.0.path={path}", "--model.path="]
-    return words + [f"--model.shape.{name}={value}" for name, value in SHAPE.items()]
+    arguments = options(
+        world, run_dir, "sft1", train__epochs=1.0, train__validate_every=0, **values
+    )
+    arguments += [f"--data.sources.0.path={path}", "--model.path="]
+    return arguments + [f"--model.shape.{name}={value}" for name, value in SHAPE.items()]
 
 
-def test_f12_poisoned_rows_are_quarantined_and_no_neighbour_is_lost(
+def test_f12_unusable_rows_are_quarantined_and_no_neighbor_is_lost(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fourteen kinds, each between two good rows: a step of as many samples as there are good rows trains each of them."""
+    """A step of as many samples as there are usable rows trains each of them.
+
+    The rows are unusable in fourteen ways, each between two usable rows.
+    """
     good = (world / "sft1.jsonl").read_bytes().splitlines()[: 2 * len(POISON)]
     mixed = [
         row
-        for place, (bad, _) in enumerate(POISON)
-        for row in (good[2 * place], bad, good[2 * place + 1])
+        for index, (bad, _) in enumerate(POISON)
+        for row in (good[2 * index], bad, good[2 * index + 1])
     ]
-    words = sft(
+    arguments = sft(
         world,
         tmp_path / "run",
         mixed,
         data__max_quarantined_fraction=0.5,
         data__batch_samples=len(good),
     )
-    run(words)
+    run(arguments)
     listed = [
         json.loads(text)
         for text in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     ]
     wanted = {
-        f"{tmp_path}/run.jsonl:{3 * place + 2}": reason for place, (_, reason) in enumerate(POISON)
+        f"{tmp_path}/run.jsonl:{3 * index + 2}": reason for index, (_, reason) in enumerate(POISON)
     }
     assert {row["origin"]: row["reason"] for row in listed} == wanted
     assert len(listed) == len(POISON)
-    (said,) = [
+    (detail,) = [
         event["detail"]
         for event in lines(tmp_path / "run", "event")
         if event["event"] == "quarantined_rows"
     ]
-    assert all(f"'{reason}': {count}" in said for reason, count in Counter(wanted.values()).items())
+    assert all(
+        f"'{reason}': {count}" in detail for reason, count in Counter(wanted.values()).items()
+    )
     run(sft(world, tmp_path / "clean", good, data__batch_samples=len(good)))
     first, clean = (curve(tmp_path / name, "trained_tokens")[0] for name in ("run", "clean"))
     assert first == clean
@@ -97,8 +107,8 @@ def test_f12_poisoned_rows_are_quarantined_and_no_neighbour_is_lost(
 def test_f15_a_file_in_which_nothing_can_be_trained_ends_the_run(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = sft(world, tmp_path / "run", [line(ASKED)] * 5, data__max_quarantined_fraction=1.0)
-    assert main(words) == 4
+    arguments = sft(world, tmp_path / "run", [line(ASKED)] * 5, data__max_quarantined_fraction=1.0)
+    assert main(arguments) == 4
     assert "no row of data.sources can be used" in capsys.readouterr().err
 
 
@@ -107,7 +117,10 @@ def test_f15_a_file_in_which_nothing_can_be_trained_ends_the_run(
     "value", [0.0, 1e-40, 1e-30, 1e30], ids=["zero", "subnormal", "tiny", "large"]
 )
 def test_f16_blocks_at_the_ends_of_the_range_stay_finite(value: float, scale_format: str) -> None:
-    """One group of a token and one block of the weight, whose rows are no multiple of 128 long; the others are ordinary."""
+    """One group of a token and one block of the weight have extreme values.
+
+    The rows are not a multiple of 128 long.
+    """
     torch.manual_seed(0)
     layer, x = Fp8Linear(200, 136, bias=False, scale_format=scale_format), torch.randn(5, 200)
     with torch.no_grad():
@@ -119,14 +132,14 @@ def test_f16_blocks_at_the_ends_of_the_range_stay_finite(value: float, scale_for
     assert all(torch.isfinite(y).all() for y in (out, x.grad, layer.weight.grad))
     sizes = x.abs().double() @ layer.weight.abs().double().t()
     largest = x.abs().amax(1, keepdim=True).double() @ layer.weight.abs().double().sum(1)[None]
-    # two operands, each to half a step of three bits, and to half the smallest code of its block
+    # Each operand is rounded to half a step of three bits, or half the smallest code of its block.
     assert (
         (out - x.double() @ layer.weight.double().t()).abs() <= sizes * 0.14 + largest * 2.0**-16
     ).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_f16_what_is_not_finite_is_counted_and_never_exported(
+def test_f16_nonfinite_values_are_counted_and_never_exported(
     world: Path, tmp_path: Path, bad: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layer, x = Fp8Linear(200, 136), torch.randn(5, 200)
@@ -152,25 +165,27 @@ def test_f16_what_is_not_finite_is_counted_and_never_exported(
     ).any()
 
 
-def test_f12_a_damaged_list_of_quarantined_rows_stops_no_run(world: Path, tmp_path: Path) -> None:
-    """A line whose bytes were lost and one cut by a kill: rows are listed anew, on lines of their own."""
+def test_f12_a_damaged_quarantine_file_stops_no_run(world: Path, tmp_path: Path) -> None:
+    """One line is corrupt and one is truncated: these rows are listed again on new lines."""
     good = (world / "sft1.jsonl").read_bytes().splitlines()[:8]
-    words = sft(
+    arguments = sft(
         world,
         tmp_path / "run",
         [*good, b'{"messages": null}', b'{"messages": ['],
         data__max_quarantined_fraction=0.5,
     )
-    run([*words, "--train.stop_after_step=1"])
+    run([*arguments, "--train.stop_after_step=1"])
     path = tmp_path / "run" / "quarantine.jsonl"
     path.write_bytes(b'{"origin": "lost\xff\n{}}\n"x"\n' + path.read_bytes()[:-5])
-    run(words)
+    run(arguments)
     listed = [line for line in path.read_bytes().splitlines() if line.startswith(b'{"origin": "/')]
     assert len(listed) == len({json.loads(line)["origin"] for line in listed})
     assert {json.loads(line)["reason"] for line in listed} <= {"null_field", "bad_json"}
 
 
-def test_f12_a_full_disk_costs_a_line_of_the_list_and_not_the_run(tmp_path: Path) -> None:
+def test_f12_a_full_disk_loses_a_line_of_the_quarantine_file_and_not_the_run(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "rows.jsonl").write_text("{}\n" * 4)
     source, path = Source(str(tmp_path / "rows.jsonl")), tmp_path / "full" / "quarantine.jsonl"
     (tmp_path / "full").write_text("a file where the directory would be")

@@ -116,7 +116,7 @@ def test_load_dir_branches_unless_it_is_the_run_itself(recipe: str) -> None:
     [
         (
             {"MAX_TOKENS_PER_GPU": "many"},
-            "environment MAX_TOKENS_PER_GPU: data.micro_batch_tokens must be a whole number, not "
+            "environment MAX_TOKENS_PER_GPU: data.micro_batch_tokens must be an integer, not "
             "'many'.",
         ),
         (

@@ -152,8 +152,7 @@ def test_an_option_can_replace_the_list(recipe: str) -> None:
         ),
         (
             "--schedule.total_steps=1e3",
-            "option --schedule.total_steps: schedule.total_steps must be a whole number, not "
-            "1000.0.",
+            "option --schedule.total_steps: schedule.total_steps must be an integer, not 1000.0.",
         ),
         (
             "--schedule.learning_rate=true",
@@ -175,7 +174,7 @@ def test_an_option_can_replace_the_list(recipe: str) -> None:
         ),
         (
             "--run.seed=1\nthreads=2",
-            "option --run.seed: run.seed must be a whole number, not '1\\nthreads=2'.",
+            "option --run.seed: run.seed must be an integer, not '1\\nthreads=2'.",
         ),
         (
             "--model.path=a\udcffb",
@@ -227,7 +226,7 @@ def test_a_renamed_key_is_unknown_and_the_new_one_is_suggested(
             "[data]\ntokenzier = 'x'",
             "y.toml: data.tokenzier is not a key; did you mean data.tokenizer?",
         ),
-        ("[run]\nseed = '1'", "y.toml: run.seed must be a whole number, not '1'."),
+        ("[run]\nseed = '1'", "y.toml: run.seed must be an integer, not '1'."),
         (
             "[data.sources]\npath = 'x'",
             "y.toml: data.sources is a list of tables, so write [[data.sources]]",

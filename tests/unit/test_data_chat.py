@@ -1,4 +1,4 @@
-"""Conversations to tokens: real templates, control tokens only from the template, loss mask, prefix property."""
+"""Chat templates: parity with transformers, special tokens, assistant mask, prompt prefix."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ SMOLLM2 = (
     "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-DROPS_THOUGHTS = (
+DROPS_REASONING = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
     "message['content'].split('</think>')[-1] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -108,7 +108,7 @@ def test_tokens_are_those_of_transformers(
         {"role": "assistant", "content": "<think>\n2\n</think>\n\n5"},
     ],
 )
-def test_the_prompt_is_a_prefix_and_the_whole_answer_is_trained(
+def test_the_prompt_is_a_prefix_and_the_complete_answer_is_trained(
     tokenizer: ChatTokenizer, answer: dict[str, str]
 ) -> None:
     for context in ([ASK], [SYSTEM, ASK, THINK, ASK]):
@@ -130,7 +130,7 @@ def test_which_turns_are_trained(tokenizer: ChatTokenizer) -> None:
         assert spans == ["<think>2+3=5</think>\\boxed{5}<|im_end|>"] * 2
 
 
-def test_what_opens_a_conversation_is_context(tokenizer: ChatTokenizer) -> None:
+def test_a_first_assistant_message_is_context(tokenizer: ChatTokenizer) -> None:
     assert trained(tokenizer, [PLAIN, ASK, PLAIN])[-1].endswith("The answer is 5.<|im_end|>")
     assert len(trained(tokenizer, [PLAIN, ASK, PLAIN])) == 1
     with pytest.raises(RowError, match="without a question"):
@@ -197,27 +197,40 @@ def test_other_templates(demo_dir: Path, tmp_path: Path, template: str) -> None:
     ]
 
 
-def test_a_template_that_loses_the_thought_is_refused(demo_dir: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(variant(demo_dir, tmp_path / "t", chat_template=DROPS_THOUGHTS))
+def test_a_template_that_drops_the_reasoning_is_rejected(demo_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(variant(demo_dir, tmp_path / "t", chat_template=DROPS_REASONING))
     assert tokenizer.encode_conversation([ASK, PLAIN]).loss_mask.any()
     with pytest.raises(RowError) as raised:
         tokenizer.encode_conversation([ASK, THINK])
     assert raised.value.reason == "template_alters"
 
 
+def each_message(body: str) -> str:
+    """Return a template that renders `body` for each message."""
+    return "{% for message in messages %}" + body + "{% endfor %}"
+
+
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
-        ("{% for message in messages %}{{ message['content'] | upper }}<|im_end|>{% endfor %}", "rewrites the messages"),
-        ("{% for message in messages %}{{ message['content'] }}\n{% endfor %}", "no end token"),
-        ("{% for message in messages %}{{ raise_exception('never') }}{% endfor %}", "never"),
-        ("{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
-         "{% if add_generation_prompt %}<|im_start|>Now{% endif %}", "changes the last assistant turn"),
-        ("{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}<|im_end|>{% endif %}"
-         "{% endfor %}", "drops"),
+        (each_message("{{ message['content'] | upper }}<|im_end|>"), "rewrites the messages"),
+        (each_message("{{ message['content'] }}\n"), "no end token"),
+        (each_message("{{ raise_exception('never') }}"), "never"),
+        (
+            each_message("<|im_start|>{{ message['content'] }}<|im_end|>")
+            + "{% if add_generation_prompt %}<|im_start|>Now{% endif %}",
+            "changes the last assistant turn",
+        ),
+        (
+            each_message(
+                "{% if message['role'] == 'assistant' %}{{ message['content'] }}<|im_end|>"
+                "{% endif %}"
+            ),
+            "drops",
+        ),
     ],
-)  # fmt: skip
-def test_templates_that_cannot_be_trained_with_are_refused_at_once(
+)
+def test_templates_that_cannot_be_trained_with_are_rejected_on_load(
     demo_dir: Path, tmp_path: Path, template: str, sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
@@ -259,7 +272,7 @@ def test_fingerprint_follows_template_and_special_tokens(demo_dir: Path, tmp_pat
 
 
 def test_a_vocabulary_that_holds_its_markers_as_words(tmp_path: Path) -> None:
-    """White-space splitting finds `<|im_end|>` as an ordinary word: it must still not become the control token."""
+    """White-space splitting yields `<|im_end|>` as an ordinary word, not as a special token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<unk>", "a", "b", "<", "|im_end|>", "<|im_end|>", "<|endoftext|>"]

@@ -1,4 +1,4 @@
-"""Megatron's .bin/.idx files: read and written as the format says, held against megatron-core itself, and trained from."""
+"""Megatron's .bin/.idx files: format, parity with megatron-core, and training from them."""
 
 import json
 import struct
@@ -24,7 +24,7 @@ DOCUMENTS = [[5, 6, 7, 2], [8], [9, 10, 11]]
 def write_by_hand(
     prefix: Path, code: int = 8, kind: str = "H", bounds: tuple[int, ...] = (0, 1, 3)
 ) -> Path:
-    """Three sequences in two documents, packed byte by byte as the format says."""
+    """Write three sequences in two documents, byte by byte as the format defines."""
     tokens = [token for document in DOCUMENTS for token in document]
     size = struct.calcsize(kind)
     prefix.with_name(prefix.name + ".bin").write_bytes(
@@ -52,7 +52,7 @@ def test_files_packed_by_hand_are_read(tmp_path, code, kind):
         assert documents.num_bytes == 4 * 8
 
 
-def test_what_we_write_is_the_same_bytes(tmp_path):
+def test_written_bytes_equal_the_format(tmp_path):
     prefix = write_by_hand(tmp_path / "corpus", bounds=(0, 1, 2, 3))
     write_index(tmp_path / "ours.idx", np.uint16, np.asarray([4, 1, 3]))
     assert (tmp_path / "ours.idx").read_bytes() == prefix.with_name("corpus.idx").read_bytes()
@@ -159,19 +159,19 @@ def test_the_loader_makes_the_same_steps_of_text_and_of_its_tokens_and_resumes(w
         Loader(documents_section(tmp_path / "cpt.idx"), "documents", tokenizer, 5, rank, 2)
         for rank in range(2)
     ]
-    together = [
+    both_ranks = [
         [*one, *other] for one, other in zip(*(steps(half, 4) for half in halves), strict=True)
     ]
-    for one, other in zip(together, first, strict=True):
+    for one, other in zip(both_ranks, first, strict=True):
         assert torch.equal(torch.cat(one).sort().values, torch.cat(other).sort().values)
 
 
-def test_tokens_of_another_tokenizer_and_other_uses_are_refused(world, tmp_path):
+def test_tokens_of_another_tokenizer_and_other_uses_are_rejected(world, tmp_path):
     tokenize([world / "cpt.jsonl"], world / "tokenizer", tmp_path / "cpt", workers=1)
     tokenizer = load_tokenizer(world / "tokenizer")
     side = tmp_path / "cpt.json"
     side.write_text(json.dumps(json.loads(side.read_text()) | {"tokenizer": "0" * 64}))
-    with pytest.raises(DataError, match="made with another tokenizer"):
+    with pytest.raises(DataError, match="tokenized with another tokenizer"):
         Loader(documents_section(tmp_path / "cpt"), "documents", tokenizer, 5)
     side.write_text("{")
     with pytest.raises(DataError, match="not readable JSON"):
@@ -187,7 +187,7 @@ def test_tokens_of_another_tokenizer_and_other_uses_are_refused(world, tmp_path)
         )
 
 
-def test_foreign_documents_get_an_end_and_no_token_beyond_the_tokenizer(world, tmp_path):
+def test_megatrons_documents_get_an_end_token_and_no_token_outside_the_vocabulary(world, tmp_path):
     tokenizer = load_tokenizer(world / "tokenizer")
     section = SourceSection(path=str(write_by_hand(tmp_path / "corpus")))
     source = open_source(section, "documents")
@@ -204,7 +204,7 @@ def test_foreign_documents_get_an_end_and_no_token_beyond_the_tokenizer(world, t
 
 
 def test_a_run_trains_from_tokens(world, tmp_path):
-    """Through the command, on a directory of indexed files; the loss is that of the text."""
+    """Training on a directory of indexed files gives the losses of training on the text."""
     (tmp_path / "tokens").mkdir()
     assert (
         main(

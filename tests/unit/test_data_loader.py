@@ -1,4 +1,4 @@
-"""The loader: same order for any number of ranks, exact resume, every token a target once, no step without data."""
+"""The loader: the same steps on any number of ranks, exact resume, each token a target once."""
 
 import json
 from collections import defaultdict
@@ -55,8 +55,8 @@ def section_for(world: Path, setting: str, **changes: object) -> DataSection:
     kind, keys = SETTINGS[setting]
     names = ("cpt",) if kind == "documents" else ("sft1", "sft2")
     sources = tuple(
-        SourceSection(path=str(world / f"{name}.jsonl"), weight=1.0 + place)
-        for place, name in enumerate(names)
+        SourceSection(path=str(world / f"{name}.jsonl"), weight=1.0 + index)
+        for index, name in enumerate(names)
     )
     return DataSection(**({"sources": sources} | keys | changes))  # type: ignore[arg-type]
 
@@ -202,7 +202,7 @@ def test_an_epoch_of_samples_is_every_row_once(world: Path, tokenizer: ChatToken
     assert loader_for(world, tokenizer, "documents").steps_per_epoch is None
 
 
-def test_documents_are_tokenised_when_needed(
+def test_documents_are_tokenized_on_demand(
     world: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -229,7 +229,7 @@ def test_a_file_shorter_than_a_step_wraps(
     assert [len(list(sequences(loader.next_step()))) for _ in range(3)] == [7, 7, 7]
 
 
-def test_bad_rows_are_counted_once_and_lose_no_neighbour(
+def test_bad_rows_are_counted_once_and_lose_no_neighbor(
     world: Path, tokenizer: ChatTokenizer, tmp_path: Path
 ) -> None:
     lines = (world / "sft1.jsonl").read_text().splitlines()
@@ -291,7 +291,9 @@ def test_truncation_keeps_the_end(world: Path, tokenizer: ChatTokenizer, tmp_pat
     assert sum(label > 0 for label in labels) == 2
 
 
-def test_no_usable_row_ends_at_once(world: Path, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+def test_no_usable_row_ends_immediately(
+    world: Path, tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
     (tmp_path / "bad.jsonl").write_text("x\n" * 5)
     sources = (SourceSection(path=str(tmp_path / "bad.jsonl")),)
     loader = loader_for(world, tokenizer, "samples", sources=sources, max_quarantined_fraction=1.0)
@@ -299,7 +301,7 @@ def test_no_usable_row_ends_at_once(world: Path, tokenizer: ChatTokenizer, tmp_p
         loader.next_step()
 
 
-def test_other_data_than_the_checkpoints_is_refused(world: Path, tokenizer: ChatTokenizer) -> None:
+def test_other_data_than_the_checkpoints_is_rejected(world: Path, tokenizer: ChatTokenizer) -> None:
     state = loader_for(world, tokenizer, "samples").state_dict()
     with pytest.raises(DataError, match="seed was 6, is 5"):
         loader_for(world, tokenizer, "samples").load_state_dict(state | {"seed": 6})
@@ -312,19 +314,19 @@ def test_validation_batches_are_the_same_data_on_any_number_of_ranks(
 ) -> None:
     sources = (SourceSection(path=str(world / "cpt_validation.jsonl")),)
     section = section_for(world, "documents", validation_sources=sources)
-    whole = validation_batches(section, "documents", tokenizer, limit=100)
-    assert all(len(batch.token_ids) <= 256 for batch in whole)
+    all_batches = validation_batches(section, "documents", tokenizer, limit=100)
+    assert all(len(batch.token_ids) <= 256 for batch in all_batches)
     documents = [
         tokenizer.encode_document(json.loads(line)["text"])
         for line in (world / "cpt_validation.jsonl").read_text().splitlines()
     ]
-    assert sum(batch.num_trained_tokens for batch in whole) == sum(
+    assert sum(batch.num_trained_tokens for batch in all_batches) == sum(
         len(ids) - 1 for ids in documents
     )
     assert len(validation_batches(section, "documents", tokenizer, limit=2)) == 2
     ranks = [validation_batches(section, "documents", tokenizer, 100, rank, 3) for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
     assert sum(batch.num_trained_tokens for batches in ranks for batch in batches) == sum(
-        batch.num_trained_tokens for batch in whole
+        batch.num_trained_tokens for batch in all_batches
     )
     assert validation_batches(section_for(world, "documents"), "documents", tokenizer, 10) == []

@@ -1,4 +1,4 @@
-"""Packing: budget kept, nothing lost, nearly full, equal counts on all ranks, labels and token_inputs where they belong."""
+"""Packing: capacity, fill, equal counts on all ranks, shifted labels and token inputs."""
 
 import numpy as np
 import pytest
@@ -33,17 +33,17 @@ def test_1024_samples_fill_windows_of_32k_to_97_percent() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 5))
-def test_bins_keep_the_budget_and_lose_nothing(lengths: list[int], ranks: int) -> None:
+def test_bins_keep_the_capacity_and_lose_nothing(lengths: list[int], ranks: int) -> None:
     for bins in (best_fit_decreasing(lengths, 50), balanced_bins(lengths, 50, ranks)):
-        assert sorted(place for members in bins for place in members) == list(range(len(lengths)))
-        assert all(sum(lengths[place] for place in members) <= 50 for members in bins)
+        assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+        assert all(sum(lengths[index] for index in members) <= 50 for members in bins)
     assert len(balanced_bins(lengths, 50, ranks)) % ranks == 0
 
 
 def test_loads_are_balanced() -> None:
     lengths = np.random.default_rng(0).integers(10, 400, 64).tolist()
     bins = balanced_bins(lengths, 1000, multiple=4)
-    loads = [sum(lengths[place] for place in members) for members in bins]
+    loads = [sum(lengths[index] for index in members) for members in bins]
     assert len(bins) == -(-len(best_fit_decreasing(lengths, 1000)) // 4) * 4
     assert max(loads) - min(loads) < 0.1 * max(loads)
 
@@ -67,29 +67,29 @@ def test_labels_are_shifted_inside_each_sequence() -> None:
     )
 
 
-def test_sample_indices_lead_back() -> None:
-    samples = [make(length, 1000 * place) for place, length in enumerate([5, 30, 12, 7, 30, 2])]
+def test_sample_indices_map_to_the_samples() -> None:
+    samples = [make(length, 1000 * index) for index, length in enumerate([5, 30, 12, 7, 30, 2])]
     batches = pack_sequences(samples, micro_batch_tokens=32)
-    assert sorted(place for batch in batches for place in batch.sample_indices) == list(range(6))
+    assert sorted(index for batch in batches for index in batch.sample_indices) == list(range(6))
     for batch in batches:
-        for number, place in enumerate(batch.sample_indices):
+        for number, index in enumerate(batch.sample_indices):
             start, end = batch.cu_seqlens[number], batch.cu_seqlens[number + 1]
-            assert batch.token_ids[start:end].tolist() == samples[place].token_ids.tolist()
+            assert batch.token_ids[start:end].tolist() == samples[index].token_ids.tolist()
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 40])
 def test_every_rank_gets_as_many_batches(num_samples: int) -> None:
-    samples = [make(3 + place % 11, 100 * place) for place in range(num_samples)]
+    samples = [make(3 + index % 11, 100 * index) for index in range(num_samples)]
     ranks = [
         split_among_ranks([[sample] for sample in samples], 20, rank, world_size=4)
         for rank in range(4)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     assert len(ranks[0]) >= 1
-    found = sorted(
-        place for batches in ranks for batch in batches for place in batch.sample_indices
+    indices = sorted(
+        index for batches in ranks for batch in batches for index in batch.sample_indices
     )
-    assert found == list(range(num_samples))
+    assert indices == list(range(num_samples))
     filler = [batch for batches in ranks for batch in batches if not batch.sample_indices]
     assert all(
         len(batch.token_ids) == 1
@@ -99,14 +99,14 @@ def test_every_rank_gets_as_many_batches(num_samples: int) -> None:
     )
 
 
-def test_full_windows_stay_whole() -> None:
+def test_full_windows_are_not_split() -> None:
     windows = [[make(7), make(13)], [make(11), make(9)], [make(17), make(3)], [make(20)]]
     for world_size in (1, 2, 4):
-        dealt = [split_among_ranks(windows, 20, rank, world_size) for rank in range(world_size)]
-        assert [len(batches) for batches in dealt] == [4 // world_size] * world_size
-        assert all(len(batch.token_ids) == 20 for batches in dealt for batch in batches)
+        split = [split_among_ranks(windows, 20, rank, world_size) for rank in range(world_size)]
+        assert [len(batches) for batches in split] == [4 // world_size] * world_size
+        assert all(len(batch.token_ids) == 20 for batches in split for batch in batches)
 
 
-def test_a_sample_over_the_budget_is_named() -> None:
+def test_a_sample_over_the_capacity_is_named() -> None:
     with pytest.raises(DataError, match=r"rows.jsonl:7 has 30 tokens.*data.micro_batch_tokens"):
         pack_sequences([make(30, origin="rows.jsonl:7")], micro_batch_tokens=20)

@@ -1,4 +1,4 @@
-"""Rows in, unusable rows counted: every kind of broken row and file has its reason, and no neighbour is lost."""
+"""Sources and rows: each unusable row or file has its reason, and no neighbor is lost."""
 
 import gzip
 import json
@@ -51,7 +51,7 @@ POISON: list[tuple[bytes, str]] = [
 ]
 
 
-def test_each_poisoned_row_has_its_reason_and_its_line(tmp_path: Path) -> None:
+def test_each_unusable_row_has_its_reason_and_its_line(tmp_path: Path) -> None:
     path = tmp_path / "poison.jsonl"
     good = line({"messages": CHAT})
     path.write_bytes(b"".join(good + b"\n" + row + b"\n" for row, _ in POISON))
@@ -72,7 +72,7 @@ def test_each_poisoned_row_has_its_reason_and_its_line(tmp_path: Path) -> None:
         for text in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     ]
     assert [row["origin"] for row in listed] == [
-        f"{path}:{2 * place + 2}" for place in range(len(POISON))
+        f"{path}:{2 * index + 2}" for index in range(len(POISON))
     ]
     assert [row["reason"] for row in listed] == [reason for _, reason in POISON]
     assert sum(quarantine.counts[str(path)].values()) == len(POISON)
@@ -164,8 +164,8 @@ def test_rows_without_messages_name_the_keys_to_set(tmp_path: Path) -> None:
         path=str(tmp_path / "qa.jsonl"), prompt_field="problem", solution_field="solution"
     )
     source = open_source(section, "messages")
-    made = parse_conversation(source.read(0), section, system_prompt="Think.")
-    assert [(message["role"], message["content"]) for message in made] == [
+    messages = parse_conversation(source.read(0), section, system_prompt="Think.")
+    assert [(message["role"], message["content"]) for message in messages] == [
         ("system", "Think."),
         ("user", "2+3"),
         ("assistant", "5"),
@@ -184,9 +184,9 @@ def test_messages_after_the_last_answer_are_left_out() -> None:
         parse_conversation({"messages": [*CHAT, {"role": "user", "content": "thanks"}]}, section)
         == CHAT
     )
-    apart = [CHAT[0], {"role": "assistant", "content": "5", "reasoning_content": "2+3=5"}]
+    separate = [CHAT[0], {"role": "assistant", "content": "5", "reasoning_content": "2+3=5"}]
     assert (
-        parse_conversation({"messages": apart}, section)[1]["content"]
+        parse_conversation({"messages": separate}, section)[1]["content"]
         == "<think>\n2+3=5\n</think>\n\n5"
     )
     system = {"role": "system", "content": "Own."}
@@ -196,7 +196,7 @@ def test_messages_after_the_last_answer_are_left_out() -> None:
     )
 
 
-def test_prompts_keep_answers_as_text_and_refuse_what_is_none() -> None:
+def test_prompts_keep_answers_as_text_and_reject_other_values() -> None:
     section = SourceSection(path="x")
     assert parse_prompt({"prompt": "q", "label": 34, "difficulty": 5.0}, section) == (
         [{"role": "user", "content": "q"}],
@@ -240,9 +240,7 @@ def test_load_prompts(tmp_path: Path) -> None:
     )
     assert prompts[3].messages[0] == {"role": "system", "content": "Think."}
     assert json.loads((tmp_path / "quarantine.jsonl").read_text())["reason"] == "bad_json"
-    with pytest.raises(
-        DataError, match="1 of 51 rows"
-    ):  # problems to be scored have no share to lose
+    with pytest.raises(DataError, match="1 of 51 rows"):  # an evaluation allows no unusable problem
         load_prompts(section.sources)
     with pytest.raises(ConfigError, match=r"data\.sources\.weight"):
         load_prompts([SourceSection(path=str(path)), SourceSection(path=str(path), weight=2.0)])

@@ -1,4 +1,4 @@
-"""infir2 tokenize: every kind of source, what an interrupt keeps, what is refused, and what it leaves behind."""
+"""infir2 tokenize: kinds of sources, resuming after a kill, errors, and leftover files."""
 
 import json
 import os
@@ -20,7 +20,10 @@ from infir2.data import tokenize as module
 from infir2.data.indexed import IndexedDocuments
 from infir2.errors import ConfigError, DataError, OutputExistsError
 
-SMALL_CHUNKS = "import sys; from infir2.cli import main; from infir2.data import tokenize; tokenize.CHUNK_BYTES = 20_000; sys.exit(main(sys.argv[1:]))"
+SMALL_CHUNKS = (
+    "import sys; from infir2.cli import main; from infir2.data import tokenize; "
+    "tokenize.CHUNK_BYTES = 20_000; sys.exit(main(sys.argv[1:]))"
+)
 
 
 def documents(prefix: Path) -> list[list[int]]:
@@ -28,7 +31,7 @@ def documents(prefix: Path) -> list[list[int]]:
     return [rows.read(index)["token_ids"].tolist() for index in range(len(rows))]
 
 
-def words(sources: list[Path], world: Path, out: Path, *more: str) -> list[str]:
+def arguments(sources: list[Path], world: Path, out: Path, *more: str) -> list[str]:
     return [
         "tokenize",
         *map(str, sources),
@@ -60,13 +63,13 @@ def test_every_kind_of_source_gives_the_same_documents_in_order(
     tokenizer = load_tokenizer(world / "tokenizer")
     expected = [tokenizer.encode_document(text) for text in texts]
     for name, source in (("jsonl", jsonl), ("parquet", parquet), ("folder", folder)):
-        assert main(words([source], world, tmp_path / name, "--workers", "3")) == 0
+        assert main(arguments([source], world, tmp_path / name, "--workers", "3")) == 0
         assert documents(tmp_path / name) == expected
         assert json.loads((tmp_path / f"{name}.json").read_text())["tokens"] == sum(
             map(len, expected)
         )
         assert not (tmp_path / f"{name}.parts").exists()
-    assert main(words([jsonl, parquet], world, tmp_path / "both")) == 0
+    assert main(arguments([jsonl, parquet], world, tmp_path / "both")) == 0
     assert documents(tmp_path / "both") == expected * 2
     assert (
         f"{sum(map(len, expected)):,} tokens in {len(texts)} documents" in capsys.readouterr().out
@@ -77,7 +80,7 @@ def test_unusable_rows_are_listed_and_too_many_stop(world, texts, tmp_path, caps
     lines = [json.dumps({"text": text}) for text in texts]
     lines[7], lines[20] = "{broken", json.dumps({"text": "a\0b"})
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert main(words([tmp_path / "a.jsonl"], world, tmp_path / "out")) == 0
+    assert main(arguments([tmp_path / "a.jsonl"], world, tmp_path / "out")) == 0
     listed = [
         json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()
     ]
@@ -89,12 +92,12 @@ def test_unusable_rows_are_listed_and_too_many_stop(world, texts, tmp_path, caps
     assert "2 rows left out" in capsys.readouterr().out
     lines[30:40] = ["{"] * 10
     (tmp_path / "b.jsonl").write_text("\n".join(lines))
-    assert main(words([tmp_path / "b.jsonl"], world, tmp_path / "out2")) == 4
+    assert main(arguments([tmp_path / "b.jsonl"], world, tmp_path / "out2")) == 4
     assert not list(tmp_path.glob("out2.bin")) + list(tmp_path.glob("out2.idx"))
     assert "rows are unusable" in capsys.readouterr().err
     assert (
         main(
-            words(
+            arguments(
                 [tmp_path / "b.jsonl"], world, tmp_path / "out2", "--max-quarantined-fraction=0.1"
             )
         )
@@ -102,13 +105,13 @@ def test_unusable_rows_are_listed_and_too_many_stop(world, texts, tmp_path, caps
     )
 
 
-def test_an_existing_output_and_parts_of_another_job_are_refused(world, tmp_path):
+def test_an_existing_output_and_parts_of_another_job_are_rejected(world, tmp_path):
     source = world / "cpt.jsonl"
     for suffix in ("idx", "bin"):
-        (tmp_path / f"{suffix}.{suffix}").write_bytes(b"mine")
+        (tmp_path / f"{suffix}.{suffix}").write_bytes(b"existing")
         with pytest.raises(OutputExistsError, match="exists already"):
             module.tokenize([source], world / "tokenizer", tmp_path / suffix)
-        assert (tmp_path / f"{suffix}.{suffix}").read_bytes() == b"mine"
+        assert (tmp_path / f"{suffix}.{suffix}").read_bytes() == b"existing"
         assert len(list(tmp_path.glob(f"{suffix}.*"))) == 1
     (tmp_path / "out.parts").mkdir()
     (tmp_path / "out.parts/plan").write_text("another")
@@ -117,11 +120,11 @@ def test_an_existing_output_and_parts_of_another_job_are_refused(world, tmp_path
     module.tokenize([source], world / "tokenizer", tmp_path / "tokens")
     with pytest.raises(DataError, match="is tokenized already"):
         module.tokenize([tmp_path / "tokens"], world / "tokenizer", tmp_path / "again")
-    assert main(words([source], world, tmp_path / "x", "--workers=-1")) == 2
+    assert main(arguments([source], world, tmp_path / "x", "--workers=-1")) == 2
 
 
 def test_a_kill_loses_no_finished_chunk(world, tmp_path, monkeypatch):
-    """SIGKILL to the command in the middle: no process stays, finished chunks are not made again, the result is the same."""
+    """After SIGKILL no process is left; the next run reuses finished chunks, with equal output."""
     source = tmp_path / "big.jsonl"
     source.write_text((world / "cpt.jsonl").read_text() * 60)
     command = subprocess.Popen(
@@ -129,7 +132,7 @@ def test_a_kill_loses_no_finished_chunk(world, tmp_path, monkeypatch):
             sys.executable,
             "-c",
             SMALL_CHUNKS,
-            *words([source], world, tmp_path / "out", "--workers=2"),
+            *arguments([source], world, tmp_path / "out", "--workers=2"),
         ]
     )
     parts = tmp_path / "out.parts"
@@ -160,20 +163,20 @@ def test_a_kill_loses_no_finished_chunk(world, tmp_path, monkeypatch):
     assert done.chunks_kept == len(before) >= 3
     assert len(seen) > len(before)
     assert {name: seen[name] for name in before} == before
-    module.tokenize([source], world / "tokenizer", tmp_path / "whole", workers=1)
+    module.tokenize([source], world / "tokenizer", tmp_path / "uninterrupted", workers=1)
     for suffix in ("bin", "idx", "json"):
         assert (tmp_path / f"out.{suffix}").read_bytes() == (
-            tmp_path / f"whole.{suffix}"
+            tmp_path / f"uninterrupted.{suffix}"
         ).read_bytes()
 
 
-def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(world, tmp_path):
-    """A limit on the size of a file stands in for the disk: parts fit, the whole does not."""
+def test_a_full_disk_is_one_sentence_and_the_next_run_resumes(world, tmp_path):
+    """A limit on file size stands in for a full disk: the parts fit, the joined file does not."""
     command = [
         sys.executable,
         "-c",
         SMALL_CHUNKS,
-        *words([world / "cpt.jsonl"], world, tmp_path / "out"),
+        *arguments([world / "cpt.jsonl"], world, tmp_path / "out"),
     ]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
     full = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)

@@ -1,4 +1,4 @@
-"""Each recipe of recipes/real trains on a slice of its real data, by the environment variables its header names."""
+"""Each recipe of recipes/real trains on a slice of its data, set by environment variables."""
 
 import gzip
 import json
@@ -35,7 +35,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_recipe_trains_on_a_slice(name, model, tmp_path, monkeypatch):
+def test_a_recipe_trains_on_a_slice(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     verb, file = KINDS[name]
     with gzip.open(DATA / file, "rt", encoding="utf-8") as lines:
         rows = [line for line, _ in zip(lines, range(24), strict=False) if len(line) < 12_000][:6]
