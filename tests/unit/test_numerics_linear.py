@@ -1,4 +1,6 @@
-"""Linear layers: error gates, what is saved, one quantisation per weight version, layers that share an input."""
+"""Linear layers: error gates, what is saved, one quantisation per weight version, layers that share
+an input.
+"""
 
 import copy
 import math

@@ -31,7 +31,9 @@ def same_bytes(a: Fp8Tensor, b: Fp8Tensor) -> bool:
 
 
 def nearest_even(y: float) -> float:
-    """The nearest E4M3 value by exhaustive search; a tie goes to the even mantissa, every second one of the sorted values."""
+    """The nearest E4M3 value by exhaustive search; a tie goes to the even mantissa, every second
+    one of the sorted values.
+    """
     magnitude = min(abs(y), 448.0)
     distance = min(abs(v - magnitude) for v in E4M3_VALUES)
     best = [i for i, v in enumerate(E4M3_VALUES) if abs(v - magnitude) == distance]

@@ -1,4 +1,6 @@
-"""AdamW with clipping inside, small or offloaded moments: the update of torch's AdamW, within what the format of the moments allows."""
+"""AdamW with clipping inside, small or offloaded moments: the update of torch's AdamW, within what
+the format of the moments allows.
+"""
 
 from pathlib import Path
 
@@ -111,7 +113,9 @@ def test_8_bit_moments_take_two_bytes_per_parameter() -> None:
 
 
 def test_a_moment_that_decays_by_less_than_half_a_step_still_decays() -> None:
-    """sqrt(v) falls by 2.5 % a step, less than half a step of E4M3: rounding to nearest would hold it for ever."""
+    """sqrt(v) falls by 2.5 % a step, less than half a step of E4M3: rounding to nearest would hold
+    it for ever.
+    """
     p = torch.zeros(4, 128)
     (m, m_scale), (v, v_scale) = new_moment(p, "fp8", "cpu"), new_moment(p, "fp8", "cpu")
     root: list[Tensor] = []

@@ -1,5 +1,7 @@
 """The kernels under Triton's interpreter, on CPU tensors. Run by tests/unit/test_kernels_interpreter.py in a process of its own."""
 
+from typing import Literal
+
 import kernel_cases as cases
 import pytest
 import torch
@@ -126,17 +128,20 @@ def new_moments(p: torch.Tensor, states: str) -> list[torch.Tensor | None]:
 
 
 def decoder_results(
-    on_kernels: bool, scale_format: str, saved: SavedActivations, monkeypatch: pytest.MonkeyPatch
+    on_kernels: bool,
+    scale_format: str,
+    saved: SavedActivations,
+    monkeypatch: pytest.MonkeyPatch,
+    **sizes: int,
 ) -> list[torch.Tensor]:
-    """Hidden states and all gradients of a small decoder, by the fused operations or by their definitions."""
+    """Hidden states and all gradients of a small decoder, by `ops_cuda` or by `ops_reference`."""
     monkeypatch.setattr(
         ops,
         "runs_on_kernels",
         lambda x, dtype=None: on_kernels and (dtype or x.dtype) == torch.bfloat16,
     )
-    shape = ShapeSection(
-        hidden_size=128, ffn_size=256, num_heads=4, num_kv_heads=2, head_dim=64, num_layers=1
-    )
+    default = {"hidden_size": 128, "ffn_size": 256, "num_heads": 4, "num_kv_heads": 2}
+    shape = ShapeSection(**(default | sizes), head_dim=64, num_layers=1)
     model = Decoder.from_shape(shape, vocab_size=50, seed=1)
     model.saved_activations = saved
     if scale_format:
@@ -170,6 +175,20 @@ def test_fused_operations_are_their_definitions(
         rounded = decoder_results(True, scale_format, saved, monkeypatch)
         assert torch.equal(found[0], rounded[0])
         assert relative_error(whole[1], torch.cat([grad.flatten() for grad in rounded[1:]])) < 0.1
+
+
+@pytest.mark.parametrize("scale_format", ["pow2", "fp32"])
+@pytest.mark.parametrize("pre_activations", ["bf16", "fp8"])
+def test_layers_whose_blocks_cannot_be_stacked_have_their_own_gemms(
+    scale_format: str, pre_activations: Literal["bf16", "fp8"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"ffn_size": 200, "num_heads": 3, "num_kv_heads": 1}
+    saved = SavedActivations(pre_activations=pre_activations)
+    expected = decoder_results(False, scale_format, saved, monkeypatch, **sizes)
+    found = decoder_results(True, scale_format, saved, monkeypatch, **sizes)
+    assert relative_error(expected[0], found[0]) < 0.03
+    flat = [torch.cat([grad.flatten() for grad in grads[1:]]) for grads in (expected, found)]
+    assert relative_error(*flat) < 0.1
 
 
 def test_strided_input_is_read_in_place() -> None:
