@@ -1,8 +1,8 @@
 """Pack samples into micro-batches: best-fit decreasing under a token budget, for all ranks.
 
 A *pack* is a list of samples that stay in one micro-batch: a single sample, or a window that has
-been filled already. Every rank gets the same number of micro-batches, because all ranks take part in
-the collectives of each forward and backward pass.
+been filled already. Every rank gets the same number of micro-batches, because all ranks run the
+same collectives in each forward and backward pass.
 """
 
 import bisect
