@@ -43,7 +43,7 @@ def test_rounding_without_a_cast_equals_the_cast() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale_format", FORMATS)
-def test_gradient_operands_equal_both_quantised_layouts(shape, scale_format) -> None:
+def test_gradient_operands_equal_both_quantized_layouts(shape, scale_format) -> None:
     grad = gaussian(shape)
     rows, columns = gradient_values(grad, scale_format, by_row=True, by_column=True)
     assert torch.equal(rows, dequantize(quantize(grad, (1, 128), scale_format)))

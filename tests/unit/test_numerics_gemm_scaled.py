@@ -25,7 +25,7 @@ def operand(rows: int, columns: int, block_rows: int) -> Operand:
     ],
 )
 @pytest.mark.parametrize("shape", [(5, 7, 200), (130, 140, 128), (0, 4, 16), (4, 0, 16)])
-def test_emulation_multiplies_dequantised_values(blocks, shape: tuple[int, int, int]) -> None:
+def test_emulation_multiplies_dequantized_values(blocks, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     a, b = quantize(torch.randn(m, k), blocks[0]), quantize(torch.randn(n, k), blocks[1])
     out = gemm_nt(a.codes, a.scale, b.codes, b.scale, a.block, b.block, torch.float32)

@@ -1,4 +1,4 @@
-"""Linear layers: error gates, what is saved, one quantisation per weight version, layers that share
+"""Linear layers: error gates, what is saved, one quantization per weight version, layers that share
 an input.
 """
 
@@ -131,7 +131,7 @@ def test_a_token_does_not_depend_on_its_batch(fp8, dtype) -> None:
     assert torch.equal(linear(x, layers)[0], whole)  # with autograd
 
 
-def test_one_quantisation_per_weight_version_with_micro_batches_and_recompute() -> None:
+def test_one_quantization_per_weight_version_with_micro_batches_and_recompute() -> None:
     layer = Fp8Linear(128, 128)
     optimizer = torch.optim.AdamW(layer.parameters())
     for step in range(1, 4):
@@ -244,7 +244,7 @@ def test_backward_saves_fp8_only(scale_format) -> None:
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)
-def test_layers_that_share_an_input_quantise_it_once_and_round_its_gradient_once(
+def test_layers_that_share_an_input_quantize_it_once_and_round_its_gradient_once(
     scale_format, monkeypatch
 ) -> None:
     torch.manual_seed(0)

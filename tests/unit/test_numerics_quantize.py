@@ -120,7 +120,7 @@ def test_scales_follow_the_rule_and_errors_are_bounded(
 
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_each_block_is_quantised_by_itself_and_tails_take_no_part(block, scale_format) -> None:
+def test_each_block_is_quantized_by_itself_and_tails_take_no_part(block, scale_format) -> None:
     x = torch.randn(300, 333) * torch.randn(300, 333).exp()
     whole = quantize(x, block, scale_format)
     for i in range(whole.scale.shape[0]):
@@ -213,7 +213,7 @@ def test_pow2_survives_a_detour_over_bf16() -> None:
         assert torch.equal(dequantize(again), dequantize(t))
 
 
-def test_refuses_what_it_cannot_quantise() -> None:
+def test_refuses_what_it_cannot_quantize() -> None:
     with pytest.raises(ValueError, match="matrix"):
         quantize(torch.zeros(4))
     with pytest.raises(ValueError, match="BF16, FP32 or FP16"):
@@ -253,7 +253,7 @@ def test_transposing_rows_takes_the_largest_scale_of_rows_that_hold_something(sh
 
 def test_empty_rows_do_not_flush_a_small_tile() -> None:
     x = torch.randn(128, 128) * 2.0**-60
-    x[5] = 0  # quantised with scale 1
+    x[5] = 0  # quantized with scale 1
     values = dequantize(transpose(quantize(x)))
     assert float((values.t() - x).norm() / x.norm()) < 0.03
 
