@@ -8,10 +8,12 @@ import torch
 from stages import lines, options, run
 from torch import Tensor, nn
 
+from infir2.numerics import nonfinite_blocks
 from infir2.train.trainer import StepResult, Trainer
 
 
 def counts(world: Path, directory: Path) -> list[int]:
+    nonfinite_blocks.take(torch.device("cpu"))  # of earlier tests in this process
     run(options(world, directory, "cpt", schedule__total_steps=4, train__validate_every=0))
     return [line["nonfinite_blocks"] for line in lines(directory, "train")]
 
