@@ -208,7 +208,7 @@ def test_mistakes_get_one_sentence(recipe: str, option: str, sentence: str) -> N
         ("train.skip_nonfinite_steps", "train.max_nonfinite_steps"),
         ("optimizer.gradients", "optimizer.grad_dtype"),
         ("train.head_chunk_tokens", "train.loss_chunk_tokens"),
-        ("parallel.pp", "parallel.dp"),  # removed: there is no pipeline parallelism
+        ("parallel.pp", "parallel.tp"),  # removed: there is no pipeline parallelism
     ],
 )
 def test_a_renamed_key_is_unknown_and_the_new_one_is_suggested(
