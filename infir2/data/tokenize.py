@@ -154,39 +154,51 @@ def tokenize(
         ConfigError: the tokenizer cannot be loaded, or PREFIX.parts/ belongs to another job.
         DataError: a source cannot be used, too many rows are unusable, or the disk is full.
     """
-    outputs = {
-        suffix: prefix.with_name(f"{prefix.name}.{suffix}")
-        for suffix in ("idx", "bin", "json", "parts", "quarantine.jsonl")
-    }
-    parts = outputs["parts"]
-    if outputs["idx"].exists() or (outputs["bin"].exists() and not parts.exists()):
-        raise OutputExistsError(
-            f"{outputs['idx']} or its .bin exists already; name another prefix. "
-            "Nothing was written."
-        )
+    outputs = _outputs(prefix)
     global _job
     _job = _Job(
         [SourceSection(path=str(path), text_field=text_field) for path in sources],
         load_tokenizer(tokenizer_dir),
     )
     try:
-        _claim(parts, _job.plan())
-        chunks = _job.chunks(parts)
-        kept = sum(chunk.part.exists() for chunk in chunks)
-        quarantine = Quarantine(max_quarantined_fraction, outputs["quarantine.jsonl"])
-        _run(chunks, workers or len(os.sched_getaffinity(0)), quarantine)
-        lengths = _join(chunks, parts)
-        _write_about(parts / "json", lengths)
-        for suffix in ("bin", "json", "idx"):
-            (parts / suffix).rename(outputs[suffix])
-        shutil.rmtree(parts)
+        return _write(outputs, workers, max_quarantined_fraction)
     except OSError as error:
         raise DataError(
             f"{prefix} cannot be written ({error.strerror or error}): "
             "free disk space, or name another prefix."
         ) from error
+
+
+def _outputs(prefix: Path) -> dict[str, Path]:
+    """Return {suffix: path} of the outputs; raise OutputExistsError if they exist already."""
+    outputs = {
+        suffix: prefix.with_name(f"{prefix.name}.{suffix}")
+        for suffix in ("idx", "bin", "json", "parts", "quarantine.jsonl")
+    }
+    # A .bin next to the directory of parts is an interrupted last phase, which can be resumed.
+    if outputs["idx"].exists() or (outputs["bin"].exists() and not outputs["parts"].exists()):
+        raise OutputExistsError(
+            f"{outputs['idx']} or its .bin exists already; name another prefix. "
+            "Nothing was written."
+        )
+    return outputs
+
+
+def _write(outputs: dict[str, Path], workers: int, max_quarantined_fraction: float) -> Tokenized:
+    """Tokenize all chunks, join them and rename the outputs."""
+    parts = outputs["parts"]
+    _claim(parts, _job.plan())
+    chunks = _job.chunks(parts)
+    chunks_kept = sum(chunk.part.exists() for chunk in chunks)
+    quarantine = Quarantine(max_quarantined_fraction, outputs["quarantine.jsonl"])
+    _run(chunks, workers or len(os.sched_getaffinity(0)), quarantine)
+    lengths = _join(chunks, parts)
+    _write_about(parts / "json", lengths)
+    for suffix in ("bin", "json", "idx"):
+        (parts / suffix).rename(outputs[suffix])
+    shutil.rmtree(parts)
     num_unusable = sum(counts.total() for counts in quarantine.counts.values())
-    return Tokenized(len(lengths), int(lengths.sum()), num_unusable, kept)
+    return Tokenized(len(lengths), int(lengths.sum()), num_unusable, chunks_kept)
 
 
 def _write_about(path: Path, lengths: np.ndarray) -> None:
