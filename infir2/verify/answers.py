@@ -81,7 +81,7 @@ def reference_text(answer: str) -> str:
 
 
 def exponent_depth(text: str) -> int:
-    """Height of the tallest tower of powers: 1 in `2^3` and `x^2y^3`, 2 in `5^5^5` and `5^{5^5}`."""
+    """Height of the tallest tower of powers: 1 in `2^3` and `x^2y^3`, 2 in `5^5^5`, `5^{5^5}`."""
     deepest, depth, previous = 0, 0, ""
     enclosing: list[int] = []
     for character in _AROUND_POWER.sub("^", " ".join(text.split())):

@@ -1,4 +1,7 @@
-"""The Triton kernels against the reference on a CPU: in a process of its own, because the interpreter is chosen at import."""
+"""The Triton kernels against the reference on a CPU.
+
+They run in a separate process, because importing triton chooses between compiler and interpreter.
+"""
 
 import os
 import subprocess

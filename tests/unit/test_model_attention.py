@@ -1,4 +1,4 @@
-"""The FP64 reference of packed attention: right values, right gradients, and bits that depend on nothing else."""
+"""The FP64 reference of packed attention: values, gradients, and bits independent of the batch."""
 
 from itertools import pairwise
 
@@ -94,7 +94,7 @@ def test_the_libraries_compute_the_same_attention(lengths: list[int]) -> None:
 
 
 def test_no_tokens_attend_to_nothing() -> None:
-    """What a context-parallel rank has left where documents of others run through all of its tokens."""
+    """A context-parallel rank has no tokens left when cut documents cover all of them."""
     q, k, v = torch.randn(0, 4, 8), torch.randn(0, 2, 8), torch.randn(0, 2, 8)
     for layout in (plan(torch.tensor([0])), plan_varlen((), torch.device("cpu"))):
         assert attention(q, k, v, layout).shape == (0, 4, 8)

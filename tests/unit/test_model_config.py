@@ -1,4 +1,4 @@
-"""config.json in and out: both generations of keys, and a refusal that names the key for what would change the result."""
+"""Reading and writing config.json: keys of transformers 4 and 5, and errors that name the key."""
 
 import json
 

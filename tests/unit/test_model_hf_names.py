@@ -1,4 +1,4 @@
-"""One source of FP8 bytes: export, file, engine and digest; and loading that refuses what does not fit."""
+"""FP8 bytes agree in export, file, engine and digest; loading rejects tensors that do not fit."""
 
 import json
 from pathlib import Path
@@ -131,7 +131,8 @@ def replaced(name: str, tensor: Tensor) -> Any:
         ),
         (
             replaced("model.norm.weight_scale_inv", torch.ones(1, 1)),
-            "model.norm.weight_scale_inv belongs to an FP8 weight, but its layer is in high precision",
+            "model.norm.weight_scale_inv belongs to an FP8 weight, but its layer is in high "
+            "precision",
         ),
         (replaced(Q, torch.zeros(96, 95).to(torch.float8_e4m3fn)), f"{Q} cannot be loaded"),
         (replaced(f"{Q}_scale_inv", torch.ones(2, 1)), f"{Q} cannot be loaded"),

@@ -1,4 +1,4 @@
-"""Our decoder against transformers' Qwen2, Qwen3 and Llama: logits, and weights bit for bit in both directions."""
+"""Our decoder against transformers' Qwen2, Qwen3 and Llama: logits, and bit-equal weights."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def reference_model(variant: str) -> Any:
-    """A random FP32 model of transformers; norms and biases random too, so that none of them can be lost unnoticed."""
+    """A random FP32 model of transformers; norms and biases are random, so that each one counts."""
     import transformers
 
     family, extra = VARIANTS[variant]

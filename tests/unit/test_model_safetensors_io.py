@@ -1,4 +1,4 @@
-"""Files of a model directory: what cannot be trusted is refused in one sentence, what is written is whole or absent."""
+"""Model directories: invalid files raise one-sentence errors; outputs are complete or absent."""
 
 import json
 import resource

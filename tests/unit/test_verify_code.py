@@ -1,4 +1,4 @@
-"""Honest programs pass, wrong ones fail with their reason, on all three kinds of test and both levels of jail."""
+"""Programs get their reasons from all three kinds of test, in both levels of jail."""
 
 import base64
 import gzip
@@ -172,9 +172,12 @@ for folder in folders:
             folders.append(entry.path)
         elif not entry.name.startswith("lib"):
             outside.append(entry.path)
-packages = [path for base in (os.path.dirname(os.__file__), "/usr/lib/python3*") for path in glob.glob(base + "/*-packages/*")]
+packages = []
+for base in (os.path.dirname(os.__file__), "/usr/lib/python3*"):
+    packages += glob.glob(base + "/*-packages/*")
 environment = sorted(set(os.environ) - {"LC_CTYPE"})
-print(json.dumps([sorted(outside), packages, writable, environment, os.getpid(), os.getppid(), os.getuid()]))
+ids = [os.getpid(), os.getppid(), os.getuid()]
+print(json.dumps([sorted(outside), packages, writable, environment, *ids]))
 """
     with Cell(Limits()) as cell:
         cell.send({"mode": "script", "program": program})

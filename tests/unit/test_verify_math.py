@@ -121,7 +121,8 @@ def test_the_order_is_kept_across_the_quick_path_and_the_workers() -> None:
 def test_workers_import_neither_torch_nor_transformers() -> None:
     pool = Pool("builtins:eval", size=1)
     shared_pool().run([("1", "1")], 20, 60)  # the library's worker starts at all
-    looks = "[name for name in ('torch', 'transformers', 'numpy', 'pydantic') if name in __import__('sys').modules]"
+    heavy = ("torch", "transformers", "numpy", "pydantic")
+    looks = f"[name for name in {heavy} if name in __import__('sys').modules]"
     library = "__import__('infir2.verify.equivalence', fromlist=['x']).equivalent('1/2', '0.5')"
     try:
         assert [o.value for o in pool.run([(looks,), (library,), (looks,)], 30, 60)] == [

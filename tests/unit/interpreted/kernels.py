@@ -1,4 +1,4 @@
-"""The kernels under Triton's interpreter, on CPU tensors. Run by tests/unit/test_kernels_interpreter.py in a process of its own."""
+"""The kernels on CPU tensors; test_kernels_interpreter.py runs this file under the interpreter."""
 
 from typing import Literal
 
@@ -69,7 +69,7 @@ def test_fused_quantisers_have_the_bits_of_quantising_the_bf16_result(
 def test_producers_round_the_fp64_definition_up_to_its_last_bit() -> None:
     for name, (found, expected) in cases.producer_results(cases.gaussian(70, 576)).items():
         assert found.dtype == expected.dtype, name
-        # An FP32 sum beside a tie moves a BF16 result by one ulp, 2**-8; it may happen, but hardly ever.
+        # An FP32 sum near a tie can move a BF16 result by one ulp, 2**-8, but rarely does.
         differing = (found != expected).double().mean().item()
         assert relative_error(expected, found) < (1e-5 if found.dtype == torch.float32 else 2e-4), (
             name
@@ -161,7 +161,7 @@ def test_fused_operations_are_their_definitions(
 ) -> None:
     expected = decoder_results(False, scale_format, SavedActivations(), monkeypatch)
     found = decoder_results(True, scale_format, SavedActivations(), monkeypatch)
-    # FP32 sums instead of FP64 ones move a BF16 value by an ulp here and there, and with it an FP8 code.
+    # FP32 sums instead of FP64 ones move some BF16 values by an ulp, and so some FP8 codes.
     assert relative_error(expected[0], found[0]) < (0.01 if not scale_format else 0.03)
     whole = [torch.cat([grad.flatten() for grad in grads[1:]]) for grads in (expected, found)]
     assert relative_error(*whole) < (0.01 if not scale_format else 0.1)
