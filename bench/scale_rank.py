@@ -232,7 +232,10 @@ def expected_codes(bench: Bench, case: Case, parallel_model: ParallelModel) -> d
     digests = {}
     for name, layer in build(case, str(bench.device)).named_modules():
         if isinstance(layer, Fp8Linear):
-            fp8, split = layer.quantized_weight(), parallel_model.splits.get(f"{name}.weight")
+            fp8, split = (
+                layer.quantized_weight(),
+                parallel_model.tensor_shards.get(f"{name}.weight"),
+            )
             parts = (fp8.codes.view(torch.uint8), fp8.scale)
             digests[name] = digest(
                 *(

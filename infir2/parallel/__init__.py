@@ -1,1 +1,1 @@
-"""One model on many processes: FSDP2 with FP8 all-gather, tensor, sequence and context parallelism, and what ranks agree on."""
+"""One model on many ranks: FSDP2 with FP8 all-gather, tensor, sequence and context parallelism."""

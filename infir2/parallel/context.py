@@ -1,38 +1,48 @@
-"""Context parallelism: ranks share the tokens of a micro-batch, packed documents included.
+"""Context parallelism: the cp ranks share the tokens of a micro-batch of packed documents.
 
-The stream is cut into 2 * cp chunks and rank r takes chunks r and 2 * cp - 1 - r, a cheap one and a dear one, so that causal
-attention is balanced. A document that begins inside a chunk needs nothing from elsewhere; only the one that a chunk cuts looks
-back, at keys and values gathered from all ranks (arXiv 2407.21783, section 3.3.2: all-gather, which takes any document mask).
+The stream is divided into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r: under a
+causal mask an early chunk is cheap and a late one expensive, so every rank has the same work. A
+document that begins inside a chunk needs no other rank. Only a document that continues from an
+earlier chunk attends to keys and values of other ranks, which are all-gathered (arXiv 2407.21783,
+section 3.3.2: unlike a ring, all-gather works with any document mask).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from infir2.data import Batch
+from infir2.model.attention import AttentionContext
 from infir2.parallel.collectives import all_gather, to_device
 from infir2.parallel.mesh import Layout
 
-CHUNK_MULTIPLE = 128  # tokens: FP8 tiles of the weight gradient begin where those of one process do
+# Tokens. The FP8 tiles of a weight gradient then begin where those of a single process do.
+CHUNK_MULTIPLE = 128
+
+PlanAttention = Callable[[Tensor, torch.device], AttentionContext]
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Rows [start, end) of the local stream that continue a document; their keys are rows [first, last) of the whole stream."""
+class Continuation:
+    """The part of a chunk that continues a document of an earlier chunk.
+
+    Its queries are tokens [start, end) of this rank; its keys are tokens [first_key, last_key) of
+    the global stream.
+    """
 
     start: int
     end: int
-    first: int
-    last: int
+    first_key: int
+    last_key: int
 
 
 def pad_batch(batch: Batch, multiple: int) -> Batch:
-    """The batch with a last sequence of untrained tokens up to a multiple."""
+    """Append a sequence of untrained tokens so that T is a multiple of `multiple`."""
     missing = -len(batch.token_ids) % multiple
     if not missing:
         return batch
@@ -54,99 +64,119 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
     )
 
 
-def rows_of(rank: int, size: int, num_tokens: int) -> Tensor:
-    """Rows of the stream that a rank holds, in its order: chunks `rank` and `2 * size - 1 - rank` of 2 * size."""
+def local_tokens(rank: int, size: int, num_tokens: int) -> Tensor:
+    """Indices in the global stream of a rank's tokens, [num_tokens / size]."""
     chunks = torch.arange(num_tokens).chunk(2 * size)
     return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
 
 
-def cuts_of(rank: int, size: int, bounds: list[int]) -> tuple[list[int], list[Cut]]:
-    """Where sequences begin and end in a rank's local stream, and which of them continue a document."""
-    num_tokens = bounds[-1]
-    length = num_tokens // (2 * size)
-    local, cuts = [0], []
-    for place, chunk in enumerate((rank, 2 * size - 1 - rank)):
-        begin = chunk * length
-        for first, last in pairwise(bounds):
-            start, end = max(first, begin), min(last, begin + length)
+def local_sequences(
+    rank: int, size: int, cu_seqlens: list[int]
+) -> tuple[list[int], list[Continuation]]:
+    """(bounds of a rank's sequences in its own stream, those sequences that are continuations)."""
+    chunk_tokens = cu_seqlens[-1] // (2 * size)
+    bounds, continuations = [0], []
+    for slot, chunk in enumerate((rank, 2 * size - 1 - rank)):
+        chunk_start = chunk * chunk_tokens
+        to_local = slot * chunk_tokens - chunk_start
+        for first, last in pairwise(cu_seqlens):
+            start, end = max(first, chunk_start), min(last, chunk_start + chunk_tokens)
             if start < end:
-                shift = place * length - begin
-                local.append(end + shift)
+                bounds.append(end + to_local)
                 if first < start:
-                    cuts.append(Cut(start + shift, end + shift, first, end))
-    return local, cuts
+                    continuations.append(Continuation(start + to_local, end + to_local, first, end))
+    return bounds, continuations
 
 
 class ContextParallel:
-    """Splits batches over the ranks of `layout.cp_group` and attends across them; `split` comes before the forward it is for."""
+    """Splits batches over `layout.cp_group`, and computes attention across its ranks.
 
-    def __init__(self, layout: Layout, plan: Any) -> None:
-        """`plan(cu_seqlens, device)`, such as `Decoder.plan_attention`, is the attention within sequences."""
-        self.group, self.rank, self.size, self._plan = (
-            layout.cp_group,
-            layout.cp_rank,
-            layout.sizes.cp,
-            plan,
-        )
+    `split(batch)` determines the attention of the next forward pass.
+
+    Args:
+        plan_attention: `(cu_seqlens [B+1], device) -> AttentionContext`, as
+            `Decoder.plan_attention`.
+    """
+
+    def __init__(self, layout: Layout, plan_attention: PlanAttention) -> None:
+        self.group, self.rank, self.size = layout.cp_group, layout.cp_rank, layout.sizes.cp
         self.multiple = 2 * self.size * math.lcm(CHUNK_MULTIPLE, layout.sizes.tp)
+        self._plan_attention = plan_attention
         self._device = layout.device
 
     def split(self, batch: Batch) -> Batch:
-        """This rank's rows of a padded batch, cut documents as sequences of their own."""
-        num_tokens, bounds = len(batch.token_ids), batch.cu_seqlens.tolist()
-        rows = rows_of(self.rank, self.size, num_tokens)
-        local, self._cuts = cuts_of(self.rank, self.size, bounds)
-        self._any_cut = any(cuts_of(rank, self.size, bounds)[1] for rank in range(self.size))
-        held = torch.cat([rows_of(rank, self.size, num_tokens) for rank in range(self.size)])
-        self._order = to_device(
-            held.argsort(), self._device
-        )  # where the gathered keys have each row of the stream
-        inside = torch.ones(len(rows), dtype=torch.bool)
-        for cut in self._cuts:
-            inside[cut.start : cut.end] = False
-        pieces = [
-            inside.nonzero().squeeze(1),
-            *(torch.arange(cut.start, cut.end) for cut in self._cuts),
-        ]
-        self._inside, self._restore = (
-            to_device(x, self._device) for x in (pieces[0], torch.cat(pieces).argsort())
-        )
-        lengths = [end - start for start, end in pairwise(local) if inside[start]]
-        self._packing = self._plan(torch.tensor([0, *lengths]).cumsum(0).int(), self._device)
+        """This rank's tokens of a batch whose T is a multiple of `multiple`.
+
+        Each continuation becomes a sequence of its own.
+        """
+        cu_seqlens = batch.cu_seqlens.tolist()
+        tokens = local_tokens(self.rank, self.size, len(batch.token_ids))
+        bounds = self._plan(cu_seqlens)
         return replace(
             batch,
-            token_ids=batch.token_ids[rows],
-            positions=batch.positions[rows],
-            labels=batch.labels[rows],
-            loss_mask=batch.loss_mask[rows],
-            cu_seqlens=torch.tensor(local, dtype=torch.int32),
-            token_inputs={name: values[rows] for name, values in batch.token_inputs.items()},
+            token_ids=batch.token_ids[tokens],
+            positions=batch.positions[tokens],
+            labels=batch.labels[tokens],
+            loss_mask=batch.loss_mask[tokens],
+            cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+            token_inputs={name: values[tokens] for name, values in batch.token_inputs.items()},
         )
 
+    def _plan(self, cu_seqlens: list[int]) -> list[int]:
+        """Prepare `attend` for a batch; returns the bounds of this rank's sequences."""
+        bounds, self._continuations = local_sequences(self.rank, self.size, cu_seqlens)
+        self._any_continuation = any(
+            local_sequences(rank, self.size, cu_seqlens)[1] for rank in range(self.size)
+        )
+        gathered = [local_tokens(rank, self.size, cu_seqlens[-1]) for rank in range(self.size)]
+        # Index into the gathered keys of each token of the global stream.
+        self._gathered_index = to_device(torch.cat(gathered).argsort(), self._device)
+        is_complete = torch.ones(bounds[-1], dtype=torch.bool)
+        for part in self._continuations:
+            is_complete[part.start : part.end] = False
+        complete = is_complete.nonzero().squeeze(1)
+        order = [complete, *(torch.arange(part.start, part.end) for part in self._continuations)]
+        self._complete = to_device(complete, self._device)
+        self._restore = to_device(torch.cat(order).argsort(), self._device)
+        lengths = [end - start for start, end in pairwise(bounds) if is_complete[start]]
+        self._complete_attention = self._plan_attention(
+            torch.tensor([0, *lengths]).cumsum(0).int(), self._device
+        )
+        return bounds
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """Causal attention of this rank's q [T, N, H] within documents, k and v [T, G, H] of all ranks where they are needed."""
-        if not k.is_cuda:  # gradients of keys from several places are added before they are rounded, as in one process
+        """Causal attention within documents of this rank's q [t, N, H] and k, v [t, G, H].
+
+        The keys and values of continuations come from all ranks. Returns [t, N, H].
+        """
+        if not k.is_cuda:
+            # A key's gradients from several ranks are added before they are rounded, as in a
+            # single process.
             k, v = k.float(), v.float()
-        inside_q, inside_k, inside_v = (x.index_select(0, self._inside) for x in (q, k, v))
-        parts = [self._packing.attend(inside_q, inside_k, inside_v, layer)]
-        if self._any_cut:
-            everything = all_gather(torch.stack((k, v), dim=1), self.group, k.dtype)
-            for cut in self._cuts:
-                keys, values = everything.index_select(0, self._order[cut.first : cut.last]).unbind(
-                    1
-                )
-                parts.append(
-                    attend_to_prefix(q[cut.start : cut.end], keys, values, self._plan, layer)
-                )
-            if not self._cuts:  # its backward is a collective that the others wait in
-                parts.append(everything[:0].flatten(1)[:, :0].reshape(0, *q.shape[1:]).to(q.dtype))
+        q_c, k_c, v_c = (x.index_select(0, self._complete) for x in (q, k, v))
+        parts = [self._complete_attention.attend(q_c, k_c, v_c, layer)]
+        if self._any_continuation:
+            gathered = all_gather(torch.stack((k, v), dim=1), self.group, k.dtype)
+            for part in self._continuations:
+                index = self._gathered_index[part.first_key : part.last_key]
+                keys, values = gathered.index_select(0, index).unbind(1)
+                queries = q[part.start : part.end]
+                parts.append(attend_to_prefix(queries, keys, values, self._plan_attention, layer))
+            if not self._continuations:
+                # The backward of all_gather is a collective: this rank must take part in it too,
+                # so an empty tensor connects `gathered` to the output.
+                empty = gathered[:0].flatten(1)[:, :0].reshape(0, *q.shape[1:])
+                parts.append(empty.to(q.dtype))
         return torch.cat(parts).index_select(0, self._restore)
 
 
-def attend_to_prefix(q: Tensor, k: Tensor, v: Tensor, plan: Any, layer: int = 0) -> Tensor:
-    """Attention of the last n tokens of a sequence, q [n, N, H], to all its m keys, k and v [m, G, H]; [n, N, H].
+def attend_to_prefix(
+    q: Tensor, k: Tensor, v: Tensor, plan_attention: PlanAttention, layer: int = 0
+) -> Tensor:
+    """Causal attention of the last n tokens of a sequence, q [n, N, H], to all m: k, v [m, G, H].
 
-    On a CPU as part of the whole sequence's, so that forward and backward round where those of one process do.
+    Returns [n, N, H]. On a CPU the attention of all m tokens is computed (zeros for the other
+    queries), so that forward and backward round at the same points as a single process.
     """
     n, m = q.shape[0], k.shape[0]
     if q.is_cuda:
@@ -156,5 +186,5 @@ def attend_to_prefix(q: Tensor, k: Tensor, v: Tensor, plan: Any, layer: int = 0)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=causal_lower_right(n, m), enable_gqa=True
         )[0].transpose(0, 1)
-    context = plan(torch.tensor([0, m], dtype=torch.int32), q.device)
+    context = plan_attention(torch.tensor([0, m], dtype=torch.int32), q.device)
     return context.attend(F.pad(q, (0, 0, 0, 0, m - n, 0)), k, v, layer)[m - n :]

@@ -1,10 +1,19 @@
-"""FSDP2 whose FP8 weights travel as FP8: each rank sends the codes of its rows, one byte per weight.
+"""FSDP2 that all-gathers FP8 weights as FP8: each rank sends the codes of its rows, 1 byte each.
 
-The codes of a weight are those of the whole BF16-rounded master (docs/numerics.md). A shard's rows need not end where a
-128x128 block does, so once per version of the weights the largest magnitudes of all blocks are reduced over the shards, in
-one collective for the whole model (four bytes per block: 1/8192 of a BF16 weight). From then on every rank knows every scale,
-and an all-gather moves codes alone. Other matrices travel and stay in the dtype that the operations round them to, vectors in
-FP32. To autograd all are FP32, so that gradients stay FP32 from the operation to the optimizer.
+The codes of a weight are those of the unsharded, BF16-rounded master (docs/numerics.md). A shard
+may end inside a 128x128 block, so the scale of a block can depend on several ranks. Therefore, once
+per version of the weights, `Fp8Gather.quantize`
+
+    1. computes the largest magnitude of each block over the local rows,
+    2. reduces these over the shards (MAX), in one collective for all weights of the model,
+    3. computes the scales of all blocks, and the codes of the local rows.
+
+Step 2 moves four bytes per block, 1/8192 of a BF16 weight. After it every rank has every scale, and
+an all-gather moves codes only.
+
+Other matrices are gathered and kept in the dtype that their operations round them to, vectors in
+FP32. Autograd sees an FP32 tensor in all cases (`GatheredWeight`), so that gradients stay FP32 from
+the operation to the optimizer.
 """
 
 import math
@@ -25,7 +34,7 @@ from infir2.numerics.quantize_reference import as_tiles, block_scale
 from infir2.numerics.weight_cache import invalidate, local_tensor, watch_optimizer_steps
 from infir2.parallel.collectives import all_gather_raw
 
-_BF16_VALUES = ("rounded", torch.bfloat16, torch.bfloat16)  # the key of `weight_cache.rounded`
+_BF16_KEY = ("rounded", torch.bfloat16, torch.bfloat16)  # the key of `weight_cache.rounded`
 
 
 def shard_module(
@@ -35,16 +44,23 @@ def shard_module(
     wire_dtype: torch.dtype = torch.float32,
     forward: str = "forward",
 ) -> None:
-    """Shard `root` over `mesh` (1-D, or replicas x shards), in place; each of `blocks`, as they follow each other, is gathered
-    and freed as one, the next one's gather on its way while one computes.
+    """Shard any module in place with FSDP2; FP8 weights are gathered as codes.
 
-    Works on any module: FP8 weights are gathered as codes, other matrices in `wire_dtype`: FP32, or BF16 where every operation
-    rounds them to that anyway. `forward` names the method of `root` that is called.
-    Parameters of other dtypes get FP32 masters, so a BF16 module computes in FP32 where its own operations (its embedding) set the
-    dtype: call it under torch.autocast for BF16 activations. Gradients are FP32, summed over the mesh, not averaged.
-    Give the optimizer the parameters as they are afterwards.
+    Parameters of other dtypes become FP32 masters, so a BF16 module computes in FP32 where its own
+    operations (such as its embedding) set the dtype: call it under torch.autocast for BF16
+    activations. Gradients are FP32, and summed over the mesh, not averaged. Create the optimizer
+    afterwards, from the new parameters.
+
+    Args:
+        root: the module.
+        blocks: its submodules that are gathered and freed as units, in the order of the forward.
+            The gather of each overlaps with the computation of the one before.
+        mesh: 1-D (shard) or 2-D (replicate, shard).
+        wire_dtype: dtype in which matrices other than FP8 weights are gathered: FP32, or BF16 if
+            every operation rounds them to BF16 anyway.
+        forward: name of the method of `root` that runs its forward.
     """
-    from torch.distributed.fsdp import (  # slow import, only several processes need it
+    from torch.distributed.fsdp import (  # slow import; a single process does not need it
         fully_shard,
         register_fsdp_forward_method,
     )
@@ -56,45 +72,53 @@ def shard_module(
     for module in modules:
         fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    for module, following in pairwise(modules[:-1]):  # in the backward FSDP2 does so by itself
+        module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
+    # FSDP2 prefetches in the backward by itself, in the forward on request.
+    for module, following in pairwise(modules[:-1]):
         module.set_modules_to_forward_prefetch([following])
-    shards = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim == 2 else mesh
     if forward != "forward":
         register_fsdp_forward_method(root, forward)
-    gather = Fp8Gather(shards.get_group())
+    _extend_parameters(root, mesh[mesh.mesh_dim_names[-1]] if mesh.ndim == 2 else mesh, wire_dtype)
+
+
+def _extend_parameters(root: Any, shard_mesh: Any, wire_dtype: torch.dtype) -> None:
+    """Set FSDP2's extension hooks, `fsdp_pre_all_gather` and `fsdp_post_all_gather`."""
+    gather = Fp8Gather(shard_mesh.get_group())
     for module in root.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            rows = -(-parameter.shape[0] // shards.size())
-            first = min(shards.get_local_rank() * rows, parameter.shape[0])
-            local = parameter._local_tensor  # the tensor that FSDP2 asks for its extension
-            part: _Shard
+            rows = -(-parameter.shape[0] // shard_mesh.size())
+            first = min(shard_mesh.get_local_rank() * rows, parameter.shape[0])
+            local = parameter._local_tensor  # FSDP2 looks for its hooks on this tensor
+            shard: _Shard
             if isinstance(module, Fp8Linear) and name == "weight":
-                part = _Fp8Shard(local, parameter.shape, rows, first, module, gather)
-                gather.weights.append(part)
+                shard = _Fp8Shard(local, parameter.shape, rows, first, module, gather)
+                gather.shards.append(shard)
             else:
-                part = _Shard(local, parameter.shape, rows, gather.group, wire_dtype)
-            local.fsdp_pre_all_gather, local.fsdp_post_all_gather = part.before, part.after
+                shard = _Shard(local, parameter.shape, rows, gather.group, wire_dtype)
+            local.fsdp_pre_all_gather = shard.pre_all_gather
+            local.fsdp_post_all_gather = shard.post_all_gather
 
 
 def exported_shards(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`exported_fp8_weights` of a sharded module, whole on every rank of a shard group, one parameter at a time.
+    """`exported_fp8_weights` of a sharded module: yield the weights gathered over the shard group.
 
-    Every rank has to go through all of it.
+    Gathers one parameter at a time; every rank must exhaust the iterator.
     """
     for name, parameter in root.named_parameters():
         shard: _Shard = local_tensor(parameter).fsdp_pre_all_gather.__self__  # type: ignore[attr-defined]
-        part, scale = shard.sent()
-        whole = all_gather_raw(part, shard.group)[: shard.shape[0]]
-        yield name, whole.to(torch.bfloat16) if scale is None else whole.view(E4M3)
+        payload, scale = shard.payload()
+        gathered = all_gather_raw(payload, shard.group)[: shard.shape[0]]
+        yield name, gathered.to(torch.bfloat16) if scale is None else gathered.view(E4M3)
         if scale is not None:
             yield name + SCALE_SUFFIX, scale
 
 
 class GatheredWeight(Tensor):
-    """An FP32 weight [N, K] in name: autograd and FSDP2 see its shape and dtype; its memory is the codes, or BF16 values.
+    """A gathered weight [N, K]: FP32 for autograd and FSDP2, FP8 codes or BF16 values in memory.
 
-    `precomputed` holds what `weight_cache.cached` would compute from a master: FP8 codes, or BF16 values.
+    `precomputed` holds what `weight_cache.cached` would compute from a master: {key: FP8 weight or
+    BF16 values}. Operations that read the FP32 values of BF16 weights get them converted; FP8
+    weights can be read by FP8 operations only (TypeError).
     """
 
     precomputed: dict[Any, Any]
@@ -110,7 +134,11 @@ class GatheredWeight(Tensor):
 
     @classmethod
     def refill(cls, out: Any, key: Any, value: Any, device: Any) -> Any:
-        """What FSDP2 wants after a gather: a new weight and inner tensors to free; nothing where it has one, `out`."""
+        """The result of `fsdp_post_all_gather`.
+
+        The first time (`out` is None) a new weight and the inner tensors to free; later, `out` gets
+        the new value and the result is None.
+        """
         if out is None:
             return cls(value.shape, device, {key: value}), ()
         out.precomputed = {key: value}
@@ -120,28 +148,27 @@ class GatheredWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        aten, first = torch.ops.aten, next(arg for arg in args if isinstance(arg, cls))
+        aten, weight = torch.ops.aten, next(arg for arg in args if isinstance(arg, cls))
         if function in (aten.detach.default, aten.as_strided.default, aten.alias.default):
-            return cls(first.shape, first.device, first.precomputed)
-        if _BF16_VALUES not in first.precomputed:
+            return cls(weight.shape, weight.device, weight.precomputed)
+        if _BF16_KEY not in weight.precomputed:
             raise TypeError(
-                f"a gathered FP8 weight has codes and no values: only FP8 operations read it, not {function}"
+                f"{function} cannot read a gathered FP8 weight, which has codes but no values; "
+                "only FP8 operations can"
             )
-        light = function in (
-            aten.copy_.default,
-            aten.embedding.default,
-        )  # exact from BF16, and no FP32 copy of the whole
-        values = (
-            first.precomputed[_BF16_VALUES] if light else first.precomputed[_BF16_VALUES].float()
-        )
-        out = function(*(values if arg is first else arg for arg in args), **(kwargs or {}))
+        # These two are exact on BF16 values, which saves an FP32 copy of the weight.
+        reads_bf16 = function in (aten.copy_.default, aten.embedding.default)
+        values = weight.precomputed[_BF16_KEY]
+        values = values if reads_bf16 else values.float()
+        out = function(*(values if arg is weight else arg for arg in args), **(kwargs or {}))
         return out.float() if function is aten.embedding.default else out
 
 
 class _Shard:
-    """What FSDP2 calls before and after it gathers a parameter of `shape` over `group`.
+    """FSDP2's extension hooks for one parameter of `shape`, of which this rank has `local`.
 
-    `rows` are a full shard's, the last may have fewer. Matrices travel in `wire_dtype`, everything else in FP32.
+    `rows`: number of rows of a full shard; the last shards may have fewer and are padded. Matrices
+    are gathered in `wire_dtype`, other parameters in FP32.
     """
 
     def __init__(
@@ -155,38 +182,39 @@ class _Shard:
         self.local, self.shape, self.rows, self.group = local, shape, rows, group
         self.wire_dtype = wire_dtype if len(shape) == 2 else torch.float32
 
-    def before(
+    def pre_all_gather(
         self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        part, scale = self.sent()
-        return (part,), scale
+        """(tensors to gather, metadata for `post_all_gather`)."""
+        payload, scale = self.payload()
+        return (payload,), scale
 
-    def sent(self) -> tuple[Tensor, Tensor | None]:
-        """This rank's `rows` as they travel, and the scales of the whole weight if they are codes."""
+    def payload(self) -> tuple[Tensor, Tensor | None]:
+        """(this rank's rows as they are sent [rows, ...], scales of the global weight if FP8)."""
         return self.padded(self.local.detach().to(self.wire_dtype)), None
 
-    def after(
+    def post_all_gather(
         self, outputs: Sequence[Tensor], scale: Any, dtype: torch.dtype, *, out: Any = None
     ) -> Any:
+        """Create the gathered weight, or refill `out`; see `GatheredWeight.refill`."""
         if self.wire_dtype == torch.bfloat16:
-            return GatheredWeight.refill(
-                out, _BF16_VALUES, outputs[0][: self.shape[0]], outputs[0].device
-            )
+            values = outputs[0][: self.shape[0]]
+            return GatheredWeight.refill(out, _BF16_KEY, values, values.device)
         if out is None:
             return outputs[0], ()
-        invalidate(out)  # FSDP2 refills the same memory without moving its version
+        invalidate(out)  # FSDP2 refills the same memory without moving its version counter
         return None
 
-    def padded(self, part: Tensor) -> Tensor:
-        missing = self.rows - part.shape[0]
-        return F.pad(part, (0, 0) * (part.ndim - 1) + (0, missing)) if missing else part
+    def padded(self, local: Tensor) -> Tensor:
+        missing = self.rows - local.shape[0]
+        return F.pad(local, (0, 0) * (local.ndim - 1) + (0, missing)) if missing else local
 
 
 class _Fp8Shard(_Shard):
-    """Rows [first, first + n) of an FP8 weight; their codes are made by `gather` for all weights at once."""
+    """Rows [first, first + n) of an FP8 weight; `gather` computes the codes of all weights."""
 
     codes: Tensor  # uint8 [rows, K]
-    scale: Tensor  # float32 of the whole weight
+    scale: Tensor  # float32 [ceil(N / 128), ceil(K / 128)], of the global weight
 
     def __init__(
         self,
@@ -201,92 +229,93 @@ class _Fp8Shard(_Shard):
         self.layer, self.gather = layer, gather
         self.version = -1
         watch_optimizer_steps(local)
-        num_blocks, self.groups = scale_shape(shape[0], shape[1], TILE_BLOCK)
-        self.grid = (
-            num_blocks,
-            -(-self.groups // 4) * 4,
-        )  # of blocks in memory: rows are padded to 16 bytes, as cuBLAS reads scales
-        self.blocks = (
-            torch.arange(first, first + local.shape[0], device=local.device) // GROUP
-        )  # each row's row of scales
+        num_block_rows, self.num_block_columns = scale_shape(shape[0], shape[1], TILE_BLOCK)
+        # Shape of the scales in memory: cuBLAS reads rows that are padded to 16 bytes.
+        self.grid = (num_block_rows, -(-self.num_block_columns // 4) * 4)
+        # Index of the block row of each local row, [n].
+        self.block_rows = torch.arange(first, first + local.shape[0], device=local.device) // GROUP
 
-    def sent(self) -> tuple[Tensor, Tensor]:
+    def payload(self) -> tuple[Tensor, Tensor]:
         if self.version != self.local._version:
             self.gather.quantize()
         return self.codes, self.scale
 
-    def after(
+    def post_all_gather(
         self, outputs: Sequence[Tensor], scale: Any, dtype: torch.dtype, *, out: Any = None
     ) -> Any:
         self.gather.count_nonfinite()
-        whole = Fp8Tensor(
-            outputs[0][: self.shape[0]].view(E4M3), scale, TILE_BLOCK, self.layer.scale_format
-        )
-        return GatheredWeight.refill(out, ("fp8", whole.scale_format), whole, scale.device)
+        codes = outputs[0][: self.shape[0]].view(E4M3)
+        weight = Fp8Tensor(codes, scale, TILE_BLOCK, self.layer.scale_format)
+        return GatheredWeight.refill(out, ("fp8", weight.scale_format), weight, scale.device)
 
     def encode(self, scale: Tensor) -> None:
-        """Make the codes, given the scales of the whole weight."""
-        codes = encode_weight_rows(self.local.detach(), scale[self.blocks], self.layer.scale_format)
+        """Compute the codes from the scales of the global weight."""
+        codes = encode_weight_rows(
+            self.local.detach(), scale[self.block_rows], self.layer.scale_format
+        )
         self.codes, self.scale = self.padded(codes.view(torch.uint8)), scale
         self.version = self.local._version
         self.layer.quantizations += 1
 
 
 class Fp8Gather:
-    """All FP8 weights of a model that are sharded over `group`."""
+    """Quantizes all FP8 weights of a model that are sharded over `group`."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
-        self.weights: list[_Fp8Shard] = []
+        self.shards: list[_Fp8Shard] = []
         self._uncounted: list[Tensor] = []
 
-    @torch.inference_mode(False)  # what is made outlives an inference block
+    @torch.inference_mode(False)  # the codes outlive an inference_mode block around this call
     @torch.no_grad()
     def quantize(self) -> None:
-        """Make the codes of every shard, after one reduction of the blocks' largest magnitudes.
+        """Compute scales and codes of every weight, after one MAX reduction over the group.
 
-        The GPU waits for this before the first gather of a step, and a launch costs the host more than a small matrix costs the
-        GPU: what can be done for all weights together is, which leaves four launches for each.
+        The GPU waits for this before the first gather of a step, and the launch of a kernel costs
+        the host more than a small matrix costs the GPU. So everything but four launches per weight
+        is done for all weights at once.
         """
-        largest = self._largest()
+        largest = self._largest_magnitudes()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        scales = {
-            name: block_scale(largest, name)
-            for name in {weight.layer.scale_format for weight in self.weights}
-        }
-        self._uncounted = list(scales.values())[
-            :1
-        ]  # a block that is not finite is so in every format
-        views = {name: self._by_weight(scale) for name, scale in scales.items()}
-        for i, weight in enumerate(self.weights):
-            weight.encode(views[weight.layer.scale_format][i])
+        formats = {shard.layer.scale_format for shard in self.shards}
+        scales = {name: block_scale(largest, name) for name in formats}
+        # A non-finite block is non-finite in every format, so one of them is counted.
+        self._uncounted = list(scales.values())[:1]
+        views = {name: self._by_shard(scale) for name, scale in scales.items()}
+        for i, shard in enumerate(self.shards):
+            shard.encode(views[shard.layer.scale_format][i])
 
     def count_nonfinite(self) -> None:
-        """Once per version; not in `quantize`, which runs on a stream of FSDP2's."""
+        """Count non-finite blocks once per version.
+
+        `quantize` cannot do this: it runs on one of FSDP2's streams.
+        """
         while self._uncounted:
             nonfinite_blocks.add(self._uncounted.pop())
 
-    def _largest(self) -> Tensor:
-        """Largest magnitude of the shards' parts of each block, FP32, as `_by_weight` divides it; Inf for a NaN, which MAX could lose."""
-        sizes = [weight.local.shape[0] * weight.groups for weight in self.weights]
-        by_row = self.weights[0].local.new_empty(sum(sizes))
+    def _largest_magnitudes(self) -> Tensor:
+        """The largest magnitude in each block's local rows, FP32, flat as `_by_shard` reads it.
+
+        NaN becomes Inf: a MAX reduction could lose a NaN.
+        """
+        sizes = [shard.local.shape[0] * shard.num_block_columns for shard in self.shards]
+        by_row = self.shards[0].local.new_empty(sum(sizes))
         parts = by_row.split(sizes)
-        for weight, part in zip(self.weights, parts, strict=True):  # one read of the masters
-            tiles = as_tiles(weight.local.detach(), 1)
+        for shard, part in zip(self.shards, parts, strict=True):  # reads each master once
+            tiles = as_tiles(shard.local.detach(), 1)
             torch.linalg.vector_norm(tiles, torch.inf, dim=3, out=part.view(tiles.shape[:3]))
         by_row.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        largest = by_row.new_zeros(sum(math.prod(weight.grid) for weight in self.weights))
-        for weight, part, blocks in zip(self.weights, parts, self._by_weight(largest), strict=True):
-            rows = part.view(-1, weight.groups)
-            blocks.scatter_reduce_(0, weight.blocks[:, None].expand_as(rows), rows, "amax")
-        return (
-            largest.bfloat16().float()
-        )  # the largest of rounded values is the largest value, rounded
+        largest = by_row.new_zeros(sum(math.prod(shard.grid) for shard in self.shards))
+        for shard, part, blocks in zip(self.shards, parts, self._by_shard(largest), strict=True):
+            rows = part.view(-1, shard.num_block_columns)
+            blocks.scatter_reduce_(0, shard.block_rows[:, None].expand_as(rows), rows, "amax")
+        # Rounding is monotonic: the rounded maximum is the maximum of the rounded values.
+        return largest.bfloat16().float()
 
-    def _by_weight(self, flat: Tensor) -> list[Tensor]:
-        """Each weight's blocks [N / 128, K / 128] in a vector of all."""
-        parts = flat.split([math.prod(weight.grid) for weight in self.weights])
+    def _by_shard(self, flat: Tensor) -> list[Tensor]:
+        """Views [ceil(N / 128), ceil(K / 128)] of each weight's blocks in a flat vector of all."""
+        parts = flat.split([math.prod(shard.grid) for shard in self.shards])
         return [
-            part.view(weight.grid)[:, : weight.groups]
-            for weight, part in zip(self.weights, parts, strict=True)
+            part.view(shard.grid)[:, : shard.num_block_columns]
+            for shard, part in zip(self.shards, parts, strict=True)
         ]

@@ -1,6 +1,7 @@
-"""A model laid out over a mesh, and what the trainer needs of that: local batches, summed gradients, one reduction, places.
+"""A model that is distributed over a mesh, as the trainer sees it.
 
-With one process everything here does nothing, so the trainer has one path.
+It splits batches, completes gradients, and reduces scalars. In a single process all of these are
+no-ops, so the trainer has one code path.
 """
 
 import math
@@ -22,26 +23,33 @@ from infir2.numerics.weight_cache import local_tensor
 from infir2.parallel.collectives import all_gather_raw
 from infir2.parallel.context import ContextParallel, pad_batch
 from infir2.parallel.fsdp import exported_shards, shard_module
-from infir2.parallel.mesh import Layout, Sizes, Split
+from infir2.parallel.mesh import Layout, Sizes, TensorShard
 from infir2.parallel.ranks import Ranks
 from infir2.parallel.shard_spec import ShardSpec
-from infir2.parallel.tensor import share_blocks, split_layers
+from infir2.parallel.tensor import parallelize_blocks, shard_layers
 
 
 class ParallelModel:
-    """`model` on this process's place of `layout`. Every rank constructs it at the same point, with the same whole model."""
+    """Shards `model` in place over `layout`.
+
+    Every rank constructs it at the same point, with the same unsharded model.
+
+    Attributes:
+        tensor_shards: tensor-parallel shard of each parameter; empty without tensor parallelism.
+        shard_specs: this rank's shard of each parameter in the global tensor.
+    """
 
     def __init__(self, model: Decoder, layout: Layout) -> None:
         self.model, self.layout, self.ranks = model, layout, layout.ranks
-        self.splits: dict[str, Split] = {}
-        self._fsdp: Any = model  # what FSDP2 makes of the model has more methods
-        self._context: ContextParallel | None = None
+        self.tensor_shards: dict[str, TensorShard] = {}
+        self._fsdp: Any = model  # fully_shard adds methods to the model
+        self._context_parallel: ContextParallel | None = None
         if layout.sizes.cp > 1:
-            self._context = ContextParallel(layout, model.plan_attention)
+            self._context_parallel = ContextParallel(layout, model.plan_attention)
         if layout.sizes.tp > 1:
-            self.splits = split_layers(model, layout)
+            self.tensor_shards = shard_layers(model, layout)
         if layout.sizes.tp * layout.sizes.cp > 1:
-            share_blocks(model, layout, self.splits, self._context)
+            parallelize_blocks(model, layout, self.tensor_shards, self._context_parallel)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if layout.shard_mesh is not None:
             shard_module(
@@ -53,28 +61,29 @@ class ParallelModel:
             )
         self.shard_specs = {name: self._shard_spec(name, shape) for name, shape in shapes.items()}
 
-    def local(self, batch: Batch) -> Batch:
-        """What this rank computes of a micro-batch: `token_ids` that it attends with, `labels` and masks of the rows it scores.
+    def local_batch(self, batch: Batch) -> Batch:
+        """This rank's part of a micro-batch.
 
-        With context parallelism, the forward of this batch has to come before the next `local`.
+        Context parallelism splits all tokens. Tensor parallelism splits labels, masks and other
+        inputs of the loss; its ranks attend to the same `token_ids`. Run the forward of this batch
+        before the next call, which replaces the plan of its attention.
         """
-        if self._context:
-            batch = self._context.split(pad_batch(batch, self._context.multiple))
+        if self._context_parallel:
+            batch = self._context_parallel.split(pad_batch(batch, self._context_parallel.multiple))
         elif self.layout.sizes.tp > 1:
             batch = pad_batch(batch, math.lcm(GROUP, self.layout.sizes.tp))
         if self.layout.sizes.tp == 1:
             return batch
-        share = self.layout.tp_share
-        token_inputs = {name: share(values) for name, values in batch.token_inputs.items()}
+        shard = self.layout.tp_shard
         return replace(
             batch,
-            labels=share(batch.labels),
-            loss_mask=share(batch.loss_mask),
-            token_inputs=token_inputs,
+            labels=shard(batch.labels),
+            loss_mask=shard(batch.loss_mask),
+            token_inputs={name: shard(values) for name, values in batch.token_inputs.items()},
         )
 
-    def sum_of_batch(self, values: Tensor) -> Tensor:
-        """`values`, one per token of a micro-batch as it came, from the ranks that share it: each scored other tokens."""
+    def all_reduce_over_batch(self, values: Tensor) -> Tensor:
+        """Sum `values` over the ranks that share a micro-batch, in place."""
         for group in (self.layout.tp_group, self.layout.cp_group):
             if group is not None:
                 dist.all_reduce(values, group=group)
@@ -82,48 +91,53 @@ class ParallelModel:
 
     @torch.no_grad()
     def exported(self) -> Iterator[tuple[str, Tensor]]:
-        """`exported_fp8_weights` of the whole model: on every rank the bytes of one process, one parameter at a time.
+        """Yield the global weights, as `exported_fp8_weights` of a single process.
 
-        Every rank has to go through all of it.
+        They have the same bytes on every rank. Gathers one parameter at a time; every rank must
+        exhaust the iterator.
         """
-        parts = (
+        weights = (
             exported_fp8_weights(self.model)
             if self.layout.shard_mesh is None
             else exported_shards(self.model)
         )
-        for name, part in parts:
-            split = self.splits.get(name.removesuffix(SCALE_SUFFIX), Split())
-            if split.count > 1:
-                everyone = all_gather_raw(
-                    part.contiguous().view(torch.uint8), self.layout.tp_group
-                ).chunk(self.layout.sizes.tp)
-                part = torch.cat(everyone[:: split.copies], dim=split.dim).view(part.dtype)
-            yield name, part
+        for name, weight in weights:
+            shard = self.tensor_shards.get(name.removesuffix(SCALE_SUFFIX), TensorShard())
+            if shard.count > 1:
+                raw = weight.contiguous().view(torch.uint8)
+                by_rank = all_gather_raw(raw, self.layout.tp_group).chunk(self.layout.sizes.tp)
+                distinct = by_rank[:: shard.copies]
+                weight = torch.cat(distinct, dim=shard.dim).view(weight.dtype)
+            yield name, weight
 
-    def before_backward(self, last: bool) -> None:
-        """Replicas exchange gradients after the last micro-batch of a step; shards after each, in FP32."""
+    def before_backward(self, is_last: bool) -> None:
+        """Call before the backward of each micro-batch of a step.
+
+        Shards reduce-scatter gradients after each micro-batch, in FP32; replicas all-reduce them
+        only after the last one.
+        """
         if self.layout.shard_mesh is not None:
-            self._fsdp.set_requires_all_reduce(last)
+            self._fsdp.set_requires_all_reduce(is_last)
 
-    def release(self) -> None:
-        """Free what a forward without a backward left gathered."""
+    def reshard(self) -> None:
+        """Free weights that a forward without a backward left gathered."""
         if self.layout.shard_mesh is not None:
             self._fsdp.reshard()
 
     def finish_gradients(self) -> None:
-        """Sum gradients of parameters that several tensor-parallel ranks hold whole, in one collective per group."""
+        """All-reduce gradients of parameters that several tp ranks hold, once per group."""
         by_group: dict[Any, list[Tensor]] = defaultdict(list)
         for name, parameter in self.model.named_parameters():
-            split = self.splits.get(name)
-            if split and split.group is not None and parameter.grad is not None:
-                by_group[split.group].append(local_tensor(parameter.grad))
+            shard = self.tensor_shards.get(name)
+            if shard and shard.group is not None and parameter.grad is not None:
+                by_group[shard.group].append(local_tensor(parameter.grad))
         for group, gradients in by_group.items():
             flat = _flatten_dense_tensors(gradients)
             dist.all_reduce(flat, group=group)
             torch._foreach_copy_(gradients, _unflatten_dense_tensors(flat, gradients))
 
     def gradients(self) -> list[Tensor]:
-        """This rank's parts of all gradients."""
+        """The local shards of all gradients."""
         return [
             local_tensor(parameter.grad)
             for parameter in self.model.parameters()
@@ -131,11 +145,15 @@ class ParallelModel:
         ]
 
     def squared_norm(self) -> Tensor:
-        """This rank's share of the squared norm of the gradient, FP64: the sum over all ranks counts every part once."""
+        """This rank's summand of the squared gradient norm, FP64 [].
+
+        Shards that several ranks hold are divided by their number of copies, so that the sum over
+        all ranks counts each once.
+        """
         by_copies: dict[int, list[Tensor]] = defaultdict(list)
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
-                copies = self.splits[name].copies if self.splits else 1
+                copies = self.tensor_shards[name].copies if self.tensor_shards else 1
                 by_copies[copies * self.layout.sizes.dp_replicate].append(
                     local_tensor(parameter.grad)
                 )
@@ -143,30 +161,31 @@ class ParallelModel:
             torch.nn.utils.get_total_norm(gradients).double().square() / copies
             for copies, gradients in by_copies.items()
         ]
-        return torch.stack(
-            [torch.zeros((), dtype=torch.float64, device=self.layout.device), *norms]
-        ).sum()
+        zero = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        return torch.stack([zero, *norms]).sum()
 
-    def total(self, values: Tensor) -> Tensor:
-        """Sum of FP64 `values` over all ranks; nothing waits for it."""
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum FP64 `values` over all ranks, in place; on a GPU the host does not wait."""
         if self.ranks.size > 1:
             dist.all_reduce(values)
         return values
 
     def _shard_spec(self, name: str, shape: tuple[int, ...]) -> ShardSpec:
-        """`shape` is that of one tensor-parallel rank; FSDP2 cuts its rows into equal chunks, the last ones short or empty."""
-        layout, split = self.layout, self.splits.get(name, Split())
-        num_shards = layout.sizes.num_shards
-        rows = -(-shape[0] // num_shards)
-        first = min(layout.shard_rank * rows, shape[0])
-        size = (min(rows, shape[0] - first), *shape[1:])
-        whole, offset = list(shape), [first] + [0] * (len(shape) - 1)
-        offset[split.dim] += split.index * shape[split.dim]
-        whole[split.dim] *= split.count
-        owned = layout.replica == 0 and split.first and size[0] > 0
-        return ShardSpec(tuple(whole), tuple(offset), size, owned)
+        """The spec of a parameter whose tensor-parallel shard has `shape`.
+
+        FSDP2 divides rows into chunks of ceil(rows / num_shards); the last may be short or empty.
+        """
+        layout, shard = self.layout, self.tensor_shards.get(name, TensorShard())
+        chunk_rows = -(-shape[0] // layout.sizes.num_shards)
+        first = min(layout.shard_rank * chunk_rows, shape[0])
+        local_shape = (min(chunk_rows, shape[0] - first), *shape[1:])
+        global_shape, offset = list(shape), [first] + [0] * (len(shape) - 1)
+        offset[shard.dim] += shard.index * shape[shard.dim]
+        global_shape[shard.dim] *= shard.count
+        owned = layout.replica == 0 and shard.is_first_copy and local_shape[0] > 0
+        return ShardSpec(tuple(global_shape), tuple(offset), local_shape, owned)
 
 
 def single_process(model: Decoder) -> ParallelModel:
-    """The model in one process."""
+    """A `ParallelModel` of one rank."""
     return ParallelModel(model, Layout(Sizes(), Ranks(), model.head_weight.device))

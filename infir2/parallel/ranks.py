@@ -1,6 +1,7 @@
-"""The processes of one run: who they are, and the few words they exchange outside of tensors.
+"""The ranks of one run, and the Python objects that they exchange.
 
-A `Ranks` of one does nothing and needs no process group, so callers never ask how many there are.
+In a single process every method returns at once and needs no process group, so callers need no
+special case.
 """
 
 import os
@@ -16,89 +17,107 @@ from infir2.errors import UserError
 
 Value = TypeVar("Value")
 _POLL_SECONDS = 0.01
-_NO_LIMIT = timedelta(days=365)
+_NO_TIMEOUT = timedelta(days=365)
 
 
 class Ranks:
-    """Rank and size of this process's run, and objects passed between its ranks over gloo.
+    """This process's rank, the number of ranks, and collectives over Python objects (gloo).
 
-    `group`: the process group of these exchanges, None for one process.
-    Example: `ranks.broadcast_from_rank0(lambda: read_newest())` runs on rank 0 and gives every rank its result, or its UserError.
+    Every rank calls each collective at the same point.
+
+    Example: `ranks.broadcast_from_rank0(read_newest)` calls `read_newest()` on rank 0 only and
+    returns its result on every rank.
+
+    Args:
+        rank: of this process.
+        size: number of ranks.
+        group: process group of the collectives; None in a single process.
+        no_timeout_group: process group of `raise_together` with `on_wait`.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, group: Any = None, patient: Any = None
+        self, rank: int = 0, size: int = 1, group: Any = None, no_timeout_group: Any = None
     ) -> None:
-        self.rank, self.size, self.group, self._patient = rank, size, group, patient
+        self.rank, self.size, self.group = rank, size, group
+        self._no_timeout_group = no_timeout_group
 
     @property
     def is_rank0(self) -> bool:
         return self.rank == 0
 
-    def fork(self) -> "Ranks":
-        """The same ranks over a channel of their own, for another thread. Every rank calls this at the same point."""
-        return (
-            Ranks(self.rank, self.size, dist.new_group(backend="gloo")) if self.size > 1 else self
-        )
+    def with_new_group(self) -> "Ranks":
+        """The same ranks with a new process group, for collectives of another thread."""
+        if self.size == 1:
+            return self
+        return Ranks(self.rank, self.size, dist.new_group(backend="gloo"))
 
     def all_gather(self, value: Value) -> list[Value]:
-        """Every rank's value, by rank, on every rank."""
+        """The values of all ranks, in the order of ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def broadcast_from_rank0(self, work: Callable[[], Value]) -> Value:
-        """`work()` of rank 0, on every rank. Raises its UserError or OSError on every rank."""
+    def broadcast_from_rank0(self, fn: Callable[[], Value]) -> Value:
+        """Call `fn` on rank 0 and return its result on every rank.
+
+        A UserError or OSError of rank 0 is raised on every rank.
+        """
         if self.size == 1:
-            return work()
-        box: list[Any] = [None]
+            return fn()
+        outcome: list[Any] = [None]
         if self.is_rank0:
             try:
-                box = [(work(), None)]
+                outcome = [(fn(), None)]
             except (UserError, OSError) as error:
-                box = [(None, error)]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        value, failure = box[0]
+                outcome = [(None, error)]
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        value, failure = outcome[0]
+        if isinstance(failure, UserError):
+            failure.on_all_ranks()
         if failure is not None:
-            if isinstance(failure, UserError):
-                failure.reported_by_rank0 = True
             raise failure
         return value
 
     def raise_together(
-        self, work: Callable[[], Value], waiting: Callable[[], None] | None = None
+        self, fn: Callable[[], Value], on_wait: Callable[[], None] | None = None
     ) -> Value:
-        """`work()` on every rank; where one raises a UserError or an OSError, every rank raises (its own, else the first).
+        """Call `fn` on every rank; if it fails on one, raise on every rank.
 
-        With `waiting`, called all the time, a rank that has finished waits for the others without a limit.
+        A rank raises its own UserError or OSError, or else that of the lowest rank that failed.
+        With `on_wait`, a rank that has finished waits for the others without a timeout, and calls
+        `on_wait()` repeatedly meanwhile.
         """
         if self.size == 1:
-            return work()
-        value, mine = None, None
+            return fn()
+        value, own_error = None, None
         try:
-            value = work()
+            value = fn()
         except (UserError, OSError) as error:
-            mine = error
-        if waiting:
-            met = dist.barrier(self._patient, async_op=True)
-            while not met.is_completed():
-                waiting()
-                time.sleep(_POLL_SECONDS)
-            met.wait()  # raises if a rank is gone
-        errors = [error for error in self.all_gather(mine) if error is not None]
+            own_error = error
+        if on_wait:
+            self._wait_for_all(on_wait)
+        errors = [error for error in self.all_gather(own_error) if error is not None]
         if errors:
-            if mine is None and isinstance(errors[0], UserError):
-                errors[0].reported_by_rank0 = True
-            raise mine or errors[0]
+            if own_error is None and isinstance(errors[0], UserError):
+                errors[0].on_all_ranks()
+            raise own_error or errors[0]
         return value  # type: ignore[return-value]
+
+    def _wait_for_all(self, on_wait: Callable[[], None]) -> None:
+        barrier = dist.barrier(self._no_timeout_group, async_op=True)
+        while not barrier.is_completed():
+            on_wait()
+            time.sleep(_POLL_SECONDS)
+        barrier.wait()  # raises if a rank has died
 
 
 def init_ranks(device: torch.device, timeout_seconds: float) -> Ranks:
-    """This process's team, from the variables that torchrun sets; without them, or with one process, a team of one.
+    """Initialize torch.distributed from the variables that torchrun sets; call `shutdown_ranks`.
 
-    A collective that waits longer than `timeout_seconds` for a rank raises. Call `shutdown_ranks` when done.
+    Without these variables, or with one process, there is no process group. A collective raises
+    when it waits longer than `timeout_seconds` for another rank.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -112,10 +131,11 @@ def init_ranks(device: torch.device, timeout_seconds: float) -> Ranks:
         dist.get_rank(),
         size,
         dist.new_group(backend="gloo"),
-        dist.new_group(backend="gloo", timeout=_NO_LIMIT),
+        dist.new_group(backend="gloo", timeout=_NO_TIMEOUT),
     )
 
 
 def shutdown_ranks() -> None:
+    """Destroy the process groups of `init_ranks`, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -172,7 +172,7 @@ def with_trainer_logprobs(trainer: Trainer, batch: Batch, temperature: float) ->
     return replace(
         batch,
         token_inputs=batch.token_inputs
-        | {"trainer_logprobs": trainer.parallel_model.sum_of_batch(values).cpu()},
+        | {"trainer_logprobs": trainer.parallel_model.all_reduce_over_batch(values).cpu()},
     )
 
 

@@ -102,7 +102,9 @@ class Session:
         self.ranks = init_ranks(device, timeout)
         self.watch = Watchdog(self.ranks.rank, timeout) if self.ranks.size > 1 else None
         self.layout = Layout(self._sizes, self.ranks, device)
-        own_channel = self.ranks.fork()  # a save in the background talks while training does
+        own_channel = (
+            self.ranks.with_new_group()
+        )  # a save in the background talks while training does
         self.store = self.ranks.raise_together(
             lambda: Store(self.dir, self.recipe.checkpoint.keep, self._warn, own_channel)
         )
@@ -288,7 +290,7 @@ class Session:
     def beat(self, phase: str = "") -> None:
         """A sign of life of this rank, and what begins."""
         if self.watch:
-            self.watch.beat(phase or self.watch.phase)
+            self.watch.heartbeat(phase or self.watch.phase)
 
     def __exit__(
         self,

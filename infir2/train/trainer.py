@@ -144,9 +144,12 @@ class Trainer:
     ) -> TokenScores:
         """Scores, in stream order, of those trained tokens of the batch that this rank computes."""
         scores = self._score(
-            self.parallel_model.local(batch), temperature, with_entropy, uniform_gradient=False
+            self.parallel_model.local_batch(batch),
+            temperature,
+            with_entropy,
+            uniform_gradient=False,
         )
-        self.parallel_model.release()
+        self.parallel_model.reshard()
         return scores
 
     @torch.no_grad()
@@ -160,7 +163,7 @@ class Trainer:
                 sums -= torch.stack(
                     [logprobs.sum(dtype=torch.float64), self._number(-len(logprobs))]
                 )
-        loss_sum, num_tokens = self.parallel_model.total(sums).tolist()
+        loss_sum, num_tokens = self.parallel_model.all_reduce(sums).tolist()
         return loss_sum / max(1, num_tokens)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -190,7 +193,7 @@ class Trainer:
 
     def _reduce_trained_tokens(self, batches: Sequence[Batch]) -> Tensor:
         """all_reduce of the number of trained tokens, [] FP64."""
-        return self.parallel_model.total(
+        return self.parallel_model.all_reduce(
             self._number(self._counted * sum(batch.num_trained_tokens for batch in batches))
         )
 
@@ -204,9 +207,9 @@ class Trainer:
             # With several ranks, a batch without trained tokens still joins the collectives.
             if batch.num_trained_tokens == 0 and self.parallel_model.ranks.size == 1:
                 continue
-            self.parallel_model.before_backward(last=number == len(batches))
+            self.parallel_model.before_backward(is_last=number == len(batches))
             scores = self._score(
-                self.parallel_model.local(batch),
+                self.parallel_model.local_batch(batch),
                 temperature,
                 loss.needs_entropy,
                 loss.uniform_gradient,
@@ -237,7 +240,9 @@ class Trainer:
             "sigint": self._number(stop == signal.SIGINT),
             "nonfinite_blocks": nonfinite_blocks.take(self._device).double(),
         }
-        total = self.parallel_model.total(torch.stack([*local.values(), *metric_sums.values()]))
+        total = self.parallel_model.all_reduce(
+            torch.stack([*local.values(), *metric_sums.values()])
+        )
         # tolist() is the step's only point where the host waits for the device.
         *sums, trained = torch.cat([total, trained_tokens[None]]).tolist()
         values = dict(zip(local, sums, strict=False)) | {"trained_tokens": trained}

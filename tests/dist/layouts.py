@@ -139,7 +139,7 @@ def compare(ranks: Ranks, sizes: Sizes, kind: str, **other: Any) -> dict[str, An
     parts = [(gradients[name], wanted[name][shard_specs[name]]) for name in named]
     same = []
     for name, got in seen.items():
-        split = parallel_model.splits.get(f"{name}.weight")
+        split = parallel_model.tensor_shards.get(f"{name}.weight")
         whole = codes[name] if split is None else codes[name].chunk(split.count, split.dim)[split.index]
         same.append(torch.equal(got, whole))
     return {

@@ -250,11 +250,11 @@ def test_f8_sigterm_on_one_rank_in_an_evaluation_ends_all_there(
 @pytest.mark.parametrize(("pause", "code"), [(2.5, 0), (9.0, 71)])
 def test_the_watchdog_lets_a_collective_fail_first(pause: float, code: int) -> None:
     """A rank that waits for a hanging one has the same time limit there, and says more."""
-    program = f"import time; from infir2.parallel.watchdog import Watchdog; Watchdog(1, 1.0).beat('step 7'); time.sleep({pause})"
+    program = f"import time; from infir2.parallel.watchdog import Watchdog; Watchdog(1, 1.0).heartbeat('step 7'); time.sleep({pause})"
     process = begin([sys.executable, "-c", program])
     _, said = process.communicate(timeout=60)
     assert process.returncode == code
-    assert ("rank 1 gave no sign of life for 1 s in step 7" in said) == bool(code)
+    assert ("rank 1 sent no heartbeat for 1 s in step 7" in said) == bool(code)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(
         "kill": "(SIGKILL)",
         "exit": "exitcode  : 1 ",
         "enospc": "rank 1 failed in step 2: OSError",
-        "hang": "rank 1 gave no sign of life for 15 s in step 2",
+        "hang": "rank 1 sent no heartbeat for 15 s in step 2",
     }
     action = faults.rpartition(":")[2]
     assert struck[action] in said

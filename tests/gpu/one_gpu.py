@@ -26,7 +26,7 @@ from infir2.parallel.context import ContextParallel
 from infir2.parallel.mesh import Layout, Sizes
 from infir2.parallel.parallel_model import ParallelModel
 from infir2.parallel.ranks import Ranks
-from infir2.parallel.tensor import share_blocks, split_layers
+from infir2.parallel.tensor import parallelize_blocks, shard_layers
 from infir2.train.losses import next_token_loss
 from infir2.train.optimizer import make_optimizer
 from infir2.train.trainer import Trainer
@@ -108,11 +108,13 @@ def make_split(fp8: bool, kind: str) -> Trainer:
     group, context = init_device_mesh("cuda", (1,)).get_group(), None
     if kind == "tp":
         layout.tp_group = group
-        parallel_model.splits = split_layers(trainer.model, layout)
+        parallel_model.tensor_shards = shard_layers(trainer.model, layout)
     else:
         layout.cp_group = group
-        context = parallel_model._context = ContextParallel(layout, trainer.model.plan_attention)
-    share_blocks(trainer.model, layout, parallel_model.splits, context)
+        context = parallel_model._context_parallel = ContextParallel(
+            layout, trainer.model.plan_attention
+        )
+    parallelize_blocks(trainer.model, layout, parallel_model.tensor_shards, context)
     # Splitting replaced parameters, so the optimizer is built again.
     trainer.optimizer = make_optimizer(trainer.model, OptimizerSection())
     return trainer

@@ -11,7 +11,7 @@ from infir2.errors import ConfigError
 from infir2.model import ModelConfig
 from infir2.model.attention import PackedAttention
 from infir2.model.padding import plan_packing
-from infir2.parallel.context import Cut, attend_to_prefix, cuts_of, rows_of
+from infir2.parallel.context import Continuation, attend_to_prefix, local_sequences, local_tokens
 from infir2.parallel.mesh import Sizes, check_model, plan_sizes
 
 QWEN_1_5B = ModelConfig(
@@ -66,13 +66,16 @@ def test_tensor_parallel_sizes_that_the_model_does_not_take() -> None:
 
 
 def test_every_row_is_held_once_and_a_cut_document_finds_its_keys() -> None:
-    assert torch.cat([rows_of(rank, 2, 16) for rank in range(2)]).sort().values.tolist() == list(
-        range(16)
-    )
-    assert rows_of(0, 2, 16).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert torch.cat(
+        [local_tokens(rank, 2, 16) for rank in range(2)]
+    ).sort().values.tolist() == list(range(16))
+    assert local_tokens(0, 2, 16).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
     bounds = [0, 6, 16]
-    assert cuts_of(0, 2, bounds) == ([0, 4, 8], [Cut(4, 8, 6, 16)])
-    assert cuts_of(1, 2, bounds) == ([0, 2, 4, 8], [Cut(0, 2, 0, 6), Cut(4, 8, 6, 12)])
+    assert local_sequences(0, 2, bounds) == ([0, 4, 8], [Continuation(4, 8, 6, 16)])
+    assert local_sequences(1, 2, bounds) == (
+        [0, 2, 4, 8],
+        [Continuation(0, 2, 0, 6), Continuation(4, 8, 6, 12)],
+    )
 
 
 def test_the_end_of_a_sequence_attends_as_in_the_whole() -> None:
