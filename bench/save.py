@@ -170,7 +170,7 @@ def large(directory: Path, billions: float, rounds: int) -> list[str]:
     verified = time.perf_counter() - began
     loaded = checkpoint.tensors()
     for name, tensor in tensors.items():
-        loaded.read(name, unsharded(tensor.shape), tensor)
+        loaded.read_into(name, unsharded(tensor.shape), tensor)
     resumed = time.perf_counter() - began
     return [
         f"{billions:g} B: {num_bytes / GIB:.1f} GiB, rates in GiB/s;"

@@ -1,3 +1,3 @@
-"""The checkpoints of a run directory."""
+"""The run directory: checkpoints, its lock and its metrics."""
 
 from infir2.checkpoint.store import Checkpoint, Store, open_checkpoint

@@ -1,4 +1,4 @@
-"""Saving while training goes on: from a copy, one save at a time."""
+"""Saving in a background thread, from a copy of the tensors, while training continues."""
 
 import threading
 import time
@@ -13,10 +13,11 @@ SaveFunction = Callable[[int, Mapping[str, Tensor], Mapping[str, Any]], object]
 
 
 class BackgroundSaver:
-    """Calls `save` (that of a `Store`) in a thread, with copies in host memory that are used again by the next save.
+    """Calls `save` (`Store.save`) in a thread; one save at a time.
 
-    Nothing may change a tensor before `await_copy` has returned: the trainer calls it right before its update, so the copy
-    is made during the next step's forward and backward, and sees one version of everything.
+    The thread copies the tensors to host memory, which the next save reuses. Nothing may change a
+    tensor before `await_copy` returns. The trainer calls it right before the optimizer step, so
+    the copy overlaps with forward and backward of the next step.
     """
 
     def __init__(self, save: SaveFunction) -> None:
@@ -29,19 +30,19 @@ class BackgroundSaver:
     def start(
         self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
     ) -> Future[float]:
-        """Begin a save; the future has the time (monotonic) when it was published, or its error.
+        """Start a save. The future returns the time (time.monotonic) of its end, or its error.
 
-        The caller has waited for the one before, and changes `state` no more.
+        The previous save must be finished, and the caller may not change `state` afterwards.
         """
         self._copied.clear()
-        return self._thread.submit(self._run, step, dict(tensors), state, _side_stream(tensors))
+        return self._thread.submit(self._run, step, dict(tensors), state, _copy_stream(tensors))
 
     def await_copy(self) -> None:
-        """Return when the tensors may change."""
+        """Block until the tensors may be changed."""
         self._copied.wait()
 
     def close(self) -> None:
-        """Wait for the save in flight."""
+        """Wait for a running save."""
         self._thread.shutdown()
 
     def _run(
@@ -53,25 +54,29 @@ class BackgroundSaver:
     ) -> float:
         try:
             with torch.no_grad(), torch.cuda.stream(stream):
-                for name, tensor in tensors.items():
-                    copy = self._copies.get(name)
-                    if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                        copy = self._copies[name] = torch.empty_like(
-                            tensor, device="cpu", pin_memory=tensor.is_cuda
-                        )
-                    copy.copy_(tensor, non_blocking=True)
+                self._copy(tensors)
                 if stream is not None:
                     stream.synchronize()
-            for name in self._copies.keys() - tensors.keys():
-                del self._copies[name]
         finally:
             self._copied.set()
         self._save(step, self._copies, state)
         return time.monotonic()
 
+    def _copy(self, tensors: dict[str, Tensor]) -> None:
+        """Enqueue copies to host memory; allocate it only for new names, shapes and dtypes."""
+        for name, tensor in tensors.items():
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = self._copies[name] = torch.empty_like(
+                    tensor, device="cpu", pin_memory=tensor.is_cuda
+                )
+            copy.copy_(tensor, non_blocking=True)
+        for name in self._copies.keys() - tensors.keys():
+            del self._copies[name]
 
-def _side_stream(tensors: Mapping[str, Tensor]) -> "torch.cuda.Stream | None":
-    """A stream for the copies that begins after what the step has queued; None without a GPU."""
+
+def _copy_stream(tensors: Mapping[str, Tensor]) -> "torch.cuda.Stream | None":
+    """A stream that waits for the work that is enqueued now; None without a GPU."""
     device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
     if device is None:
         return None

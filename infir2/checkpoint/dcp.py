@@ -1,8 +1,12 @@
-"""Tensors in the format of torch's distributed checkpoints (DCP): written as a stream by any number of processes, read lazily.
+"""Tensors in torch's distributed checkpoint format (DCP), written as a stream and read lazily.
 
-Each rank writes its parts, in pieces of whole rows, to files `__RANK_N.distcp`, and rank 0 a pickled `.metadata` that says where
-each piece lies in its tensor; torch's own tools read the directory. One piece per file that is being written is copied to the host,
-each byte is hashed on its way out, and every file is synced. Nothing is unpickled but by an allow-list, and payloads as weights only.
+Each rank writes its shards, in pieces of full rows, to files `__RANK_N.distcp`. Rank 0 writes the
+pickled index `.metadata`: the file and offset of each piece, and its rectangle in the global
+tensor. torch's own tools can read the directory.
+
+Only one piece per open file is copied to the host at a time. Every byte is hashed while it is
+written, and every file is synced. `.metadata` is unpickled with an allow-list (pickles.py), the
+pieces by torch.load with weights_only=True.
 """
 
 import itertools
@@ -38,7 +42,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils.serialization import config as serialization
 
-from infir2.checkpoint.manifest import METADATA, FileEntry, HashedFile, removed, write_file
+from infir2.checkpoint.manifest import (
+    METADATA,
+    FileEntry,
+    HashedFile,
+    removed_message,
+    write_hashed,
+)
 from infir2.checkpoint.pickles import AllowListUnpickler, ForeignUnpickler, read_pickle
 from infir2.errors import CheckpointError
 from infir2.faults import fault
@@ -57,13 +67,14 @@ def save_tensors(
     ranks: Ranks,
     on_bytes: Callable[[int], None],
 ) -> dict[str, FileEntry]:
-    """Write this rank's tensors, whole where they have no spec; every rank calls this at the same point.
+    """Write this rank's tensors; every rank calls this at the same point.
 
-    Returns the entries of the files that this rank has written. Where a rank fails, every rank raises, its own error or the first.
+    A tensor without a shard spec is unsharded. `on_bytes` receives the size of each piece that is
+    written. Returns the entries of this rank's files. If a rank fails, every rank raises: its own
+    error, or that of the lowest rank that failed.
     """
-    warnings.filterwarnings(
-        "ignore", "torch.distributed is disabled", UserWarning
-    )  # one process is nothing to warn of
+    # torch warns when there is no process group.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     writer = _Writer(directory)
     planner = _SavePlanner(tensors, shard_specs, on_bytes)
     try:
@@ -109,7 +120,10 @@ class _SavePlanner(dcp.DefaultSavePlanner):
         return SavePlan(items)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The piece on the host in a storage that holds nothing else, as torch.save writes storages; often without a copy."""
+        """The piece on the host, in a storage of its own size, because torch.save writes storages.
+
+        A piece that is contiguous on a CPU is not copied.
+        """
         piece, _ = self._pieces[write_item.index]
         self._on_bytes(piece.nbytes)
         if not piece.numel():
@@ -121,9 +135,12 @@ class _SavePlanner(dcp.DefaultSavePlanner):
 def _cut(
     name: str, tensor: Tensor, spec: ShardSpec | None
 ) -> Iterator[tuple[MetadataIndex, Tensor, ShardSpec]]:
-    """Views of whole rows, `PIECE_BYTES` at most unless a row has more, and where they begin in the whole tensor."""
+    """Yield (index with the offset in the global tensor, view of the rows, spec of the tensor).
+
+    A piece has at least one row and otherwise at most `PIECE_BYTES`.
+    """
     spec, tensor = spec or unsharded(tensor.shape), tensor.detach()
-    assert spec.local_shape == tuple(tensor.shape), f"'{name}' is not the part that its spec says"
+    assert spec.local_shape == tuple(tensor.shape), f"'{name}' does not have the shape of its spec"
     rows = max(1, PIECE_BYTES * len(tensor) // max(1, tensor.nbytes)) if tensor.ndim else 1
     for number, piece in enumerate(tensor.split(rows) if tensor.ndim else [tensor]):
         offset = (spec.offset[0] + number * rows, *spec.offset[1:]) if tensor.ndim else ()
@@ -131,9 +148,9 @@ def _cut(
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Files of about `FILE_BYTES`, `WRITERS` at a time, whose sizes and hashes are in `files` afterwards.
+    """Writes files of about `FILE_BYTES` in `WRITERS` threads; `files` has their entries.
 
-    torch's own writer would put a rank's parts into one file, or lose the error of a thread.
+    torch's own writer either writes one file per rank, or loses the error of a thread.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -145,9 +162,8 @@ class _Writer(dcp.FileSystemWriter):
         def write(number: int, items: list[WriteItem]) -> list[WriteResult]:
             return self._write_file(f"{plan.storage_data.prefix}{number}.distcp", items, planner)
 
-        with ThreadPoolExecutor(
-            WRITERS
-        ) as pool:  # hashing and writing let go of the interpreter's lock
+        # Hashing and writing release the interpreter's lock.
+        with ThreadPoolExecutor(WRITERS) as pool:
             results = list(pool.map(write, itertools.count(), _files(plan.items)))
         done: Future[list[WriteResult]] = Future()
         done.set_result(list(itertools.chain(*results)))
@@ -158,12 +174,12 @@ class _Writer(dcp.FileSystemWriter):
     ) -> list[WriteResult]:
         fault("save.before_shard")
         results = []
-        # no CRC-32 either: SHA-256 says more; the setting is this thread's
+        # CRC-32 would be redundant to SHA-256; the setting is local to this thread.
         with (
             HashedFile(self._directory / name) as file,
             serialization.patch("save.compute_crc32", False),  # type: ignore[attr-defined]
         ):
-            stream: Any = file  # all that torch.save asks for
+            stream: Any = file  # has the methods that torch.save calls
             for item in items:
                 start = file.size
                 torch.save(planner.resolve_data(item), stream)
@@ -181,11 +197,11 @@ class _Writer(dcp.FileSystemWriter):
             result.index: result.storage_data for part in results for result in part
         }
         metadata.version = CURRENT_DCP_VERSION
-        self.files[METADATA] = write_file(self._directory / METADATA, pickle.dumps(metadata))
+        self.files[METADATA] = write_hashed(self._directory / METADATA, pickle.dumps(metadata))
 
 
 def _files(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
-    """The items, in order, in groups of at most `FILE_BYTES` (a larger one is alone)."""
+    """Yield the items, in order, in groups of at most `FILE_BYTES`, or of one larger item."""
     group: list[WriteItem] = []
     size = 0
     for item in items:
@@ -203,11 +219,17 @@ def _files(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
 
 
 class DcpTensors(Mapping[str, Tensor]):
-    """The tensors of a directory by name, each read, whole or in part, when asked for.
+    """The tensors of a directory by name; each is read when it is accessed.
 
-    `foreign`: written by another program (Megatron), whose `.metadata` asks for more classes.
-    Raises CheckpointError for a `.metadata` that is damaged, asks for a class it should not, or names a file elsewhere.
     Example: `DcpTensors(run / "checkpoints/step-20")["parameters/model.norm.weight"]`.
+
+    Args:
+        path: the directory.
+        foreign: it was written by another program (Megatron), whose `.metadata` needs more classes.
+
+    Raises:
+        CheckpointError: `.metadata` is damaged, names a class that is not allowed, or a file
+            outside the directory.
     """
 
     def __init__(self, path: Path, foreign: bool = False) -> None:
@@ -224,7 +246,7 @@ class DcpTensors(Mapping[str, Tensor]):
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.part(name, unsharded(self._entries[name].size))
+        return self.read_shard(name, unsharded(self._entries[name].size))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -236,59 +258,61 @@ class DcpTensors(Mapping[str, Tensor]):
         return len(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor without reading it."""
+        """Global shape of a tensor, without reading it."""
         return tuple(self._entries[name].size)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._entries[name].properties.dtype
 
-    def part(self, name: str, spec: ShardSpec) -> Tensor:
-        """The rectangle of a tensor that `spec` names; raises as `read`."""
+    def read_shard(self, name: str, spec: ShardSpec) -> Tensor:
+        """Read the rectangle `spec` of a tensor: [*spec.local_shape]; raises as `read_into`."""
         entry = self._entry(name)
         num_bytes = entry.size.numel() * entry.properties.dtype.itemsize
         if num_bytes > self._file_bytes:
             raise CheckpointError(
-                f"{self.path}: tensor '{name}' claims {num_bytes} bytes, more than all its files hold; it is refused."
+                f"{self.path}: tensor '{name}' claims {num_bytes} bytes, more than all its files "
+                "hold; it is refused."
             )
         tensor = torch.empty(spec.local_shape, dtype=entry.properties.dtype)
-        self.read(name, spec, tensor)
+        self.read_into(name, spec, tensor)
         return tensor
 
-    def read(self, name: str, spec: ShardSpec, out: Tensor) -> None:
-        """Read the rectangle that `spec` names into `out`; of the files, only pieces that have a share in it.
+    def read_into(self, name: str, spec: ShardSpec, out: Tensor) -> None:
+        """Read the rectangle `spec` of a tensor into `out`; reads only pieces that overlap it.
 
-        CheckpointError if the tensor is absent, has another shape or dtype, or cannot be read.
+        Raises CheckpointError if the tensor does not exist, has another global shape or dtype, or
+        cannot be read.
         """
         entry = self._entry(name)
         stored, wanted = (tuple(entry.size), entry.properties.dtype), (spec.global_shape, out.dtype)
         if stored != wanted:
             raise CheckpointError(
-                f"{self.path}: '{name}' is {list(stored[0])} {stored[1]}, and {list(wanted[0])} {wanted[1]} is needed."
+                f"{self.path}: '{name}' is {list(stored[0])} {stored[1]}, "
+                f"and {list(wanted[0])} {wanted[1]} is needed."
             )
         try:
             chunk = ChunkStorageMetadata(torch.Size(spec.offset), torch.Size(spec.local_shape))
             items = create_read_items_for_chunk_list(name, entry, [chunk])
-            found = sum(item.lengths.numel() for item in items)
-            if found != out.numel():
-                raise ValueError(f"its parts hold {found} of the {out.numel()} values asked for")
+            num_values = sum(item.lengths.numel() for item in items)
+            if num_values != out.numel():
+                raise ValueError(f"its pieces hold {num_values} of the {out.numel()} values")
             self._reader.read_data(LoadPlan(items), _LoadPlanner(out))
-        except Exception as error:  # whatever torch finds in a damaged file
+        except Exception as error:  # torch raises many types for a damaged file
             if not self.path.exists():
-                raise CheckpointError(removed(self.path)) from error
+                raise CheckpointError(removed_message(self.path)) from error
             raise CheckpointError(
-                f"{self.path}: tensor '{name}' cannot be read ({error}); a shard file is damaged or missing."
+                f"{self.path}: tensor '{name}' cannot be read ({error}); "
+                "a tensor file is damaged or missing."
             ) from error
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self._entries:
-            raise CheckpointError(
-                f"{self.path}: has no tensor '{name}', which the model calls for."
-            )
+            raise CheckpointError(f"{self.path}: has no tensor '{name}', which the model needs.")
         return self._entries[name]
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
-    """Everything read goes into one tensor."""
+    """Reads all items into one tensor."""
 
     def __init__(self, out: Tensor) -> None:
         super().__init__()
@@ -300,7 +324,7 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 def _read_metadata(path: Path, foreign: bool) -> Metadata:
     if not path.parent.exists():
-        raise CheckpointError(removed(path.parent))
+        raise CheckpointError(removed_message(path.parent))
     with path.open("rb") as file:
         metadata = read_pickle(file, path, ForeignUnpickler if foreign else AllowListUnpickler)
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
@@ -309,6 +333,7 @@ def _read_metadata(path: Path, foreign: bool) -> Metadata:
         name = str(info.relative_path) if isinstance(info, _StorageInfo) else ""
         if Path(name).name != name or name in ("", ".."):
             raise CheckpointError(
-                f"{path}: names the file '{name}', which is outside the checkpoint; it is refused."
+                f"{path}: names the file '{name}', which is outside the checkpoint; "
+                "the file is refused."
             )
     return metadata

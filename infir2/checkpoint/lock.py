@@ -1,7 +1,9 @@
-"""One job per run directory: `flock` on `.lock`, with host, pid and start time inside for the sentence that refuses.
+"""One job per run directory: `flock` on `.lock`, which holds host, pid and start time as JSON.
 
-The kernel drops a `flock` when its process dies, however it dies. Where a network file system does not carry `flock`
-between hosts, the file's time is the second evidence: a living holder touches it every few seconds.
+The kernel releases a `flock` when its process ends, however it ends. Some network file systems do
+not share `flock` between hosts, or keep the lock of a dead host for a while. For these, a holder
+updates the file's modification time every HEARTBEAT_SECONDS: a lock of another host is taken over
+only if no heartbeat arrives for WATCH_SECONDS.
 """
 
 import contextlib
@@ -19,20 +21,20 @@ from infir2.errors import OutputExistsError
 from infir2.files import disk_errors
 
 LOCK = ".lock"
-BEAT_SECONDS = 15.0
-WATCH_SECONDS = 25.0  # more than a beat, and what a busy host may be late with one
-STALE_SECONDS = 90.0  # so long without a beat, and nobody waits for another
+HEARTBEAT_SECONDS = 15.0
+WATCH_SECONDS = 25.0  # one heartbeat, and the delay of a busy host
+STALE_SECONDS = 90.0  # a lock without a heartbeat for so long is taken over without waiting
 
-_held: dict[
-    tuple[Path, int], "RunLock"
-] = {}  # a process may open its own run directory more than once
-_held_guard = (
-    threading.RLock()
-)  # the garbage collector may let go of one store's lock while the same thread takes another's
+Warn = Callable[[str], None]
+
+# A process may open its own run directory more than once.
+_held: dict[tuple[Path, int], "RunLock"] = {}
+# Reentrant: while a thread acquires a lock, the garbage collector may release another one in it.
+_held_guard = threading.RLock()
 
 
 class RunLock:
-    """The lock of one run directory, held by this process. Make it with `RunLock.acquire`, let go with `release`."""
+    """The lock of one run directory, held by this process: `RunLock.acquire(...)`, `release()`."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self._path = path
@@ -40,15 +42,19 @@ class RunLock:
         self._pid = os.getpid()
         self._users = 1
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="infir2-run-lock", daemon=True)
+        self._thread = threading.Thread(
+            target=self._send_heartbeats, name="infir2-run-lock", daemon=True
+        )
         self._thread.start()
 
     @classmethod
-    def acquire(cls, run_dir: Path, warn: Callable[[str], None]) -> "RunLock":
-        """Take the lock or raise OutputExistsError; CheckpointError where the disk refuses.
+    def acquire(cls, run_dir: Path, warn: Warn) -> "RunLock":
+        """Acquire the lock, or raise OutputExistsError if another job holds it.
 
-        At once, but for a job on another host that let go of nothing: whether it lives shows in `WATCH_SECONDS`.
-        `warn` hears of that, and of a dead job's lock that was taken over.
+        Returns or raises immediately, unless the last holder was on another host and did not
+        release the lock: then it watches for a heartbeat. `warn` receives a sentence about that,
+        and about the lock of a dead job that was taken over. Raises CheckpointError if the file
+        cannot be written.
         """
         path = run_dir.resolve() / LOCK
         with _held_guard:
@@ -60,8 +66,11 @@ class RunLock:
         return lock
 
     def release(self) -> None:
-        """Let go; the last user of this process clears the file's content, so that no one takes it for a crash."""
-        if os.getpid() != self._pid:  # a forked child must not let go of its parent's lock
+        """Release the lock when the last user of this process calls this.
+
+        The file is emptied, so that the next holder does not report a crash.
+        """
+        if os.getpid() != self._pid:  # a forked child must not release the lock of its parent
             return
         with _held_guard:
             self._users -= 1
@@ -74,35 +83,34 @@ class RunLock:
             os.ftruncate(self._fd, 0)
         os.close(self._fd)
 
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(
-                OSError
-            ):  # a beat that fails only makes this lock look older than it is
+    def _send_heartbeats(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a missed heartbeat only makes the lock look older
                 os.utime(self._fd)
 
 
-def _open_locked(path: Path, run_dir: Path, warn: Callable[[str], None]) -> int:
+def _open_locked(path: Path, run_dir: Path, warn: Warn) -> int:
     with disk_errors(f"{run_dir}: its lock file cannot be written"):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            _take(fd, path, run_dir, warn)
+            _lock(fd, path, run_dir, warn)
         except BaseException:
             os.close(fd)
             raise
     return fd
 
 
-def _take(fd: int, path: Path, run_dir: Path, warn: Callable[[str], None]) -> None:
+def _lock(fd: int, path: Path, run_dir: Path, warn: Warn) -> None:
     holder = _read_holder(fd)
-    granted = _try_lock(fd, run_dir, holder, warn)
+    acquired = _try_lock(fd, run_dir, holder, warn)
     if holder and holder.get("host") != socket.gethostname():
-        granted = _await_silence(fd, granted, path, run_dir, holder, warn)
-    if not granted:
+        acquired = _watch_other_host(fd, acquired, path, run_dir, holder, warn)
+    if not acquired:
         raise OutputExistsError(_refusal(path, run_dir, holder))
     if holder:
         warn(
-            f"{run_dir}: took over the lock of a job that ended without letting go ({_describe(holder)})."
+            f"{run_dir}: took over the lock of a job that ended without releasing it "
+            f"({_describe(holder)})."
         )
     content = {
         "host": socket.gethostname(),
@@ -114,9 +122,7 @@ def _take(fd: int, path: Path, run_dir: Path, warn: Callable[[str], None]) -> No
     os.utime(fd)
 
 
-def _try_lock(
-    fd: int, run_dir: Path, holder: dict[str, object], warn: Callable[[str], None]
-) -> bool:
+def _try_lock(fd: int, run_dir: Path, holder: dict[str, object], warn: Warn) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -125,9 +131,10 @@ def _try_lock(
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
         warn(
-            f"{run_dir}: its file system has no locks; only the lock file's age tells whether another job works here."
+            f"{run_dir}: its file system has no locks; only the age of the lock file shows "
+            "whether another job uses this run directory."
         )
-        return not _is_alive_here(holder)
+        return not _runs_on_this_host(holder)
     return True
 
 
@@ -140,53 +147,60 @@ def _read_holder(fd: int) -> dict[str, object]:
 
 
 def _describe(holder: dict[str, object]) -> str:
-    return f"pid {holder.get('pid', '?')} on {holder.get('host', '?')}, started {holder.get('started', '?')}"
+    pid, host, started = (holder.get(key, "?") for key in ("pid", "host", "started"))
+    return f"pid {pid} on {host}, started {started}"
 
 
-def _is_alive_here(holder: dict[str, object]) -> bool:
+def _runs_on_this_host(holder: dict[str, object]) -> bool:
     return (
         holder.get("host") == socket.gethostname() and Path(f"/proc/{holder.get('pid')}").exists()
     )
 
 
 def _refusal(path: Path, run_dir: Path, holder: dict[str, object]) -> str:
-    if holder.get("host") == socket.gethostname() and not _is_alive_here(holder):
-        return f"{run_dir}: its job ({_describe(holder)}) is dead but a child of it is not; end the process that `fuser {path}` names."
-    return f"{run_dir}: another job works in this run directory ({_describe(holder)}); stop that job or choose another run.dir."
+    if holder.get("host") == socket.gethostname() and not _runs_on_this_host(holder):
+        return (
+            f"{run_dir}: its job ({_describe(holder)}) is dead but one of its child processes is "
+            f"not; end the process that `fuser {path}` names."
+        )
+    return (
+        f"{run_dir}: another job uses this run directory ({_describe(holder)}); "
+        "stop that job or choose another run.dir."
+    )
 
 
-def _await_silence(
+def _watch_other_host(
     fd: int,
-    granted: bool,
+    acquired: bool,
     path: Path,
     run_dir: Path,
     holder: dict[str, object],
-    warn: Callable[[str], None],
+    warn: Warn,
 ) -> bool:
-    """Whether the lock is ours once a holder on another host has missed a beat; OutputExistsError at its next sign of life.
+    """Wait for a heartbeat of a holder on another host. Returns whether the lock is ours.
 
-    It is asked for again until `STALE_SECONDS`: a file server keeps the lock of a host that died for a while.
+    Raises OutputExistsError at the next heartbeat. A file server may keep the lock of a dead host,
+    so a lock that was not `acquired` is requested again until STALE_SECONDS.
     """
-    last_beat = os.fstat(fd).st_mtime_ns
-    os.utime(fd)  # the file server's clock, not ours, says what time it is now
-    age = (os.fstat(fd).st_mtime_ns - last_beat) / 1e9
-    os.utime(fd, ns=(last_beat, last_beat))
-    if granted and age >= STALE_SECONDS:
+    last_heartbeat = os.fstat(fd).st_mtime_ns
+    os.utime(fd)  # the age must be measured by the file server's clock, not ours
+    age_seconds = (os.fstat(fd).st_mtime_ns - last_heartbeat) / 1e9
+    os.utime(fd, ns=(last_heartbeat, last_heartbeat))
+    if acquired and age_seconds >= STALE_SECONDS:
         return True
     warn(
-        f"{run_dir}: its last job was on another host ({_describe(holder)}); waiting for a sign of life from it, {WATCH_SECONDS:.0f} s."
+        f"{run_dir}: its last job was on another host ({_describe(holder)}); "
+        f"waiting {WATCH_SECONDS:.0f} s for a heartbeat."
     )
     began = time.monotonic()
     while (waited := time.monotonic() - began) < WATCH_SECONDS or (
-        not granted and waited < STALE_SECONDS
+        not acquired and waited < STALE_SECONDS
     ):
         time.sleep(WATCH_SECONDS / 50)
-        watched = os.open(
-            path, os.O_RDONLY
-        )  # only opening a file makes NFS ask its server for news
-        beat = os.fstat(watched).st_mtime_ns
-        os.close(watched)
-        if beat != last_beat:
+        fresh_fd = os.open(path, os.O_RDONLY)  # NFS fetches new attributes only on open
+        heartbeat = os.fstat(fresh_fd).st_mtime_ns
+        os.close(fresh_fd)
+        if heartbeat != last_heartbeat:
             raise OutputExistsError(_refusal(path, run_dir, holder))
-        granted = granted or _try_lock(fd, run_dir, holder, warn)
-    return granted
+        acquired = acquired or _try_lock(fd, run_dir, holder, warn)
+    return acquired

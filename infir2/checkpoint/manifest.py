@@ -1,8 +1,10 @@
-"""The manifest: size and SHA-256 of every file of a checkpoint, written last, itself guarded by a checksum.
+"""The manifest of a checkpoint: size and SHA-256 of every file. It is written last.
 
-    {"files": {"state.json": {"sha256": "9f86...", "size": 512}, ...}, "format": 1, "manifest_sha256": "c0ff...", "step": 20}
+    {"files": {"state.json": {"sha256": "9f86...", "size": 512}, ...}, "format": 1,
+     "manifest_sha256": "c0ff...", "step": 20}
 
-The file must be byte for byte the canonical JSON of its content, so a flipped byte anywhere in it is found.
+`manifest_sha256` is the checksum of the manifest without that key. The file must be, byte for byte,
+the canonical JSON of its content, so that any flipped byte in it is detected.
 """
 
 import hashlib
@@ -12,27 +14,28 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from infir2.errors import CheckpointCorruptError, CheckpointError
 
 MANIFEST = "manifest.json"
-METADATA = ".metadata"  # where each tensor lies, see dcp.py
+METADATA = ".metadata"  # DCP's index of tensors, see dcp.py
 FORMAT = 1
 _LARGE_BYTES = 2**20
 
 
 class FileEntry(NamedTuple):
-    """What the manifest promises about one file: its length in bytes and its SHA-256 as hex."""
+    """Size in bytes and SHA-256 (hex) of one file."""
 
     size: int
     sha256: str
 
 
 class HashedFile:
-    """A new file, hashed as it is written and synced at the end of its `with`, which then gives its `entry`.
+    """A new file that is hashed while it is written; its `with` block syncs it and sets `entry`.
 
-    An error of the disk's comes out of the `with`, whatever the writer between has made of it.
+    If a write fails, the `with` block raises that OSError, even if the code inside has wrapped it
+    in another exception.
     """
 
     entry: FileEntry
@@ -48,13 +51,13 @@ class HashedFile:
         return self
 
     def write(self, data: bytes | memoryview) -> int:
-        left = memoryview(data)
+        remaining = memoryview(data)
         try:
-            while left:
-                left = left[self._file.write(left) :]
-            if (
-                len(data) >= _LARGE_BYTES
-            ):  # Linux begins to write out what it is told to forget; left alone, it would at the sync
+            while remaining:
+                remaining = remaining[self._file.write(remaining) :]
+            if len(data) >= _LARGE_BYTES:
+                # Linux starts to write back pages that it is advised to drop, instead of all at
+                # once in fsync.
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             self._failure = error
@@ -64,7 +67,7 @@ class HashedFile:
         return len(data)
 
     def flush(self) -> None:
-        """Nothing is kept back."""
+        """No-op, because the file is unbuffered; torch.save calls it."""
 
     def __exit__(
         self,
@@ -80,15 +83,15 @@ class HashedFile:
         self.entry = FileEntry(self.size, self._hash.hexdigest())
 
 
-def write_file(path: Path, data: bytes) -> FileEntry:
-    """Write a small file as a whole, synced."""
+def write_hashed(path: Path, data: bytes) -> FileEntry:
+    """Write and sync a new file."""
     with HashedFile(path) as file:
         file.write(data)
     return file.entry
 
 
-def removed(path: Path) -> str:
-    """The sentence for a checkpoint that is not there any more."""
+def removed_message(path: Path) -> str:
+    """The sentence for a checkpoint that disappeared while it was read."""
     return (
         f"{path}: was removed by its run, which keeps only its newest checkpoints; open the newest."
     )
@@ -99,7 +102,7 @@ def _canonical(content: Mapping[str, object]) -> bytes:
 
 
 def encode_manifest(step: int, files: Mapping[str, FileEntry]) -> bytes:
-    """The bytes of manifest.json for these files."""
+    """The content of manifest.json."""
     content: dict[str, object] = {
         "format": FORMAT,
         "step": step,
@@ -110,84 +113,90 @@ def encode_manifest(step: int, files: Mapping[str, FileEntry]) -> bytes:
 
 
 def read_manifest(directory: Path) -> tuple[int, dict[str, FileEntry]]:
-    """(step, files) of a checkpoint directory; CheckpointCorruptError unless the manifest is whole and agrees with itself."""
+    """(step, entry of each file) of a checkpoint.
+
+    Raises CheckpointCorruptError for a damaged manifest, and CheckpointError for one of a newer
+    format.
+    """
     path = directory / MANIFEST
     try:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointCorruptError(
-            f"{path}: cannot be read ({error.strerror}); the checkpoint is not complete."
+            f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete."
         ) from error
     try:
-        content = json.loads(data)
-        digest = content.pop("manifest_sha256")
-        if (
-            content["format"] == FORMAT
-            and hashlib.sha256(_canonical(content)).hexdigest() == digest
-        ):
-            files = {
-                name: FileEntry(entry["size"], entry["sha256"])
-                for name, entry in content["files"].items()
-            }
-            whole = encode_manifest(content["step"], files) == data
-        elif isinstance(content["format"], int) and content["format"] > FORMAT:
-            raise CheckpointError(
-                f"{path}: has format {content['format']} of a newer infir2; use that version to read it."
-            )
-        else:
-            whole = False
+        step, files = _decode_manifest(path, data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointCorruptError(
             f"{path}: is not a manifest ({type(error).__name__}); the file is damaged."
         ) from error
-    if not whole:
-        raise CheckpointCorruptError(
-            f"{path}: its content does not match its own checksum; the file is damaged."
-        )
     for name in files:
         if name != os.path.basename(name) or name in ("", ".", ".."):
             raise CheckpointCorruptError(
-                f"{path}: names '{name}', which is not a file inside the checkpoint."
+                f"{path}: lists '{name}', which is not a file inside the checkpoint."
             )
-    return content["step"], files
+    return step, files
 
 
-def _verify_file(path: Path, entry: FileEntry, whole: bool) -> None:
+def _decode_manifest(path: Path, data: bytes) -> tuple[int, dict[str, FileEntry]]:
+    content: dict[str, Any] = json.loads(data)
+    digest = content.pop("manifest_sha256")
+    if content["format"] == FORMAT and hashlib.sha256(_canonical(content)).hexdigest() == digest:
+        files = {
+            name: FileEntry(entry["size"], entry["sha256"])
+            for name, entry in content["files"].items()
+        }
+        if encode_manifest(content["step"], files) == data:
+            return content["step"], files
+    elif isinstance(content["format"], int) and content["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path}: has format {content['format']} of a newer infir2; "
+            "use that version to read it."
+        )
+    raise CheckpointCorruptError(
+        f"{path}: its content does not match its checksum; the file is damaged."
+    )
+
+
+def _verify_file(path: Path, entry: FileEntry, with_hash: bool) -> None:
     try:
         size = path.stat().st_size
         if size != entry.size:
             raise CheckpointCorruptError(
-                f"{path}: has {size} bytes instead of {entry.size}; the file was cut or changed."
+                f"{path}: has {size} bytes instead of {entry.size}; "
+                "the file was truncated or changed."
             )
-        if not whole:
+        if not with_hash:
             return
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointCorruptError(
-            f"{path}: cannot be read ({error.strerror}); the checkpoint is not complete."
+            f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete."
         ) from error
     if digest != entry.sha256:
         raise CheckpointCorruptError(
-            f"{path}: its SHA-256 differs from its manifest; its bytes have changed since it was written."
+            f"{path}: its SHA-256 differs from the manifest; its bytes have changed since it was "
+            "written."
         )
 
 
 def verify_directory(
-    directory: Path, read: Collection[str] | None = None
+    directory: Path, hashed: Collection[str] | None = None
 ) -> tuple[int, dict[str, FileEntry]]:
-    """Read every byte of a checkpoint and compare; (step, files), or CheckpointCorruptError that names the file.
+    """Compare every file of a checkpoint with its manifest; returns `read_manifest(directory)`.
 
-    `read`: names of the only files to read, in seconds however large a run is; of the others the sizes are compared.
-    Hashing releases the interpreter's lock, so files are read by several threads.
+    `hashed`: names of the files to hash (None: all); of the others only sizes are compared, which
+    takes seconds for a checkpoint of any size. Raises CheckpointCorruptError that names the file.
     """
     step, files = read_manifest(directory)
+
+    def verify(name: str) -> None:
+        _verify_file(directory / name, files[name], hashed is None or name in hashed)
+
+    # Hashing releases the interpreter's lock, so threads run in parallel.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(
-            lambda item: _verify_file(
-                directory / item[0], item[1], read is None or item[0] in read
-            ),
-            files.items(),
-        ):
+        for _ in pool.map(verify, files):
             pass
     return step, files

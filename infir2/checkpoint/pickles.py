@@ -1,8 +1,9 @@
-"""Reading pickles without running anything they name.
+"""Reading pickles without running code that they name.
 
-Every class or function that a pickle asks for is looked up here. Our own `.metadata` may ask for what torch puts there. Foreign
-pickles may ask for a few more; what Megatron and NumPy put beside the weights becomes an inert stand-in that only remembers its
-arguments. Everything else is refused by its name.
+An unpickler looks up every class and function that a pickle refers to. Here it finds only those of
+an allow-list; any other name is refused by a CheckpointError. Our own `.metadata` needs a few
+classes of torch.distributed.checkpoint. Files of other programs need some more: what Megatron and
+NumPy store beside the weights becomes an `Inert` placeholder.
 """
 
 import pickle
@@ -15,11 +16,17 @@ import torch
 from infir2.errors import CheckpointError
 
 _DCP = "torch.distributed.checkpoint"
-_DCP_METADATA = "Metadata MetadataIndex TensorStorageMetadata ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING"
-_OURS = {
+_OWN = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
-    f"{_DCP}.metadata": {*_DCP_METADATA.split()},
+    f"{_DCP}.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
     f"{_DCP}.filesystem": {"_StorageInfo"},
 }
 _FOREIGN = {
@@ -30,7 +37,7 @@ _FOREIGN = {
     f"{_DCP}.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
 }
 _INERT_PACKAGES = ("megatron", "transformer_engine", "numpy")
-_INERT = {
+_INERT_NAMES = {
     ("torch._utils", "_rebuild_tensor_v2"),
     ("torch.storage", "UntypedStorage"),
     ("_codecs", "encode"),
@@ -39,7 +46,7 @@ _INERT = {
 
 
 class Inert:
-    """Stands in for an object that nobody needs: takes any arguments, state, items, and does nothing with them."""
+    """Placeholder for an object that is not needed; accepts any arguments, state and items."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.args = args
@@ -58,31 +65,32 @@ class Inert:
 
 
 class AllowListUnpickler(pickle.Unpickler):
-    """Unpickler whose classes are those of our own `.metadata`; CheckpointError names any other."""
+    """Unpickler for our own `.metadata`. CheckpointError names a class that is not allowed."""
 
     def __init__(self, file: IO[bytes], origin: Path) -> None:
         super().__init__(file)
         self._origin = origin
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _OURS.get(module, ()):
+        if name in _OWN.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise CheckpointError(
-            f"{self._origin}: asks for '{module}.{name}', which no checkpoint needs; the file is refused."
+            f"{self._origin}: asks for '{module}.{name}', which no checkpoint needs; "
+            "the file is refused."
         )
 
 
 class ForeignUnpickler(AllowListUnpickler):
-    """Unpickler for what another program wrote."""
+    """Unpickler for files of other programs."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _FOREIGN.get(module, ()):
             return pickle.Unpickler.find_class(self, module, name)
         if (
             module.partition(".")[0] in _INERT_PACKAGES
-            or (module, name) in _INERT
+            or (module, name) in _INERT_NAMES
             or (module == "torch" and name.endswith("Storage"))
         ):
             return Inert
@@ -95,7 +103,10 @@ class ForeignUnpickler(AllowListUnpickler):
 def read_pickle(
     file: IO[bytes], origin: Path, unpickler: type[AllowListUnpickler] = ForeignUnpickler
 ) -> Any:
-    """The object of a pickle stream; CheckpointError when it is damaged or asks for a class that is not allowed."""
+    """Unpickle one object; `origin` is the path for messages.
+
+    Raises CheckpointError for a damaged stream and for a class that is not allowed.
+    """
     try:
         return unpickler(file, origin).load()
     except (
@@ -114,13 +125,13 @@ def read_pickle(
 
 
 def read_torch_save(path: Path) -> Any:
-    """The object of a `torch.save` file (zip format), its tensors replaced by inert stand-ins."""
+    """The object of a `torch.save` file (zip format); its tensors become `Inert`."""
     try:
         with zipfile.ZipFile(path) as archive:
-            inner = [name for name in archive.namelist() if name.endswith("data.pkl")]
-            if len(inner) != 1:
+            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            if len(pickles) != 1:
                 raise CheckpointError(f"{path}: is not a file of torch.save.")
-            with archive.open(inner[0]) as file:
+            with archive.open(pickles[0]) as file:
                 return read_pickle(file, path)
     except (OSError, zipfile.BadZipFile) as error:
         raise CheckpointError(

@@ -138,9 +138,11 @@ class MegatronCheckpoint:
         """A tensor, or one layer of a tensor that stacks all layers."""
         spec = unsharded(self.shapes.get(key, ()))
         if layer is None:
-            return self._tensors.part(key, spec)
+            return self._tensors.read_shard(key, spec)
         offset, local_shape = (layer, *spec.offset[1:]), (1, *spec.local_shape[1:])
-        return self._tensors.part(key, spec._replace(offset=offset, local_shape=local_shape))[0]
+        return self._tensors.read_shard(key, spec._replace(offset=offset, local_shape=local_shape))[
+            0
+        ]
 
     def arguments(self) -> dict[str, Any]:
         """The command-line arguments that Megatron saved in common.pt; empty if there are none."""

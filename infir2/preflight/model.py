@@ -86,7 +86,7 @@ def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if not is_run(path):
         files = HfWeights(path)
         return {name: files.shape(name) for name in files.names()}
-    tensors = open_checkpoint(path, glance=True).tensors()
+    tensors = open_checkpoint(path, sizes_only=True).tensors()
     return {
         name.removeprefix(PARAMETERS): tensors.shape(name)
         for name in tensors

@@ -56,7 +56,7 @@ def check_disk(recipe: TrainRecipe, model: ModelFacts) -> Finding:
 
 def newest_in(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint that a run resumes from, or None; its tensors are not read."""
-    return newest_checkpoint(run_dir / CHECKPOINTS, warn, glance=True)
+    return newest_checkpoint(run_dir / CHECKPOINTS, warn, sizes_only=True)
 
 
 def _existing_parent(path: Path) -> Path:

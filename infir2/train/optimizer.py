@@ -186,7 +186,7 @@ def load_optimizer_tensors(
                 )
             # `step` and the scales of 8-bit moments are not sharded.
             sharded = spec is not None and spec.local_shape == local.shape
-            tensors.read(name, spec if spec and sharded else unsharded(local.shape), local)
+            tensors.read_into(name, spec if spec and sharded else unsharded(local.shape), local)
 
 
 def _new_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

@@ -300,4 +300,4 @@ def load_parameters(
 ) -> None:
     """Read this rank's shard of each 'parameters/NAME' of a checkpoint into the FP32 masters."""
     for name, parameter in model.named_parameters():
-        tensors.read(f"parameters/{name}", shard_specs[name], local_tensor(parameter))
+        tensors.read_into(f"parameters/{name}", shard_specs[name], local_tensor(parameter))

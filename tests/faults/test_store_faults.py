@@ -291,7 +291,7 @@ def test_a_second_job_is_refused_at_once_and_names_the_first(tmp_path):
         try:
             Store(tmp_path)
         except OutputExistsError as error:
-            named = f"pid {os.getppid()} on " in str(error) and "another job works" in str(error)
+            named = f"pid {os.getppid()} on " in str(error) and "another job uses" in str(error)
             os._exit(0 if named and time.monotonic() - started < 1 else 1)
         os._exit(2)
 
@@ -318,7 +318,7 @@ def test_a_dead_job_whose_child_lives_on_is_told_apart(tmp_path):
     in_child(job)
     child = int(os.read(reader, 100))
     try:
-        with pytest.raises(OutputExistsError, match="is dead but a child of it is not"):
+        with pytest.raises(OutputExistsError, match="is dead but one of its child processes"):
             Store(tmp_path)
     finally:
         os.kill(child, signal.SIGKILL)
@@ -400,11 +400,11 @@ def test_another_host_that_shows_life_is_respected_and_a_silent_one_taken_over(
     )
     beats.start()
     warnings: list[str] = []
-    with pytest.raises(OutputExistsError, match=r"another job works.*pid 7 on far-away"):
+    with pytest.raises(OutputExistsError, match=r"another job uses.*pid 7 on far-away"):
         Store(tmp_path, warn=warnings.append)
     refused.set()
     beats.join()
-    assert "waiting for a sign of life" in warnings[0], "said before the wait"
+    assert "for a heartbeat" in warnings[0], "said before the wait"
     monkeypatch.setattr(lock_module, "WATCH_SECONDS", 1.0)
     started = time.monotonic()
     Store(tmp_path, warn=warnings.append).close()
@@ -436,12 +436,12 @@ def test_a_lock_that_the_file_server_still_keeps_for_a_dead_host_is_waited_for(
         path.write_text(FAR_AWAY)
         fcntl.flock(kept, fcntl.LOCK_EX)
         monkeypatch.setattr(lock_module, "STALE_SECONDS", 1.0)
-        with pytest.raises(OutputExistsError, match="another job works"):
+        with pytest.raises(OutputExistsError, match="another job uses"):
             Store(tmp_path, warn=lambda _: None)
 
 
 def test_a_holder_keeps_touching_its_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(lock_module, "HEARTBEAT_SECONDS", 0.01)
     store = Store(tmp_path)
     os.utime(tmp_path / ".lock", (0, 0))
     deadline = time.monotonic() + 5

@@ -105,13 +105,13 @@ def test_tensors_lie_in_pieces_of_several_files_and_any_part_is_read_from_its_ow
             slice(start, start + size)
             for start, size in zip(spec.offset, spec.local_shape, strict=True)
         )
-        assert torch.equal(read.part("a", spec), wide[rows, columns])
+        assert torch.equal(read.read_shard("a", spec), wide[rows, columns])
     by_torch = {name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}
     torch_dcp.load(by_torch, storage_reader=torch_dcp.FileSystemReader(path), no_dist=True)
     assert all(torch.equal(by_torch[name], tensor) for name, tensor in tensors.items())
     for file in files[1:]:
         file.unlink()
-    assert torch.equal(read.part("a", ShardSpec((10, 4), (7, 0), (3, 4))), wide[7:]), (
+    assert torch.equal(read.read_shard("a", ShardSpec((10, 4), (7, 0), (3, 4))), wide[7:]), (
         "of the first file alone"
     )
     with pytest.raises(CheckpointError, match=r"'c' cannot be read .*No such file"):
@@ -129,7 +129,7 @@ def test_tensors_lie_in_pieces_of_several_files_and_any_part_is_read_from_its_ow
 def test_a_tensor_that_does_not_fit_is_refused(tmp_path, name, out, message):
     Store(tmp_path).save(1, {"a": torch.ones(3)}, {})
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(tmp_path).tensors().read(name, unsharded(out.shape), out)
+        open_checkpoint(tmp_path).tensors().read_into(name, unsharded(out.shape), out)
 
 
 class Attack:
@@ -316,17 +316,17 @@ def test_a_checkpoint_that_its_run_removed_while_it_was_read_is_not_called_damag
             read()
 
 
-def test_a_glance_reads_no_tensor_and_compares_sizes(tmp_path):
+def test_sizes_only_reads_no_tensor(tmp_path):
     store = Store(tmp_path)
     save(store, 1)
     save(store, 2)
     shard = store.directory / "step-2" / "__0_0.distcp"
     shard.write_bytes(bytes(shard.stat().st_size))
-    assert open_checkpoint(tmp_path, glance=True).step == 2
-    assert read_state(tmp_path) == open_checkpoint(tmp_path, glance=True).state
+    assert open_checkpoint(tmp_path, sizes_only=True).step == 2
+    assert read_state(tmp_path) == open_checkpoint(tmp_path, sizes_only=True).state
     assert open_checkpoint(tmp_path, warn=lambda _: None).step == 1
     shard.write_bytes(b"")
-    assert open_checkpoint(tmp_path, warn=lambda _: None, glance=True).step == 1
+    assert open_checkpoint(tmp_path, warn=lambda _: None, sizes_only=True).step == 1
 
 
 def test_a_search_begins_again_when_the_run_publishes_and_removes_meanwhile(tmp_path, monkeypatch):
@@ -334,11 +334,11 @@ def test_a_search_begins_again_when_the_run_publishes_and_removes_meanwhile(tmp_
     save(store, 1)
     real = store_module.load_checkpoint
 
-    def load(path: Path, glance: bool = False):
+    def load(path: Path, sizes_only: bool = False):
         if path.name == "step-1":
             monkeypatch.undo()
             save(store, 2)
-        return real(path, glance)
+        return real(path, sizes_only)
 
     monkeypatch.setattr(store_module, "load_checkpoint", load)
     assert open_checkpoint(tmp_path).step == 2

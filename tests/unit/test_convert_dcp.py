@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from test_checkpoint_megatron import hf_directory
 from test_convert_export import make_decoder
+from test_convert_megatron_import import hf_directory
 
 from infir2.convert import import_megatron
 from infir2.errors import CheckpointError
