@@ -1,4 +1,7 @@
-"""Every layout of processes against one process on the same data: loss, gradients, the bytes of FP8 weights, what is sent."""
+"""Every layout against a single process on the same data.
+
+Compares losses, gradients and the bytes of FP8 weights, and counts collectives.
+"""
 
 import json
 from importlib.util import find_spec
@@ -9,9 +12,19 @@ import pytest
 from stages import torchrun
 
 HERE = Path(__file__).parent
-TWO = {"fsdp": "1,2,1,1", "copies": "2,1,1,1", "tp": "1,1,1,2", "cp": "1,1,2,1", "tp-repeated": "1,1,1,2"}
+TWO = {
+    "fsdp": "1,2,1,1",
+    "copies": "2,1,1,1",
+    "tp": "1,1,1,2",
+    "cp": "1,1,2,1",
+    "tp-repeated": "1,1,1,2",
+}
 FOUR = {"hsdp": "2,2,1,1", "tp-fsdp": "1,2,1,2", "tp-cp": "1,1,2,2"}
-FOUR |= {"qwen3-dp-cp": "1,2,2,1", "qwen3-copies-tp": "2,1,1,2", "tp-pairs": "1,1,1,4"}  # pairs of ranks have one key head
+FOUR |= {
+    "qwen3-dp-cp": "1,2,2,1",
+    "qwen3-copies-tp": "2,1,1,2",
+    "tp-pairs": "1,1,1,4",
+}  # pairs of ranks have one key head
 Found = dict[str, list[dict[str, Any]]]
 
 
@@ -25,7 +38,9 @@ def run(directory: Path, num_processes: int, layouts: dict[str, str], **variable
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return run(tmp_path_factory.mktemp("two"), 2, TWO) | run(tmp_path_factory.mktemp("four"), 4, FOUR)
+    return run(tmp_path_factory.mktemp("two"), 2, TWO) | run(
+        tmp_path_factory.mktemp("four"), 4, FOUR
+    )
 
 
 @pytest.mark.parametrize("name", [*TWO, *FOUR])
@@ -38,12 +53,16 @@ def test_without_fp8_loss_and_gradients_are_those_of_one_process(found: Found, n
 
 
 @pytest.mark.parametrize("name", [*TWO, *FOUR])
-def test_with_fp8_the_weights_are_the_same_bytes_and_the_step_the_same(found: Found, name: str) -> None:
+def test_with_fp8_the_weights_are_the_same_bytes_and_the_step_the_same(
+    found: Found, name: str
+) -> None:
     splits_tokens = "tp" in name or "cp" in name
     for rank in found[f"{name}-fp8"]:
         assert rank["codes"]
-        assert rank["exported"], "what an engine gets is what one process exports"
-        assert rank["quantised"] == [1], "a weight is quantised once per step, whatever the number of micro-batches"
+        assert rank["exported"], "an engine receives the bytes that a single process exports"
+        assert rank["quantized"] == [1], (
+            "a weight is quantized once per step, not once per micro-batch"
+        )
         assert rank["tokens"]
         assert rank["loss"] < (1e-5 if splits_tokens else 1e-6)
         assert rank["decibels"] > (45 if splits_tokens else 100)
@@ -59,32 +78,61 @@ def test_with_bf16_weights_travel_as_bf16_and_the_step_is_the_same(found: Found,
 
 
 def test_number_of_collectives_in_a_step(found: Found) -> None:
-    """Two micro-batches a rank: gathers of root and two blocks, again in the backward but for the root; one reduction each.
-    Beside them the number of tokens, the metrics and, with FP8, the largest magnitudes of the weights' blocks."""
+    """Two micro-batches per rank.
+
+    Each gathers root and two blocks, and the blocks again in the backward, and reduces three
+    gradients. All-reduces: number of tokens, metrics and, with FP8, the blocks' magnitudes.
+    """
     for name, all_reduces in (("fsdp", 2), ("fsdp-fp8", 3)):
-        assert sorted(found[name][0]["collectives"].values()) == sorted([all_reduces, 2 * (3 + 2), 2 * 3])
-    assert found["copies-fp8"][0]["collectives"] == {"all_reduce": 3 + 3}, "copies exchange gradients after the last micro-batch alone"
+        assert sorted(found[name][0]["collectives"].values()) == sorted(
+            [all_reduces, 2 * (3 + 2), 2 * 3]
+        )
+    assert found["copies-fp8"][0]["collectives"] == {"all_reduce": 3 + 3}, (
+        "replicas exchange gradients only after the last micro-batch"
+    )
 
 
 def test_a_block_is_gathered_before_the_one_before_it_computes(found: Found) -> None:
-    """So that on GPUs the gather runs under the computation: one block ahead in the forward, and in the backward."""
+    """On GPUs the gather overlaps with the computation of the block before, in both directions."""
     forward = ["gather 0", "gather 1", "compute 0", "gather 2", "compute 1", "compute 2"]
     for rank in found["order"]:
-        assert rank["none"] == [*forward, "gather 2", "gather 1", "backward 2", "gather 0", "backward 1", "backward 0"]
-        again = ["gather 2", "gather 1", "backward 2", "compute 2", "gather 0", "backward 1", "compute 1", "backward 0", "compute 0"]
-        assert rank["full"] == [*forward, *again], "a block begins its backward by computing its forward again"
+        assert rank["none"] == [
+            *forward,
+            "gather 2",
+            "gather 1",
+            "backward 2",
+            "gather 0",
+            "backward 1",
+            "backward 0",
+        ]
+        again = [
+            "gather 2",
+            "gather 1",
+            "backward 2",
+            "compute 2",
+            "gather 0",
+            "backward 1",
+            "compute 1",
+            "backward 0",
+            "compute 0",
+        ]
+        assert rank["full"] == [*forward, *again], (
+            "a block begins its backward by computing its forward again"
+        )
 
 
 def test_the_codes_of_all_shards_take_a_gpu_few_launches(found: Found) -> None:
-    """A step's first gather waits for the codes of all weights, and a launch costs as much as a small matrix."""
+    """The first gather of a step waits for all codes; a launch costs as much as a small matrix."""
     for few, many in found["launches"]:
-        assert (many - few) / 14 == 4, "largest magnitudes by row, by block, a scale for each row, codes"
+        assert (many - few) / 14 == 4, (
+            "largest magnitudes by row, by block, a scale for each row, codes"
+        )
         assert few < 7 * 4 + 20
 
 
 @pytest.mark.parametrize("name", ["transformers", "transformers-bf16", "transformers-fully_shard"])
 def test_any_module_with_fp8_layers_can_be_sharded(found: Found, name: str) -> None:
-    """By `shard_module` or torch's `fully_shard`, with any optimizer, and nobody has to tell that weights have changed."""
+    """By `shard_module` or torch's `fully_shard`, with any optimizer."""
     for rank in found[name]:
         assert rank["losses"][1] < rank["losses"][0] - 0.1
         assert rank["read"]
@@ -92,16 +140,19 @@ def test_any_module_with_fp8_layers_can_be_sharded(found: Found, name: str) -> N
         assert max(rank["loss"]) < 1e-5
         assert min(rank["hidden"]) > 100
         assert min(rank["gradient"]) > 100
-        assert name == "transformers-fully_shard" or rank["quantised"] == [3]
+        assert name == "transformers-fully_shard" or rank["quantized"] == [3]
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install 'infir2[gpu]')")
+@pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed (pip install 'infir2[gpu]')"
+)
 def test_the_operations_of_a_gpu_take_gathered_weights(tmp_path: Path) -> None:
-    """The second layout of weights, stacked layers and the head's sums, from codes and BF16 values that FSDP2 gathered; and the parts
-    of sums that tensor-parallel ranks add."""
-    for name, ranks in run(tmp_path, 2, {name: TWO[name] for name in ("fsdp", "tp")}, TRITON_INTERPRET="1").items():
+    """Kernels read gathered codes and BF16 values; tensor-parallel ranks add partial sums."""
+    for name, ranks in run(
+        tmp_path, 2, {name: TWO[name] for name in ("fsdp", "tp")}, TRITON_INTERPRET="1"
+    ).items():
         for rank in ranks:
             assert rank["codes"]
-            assert rank["quantised"] == ([1] if name.endswith("-fp8") else [])
+            assert rank["quantized"] == ([1] if name.endswith("-fp8") else [])
             assert rank["loss"] < 1e-5
             assert rank["worst"] > (100 if "fsdp" in name else 35)

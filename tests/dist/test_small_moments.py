@@ -1,4 +1,4 @@
-"""Smaller and offloaded moments of a sharded model: each rank's part of what one process has, saved and read back as such."""
+"""Small and offloaded moments of a sharded model: training, saving and resuming."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +21,16 @@ from infir2.train.losses import next_token_loss
 from infir2.train.supervisor import check_optimizer
 from infir2.train.trainer import Trainer
 
-SHAPE = ShapeSection(hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=96)
+SHAPE = ShapeSection(
+    hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=96
+)
 
 
 @pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
@@ -43,14 +47,20 @@ def losses(trainer: Trainer, steps: range) -> list[float]:
     found = []
     for step in steps:
         ids = torch.randint(0, 31, (40,), generator=torch.Generator().manual_seed(step))
-        batch = Batch(ids, torch.arange(40), ids.roll(-1), torch.ones(40, dtype=torch.bool), torch.tensor([0, 40], dtype=torch.int32))
+        batch = Batch(
+            ids,
+            torch.arange(40),
+            ids.roll(-1),
+            torch.ones(40, dtype=torch.bool),
+            torch.tensor([0, 40], dtype=torch.int32),
+        )
         found.append(trainer.step([batch], next_token_loss, 1e-2).loss)
     return found
 
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("keys", [{"moment_dtype": "bf16"}, {"offload": True}])
-def test_a_sharded_model_trains_with_them_and_goes_on(keys: dict, tmp_path: Path) -> None:
+def test_a_sharded_model_trains_with_them_and_resumes(keys: dict, tmp_path: Path) -> None:
     section = OptimizerSection(**keys)
     expected = losses(make(section, parallel_model=False), range(6))
     trainer = make(section, parallel_model=True)
@@ -62,6 +72,6 @@ def test_a_sharded_model_trains_with_them_and_goes_on(keys: dict, tmp_path: Path
 
 
 @pytest.mark.parametrize("keys", [{"moment_dtype": "fp8"}, {"grad_dtype": "bf16"}])
-def test_what_several_processes_cannot_have_is_refused(keys: dict) -> None:
+def test_keys_that_need_one_process_are_refused(keys: dict) -> None:
     with pytest.raises(ConfigError, match="need one process"):
         check_optimizer(SimpleNamespace(optimizer=OptimizerSection(**keys)), Sizes(dp=2))

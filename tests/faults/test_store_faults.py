@@ -1,4 +1,7 @@
-"""Fault table F1-F5 for the store: kills at every named point, damaged files, full and read-only disks, two jobs."""
+"""Faults F1-F5 of the checkpoint store.
+
+Kills at every named point, damaged files, full and read-only disks, two jobs in one run directory.
+"""
 
 import errno
 import fcntl
@@ -30,7 +33,7 @@ SAVE_POINTS = [point for point in faults.POINTS if point.startswith("save.")]
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    """Two tensor files per checkpoint, and counters of passings that start at nought."""
+    """Two tensor files per checkpoint, and counters of fault points that start at zero."""
     monkeypatch.setattr(dcp, "FILE_BYTES", 1)
     monkeypatch.setattr(faults, "_passes", Counter())
 
@@ -44,7 +47,7 @@ def save(store: Store, step: int) -> Path:
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """Run `work` in a forked process; its wait status (so that a real SIGKILL can hit it)."""
+    """Run `work` in a forked process, which a real SIGKILL can end; returns its wait status."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -55,7 +58,7 @@ def in_child(work: Callable[[], object]) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def assert_whole(run_dir: Path, step: int) -> None:
+def assert_intact(run_dir: Path, step: int) -> None:
     checkpoint = open_checkpoint(run_dir)
     assert checkpoint.step == checkpoint.state["step"] == step
     assert checkpoint.tensors()["parameters/a"].tolist() == [float(step)] * 64
@@ -81,7 +84,7 @@ def test_a_kill_at_any_point_leaves_the_newest_whole_checkpoint(
     assert os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == signal.SIGKILL
     expected = 2 if point in ("save.after_rename", "save.during_retention") else 1
-    assert_whole(tmp_path, expected)
+    assert_intact(tmp_path, expected)
 
     leftovers = [
         entry.name for entry in store.directory.iterdir() if not entry.name.startswith("step-")
@@ -94,7 +97,7 @@ def test_a_kill_at_any_point_leaves_the_newest_whole_checkpoint(
     assert any("took over the lock" in warning for warning in warnings)
     save(resumed, 3)
     assert [entry.name for entry in resumed.directory.iterdir()] == ["step-3"]
-    assert_whole(tmp_path, 3)
+    assert_intact(tmp_path, 3)
 
 
 def flip(path: Path) -> None:
@@ -151,7 +154,7 @@ def test_full_disk_once_makes_room_and_succeeds(tmp_path, monkeypatch):
     monkeypatch.setattr(faults, "_passes", Counter())
     monkeypatch.setenv("INFIR2_FAULTS", "save.after_shard:2:enospc")
     save(store, 4)
-    assert_whole(tmp_path, 4)
+    assert_intact(tmp_path, 4)
     assert 2 in published_steps(store.directory)
     assert 1 not in published_steps(store.directory)
     assert any("errno 28" in warning for warning in warnings)
@@ -169,7 +172,7 @@ def test_full_disk_twice_is_an_error_and_harms_nothing(tmp_path, monkeypatch):
     ):
         save(store, 2)
     assert [entry.name for entry in store.directory.iterdir()] == ["step-1"]
-    assert_whole(tmp_path, 1)
+    assert_intact(tmp_path, 1)
 
 
 def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
@@ -179,7 +182,7 @@ def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(dcp, "save_tensors", lambda *_: pytest.fail("must not begin to write"))
     with pytest.raises(CheckpointError, match="ENOSPC"):
         save(store, 2)
-    assert_whole(tmp_path, 1)
+    assert_intact(tmp_path, 1)
 
 
 def test_a_vanished_directory_is_an_error_with_its_name(tmp_path):
@@ -213,7 +216,8 @@ save(1, 1200); save(2, 1200); save(3, 1200)
 save(4, 1200)  # the disk is full: 1 and 2 have to go
 assert content() == ["step-3", "step-4"], content()
 import infir2.checkpoint.store as module
-module.shutil.disk_usage = lambda path: types.SimpleNamespace(free=2**40)  # blind the preflight: the write itself must fail
+# Disable the check of free space, so that the write itself fails.
+module.shutil.disk_usage = lambda path: types.SimpleNamespace(free=2**40)
 try:
     save(5, 3600)
     sys.exit("saved on a full disk")
@@ -221,7 +225,8 @@ except CheckpointError as error:
     assert "errno 28 ENOSPC" in str(error) and error.exit_code == 3, error
 assert content() == ["step-4"], content()
 assert open_checkpoint(run_dir).tensors()["a"][0, 0].item() == 4.0
-subprocess.run(["mount", "--bind", run_dir, run_dir], check=True)  # the open lock file forbids a plain remount
+# The open lock file forbids a plain remount.
+subprocess.run(["mount", "--bind", run_dir, run_dir], check=True)
 subprocess.run(["mount", "-o", "remount,bind,ro", run_dir], check=True)
 try:
     save(6, 10)
@@ -276,10 +281,7 @@ def test_a_write_that_fails_in_the_middle_of_a_file(tmp_path, monkeypatch):
         os._exit(2)
 
     assert os.waitstatus_to_exitcode(in_child(limited)) == 0
-    assert_whole(tmp_path, 1)
-
-
-SECOND_JOB = "import sys; from infir2.checkpoint import Store; Store(sys.argv[1])"
+    assert_intact(tmp_path, 1)
 
 
 def test_a_second_job_is_refused_at_once_and_names_the_first(tmp_path):
@@ -301,8 +303,8 @@ def test_a_second_job_is_refused_at_once_and_names_the_first(tmp_path):
     store.close()
 
 
-def test_a_dead_job_whose_child_lives_on_is_told_apart(tmp_path):
-    """A loader process that outlives its killed parent keeps the lock's descriptor; the sentence says what to end."""
+def test_a_dead_job_whose_child_is_alive_is_named(tmp_path):
+    """A child that outlives its killed parent keeps the lock; the message names what to end."""
     reader, writer = os.pipe()
 
     def job() -> None:
@@ -340,12 +342,12 @@ def test_a_directory_that_cannot_be_synced_after_the_rename_keeps_the_checkpoint
 
     monkeypatch.setattr(store_module, "fsync_directory", sync)
     save(store, 1)
-    assert_whole(tmp_path, 1)
+    assert_intact(tmp_path, 1)
     assert [entry.name for entry in store.directory.iterdir()] == ["step-1"]
     assert "could not be synced" in warnings[0]
 
 
-def test_the_lock_is_free_again_after_close_and_says_nothing(tmp_path):
+def test_the_lock_is_free_after_close_without_a_warning(tmp_path):
     Store(tmp_path).close()
     warnings: list[str] = []
     assert os.waitstatus_to_exitcode(in_child(lambda: Store(tmp_path).close())) == 0
@@ -354,17 +356,19 @@ def test_the_lock_is_free_again_after_close_and_says_nothing(tmp_path):
 
 
 def test_a_job_in_another_interpreter_is_refused_with_one_sentence(tmp_path):
-    script = textwrap.dedent(f"""
+    script = textwrap.dedent("""
         import sys
+        from infir2.checkpoint import Store
         from infir2.errors import UserError
         try:
-            {SECOND_JOB.replace("; ", chr(10) + "            ").replace("sys.argv[1]", repr(str(tmp_path)))}
+            Store(sys.argv[1])
         except UserError as error:
             print(error)
             sys.exit(error.exit_code)
     """)
     store = Store(tmp_path)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
     store.close()
     assert result.returncode == 2, result.stderr
     assert len(result.stdout.splitlines()) == 1
@@ -374,8 +378,8 @@ FAR_AWAY = '{"host": "far-away", "pid": 7, "started": "2026-01-01 00:00:00"}'
 
 
 @pytest.mark.timeout(30)
-def test_a_lock_is_let_go_while_the_same_thread_takes_another(tmp_path, monkeypatch):
-    """As when the garbage collector finds a store in the middle of another's start."""
+def test_a_lock_is_released_while_the_same_thread_acquires_another(tmp_path, monkeypatch):
+    """As when the garbage collector finalizes a store while another one starts."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     first, read = lock_module.RunLock.acquire(tmp_path / "a", print), lock_module._read_holder
@@ -386,25 +390,25 @@ def test_a_lock_is_let_go_while_the_same_thread_takes_another(tmp_path, monkeypa
     assert not (tmp_path / "a" / lock_module.LOCK).read_bytes()
 
 
-def test_another_host_that_shows_life_is_respected_and_a_silent_one_taken_over(
+def test_heartbeats_of_another_host_are_respected_and_a_silent_host_is_taken_over(
     tmp_path, monkeypatch
 ):
-    """The kernel gives us the lock, as where a file system does not carry it between hosts: beats of the other's tell."""
+    """Where a file system does not share locks between hosts, only heartbeats show a holder."""
     monkeypatch.setattr(lock_module, "WATCH_SECONDS", 30.0)
     (tmp_path / "checkpoints").mkdir()
     path = tmp_path / ".lock"
     path.write_text(FAR_AWAY)
     refused = threading.Event()
-    beats = threading.Thread(
+    heartbeats = threading.Thread(
         target=lambda: [os.utime(path) for _ in iter(lambda: refused.wait(0.5), True)]
     )
-    beats.start()
+    heartbeats.start()
     warnings: list[str] = []
     with pytest.raises(OutputExistsError, match=r"another job uses.*pid 7 on far-away"):
         Store(tmp_path, warn=warnings.append)
     refused.set()
-    beats.join()
-    assert "for a heartbeat" in warnings[0], "said before the wait"
+    heartbeats.join()
+    assert "for a heartbeat" in warnings[0], "the warning comes before the wait"
     monkeypatch.setattr(lock_module, "WATCH_SECONDS", 1.0)
     started = time.monotonic()
     Store(tmp_path, warn=warnings.append).close()
@@ -414,16 +418,14 @@ def test_another_host_that_shows_life_is_respected_and_a_silent_one_taken_over(
     path.write_text(FAR_AWAY)
     old = time.time() - 2 * lock_module.STALE_SECONDS
     os.utime(path, (old, old))
-    told = len(warnings)
+    num_before = len(warnings)
     Store(tmp_path, warn=warnings.append).close()
-    assert not [text for text in warnings[told:] if "waiting" in text], (
-        "silent for long: nobody waits"
+    assert not [text for text in warnings[num_before:] if "waiting" in text], (
+        "a stale lock is taken over without waiting"
     )
 
 
-def test_a_lock_that_the_file_server_still_keeps_for_a_dead_host_is_waited_for(
-    tmp_path, monkeypatch
-):
+def test_a_lock_that_the_file_server_keeps_for_a_dead_host_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(lock_module, "WATCH_SECONDS", 0.5)
     path = tmp_path / ".lock"
     path.write_text(FAR_AWAY)
@@ -440,7 +442,7 @@ def test_a_lock_that_the_file_server_still_keeps_for_a_dead_host_is_waited_for(
             Store(tmp_path, warn=lambda _: None)
 
 
-def test_a_holder_keeps_touching_its_lock(tmp_path, monkeypatch):
+def test_a_holder_sends_heartbeats(tmp_path, monkeypatch):
     monkeypatch.setattr(lock_module, "HEARTBEAT_SECONDS", 0.01)
     store = Store(tmp_path)
     os.utime(tmp_path / ".lock", (0, 0))
@@ -451,7 +453,7 @@ def test_a_holder_keeps_touching_its_lock(tmp_path, monkeypatch):
     store.close()
 
 
-def test_leftovers_are_removed_and_named_whatever_host_left_them(tmp_path):
+def test_leftovers_of_any_host_are_removed_and_named(tmp_path):
     directory, warnings = tmp_path / "checkpoints", []
     leftovers = [
         directory / f".tmp-step-3-{host}-99-aa" for host in ("far-away", os.uname().nodename)

@@ -1,4 +1,4 @@
-"""The checkpoint store: what goes in comes out bit for bit, retention, and which checkpoint is the newest good one."""
+"""The checkpoint store: tensors bit for bit, retention, and the newest good checkpoint."""
 
 import collections
 import hashlib
@@ -76,9 +76,7 @@ def test_every_dtype_and_layout_comes_back_bit_for_bit(tmp_path):
         assert bits(read_by_torch[name]) == bits(converted[name]) == bits(tensor.detach()), name
 
 
-def test_tensors_lie_in_pieces_of_several_files_and_any_part_is_read_from_its_own_pieces_alone(
-    tmp_path, monkeypatch
-):
+def test_a_shard_is_read_from_the_pieces_that_overlap_it_only(tmp_path, monkeypatch):
     monkeypatch.setattr(dcp, "PIECE_BYTES", 100)
     monkeypatch.setattr(dcp, "FILE_BYTES", 200)
     wide = torch.arange(40.0).view(10, 4)
@@ -92,7 +90,7 @@ def test_tensors_lie_in_pieces_of_several_files_and_any_part_is_read_from_its_ow
     files = sorted(path.glob("*.distcp"))
     assert [file.name for file in files] == [f"__0_{number}.distcp" for number in range(len(files))]
     assert len(files) == 5, (
-        "a, b: 160 bytes each in 6 + 4 and 2 + 2 rows; row: 400 in one piece; c: 240 in 25 + 25 and 10 values"
+        "bytes: a, b 160 each in 6 + 4 and 2 + 2 rows; row 400 in one piece; c 240 in 100, 100, 40"
     )
     read = open_checkpoint(tmp_path).tensors()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
@@ -150,9 +148,7 @@ def replace_file(path: Path, data: bytes) -> None:
     (path.parent / "manifest.json").write_bytes(encode_manifest(step, files))
 
 
-def test_a_hostile_metadata_is_refused_by_the_manifest_and_with_a_matching_one_by_the_class_it_asks_for(
-    tmp_path,
-):
+def test_a_hostile_metadata_is_refused_even_if_the_manifest_matches_it(tmp_path):
     sentinel = tmp_path / "sentinel"
     path = Store(tmp_path / "run").save(1, {"a": torch.ones(3)}, {}) / ".metadata"
     metadata = pickle.loads(path.read_bytes())

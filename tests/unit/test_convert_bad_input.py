@@ -1,4 +1,7 @@
-"""Conversions that cannot be done, through the command: one sentence, the right exit code, nothing left behind."""
+"""Conversions that fail, run as commands.
+
+Each prints one sentence, exits with the right code, and leaves no output.
+"""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""A plain torch distributed checkpoint with Hugging Face's names, under any prefix, is imported like Megatron's."""
+"""Import of torch distributed checkpoints that have Hugging Face's names, under any prefix."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Sizes of the mesh: what multiplies, what is refused with which fix, and which part of the stream a rank attends with."""
+"""Sizes of the mesh, their error messages, and the tokens of each context-parallel rank."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ QWEN_1_5B = ModelConfig(
 )
 
 
-def test_dp_fills_what_is_left() -> None:
+def test_dp_takes_all_remaining_processes() -> None:
     sizes = plan_sizes(ParallelSection(tp=2, cp=2, dp_replicate=2), world_size=24)
     assert sizes == Sizes(dp_replicate=2, dp=3, cp=2, tp=2)
     assert (sizes.num_data, sizes.num_shards) == (6, 6)
@@ -44,14 +44,14 @@ def test_dp_fills_what_is_left() -> None:
         ),
     ],
 )
-def test_sizes_that_do_not_multiply_are_refused_with_the_fix(
+def test_sizes_with_a_wrong_product_are_refused_with_the_fix(
     section: ParallelSection, world: int, fix: str
 ) -> None:
     with pytest.raises(ConfigError, match=fix):
         plan_sizes(section, world)
 
 
-def test_tensor_parallel_sizes_that_the_model_does_not_take() -> None:
+def test_tp_must_divide_the_model() -> None:
     for tp in (1, 2):
         check_model(Sizes(tp=tp), QWEN_1_5B, fp8=True)
     with pytest.raises(
@@ -65,7 +65,7 @@ def test_tensor_parallel_sizes_that_the_model_does_not_take() -> None:
     check_model(Sizes(tp=4), replace(QWEN_1_5B, ffn_size=9216), fp8=True)
 
 
-def test_every_row_is_held_once_and_a_cut_document_finds_its_keys() -> None:
+def test_each_token_is_on_one_rank_and_continuations_know_their_keys() -> None:
     assert torch.cat(
         [local_tokens(rank, 2, 16) for rank in range(2)]
     ).sort().values.tolist() == list(range(16))
@@ -78,16 +78,16 @@ def test_every_row_is_held_once_and_a_cut_document_finds_its_keys() -> None:
     )
 
 
-def test_the_end_of_a_sequence_attends_as_in_the_whole() -> None:
+def test_the_end_of_a_sequence_attends_as_in_the_full_sequence() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(600, heads, 16, generator=generator) for heads in (4, 2, 2))
 
     def plan(cu_seqlens: torch.Tensor, device: torch.device) -> PackedAttention:
         return PackedAttention(plan_packing(cu_seqlens, 4, 2 * 16, device=device))
 
-    whole = F.scaled_dot_product_attention(
+    full = F.scaled_dot_product_attention(
         *(x.transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True
     ).transpose(0, 1)
     for first, last in ((0, 600), (250, 600), (0, 300)):
         part = attend_to_prefix(q[first:last], k[:last], v[:last], plan)
-        torch.testing.assert_close(part, whole[first:last], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part, full[first:last], rtol=1e-5, atol=1e-5)
