@@ -95,7 +95,7 @@ def test_f6_two_ranks_train_and_save_what_one_does(
 
 
 @pytest.mark.parametrize(
-    ("start", "num", "cp"), [("by_two", 1, 1), ("alone", 4, 1), ("alone", 2, 2)]
+    ("start", "num", "cp"), [("by_two", 1, 1), ("single_process", 4, 1), ("single_process", 2, 2)]
 )
 def test_f6_a_checkpoint_goes_on_with_another_number_of_ranks(
     world: Path, tmp_path: Path, request: pytest.FixtureRequest, start: str, num: int, cp: int

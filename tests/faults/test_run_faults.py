@@ -441,7 +441,7 @@ def test_f7_a_refusal_comes_first_and_leaves_the_recipe_as_it_was(
     words = cpt(world, tmp_path / "run")
     run([*words, "--train.stop_after_step=4"])
     with monkeypatch.context() as patch:
-        patch.setattr(module, "start_team", lambda *_: pytest.fail("must be refused before"))
+        patch.setattr(module, "init_ranks", lambda *_: pytest.fail("must be refused before"))
         assert main([*words, "--run.seed=9"]) == 2
     accepted = [*words, "--accept-changes"]
     assert main([*accepted, "--model.shape.ffn_size=128"]) == 2, "no option makes the tensors fit"
