@@ -15,8 +15,9 @@ _CLOSE_SECONDS = 5.0
 class MetricsWriter:
     """Appends one JSON object per line to metrics.jsonl and mirrors numbers to TensorBoard events.
 
-    On resume, lines of steps after `resumed_step` are dropped: those steps run again, and the file stays one curve.
-    Raises CheckpointError where the disk refuses that; later it only delays lines (`JsonLinesWriter`).
+    On resume, lines of steps after `resumed_step` are dropped: those steps run again, and the file
+    stays one curve. Raises CheckpointError if the disk refuses that; a later refusal only delays
+    lines (`JsonLinesWriter`).
     """
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
@@ -62,7 +63,7 @@ class MetricsWriter:
 
 
 class TensorBoardView:
-    """TensorBoard events beside the record, written by a thread: whatever happens to them, a run neither stops nor waits."""
+    """TensorBoard events, written by a thread: whatever happens to them, a run does not wait."""
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         self._waiting: queue.SimpleQueue[tuple[str, float, int] | None] = queue.SimpleQueue()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from infir2.errors import ConfigError, Interrupted, Preempted, UserError
 from infir2.launch.ranks import code_for_torchrun
-from infir2.processes import CommandSignals
+from infir2.processes import process_signals
 from infir2.terminal import log, log_error, print_result
 
 INTERNAL_ERROR = 70
@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. A user's error is one line on stderr, an internal error a traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with CommandSignals(_early_stop_message(arguments[:1])) as signals:
-        return _run(arguments, signals)
+    with process_signals.command(_early_stop_message(arguments[:1])):
+        return _run(arguments)
 
 
 def _early_stop_message(verb: list[str]) -> str:
@@ -87,16 +87,16 @@ def _early_stop_message(verb: list[str]) -> str:
         return ""
     if verb == ["eval"]:
         return "stopped; the same command starts the evaluation again."
-    return "stopped before the first step; there was nothing to save."
+    return "stopped before the first step; nothing was saved. Run the same command to start again."
 
 
-def _run(arguments: list[str], signals: CommandSignals) -> int:
+def _run(arguments: list[str]) -> int:
     try:
         _dispatch(arguments)
         sys.stdout.flush()
         return 0
     except UserError as error:
-        return _report_error(error, signals)
+        return _report_error(error)
     except KeyboardInterrupt:
         log("interrupted.")
         return Interrupted.exit_code
@@ -106,7 +106,7 @@ def _run(arguments: list[str], signals: CommandSignals) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:
-        signals.has_own_end = True
+        process_signals.keep_exit_code = True
         traceback.print_exc()
         command = " ".join(["infir2", *arguments])
         log(
@@ -116,7 +116,7 @@ def _run(arguments: list[str], signals: CommandSignals) -> int:
         return INTERNAL_ERROR
 
 
-def _report_error(error: UserError, signals: CommandSignals) -> int:
+def _report_error(error: UserError) -> int:
     """Log the error, once if all ranks have the same, and return its exit code.
 
     Rank 0 reports such an error. Once its run has started nothing stops it from that. Before, it
@@ -124,14 +124,17 @@ def _report_error(error: UserError, signals: CommandSignals) -> int:
     a rank that fails early waits until SIGTERM says that rank 0 has exited, and reports the error
     itself if rank 0 does not.
     """
-    run_has_started, signals.has_own_end = signals.has_own_end, True
+    run_has_started = process_signals.keep_exit_code
+    process_signals.keep_exit_code = True
     rank0_reports = error.reported_by_rank0 and os.environ.get("RANK", "0") != "0"
     exit_kills_rank0 = (
         not run_has_started
         and os.environ.get("GROUP_RANK", "0") == "0"
         and code_for_torchrun(error.exit_code) != 0
     )
-    if not rank0_reports or (exit_kills_rank0 and not signals.wait(RANK0_SECONDS)):
+    if not rank0_reports or (
+        exit_kills_rank0 and not process_signals.wait_for_termination(RANK0_SECONDS)
+    ):
         is_stop = isinstance(error, Preempted | Interrupted)
         (log if is_stop else log_error)(str(error))
     return error.exit_code

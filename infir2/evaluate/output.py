@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from infir2.checkpoint.environment import describe_environment
 from infir2.checkpoint.record import TensorBoardView
 from infir2.config.load import Loaded
 from infir2.config.resume import dump
@@ -19,7 +20,6 @@ from infir2.config.schema import EvalRecipe
 from infir2.errors import ConfigError, OutputExistsError, disk_reason
 from infir2.evaluate.statistics import Evaluation
 from infir2.files import disk_errors, encode_json_line, read_json_lines, write_atomically
-from infir2.train.supervisor import describe_environment
 
 ENVIRONMENT, RECIPE, SAMPLES, METRICS = (
     "environment.json",

@@ -175,7 +175,7 @@ class Preflight:
     def _model_section(self) -> "ModelSection":
         """The model that the run loads: its own newest checkpoint, if there is one."""
         from infir2.preflight.run_dir import newest_in
-        from infir2.train.build import resumed_model
+        from infir2.train.plan import resumed_model
 
         section: ModelSection = self.recipe.model
         if self.verb == "eval":

@@ -23,7 +23,7 @@ from infir2.data.rows import (
 from infir2.data.sources import RowError, Source
 from infir2.errors import ConfigError, DataError, UserError
 from infir2.preflight.finding import Finding
-from infir2.train.loop import complete_schedule
+from infir2.train.plan import complete_schedule
 
 NUM_ROWS = 200
 _KINDS: dict[str, RowKind] = {"cpt": "documents", "sft": "messages"}

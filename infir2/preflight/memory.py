@@ -13,7 +13,7 @@ from infir2.parallel.mesh import Sizes
 from infir2.preflight.finding import Finding
 from infir2.preflight.gpu_memory import gpu_ledger
 from infir2.preflight.model import ModelFacts
-from infir2.train.build import device_of
+from infir2.train.plan import device_of
 
 GIB = 2**30
 PROCESS_BYTES = 450 * 2**20

@@ -11,7 +11,7 @@ from infir2.errors import CheckpointError, ConfigError
 from infir2.model import HfWeights, ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX
 from infir2.preflight.finding import Finding
-from infir2.train.build import is_run, planned_config
+from infir2.train.plan import is_run, planned_config
 
 _EXPORT = "export the start of the run (infir2 export hf, infir2 export fp8)"
 

@@ -9,8 +9,7 @@ from infir2.numerics.formats import GROUP
 from infir2.parallel.mesh import Sizes, check_model
 from infir2.preflight.finding import Finding, SkippedError
 from infir2.preflight.model import ModelFacts
-from infir2.train.build import device_of
-from infir2.train.supervisor import check_optimizer, needs_one_process
+from infir2.train.plan import check_optimizer, device_of, needs_one_process
 
 
 def check_parallel(recipe: TrainRecipe, model: ModelFacts | None) -> Finding:

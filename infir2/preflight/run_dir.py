@@ -14,7 +14,7 @@ from infir2.errors import ConfigError
 from infir2.preflight.finding import Finding
 from infir2.preflight.memory import CHECKPOINT_BYTES_PER_PARAMETER, GIB
 from infir2.preflight.model import ModelFacts
-from infir2.train.supervisor import resume_changes
+from infir2.train.plan import resume_changes
 
 
 def check_run_dir(loaded: Loaded[TrainRecipe]) -> Finding:

@@ -1,4 +1,8 @@
-"""Dynamic sampling: draw prompts until enough groups have rewards that differ, within a budget."""
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): draw prompts until enough groups have
+rewards that differ, within a budget.
+
+    PromptStream.draw -> DrawnPrompt -> GroupGenerator.generate -> Group -> collect_rollouts
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -13,21 +17,20 @@ from infir2.engines.generate import generate_groups, items_of_rank
 from infir2.engines.types import Completion, Engine, SamplingParams
 from infir2.errors import DataError
 from infir2.faults import fault
+from infir2.parallel.ranks import Ranks
 from infir2.rl.groups import Group, Response
 from infir2.rl.journal import Journal
 from infir2.rl.rewards import rate
-from infir2.train.supervisor import Session
 
 Check = Callable[[], None]
-Work = Callable[
-    [Check], dict[int, list[Response]]
-]  # responses by place of their prompt; calls its argument all the time
-Divide = Callable[[Work], Sequence[dict[int, list[Response]]]]  # what each rank's work gave
+# Runs a function on every rank and returns the results by rank (Supervisor.all_gather_results).
+# The function calls its argument often; that raises when the run has to stop.
+RunOnRanks = Callable[[Callable[[Check], list[Group]]], list[list[Group]]]
 
 
 @dataclass
-class Collected:
-    """One step's rollouts: the groups to train on, and what was drawn to find them."""
+class Rollouts:
+    """One step's groups: those to train on, and those that were sampled to find them."""
 
     trained: list[Group] = field(default_factory=list)
     without_signal: list[Group] = field(default_factory=list)
@@ -37,109 +40,157 @@ class Collected:
         return self.trained + self.without_signal
 
 
-class GroupSampler:
-    """Walks over the prompts in a seeded order, epoch after epoch. Its whole state is `cursor`, the number of prompts drawn.
+@dataclass(frozen=True)
+class DrawnPrompt:
+    """A prompt to sample responses to. Example: `DrawnPrompt("0/p17", prompt, [5, 9, 2])`."""
 
-    A group is checked and written to the `journal` in a thread as soon as its last response is there; one that is in the journal
-    is not sampled again. Ranks share the groups, and each gets to know all.
+    name: str  # "epoch/id", which seeds the sampling and differs within a step
+    prompt: Prompt
+    token_ids: list[int]
+
+
+class PromptStream:
+    """Draws the prompts in a seeded order, epoch after epoch.
+
+    Attributes:
+        cursor: number of prompts drawn so far; its whole state.
+        num_too_long: prompts dropped because they exceed `rl.max_prompt_tokens`.
     """
 
     def __init__(
         self,
-        prompts: list[Prompt],
+        prompts: Sequence[Prompt],
         tokenizer: ChatTokenizer,
-        rl: RlSection,
-        journal: Journal,
-        session: Session,
+        max_prompt_tokens: int,
+        seed: int,
         cursor: int = 0,
     ) -> None:
-        self._tokenizer, self.rl, self._journal, self._ranks = tokenizer, rl, journal, session.ranks
-        self._seed = session.recipe.run.seed
-        self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-verify")
+        """Raises DataError when no prompt is short enough."""
         self.cursor = cursor
+        self._seed = seed
         rendered = [
             (prompt, tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True))
             for prompt in prompts
         ]
-        self._prompts = [
-            (prompt, ids) for prompt, ids in rendered if len(ids) <= rl.max_prompt_tokens
-        ]
+        self._prompts = [(prompt, ids) for prompt, ids in rendered if len(ids) <= max_prompt_tokens]
         self.num_too_long = len(rendered) - len(self._prompts)
         if not self._prompts:
             raise DataError(
-                f"no prompt has at most {rl.max_prompt_tokens} tokens: raise rl.max_prompt_tokens or mend data.sources"
+                f"no prompt has at most {max_prompt_tokens} tokens: raise rl.max_prompt_tokens or "
+                "fix data.sources"
             )
 
-    def collect(self, engine: Engine, weights: str, divide: Divide, earlier: str = "") -> Collected:
-        """At most `over_sample_prompts` prompts, in rounds of `prompts_per_step`, until that many groups have signal.
-
-        `weights` is a digest of the engine's, `earlier` of others whose groups in the journal are taken too. `divide` has every
-        rank do its part.
-        """
-        collected, drawn = Collected(), 0
-        while (
-            len(collected.trained) < self.rl.prompts_per_step
-            and drawn < self.rl.over_sample_prompts
-        ):
-            count = min(self.rl.prompts_per_step, self.rl.over_sample_prompts - drawn)
-            drawn += count
-            for group in self._sample(engine, weights, divide, earlier, count):
-                wanted = group.has_signal and len(collected.trained) < self.rl.prompts_per_step
-                (collected.trained if wanted else collected.without_signal).append(group)
-        return collected
-
-    def _sample(
-        self, engine: Engine, weights: str, divide: Divide, earlier: str, count: int
-    ) -> list[Group]:
-        drawn = [self._prompt(self.cursor + i) for i in range(count)]
+    def draw(self, count: int) -> list[DrawnPrompt]:
+        """The next `count` prompts."""
+        drawn = [self._at(self.cursor + i) for i in range(count)]
         self.cursor += count
-        found: dict[int, list[Response]] = {}
-        for digest in filter(None, (earlier, weights)):
-            keys = [self._journal_key(name, ids, digest) for name, _, ids in drawn]
-            found |= {
-                i: kept
-                for i, key in enumerate(keys)
-                if (kept := self._journal.get(key)) is not None
-            }
-        mine = items_of_rank(engine, self._ranks, [i for i in range(count) if i not in found])
-        for part in divide(
-            lambda check: self._respond(engine, {i: (keys[i], *drawn[i]) for i in mine}, check)
-        ):
-            found |= part
-        return [Group(prompt, ids, found[i]) for i, (_, prompt, ids) in enumerate(drawn)]
+        return drawn
 
-    def _respond(
-        self, engine: Engine, drawn: dict[int, tuple[str, str, Prompt, list[int]]], check: Check
-    ) -> dict[int, list[Response]]:
-        """Responses to prompts, given with their keys and names."""
-        missing = list(drawn.items())
-        prompts = [(name, ids) for _, (_, name, _, ids) in missing]
-        params = SamplingParams(
-            self.rl.temperature, self.rl.max_response_tokens, self._tokenizer.eos_token_ids
-        )
-        checks: dict[int, Future[list[Response]]] = {}
+    def _at(self, position: int) -> DrawnPrompt:
+        epoch, index = divmod(position, len(self._prompts))
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+        prompt, token_ids = self._prompts[order[index]]
+        return DrawnPrompt(f"{epoch}/{prompt.id}", prompt, token_ids)
+
+
+class GroupGenerator:
+    """Samples, checks and records groups. The ranks share the prompts and receive all groups.
+
+    A thread checks a group and writes it to the journal as soon as its last response has ended; a
+    group that is in the journal is not sampled again.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: ChatTokenizer,
+        rl: RlSection,
+        seed: int,
+        journal: Journal,
+        ranks: Ranks,
+    ) -> None:
+        self._engine, self._tokenizer, self._rl, self._seed = engine, tokenizer, rl, seed
+        self._journal, self._ranks = journal, ranks
+        self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-verify")
+
+    def generate(
+        self,
+        drawn: Sequence[DrawnPrompt],
+        weights_digest: str,
+        earlier_digest: str,
+        run_on_ranks: RunOnRanks,
+    ) -> list[Group]:
+        """One group per prompt, in order.
+
+        `weights_digest` is that of the engine's weights; groups in the journal that were sampled
+        with these or with the weights of `earlier_digest` ("" for none) are reused.
+        """
+        groups: dict[str, Group] = {}
+        for digest in filter(None, (earlier_digest, weights_digest)):
+            groups |= self._recorded(drawn, digest)
+        missing = [each for each in drawn if each.name not in groups]
+        own = items_of_rank(self._engine, self._ranks, missing)
+        for part in run_on_ranks(lambda check: self._sample(own, weights_digest, check)):
+            groups |= {group.name: group for group in part}
+        return [groups[each.name] for each in drawn]
+
+    def _recorded(self, drawn: Sequence[DrawnPrompt], digest: str) -> dict[str, Group]:
+        """Groups of these prompts and weights that the journal holds, by name."""
+        found = {}
+        for each in drawn:
+            responses = self._journal.get(self._journal_key(each, digest))
+            if responses is not None:
+                found[each.name] = Group(each.name, each.prompt, each.token_ids, responses)
+        return found
+
+    def _sample(self, drawn: Sequence[DrawnPrompt], digest: str, check: Check) -> list[Group]:
+        """Sample this rank's prompts. `check` is called after each step of the engine."""
+        prompts = [(each.name, each.token_ids) for each in drawn]
+        stop_ids = self._tokenizer.eos_token_ids
+        params = SamplingParams(self._rl.temperature, self._rl.max_response_tokens, stop_ids)
+        checked: dict[int, Future[list[Response]]] = {}
         for index, completions in generate_groups(
-            engine, prompts, self.rl.group_size, params, self._seed, check
+            self._engine, prompts, self._rl.group_size, params, self._seed, check
         ):
-            i, (key, _, prompt, _) = missing[index]
-            checks[i] = self._checker.submit(self._finish, key, completions, prompt.answer)
-        return {i: checked.result() for i, checked in checks.items()}
+            key, answer = self._journal_key(drawn[index], digest), drawn[index].prompt.answer
+            checked[index] = self._checker.submit(self._finish, key, completions, answer)
+        return [
+            Group(drawn[i].name, drawn[i].prompt, drawn[i].token_ids, responses.result())
+            for i, responses in checked.items()
+        ]
 
     def _finish(self, key: str, completions: list[Completion], answer: str) -> list[Response]:
-        """Check a group and write it down."""
+        """Reward a group and write it to the journal."""
         fault("rollout.group")
         texts = [self._tokenizer.decode(completion.token_ids) for completion in completions]
-        responses = rate(completions, texts, [answer] * len(completions), self.rl)
+        responses = rate(completions, texts, [answer] * len(completions), self._rl)
         self._journal.add(key, responses)
         return responses
 
-    def _journal_key(self, name: str, ids: list[int], weights: str) -> str:
-        """Of everything that a group's responses, log-probabilities and rewards depend on."""
-        text = f"{self._seed}/{name}/{ids}/{weights}/{self.rl.model_dump_json()}"
+    def _journal_key(self, drawn: DrawnPrompt, digest: str) -> str:
+        """Hash of everything that determines a group's responses, log-probabilities and rewards."""
+        rl = self._rl.model_dump_json()
+        text = f"{self._seed}/{drawn.name}/{drawn.token_ids}/{digest}/{rl}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _prompt(self, position: int) -> tuple[str, Prompt, list[int]]:
-        epoch, index = divmod(position, len(self._prompts))
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
-        prompt, ids = self._prompts[order[index]]
-        return f"{epoch}/{prompt.id}", prompt, ids
+
+def collect_rollouts(
+    prompts: PromptStream,
+    generator: GroupGenerator,
+    rl: RlSection,
+    weights_digest: str,
+    earlier_digest: str,
+    run_on_ranks: RunOnRanks,
+) -> Rollouts:
+    """Sample rounds of `prompts_per_step` prompts until that many groups have signal.
+
+    At most `over_sample_prompts` prompts are drawn. Digests as in `GroupGenerator.generate`.
+    """
+    rollouts, num_drawn = Rollouts(), 0
+    while len(rollouts.trained) < rl.prompts_per_step and num_drawn < rl.over_sample_prompts:
+        drawn = prompts.draw(min(rl.prompts_per_step, rl.over_sample_prompts - num_drawn))
+        num_drawn += len(drawn)
+        for group in generator.generate(drawn, weights_digest, earlier_digest, run_on_ranks):
+            is_needed = group.has_signal and len(rollouts.trained) < rl.prompts_per_step
+            (rollouts.trained if is_needed else rollouts.without_signal).append(group)
+    return rollouts

@@ -10,7 +10,7 @@ from infir2.data import ChatTokenizer
 from infir2.engines.generate import items_of_rank
 from infir2.engines.types import Engine
 from infir2.evaluate.problems import answer_problems, load_problems, summarize
-from infir2.train.supervisor import Session
+from infir2.train.supervisor import Supervisor
 
 
 class InLoopEvaluation:
@@ -26,14 +26,16 @@ class InLoopEvaluation:
         every, last = self._recipe.rl.evaluate_every, self._recipe.schedule.total_steps
         return bool(self._problems and every and step and (step % every == 0 or step == last))
 
-    def run(self, engine: Engine, tokenizer: ChatTokenizer, step: int, session: Session) -> None:
+    def run(
+        self, engine: Engine, tokenizer: ChatTokenizer, step: int, supervisor: Supervisor
+    ) -> None:
         """Log the scores of the engine's weights. Every rank calls this and answers its part."""
-        session.beat(f"the evaluation after step {step}")
+        supervisor.heartbeat(f"the evaluation after step {step}")
         section, seed = self._recipe.evaluate, self._recipe.run.seed
-        problems = items_of_rank(engine, session.ranks, self._problems)
-        parts: list[list[dict[str, Any]]] = session.divided(
+        problems = items_of_rank(engine, supervisor.ranks, self._problems)
+        parts: list[list[dict[str, Any]]] = supervisor.all_gather_results(
             lambda check: answer_problems(engine, tokenizer, problems, section, seed, check)
         )
         scores = summarize(self._problems, list(chain.from_iterable(parts)), section.samples)
-        session.metrics.write("evaluation", step, **asdict(scores))
-        session.progress.log(f"step {step}: {scores.describe()}")
+        supervisor.log.write("evaluation", step, **asdict(scores))
+        supervisor.log.message(f"step {step}: {scores.describe()}")

@@ -1,8 +1,9 @@
-"""Finished groups on disk, so that a run that is killed in its rollouts repeats none that were done.
+"""Finished groups on disk, so that a run that is killed while it samples repeats none of them.
 
-`rollouts/step-N-R.jsonl` holds a line per group of step N that rank R finished, with token ids, log-probabilities, verdicts and
-rewards. A line is used again, by any number of ranks, only for the same request: `key` is of prompt, sampling and weights. Files
-of steps that a checkpoint holds are removed.
+`rollouts/step-N-R.jsonl` holds a line per group of step N that rank R finished: token ids,
+log-probabilities, verdicts and rewards. A line is reused, by any number of ranks, only for the same
+request: its `key` hashes prompt, sampling parameters and weights. Files of steps that a checkpoint
+holds are removed.
 """
 
 from dataclasses import asdict
@@ -18,38 +19,45 @@ from infir2.rl.groups import Response
 
 
 class Journal:
-    """The groups of one step at a time. Example: `journal.open(7)`, then `journal.get(key)` or `journal.add(key, responses)`."""
+    """The groups of one step at a time.
+
+    Example: `journal.open(7, saved_step=6)`, then `journal.get(key)` or
+    `journal.add(key, responses)`.
+    """
 
     def __init__(self, run_dir: Path, ranks: Ranks) -> None:
         self._dir, self._ranks = run_dir / "rollouts", ranks
-        self._kept: dict[str, list[Response]] = {}
+        self._groups: dict[str, list[Response]] = {}
 
     def open(self, step: int, saved_step: int) -> None:
-        """Begin a step: read what earlier processes finished of it, forget what the newest checkpoint holds. Every rank calls this."""
-        self._kept = self._ranks.broadcast_from_rank0(lambda: self._read(step, saved_step))
+        """Begin a step: read its finished groups, remove files of steps up to `saved_step`.
+
+        Every rank calls this.
+        """
+        self._groups = self._ranks.broadcast_from_rank0(lambda: self._read(step, saved_step))
         self._lines = JsonLinesWriter(self._dir / f"step-{step}-{self._ranks.rank}.jsonl")
 
     def _read(self, step: int, saved_step: int) -> dict[str, list[Response]]:
         self._dir.mkdir(exist_ok=True)
-        kept: dict[str, list[Response]] = {}
+        groups: dict[str, list[Response]] = {}
         for path in self._dir.glob("step-*-*.jsonl"):
             of_step = int(path.stem.split("-")[1])
             if of_step <= saved_step:
                 path.unlink()
             elif of_step == step:
                 truncate_torn_line(path)
-                kept |= {
+                groups |= {
                     row["key"]: [_response(each) for each in row["responses"]]
                     for row in read_json_lines(path)
                 }
-        return kept
+        return groups
 
     def get(self, key: str) -> list[Response] | None:
-        """The group's responses, if they were finished before."""
-        return self._kept.get(key)
+        """The responses of a finished group, or None."""
+        return self._groups.get(key)
 
     def add(self, key: str, responses: list[Response]) -> None:
-        """Write a finished group down. One that the disk refuses is sampled again by a resumed run."""
+        """Append a finished group. A resumed run samples again what could not be written."""
         # JSON's decimals give every float32 back exactly
         self._lines.append({"key": key, "responses": [asdict(response) for response in responses]})
 

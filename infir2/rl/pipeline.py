@@ -1,104 +1,127 @@
-"""Where a step's responses come from: sampled when the step begins or, with `rl.asynchronous`, while the step before it trains."""
+"""When a step's rollouts are sampled: as the step begins, or ahead, while the previous step trains.
+
+Synchronous: step n trains on responses of policy version n - 1, the newest. Asynchronous
+(`rl.asynchronous`): the engine samples step n + 1 from version n - 1 while step n trains, so that
+responses are exactly one version older than the newest; it receives version n when it has finished.
+"""
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from infir2.config.schema import RlSection
 from infir2.engines.types import RolloutEngine
 from infir2.engines.weight_sync import publish
 from infir2.errors import Interrupted
-from infir2.parallel.parallel_model import ParallelModel
-from infir2.rl.dynamic_sampling import Check, Collected, GroupSampler, Work
+from infir2.rl.dynamic_sampling import (
+    Check,
+    GroupGenerator,
+    PromptStream,
+    Rollouts,
+    RunOnRanks,
+    collect_rollouts,
+)
+from infir2.rl.groups import Group
 from infir2.rl.journal import Journal
-from infir2.train.supervisor import Session
+from infir2.train.supervisor import Supervisor
 
-_BEAT_SECONDS = 0.1
+_POLL_SECONDS = 0.1
 
 
-class Rollouts:
-    """The groups of one step after another.
+class RolloutPipeline:
+    """Rollouts of one step after another, and the engine's weights.
 
-    Synchronous: step n trains on responses of version n - 1, the newest. Asynchronous: the engine samples step n + 1 from
-    version n - 1 while step n trains, so responses are one version older than the newest, never more, and the engine gets
-    version n when it has finished. A checkpoint of step n holds where step n + 1 begins (`state`): a resumed run takes
-    the groups that were finished from the journal and samples the others from the weights it has.
+    A checkpoint of step n stores where step n + 1 begins (`state`). A resumed run reads the
+    finished groups of that step from the journal and samples the others with the weights it has.
+
+    Attributes:
+        state: what a checkpoint of the current step stores.
     """
 
     def __init__(
         self,
-        sampler: GroupSampler,
+        rl: RlSection,
+        prompts: PromptStream,
+        generator: GroupGenerator,
         journal: Journal,
         engine: RolloutEngine,
-        weights: str,
-        parallel_model: ParallelModel,
-        session: Session,
-        last_step: int,
+        weights_digest: str,
+        supervisor: Supervisor,
     ) -> None:
-        """`weights`: digest of those that `engine` holds."""
-        self._sampler, self._journal, self._engine, self._weights = (
-            sampler,
-            journal,
-            engine,
-            weights,
-        )
-        self._parallel_model, self._session, self._last_step = parallel_model, session, last_step
-        self._begun: Future[Collected] | None = None  # the next step's groups, on the first rank
-        self._ahead: Collected | None = None  # the same, on every rank, once they are there
-        self._cancelled = threading.Event()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-rollouts")
-        self._earlier = session.checkpoint.state.get("ahead", "") if session.checkpoint else ""
-        self._in_flight = False
+        """`weights_digest` is that of the weights that `engine` holds."""
         self.state: dict[str, Any] = {}
+        self._rl, self._prompts, self._generator, self._journal = rl, prompts, generator, journal
+        self._engine, self._digest = engine, weights_digest
+        self._supervisor = supervisor
+        self._last_step = supervisor.recipe.schedule.total_steps
+        # Weights with which the run that this one resumes had begun the next step.
+        checkpoint = supervisor.checkpoint
+        self._earlier_digest = checkpoint.state.get("ahead", "") if checkpoint else ""
+        # Sampling ahead: in a thread of rank 0, which exchanges nothing with other ranks.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-rollouts")
+        self._canceled = threading.Event()
+        self._is_sampling_ahead = False
+        self._ahead_future: Future[Rollouts] | None = None  # rank 0 only
+        self._ahead: Rollouts | None = None  # on every rank, once it is finished
 
-    def take(self, step: int) -> Collected:
-        """The groups of a step, after which the next step's may begin. Every rank calls this, from step to step."""
-        self.update(step - 1)
-        collected, self._ahead = self._ahead or self._collect(step), None
-        self.state = {"cursor": self._sampler.cursor}
-        if self._sampler.rl.asynchronous and step < self._last_step:
-            self.state["ahead"] = self._weights
-            self._begin(step + 1)
-        return collected
+    def next_rollouts(self, step: int) -> Rollouts:
+        """The rollouts of a step; afterwards the next step's may begin. Every rank calls this."""
+        self.sync_weights(step - 1)
+        rollouts, self._ahead = self._ahead or self._sample(step), None
+        self.state = {"cursor": self._prompts.cursor}
+        if self._rl.asynchronous and step < self._last_step:
+            self.state["ahead"] = self._digest
+            self._start_ahead(step + 1)
+        return rollouts
 
-    def update(self, policy_version: int) -> None:
-        """Give the engine the trainer's weights if its own are older, once it has finished what it samples. Every rank calls this."""
-        if self._in_flight:
-            self._ahead, self._in_flight = self._session.divided(self._finished)[0], False
+    def sync_weights(self, policy_version: int) -> None:
+        """Publish the trainer's weights to the engine if its own are older.
+
+        Waits for what the engine samples ahead. Every rank calls this.
+        """
+        if self._is_sampling_ahead:
+            self._ahead = self._supervisor.all_gather_results(self._wait_for_ahead)[0]
+            self._is_sampling_ahead = False
         if self._engine.policy_version != policy_version:
-            self._weights = publish(self._parallel_model, self._engine, policy_version)
+            parallel_model = self._supervisor.trainer.parallel_model
+            self._digest = publish(parallel_model, self._engine, policy_version)
 
-    def __enter__(self) -> "Rollouts":
+    def __enter__(self) -> "RolloutPipeline":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what is being sampled; finished groups are in the journal."""
-        self._cancelled.set()
+        """Cancel what is being sampled; finished groups are in the journal."""
+        self._canceled.set()
         self._thread.shutdown()
 
-    def _collect(self, step: int) -> Collected:
-        self._journal.open(step, self._session.saved_step)
-        earlier, self._earlier = self._earlier, ""
-        return self._sampler.collect(self._engine, self._weights, self._session.divided, earlier)
+    def _sample(self, step: int) -> Rollouts:
+        self._journal.open(step, self._supervisor.saved_step)
+        earlier, self._earlier_digest = self._earlier_digest, ""
+        return self._collect(earlier, self._supervisor.all_gather_results)
 
-    def _begin(self, step: int) -> None:
-        """Sample a step's groups in a thread of the first rank, which talks to no other rank meanwhile."""
-        self._journal.open(step, self._session.saved_step)
-        self._in_flight = True
-        if self._session.ranks.is_rank0:
-            self._begun = self._thread.submit(
-                self._sampler.collect, self._engine, self._weights, self._alone
-            )
+    def _collect(self, earlier_digest: str, run_on_ranks: RunOnRanks) -> Rollouts:
+        return collect_rollouts(
+            self._prompts, self._generator, self._rl, self._digest, earlier_digest, run_on_ranks
+        )
 
-    def _alone(self, work: Work) -> list[dict[int, Any]]:
+    def _start_ahead(self, step: int) -> None:
+        self._journal.open(step, self._supervisor.saved_step)
+        self._is_sampling_ahead = True
+        if self._supervisor.ranks.is_rank0:
+            self._ahead_future = self._thread.submit(self._collect, "", self._run_here)
+
+    def _run_here(self, work: Any) -> list[list[Group]]:
+        """`RunOnRanks` of the thread: this rank alone, until the run ends."""
+
         def check() -> None:
-            if self._cancelled.is_set():
+            if self._canceled.is_set():
                 raise Interrupted("the run ended")
 
         return [work(check)]
 
-    def _finished(self, check: Check) -> Collected | None:
-        if self._begun is None:
+    def _wait_for_ahead(self, check: Check) -> Rollouts | None:
+        if self._ahead_future is None:
             return None
-        while not wait([self._begun], timeout=_BEAT_SECONDS).done:
+        while not wait([self._ahead_future], timeout=_POLL_SECONDS).done:
             check()
-        return self._begun.result()
+        return self._ahead_future.result()

@@ -1,4 +1,5 @@
-"""Rewards: 1 for a right boxed answer after the thinking, 0 otherwise, with DAPO's soft penalty for overlong answers if asked."""
+"""Rewards: 1 for a correct boxed answer after the thinking, 0 otherwise, plus DAPO's soft penalty
+for overlong responses if the recipe asks for it."""
 
 from collections.abc import Sequence
 
@@ -9,7 +10,10 @@ from infir2.verify import check_math_batch
 
 
 def overlong_penalty(num_tokens: int, rl: RlSection) -> float:
-    """Soft overlong punishment (arXiv 2503.14476, equation 13): 0 up to the buffer, then a line down to -overlong_penalty."""
+    """Soft overlong punishment (arXiv 2503.14476, equation 13).
+
+    0 until `overlong_buffer_tokens` before the limit, then linear down to -overlong_penalty.
+    """
     if not rl.overlong_buffer_tokens:
         return 0.0
     excess = num_tokens - (rl.max_response_tokens - rl.overlong_buffer_tokens)
@@ -21,12 +25,9 @@ def rate(
 ) -> list[Response]:
     """Responses with their rewards, in order."""
     verdicts = check_math_batch(list(zip(texts, answers, strict=True)))
-    return [
-        Response(
-            completion,
-            text,
-            verdict.correct,
-            float(verdict.correct) + overlong_penalty(len(completion.token_ids), rl),
-        )
-        for completion, text, verdict in zip(completions, texts, verdicts, strict=True)
-    ]
+    responses = []
+    for completion, text, verdict in zip(completions, texts, verdicts, strict=True):
+        penalty = overlong_penalty(len(completion.token_ids), rl)
+        reward = float(verdict.correct) + penalty
+        responses.append(Response(completion, text, verdict.correct, reward))
+    return responses

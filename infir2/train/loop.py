@@ -1,20 +1,22 @@
-"""`infir2 cpt` and `infir2 sft`: the loop around the trainer's step."""
+"""`infir2 cpt` and `infir2 sft`: the loop around the trainer's step.
 
-import math
+recipe -> Supervisor (run directory, newest checkpoint) -> tokenizer -> Loader (packed batches)
+-> Decoder -> Trainer -> per step: batches -> Trainer.step -> Supervisor.finish_step
+"""
+
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from infir2.config.load import Loaded
-from infir2.config.schema import ScheduleSection, TrainRecipe
 from infir2.data import Batch, Loader, TrainingKind, validation_batches
 from infir2.data.streams import State
-from infir2.errors import ConfigError
 from infir2.parallel.parallel_model import ParallelModel
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.losses import next_token_loss
+from infir2.train.plan import complete_schedule
 from infir2.train.schedules import learning_rate
-from infir2.train.supervisor import Session
+from infir2.train.supervisor import Supervisor
 from infir2.train.trainer import StepResult, Trainer
 
 DATA_KIND: dict[str, TrainingKind] = {"cpt": "documents", "sft": "messages"}
@@ -22,94 +24,89 @@ DATA_KIND: dict[str, TrainingKind] = {"cpt": "documents", "sft": "messages"}
 
 def run_training(loaded: Loaded, kind: str) -> None:
     """Train to the end of the schedule, from the newest checkpoint of `run.dir` if there is one."""
-    with Session(loaded, kind) as session:
-        recipe = session.recipe
-        tokenizer, tokenizer_dir = open_tokenizer(session.model, recipe.data.tokenizer)
-        place = (session.layout.data_rank, session.layout.sizes.num_data)
-        quarantine = session.dir / "quarantine.jsonl" if session.ranks.is_rank0 else None
-        loader = Loader(
-            recipe.data, DATA_KIND[kind], tokenizer, recipe.run.seed, *place, quarantine=quarantine
-        )
-        validation = validation_batches(
-            recipe.data, DATA_KIND[kind], tokenizer, recipe.train.validation_batches, *place
-        )
-        model = build_model(
-            session.model,
-            recipe.fp8,
-            recipe.run,
-            tokenizer.vocab_size,
-            resumed=session.checkpoint is not None,
-        )
-        trainer = Trainer(
-            model,
-            recipe.optimizer,
-            recipe.train.loss_chunk_tokens,
-            ParallelModel(model, session.layout),
-        )
+    with Supervisor(loaded, kind) as supervisor:
+        recipe = supervisor.recipe
+        tokenizer, tokenizer_dir = open_tokenizer(supervisor.model, recipe.data.tokenizer)
+        rank, size = supervisor.layout.data_rank, supervisor.layout.sizes.num_data
+        quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
+        data = (recipe.data, DATA_KIND[kind], tokenizer)
+        loader = Loader(*data, recipe.run.seed, rank, size, quarantine=quarantine)
+        validation = validation_batches(*data, recipe.train.validation_batches, rank, size)
+        trainer = make_trainer(supervisor, tokenizer.vocab_size)
         schedule = complete_schedule(recipe, loader.steps_per_epoch)
         last_step = min(schedule.total_steps, recipe.train.stop_after_step or schedule.total_steps)
-        done = session.start(trainer, last_step)
-        if session.checkpoint and session.checkpoint.state["kind"] == kind:
-            go_on(loader, session.checkpoint.state["loader"], session, loaded.accept_changes)
-        description = {
-            "model_config": model.config.to_hf(),
-            "tokenizer_dir": str(tokenizer_dir),
-            "fp8": recipe.fp8.model_dump(),
-        }
-        if not done and loader.num_rows < recipe.data.batch_samples:
-            what = f"{loader.num_rows} rows for data.batch_samples = {recipe.data.batch_samples}: a step takes rows more than once"
-            session.event(0, "few_rows", what)
-        session.validate(done, last_step, validation)
-        for step in range(done + 1, last_step + 1):
-            session.beat(f"step {step}")
+        finished = supervisor.start(trainer, last_step)
+        restore_loader(loader, supervisor, loaded.accept_changes)
+        description = describe_model(trainer, supervisor, str(tokenizer_dir))
+        description["tokenizer_fingerprint"] = tokenizer.fingerprint()
+        supervisor.validate(finished, last_step, validation)
+        for step in range(finished + 1, last_step + 1):
+            supervisor.heartbeat(f"step {step}")
             batches = loader.next_step()
-            line, result = _one_step(trainer, batches, learning_rate(schedule, step))
-            state = description | {
-                "loader": loader.state_dict(),
-                "tokenizer_fingerprint": tokenizer.fingerprint(),
-            }
-            session.finish_step(step, step == last_step, result, line, state, batches)
-            session.validate(step, last_step, validation)
+            metrics, result = _timed_step(trainer, batches, learning_rate(schedule, step))
+            state = description | {"loader": loader.state_dict()}
+            supervisor.finish_step(step, step == last_step, result, metrics, state, batches)
+            supervisor.validate(step, last_step, validation)
         if loader.quarantined:
-            session.event(
-                last_step,
-                "quarantined_rows",
-                f"{loader.quarantined}; {session.dir}/quarantine.jsonl names each",
-            )
+            detail = f"{loader.quarantined}; {supervisor.dir}/quarantine.jsonl names each"
+            supervisor.log.event(last_step, "quarantined_rows", detail)
 
 
-def go_on(loader: Loader, saved: State, session: Session, accept_changes: bool) -> None:
-    """Put the loader where the checkpoint's was, or with `--accept-changes` and other data or another seed at its beginning."""
-    here = loader.state_dict()
-    if accept_changes and any(saved[name] != here[name] for name in ("kind", "seed", "rows")):
-        session.event(
-            session.saved_step,
-            "data_from_its_start",
-            "the data or its seed was changed with --accept-changes",
+def make_trainer(supervisor: Supervisor, vocab_size: int) -> Trainer:
+    """The recipe's model, sharded over the supervisor's ranks, and its optimizer."""
+    recipe, resumed = supervisor.recipe, supervisor.checkpoint is not None
+    model = build_model(supervisor.model, recipe.fp8, recipe.run, vocab_size, resumed)
+    parallel_model = ParallelModel(model, supervisor.layout)
+    return Trainer(model, recipe.optimizer, recipe.train.loss_chunk_tokens, parallel_model)
+
+
+def describe_model(trainer: Trainer, supervisor: Supervisor, tokenizer_dir: str) -> dict[str, Any]:
+    """What a checkpoint's state says about its model, for export and for later stages."""
+    return {
+        "model_config": trainer.model.config.to_hf(),
+        "tokenizer_dir": tokenizer_dir,
+        "fp8": supervisor.recipe.fp8.model_dump(),
+    }
+
+
+def restore_loader(loader: Loader, supervisor: Supervisor, accept_changes: bool) -> None:
+    """Continue the data where the checkpoint of the same kind stopped.
+
+    With `--accept-changes` and other data or another seed, the data starts from its beginning.
+    """
+    checkpoint = supervisor.checkpoint
+    if checkpoint is None:
+        _warn_about_few_rows(loader, supervisor)
+    elif checkpoint.state["kind"] == supervisor.kind:
+        saved: State = checkpoint.state["loader"]
+        current = loader.state_dict()
+        changed = any(saved[name] != current[name] for name in ("kind", "seed", "rows"))
+        if accept_changes and changed:
+            detail = "the data or its seed was changed with --accept-changes"
+            supervisor.log.event(supervisor.saved_step, "data_from_its_start", detail)
+        else:
+            loader.load_state_dict(saved)
+
+
+def _warn_about_few_rows(loader: Loader, supervisor: Supervisor) -> None:
+    batch_samples = supervisor.recipe.data.batch_samples
+    if loader.num_rows < batch_samples:
+        supervisor.log.event(
+            0,
+            "few_rows",
+            f"{loader.num_rows} rows for data.batch_samples = {batch_samples}: "
+            "a step uses rows more than once",
         )
-    else:
-        loader.load_state_dict(saved)
 
 
-def complete_schedule(recipe: TrainRecipe, steps_per_epoch: int | None) -> ScheduleSection:
-    """The schedule with total_steps filled in from train.epochs where the recipe leaves it open."""
-    schedule = recipe.schedule
-    if schedule.total_steps:
-        return schedule
-    if not recipe.train.epochs or steps_per_epoch is None:
-        raise ConfigError("schedule.total_steps is 0: set it, or train.epochs with finite data")
-    return schedule.model_copy(
-        update={"total_steps": max(1, math.ceil(recipe.train.epochs * steps_per_epoch))}
-    )
-
-
-def _one_step(
+def _timed_step(
     trainer: Trainer, batches: Sequence[Batch], rate: float
 ) -> tuple[dict[str, Any], StepResult]:
+    """One optimizer step and its line of metrics.jsonl."""
     start = time.monotonic()
     result = trainer.step(batches, next_token_loss, rate)
     seconds = time.monotonic() - start
-    line = {
+    metrics = {
         "loss": result.loss,
         "learning_rate": rate,
         "gradient_norm": result.gradient_norm,
@@ -119,4 +116,4 @@ def _one_step(
         "skipped": result.skipped,
         "nonfinite_blocks": result.nonfinite_blocks,
     }
-    return line, result
+    return metrics, result

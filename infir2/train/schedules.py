@@ -14,24 +14,20 @@ def learning_rate(schedule: ScheduleSection, step: int) -> float:
     """Learning rate of optimizer step `step` (the first step is 1).
 
     wsd: linear warm-up, stable at the peak, then a decay of `decay_steps` to `final_learning_rate`
-    (arXiv 2404.06395, section 4); cosine: warm-up, then a half cosine over the rest; constant: warm-up, then the peak.
+    (arXiv 2404.06395, section 4); cosine: warm-up, then a half cosine over the rest; constant:
+    warm-up, then the peak.
     """
-    peak, final, warmup = (
-        schedule.learning_rate,
-        schedule.final_learning_rate,
-        warmup_steps(schedule),
-    )
+    peak, final = schedule.learning_rate, schedule.final_learning_rate
+    warmup = warmup_steps(schedule)
     if step <= warmup:
         return peak * step / warmup
     if schedule.kind == "constant":
         return peak
     if schedule.kind == "cosine":
         return _fall(peak, final, (step - warmup) / max(1, schedule.total_steps - warmup), "cosine")
-    start = (
-        schedule.decay_from_step
-        if schedule.decay_from_step >= 0
-        else schedule.total_steps - schedule.decay_steps
-    )
+    start = schedule.decay_from_step
+    if start < 0:
+        start = schedule.total_steps - schedule.decay_steps
     if step <= start or schedule.decay_steps == 0:
         return peak
     return _fall(peak, final, (step - start) / schedule.decay_steps, schedule.decay_shape)

@@ -265,7 +265,7 @@ class Trainer:
     def _score(
         self, batch: Batch, temperature: float, with_entropy: bool, uniform_gradient: bool
     ) -> TokenScores:
-        """Forward of this rank's part of a batch. Only the rows of trained tokens reach the head."""
+        """Forward of this rank's part of a batch. Only rows of trained tokens reach the head."""
         rows = batch.loss_mask.nonzero().squeeze(1)
         rows, ids, positions, labels = (
             to_device(x, self._device)

@@ -18,7 +18,7 @@ from infir2.parallel.mesh import Layout, Sizes
 from infir2.parallel.parallel_model import ParallelModel
 from infir2.parallel.ranks import Ranks
 from infir2.train.losses import next_token_loss
-from infir2.train.supervisor import check_optimizer
+from infir2.train.plan import check_optimizer
 from infir2.train.trainer import Trainer
 
 SHAPE = ShapeSection(

@@ -1,4 +1,4 @@
-"""Fault table F3, F6, F8, F9, F11, F13, F15 on several ranks: one recipe, other layouts, a rank that is struck."""
+"""Faults F3, F6, F8, F9, F11, F13, F15 on several ranks: other layouts, one rank that fails."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_f6_two_ranks_train_and_save_what_one_does(
 def test_f6_a_checkpoint_goes_on_with_another_number_of_ranks(
     world: Path, tmp_path: Path, request: pytest.FixtureRequest, start: str, num: int, cp: int
 ) -> None:
-    """From one checkpoint: the loss of the first resumed step to 1e-6, of the following ones to 1e-3, the same data."""
+    """One checkpoint: the first resumed loss agrees to 1e-6, later ones to 1e-3; same data."""
     undisturbed, run_dir = request.getfixturevalue(start), tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / f"step-{STEPS}")
@@ -250,7 +250,10 @@ def test_f8_sigterm_on_one_rank_in_an_evaluation_ends_all_there(
 @pytest.mark.parametrize(("pause", "code"), [(2.5, 0), (9.0, 71)])
 def test_the_watchdog_lets_a_collective_fail_first(pause: float, code: int) -> None:
     """A rank that waits for a hanging one has the same time limit there, and says more."""
-    program = f"import time; from infir2.parallel.watchdog import Watchdog; Watchdog(1, 1.0).heartbeat('step 7'); time.sleep({pause})"
+    program = (
+        "import time; from infir2.parallel.watchdog import Watchdog; "
+        f"Watchdog(1, 1.0).heartbeat('step 7'); time.sleep({pause})"
+    )
     process = begin([sys.executable, "-c", program])
     _, said = process.communicate(timeout=60)
     assert process.returncode == code
@@ -263,7 +266,7 @@ def test_the_watchdog_lets_a_collective_fail_first(pause: float, code: int) -> N
 def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(
     world: Path, tmp_path: Path, faults: str
 ) -> None:
-    """At the latest 10 seconds after `timeout_seconds`; at "train.loss" the other rank is in a collective."""
+    """Within 10 s of `timeout_seconds`; at "train.loss" the other rank is in a collective."""
     run_dir = tmp_path / "run"
     timeout = 15 if "hang" in faults else 120  # which the others need not wait for
     codes, said = ranks(
@@ -305,7 +308,7 @@ def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(
 def test_f13_uneven_data_and_ranks_without_trained_tokens(
     world: Path, single_process: Path, tmp_path: Path
 ) -> None:
-    """Three ranks share two windows a step: one rank trains nothing, no rank waits for another, and all stop together."""
+    """Three ranks share two windows a step: one trains nothing, none waits, all stop together."""
     run_dir = tmp_path / "run"
     codes, said = ranks(tmp_path, 3, words(world, run_dir))
     assert codes == [0, 0, 0], said

@@ -1,4 +1,4 @@
-"""Asynchronous RL that is killed, stopped or robbed of its journal: no step is lost and none is done twice."""
+"""Asynchronous RL that is killed, stopped or loses its journal: each step is done exactly once."""
 
 import shutil
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_killed_anywhere(
 def test_killed_in_an_update_it_goes_on_bit_for_bit(
     world: Path, start: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """All responses of the step after the checkpoint are in the journal, from weights that no longer exist."""
+    """The journal holds all responses of the next step, sampled with weights that are gone."""
     arguments = words(world, start, tmp_path / "run", checkpoint__save_every=2)
     assert ranks(tmp_path, 1, arguments, struck=0, faults="train.step:3")[0] == [-1]
     assert open_checkpoint(tmp_path / "run").step == 2

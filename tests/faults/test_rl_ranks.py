@@ -1,4 +1,4 @@
-"""RL on several ranks: they sample, train on and hold what one process does; faults; a run that goes on with another number of ranks."""
+"""RL on several ranks equals RL in one process; faults; a resume with another number of ranks."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def single_process(world: Path, start: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def close(found: Path, wanted: Path) -> None:
-    """The same rewards and sampled tokens in every step, and losses to the bound of data parallelism (docs/parallel.md)."""
+    """Equal rewards and tokens; losses within data parallelism's bound (docs/parallel.md)."""
     assert curve(found, *SAMPLED) == curve(wanted, *SAMPLED)
     assert curve(found, "loss", "gradient_norm") == [
         pytest.approx(line, rel=1e-6) for line in curve(wanted, "loss", "gradient_norm")
@@ -108,7 +108,7 @@ def test_rollouts_and_the_first_step_are_those_of_one_process(
 def test_a_killed_rank_ends_the_other_and_one_process_goes_on(
     world: Path, start: Path, single_process: Path, tmp_path: Path
 ) -> None:
-    """Killed after the rollouts of step 3, which both ranks have written down: one process samples none of them again."""
+    """Killed after both ranks recorded the rollouts of step 3: one process samples none again."""
     run_dir = tmp_path / "run"
     arguments = words(world, start, run_dir, checkpoint__background="false")
     codes, said = ranks(tmp_path, 2, arguments, struck=1, faults="train.step:5")

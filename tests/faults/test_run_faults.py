@@ -1,4 +1,4 @@
-"""Fault table F1-F4, F7-F10, F13, F15, F26, F27 through the command a user types, in one process; and a few random kills."""
+"""Faults F1-F4, F7-F10, F13, F15, F26, F27 through the command line, one process; kills."""
 
 import json
 import os
@@ -28,8 +28,8 @@ from infir2.cli import main
 from infir2.data import Loader
 from infir2.errors import DataError
 from infir2.train.losses import NextTokenLoss, TokenScores
-from infir2.train.spikes import SpikeMonitor
 from infir2.train.trainer import Trainer
+from infir2.train.watches import SpikeMonitor
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_three_random_kills_change_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_f1_a_kill_at_any_point_of_a_save_changes_nothing(
     world: Path, tmp_path: Path, undisturbed: Path, point: str, passing: int
 ) -> None:
-    """The second save of a run; the run after it starts from the newest whole checkpoint and ends with the same bits."""
+    """Killed in the second save: the next run starts from the newest good checkpoint, equal bits."""
     words = cpt(world, tmp_path / "run", checkpoint__keep=1)
     pid = os.fork()
     if pid == 0:
@@ -109,7 +109,7 @@ def test_f1_a_kill_at_any_point_of_a_save_changes_nothing(
 def test_f1_a_kill_during_a_save_loses_two_intervals_at_most(
     world: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
-    """The save of step 4 hangs: training goes on to step 6, whose save would begin, and not beyond."""
+    """The save of step 4 hangs: training continues up to step 6, where the next save is due."""
     words, metrics = cpt(world, tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -235,7 +235,7 @@ def long(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_f3_a_real_full_disk_stops_the_run_or_is_told_and_harms_nothing(
     world: Path, tmp_path: Path, long: Path, policy: str, free: int
 ) -> None:
-    """The run directory on a disk of 4 MB that something else fills at step 32: more lines than a page follow until the save of 60."""
+    """The 4 MB disk of the run directory fills at step 32; many lines follow until the save of 60."""
     values = {
         "schedule__total_steps": NUM_STEPS,
         "checkpoint__save_every": 30,
@@ -257,7 +257,8 @@ def test_f3_a_real_full_disk_stops_the_run_or_is_told_and_harms_nothing(
     assert done.stdout.split() == [*expected, older, f"step-{NUM_STEPS}"], done.stderr
     assert (
         done.stderr.count(
-            "run/metrics.jsonl cannot be written (No space left on device, errno 28 ENOSPC); its lines are kept"
+            "run/metrics.jsonl cannot be written "
+            "(No space left on device, errno 28 ENOSPC); its lines are kept"
         )
         == 1
     )
@@ -377,7 +378,7 @@ def test_f4_a_directory_that_vanishes_is_an_error_with_its_errno(
 def test_a_background_save_holds_the_weights_of_its_step(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The copy is slow, the next update waits for it: the published bytes are those of a save that stopped everything."""
+    """The next update waits for a slow copy: the published bytes equal a foreground save's."""
     real = torch.Tensor.copy_
     waited = []
 
@@ -435,7 +436,7 @@ def test_f7_changes_that_do_not_change_the_numbers_are_printed_and_taken(
 def test_f7_a_refusal_comes_first_and_leaves_the_recipe_as_it_was(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before process groups; and whatever stops a command before it trains, the original one goes on."""
+    """Refused before process groups exist; the original command still resumes afterwards."""
     import infir2.train.supervisor as module
 
     words = cpt(world, tmp_path / "run")
@@ -534,9 +535,7 @@ def test_f8_sigterm_in_start_up_and_in_a_step(
     words = cpt(world, tmp_path / "run", checkpoint__save_every=100)
     stopped = infir2(words, INFIR2_FAULTS=f"{point}:term")
     assert stopped.returncode == 75, stopped.stderr
-    assert (
-        "there was nothing to save yet" if saved == 0 else f"step {saved} is saved"
-    ) in stopped.stderr
+    assert ("nothing was saved" if saved == 0 else f"step {saved} is saved") in stopped.stderr
     run(words)
     assert curve(tmp_path / "run", "loss") == curve(undisturbed, "loss")
     assert_same_state(tmp_path / "run", undisturbed)
@@ -582,13 +581,11 @@ def undisturbed_rl(rl_words: list[str], tmp_path_factory: pytest.TempPathFactory
 def test_f8_sigterm_in_a_rollout_and_in_an_evaluation(
     rl_words: list[str], undisturbed_rl: Path, tmp_path: Path, point: str, saved: int
 ) -> None:
-    """It stops there, not after the step; the finished steps are saved, the evaluation is made up for."""
+    """It stops inside the evaluation; finished steps are saved, it runs after the resume."""
     words = [*rl_words, f"--run.dir={tmp_path / 'run'}"]
     stopped = infir2(words, INFIR2_FAULTS=f"{point}:term")
     assert stopped.returncode == 75, stopped.stderr
-    assert (
-        "there was nothing to save yet" if saved == 0 else f"step {saved} is saved"
-    ) in stopped.stderr
+    assert ("nothing was saved" if saved == 0 else f"step {saved} is saved") in stopped.stderr
     assert len(curve(tmp_path / "run", "reward")) == saved
     run(words)
     names = ("reward", "response_tokens", "groups_sampled", "policy_version")
@@ -613,7 +610,7 @@ def test_f8_sigterm_before_there_is_a_run(world: Path, tmp_path: Path) -> None:
             break
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 75
-    assert "there was nothing to save" in rest
+    assert "nothing was saved" in rest
     assert not (tmp_path / "run").exists()
 
 
@@ -625,7 +622,7 @@ def test_f8_sigterm_while_a_run_is_being_closed_changes_nothing(
     capsys: pytest.CaptureFixture[str],
     code: int,
 ) -> None:
-    """A launcher sends it to all ranks when one has ended: each keeps its own exit code and says nothing of signals."""
+    """A launcher sends it to all ranks when one ends: each keeps its exit code and logs no signal."""
     signals = []
 
     def close_and_be_stopped(store: Store) -> None:
@@ -675,7 +672,7 @@ def test_f9_a_nan_changes_nothing_and_three_in_a_row_stop_the_run(
 def test_f10_a_loss_spike_is_an_event_or_the_end(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Five steps whose loss is tenfold, with a stop in between: the window is read from the record."""
+    """Five steps with ten times the loss and a stop in between: the log restores the window."""
     calls: list[int] = []
 
     class TenfoldLoss(NextTokenLoss):
@@ -850,7 +847,7 @@ echo $?
 def test_f27_a_restart_under_another_host_name_goes_on(
     world: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
-    """As where a launcher starts a run again on another node, seconds after its own had died in a save."""
+    """A launcher restarts a run on another node seconds after the first node died in a save."""
     words = shlex.join(cpt(world, Path("run")))
     python = shlex.quote(sys.executable)
     done = unshared(

@@ -16,7 +16,7 @@ from infir2 import errors
 from infir2.cli import VERBS, main
 from infir2.config.keys import leaf_keys
 from infir2.config.schema import RlRecipe
-from infir2.processes import CommandSignals
+from infir2.processes import ProcessSignals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -156,14 +156,14 @@ def test_a_rank_lets_rank_0_report_a_common_error(
     """
     waited = []
 
-    def wait(signals: CommandSignals, seconds: float) -> bool:
+    def wait(signals: ProcessSignals, seconds: float) -> bool:
         waited.append(seconds)
         if stopped:
             os.kill(os.getpid(), signal.SIGTERM)
         return real_wait(signals, 0.5)
 
-    real_wait = CommandSignals.wait
-    monkeypatch.setattr(CommandSignals, "wait", wait)
+    real_wait = ProcessSignals.wait_for_termination
+    monkeypatch.setattr(ProcessSignals, "wait_for_termination", wait)
     replace("infir2.train.loop", "run_training", raises=errors.ConfigError("a key."))
     torchrun = {
         "RANK": "1",

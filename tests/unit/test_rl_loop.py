@@ -1,4 +1,5 @@
-"""RL on a tiny model: the engine is the trainer to the last bit, stopping loses nothing, dynamic sampling ends."""
+"""RL on a tiny model: engine and trainer agree to the last bit, a stop loses nothing, dynamic
+sampling ends."""
 
 import json
 import queue
@@ -20,12 +21,14 @@ from stages import (
 
 import infir2.rl.dynamic_sampling
 import infir2.rl.loop
+import infir2.rl.pipeline
 from infir2.cli import main
 from infir2.engines.native import NativeEngine
 from infir2.engines.types import Completion
 from infir2.parallel.ranks import Ranks
 from infir2.rl.groups import Response
 from infir2.rl.journal import Journal
+from infir2.rl.policy_update import split_evenly
 
 
 def reward_even_lengths(completions, texts, answers, rl):  # type: ignore[no-untyped-def]
@@ -84,18 +87,18 @@ def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
     def die(*_: object) -> None:
         raise Killed
 
-    real = infir2.rl.dynamic_sampling.GroupSampler.collect
+    real = infir2.rl.pipeline.RolloutPipeline._collect
     calls = []
 
-    def collect_thrice(self, engine, *words):  # type: ignore[no-untyped-def]
-        calls.append(engine.policy_version)
-        return die() if len(calls) == 4 else real(self, engine, *words)
+    def collect_thrice(self, *arguments):  # type: ignore[no-untyped-def]
+        calls.append(self._engine.policy_version)
+        return die() if len(calls) == 4 else real(self, *arguments)
 
-    monkeypatch.setattr(infir2.rl.dynamic_sampling.GroupSampler, "collect", collect_thrice)
+    monkeypatch.setattr(infir2.rl.pipeline.RolloutPipeline, "_collect", collect_thrice)
     with pytest.raises(Killed):
         main(words(world, start, tmp_path / "b"))
     assert calls == [0, 1, 2, 3]
-    monkeypatch.setattr(infir2.rl.dynamic_sampling.GroupSampler, "collect", real)
+    monkeypatch.setattr(infir2.rl.pipeline.RolloutPipeline, "_collect", real)
     run(words(world, start, tmp_path / "b"))
     names = (
         "loss",
@@ -112,7 +115,7 @@ def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
 def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
     world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in step 4 after three responses' groups: the resumed run asks the engine for the others only, and ends the same."""
+    """Killed in step 4 after two groups: the resumed run samples only the others, and ends equal."""
     asked: list[tuple[int, str]] = []  # policy version and request
     real = NativeEngine.submit
 
@@ -128,7 +131,7 @@ def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
     class Killed(BaseException):
         pass
 
-    finish, done = infir2.rl.dynamic_sampling.GroupSampler._finish, []
+    finish, done = infir2.rl.dynamic_sampling.GroupGenerator._finish, []
 
     def finish_or_die(self, key, completions, answer):  # type: ignore[no-untyped-def]
         if completions[0].policy_version == 3 and len(done) == 2:
@@ -136,10 +139,10 @@ def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
         done.extend([key] * (completions[0].policy_version == 3))
         return finish(self, key, completions, answer)
 
-    monkeypatch.setattr(infir2.rl.dynamic_sampling.GroupSampler, "_finish", finish_or_die)
+    monkeypatch.setattr(infir2.rl.dynamic_sampling.GroupGenerator, "_finish", finish_or_die)
     with pytest.raises(Killed):
         main(words(world, start, tmp_path / "b"))
-    monkeypatch.setattr(infir2.rl.dynamic_sampling.GroupSampler, "_finish", finish)
+    monkeypatch.setattr(infir2.rl.dynamic_sampling.GroupGenerator, "_finish", finish)
     kept = tmp_path / "b" / "rollouts" / "step-4-0.jsonl"
     assert kept.read_text().count("\n") == 2
     kept.write_text(kept.read_text() + '{"key": "cut by the ki')
@@ -168,7 +171,7 @@ def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
 def test_asynchronous_samples_the_next_step_while_one_trains(
     world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No update of a step but the last begins before the engine has begun on the next step's responses."""
+    """Each update but the last starts after the engine has started on the next step's responses."""
     versions: queue.Queue[int] = queue.Queue()  # of what is sampled in the background
     generate = infir2.rl.dynamic_sampling.generate_groups
     update = infir2.rl.loop.update_policy
@@ -283,3 +286,13 @@ def test_a_resumed_run_needs_nothing_of_the_run_it_began_with(world: Path, tmp_p
     shutil.rmtree(start / "cpt")
     run([*words, "--schedule.total_steps=2", "--accept-changes"])
     assert [step for step, _ in curve(tmp_path / "run", "loss")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "sizes"), [(5, [2, 1, 1, 1]), (3, [1, 1, 1]), (8, [2, 2, 2, 2]), (0, [])]
+)
+def test_mini_batches_are_as_many_as_asked_for(num_groups: int, sizes: list[int]) -> None:
+    groups = list(range(num_groups))
+    parts = split_evenly(groups, 4)  # type: ignore[type-var]
+    assert [len(part) for part in parts] == sizes
+    assert [group for part in parts for group in part] == groups

@@ -1,0 +1,121 @@
+"""What is known about a run before it starts: device, model shape, schedule, what cannot work."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infir2.checkpoint import Checkpoint
+from infir2.checkpoint.store import CHECKPOINTS, published_steps, read_state
+from infir2.config.load import Loaded
+from infir2.config.resume import check_resume
+from infir2.config.schema import (
+    ModelSection,
+    OptimizerSection,
+    RunSection,
+    ScheduleSection,
+    TrainRecipe,
+)
+from infir2.errors import CheckpointError, ConfigError
+from infir2.model import ModelConfig
+from infir2.model.safetensors_io import read_json
+from infir2.parallel.mesh import Sizes
+
+
+def device_of(section: RunSection) -> torch.device:
+    """The device of a recipe; `auto` is a GPU if torch sees one. Raises ConfigError."""
+    if section.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if section.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "run.device is cuda, but torch sees no GPU: set run.device = 'cpu' or check the driver"
+        )
+    return torch.device(section.device)
+
+
+def is_run(path: Path) -> bool:
+    """True for a run directory or one of its checkpoints, False for a Hugging Face directory."""
+    return (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
+
+
+def planned_config(model: ModelSection, vocab_size: int = 1) -> ModelConfig:
+    """The shape of a recipe's model, read from headers alone.
+
+    `vocab_size` is the tokenizer's, for a new model that does not set its own.
+    """
+    if model.shape is not None:
+        return ModelConfig.from_shape(model.shape, vocab_size=model.shape.vocab_size or vocab_size)
+    path = Path(model.path)
+    if is_run(path):
+        return saved_config(read_state(path), path)
+    return ModelConfig.from_hf(read_json(path / "config.json"))
+
+
+def saved_config(state: Mapping[str, Any], origin: Path) -> ModelConfig:
+    """The model shape in a checkpoint's state. Raises CheckpointError if it has none."""
+    if not isinstance(state.get("model_config"), dict):
+        raise CheckpointError(
+            f"{origin}: its state has no 'model_config'; it was not saved by a training run."
+        )
+    return ModelConfig.from_hf(state["model_config"])
+
+
+def resumed_model(model: ModelSection, checkpoint: Checkpoint | None) -> ModelSection:
+    """The model section of a run that resumes from `checkpoint`: the checkpoint itself.
+
+    The model that the run began with need not exist anymore. Raises ConfigError when model.shape
+    differs from the checkpoint's, because no option makes its tensors fit.
+    """
+    if checkpoint is None:
+        return model
+    config = saved_config(checkpoint.state, checkpoint.path)
+    if model.shape is not None:
+        wanted = ModelConfig.from_shape(model.shape, model.shape.vocab_size or config.vocab_size)
+        names = [field.name for field in fields(config) if not field.name.endswith("_token_id")]
+        for name in names:
+            if getattr(wanted, name) != getattr(config, name):
+                raise ConfigError(
+                    f"model.shape makes {name} = {getattr(wanted, name)}, and {checkpoint.path} "
+                    f"has {getattr(config, name)}; restore the value, or name a new run.dir."
+                )
+    return model.model_copy(update={"path": str(checkpoint.path), "shape": None})
+
+
+def complete_schedule(recipe: TrainRecipe, steps_per_epoch: int | None) -> ScheduleSection:
+    """The schedule with total_steps computed from train.epochs if the recipe leaves it at 0."""
+    schedule = recipe.schedule
+    if schedule.total_steps:
+        return schedule
+    if not recipe.train.epochs or steps_per_epoch is None:
+        raise ConfigError("schedule.total_steps is 0: set it, or train.epochs with finite data")
+    total_steps = max(1, math.ceil(recipe.train.epochs * steps_per_epoch))
+    return schedule.model_copy(update={"total_steps": total_steps})
+
+
+def resume_changes(loaded: Loaded) -> list[str]:
+    """One line per changed key of a run that has checkpoints; empty for a new run.
+
+    Raises ConfigError for a change that a resumed run cannot accept. Reads one small file.
+    """
+    run_dir = Path(loaded.recipe.run.dir)
+    if not published_steps(run_dir / CHECKPOINTS):
+        return []
+    return check_resume(loaded, run_dir / "recipe.toml")
+
+
+def needs_one_process(section: OptimizerSection) -> bool:
+    """8-bit moments have scales that cross shards; BF16 gradients cannot be summed in FP32."""
+    return section.moment_dtype == "fp8" or section.grad_dtype == "bf16"
+
+
+def check_optimizer(recipe: TrainRecipe, sizes: Sizes) -> None:
+    """Raises ConfigError for an optimizer that several processes cannot run."""
+    if sizes.world > 1 and needs_one_process(recipe.optimizer):
+        raise ConfigError(
+            'optimizer.moment_dtype = "fp8" and optimizer.grad_dtype = "bf16" need one process, '
+            f'not {sizes.world}; use optimizer.moment_dtype = "bf16" and optimizer.grad_dtype = '
+            '"fp32", or optimizer.offload = true'
+        )
