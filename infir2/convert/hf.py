@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infir2.convert.stop_tokens import with_stop_tokens
 from infir2.convert.weights import Weights, run_weights
 from infir2.model import ModelConfig
 from infir2.model.safetensors_io import write_hf
@@ -29,7 +30,7 @@ def export_hf(src: str | Path, out: str | Path) -> None:
         OutputExistsError: `out` exists.
         CheckpointError: a weight is missing, misshapen or not finite.
     """
-    weights = run_weights(Path(src))
+    weights = with_stop_tokens(run_weights(Path(src)))
     config = complete_config(weights.config)
     write_with_progress(weights, Path(out), weights.bf16(), config, "exporting")
 
@@ -64,7 +65,9 @@ def write_with_progress(
     """
     with byte_progress(f"{action} {out.name}", weights.num_bf16_bytes) as on_bytes:
         stream = _report_bytes(tensors, on_bytes)
-        write_hf(out, stream, config, weights.side_files, SHARD_BYTES, scales)
+        write_hf(
+            out, stream, config, weights.side_files, SHARD_BYTES, scales, weights.changed_files
+        )
 
 
 def _report_bytes(

@@ -5,7 +5,7 @@ device, so training, export and verification cannot disagree about it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class Weights:
     names: set[str]  # of the tensors that `origin` stores
     load: Callable[[str], Tensor]  # reads one of `names`, in its stored dtype
     shapes: dict[str, tuple[int, ...]]  # of the tensors that `config` requires
+    kind: str | None = None  # "cpt", "sft" or "rl"; None for a Hugging Face directory
+    changed_files: dict[str, dict[str, Any]] = field(default_factory=dict)  # of `side_files`
 
     def read(self, name: str) -> Tensor:
         """One weight on the CPU in its stored dtype.
@@ -137,6 +139,7 @@ def run_weights(path: Path) -> Weights:
         names=names,
         load=lambda name: tensors[PARAMETERS + name],
         shapes=shapes,
+        kind=state.get("kind"),
     )
 
 

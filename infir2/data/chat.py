@@ -106,15 +106,31 @@ class ChatTokenizer:
         self.vocab_size: int = max(self._hf.get_vocab().values()) + 1
         self._turn_end = self._check_template() if self._hf.chat_template else None
 
-    @property
+    @functools.cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Token ids that end a response: end of turn, the tokenizer's eos, end of document."""
+        """Token ids that end a response.
+
+        These are the end of turn, the tokenizer's eos, the end of document, and the control tokens
+        among the ends that the model's files beside the tokenizer name (Llama 3: `<|eom_id|>`).
+        """
         ends = (
             self._turn_end,
             self._hf.eos_token_id,
             *(self._special.get(marker) for marker in EOD_MARKERS),
+            *filter(self.is_control, _declared_ends(self.directory)),
         )
         return tuple(sorted({end for end in ends if end is not None}))
+
+    @property
+    def turn_end(self) -> str | None:
+        """The token that ends an answer of the chat template; None without a template."""
+        return (
+            None if self._turn_end is None else str(self._hf.convert_ids_to_tokens(self._turn_end))
+        )
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether the token is an added one that text never yields, such as `<|im_end|>`."""
+        return token_id in self._special_ids or token_id == self._hf.eos_token_id
 
     @property
     def eod_token_id(self) -> int:
@@ -340,6 +356,22 @@ class ChatTokenizer:
                 "use another."
             )
         return int(sample.token_ids[-1])
+
+
+def _declared_ends(directory: Path) -> list[int]:
+    """The `eos_token_id` of the model's files, each one or a list; [] without these files."""
+    ends: list[int] = []
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        try:
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"data.tokenizer: {path} is not readable ({first_line(error)}); copy it again."
+            ) from error
+        ends += [end for end in (eos if isinstance(eos, list) else [eos]) if isinstance(end, int)]
+    return ends
 
 
 def _assistant_mask(chunks: Sequence[_Chunk], turns: Sequence[tuple[int, int]]) -> list[bool]:

@@ -9,7 +9,7 @@ all of its files are synced.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,7 @@ def write_hf(
     side_files_from: str | Path | None = None,
     max_shard_bytes: int = 5 * 2**30,
     scales: dict[str, Tensor] | None = None,
+    side_files: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """Write a model directory; it gets its name only after everything is on disk.
 
@@ -170,6 +171,7 @@ def write_hf(
         side_files_from: directory to copy tokenizer, chat template and generation config from.
         max_shard_bytes: largest shard; a larger tensor gets a shard of its own.
         scales: tensors to store in SCALES_FILE.
+        side_files: JSON objects by file name; they replace the copied files of these names.
 
     Raises:
         OutputExistsError: `directory` exists.
@@ -180,6 +182,8 @@ def write_hf(
             _write_shards(work, tensors, max_shard_bytes)
             if side_files_from is not None:
                 _copy_side_files(Path(side_files_from), work)
+            for name, value in (side_files or {}).items():
+                _write_json(work / name, value)
             if scales:
                 save_file(scales, work / SCALES_FILE)
             _write_json(work / "config.json", config)
