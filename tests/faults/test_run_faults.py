@@ -91,7 +91,7 @@ def test_three_random_kills_change_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_f1_a_kill_at_any_point_of_a_save_changes_nothing(
     world: Path, tmp_path: Path, undisturbed: Path, point: str, passing: int
 ) -> None:
-    """Killed in the second save: the next run starts from the newest good checkpoint, equal bits."""
+    """Killed in the second save: the next run resumes from the newest good checkpoint."""
     words = cpt(world, tmp_path / "run", checkpoint__keep=1)
     pid = os.fork()
     if pid == 0:
@@ -235,7 +235,7 @@ def long(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_f3_a_real_full_disk_stops_the_run_or_is_told_and_harms_nothing(
     world: Path, tmp_path: Path, long: Path, policy: str, free: int
 ) -> None:
-    """The 4 MB disk of the run directory fills at step 32; many lines follow until the save of 60."""
+    """The 4 MB disk of the run fills at step 32; many lines follow until the save of 60."""
     values = {
         "schedule__total_steps": NUM_STEPS,
         "checkpoint__save_every": 30,
@@ -622,7 +622,7 @@ def test_f8_sigterm_while_a_run_is_being_closed_changes_nothing(
     capsys: pytest.CaptureFixture[str],
     code: int,
 ) -> None:
-    """A launcher sends it to all ranks when one ends: each keeps its exit code and logs no signal."""
+    """A launcher sends it to all ranks when one ends: each keeps its exit code, unlogged."""
     signals = []
 
     def close_and_be_stopped(store: Store) -> None:

@@ -142,7 +142,7 @@ def test_imports_without_torch(package: str) -> None:
 
 
 def test_only_the_terminal_module_prints() -> None:
-    """There is no exception: verify/jail.py and verify/worker.py, separate programs, do not print."""
+    """No exception: the separate programs verify/jail.py and verify/worker.py print nothing."""
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in FILES

@@ -115,7 +115,7 @@ def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
 def test_finished_groups_are_kept_and_the_rest_is_sampled_again(
     world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in step 4 after two groups: the resumed run samples only the others, and ends equal."""
+    """Killed in step 4 after two groups: the resumed run samples only the others."""
     asked: list[tuple[int, str]] = []  # policy version and request
     real = NativeEngine.submit
 
