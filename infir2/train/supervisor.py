@@ -125,8 +125,11 @@ class Supervisor:
             self.store = self.ranks.raise_together(
                 lambda: Store(self.dir, section.checkpoint.keep, self.log.warn, save_ranks)
             )
-            undo.callback(self.store.close)
-            losses = self._find_start()
+            try:
+                losses = self._find_start()
+            except BaseException:
+                self.store.close()
+                raise
             self._exit = undo.pop_all()
         self._skips = SkipWatch(section.train, self.ranks, self.log)
         if self.kind != "rl":

@@ -127,7 +127,7 @@ def test_f8_sigterm_on_one_rank_saves_the_same_step_on_all(
     codes, said = ranks(tmp_path, 2, arguments, struck=1, faults=f"{fault}:term")
     assert codes == [75, 75], said
     assert open_checkpoint(run_dir).step == saved
-    assert said.count(f"stopped; step {saved} is saved") == 1
+    assert said.count(f"Stopped; step {saved} is saved") == 1
     if saved == STEPS - 1:  # the other goes on alike
         codes, said = ranks(tmp_path, 2, words(world, run_dir))
         assert codes == [0, 0], said
@@ -285,7 +285,7 @@ def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(
     assert 75 not in codes, "nothing was saved"
     # the other says where the collective broke; who was killed says nothing, and torchrun names it
     assert re.search(r"rank 0 failed in step 2: \w*Error", said), said
-    assert "in _one_step" in said, "its stack, in the step"
+    assert "in _timed_step" in said, "its stack, in the step"
     assert 'distributed_c10d.py", line' in said or "_engine_run_backward" in said, (
         "and in the collective"
     )

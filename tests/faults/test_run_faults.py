@@ -525,7 +525,7 @@ def test_f8_sigterm_where_a_branch_has_saved_nothing_names_what_it_goes_on_from(
     )
     stopped = infir2(words, INFIR2_FAULTS="train.start:1:term")
     assert stopped.returncode == 75, stopped.stderr
-    assert f"step 8 is saved in {undisturbed};" in stopped.stderr
+    assert f"step 8 is saved in {undisturbed}." in stopped.stderr
 
 
 @pytest.mark.parametrize(("point", "saved"), [("train.start:1", 0), ("train.step:6", 6)])
@@ -659,7 +659,7 @@ def test_f9_a_nan_changes_nothing_and_three_in_a_row_stop_the_run(
     )
     assert main(cpt(world, tmp_path / "run", checkpoint__save_every=1, checkpoint__keep=9)) == 17
     assert (
-        "stopped at step 6: loss or gradient was not finite 3 steps in a row"
+        "stopped at step 6: the loss or the gradient was not finite 3 steps in a row"
         in capsys.readouterr().err
     )
     assert events(tmp_path / "run") == [(step, "non_finite") for step in (2, 4, 5, 6)]
