@@ -161,13 +161,13 @@ def _schedule(schedule: ScheduleSection, epochs: float) -> list[Rule]:
         ),
     ]
     # total_steps = 0: the length follows from the epochs, and is checked once the rows are counted.
-    return rules + _phases(schedule) if schedule.total_steps else rules
+    return rules + phase_rules(schedule) if schedule.total_steps else rules
 
 
-def _phases(schedule: ScheduleSection) -> list[Rule]:
-    """Warm-up and decay must fit into total_steps."""
-    total, warmup = schedule.total_steps, schedule.warmup_steps
-    decay, start = schedule.decay_steps, schedule.decay_from_step
+def phase_rules(schedule: ScheduleSection) -> list[Rule]:
+    """Warm-up and decay must fit into total_steps, which is known here."""
+    total, decay, start = schedule.total_steps, schedule.decay_steps, schedule.decay_from_step
+    warmup = schedule.warmup_steps or round(schedule.warmup_fraction * total)
     return [
         (
             warmup > total,
@@ -189,6 +189,11 @@ def _phases(schedule: ScheduleSection) -> list[Rule]:
             warmup + decay > total and start < 0,
             "schedule.decay_steps",
             f"plus the warm-up must not exceed total_steps ({total}).",
+        ),
+        (
+            0 <= start < warmup,
+            "schedule.decay_from_step",
+            f"({start}) is inside the warm-up, which ends at step {warmup}.",
         ),
     ]
 

@@ -111,6 +111,7 @@ def _rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str,
     return {
         "tokens_per_second": num_tokens / seconds,
         "reward": sum(response.reward for response in responses) / len(responses),
+        "accuracy": sum(response.correct for response in responses) / len(responses),
         "response_tokens": num_tokens / len(responses),
         "truncated_fraction": num_truncated / len(responses),
         "groups_sampled": len(rollouts.groups),

@@ -12,6 +12,7 @@ from infir2.checkpoint import Checkpoint
 from infir2.checkpoint.store import CHECKPOINTS, published_steps, read_state
 from infir2.config.load import Loaded
 from infir2.config.resume import check_resume
+from infir2.config.rules import phase_rules
 from infir2.config.schema import (
     ModelSection,
     OptimizerSection,
@@ -92,7 +93,28 @@ def complete_schedule(recipe: TrainRecipe, steps_per_epoch: int | None) -> Sched
     if not recipe.train.epochs or steps_per_epoch is None:
         raise ConfigError("schedule.total_steps is 0: set it, or train.epochs with finite data")
     total_steps = max(1, math.ceil(recipe.train.epochs * steps_per_epoch))
-    return schedule.model_copy(update={"total_steps": total_steps})
+    schedule = schedule.model_copy(update={"total_steps": total_steps})
+    for is_broken, key, sentence in phase_rules(schedule):
+        if is_broken:
+            raise ConfigError(f"{key} {sentence} train.epochs makes {total_steps} steps.")
+    return schedule
+
+
+def check_branch(schedule: ScheduleSection, step: int) -> None:
+    """Raises ConfigError for a schedule that cannot continue from a checkpoint of `step`."""
+    if schedule.total_steps and schedule.total_steps <= step:
+        raise ConfigError(
+            f"schedule.total_steps ({schedule.total_steps}) must be greater than the step of "
+            f"checkpoint.branch_from ({step}), from which the run continues."
+        )
+    start = schedule.decay_from_step
+    if start < 0 and schedule.total_steps:
+        start = schedule.total_steps - schedule.decay_steps
+    if schedule.kind == "wsd" and schedule.decay_steps and 0 <= start < step:
+        raise ConfigError(
+            f"the decay starts at step {start}, before checkpoint.branch_from ({step}); "
+            f"set schedule.decay_from_step to {step} or later."
+        )
 
 
 def resume_changes(loaded: Loaded) -> list[str]:

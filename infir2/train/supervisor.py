@@ -44,6 +44,7 @@ from infir2.parallel.ranks import Ranks, init_ranks, shutdown_ranks
 from infir2.parallel.watchdog import Watchdog
 from infir2.processes import process_signals, stop_error
 from infir2.train.plan import (
+    check_branch,
     check_optimizer,
     device_of,
     planned_config,
@@ -157,7 +158,12 @@ class Supervisor:
         for line in self._changes:
             self.log.warn(line)
         branch = self.recipe.checkpoint.branch_from
-        return self.store.newest() or (open_checkpoint(branch) if branch else None)
+        newest = self.store.newest()
+        if newest is not None or not branch:
+            return newest
+        checkpoint = open_checkpoint(branch)
+        check_branch(self.recipe.schedule, checkpoint.step)
+        return checkpoint
 
     def start(self, trainer: Trainer, total_steps: int) -> int:
         """Load the checkpoint, if any, into the trainer. Returns the last finished step."""
