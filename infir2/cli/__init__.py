@@ -141,19 +141,33 @@ def _report_error(error: UserError) -> int:
 
 
 def _dispatch(arguments: list[str]) -> None:
+    if len(arguments) == 2 and arguments[0] == "help" and arguments[1] in VERBS:
+        arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print_result(_usage())
         return
-    if arguments[0] in ("-V", "--version"):
+    if arguments[0] in ("-V", "-v", "--version", "version"):
         print_result(_versions())
         return
     name, *rest = arguments
     if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, 1)
-        advice = f"did you mean {near[0]}?" if near else "`infir2 --help` lists the verbs."
-        raise ConfigError(f"{name} is not a verb; {advice}")
+        raise ConfigError(f"{name} is not a verb; {_verb_advice(name, rest)}")
     verb = VERBS[name]
     getattr(importlib.import_module(f"infir2.cli.{verb.module}"), verb.function)(rest)
+
+
+def _verb_advice(name: str, rest: list[str]) -> str:
+    """What to type instead of `name`: words that users of other stacks try, then near spellings."""
+    if name.endswith(".toml"):
+        verb = next((word for word in rest if word in VERBS), "cpt")
+        return f"the verb comes first: infir2 {verb} {name}"
+    words = {"train": "train", "finetune": "sft", "evaluate": "eval", "convert": "export"}
+    near = difflib.get_close_matches(name, [*VERBS, *words], 1)
+    if near and words.get(near[0], near[0]) == "train":
+        return "training is infir2 cpt, sft or rl, followed by a recipe."
+    if near:
+        return f"did you mean {words.get(near[0], near[0])}?"
+    return "`infir2 --help` lists the verbs."
 
 
 def _usage() -> str:

@@ -1,5 +1,6 @@
 """The `infir2` command: arguments of each verb, exit codes, messages on stderr."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -194,6 +195,19 @@ def test_an_internal_error_has_its_traceback(
     ("arguments", "sentence"),
     [
         (["sfft"], "sfft is not a verb; did you mean sft?"),
+        (
+            ["train"],
+            "train is not a verb; training is infir2 cpt, sft or rl, followed by a recipe.",
+        ),
+        (
+            ["trian"],
+            "trian is not a verb; training is infir2 cpt, sft or rl, followed by a recipe.",
+        ),
+        (["evaluate"], "evaluate is not a verb; did you mean eval?"),
+        (
+            ["a.toml", "sft"],
+            "a.toml is not a verb; the verb comes first: infir2 sft a.toml",
+        ),
         (["--colour"], "--colour is not a verb; `infir2 --help` lists the verbs."),
         (
             ["sft"],
@@ -322,3 +336,11 @@ def test_help_is_quick_and_survives_a_closed_pipe() -> None:
 def test_version_names_the_libraries(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert {"infir2", "Python", "torch", "transformers"} <= set(capsys.readouterr().out.split())
+
+
+def test_help_of_a_verb_and_short_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        main(["help", "cpt"])
+    assert capsys.readouterr().out.startswith("usage: infir2 cpt")
+    assert main(["-v"]) == 0
+    assert capsys.readouterr().out.startswith("infir2 ")
