@@ -146,7 +146,7 @@ def build(case: Case, device: str = "cuda") -> Decoder:
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     model.saved_activations, model.recompute = case.saved, case.recompute
-    return convert_to_fp8(model) if case.fp8 else model
+    return convert_to_fp8(model, case.scale_format) if case.fp8 else model
 
 
 class Step:
