@@ -112,13 +112,12 @@ class SourceSection(Section):
         description="RL and evaluation, or SFT with solution_field: field with the question "
         "(text, or for RL and evaluation a list of messages)",
     )
-    answer_field: str = Field(
-        "label", description="RL and evaluation: field with the reference answer"
-    )
+    answer_field: str = Field("label", description="RL and evaluation: field with the answer")
+    messages_field: str = Field("messages", description="SFT: field with the list of messages")
     solution_field: str = Field(
         "",
         description="SFT: field with the solution, for rows of question and solution (empty: rows "
-        "have a `messages` field)",
+        "have messages)",
     )
     reasoning_field: str = Field(
         "",

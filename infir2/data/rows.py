@@ -1,5 +1,6 @@
 """Parse rows into documents, conversations and prompts; count and list unusable rows."""
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -9,13 +10,14 @@ import numpy as np
 from infir2.config.schema import SourceSection
 from infir2.data.chat import ChatTokenizer
 from infir2.data.indexed import IndexedDocuments
+from infir2.data.messages import decode_messages, find, messages, question, text, with_reasoning
 from infir2.data.sources import RowError, Source
 from infir2.data.types import Message
 from infir2.errors import DataError
 from infir2.files import JsonLinesWriter, read_json_lines, truncate_torn_line
 
 RowKind = Literal["documents", "messages", "prompts"]
-ROLES = ("system", "user", "assistant")
+NOT_FINITE = ("nan", "inf", "infinity")  # what float, pandas and JSON write
 
 
 def open_source(section: SourceSection, kind: RowKind) -> Source:
@@ -25,16 +27,24 @@ def open_source(section: SourceSection, kind: RowKind) -> Source:
         DataError: a file cannot be read, or lacks a field; the sentence lists the fields it has.
     """
     fields = _fields(section, kind)
-    source = Source(section.path, {*fields, "difficulty"})
+    columns = {*fields, *(field.split(".")[0] for field in fields), "difficulty"}
+    source = Source(section.path, columns | ({"input"} if "instruction" in fields else set()))
     for file in source.files:
         if isinstance(file, IndexedDocuments) and kind != "documents":
             raise DataError(
                 f"{file.path} contains tokenized documents, which only `infir2 cpt` trains on: "
                 f"name a file with {kind}."
             )
-        missing = [field for field in fields if file.fields and field not in file.fields]
-        if missing == ["messages"]:
-            hint = "convert the file, or set prompt_field and solution_field of the source"
+        missing = [
+            field
+            for field in fields
+            if file.fields and not file.fields & {field, field.split(".")[0]}
+        ]
+        if missing == [section.messages_field] and kind == "messages":
+            hint = (
+                "set messages_field of the source, or set prompt_field and solution_field, "
+                "or convert the file"
+            )
         else:
             hint = f"set the source's ..._field keys for {kind} to the file's field names"
         if missing:
@@ -51,7 +61,7 @@ def parse_document(row: dict[str, Any], section: SourceSection) -> str:
     Raises:
         RowError: the text is missing, empty or not valid.
     """
-    return _text(row, section.text_field)
+    return text(row, section.text_field)
 
 
 def document_tokens(
@@ -101,20 +111,20 @@ def parse_conversation(
         RowError: the row has no valid messages, or none of the assistant.
     """
     if section.solution_field:
-        question, solution = _text(row, section.prompt_field), _text(row, section.solution_field)
+        solution = text(row, section.solution_field)
         if section.reasoning_field:
-            solution = _with_reasoning(_text(row, section.reasoning_field), solution)
-        messages = [
-            {"role": "user", "content": question},
+            solution = with_reasoning(text(row, section.reasoning_field), solution)
+        turns: list[Message] = [
+            {"role": "user", "content": question(row, section.prompt_field)},
             {"role": "assistant", "content": solution},
         ]
     else:
-        messages = _messages(row, "messages")
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
+        turns = messages(row, section.messages_field)
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    if not turns:
         raise RowError("no_trained_tokens", "no assistant message")
-    return _with_system(messages, system_prompt)
+    return _with_system(turns, system_prompt)
 
 
 def parse_prompt(
@@ -122,26 +132,25 @@ def parse_prompt(
 ) -> tuple[list[Message], str, int | None]:
     """Return the messages, the reference answer and the difficulty of a prompt.
 
-    The difficulty is None unless the row has a number in its `difficulty` field.
+    The difficulty is None unless the row has a finite number in its `difficulty` field.
 
     Raises:
         RowError: the question or the answer is missing or not valid.
     """
-    if isinstance(row.get(section.prompt_field), list):
-        messages = _messages(row, section.prompt_field)
-        if messages[-1]["role"] == "assistant":
+    if isinstance(decode_messages(find(row, section.prompt_field)), list):
+        turns = messages(row, section.prompt_field)
+        if turns[-1]["role"] == "assistant":
             raise RowError("bad_role", "a prompt must not end with an assistant message")
     else:
-        messages = [{"role": "user", "content": _text(row, section.prompt_field)}]
-    answer = _required(row, section.answer_field)
+        turns = [{"role": "user", "content": question(row, section.prompt_field)}]
+    answer = find(row, section.answer_field)
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise RowError("bad_field", f"`{section.answer_field}` is neither text nor a number")
     if not str(answer).strip():
         raise RowError("empty", f"`{section.answer_field}` is empty")
-    value = row.get("difficulty")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    difficulty = int(value) if is_number else None  # type: ignore[arg-type]
-    return _with_system(messages, system_prompt), str(answer), difficulty
+    if str(answer).strip().lower().lstrip("+-") in NOT_FINITE:
+        raise RowError("bad_field", f"`{section.answer_field}` is {answer}, not a finite number")
+    return _with_system(turns, system_prompt), str(answer), _difficulty(row)
 
 
 class Quarantine:
@@ -202,62 +211,19 @@ def _fields(section: SourceSection, kind: RowKind) -> list[str]:
     if kind == "prompts":
         return [section.prompt_field, section.answer_field]
     fields = (section.prompt_field, section.solution_field, section.reasoning_field)
-    return [field for field in fields if field] if section.solution_field else ["messages"]
+    return (
+        [field for field in fields if field] if section.solution_field else [section.messages_field]
+    )
 
 
-def _required(row: dict[str, Any], field: str) -> Any:
-    if field not in row:
-        raise RowError("missing_field", f"no field `{field}`")
-    if row[field] is None:
-        raise RowError("null_field", f"`{field}` is null")
-    return row[field]
+def _difficulty(row: dict[str, Any]) -> int | None:
+    value = row.get("difficulty")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if isinstance(value, int) else int(value) if math.isfinite(value) else None
 
 
-def _text(row: dict[str, Any], field: str) -> str:
-    value = _required(row, field)
-    if not isinstance(value, str):
-        raise RowError("bad_field", f"`{field}` is not text")
-    return _check_text(value, field)
-
-
-def _check_text(text: str, field: str) -> str:
-    """Return `text`; raise RowError if it is blank or is not valid Unicode text."""
-    if not text.strip():
-        raise RowError("empty", f"`{field}` is empty")
-    if "\0" in text:
-        raise RowError("nul_byte", f"`{field}` contains a NUL character")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError("bad_utf8", f"`{field}` contains an unpaired surrogate") from None
-    return text
-
-
-def _messages(row: dict[str, Any], field: str) -> list[Message]:
-    value = _required(row, field)
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise RowError("bad_field", f"`{field}` is not a list of messages")
-    if not value:
-        raise RowError("empty", f"`{field}` is an empty list")
-    messages = []
-    for message in value:
-        role = _required(message, "role")
-        if role not in ROLES:
-            raise RowError("bad_role", f"role {role!r} is not one of {', '.join(ROLES)}")
-        if message.get("tool_calls"):
-            raise RowError("bad_field", "tool calls cannot be trained on")
-        content = _text(message, "content")
-        if reasoning := message.get("reasoning_content"):
-            content = _with_reasoning(_check_text(str(reasoning), "reasoning_content"), content)
-        messages.append({"role": role, "content": content})
-    return messages
-
-
-def _with_reasoning(reasoning: str, answer: str) -> str:
-    return f"<think>\n{reasoning}\n</think>\n\n{answer}"
-
-
-def _with_system(messages: list[Message], system_prompt: str) -> list[Message]:
-    if not system_prompt or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system_prompt}, *messages]
+def _with_system(turns: list[Message], system_prompt: str) -> list[Message]:
+    if not system_prompt or turns[0]["role"] == "system":
+        return turns
+    return [{"role": "system", "content": system_prompt}, *turns]

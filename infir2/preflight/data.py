@@ -37,7 +37,7 @@ def first_row_is_conversation(recipe: TrainRecipe) -> bool:
         row = Source(section.path).read(0)
     except (UserError, RowError):
         return False  # the data check says what is wrong with it
-    return bool(section.solution_field) or "messages" in row
+    return bool(section.solution_field) or section.messages_field in row
 
 
 def check_tokenizer(tokenizer: ChatTokenizer, chat: bool) -> str:

@@ -1,0 +1,153 @@
+"""Parse the fields of a row: text, and chat messages in the forms in which people store them."""
+
+import json
+from typing import Any
+
+from infir2.data.sources import RowError
+from infir2.data.types import Message
+
+ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# Keys that other trainers read to leave a message out of the loss. Every assistant turn is trained.
+TRAIN_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask")
+
+
+def find(row: dict[str, Any], field: str) -> Any:
+    """Return a field that is neither missing nor null.
+
+    `reward_model.ground_truth` is a field of that name, or else `ground_truth` of `reward_model`.
+
+    Raises:
+        RowError: the field is missing or null.
+    """
+    value: Any = row
+    for name in [field] if field in row else field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise RowError("missing_field", f"no field `{field}`")
+        value = value[name]
+    if value is None:
+        raise RowError("null_field", f"`{field}` is null")
+    return value
+
+
+def text(row: dict[str, Any], field: str) -> str:
+    """Return a field with text. Raises RowError for any other value, and for blank text."""
+    value = find(row, field)
+    if not isinstance(value, str):
+        raise RowError("bad_field", f"`{field}` is not text")
+    return check_text(value, field)
+
+
+def check_text(value: str, field: str) -> str:
+    """Return `value`; raise RowError if it is blank or is not valid Unicode text."""
+    if not value.strip():
+        raise RowError("empty", f"`{field}` is empty")
+    if "\0" in value:
+        raise RowError("nul_byte", f"`{field}` contains a NUL character")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError("bad_utf8", f"`{field}` contains an unpaired surrogate") from None
+    return value
+
+
+def question(row: dict[str, Any], field: str) -> str:
+    """Return the question's text; Alpaca's `input` follows its `instruction` after a blank line."""
+    value = text(row, field)
+    if field == "instruction" and row.get("input") not in (None, ""):
+        extra = row["input"]
+        if not isinstance(extra, str) or extra.strip():
+            return f"{value}\n\n{text(row, 'input')}"
+    return value
+
+
+def decode_messages(value: Any) -> Any:
+    """Return the list of messages that `value` contains as JSON text, or else `value` itself."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        decoded = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    is_list = isinstance(decoded, list) and all(
+        isinstance(item, dict) and ("role" in item or "from" in item) for item in decoded
+    )
+    return decoded if is_list and decoded else value
+
+
+def messages(row: dict[str, Any], field: str) -> list[Message]:
+    """Return a field's messages: {"role", "content"}, or ShareGPT's {"from", "value"}.
+
+    A system message without content counts as absent.
+
+    Raises:
+        RowError: the field is not a list of valid messages, or has none.
+    """
+    value = decode_messages(find(row, field))
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise RowError("bad_field", f"`{field}` is not a list of messages")
+    parsed = [message for item in value if (message := _message(item)) is not None]
+    if not parsed:
+        raise RowError("empty", f"`{field}` has no message")
+    return parsed
+
+
+def with_reasoning(reasoning: str, answer: str) -> str:
+    return f"<think>\n{reasoning}\n</think>\n\n{answer}"
+
+
+def _message(message: dict[str, Any]) -> Message | None:
+    role_key, content_key = ("role", "content")
+    if message.get("role") is None and message.get("from") is not None:
+        role_key, content_key = ("from", "value")
+    role = find(message, role_key)
+    role = SHAREGPT_ROLES.get(role, role) if role_key == "from" and isinstance(role, str) else role
+    if role not in ROLES:
+        raise RowError("bad_role", f"role {role!r} is not one of {', '.join(ROLES)}")
+    if message.get("tool_calls"):
+        raise RowError("bad_field", "tool calls cannot be trained on")
+    _check_trained(message, role)
+    content = message.get(content_key)
+    if role == "system" and (content is None or (isinstance(content, str) and not content.strip())):
+        return None
+    return {"role": role, "content": _with_thought(message, role, text(message, content_key))}
+
+
+def _check_trained(message: dict[str, Any], role: str) -> None:
+    """Raise RowError for a key that asks to train another turn than the assistant's, or less."""
+    for key in TRAIN_KEYS:
+        value = message.get(key)
+        if value is not None and value != (role == "assistant"):
+            raise RowError(
+                "bad_field",
+                f"`{key}`: {value!r} of a message of the {role} is not supported: all turns of "
+                "the assistant are trained with equal weight, and no other",
+            )
+
+
+def _with_thought(message: dict[str, Any], role: str, content: str) -> str:
+    """Return the content with the message's thought before it, in one <think> block."""
+    thoughts: dict[str, str] = {}
+    for key in REASONING_KEYS:
+        value = message.get(key)
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str):
+            raise RowError("bad_field", f"`{key}` is not text")
+        if role != "assistant":
+            raise RowError("bad_field", f"`{key}` in a message of the {role}")
+        bare = value.strip().removeprefix("<think>").removesuffix("</think>").strip()
+        if bare:
+            thoughts.setdefault(bare, check_text(value, key))
+    if not thoughts:
+        return content
+    if len(thoughts) > 1:
+        raise RowError("bad_field", "two different thoughts in one message")
+    ((bare, thought),) = thoughts.items()
+    if "<think>" not in content and "</think>" not in content:
+        return with_reasoning(bare if "think>" in thought else thought, content)
+    own, _, _ = content.partition("</think>")
+    if own.strip().removeprefix("<think>").strip() != bare:
+        raise RowError("bad_field", "the content has another thought than the reasoning field")
+    return content

@@ -1,0 +1,132 @@
+"""The forms in which people store conversations and prompts."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infir2.config.schema import SourceSection
+from infir2.data.rows import open_source, parse_conversation, parse_prompt
+from infir2.data.sources import RowError
+
+QUESTION = {"role": "user", "content": "2+3=?"}
+ANSWER = {"role": "assistant", "content": "5"}
+CHAT = [QUESTION, ANSWER]
+SHAREGPT = [{"from": "human", "value": "2+3=?"}, {"from": "gpt", "value": "5"}]
+SECTION = SourceSection(path="x")
+
+
+def conversation(*messages: dict[str, Any]) -> list[Any]:
+    return list(parse_conversation({"messages": list(messages)}, SECTION))
+
+
+@pytest.mark.parametrize("system", ["", " \n", None])
+def test_a_system_message_without_content_counts_as_absent(system: str | None) -> None:
+    assert conversation({"role": "system", "content": system}, *CHAT) == CHAT
+    row = {"messages": [{"role": "system", "content": system}, *CHAT]}
+    assert parse_conversation(row, SECTION, "Think.")[0]["content"] == "Think."
+
+
+@pytest.mark.parametrize("value", [CHAT, SHAREGPT, json.dumps(CHAT), json.dumps(SHAREGPT)])
+def test_messages_of_each_form_are_the_same_conversation(value: Any) -> None:
+    section = SourceSection(path="x", messages_field="data.conversations")
+    assert parse_conversation({"data": {"conversations": value}}, section) == CHAT
+
+
+def test_sharegpt_messages_of_other_roles_are_refused() -> None:
+    with pytest.raises(RowError, match="observation"):
+        conversation(*SHAREGPT, {"from": "observation", "value": "x"})
+
+
+@pytest.mark.parametrize("key", ["reasoning", "thinking", "reasoning_content"])
+@pytest.mark.parametrize(
+    ("thought", "content"),
+    [
+        ("2+3", "5"),
+        ("<think>\n2+3\n</think>", "5"),
+        ("2+3", "<think>\n2+3\n</think>\n\n5"),
+        ("\n2+3\n", "2+3\n</think>\n\n5"),
+    ],
+)
+def test_a_thought_is_one_block(key: str, thought: str, content: str) -> None:
+    answer = conversation(QUESTION, ANSWER | {"content": content, key: thought})[1]["content"]
+    assert answer.count("</think>") == 1
+    assert answer.split("</think>")[1] == "\n\n5"
+    assert answer.count("2+3") == 1
+
+
+def test_equal_thoughts_of_two_keys_are_one_and_different_ones_are_refused() -> None:
+    both = ANSWER | {"reasoning": "2+3", "reasoning_content": "2+3"}
+    assert conversation(QUESTION, both)[1]["content"] == "<think>\n2+3\n</think>\n\n5"
+    for message in (
+        both | {"thinking": "3+2"},
+        both | {"content": "<think>\n3+2\n</think>\n\n5"},
+        ANSWER | {"thinking": ["2+3"]},
+    ):
+        with pytest.raises(RowError):
+            conversation(QUESTION, message)
+    with pytest.raises(RowError, match="message of the user"):
+        conversation(QUESTION | {"reasoning": "2+3"}, ANSWER)
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "trainable", "loss", "loss_mask"])
+def test_a_message_that_is_not_to_be_trained_is_refused(key: str) -> None:
+    assert conversation(QUESTION | {key: None}, ANSWER | {key: 1}) == CHAT
+    assert conversation(QUESTION | {key: 0}, ANSWER | {key: True}) == CHAT
+    for value in (0, False, 0.5, math.nan):
+        with pytest.raises(RowError, match=f"`{key}`"):
+            conversation(QUESTION, ANSWER | {key: value})
+
+
+@pytest.mark.parametrize("prompt", ["2+3=?", [QUESTION], json.dumps([QUESTION]), SHAREGPT[:1]])
+def test_prompts_of_each_form(prompt: Any) -> None:
+    assert parse_prompt({"prompt": prompt, "label": "5"}, SECTION)[0] == [QUESTION]
+
+
+@pytest.mark.parametrize("prompt", ["[1, 2] has which sum?", "[1, 2]", "[]", "[x]", '["role"]'])
+def test_a_question_that_looks_like_json_stays_a_question(prompt: str) -> None:
+    turns = parse_prompt({"prompt": prompt, "label": "3"}, SECTION)[0]
+    assert turns == [{"role": "user", "content": prompt}]
+
+
+def test_dotted_fields_name_nested_values(tmp_path: Path) -> None:
+    row = {"prompt": "q", "reward_model": {"ground_truth": "34", "style": "rule"}}
+    (tmp_path / "verl.jsonl").write_text(json.dumps(row))
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "verl.parquet")
+    for name in ("verl.jsonl", "verl.parquet"):
+        section = SourceSection(path=str(tmp_path / name), answer_field="reward_model.ground_truth")
+        source = open_source(section, "prompts")
+        assert parse_prompt(source.read(0), section)[1] == "34"
+    section = SourceSection(path="x", answer_field="a.b")
+    assert parse_prompt({"prompt": "q", "a.b": "1", "a": {"b": "2"}}, section)[1] == "1"
+    for other in ({"a": None}, {"a": {}}, {"a": "text"}):
+        with pytest.raises(RowError):
+            parse_prompt({"prompt": "q", **other}, section)
+
+
+def test_the_input_of_alpaca_follows_its_instruction(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Add", "input": "2 and 3", "output": "5"},
+        {"instruction": "Say 5", "input": "", "output": "5"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "alpaca.parquet")
+    section = SourceSection(
+        path=str(tmp_path / "alpaca.parquet"), prompt_field="instruction", solution_field="output"
+    )
+    source = open_source(section, "messages")
+    questions = [parse_conversation(source.read(i), section)[0]["content"] for i in range(2)]
+    assert questions == ["Add\n\n2 and 3", "Say 5"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "NaN", "inf", "-Infinity"])
+def test_values_that_are_not_finite_never_crash_and_never_score(value: float | str) -> None:
+    assert parse_prompt({"prompt": "q", "label": 5, "difficulty": value}, SECTION)[1:] == (
+        "5",
+        None,
+    )
+    with pytest.raises(RowError, match="not a finite number"):
+        parse_prompt({"prompt": "q", "label": value}, SECTION)
