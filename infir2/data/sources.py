@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import itertools
 import json
+import re
 import tempfile
 import zlib
 from collections.abc import Collection
@@ -24,6 +25,7 @@ from infir2.errors import DataError, first_line
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".idx")
 FIRST_ROWS = 20  # rows from which the fields of a .jsonl file are known
 CHUNK_BYTES = 1 << 26
+SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)", re.IGNORECASE)
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -253,13 +255,45 @@ def _files(path: Path, columns: Collection[str]) -> list[Path]:
     # A .txt file next to other data files is usually a license or a readme: skip it.
     for suffixes in (SUFFIXES, (".txt",) if "text" in columns else ()):
         files = sorted(
-            file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file()
+            file
+            for file in path.rglob("*")
+            if file.name.endswith(suffixes) and file.is_file() and not _is_ignored(file)
         )
         if files:
+            _check_read_once(path, files)
             return files
     raise DataError(
         f"directory {path} has no {', '.join(SUFFIXES)} file: fix the path in the recipe."
     )
+
+
+def _is_ignored(file: Path) -> bool:
+    """Whether a file is hidden (as the "._" files of macOS are) or lists unusable rows."""
+    return file.name.startswith(".") or f".{file.name}".endswith(".quarantine.jsonl")
+
+
+def _check_read_once(directory: Path, files: list[Path]) -> None:
+    """Raise DataError for files with the same rows, or of several splits."""
+    stems: dict[Path, Path] = {}
+    splits: dict[str, Path] = {}
+    for file in files:
+        suffix = next(end for end in (*SUFFIXES, ".txt") if file.name.endswith(end))
+        name = file.name.removesuffix(suffix)
+        name = name.removesuffix("_text_document") if suffix == ".idx" else name
+        other = stems.setdefault(file.with_name(name), file)
+        if other is not file and suffix != ".txt":
+            raise DataError(
+                f"{other} and {file} seem to contain the same rows: name one of them as the source."
+            )
+        for part in file.relative_to(directory).parts:
+            if match := SPLIT.match(part):
+                splits.setdefault(match[1].lower(), file)
+    if "train" in splits and len(splits) > 1:
+        held_out = next(file for split, file in splits.items() if split != "train")
+        raise DataError(
+            f"{directory} contains a training split and another ({splits['train']}, {held_out}): "
+            "name the files or a directory of one split as sources."
+        )
 
 
 def _open_file(path: Path, columns: Collection[str]) -> Rows:

@@ -178,6 +178,34 @@ def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
         open_source(SourceSection(path=str(tmp_path)), "messages")
 
 
+def test_a_directory_is_read_once_and_as_meant(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(line({"text": "a"}))
+    for name in ("._a.jsonl", "a.quarantine.jsonl", "quarantine.jsonl"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    assert len(Source(tmp_path, {"text"})) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("a.idx", "a.jsonl"), "the same rows"),
+        (("a_text_document.idx", "a.jsonl"), "the same rows"),
+        (("a.jsonl", "a.jsonl.gz"), "the same rows"),
+        (("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"), "a training split"),
+        (("train/a.jsonl", "validation/b.jsonl"), "a training split"),
+    ],
+)
+def test_a_directory_that_would_be_read_twice_or_with_held_out_rows_is_refused(
+    tmp_path: Path, names: tuple[str, ...], sentence: str
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(line({"text": "a"}))
+    with pytest.raises(DataError, match=sentence):
+        Source(tmp_path, {"text"})
+
+
 def test_messages_after_the_last_answer_are_left_out() -> None:
     section = SourceSection(path="x")
     assert (
