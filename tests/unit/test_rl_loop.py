@@ -23,11 +23,10 @@ import infir2.rl.dynamic_sampling
 import infir2.rl.loop
 import infir2.rl.pipeline
 from infir2.cli import main
-from infir2.data import Prompt
 from infir2.engines.native import NativeEngine
 from infir2.engines.types import Completion
 from infir2.parallel.ranks import Ranks
-from infir2.rl.groups import Group, Response
+from infir2.rl.groups import Response
 from infir2.rl.journal import Journal
 from infir2.rl.policy_update import split_evenly
 
@@ -297,13 +296,3 @@ def test_mini_batches_are_as_many_as_asked_for(num_groups: int, sizes: list[int]
     parts = split_evenly(groups, 4)  # type: ignore[type-var]
     assert [len(part) for part in parts] == sizes
     assert [group for part in parts for group in part] == groups
-
-
-def test_wrong_answers_of_different_length_are_no_signal() -> None:
-    """The overlong penalty makes their rewards differ; training on them taught shortness."""
-    completion = Completion("p/0", [1], np.zeros(1, dtype=np.float32), "length", 0)
-    wrong = [Response(completion, "", False, reward) for reward in (0.0, -0.3, -0.8, -1.0)]
-    right = Response(completion, "", True, 1.0)
-    prompt = Prompt("p", [{"role": "user", "content": "1+1"}], "2", None, "rows.jsonl:1")
-    assert not Group("0/p", prompt, [1], wrong).has_signal
-    assert Group("0/p", prompt, [1], [*wrong, right]).has_signal
