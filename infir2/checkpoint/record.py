@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl (the record), TensorBoard (a view)."""
+"""Writes a run's numbers to metrics.jsonl (the record) and TensorBoard events (a view of it)."""
 
 import math
 import queue
@@ -21,18 +21,16 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
-        self._lines, self._samples = (
-            JsonLinesWriter(run_dir / "metrics.jsonl"),
-            JsonLinesWriter(run_dir / "samples.jsonl"),
-        )
+        self._lines = JsonLinesWriter(run_dir / "metrics.jsonl")
+        self._samples = JsonLinesWriter(run_dir / "samples.jsonl")
         for lines in (self._lines, self._samples):
             with disk_errors(f"{lines.path}: cannot be written"):
                 keep_json_lines(lines.path, lambda row: _step_of(row) <= resumed_step)
-        self._lines.append()  # the record is there from the start
+        self._lines.append()  # creates the file, so that readers find it before step 1
         self._view = TensorBoardView(run_dir, resumed_step)
 
     def values(self, kind: str, name: str) -> list[tuple[int, Any]]:
-        """(step, value) of every line of a kind that has the name."""
+        """(step, value) of every line of `kind` that has a value for `name`."""
         return [
             (line["step"], line[name])
             for line in read_json_lines(self._lines.path)
@@ -40,7 +38,7 @@ class MetricsWriter:
         ]
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line; non-finite numbers become null, because JSON has none."""
+        """Append a line. Non-finite numbers become null, because JSON has none."""
         self._lines.append(
             {"kind": kind, "step": step} | {name: _plain(value) for name, value in values.items()}
         )
@@ -53,7 +51,7 @@ class MetricsWriter:
                 self._view.add(f"{kind}/{name}", value, step)
 
     def write_samples(self, rows: list[dict[str, Any]]) -> None:
-        """Readable responses beside the numbers: samples.jsonl."""
+        """Append readable responses to samples.jsonl."""
         self._samples.append(*rows)
 
     def close(self) -> None:
@@ -63,7 +61,7 @@ class MetricsWriter:
 
 
 class TensorBoardView:
-    """TensorBoard events, written by a thread: whatever happens to them, a run does not wait."""
+    """TensorBoard events, written by a thread: a run neither waits for them nor fails with them."""
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         self._waiting: queue.SimpleQueue[tuple[str, float, int] | None] = queue.SimpleQueue()
@@ -74,24 +72,22 @@ class TensorBoardView:
         self._waiting.put((name, value, step))
 
     def close(self) -> None:
-        """Write what is waiting, for a few seconds at most."""
+        """Write the queued events, for at most `_CLOSE_SECONDS`."""
         self._waiting.put(None)
         self._thread.join(_CLOSE_SECONDS)
 
     def _run(self, run_dir: Path, resumed_step: int) -> None:
         try:
-            from torch.utils.tensorboard.writer import (
-                SummaryWriter,  # slow import, only runs need it
-            )
+            # A slow import that only runs need.
+            from torch.utils.tensorboard.writer import SummaryWriter
 
-            writer = SummaryWriter(
-                str(run_dir), purge_step=resumed_step + 1 if resumed_step else None
-            )
+            purge_step = resumed_step + 1 if resumed_step else None
+            writer = SummaryWriter(str(run_dir), purge_step=purge_step)
             for item in iter(self._waiting.get, None):
                 writer.add_scalar(*item)
             writer.close()
-        except Exception as error:  # of any library
-            log(f"no TensorBoard events from here on ({error}); metrics.jsonl goes on")
+        except Exception as error:  # of any of the libraries behind the writer
+            log(f"TensorBoard events stopped ({error}); metrics.jsonl is still written")
 
 
 def _plain(value: Any) -> Any:

@@ -111,7 +111,7 @@ class RolloutPipeline:
             self._ahead_future = self._thread.submit(self._collect, "", self._run_here)
 
     def _run_here(self, work: Any) -> list[list[Group]]:
-        """`RunOnRanks` of the thread: this rank alone, until the run ends."""
+        """`RunOnRanks` for the thread: run `work` on this rank only, until the run ends."""
 
         def check() -> None:
             if self._canceled.is_set():
