@@ -10,6 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 ScaleFormat = Literal["pow2", "fp32"]
 ComputeDtype = Literal["bfloat16", "float32"]
+AnswerFormat = Literal["boxed", "answer_line"]
+ANSWER_FORMAT = (
+    "boxed: the last \\boxed{} is the answer; answer_line: the last line 'Answer: ...' or "
+    "the last box, whichever is later"
+)
 
 
 class Section(BaseModel):
@@ -318,6 +323,7 @@ class RlSection(Section):
         description="sample step n + 1 while step n trains, from weights one version older",
     )
     evaluate_every: int = Field(20, ge=0, description="steps between evaluations (0: never)")
+    answer_format: AnswerFormat = Field("boxed", description=ANSWER_FORMAT)
 
 
 class RolloutSection(Section):
@@ -342,6 +348,7 @@ class EvaluateSection(Section):
     response_prefix: str = Field(
         "", description="text with which every response starts, such as '<think>\\n'"
     )
+    answer_format: AnswerFormat = Field("boxed", description=ANSWER_FORMAT)
 
 
 class ParallelSection(Section):

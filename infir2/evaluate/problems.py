@@ -54,7 +54,8 @@ def answer_problems(
     completions = [completion for index in range(len(problems)) for completion in groups[index]]
     texts = [section.response_prefix + tokenizer.decode(each.token_ids) for each in completions]
     verdicts = check_math_batch(
-        [(text, owner.answer) for text, owner in zip(texts, owners, strict=True)]
+        [(text, owner.answer) for text, owner in zip(texts, owners, strict=True)],
+        answer_format=section.answer_format,
     )
     return [
         {

@@ -24,7 +24,8 @@ def rate(
     completions: Sequence[Completion], texts: Sequence[str], answers: Sequence[str], rl: RlSection
 ) -> list[Response]:
     """Responses with their rewards, in order."""
-    verdicts = check_math_batch(list(zip(texts, answers, strict=True)))
+    pairs = list(zip(texts, answers, strict=True))
+    verdicts = check_math_batch(pairs, answer_format=rl.answer_format)
     responses = []
     for completion, text, verdict in zip(completions, texts, verdicts, strict=True):
         penalty = overlong_penalty(len(completion.token_ids), rl)

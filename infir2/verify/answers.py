@@ -4,6 +4,9 @@ All functions run in linear time, because a policy that is rewarded for its resp
 """
 
 import re
+from typing import Literal, NamedTuple
+
+AnswerFormat = Literal["boxed", "answer_line"]
 
 MAX_ANSWER_CHARACTERS = 2000
 MAX_EXPONENT_DEPTH = 3
@@ -14,10 +17,12 @@ _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # Matching escaped characters too keeps `\{` from counting as a brace.
 _BRACE, _BRACE_DEPTH = re.compile(r"\\.|[{}]", re.DOTALL), {"{": 1, "}": -1}
+_ANSWER_LINE = re.compile(r"^[ \t>*#_]*(?:Final )?Answer[*_ ]*:[ \t*_]*", re.MULTILINE)
 _INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf)\{([^{}\\]*)\}")
 _LETTER = re.compile(r"\(([A-Za-z])\)")
-_LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
+# The space in "1, 234" stays: without it, this list is a number.
+_LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])(?<!\d,)\s+|\s+(?![0-9A-Za-z])")
 _AROUND_POWER = re.compile(r" ?(?:\^|\*\*) ?")
 _SIZE_OR_SPACE = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\(?= )")
 _EQUAL_SPELLINGS = {
@@ -69,10 +74,35 @@ def _closing_brace(text: str, start: int) -> int | None:
     return None
 
 
-def extract_answer(response: str) -> str | None:
-    """The final answer: the last boxed text after the thinking; None if it is absent or empty."""
+class AnswerLine(NamedTuple):
+    """A line `Answer: 34`: content "34", and the position in the text after it."""
+
+    content: str
+    end: int
+
+
+def last_answer_line(text: str) -> AnswerLine | None:
+    """The last line `Answer: ...` without Markdown, or the box in it; None if there is none."""
+    found = max(_ANSWER_LINE.finditer(text), key=re.Match.start, default=None)
+    if found is None:
+        return None
+    line = text[found.end() :].partition("\n")[0]
+    content = (last_boxed(line) or "") if _BOXED.search(line) else line.strip().rstrip("*_ ")
+    return AnswerLine(content, found.end() + len(line))
+
+
+def extract_answer(response: str, answer_format: AnswerFormat = "boxed") -> str | None:
+    """The final answer after the thinking; None if it is absent or empty.
+
+    boxed: the last boxed text. answer_line: the last line `Answer: ...`, or a box that follows it.
+    """
     text = visible_text(response)
-    return (last_boxed(text) or None) if text is not None else None
+    if text is None:
+        return None
+    line = last_answer_line(text) if answer_format == "answer_line" else None
+    if line is not None and not _BOXED.search(text, line.end):
+        return line.content or None
+    return last_boxed(text) or None
 
 
 def reference_text(answer: str) -> str:
@@ -141,4 +171,5 @@ def quick_decision(reference: str, answer: str) -> bool | None:
         return reference_digits == answer_digits
     if (reference_digits is None) != (answer_digits is None) and "," in reference + answer:
         return None  # "1,234" is a number, "1, 234" a list
-    return True if normalize(reference) == normalize(answer) else None
+    spelling = normalize(reference)
+    return True if spelling and spelling == normalize(answer) else None

@@ -6,7 +6,13 @@ import threading
 from collections.abc import Sequence
 from typing import cast
 
-from infir2.verify.answers import extract_answer, quick_decision, reference_text, too_hard
+from infir2.verify.answers import (
+    AnswerFormat,
+    extract_answer,
+    quick_decision,
+    reference_text,
+    too_hard,
+)
 from infir2.verify.pool import Pool
 from infir2.verify.verdict import Reason, Verdict
 
@@ -17,35 +23,43 @@ _lock = threading.Lock()
 _pools: dict[int, Pool] = {}  # by process id: a forked child cannot use its parent's workers
 
 
-def check_math(response: str, answer: str, seconds: float = ITEM_SECONDS) -> Verdict:
-    r"""Compare the last `\boxed{}` after a response's last `</think>` with the reference answer.
+def check_math(
+    response: str,
+    answer: str,
+    seconds: float = ITEM_SECONDS,
+    answer_format: AnswerFormat = "boxed",
+) -> Verdict:
+    r"""Compare the final answer after a response's last `</think>` with the reference answer.
 
-    Equal spellings and different plain integers are decided in this process in microseconds. For
-    other answers a worker process calls math-verify; it is killed after `seconds` of wall clock. A
-    response that ends inside its think block has no answer. Raises ConfigError if workers cannot
-    start.
+    The final answer is the last `\boxed{}`; with answer_format "answer_line" also the last line
+    `Answer: ...`. Equal spellings and different plain integers are decided in this process in
+    microseconds. Other answers are compared in a worker process (equivalence.py), which is killed
+    after `seconds` of wall clock. A response that ends inside its think block has no answer. Raises
+    ConfigError if workers cannot start.
 
     Example: check_math("so <think>..</think> \\boxed{1/2}", "\\frac{1}{2}").correct is True.
     """
-    return check_math_batch([(response, answer)], seconds)[0]
+    return check_math_batch([(response, answer)], seconds, answer_format=answer_format)[0]
 
 
 def check_math_batch(
     pairs: Sequence[tuple[str, str]],
     item_seconds: float = ITEM_SECONDS,
     batch_seconds: float = BATCH_SECONDS,
+    answer_format: AnswerFormat = "boxed",
 ) -> list[Verdict]:
     """`check_math` of each (response, answer), in order.
 
     An item that hangs, dies or runs out of memory does not affect the others. Items that do not
     start within `batch_seconds` get the reason "timeout".
     """
-    verdicts = [_decide_in_process(response, answer) for response, answer in pairs]
-    undecided = [index for index, verdict in enumerate(verdicts) if verdict is None]
-    items = [
-        (reference_text(pairs[index][1]), extract_answer(pairs[index][0]) or "")
-        for index in undecided
+    answers = [extract_answer(response, answer_format) for response, _ in pairs]
+    verdicts = [
+        _decide_in_process(extracted, reference)
+        for extracted, (_, reference) in zip(answers, pairs, strict=True)
     ]
+    undecided = [index for index, verdict in enumerate(verdicts) if verdict is None]
+    items = [(reference_text(pairs[index][1]), answers[index] or "") for index in undecided]
     outcomes = shared_pool().run(items, item_seconds, batch_seconds) if items else []
     for index, (_, extracted), outcome in zip(undecided, items, outcomes, strict=True):
         reason = cast(Reason, outcome.reason or ("ok" if outcome.value is True else "wrong"))
@@ -53,13 +67,12 @@ def check_math_batch(
     return cast(list[Verdict], verdicts)
 
 
-def _decide_in_process(response: str, answer: str) -> Verdict | None:
-    extracted = extract_answer(response)
+def _decide_in_process(extracted: str | None, reference: str) -> Verdict | None:
     if extracted is None:
         return Verdict("no_answer")
     if (
-        len(extracted) <= 10 * len(answer) + 1000
-        and (same := quick_decision(reference_text(answer), extracted)) is not None
+        len(extracted) <= 10 * len(reference) + 1000
+        and (same := quick_decision(reference_text(reference), extracted)) is not None
     ):
         return Verdict("ok" if same else "wrong", extracted)
     if problem := too_hard(extracted):

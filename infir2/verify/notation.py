@@ -1,0 +1,209 @@
+r"""One notation for answers in Unicode, full-width and Chinese signs, LaTeX spellings, plain text.
+
+`canonical("２≤x≤√5")` is `2\le x\le \sqrt{5}`. Only the spelling changes, never a value.
+"""
+
+import re
+import unicodedata
+
+ROW = "\ue000"  # stands for `\\` between the rows of a matrix
+MAX_NESTING = 40
+
+_CHARACTERS = {
+    "−": "-", "–": "-", "—": "-", "﹣": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
+    "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≦": r"\le ", "⩽": r"\le ",
+    "≥": r"\ge ", "≧": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ",
+    "°": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "⟨": r"\langle ", "⟩": r"\rangle ", "θ": r"\theta ",
+    "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "μ": r"\mu ",
+    "φ": r"\varphi ", "ω": r"\omega ", "…": r"\ldots ", "、": ",", "。": ".", "，": ",",
+    "；": ";", "：": ":", "（": "(", "）": ")", "【": "[", "】": "]", "£": r"\$", "€": r"\$",
+    "¥": r"\$", "￥": r"\$", "℃": r"^\circ ", "或": r"\text{ or }", "和": r"\text{ and }",
+    "与": r"\text{ and }", "∠": r"\angle ", "△": r"\triangle ", ROW: " ",
+}  # fmt: skip
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_FRACTIONS = re.compile("[¼-¾⅐-⅞]")
+
+_SPELLINGS: list[tuple[re.Pattern[str], str]] = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
+        (r"\\(?:displaystyle|textstyle|limits|checkmark|small|large|Large)(?![A-Za-z])", ""),
+        (r"\\(?:bf|rm|it|sf|tt)(?![A-Za-z])", ""),
+        (r"\\(?:text)?color\{[^{}]*\}", ""),
+        (
+            r"(?<=\d)(?:\\,|\\;|\\:|\\ |~|\\thinspace|\{,\}|\\!,|,\\!|[\u2009\u202f\u00a0'’])"
+            r"(?=\d{3}(?!\d))",
+            "\N{THIN SPACE}",
+        ),
+        (r"\\!", ""),
+        (r"\\colon(?![A-Za-z])", ":"),
+        (r"\\(?:,|;|:|q?quad(?![A-Za-z])|enspace|thinspace| )|~|[\u00a0\u202f]", " "),
+        (r"\\le(?:q|qslant|qq)(?![A-Za-z])|<=", r"\\le "),
+        (r"\\ge(?:q|qslant|qq)(?![A-Za-z])|>=", r"\\ge "),
+        (r"\\lt(?![A-Za-z])", "<"),
+        (r"\\gt(?![A-Za-z])", ">"),
+        (r"\\(?:neq|not\s*=)(?![A-Za-z])|!=", r"\\ne "),
+        (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
+        (r"\\(?:dots|cdots|ldots|dotsc|dotsb)(?![A-Za-z])|\.\.\.+", r"\\ldots "),
+        (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])", r"^\\circ "),
+        (r"\\lbrace(?![A-Za-z])", r"\\{"),
+        (r"\\rbrace(?![A-Za-z])", r"\\}"),
+        (r"\\(?:lvert|rvert|vert)(?![A-Za-z])", "|"),
+        (r"\\mid(?![A-Za-z])", "|"),
+        (r"\\(?:land|wedge)(?![A-Za-z])|\\&", r"\\text{ and }"),
+        (r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }"),
+        (r"(\\sqrt(?:\[\d+\])?) ?([0-9A-Za-z])", r"\1{\2}"),
+        (r"\\operatorname\*?\{(\w+)\}", r"\\\1 "),
+        (r"\\(?:mathbb|Bbb|mathbf)\s*\{?\s*R\s*\}?", r"\\mathbb{R}"),
+        (r"(?<![\d)}])\\(?:mathrm|text|mathit)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
+        (r"\\(?:mathrm|text|mathit)\s*\{([A-Za-fi-kn-rt-z])\}", r"\1"),  # 2\text{m} is in meters
+        (r"\\mathrm\s+([A-Za-z])(?![A-Za-z])", r"\1"),
+        (r"\\text\s*\{\s*(\\?\$|\^\\circ|\\pi)\s*\}", r"\1 "),
+        (r"\\(?:textbf|textit|textrm|textsf|textnormal|mbox|hbox|mathsf)(?![A-Za-z])", r"\\text"),
+        (r"\\mathrm\{", r"\\text{"),
+        (r"\\\(|\\\)|\\\[|\\\]", ""),
+        (r"\*\*(?=\s*[\d({a-z-])(?<=[\w)}]\*\*)", "^"),
+        (r"\*\*|__|`", ""),
+        (r"(?<![\\A-Za-z])(?:infinity|infty|inf|oo)(?![A-Za-z])", r"\\infty "),
+        (r"(?<![\\A-Za-z])(?:pi|Pi)(?![A-Za-z])", r"\\pi "),
+        (
+            r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|ln|log|exp|arcsin|arccos|arctan)"
+            r"(?![A-Za-z])",
+            r"\\\1 ",
+        ),
+    ]
+]  # fmt: skip
+_WRAPPER = re.compile(
+    r"\\(?:boldsymbol|bm|mathbf|mathit|mathcal|displaystyle|boxed|fbox|emph|underline)\s*\{"
+)
+_ROOT = re.compile(r"(?:[√∛∜]|(?<![\\A-Za-z])(?:sqrt|cbrt))\s*")
+_INDEX = {"∛": "[3]", "∜": "[4]", "c": "[3]"}
+_RADICAND = re.compile(r"\d+(?:\.\d+)?|[A-Za-z]|\\pi")
+_OVER = re.compile(r"\\over(?![A-Za-z])")
+_LEAD = re.compile(
+    r"(?:####|(?:\\text\s*\{\s*)?(?:the\s+)?(?:final\s+)?answer\s*(?:is|:)\s*:?\s*\}?"
+    r"|答案\s*[:是为]*|\\(?:therefore|boxed)(?![A-Za-z]))\s*",
+    re.IGNORECASE,
+)
+_SIGN = re.compile(r"(?:\\approx(?![A-Za-z])|=(?!=)|\+(?=[\d\\.]))\s*")
+_TEXT_WITHOUT_WORDS = re.compile(
+    r"\\text\s*\{((?:[^{}A-Za-z]|(?<![A-Za-z])[A-Za-z](?![A-Za-z]))+)\}"
+)
+_NUMBER_IN_TEXT = re.compile(r"\\text\s*\{\s*([+-]?\d[\d.,]*)(?![\d.,])\s*([^{}\d]+)\}")
+
+
+def canonical(text: str) -> str:
+    r"""The same answer in LaTeX without sizes, fonts, colors and Unicode: `２√５` is `2\sqrt{5}`.
+
+    Raises ValueError for brackets nested deeper than MAX_NESTING.
+    """
+    text = _FRACTIONS.sub(_fraction, re.sub(r"[ \t\r\n\f\v]+", " ", text))
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda run: f"^{{{run[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = re.sub("[₀-₉]+", lambda run: f"_{{{run[0].translate(_SUBSCRIPTS)}}}", text)
+    text = "".join(_CHARACTERS.get(character, character) for character in text)
+    thin = "\N{THIN SPACE}"
+    text = thin.join(unicodedata.normalize("NFKC", part) for part in text.split(thin))
+    text = text.replace(r"\\", ROW)
+    if _nesting(text) > MAX_NESTING:
+        raise ValueError(f"brackets nested more than {MAX_NESTING} deep")
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
+    text = _quotients(_brace_roots(_unwrap(text)))
+    text = _trim(re.sub(r"\s+", " ", text.replace(thin, "")).strip())
+    if whole := _TEXT_WITHOUT_WORDS.fullmatch(text):
+        return _trim(whole[1])
+    return _NUMBER_IN_TEXT.sub(r"\1\\text{ \2}", text) if text.startswith(r"\text") else text
+
+
+def _nesting(text: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "{([") - (character in "})]")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _fraction(found: re.Match[str]) -> str:
+    top, _, bottom = unicodedata.normalize("NFKC", found[0]).partition("⁄")
+    return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def _trim(text: str) -> str:
+    """Without `$` around it, a final full stop and words such as "the answer is" in front."""
+    text = _plain(text)
+    for pattern in (_LEAD, _SIGN):
+        if found := pattern.match(text):
+            text = _plain(text[found.end() :])
+    return text
+
+
+def _plain(text: str) -> str:
+    text = text.strip().rstrip(".,; ")
+    if text.count('"') == 2 and text[0] == text[-1] == '"':
+        text = text[1:-1]
+    return text.strip("$").strip().rstrip(".,; ") if re.fullmatch(r"\$.*[^\\]\$", text) else text
+
+
+def closing(text: str, start: int) -> int | None:
+    """Index of the bracket, of any kind, that closes the one before `start`; None if none does."""
+    depth, index = 1, start
+    while index < len(text):
+        character = text[index]
+        if character in "{([":
+            depth += 1
+        elif character in "})]":
+            depth -= 1
+        if depth == 0:
+            return index
+        index += 1
+    return None
+
+
+def _unwrap(text: str) -> str:
+    r"""Drop font commands and keep their content: `\mathbf{\frac{1}{2}}` is `\frac{1}{2}`."""
+    for _ in range(8):
+        found = _WRAPPER.search(text)
+        end = closing(text, found.end()) if found else None
+        if found is None or end is None:
+            return text
+        text = text[: found.start()] + text[found.end() : end] + text[end + 1 :]
+    return text
+
+
+def _brace_roots(text: str) -> str:
+    r"""Plain roots as LaTeX: `sqrt(3)`, `√3` and `√(x+1)` are `\sqrt{3}` and `\sqrt{x+1}`."""
+    parts, position = [], 0
+    for found in _ROOT.finditer(text):
+        if found.start() < position:
+            continue
+        start = found.end()
+        end = closing(text, start + 1) if text[start : start + 1] in ("(", "{") else None
+        if end is not None:
+            content, after = _brace_roots(text[start + 1 : end]), end + 1
+        else:
+            plain = _RADICAND.match(text, start)
+            content, after = (plain[0], plain.end()) if plain else ("", start)
+        root = rf"\sqrt{_INDEX.get(found[0][0], '')}{{{content}}}" if content else found[0]
+        parts += [text[position : found.start()], root]
+        position = after
+    return "".join(parts) + text[position:]
+
+
+def _quotients(text: str) -> str:
+    r"""`{a \over b}` as `\frac{a}{b}`."""
+    for _ in range(8):
+        found = _OVER.search(text)
+        if found is None:
+            break
+        start, depth = found.start(), 0
+        while start > 0 and (depth > 0 or text[start - 1] not in "{(["):
+            start -= 1
+            depth += (text[start] in "})]") - (text[start] in "{([")
+        end = closing(text, found.end())
+        end = len(text) if end is None else end
+        top, bottom = text[start : found.start()].strip(), text[found.end() : end].strip()
+        text = rf"{text[:start]}\frac{{{top}}}{{{bottom}}}{text[end:]}"
+    return text
