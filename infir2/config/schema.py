@@ -6,7 +6,10 @@ field's description; the unit is in the field's name (`_tokens`, `_seconds`) or 
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from infir2.config.data_sections import DataSection, SourceSection
+from infir2.config.section import Section
 
 ScaleFormat = Literal["pow2", "fp32"]
 ComputeDtype = Literal["bfloat16", "float32"]
@@ -15,12 +18,6 @@ ANSWER_FORMAT = (
     "boxed: the last \\boxed{} is the answer; answer_line: the last line 'Answer: ...' or "
     "the last box, whichever is later"
 )
-
-
-class Section(BaseModel):
-    """A section of a recipe: unknown keys, coerced types, NaN and infinity are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -101,83 +98,6 @@ class Fp8Section(Section):
         (),
         description="glob patterns of exported module names to keep in BF16: 'model.layers.0.*'",
     )
-
-
-class SourceSection(Section):
-    """A file or directory of data, and the names of its fields."""
-
-    path: str = Field(
-        description="a .jsonl, .jsonl.gz, .parquet or .txt file, the prefix of a Megatron indexed "
-        "data set, or a directory of such files"
-    )
-    weight: float = Field(1.0, gt=0, description="share in the mixture, relative to other sources")
-    text_field: str = Field("text", description="CPT: field with the text of a document")
-    prompt_field: str = Field(
-        "prompt",
-        description="RL and evaluation, or SFT with solution_field: field with the question "
-        "(text, or for RL and evaluation a list of messages)",
-    )
-    answer_field: str = Field("label", description="RL and evaluation: field with the answer")
-    messages_field: str = Field("messages", description="SFT: field with the list of messages")
-    solution_field: str = Field(
-        "",
-        description="SFT: field with the solution, for rows of question and solution (empty: rows "
-        "have messages)",
-    )
-    reasoning_field: str = Field(
-        "",
-        description="SFT with solution_field: field with the reasoning, which is put between "
-        "<think> and </think> before the solution",
-    )
-
-
-class DataSection(Section):
-    tokenizer: str = Field(
-        "",
-        description="directory with tokenizer.json and tokenizer_config.json (empty: the model's)",
-    )
-    sources: tuple[SourceSection, ...] = Field((), description="training data")
-    validation_sources: tuple[SourceSection, ...] = Field(
-        (), description="data for the validation loss"
-    )
-    sequence_tokens: int = Field(
-        32768,
-        gt=1,
-        description="maximum sequence length; CPT packs documents into windows of this length",
-    )
-    batch_sequences: int = Field(
-        0,
-        ge=0,
-        description="windows of sequence_tokens per optimizer step (CPT, or SFT in windows)",
-    )
-    batch_samples: int = Field(
-        0,
-        ge=0,
-        description="samples per optimizer step (SFT); set one of the two batch keys",
-    )
-    micro_batch_tokens: int = Field(
-        32768,
-        gt=0,
-        description="maximum tokens in one forward pass on one device (MAX_TOKENS_PER_GPU)",
-    )
-    pack_window_samples: int = Field(
-        1024,
-        gt=0,
-        description="SFT with packed windows: samples that are packed jointly; more fill the "
-        "windows better",
-    )
-    on_too_long: Literal["drop", "truncate"] = Field(
-        "drop",
-        description="SFT: what to do with a sample longer than sequence_tokens; truncate keeps "
-        "its end (documents are split instead)",
-    )
-    max_quarantined_fraction: float = Field(
-        0.01,
-        ge=0,
-        le=1,
-        description="stop when more than this fraction of a source's rows is unusable",
-    )
-    system_prompt: str = Field("", description="system message for rows without one")
 
 
 class OptimizerSection(Section):
