@@ -23,13 +23,15 @@ def with_stop_tokens(weights: Weights) -> Weights:
 
     Example, after SFT of Qwen2.5: `eos_token_id` is [151643, 151645] in `config.json` and
     `generation_config.json`, and `eos_token` is `<|im_end|>` in `tokenizer_config.json`. CPT keeps
-    the tokenizer's `eos_token`. A tokenizer that cannot be loaded keeps all files, with a message.
+    the tokenizer's `eos_token`. Without a tokenizer the files stay as they are; one that cannot be
+    loaded keeps them too, with a message.
 
     Raises:
         CheckpointError: a JSON file of the tokenizer is damaged.
     """
     source = weights.side_files
-    if source is None:
+    needed = ("tokenizer.json", "tokenizer_config.json")
+    if source is None or not all((source / name).is_file() for name in needed):
         return weights
     from infir2.data import load_tokenizer
 
@@ -37,7 +39,8 @@ def with_stop_tokens(weights: Weights) -> Weights:
         tokenizer = load_tokenizer(source)
         ends = set(tokenizer.eos_token_ids)
     except ConfigError as error:
-        log(f"the exported files keep their end tokens; {error}")
+        if weights.kind in _CHAT_KINDS:  # documents end as the tokenizer's files already say
+            log(f"the exported files keep their end tokens; {error}")
         return weights
     ends |= set(filter(tokenizer.is_control, _as_list(weights.config.get("eos_token_id"))))
     if not ends:
