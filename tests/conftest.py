@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from stages import end_leftovers, make_world
+
+# setuptools replaces distutils and asserts that nobody has imported the standard library's before:
+# import it first, because megatron-core does so late (through torch.utils.cpp_extension).
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
