@@ -1,6 +1,7 @@
-"""Writing files so that a crash leaves the old content or the new content, never a mixture.
+"""Files: reading regular ones only, and writing so that a crash leaves the old or the new content.
 
-Everything is written under a temporary name, synced and then renamed: `rename` is atomic within a
+A FIFO or a device in the place of a user's file would block for ever or never end, so it is refused
+before it is opened. Everything is written under a temporary name, synced and then renamed: `rename` is atomic within a
 directory (POSIX rename(2)). Files and directories get the permissions that the process's umask
 allows, like those of `open` and `mkdir`.
 """
@@ -16,10 +17,59 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from infir2.errors import CheckpointError, OutputExistsError, disk_reason, first_line
 from infir2.terminal import log
+
+_FILE_TYPES = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def require_regular(path: Path, max_bytes: int | None = None) -> int:
+    """The size of a regular file, which a library may then open by its path.
+
+    Raises OSError for anything else and for a larger file; its `strerror` follows a colon in a
+    sentence: "recipe.toml: it is a FIFO, not a regular file".
+    """
+    try:
+        found = path.stat()
+    except ValueError:  # a NUL byte or a lone surrogate in the path
+        raise OSError(errno.EINVAL, "its name contains a character no file can have") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = _FILE_TYPES.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise OSError(errno.EFBIG, _too_large(max_bytes), str(path))
+    return found.st_size
+
+
+def open_regular(path: Path, max_bytes: int | None = None) -> BinaryIO:
+    """Open a regular file for reading. Raises OSError, as `require_regular` does."""
+    require_regular(path, max_bytes)
+    # Without O_NONBLOCK a FIFO that replaced the file meanwhile would block here.
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file of at most `max_bytes`. Raises OSError.
+
+    Example: `read_regular(Path("config.json"), 64 << 20)`.
+    """
+    with open_regular(path, max_bytes) as file:
+        data = file.read(max_bytes + 1)  # a file of /proc has size 0, and others may grow
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, _too_large(max_bytes), str(path))
+    return data
+
+
+def _too_large(max_bytes: int) -> str:
+    return f"it is larger than the {max_bytes:,} bytes that such a file may have"
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,10 @@ from infir2.files import (
     fsync_directory,
     keep_json_lines,
     new_directory,
+    open_regular,
     read_json_lines,
+    read_regular,
+    require_regular,
     truncate_torn_line,
     write_atomically,
 )
@@ -215,3 +219,36 @@ def test_lines_wait_for_a_disk_that_refuses_them(
     blocked.unlink()
     writer.close()
     assert [json.loads(line)["step"] for line in writer.path.read_text().splitlines()] == [1, 2]
+
+
+def make_irregular(directory: Path) -> dict[str, Path]:
+    """A path of each kind that is not a regular file."""
+    paths = {name: directory / name for name in ("fifo", "directory", "socket", "loop")}
+    os.mkfifo(paths["fifo"])
+    paths["directory"].mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(paths["socket"]))
+    paths["loop"].symlink_to(paths["loop"])
+    long, other = directory / ("n" * 300), directory / "a\0b"
+    return paths | {"device": Path("/dev/zero"), "name": long, "nul": other, "part": other / "c"}
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path) -> None:
+    for name, path in make_irregular(tmp_path).items():
+        for read in (require_regular, open_regular, lambda path: read_regular(path, 9)):
+            with pytest.raises(OSError, match=r".") as raised:  # and it does not block
+                read(path)
+            assert raised.value.strerror, name
+    path = tmp_path / "file"
+    path.write_bytes(b"123456789")
+    linked = tmp_path / "link"
+    linked.symlink_to(path)
+    assert read_regular(linked, 9) == b"123456789"
+    with open_regular(path) as file:
+        assert file.read() == b"123456789"
+    assert require_regular(path) == 9
+    for read in (require_regular, read_regular):
+        with pytest.raises(OSError, match="larger than the 8 bytes"):
+            read(path, 8)
+    with pytest.raises(OSError, match="larger than the 3 bytes"):  # it has size 0
+        read_regular(Path("/proc/self/status"), 3)
