@@ -1,9 +1,9 @@
 """Files: reading regular ones only, and writing so that a crash leaves the old or the new content.
 
 A FIFO or a device in the place of a user's file would block for ever or never end, so it is refused
-before it is opened. Everything is written under a temporary name, synced and then renamed: `rename` is atomic within a
-directory (POSIX rename(2)). Files and directories get the permissions that the process's umask
-allows, like those of `open` and `mkdir`.
+before it is opened. Everything is written under a temporary name, synced and then renamed: `rename`
+is atomic within a directory (POSIX rename(2)). Files and directories get the permissions that the
+process's umask allows, like those of `open` and `mkdir`.
 """
 
 import contextlib
