@@ -7,6 +7,7 @@ environment and a temporary directory, with your own user's rights. It is for tr
 machines without namespaces, and is never chosen automatically.
 """
 
+import fcntl
 import glob
 import json
 import math
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infir2.errors import ConfigError
-from infir2.verify import jail, plain, walls
+from infir2.verify import jail, plain, syscalls, walls
 from infir2.verify.process import Channel, kill_tree
 
 START_SECONDS = 30.0
@@ -34,7 +35,8 @@ def _boot_text() -> str:
     """The program for `python -c`; it creates the modules plain, walls and jail without files."""
     texts = [("infir2", ""), ("infir2.verify", "")]
     texts += [
-        (module.__name__, Path(str(module.__file__)).read_text()) for module in (plain, walls, jail)
+        (module.__name__, Path(str(module.__file__)).read_text())
+        for module in (plain, syscalls, walls, jail)
     ]
     return f"""
 import sys, types
@@ -101,6 +103,17 @@ def libraries() -> list[str]:
     return sorted({path for path in candidates if os.path.isdir(path)})
 
 
+def _sealed_file(content: bytes) -> int:
+    """Descriptor of a file in memory that a program can neither change nor enlarge."""
+    descriptor = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
+
+
 class Cell:
     """A context manager of one jailed interpreter for one request.
 
@@ -151,11 +164,8 @@ class Cell:
         self.status, status = os.pipe()
         parent_side.callback(os.close, self.status)
         child_side.callback(os.close, status)
-        input_file = os.memfd_create("stdin")
+        input_file = _sealed_file(stdin)
         child_side.callback(os.close, input_file)
-        with open(input_file, "wb", closefd=False) as file:
-            file.write(stdin)
-        os.lseek(input_file, 0, os.SEEK_SET)
         config = self._config(control.fileno(), status, peer.fileno() if peer else -1)
         interpreter = [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8"]
         self.process = subprocess.Popen(

@@ -10,6 +10,8 @@ import signal
 from contextlib import suppress
 from typing import Any
 
+from infir2.verify.syscalls import install_filter, leave_session_keyring
+
 # Linux's constants (sched.h, mount.h, prctl.h), which the standard library does not define.
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
     0x20000,
@@ -147,10 +149,13 @@ def confine(config: dict) -> None:
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     if namespaces:
+        leave_session_keyring(libc)
         _build_root(libc, config["libraries"], config["hidden"], config["file_bytes"])
         _drop_privileges(libc, user)
         libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of credentials clears it
     _set_limits(config)
+    if namespaces:
+        install_filter(libc)
 
 
 def _watch(child: int, status: int, stay: bool) -> None:
