@@ -62,7 +62,8 @@ class DataSection(Section):
     micro_batch_tokens: int = Field(
         32768,
         gt=0,
-        description="maximum tokens in one forward pass on one device (MAX_TOKENS_PER_GPU)",
+        description="maximum tokens in one forward pass on one device (MAX_TOKENS_PER_GPU); in RL, "
+        "a longer prompt and response is alone in its pass",
     )
     pack_window_samples: int = Field(
         1024,

@@ -21,12 +21,12 @@ from infir2.errors import DataError
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Return bins of indices of `lengths`, each with a total length of at most `capacity`.
 
-    The longest item comes first; each goes to the fullest bin that has room for it.
+    The longest item comes first; each goes to the fullest bin that has room for it. An item that
+    is longer than `capacity` is alone in its bin.
 
-    >>> best_fit_decreasing([3, 5, 2], capacity=5)
-    [[1], [0, 2]]
+    >>> best_fit_decreasing([3, 5, 2, 7], capacity=5)
+    [[3], [1], [0, 2]]
     """
-    assert not lengths or max(lengths) <= capacity
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
@@ -87,13 +87,10 @@ def pack_sequences(
 ) -> list[Batch]:
     """Pack all samples into micro-batches of at most `micro_batch_tokens` by best-fit decreasing.
 
-    Each rank gets the same number of micro-batches; those beyond the samples train nothing.
-    `Batch.sample_indices` maps the sequences to `samples`.
-
-    Raises:
-        DataError: a sample is longer than `micro_batch_tokens`.
+    A sample that is longer is alone in its micro-batch: a response is not known to be too long
+    before it is sampled. Each rank gets the same number of micro-batches; those beyond the samples
+    train nothing. `Batch.sample_indices` maps the sequences to `samples`.
     """
-    check_lengths(samples, micro_batch_tokens)
     bins = best_fit_decreasing([sample.num_tokens for sample in samples], micro_batch_tokens)
     bins += [[] for _ in range(-len(bins) % world_size)]
     return [concatenate(samples, sorted(members)) for members in bins[rank::world_size]]

@@ -5,13 +5,21 @@ the head's logits or the working memory of one layer is added. bench/step.py com
 with the allocator's (docs/results).
 """
 
-from infir2.config.schema import TrainRecipe
+from infir2.config.schema import RlRecipe, TrainRecipe
 from infir2.model import ModelConfig
 from infir2.parallel.mesh import Sizes
 
 _SCALE, _EXPONENT = 4 / 128, 1 / 128  # bytes per code: of a 1x128 scale, and of its exponent only
 _MOMENTS_BYTES = {"fp32": 8.0, "bf16": 4.0, "fp8": 2 + 2 * _SCALE}
 _LOGIT_BYTES = 6  # FP32 logits and BF16 gradient
+
+
+def pass_tokens(recipe: TrainRecipe) -> int:
+    """Tokens of the longest forward pass: in RL, a response may be longer than a micro-batch."""
+    tokens = recipe.data.micro_batch_tokens
+    if isinstance(recipe, RlRecipe):
+        tokens = max(tokens, recipe.rl.max_prompt_tokens + recipe.rl.max_response_tokens)
+    return tokens
 
 
 def gpu_ledger(
@@ -49,7 +57,7 @@ def _backward_peak(
     At its start only the head's gradient exists, and all activations; at its end all gradients
     exist and the activations are freed.
     """
-    tokens = recipe.data.micro_batch_tokens
+    tokens = pass_tokens(recipe)
     gradient = 4 if recipe.optimizer.grad_dtype == "fp32" else 2
     saved, working = layer_bytes(config, recipe)
     chunk = min(recipe.train.loss_chunk_tokens, tokens)
@@ -82,7 +90,7 @@ def _sharded_ledger(config: ModelConfig, recipe: TrainRecipe, sizes: Sizes) -> d
     FP32. The root (embeddings, final norm, head) stays gathered for the whole step.
     """
     linear, total = linear_parameters(config), num_parameters(config)
-    tokens = recipe.data.micro_batch_tokens // (sizes.cp * sizes.tp)
+    tokens = pass_tokens(recipe) // (sizes.cp * sizes.tp)
     saved, working = layer_bytes(config, recipe)
     layers = config.num_layers * saved
     if recipe.model.recompute == "full":

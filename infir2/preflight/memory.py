@@ -11,7 +11,7 @@ from infir2.config.schema import RlRecipe, TrainRecipe
 from infir2.errors import ConfigError
 from infir2.parallel.mesh import Sizes
 from infir2.preflight.finding import Finding
-from infir2.preflight.gpu_memory import gpu_ledger
+from infir2.preflight.gpu_memory import gpu_ledger, pass_tokens
 from infir2.preflight.model import ModelFacts
 from infir2.train.plan import device_of
 
@@ -31,13 +31,14 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> Findin
     parts = memory_parts(recipe, model, device.type, sizes)
     total, available = sum(parts.values()), _device_memory(device)
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    passes, key = _longest_pass(recipe)
     detail = (
         f"about {total / GIB:.2f} GiB ({listed}) of {available / GIB:.1f} GiB on {device.type}, "
-        f"for each of {sizes.world} processes"
+        f"for each of {sizes.world} processes, {passes}"
     )
     if total > available:
         raise ConfigError(
-            f"{detail}; lower data.micro_batch_tokens or train.loss_chunk_tokens, "
+            f"{detail}; lower {key} or train.loss_chunk_tokens, "
             "set model.recompute = 'full', or shard with parallel.dp."
         )
     if device.type != "cuda" or not recipe.checkpoint.background:
@@ -75,9 +76,20 @@ def memory_parts(
     return parts | {"interpreter": PROCESS_BYTES} | _engine_parts(recipe, model)
 
 
+def _longest_pass(recipe: TrainRecipe) -> tuple[str, str]:
+    """(words about the longest forward pass, the key that bounds it)."""
+    tokens, budget = pass_tokens(recipe), recipe.data.micro_batch_tokens
+    if tokens == budget:
+        return f"in passes of {tokens:,} tokens", "data.micro_batch_tokens"
+    reason = (
+        f"a prompt and response above data.micro_batch_tokens ({budget:,}) is alone in its pass"
+    )
+    return f"in passes of up to {tokens:,} tokens ({reason})", "rl.max_response_tokens"
+
+
 def _cpu_activations(recipe: TrainRecipe, model: ModelFacts) -> int:
     """An upper bound in bytes: FP32 activations, FP64 working memory of one layer and logits."""
-    config, tokens = model.config, recipe.data.micro_batch_tokens
+    config, tokens = model.config, pass_tokens(recipe)
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     layers = 1 if recipe.model.recompute == "full" else config.num_layers
     saved_values = layers * (4 * config.hidden_size + 2 * heads + 3 * config.ffn_size)

@@ -107,6 +107,17 @@ def test_full_windows_are_not_split() -> None:
         assert all(len(batch.token_ids) == 20 for batches in split for batch in batches)
 
 
-def test_a_sample_over_the_capacity_is_named() -> None:
+def test_a_training_row_over_the_capacity_is_named() -> None:
     with pytest.raises(DataError, match=r"rows.jsonl:7 has 30 tokens.*data.micro_batch_tokens"):
-        pack_sequences([make(30, origin="rows.jsonl:7")], micro_batch_tokens=20)
+        split_among_ranks([[make(30, origin="rows.jsonl:7")]], 20, rank=0, world_size=1)
+
+
+def test_a_response_over_the_capacity_is_alone_in_its_micro_batch() -> None:
+    samples = [make(4), make(30), make(16), make(25), make(1)]
+    batches = pack_sequences(samples, micro_batch_tokens=20)
+    assert [batch.sample_indices for batch in batches] == [(1,), (3,), (0, 2), (4,)]
+    split = [pack_sequences(samples, 20, rank, world_size=3) for rank in range(3)]
+    assert [len(batches) for batches in split] == [2, 2, 2]
+    assert sum(batch.num_trained_tokens for batches in split for batch in batches) == sum(
+        batch.num_trained_tokens for batch in batches
+    )

@@ -8,7 +8,7 @@ import torch
 
 from infir2.cli import main
 from infir2.config import dump, load
-from infir2.config.schema import TrainRecipe
+from infir2.config.schema import RlRecipe, TrainRecipe
 from infir2.demo.world import make_demo_world
 from infir2.parallel.mesh import Sizes
 from infir2.preflight.checks import Preflight
@@ -237,6 +237,27 @@ def test_memory_follows_the_keys_that_save_it(recipe: Path) -> None:
         for chunk in (64, 256)
     ]
     assert wide[0]["head and working memory"] == wide[1]["head and working memory"] // 4
+
+
+def test_memory_is_that_of_the_longest_response(
+    recipe: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt and response longer than a micro-batch is alone in its forward pass."""
+
+    def activations(device: str, *options: str) -> int:
+        loaded = load(RlRecipe, [recipe], ["--rl.max_prompt_tokens=100", *options]).recipe
+        return memory_parts(loaded, model_facts(loaded.model, 100), device)["activations"]
+
+    for device in ("cpu", "cuda"):
+        fits = activations(device, "--rl.max_response_tokens=156")
+        assert fits == activations(device, "--rl.max_response_tokens=10")
+        assert activations(device, "--rl.max_response_tokens=412") == 2 * fits
+    words = ["rl", recipe, f"--data.sources.0.path={world}/rl1.jsonl", "--rollout.model=/nowhere"]
+    _, lines = check(capsys, *words, "--rl.max_response_tokens=10", "--rl.max_prompt_tokens=100")
+    assert "in passes of 256 tokens" in lines["memory"]
+    _, lines = check(capsys, *words, "--rl.max_response_tokens=900", "--rl.max_prompt_tokens=100")
+    assert "in passes of up to 1,000 tokens" in lines["memory"]
+    assert "data.micro_batch_tokens (256) is alone in its pass" in lines["memory"]
 
 
 def test_gpu_memory_has_one_name_for_gradients(recipe: Path) -> None:
