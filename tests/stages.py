@@ -175,3 +175,45 @@ def make_rl_start(world: Path, directory: Path, **values: Any) -> Path:
     run(["export", "hf", str(directory / "cpt"), "--to", str(directory / "hf")])
     run(["export", "fp8", str(directory / "hf"), "--to", str(directory / "fp8")])
     return directory
+
+
+def make_guessing_start(world: Path, directory: Path) -> Path:
+    """A model that answers 0 or 1 by chance after a thought of random length, for tests of RL.
+
+    Writes the model (`sft`), its export (`hf`, `fp8`) and `problems.jsonl`, whose answers are 0
+    or 1: most groups have right and wrong responses, and responses differ in length.
+    """
+    run(options(world, directory / "cpt", "cpt", schedule__total_steps=4))
+    answers = [f"<think>{';' * (n // 2 % 8)}</think>\\boxed{{{n % 2}}}" for n in range(64)]
+    guesses = [
+        {"messages": [_message("user", f"{n}+{n}=?"), _message("assistant", answer)]}
+        for n, answer in enumerate(answers)
+    ]
+    problems = [{"prompt": f"{n}+{n}=?", "label": str(n // 3 % 2)} for n in range(24)]
+    for name, rows in (("guesses", guesses), ("problems", problems)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"{name}.jsonl").write_text(text)
+    values: dict[str, Any] = {
+        "schedule__learning_rate": 1e-2,
+        "schedule__final_learning_rate": 1e-2,
+    }
+    values |= {"schedule__total_steps": 24, "train__validate_every": 0}
+    values |= {"data__sources__0__path": directory / "guesses.jsonl"}
+    values |= {"model__path": directory / "cpt"}
+    run(options(world, directory / "sft", "sft1", **values))
+    run(["export", "hf", str(directory / "sft"), "--to", str(directory / "hf")])
+    run(["export", "fp8", str(directory / "hf"), "--to", str(directory / "fp8")])
+    return directory
+
+
+def guessing(start: Path) -> dict[str, Any]:
+    """Keys of an RL run on what `make_guessing_start` wrote."""
+    return {
+        "model__path": start / "sft",
+        "rollout__model": start / "fp8",
+        "data__sources__0__path": start / "problems.jsonl",
+    }
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

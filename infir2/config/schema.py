@@ -202,7 +202,8 @@ class RlSection(Section):
     over_sample_prompts: int = Field(
         384,
         gt=0,
-        description="maximum prompts sampled per step to find groups whose rewards differ",
+        description="maximum prompts sampled per step to find groups with right and wrong "
+        "responses",
     )
     mini_batches: int = Field(1, gt=0, description="optimizer updates per rollout step")
     clip_low: float = Field(

@@ -1,5 +1,5 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): draw prompts until enough groups have
-rewards that differ, within a budget.
+right and wrong responses, within a budget.
 
     PromptStream.draw -> DrawnPrompt -> GroupGenerator.generate -> Group -> collect_rollouts
 """

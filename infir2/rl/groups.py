@@ -32,8 +32,12 @@ class Group:
 
     @property
     def has_signal(self) -> bool:
-        """Whether rewards differ; otherwise every advantage is 0 (DAPO, arXiv 2503.14476, 3.2)."""
-        return len({response.reward for response in self.responses}) > 1
+        """Whether some responses are correct and some are not (DAPO, arXiv 2503.14476, 3.2).
+
+        By the verdict, not by the reward: a length penalty makes the rewards of wrong responses
+        differ, and training on them would only teach to be short.
+        """
+        return len({response.correct for response in self.responses}) > 1
 
 
 def group_advantages(rewards: list[float], normalize_by_std: bool) -> np.ndarray:

@@ -5,7 +5,7 @@ How the data flows through a step:
     PromptStream: DrawnPrompt (prompt, token ids)                          dynamic_sampling.py
     -> Engine: completions with rollout_logprobs, `group_size` per prompt  engines/
     -> rewards: Response (text, correct, reward); Group -> Journal         rewards.py, journal.py
-    -> groups whose rewards differ -> advantages -> packed Batch           groups.py
+    -> groups with right and wrong ones -> advantages -> packed Batch      groups.py
     -> trainer_logprobs, mismatch with the engine -> PolicyLoss -> Trainer.step   policy_update.py
     -> Supervisor.finish_step (log, checkpoint) -> publish to the engine   pipeline.py
 """

@@ -13,7 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
-from stages import assert_each_step_once, assert_same_state, curve, make_rl_start, options, run
+from stages import (
+    assert_each_step_once,
+    assert_same_state,
+    curve,
+    guessing,
+    make_guessing_start,
+    options,
+    run,
+)
 
 RAY = Path(os.environ.get("INFIR2_RAY_BIN") or "/nonexistent") / "ray"
 pytestmark = pytest.mark.skipif(
@@ -53,7 +61,7 @@ def on_ray(script: str, directory: Path) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture(scope="module")
 def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_rl_start(world, tmp_path_factory.mktemp("start"))
+    return make_guessing_start(world, tmp_path_factory.mktemp("start"))
 
 
 def rl_words(world: Path, start: Path, run_dir: Path, **values: object) -> list[str]:
@@ -67,9 +75,7 @@ def rl_words(world: Path, start: Path, run_dir: Path, **values: object) -> list[
         world,
         run_dir,
         "rl1",
-        model__path=start / "cpt",
-        rollout__model=start / "fp8",
-        **(given | values),
+        **(given | guessing(start) | values),
     )
 
 

@@ -24,7 +24,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stages import assert_each_step_once, assert_same_state, curve, lines, make_world, options
+from stages import (
+    assert_each_step_once,
+    assert_same_state,
+    curve,
+    guessing,
+    lines,
+    make_guessing_start,
+    make_world,
+    options,
+)
 
 from infir2.checkpoint.store import newest_checkpoint
 
@@ -77,15 +86,9 @@ class Campaign:
     def prepare(self) -> None:
         """Make the data, the models that stages start from, and an undisturbed run of each."""
         self.world = make_world(self.directory / "world")
+        self.guesser = make_guessing_start(self.world, self.directory / "guesser")
         for kind in STEPS:
             self.finish(kind, self.directory / f"{kind}-undisturbed")
-            if kind == "cpt":
-                for arguments in (
-                    ["hf", "cpt-undisturbed", "--to", "hf"],
-                    ["fp8", "hf", "--to", "fp8"],
-                ):
-                    run = [sys.executable, "-m", "infir2", "export", *arguments]
-                    subprocess.run(run, cwd=self.directory, check=True, stdout=subprocess.DEVNULL)
 
     def arguments(self, kind: str, run_dir: Path) -> list[str]:
         stage = {"cpt": "cpt", "sft": "sft1"}.get(kind, "rl1")
@@ -95,14 +98,11 @@ class Campaign:
             "train__validate_every": 0,
         }
         keys["checkpoint__background"] = str(kind not in SYNCHRONOUS).lower()
-        if kind != "cpt":
+        if kind == "sft":
             keys["model__path"] = self.directory / "cpt-undisturbed"
         if stage == "rl1":
-            keys |= {
-                "rollout__model": self.directory / "fp8",
-                "rl__overlong_buffer_tokens": 6,
-                "rl__max_response_tokens": 24,
-            }
+            keys |= guessing(self.guesser)
+            keys |= {"rl__overlong_buffer_tokens": 24, "rl__max_response_tokens": 24}
             keys |= {"rl__mini_batches": 1, "rl__asynchronous": str(kind != "rl").lower()}
             del keys["train__validate_every"]
         return options(self.world, run_dir, stage, **keys)

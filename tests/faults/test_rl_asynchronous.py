@@ -4,7 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from stages import assert_each_step_once, assert_same_state, curve, make_rl_start, options, run
+from stages import (
+    assert_each_step_once,
+    assert_same_state,
+    curve,
+    guessing,
+    make_guessing_start,
+    options,
+    run,
+)
 from test_rank_faults import ranks
 
 from infir2.checkpoint import open_checkpoint
@@ -25,7 +33,7 @@ VALUES |= {
 
 @pytest.fixture(scope="module")
 def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_rl_start(world, tmp_path_factory.mktemp("start"))
+    return make_guessing_start(world, tmp_path_factory.mktemp("start"))
 
 
 def words(world: Path, start: Path, run_dir: Path, **values: object) -> list[str]:
@@ -33,7 +41,7 @@ def words(world: Path, start: Path, run_dir: Path, **values: object) -> list[str
         world,
         run_dir,
         "rl1",
-        **(VALUES | {"model__path": start / "cpt", "rollout__model": start / "fp8", **values}),
+        **(VALUES | guessing(start) | values),
     )
 
 

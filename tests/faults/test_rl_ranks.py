@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from stages import curve, lines, make_rl_start, options, run
+from stages import curve, guessing, lines, make_guessing_start, options, run
 from test_rank_faults import ranks
 
 from infir2.checkpoint import open_checkpoint
@@ -28,13 +28,12 @@ SAMPLED = (
 
 @pytest.fixture(scope="module")
 def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_rl_start(world, tmp_path_factory.mktemp("start"))
+    return make_guessing_start(world, tmp_path_factory.mktemp("start"))
 
 
 def words(world: Path, start: Path, run_dir: Path, **values: object) -> list[str]:
     given = VALUES | {
-        "model__path": start / "cpt",
-        "rollout__model": start / "fp8",
+        **guessing(start),
         "rl__evaluate_every": 1,
         **values,
     }
@@ -114,7 +113,7 @@ def test_a_killed_rank_ends_the_other_and_one_process_goes_on(
     codes, said = ranks(tmp_path, 2, arguments, struck=1, faults="train.step:5")
     assert codes == [71, -1], said
     kept = rollouts(run_dir, 3)
-    assert len(kept) == 3
+    assert len(kept) == curve(single_process, "groups_sampled")[2][1]
     assert open_checkpoint(run_dir).step == 2
     run(arguments)
     assert rollouts(run_dir, 3) == kept

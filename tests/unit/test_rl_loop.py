@@ -23,10 +23,11 @@ import infir2.rl.dynamic_sampling
 import infir2.rl.loop
 import infir2.rl.pipeline
 from infir2.cli import main
+from infir2.data import Prompt
 from infir2.engines.native import NativeEngine
 from infir2.engines.types import Completion
 from infir2.parallel.ranks import Ranks
-from infir2.rl.groups import Response
+from infir2.rl.groups import Group, Response
 from infir2.rl.journal import Journal
 from infir2.rl.policy_update import split_evenly
 
@@ -211,16 +212,49 @@ def test_asynchronous_samples_the_next_step_while_one_trains(
     assert_each_step_once(tmp_path / "rl", 4)
 
 
-def test_equal_rewards_end_within_the_budget_and_change_nothing(
-    world: Path, start: Path, tmp_path: Path
+def test_responses_longer_than_a_forward_pass_are_trained(
+    world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An untrained model is never right: no group has signal."""
-    run(words(world, start, tmp_path / "rl", schedule__total_steps=2))
+    """Each is alone in its pass; the gradient is that of larger passes."""
+    monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
+    values = {"schedule__total_steps": 1, "rl__mini_batches": 1}
+    for name, tokens in (("wide", 2048), ("narrow", 8)):
+        run(words(world, start, tmp_path / name, data__micro_batch_tokens=tokens, **values))
+    wide, narrow = (lines(tmp_path / name, "train")[0] for name in ("wide", "narrow"))
+    assert narrow["trained_tokens"] == wide["trained_tokens"] > 0
+    assert narrow["gradient_norm"] == pytest.approx(wide["gradient_norm"], rel=1e-2)
+    assert narrow["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("overlong_buffer", [0, 8])
+def test_wrong_answers_end_within_the_budget_and_change_nothing(
+    world: Path, start: Path, tmp_path: Path, overlong_buffer: int
+) -> None:
+    """An untrained model is never right: no group has signal, with a length penalty too."""
+    values = {"schedule__total_steps": 2, "rl__overlong_buffer_tokens": overlong_buffer}
+    run(words(world, start, tmp_path / "rl", **values))
     trained = lines(tmp_path / "rl", "train")
     assert [
         (line["groups_sampled"], line["groups_without_signal"], line["skipped"]) for line in trained
     ] == [(4, 4, True)] * 2
     assert {line["event"] for line in lines(tmp_path / "rl", "event")} == {"nothing_to_train"}
+    assert all(line["accuracy"] == 0 for line in trained)
+    assert (sum(line["reward"] for line in trained) < 0) == bool(overlong_buffer)
+
+
+def test_signal_is_a_verdict_that_differs() -> None:
+    """Not a reward that differs: training on wrong answers of several lengths taught shortness."""
+    completion = Completion("p/0", [1], np.zeros(1, dtype=np.float32), "length", 0)
+    prompt = Prompt("p", [{"role": "user", "content": "1+1"}], "2", None, "rows.jsonl:1")
+
+    def has_signal(*responses: tuple[bool, float]) -> bool:
+        rewarded = [Response(completion, "", correct, reward) for correct, reward in responses]
+        return Group("0/p", prompt, [1], rewarded).has_signal
+
+    assert not has_signal((False, 0.0), (False, -0.3), (False, -1.0))
+    assert not has_signal((True, 1.0), (True, 0.4))
+    assert has_signal((False, 0.0), (True, 1.0))
+    assert has_signal((False, 0.0), (True, 0.0))
 
 
 def test_an_engine_with_other_weights_is_refused(
