@@ -37,7 +37,7 @@ POINTS = (
     "train.loss",  # the loss of a micro-batch is computed
     "validate",  # before each micro-batch of a validation
     "rollout.group",  # all responses of a group are complete, but not yet in the journal
-    "evaluate",  # a response of an evaluation is complete
+    "evaluate",  # for each response of an evaluation that has ended, once it is kept
 )
 ACTIONS = ("kill", "term", "exit", "enospc", "nan", "hang")
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress
 
-_PLAIN_INTERVAL_SECONDS = 15.0
+_PLAIN_INTERVAL_SECONDS = 5.0  # nothing is silent for longer
 _MIN_BAR_BYTES = 2**28
 
 
@@ -65,15 +65,16 @@ def log_in_signal_handler(text: str, source: str = "infir2") -> None:
 
 
 class StepProgress:
-    """Progress of a run: a bar on a terminal, otherwise one plain line every 15 seconds.
+    """Progress of a run: a bar on a terminal, otherwise one plain line every 5 seconds.
 
-    Both show the step, a text (loss, tokens/s) and the time left.
+    Both show the step, a text (loss, tokens/s) and the time left. `unit` is what is counted.
 
     Example: sft step 20/100 loss 2.31 4,210 tokens/s left 95 s
     """
 
-    def __init__(self, name: str, total_steps: int, resumed_step: int) -> None:
+    def __init__(self, name: str, total_steps: int, resumed_step: int, unit: str = "step") -> None:
         self._name, self._total, self._resumed_step = name, total_steps, resumed_step
+        self._unit = unit
         self._start = self._last_printed = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
@@ -84,15 +85,17 @@ class StepProgress:
             self._bar.start()
 
     def update(self, step: int, text: str) -> None:
-        """Show that `step` is done; `text` describes it."""
+        """Show that `step` is done; `text` describes it. May be called again for the same step."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
         now = time.monotonic()
         if now - self._last_printed >= _PLAIN_INTERVAL_SECONDS or step == self._total:
-            seconds_per_step = (now - self._start) / max(1, step - self._resumed_step)
-            left = _duration(seconds_per_step * (self._total - step))
-            log_text(f"{self._name} step {step}/{self._total} {text} left {left}")
+            line = f"{self._name} {self._unit} {step}/{self._total} {text}"
+            if done := step - self._resumed_step:
+                seconds_per_step = (now - self._start) / done
+                line += f" left {_duration(seconds_per_step * (self._total - step))}"
+            log_text(line)
             self._last_printed = now
 
     def log(self, text: str) -> None:

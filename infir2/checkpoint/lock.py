@@ -4,6 +4,9 @@ The kernel releases a `flock` when its process ends, however it ends. Some netwo
 not share `flock` between hosts, or keep the lock of a dead host for a while. For these, a holder
 updates the file's modification time every HEARTBEAT_SECONDS: a lock of another host is taken over
 only if no heartbeat arrives for WATCH_SECONDS.
+
+Acquiring the lock creates the run directory. A start that fails must leave nothing behind, so
+releasing it removes what this process created if nothing has been written meanwhile.
 """
 
 import contextlib
@@ -11,6 +14,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -36,9 +40,15 @@ _held_guard = threading.RLock()
 class RunLock:
     """The lock of one run directory, held by this process: `RunLock.acquire(...)`, `release()`."""
 
-    def __init__(self, path: Path, fd: int) -> None:
+    def __init__(self, path: Path, warn: Warn, run_dir: Path) -> None:
         self._path = path
-        self._fd = fd
+        self._created = _create_directories(path.parent, run_dir)
+        self._found = set(path.parent.iterdir())  # what earlier jobs or the user left
+        try:
+            self._fd = _open_locked(path, run_dir, warn)
+        except BaseException:
+            _remove_empty(self._created)
+            raise
         self._pid = os.getpid()
         self._users = 1
         self._stop = threading.Event()
@@ -53,14 +63,14 @@ class RunLock:
 
         Returns or raises immediately, unless the last holder was on another host and did not
         release the lock: then it watches for a heartbeat. `warn` receives a sentence about that,
-        and about the lock of a dead job that was taken over. Raises CheckpointError if the file
-        cannot be written.
+        and about the lock of a dead job that was taken over. Raises CheckpointError if the
+        directory cannot be created or the file cannot be written.
         """
         path = run_dir.resolve() / LOCK
         with _held_guard:
             lock = _held.get((path, os.getpid()))
             if lock is None:
-                lock = _held[path, os.getpid()] = cls(path, _open_locked(path, run_dir, warn))
+                lock = _held[path, os.getpid()] = cls(path, warn, run_dir)
             else:
                 lock._users += 1
         return lock
@@ -68,7 +78,8 @@ class RunLock:
     def release(self) -> None:
         """Release the lock when the last user of this process calls this.
 
-        The file is emptied, so that the next holder does not report a crash.
+        The file is emptied, so that the next holder does not report a crash; after a start that
+        wrote nothing it is removed.
         """
         if os.getpid() != self._pid:  # a forked child must not release the lock of its parent
             return
@@ -81,7 +92,19 @@ class RunLock:
         self._thread.join(timeout=1)
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, 0)
+            if self._path not in self._found:
+                self._remove_traces()
         os.close(self._fd)
+
+    def _remove_traces(self) -> None:
+        """Remove what this process created if it wrote nothing into it; the lock goes last."""
+        created = set(self._path.parent.iterdir()) - self._found - {self._path}
+        if not all(map(_is_empty, created)):
+            return
+        for entry in created:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self._path.unlink()
+        _remove_empty(self._created)
 
     def _send_heartbeats(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
@@ -89,15 +112,45 @@ class RunLock:
                 os.utime(self._fd)
 
 
+def _create_directories(directory: Path, run_dir: Path) -> list[Path]:
+    """Create `directory`; returns those that did not exist, the innermost first."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    with disk_errors(f"{run_dir}: cannot be created"):
+        directory.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    with contextlib.suppress(OSError):  # one of them is in use
+        for directory in directories:
+            directory.rmdir()
+
+
+def _is_empty(entry: Path) -> bool:
+    """Whether this is an empty file, or a directory with nothing but such files."""
+    return all(path.is_dir() or not path.stat().st_size for path in (entry, *entry.rglob("*")))
+
+
 def _open_locked(path: Path, run_dir: Path, warn: Warn) -> int:
     with disk_errors(f"{run_dir}: its lock file cannot be written"):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            _lock(fd, path, run_dir, warn)
-        except BaseException:
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                _lock(fd, path, run_dir, warn)
+                if _is_file(fd, path):
+                    return fd
+            except BaseException:
+                os.close(fd)
+                raise
             os.close(fd)
-            raise
-    return fd
+
+
+def _is_file(fd: int, path: Path) -> bool:
+    """False if a job whose start failed has removed the file after it was opened here."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(fd: int, path: Path, run_dir: Path, warn: Warn) -> None:

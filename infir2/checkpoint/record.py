@@ -61,20 +61,25 @@ class MetricsWriter:
 
 
 class TensorBoardView:
-    """TensorBoard events, written by a thread: a run neither waits for them nor fails with them."""
+    """TensorBoard events, written by a thread: a run neither waits for them nor fails with them.
+
+    The thread, and with it the file, begins with the first number.
+    """
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         self._waiting: queue.SimpleQueue[tuple[str, float, int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(run_dir, resumed_step), daemon=True)
-        self._thread.start()
 
     def add(self, name: str, value: float, step: int) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
         self._waiting.put((name, value, step))
 
     def close(self) -> None:
         """Write the queued events, for at most `_CLOSE_SECONDS`."""
-        self._waiting.put(None)
-        self._thread.join(_CLOSE_SECONDS)
+        if self._thread.ident is not None:
+            self._waiting.put(None)
+            self._thread.join(_CLOSE_SECONDS)
 
     def _run(self, run_dir: Path, resumed_step: int) -> None:
         try:

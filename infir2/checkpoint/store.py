@@ -40,7 +40,7 @@ from infir2.checkpoint.manifest import (
 )
 from infir2.errors import CheckpointCorruptError, CheckpointError, disk_reason
 from infir2.faults import fault
-from infir2.files import disk_error, fsync_directory
+from infir2.files import disk_error, disk_errors, fsync_directory
 from infir2.parallel.ranks import Ranks
 from infir2.parallel.shard_spec import ShardSpec
 from infir2.terminal import byte_progress
@@ -204,11 +204,9 @@ class Store:
         self._corrupt: set[int] = set()
         self._close: weakref.finalize | None = None
         if self.ranks.is_rank0:
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise disk_error(f"{self.directory}: cannot be created", error) from error
             self._close = weakref.finalize(self, RunLock.acquire(self.run_dir, warn).release)
+            with disk_errors(f"{self.directory}: cannot be created"):
+                self.directory.mkdir(exist_ok=True)
             self._remove_leftovers()
 
     def close(self) -> None:

@@ -86,8 +86,8 @@ def _early_stop_message(verb: list[str]) -> str:
     if not verb or verb[0] not in VERBS or not VERBS[verb[0]].has_run or not is_main_thread:
         return ""
     if verb == ["eval"]:
-        return "stopped; the same command starts the evaluation again."
-    return "stopped before the first step; nothing was saved. Run the same command to start again."
+        return "Stopped; the responses so far are kept. Run the same command to resume."
+    return "Stopped before the first step; nothing was saved. Run the same command to start again."
 
 
 def _run(arguments: list[str]) -> int:
@@ -98,7 +98,8 @@ def _run(arguments: list[str]) -> int:
     except UserError as error:
         return _report_error(error)
     except KeyboardInterrupt:
-        log("interrupted.")
+        is_early = not process_signals.keep_exit_code
+        log((is_early and _early_stop_message(arguments[:1])) or "Interrupted.")
         return Interrupted.exit_code
     except BrokenPipeError:
         # The reader of the output has exited (`infir2 cpt --help | head`). Python flushes stdout

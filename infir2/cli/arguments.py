@@ -43,7 +43,7 @@ def split_recipe_arguments(
     paths: list[str] = []
     options: list[str] = []
     for argument in arguments:
-        if argument == ACCEPT_CHANGES:
+        if argument == ACCEPT_CHANGES and verb != "eval":
             continue
         if argument.startswith("--") and "." in argument.partition("=")[0]:
             options.append(argument)
@@ -90,15 +90,20 @@ def wants_help(arguments: Sequence[str]) -> bool:
 def recipe_help(recipe_class: type[BaseModel], usage: str, description: str) -> str:
     """The text of `infir2 VERB --help`; `usage` is what precedes RECIPE.toml in the usage line."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    changes = issubclass(recipe_class, TrainRecipe)  # an evaluation never mixes settings
+    accept = f" [{ACCEPT_CHANGES}]" if changes else ""
+    note = (
+        f"\n{ACCEPT_CHANGES} resumes a run although its recipe changed in a key that makes it "
+        "another run."
+    )
     return f"""\
-usage: infir2 {usage} RECIPE.toml [MORE.toml ...] [--section.key=value ...] [{ACCEPT_CHANGES}]
+usage: infir2 {usage} RECIPE.toml [MORE.toml ...] [--section.key=value ...]{accept}
 
 {description}
 
 Later files override earlier ones, options override files; a recipe may extend another with
 extends = "base.toml". Values of options are TOML; text needs no quotes. Relative paths in a
-recipe are relative to the current directory.
-{ACCEPT_CHANGES} resumes a run although its recipe changed in a key that makes it another run.
+recipe are relative to the current directory.{note if changes else ""}
 
 Keys:
 {describe_keys(recipe_class, width)}

@@ -6,7 +6,10 @@ from infir2.cli.arguments import load_recipe, recipe_help, wants_help
 from infir2.config.schema import EvalRecipe
 from infir2.terminal import print_result
 
-_DESCRIPTION = "Samples answers to held-out problems and reports avg@k and pass@k with intervals."
+_DESCRIPTION = (
+    "Samples answers to held-out problems and reports avg@k and pass@k with intervals. The same "
+    "command, run again, continues an interrupted evaluation."
+)
 
 
 def evaluate(arguments: Sequence[str]) -> None:

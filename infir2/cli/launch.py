@@ -45,10 +45,7 @@ def launch(arguments: Sequence[str]) -> None:
         return
     code = start()
     if code in CODE_OF_SIGNAL.values():
-        if command[0] == "eval":
-            text = "stopped; the same command starts the evaluation again"
-        else:
-            text = "stopped; the same command resumes from the newest checkpoint"
+        text = "Stopped. Run the same command to resume."
         raise (Preempted if code == Preempted.exit_code else Interrupted)(text)
     if code:
         raise LaunchedError(code)

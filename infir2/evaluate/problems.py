@@ -5,11 +5,13 @@ from typing import Any
 
 from infir2.config.schema import EvaluateSection
 from infir2.data import ChatTokenizer, Prompt, load_prompts
-from infir2.engines.generate import generate_groups
-from infir2.engines.types import Completion, Engine, SamplingParams
+from infir2.engines.generate import generate_batches, group_requests
+from infir2.engines.types import Completion, Engine, Request, SamplingParams
 from infir2.evaluate.statistics import Evaluation, average_at_k, by_difficulty, mean_pass_at_k
 from infir2.faults import fault
 from infir2.verify import check_math_batch
+
+Row = dict[str, Any]
 
 
 def load_problems(section: EvaluateSection) -> list[Prompt]:
@@ -28,6 +30,21 @@ def prompt_token_ids(
     return [*ids, *tokenizer.encode_with_special_tokens(section.response_prefix)]
 
 
+def response_requests(
+    engine: Engine,
+    tokenizer: ChatTokenizer,
+    problems: Sequence[Prompt],
+    section: EvaluateSection,
+    seed: int,
+) -> list[Request]:
+    """`section.samples` requests for each problem, in order, named "PROBLEM_ID/SAMPLE"."""
+    prompts = [(problem.id, prompt_token_ids(tokenizer, problem, section)) for problem in problems]
+    params = SamplingParams(
+        section.temperature, section.max_response_tokens, tokenizer.eos_token_ids, section.top_p
+    )
+    return group_requests(prompts, section.samples, params, seed, engine.policy_version)
+
+
 def answer_problems(
     engine: Engine,
     tokenizer: ChatTokenizer,
@@ -35,44 +52,56 @@ def answer_problems(
     section: EvaluateSection,
     seed: int,
     check: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
+    kept: Sequence[Row] = (),
+    on_rows: Callable[[list[Row]], None] = lambda _: None,
+) -> list[Row]:
     """Generate and check `section.samples` responses to each problem.
 
-    Returns a row per response, in order of the problems: problem (id), prompt, response, answer,
-    reward (0 or 1), truncated. `check` is called after each step of the engine; what it raises ends
-    the evaluation.
+    Args:
+        check: called after each step of the engine; what it raises ends the evaluation.
+        kept: rows of an interrupted evaluation with the same arguments; they are not sampled again.
+        on_rows: receives the new rows as their responses end.
+
+    Returns:
+        A row per response, in order of the problems: problem (id), sample (0 to samples - 1),
+        prompt, response, answer, reward (0 or 1), truncated.
     """
-    prompts = [(problem.id, prompt_token_ids(tokenizer, problem, section)) for problem in problems]
-    params = SamplingParams(
-        section.temperature, section.max_response_tokens, tokenizer.eos_token_ids, section.top_p
-    )
-    groups: dict[int, list[Completion]] = {}
-    for index, group in generate_groups(engine, prompts, section.samples, params, seed, check):
-        groups[index] = group
-        fault("evaluate")
+    requests = response_requests(engine, tokenizer, problems, section, seed)
     owners = [problem for problem in problems for _ in range(section.samples)]
-    completions = [completion for index in range(len(problems)) for completion in groups[index]]
-    texts = [section.response_prefix + tokenizer.decode(each.token_ids) for each in completions]
-    verdicts = check_math_batch(
-        [(text, owner.answer) for text, owner in zip(texts, owners, strict=True)],
-        answer_format=section.answer_format,
-    )
+    owner_of = {request.id: owner for request, owner in zip(requests, owners, strict=True)}
+    rows = {f"{row['problem']}/{row['sample']}": row for row in kept}
+    missing = [request for request in requests if request.id not in rows]
+    for completions in generate_batches(engine, missing, check):
+        batch = [(completion, owner_of[completion.id]) for completion in completions]
+        new = _checked_rows(batch, tokenizer, section)
+        on_rows(new)
+        rows |= {completion.id: row for completion, row in zip(completions, new, strict=True)}
+        for _ in new:
+            fault("evaluate")
+    return [rows[request.id] for request in requests]
+
+
+def _checked_rows(
+    batch: Sequence[tuple[Completion, Prompt]], tokenizer: ChatTokenizer, section: EvaluateSection
+) -> list[Row]:
+    texts = [section.response_prefix + tokenizer.decode(each.token_ids) for each, _ in batch]
+    pairs = [(text, problem.answer) for text, (_, problem) in zip(texts, batch, strict=True)]
+    verdicts = check_math_batch(pairs, answer_format=section.answer_format)
     return [
         {
-            "problem": owner.id,
-            "prompt": owner.messages[-1]["content"],
+            "problem": problem.id,
+            "sample": int(completion.id.rpartition("/")[2]),
+            "prompt": problem.messages[-1]["content"],
             "response": text,
-            "answer": owner.answer,
+            "answer": problem.answer,
             "reward": float(verdict.correct),
             "truncated": completion.finish == "length",
         }
-        for owner, text, verdict, completion in zip(
-            owners, texts, verdicts, completions, strict=True
-        )
+        for (completion, problem), text, verdict in zip(batch, texts, verdicts, strict=True)
     ]
 
 
-def summarize(problems: Sequence[Prompt], rows: Sequence[dict[str, Any]], k: int) -> Evaluation:
+def summarize(problems: Sequence[Prompt], rows: Sequence[Row], k: int) -> Evaluation:
     """Scores of the rows of `answer_problems`, k for each problem, in any order."""
     rewards: dict[str, list[float]] = {problem.id: [] for problem in problems}
     for row in rows:

@@ -2,7 +2,7 @@
 
 SLURM sends SIGTERM before the time limit (`--signal`) and on preemption. The ranks save and exit
 with 75; the script then requeues the job, and the same command resumes from the newest checkpoint.
-A canceled job is not requeued, nor is an evaluation, which would start from its beginning.
+A canceled job is not requeued.
 """
 
 import os
@@ -29,11 +29,10 @@ def batch_script(layout: Layout, command: Sequence[str], options: Sequence[str] 
         command: the verb and its arguments.
         options: further options of sbatch, such as `--partition=gpu`.
     """
-    requeue = command[0] != "eval"
     ranks_dir = f"${RANKS_DIR_VARIABLE}"
     lines = [
         "#!/bin/bash",
-        *(f"#SBATCH {option}" for option in _sbatch_options(layout, command[0], requeue)),
+        *(f"#SBATCH {option}" for option in _sbatch_options(layout, command[0])),
         *(f"#SBATCH {option}" for option in options),
         "trap : TERM  # SLURM signals the ranks too, and this shell has to outlive them",
         'node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -44,15 +43,13 @@ def batch_script(layout: Layout, command: Sequence[str], options: Sequence[str] 
         f'{shlex.quote(sys.executable)} -m infir2.launch.ranks "{ranks_dir}"; code=$?; '
         f'rm -rf "{ranks_dir}"',
         'echo "infir2 launch: the worst rank ended with code $code"',
+        f'[ $code != {PREEMPTED} ] || {_IS_CANCELLED} || scontrol requeue "$SLURM_JOB_ID"',
+        "exit $code",
     ]
-    if requeue:
-        lines.append(
-            f'[ $code != {PREEMPTED} ] || {_IS_CANCELLED} || scontrol requeue "$SLURM_JOB_ID"'
-        )
-    return "\n".join([*lines, "exit $code"]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
-def _sbatch_options(layout: Layout, verb: str, requeue: bool) -> list[str]:
+def _sbatch_options(layout: Layout, verb: str) -> list[str]:
     cores = max(1, round(layout.cpus_per_rank * layout.ranks_per_node))
     return [
         f"--job-name=infir2-{verb}",
@@ -60,7 +57,7 @@ def _sbatch_options(layout: Layout, verb: str, requeue: bool) -> list[str]:
         "--ntasks-per-node=1",
         f"--cpus-per-task={cores}",
         *([] if layout.cpu else [f"--gpus-per-node={layout.ranks_per_node}"]),
-        "--requeue" if requeue else "--no-requeue",
+        "--requeue",
         f"--signal=TERM@{SAVE_SECONDS}",
         "--open-mode=append",
         f"--output=infir2-{verb}-%j.log",

@@ -5,13 +5,14 @@ from math import prod
 from pathlib import Path
 
 from infir2.checkpoint import open_checkpoint
+from infir2.checkpoint.fingerprint import is_run
 from infir2.config.schema import ModelSection, RlRecipe
 from infir2.convert.weights import PARAMETERS, file_scale_format, parameter_shapes
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import HfWeights, ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX
 from infir2.preflight.finding import Finding
-from infir2.train.plan import is_run, planned_config
+from infir2.train.plan import planned_config
 
 _EXPORT = "export the start of the run (infir2 export hf, infir2 export fp8)"
 

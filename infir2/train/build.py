@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 
 from infir2.checkpoint import open_checkpoint
+from infir2.checkpoint.fingerprint import is_run
 from infir2.checkpoint.store import read_state
 from infir2.config.schema import Fp8Section, ModelSection, RunSection
 from infir2.data import ChatTokenizer
 from infir2.model import Decoder, ModelConfig
 from infir2.numerics import SavedActivations, convert_to_fp8
 from infir2.parallel.parallel_model import single_process
-from infir2.train.plan import device_of, is_run, planned_config, saved_config
+from infir2.train.plan import device_of, planned_config, saved_config
 from infir2.train.trainer import load_parameters
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h

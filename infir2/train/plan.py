@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from infir2.checkpoint import Checkpoint
+from infir2.checkpoint.fingerprint import is_run
 from infir2.checkpoint.store import CHECKPOINTS, published_steps, read_state
 from infir2.config.load import Loaded
 from infir2.config.resume import check_resume
@@ -35,11 +36,6 @@ def device_of(section: RunSection) -> torch.device:
             "run.device is cuda, but torch sees no GPU: set run.device = 'cpu' or check the driver"
         )
     return torch.device(section.device)
-
-
-def is_run(path: Path) -> bool:
-    """True for a run directory or one of its checkpoints, False for a Hugging Face directory."""
-    return (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
 
 
 def planned_config(model: ModelSection, vocab_size: int = 1) -> ModelConfig:

@@ -387,7 +387,7 @@ def test_a_lock_is_released_while_the_same_thread_acquires_another(tmp_path, mon
     second = lock_module.RunLock.acquire(tmp_path / "b", print)
     monkeypatch.setattr(lock_module, "_read_holder", read)
     second.release()
-    assert not (tmp_path / "a" / lock_module.LOCK).read_bytes()
+    assert not (tmp_path / "a" / lock_module.LOCK).exists()
 
 
 def test_heartbeats_of_another_host_are_respected_and_a_silent_host_is_taken_over(

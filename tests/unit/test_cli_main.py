@@ -111,7 +111,12 @@ def test_environment_variables_in_use_are_logged_once(
         (errors.NonFiniteError("nan."), 17, "infir2: error: nan."),
         (errors.Preempted("saved at step 3."), 75, "infir2: saved at step 3."),
         (errors.Interrupted("saved at step 3."), 130, "infir2: saved at step 3."),
-        (KeyboardInterrupt(), 130, "infir2: interrupted."),
+        (
+            KeyboardInterrupt(),
+            130,
+            "infir2: Stopped before the first step; nothing was saved. "
+            "Run the same command to start again.",
+        ),
     ],
 )
 def test_each_error_has_its_exit_code_and_one_line(

@@ -2,16 +2,24 @@
 
 import errno
 import json
+import re
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from stages import RECIPES, SHAPE, lines
+from stages import RECIPES, SHAPE, begin, lines
 
 import infir2.evaluate.output
 import infir2.evaluate.run
+import infir2.terminal
 from infir2.cli import main
 from infir2.config.schema import ShapeSection
 from infir2.data import load_tokenizer
+from infir2.errors import CheckpointError
+from infir2.files import read_json_lines
 from infir2.model import Decoder, exported_weights, write_hf
 
 
@@ -66,15 +74,135 @@ def test_the_scores_are_written_and_a_finished_evaluation_is_not_overwritten(
     assert len(rows) == 4
     assert {"step", "problem", "prompt", "response", "reward"} <= json.loads(rows[0]).keys()
     before = content(tmp_path / "eval")
-    assert {"recipe.toml", "environment.json"} < before.keys()
+    assert {"recipe.toml", "environment.json", "inputs.json"} < before.keys()
     monkeypatch.setattr(
         infir2.evaluate.run, "answer_problems", lambda *_: pytest.fail("it sampled")
     )
+    assert main(command) == 0
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'eval'} has this evaluation, finished; nothing was sampled." in error
+    assert "on 2 problems" in error
+    assert content(tmp_path / "eval") == before
+
+
+@pytest.mark.usefixtures("finished", "sampling_is_forbidden")
+@pytest.mark.parametrize("setting", ["evaluate.samples=3", "run.seed=7", "evaluate.top_p=0.5"])
+def test_other_settings_do_not_mix_with_an_evaluation(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    before = content(tmp_path / "eval")
+    assert main([*command, f"--{setting}"]) == 2
+    key, _, value = setting.partition("=")
+    error = capsys.readouterr().err
+    assert f"has a finished evaluation with {key} = " in error
+    assert f"and now it is {value}; restore the value, name another directory" in error
+    assert main([*command, "--accept-changes"]) == 2
+    assert "--accept-changes is not an option of infir2 eval" in capsys.readouterr().err
+    assert content(tmp_path / "eval") == before
+
+
+@pytest.fixture
+def finished(command: list[str]) -> None:
+    assert main(command) == 0
+
+
+@pytest.mark.usefixtures("finished", "sampling_is_forbidden")
+def test_other_weights_or_problems_do_not_mix_with_an_evaluation(
+    command: list[str], tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = Path(command[5].partition("=")[2])
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(problems.read_text())
+    command = [*command, f"--run.dir={tmp_path / 'other'}", f"--evaluate.problems.0.path={copy}"]
+    shutil.copytree(model_dir, tmp_path / "model")
+    command.append(f"--model.path={tmp_path / 'model'}")
+    (tmp_path / "other").mkdir()
+    for name in ("environment.json", "recipe.toml", "inputs.json"):
+        shutil.copy(tmp_path / "eval" / name, tmp_path / "other" / name)
+    recipe = (tmp_path / "other" / "recipe.toml").read_text()
+    recipe = recipe.replace(str(problems), str(copy)).replace(str(model_dir), command[-1][13:])
+    (tmp_path / "other" / "recipe.toml").write_text(recipe)
+    copy.write_text(problems.read_text().replace('"label": "', '"label": "1'))
+    assert main(command) == 2
+    assert "an evaluation of what evaluate.problems named before it changed" in (
+        capsys.readouterr().err
+    )
+    copy.write_text(problems.read_text())
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert main(command) == 2
+    assert "an evaluation of what model.path named before it changed" in capsys.readouterr().err
+
+
+def start(command: list[str], **variables: str) -> "subprocess.Popen[str]":
+    return begin([sys.executable, "-m", "infir2", *command], **variables)
+
+
+@pytest.mark.parametrize("responses", [1, 5])
+def test_a_killed_evaluation_resumes_bit_for_bit(
+    command: list[str], tmp_path: Path, responses: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every response that had ended is kept, and the others do not depend on the interruption."""
+    command += ["--evaluate.max_problems=4", "--evaluate.max_response_tokens=12"]
+    command += ["--rollout.max_running_requests=3"]
+    assert main(command) == 0
+    whole = tmp_path / "eval"
+    whole.rename(tmp_path / "whole")
+    process = start(command, INFIR2_FAULTS=f"evaluate:{responses}:kill")
+    process.communicate(timeout=60)
+    assert process.returncode == -9
+    kept = read_json_lines(whole / "samples.jsonl")
+    assert responses <= len(kept) < 8
+    with (whole / "samples.jsonl").open("ab") as file:
+        file.write(b'{"step": 1, "problem": "torn')
+    capsys.readouterr()
+    assert main([*command, "--rollout.max_running_requests=8", "--run.threads=2"]) == 0
+    assert f"eval: resumed after {len(kept)} of 8 responses" in capsys.readouterr().err
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        assert (whole / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    rows = read_json_lines(whole / "samples.jsonl")
+    assert len({(row["problem"], row["sample"]) for row in rows}) == len(rows) == 8
+    assert all(row in rows for row in kept)
+
+
+def test_two_evaluations_do_not_share_a_directory(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start(command, INFIR2_FAULTS="evaluate:1:hang")
+    while not (tmp_path / "eval" / "samples.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path / 'eval'} has a finished evaluation" in error
+    assert f"{tmp_path / 'eval'}: another job uses this run directory (pid {process.pid}" in error
     assert error.count("\n") == 1
-    assert content(tmp_path / "eval") == before
+
+
+def test_a_start_that_fails_leaves_nothing_behind(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise CheckpointError("a damaged model")
+
+    monkeypatch.setattr(infir2.evaluate.run, "build_model", fail)
+    assert main([*command, f"--run.dir={tmp_path / 'new' / 'eval'}"]) == 3
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    assert main([*command, f"--run.dir={tmp_path / 'empty'}"]) == 3
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_progress_is_shown_while_no_response_has_ended(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(infir2.terminal, "_PLAIN_INTERVAL_SECONDS", 0.0)
+    assert main([*command, "--evaluate.max_response_tokens=12"]) == 0
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == "eval response 0/4 none ended yet, decoding step 1"
+    assert any(
+        re.fullmatch(r"eval response [1-4]/4 \d+.\d% right, decoding step \d+ left .*", line)
+        for line in shown
+    )
 
 
 @pytest.mark.usefixtures("sampling_is_forbidden")
@@ -146,7 +274,8 @@ def test_an_interrupted_evaluation_is_run_again(
         context.setattr(infir2.evaluate.run, "answer_problems", die)
         with pytest.raises(Killed):
             main(command)
-    assert content(tmp_path / "eval").keys() == {"recipe.toml", "environment.json"}
+    own = {"recipe.toml", "environment.json", "inputs.json", ".lock"}
+    assert content(tmp_path / "eval").keys() == own
     (tmp_path / "eval" / ".metrics.jsonl.0a1b2c.tmp").write_text('{"kind": "evalu')
     (tmp_path / "eval" / "samples.jsonl").write_text("old\n")
     assert main(command) == 0

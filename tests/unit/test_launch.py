@@ -129,8 +129,7 @@ def test_the_slurm_script_is_a_shell_script_that_requeues_itself(
     assert "--gpus-per-node=" not in dry(
         capsys, "slurm", "--cpu", "--gpus-per-node", "1", "--", "cpt", "a.toml"
     )
-    # An evaluation would start from its beginning every time.
-    assert "scontrol requeue" not in dry(capsys, "slurm", "--", "eval", "a.toml")
+    assert "scontrol requeue" in dry(capsys, "slurm", "--", "eval", "a.toml")
 
 
 def test_ray_names_bundles_and_the_command_of_a_node(capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,7 +277,7 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_75(world: Path, tmp_path: P
     assert "Traceback" not in errors
 
 
-def test_a_stopped_evaluation_says_that_it_starts_again(world: Path, tmp_path: Path) -> None:
+def test_a_stopped_evaluation_says_that_it_resumes(world: Path, tmp_path: Path) -> None:
     run(options(world, tmp_path / "cpt", "cpt", schedule__total_steps=4))
     words = [
         "eval",
@@ -295,12 +294,12 @@ def test_a_stopped_evaluation_says_that_it_starts_again(world: Path, tmp_path: P
     process = start(words, INFIR2_FAULTS="evaluate:3:term")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    sentence = "infir2: stopped; the same command starts the evaluation again"
-    assert f"{sentence}." in errors.splitlines(), "by the rank"
-    assert sentence in errors.splitlines(), "by the launcher"
-    assert "saved" not in errors
+    by_rank = "Stopped; the responses so far are kept. Run the same command to resume."
+    assert f"infir2: {by_rank}" in errors.splitlines()
+    assert "infir2: Stopped. Run the same command to resume." in errors.splitlines()
     _, errors = (again := start(words)).communicate(timeout=120)
     assert again.returncode == 0, errors
+    assert "eval: resumed after " in errors
     assert lines(tmp_path / "eval", "evaluation")[0]["num_problems"] > 0
 
 
