@@ -114,16 +114,34 @@ def new_directory(target: Path) -> Iterator[Path]:
     CheckpointError for an OSError.
     Example: `with new_directory(Path("out")) as work: (work / "file").write_text("x")`.
     """
-    if target.exists() or target.is_symlink():
-        raise OutputExistsError(
-            f"{target}: exists already; name a new directory. Nothing was written."
-        )
+    require_absent(target)
     work = target.with_name(f".{target.name}.tmp-{secrets.token_hex(6)}")
     try:
         work.mkdir(parents=True)
         yield work
         _apply_umask(work)
         _fsync_tree(work)
+        publish(work, target)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def require_absent(target: Path) -> None:
+    """Raise OutputExistsError if `target` exists."""
+    if target.exists() or target.is_symlink():
+        raise OutputExistsError(
+            f"{target}: exists already; name a new directory. Nothing was written."
+        )
+
+
+def publish(work: Path, target: Path) -> None:
+    """Rename the directory `work`, which is on disk, to `target`.
+
+    Raises OutputExistsError if `target` exists by now, OSError for every other failure.
+    """
+    try:
         work.rename(target)
         fsync_directory(target.parent)
     except OSError as error:
@@ -131,9 +149,7 @@ def new_directory(target: Path) -> Iterator[Path]:
             raise OutputExistsError(
                 f"{target} was created meanwhile; remove it or choose another output"
             ) from error
-        raise CheckpointError(f"{target} cannot be written: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _apply_umask(directory: Path) -> None:

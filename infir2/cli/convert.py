@@ -1,6 +1,7 @@
 """Verbs between formats: export, import, verify-weights, tokenize."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
@@ -9,8 +10,9 @@ from infir2.terminal import print_result
 
 
 def export(arguments: Sequence[str]) -> None:
-    """infir2 export hf RUN --to DIR | fp8 HF_DIR --to DIR | megatron RUN_OR_HF_DIR --to DIR"""
+    """infir2 export hf RUN --to DIR | fp8 SRC --to DIR | megatron SRC --to DIR"""
     options = _export_parser().parse_args(arguments)
+    from infir2.checkpoint.fingerprint import is_run
     from infir2.convert import export_fp8, export_hf, export_megatron
 
     if options.kind == "hf":
@@ -18,7 +20,10 @@ def export(arguments: Sequence[str]) -> None:
     elif options.kind == "megatron":
         export_megatron(options.source, options.to)
     else:
-        for finding in export_fp8(options.source, options.to, options.scale_format):
+        # a run knows its own format
+        scale_format = options.scale_format or (None if is_run(options.source) else "pow2")
+        convert = partial(export_fp8, servable=True) if options.servable else export_fp8
+        for finding in convert(options.source, options.to, scale_format):
             print_result(finding)
 
 
@@ -32,13 +37,18 @@ def _export_parser() -> Parser:
     hf = kinds.add_parser("hf", help="a checkpoint's weights in BF16")
     run_help = "run directory (newest checkpoint) or a checkpoint in it"
     _add_source_and_target(hf, "RUN", run_help)
-    fp8 = kinds.add_parser("fp8", help="a BF16 Hugging Face directory in block-wise FP8")
-    _add_source_and_target(fp8, "HF_DIR", "Hugging Face directory in BF16")
+    fp8 = kinds.add_parser("fp8", help="a run or a BF16 directory in block-wise FP8")
+    fp8_help = "run directory or a checkpoint in it, in the run's own format; or a BF16 directory"
+    _add_source_and_target(fp8, "SRC", fp8_help)
     fp8.add_argument(
         "--scale-format",
         choices=("pow2", "fp32"),
-        default="pow2",
-        help="as in training, fp8.scale_format (default pow2)",
+        help="as in training, fp8.scale_format (default: the run's, or pow2)",
+    )
+    fp8.add_argument(
+        "--servable",
+        action="store_true",
+        help="keep layers in BF16 that vLLM, SGLang and transformers refuse in FP8",
     )
     megatron = kinds.add_parser(
         "megatron", help="BF16 weights as a Megatron-core torch_dist checkpoint"

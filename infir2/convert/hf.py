@@ -63,7 +63,7 @@ def write_with_progress(
     Raises:
         OutputExistsError: `out` exists.
     """
-    with byte_progress(f"{action} {out.name}", weights.num_bf16_bytes) as on_bytes:
+    with byte_progress(f"{action} {weights.origin.name}", weights.num_bf16_bytes) as on_bytes:
         stream = _report_bytes(tensors, on_bytes)
         write_hf(
             out, stream, config, weights.side_files, SHARD_BYTES, scales, weights.changed_files

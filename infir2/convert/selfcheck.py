@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from infir2.convert.weights import Weights, compare_names
-from infir2.errors import CheckFailedError
+from infir2.errors import CheckFailedError, UserError, first_line
 from infir2.model import Decoder, ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX, load_weights
 from infir2.model.safetensors_io import read_json
@@ -41,34 +41,45 @@ _MAGNITUDE = np.where(
 E4M3_VALUES = np.where(_CODE & 127 == 127, np.nan, np.where(_CODE & 128, -_MAGNITUDE, _MAGNITUDE))
 
 
-def check_export(weights: Weights, out: Path, quantized: set[str]) -> list[str]:
-    """Check that the FP8 directory `out` stores `weights`.
+def check_export(weights: Weights, directory: Path, quantized: set[str], out: Path) -> list[str]:
+    """Check that the FP8 directory `directory` stores `weights`.
 
     Args:
         quantized: names of the weights that are FP8.
+        out: the name that the directory gets when it has passed.
 
     Returns:
         One sentence per check: what it proved, or why it was skipped.
 
     Raises:
-        CheckFailedError: a check failed. The directory is renamed to `OUT.failed-...`.
+        CheckFailedError: a check failed, or could not be carried out. After this and every other
+            exception the directory has the name `OUT.failed-...`.
     """
     try:
-        files = PlainReader(out)
-        compare_names(files.names(), set(weights.shapes), quantized, out)
-        for name, source in weights.bf16():
-            _check_tensor(files, name, source, name in quantized)
-        findings = [
-            f"{out}: {len(weights.shapes)} tensors read back, {len(quantized)} of them FP8,"
-            " every value within half a step of its source."
-        ]
-        return findings + _check_behavior(files, weights, quantized, out)
-    except CheckFailedError as error:
+        return _findings(weights, directory, quantized, out)
+    except BaseException as error:
         aside = out.with_name(f"{out.name}.failed-{secrets.token_hex(3)}")
-        os.rename(out, aside)
+        os.rename(directory, aside)
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise
+        reason = str(error)
+        if not isinstance(error, UserError):
+            reason = f"self-check: stopped by {type(error).__name__} ({first_line(error)})."
         raise CheckFailedError(
-            f"{error} The export is not usable; it was renamed to {aside}."
+            f"{reason} The export is not usable; it was renamed to {aside}."
         ) from error
+
+
+def _findings(weights: Weights, directory: Path, quantized: set[str], out: Path) -> list[str]:
+    files = PlainReader(directory)
+    compare_names(files.names(), set(weights.shapes), quantized, directory)
+    for name, source in weights.bf16():
+        _check_tensor(files, name, source, name in quantized)
+    finding = (
+        f"{out}: {len(weights.shapes)} tensors read back, {len(quantized)} of them FP8,"
+        " every value within half a step of its source."
+    )
+    return [finding, *_check_behavior(files, weights, quantized, directory)]
 
 
 class PlainReader:
@@ -224,10 +235,12 @@ def _transformers_model(directory: Path, values: dict[str, Tensor]) -> torch.nn.
     """transformers' model of `directory` in FP32, not quantized, with the weights `values`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     missing, unexpected = model.load_state_dict(values, strict=False)
     model.tie_weights()
     if unexpected or set(missing) - {"lm_head.weight"}:
@@ -254,7 +267,7 @@ def _check_transformers_loader(out: Path, values: dict[str, Tensor]) -> None:
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            out, dtype=torch.float32, local_files_only=True
+            out, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     finally:
         logging.set_verbosity(verbosity)

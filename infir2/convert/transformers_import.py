@@ -4,6 +4,9 @@ These are GGUF files, pickled (`.bin`) directories, and directories in another q
 """
 
 import contextlib
+import importlib.util
+import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +21,8 @@ from infir2.errors import CheckpointError, OutputExistsError, first_line
 from infir2.model import Decoder, ModelConfig
 from infir2.model.hf_names import exported_weights, load_weights
 from infir2.model.safetensors_io import read_json, write_hf
+
+_OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
 
 def import_hf(src: str | Path, out: str | Path) -> None:
@@ -68,23 +73,58 @@ def _is_plain_safetensors(src: Path) -> bool:
 
 def _load_with_transformers(src: Path) -> tuple[Any, Any]:
     """(model in BF16, tokenizer) from a directory or a .gguf file; raises CheckpointError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    directory, options = src, {}
+    directory, options = src, dict[str, Any](_OFFLINE)
     if src.suffix == ".gguf":
-        directory, options = src.parent, {"gguf_file": src.name}
+        _require_gguf_packages(src)
+        directory, options = src.parent, {**_OFFLINE, "gguf_file": src.name}
+    with _transformers_errors(src), _no_stdin():
+        config = AutoConfig.from_pretrained(directory, **options)
+    ModelConfig.from_hf(config.to_dict())  # refuse it before its weights are read
+    with _transformers_errors(src), _no_stdin():
+        tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **options)
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _transformers_errors(src: Path) -> Iterator[None]:
+    """Whatever transformers raises as a CheckpointError: any line of it can meet bad files."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, dtype=torch.bfloat16, **options
-        )
+        yield
     except ImportError as error:
         raise CheckpointError(
             f"{src}: transformers needs another package to read this: {first_line(error)}"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{src}: its config.json asks for code of the model's own, which is never run; "
+                "use a model that transformers itself implements"
+            ) from error
         raise CheckpointError(f"{src}: transformers cannot load it: {first_line(error)}") from error
-    return model, tokenizer
+
+
+def _require_gguf_packages(src: Path) -> None:
+    missing = [name for name in ("gguf", "accelerate") if not importlib.util.find_spec(name)]
+    if missing:
+        raise CheckpointError(
+            f"{src}: transformers reads GGUF files with the packages gguf and accelerate; "
+            f"run `pip install {' '.join(missing)}`"
+        )
+
+
+@contextlib.contextmanager
+def _no_stdin() -> Iterator[None]:
+    """A library that asks a question gets no answer, and the user's terminal is not read."""
+    before = sys.stdin
+    with open(os.devnull, encoding="utf-8") as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = before
 
 
 def _named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:

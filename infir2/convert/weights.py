@@ -16,7 +16,7 @@ from infir2.checkpoint.store import open_checkpoint
 from infir2.config.schema import Fp8Section
 from infir2.errors import CheckFailedError, CheckpointError
 from infir2.model import Decoder, ModelConfig
-from infir2.model.hf_names import SCALE_SUFFIX
+from infir2.model.hf_names import SCALE_SUFFIX, checked_scale
 from infir2.model.safetensors_io import HfWeights, all_finite, read_json
 from infir2.numerics import Fp8Linear, Fp8Tensor, convert_to_fp8, dequantize
 
@@ -232,10 +232,10 @@ def dequantize_pair(codes: Tensor, scale: Tensor, name: str) -> Tensor:
 
     codes: [N, K]; scale: its `weight_scale_inv`, [ceil(N/128), ceil(K/128)].
     The result is exact for power-of-two scales and rounded once otherwise. Raises CheckpointError
-    unless dtypes and shapes of the two match.
+    unless dtypes and shapes of the two match, and for what `checked_scale` refuses.
     """
     try:
-        pair = Fp8Tensor(codes, scale.float(), BLOCK, "fp32")
+        pair = Fp8Tensor(codes, checked_scale(name, codes, scale), BLOCK, "fp32")
     except ValueError as error:
         raise CheckpointError(
             f"'{name}' and '{name}{SCALE_SUFFIX}' are not a block-wise FP8 pair: {error}."

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from infir2.config.schema import Fp8Section, ScaleFormat
 from infir2.errors import CheckpointError
-from infir2.model.safetensors_io import HfWeights, read_json
+from infir2.model.safetensors_io import HfWeights, has_nan_code, read_json
 from infir2.numerics import Fp8Linear, convert_to_fp8
 
 SCALE_SUFFIX = "_scale_inv"
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 # `scale_fmt` as transformers and SGLang spell it; without that key the scales are any FP32 values
 _SCALE_FORMATS: dict[str | None, ScaleFormat] = {"ue8m0": "pow2", "float": "fp32", None: "fp32"}
 
@@ -216,11 +217,35 @@ def _load_codes(
 ) -> None:
     target = torch.device(device if device is not None else _device(module))
     target = torch.device("cpu") if target.type == "meta" else target
-    scale = pair["scale"].float() if pair["scale"].dtype == torch.float8_e8m0fnu else pair["scale"]
+    codes, scale = pair["codes"].to(target), pair["scale"].to(target)
     try:
-        module.load_codes(pair["codes"].to(target), scale.to(target))
+        module.load_codes(codes, checked_scale(name, codes, scale))
     except ValueError as error:
         raise CheckpointError(f"tensor {name} cannot be loaded: {error}") from error
+
+
+def checked_scale(name: str, codes: Tensor, scale: Tensor) -> Tensor:
+    """The stored scales of FP8 weight `name` in FP32, without rounding.
+
+    Files store them in FP32, in BF16 or FP16 (Qwen3-FP8), or as exponents (E8M0). Raises
+    CheckpointError for another dtype, a scale that is not finite and positive, and a NaN code.
+    """
+    if scale.dtype not in _SCALE_DTYPES:
+        raise CheckpointError(
+            f"tensor {name}{SCALE_SUFFIX} has dtype {scale.dtype}, which is not a scale's; "
+            "copy the model again"
+        )
+    scale = scale.float()
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise CheckpointError(
+            f"tensor {name}{SCALE_SUFFIX} has scales that are not finite and positive; "
+            "copy the model again or go back to an earlier export"
+        )
+    if codes.dtype == torch.float8_e4m3fn and has_nan_code(codes):
+        raise CheckpointError(
+            f"tensor {name} has a NaN code; copy the model again or go back to an earlier export"
+        )
+    return scale
 
 
 def _load_master(

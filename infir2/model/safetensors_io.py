@@ -237,13 +237,18 @@ def _shards(
 
 def _check_finite(name: str, tensor: Tensor) -> None:
     if tensor.dtype == torch.float8_e4m3fn:
-        finite = not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
+        finite = not has_nan_code(tensor)
     else:
         finite = not tensor.is_floating_point() or all_finite(tensor)
     if not finite:
         raise CheckpointError(
             f"tensor {name} has values that are not finite; go back to an earlier checkpoint"
         )
+
+
+def has_nan_code(codes: Tensor) -> bool:
+    """Whether one of these E4M3 codes is NaN (0x7F or 0xFF)."""
+    return bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any())
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -101,8 +101,11 @@ class Preflight:
         return check_sources(self.recipe, self.verb, self._tokenizer)
 
     def model(self) -> Finding:
-        """Every weight exists with the right shape; only headers are read."""
-        from infir2.preflight.model import model_facts
+        """Every weight exists with the right shape; only headers are read.
+
+        The finding names the FP8 layers that inference servers refuse; a run can train them.
+        """
+        from infir2.preflight.model import model_facts, serving_note
 
         vocab_size = self._tokenizer.vocab_size if self._tokenizer else 1
         self._model = model_facts(self._model_section(), vocab_size)
@@ -111,7 +114,7 @@ class Preflight:
                 f"the tokenizer has {vocab_size} tokens and the model "
                 f"{self._model.config.vocab_size} rows; set data.tokenizer to the model's own."
             )
-        return Finding("model", "ok", str(self._model))
+        return Finding("model", "ok", f"{self._model}{serving_note(self.recipe, self._model)}")
 
     def verifier(self) -> Finding:
         """A right answer passes and a wrong one does not, through the worker processes."""

@@ -1,12 +1,14 @@
 """Checks of the model's files from their headers: the trainer's model and the engine's."""
 
+import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from infir2.checkpoint import open_checkpoint
 from infir2.checkpoint.fingerprint import is_run
-from infir2.config.schema import ModelSection, RlRecipe
+from infir2.config.schema import EvalRecipe, ModelSection, RlRecipe, TrainRecipe
+from infir2.convert.serving import as_patterns, unservable_layers, unservable_sentence
 from infir2.convert.weights import PARAMETERS, file_scale_format, parameter_shapes
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import HfWeights, ModelConfig
@@ -55,6 +57,22 @@ def model_facts(section: ModelSection, vocab_size: int) -> ModelFacts:
         _compare_shapes(path, shapes, _stored_shapes(path))
     num_parameters = sum(prod(shape) for shape in shapes.values())
     return ModelFacts(config, num_parameters, section.path or "made new")
+
+
+def serving_note(recipe: EvalRecipe | TrainRecipe, model: ModelFacts) -> str:
+    """What to add to a finding if inference servers refuse FP8 layers of the run, or ""."""
+    if not isinstance(recipe, TrainRecipe) or not recipe.fp8.enabled:
+        return ""
+    config = model.config.to_hf()
+    refused = unservable_layers(config, recipe.fp8)
+    if not refused:
+        return ""
+    patterns = as_patterns(config, recipe.fp8, refused)
+    skip_modules = json.dumps([*recipe.fp8.skip_modules, *patterns])
+    return (
+        f"; {unservable_sentence(refused, patterns)} If they will serve this model, set"
+        f" fp8.skip_modules = {skip_modules}, or export with --servable."
+    )
 
 
 def check_engine(recipe: RlRecipe, model: ModelFacts) -> Finding:

@@ -342,6 +342,35 @@ def tamper(directory: Path, change: dict[str, Tensor]) -> None:
     save_file(load_file(path) | change, path)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_import_fp8_reads_scales_of_16_bits(tmp_path, make_run, dtype):
+    export_hf(make_run(make_decoder()), tmp_path / "bf16")
+    export_fp8(tmp_path / "bf16", tmp_path / "fp8")
+    scale = DOWN + "_scale_inv"
+    tamper(tmp_path / "fp8", {scale: read(tmp_path / "fp8")[scale].to(dtype)})
+    import_fp8(tmp_path / "fp8", tmp_path / "back")
+    expected = PlainReader(tmp_path / "fp8").values(DOWN, True)
+    assert torch.equal(read(tmp_path / "back")[DOWN].float(), expected)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_import_fp8_refuses_bad_scales_and_nan_codes_by_name(tmp_path, make_run, value):
+    export_hf(make_run(make_decoder()), tmp_path / "bf16")
+    export_fp8(tmp_path / "bf16", tmp_path / "fp8", "fp32")
+    good = read(tmp_path / "fp8")
+    scale = good[DOWN + "_scale_inv"].clone()
+    scale[1, 1] = value
+    tamper(tmp_path / "fp8", {DOWN + "_scale_inv": scale})
+    with pytest.raises(CheckpointError, match=f"{DOWN}_scale_inv has scales that are not finite"):
+        import_fp8(tmp_path / "fp8", tmp_path / "back")
+    codes = good[DOWN].view(torch.uint8).clone()
+    codes[5, 5] = 0xFF
+    tamper(tmp_path / "fp8", good | {DOWN: codes.view(torch.float8_e4m3fn)})
+    with pytest.raises(CheckpointError, match=f"{DOWN} has a NaN code"):
+        import_fp8(tmp_path / "fp8", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 def test_verify_weights_names_the_first_difference(tmp_path, make_run):
     decoder = make_decoder()
     run = make_run(decoder)
@@ -411,6 +440,27 @@ def test_the_self_check_finds_a_wrong_code_and_sets_the_export_aside(
         export_fp8(tmp_path / "bf16", tmp_path / "fp8")
     assert not (tmp_path / "fp8").exists()
     assert len(list(tmp_path.glob("fp8.failed-*"))) == 1
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), KeyboardInterrupt()])
+def test_an_unforeseen_error_of_the_self_check_leaves_no_export(
+    tmp_path, make_run, monkeypatch, error
+):
+    """The final name is given only after the check: neither an error nor a kill can forge it."""
+    export_hf(make_run(make_decoder()), tmp_path / "bf16")
+
+    def fail(*_: object) -> None:
+        assert not (tmp_path / "fp8").exists()
+        raise error
+
+    monkeypatch.setattr(selfcheck, "_check_tensor", fail)
+    with pytest.raises((CheckFailedError, KeyboardInterrupt)) as caught:
+        export_fp8(tmp_path / "bf16", tmp_path / "fp8")
+    if isinstance(error, Exception):
+        assert "ZeroDivisionError (by zero). The export is not usable" in str(caught.value)
+    names = [path.name for path in tmp_path.iterdir() if path.name.startswith("fp8")]
+    assert len(names) == 1
+    assert names[0].startswith("fp8.failed-")
 
 
 @pytest.mark.usefixtures("compare_logits")

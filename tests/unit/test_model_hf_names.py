@@ -137,6 +137,15 @@ def replaced(name: str, tensor: Tensor) -> Any:
         (replaced(Q, torch.zeros(96, 95).to(torch.float8_e4m3fn)), f"{Q} cannot be loaded"),
         (replaced(f"{Q}_scale_inv", torch.ones(2, 1)), f"{Q} cannot be loaded"),
         (replaced(f"{Q}_scale_inv", torch.full((1, 1), 0.75)), "powers of two"),
+        (replaced(f"{Q}_scale_inv", torch.zeros(1, 1)), f"{Q}_scale_inv .* not finite"),
+        (replaced(f"{Q}_scale_inv", torch.full((1, 1), -1.0)), f"{Q}_scale_inv .* not finite"),
+        (replaced(f"{Q}_scale_inv", torch.full((1, 1), torch.nan)), f"{Q}_scale_inv .* not fin"),
+        (
+            replaced(f"{Q}_scale_inv", torch.full((1, 1), torch.inf, dtype=torch.bfloat16)),
+            f"{Q}_scale_inv .* not finite",
+        ),
+        (replaced(f"{Q}_scale_inv", torch.ones(1, 1, dtype=torch.int32)), "not a scale's"),
+        (replaced(Q, torch.full((96, 96), torch.nan).to(torch.float8_e4m3fn)), f"{Q} has a NaN"),
         (replaced("lm_head.weight", torch.ones(50, 96)), "tie_word_embeddings"),
     ],
 )
@@ -145,6 +154,19 @@ def test_weights_that_do_not_fit_are_refused_by_name(change: Any, message: str) 
     tensors = change(dict(exported_fp8_weights(model)))
     with pytest.raises(CheckpointError, match=message):
         load_weights(model, tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e8m0fnu])
+def test_scales_of_other_dtypes_load_with_their_values(dtype: torch.dtype) -> None:
+    """Qwen3-FP8 stores weight_scale_inv in BF16, DeepSeek-V3.1 its exponents."""
+    tensors = dict(exported_fp8_weights(make_model(fp8=Fp8Section())))
+    stored = {
+        name: tensor.to(dtype) if name.endswith("_scale_inv") else tensor
+        for name, tensor in tensors.items()
+    }
+    model = make_model(fp8=Fp8Section())
+    load_weights(model, stored.items())
+    assert weights_digest(exported_fp8_weights(model)) == weights_digest(tensors.items())
 
 
 def test_more_loading_rules() -> None:

@@ -84,6 +84,24 @@ def test_a_good_recipe_passes_and_nothing_is_written(
     assert sorted(path.name for path in recipe.parent.iterdir()) == ["x.toml"]
 
 
+def test_layers_that_servers_refuse_in_fp8_are_named(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [recipe, "--data.batch_sequences=2"]
+    code, lines = check(capsys, *words)
+    assert (code, lines["model"].split()[0]) == (0, "ok")  # training can do it
+    assert "model.layers.*.self_attn.k_proj" in lines["model"]
+    assert 'fp8.skip_modules = ["model.layers.*.' in lines["model"]
+    for option in (
+        "--model.shape.hidden_size=128",
+        "--fp8.enabled=false",
+        '--fp8.skip_modules=["*.self_attn.*", "*.mlp.*"]',
+    ):
+        sizes = ["--model.shape.num_heads=1"] if "hidden" in option else []
+        _, lines = check(capsys, *words, option, *sizes)
+        assert "refuse" not in lines["model"], option
+
+
 def test_the_schedule_is_set_against_the_rows(
     recipe: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,74 @@
+"""Which layers vLLM, SGLang and transformers cannot load in block-wise FP8.
+
+vLLM and SGLang merge q, k, v and gate, up into one matrix each: every part has to be FP8, or none,
+and its rows have to fill whole 128x128 blocks. Both quantize activations in groups of 128, so the
+columns have to fill them too. transformers derives the block size from the shape of the scales,
+which is right only for sizes that are multiples of 128.
+"""
+
+import re
+from collections.abc import Mapping
+from fnmatch import filter as matching
+from typing import Any
+
+from torch import nn
+
+from infir2.config.schema import Fp8Section
+from infir2.convert.weights import BLOCK, meta_decoder
+from infir2.numerics import Fp8Linear
+
+_MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def unservable_layers(config: Mapping[str, Any], fp8: Fp8Section) -> list[str]:
+    """Names of the FP8 layers that these servers refuse; a merged layer's parts as one.
+
+    Args:
+        config: of `config.json`.
+        fp8: which layers are FP8.
+
+    Example: ["model.layers.0.self_attn.q_proj", ...] for a k_proj of 64 rows.
+    """
+    modules = dict(meta_decoder(config, fp8).named_modules())
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, Fp8Linear)
+        and not all(_is_servable(modules[part]) for part in _merged_with(name))
+    ]
+
+
+def as_patterns(config: Mapping[str, Any], fp8: Fp8Section, names: list[str]) -> list[str]:
+    """Patterns for `fp8.skip_modules` that match `names`, and no other FP8 layer of the model.
+
+    Example: ["model.layers.*.self_attn.q_proj"] if `names` has that layer of every block.
+    """
+    modules = meta_decoder(config, fp8).named_modules()
+    fp8_names = [name for name, module in modules if isinstance(module, Fp8Linear)]
+    patterns: dict[str, None] = {}
+    for name in names:
+        pattern = re.sub(r"\.layers\.\d+\.", ".layers.*.", name)
+        patterns[pattern if set(matching(fp8_names, pattern)) <= set(names) else name] = None
+    return list(patterns)
+
+
+def unservable_sentence(names: list[str], patterns: list[str]) -> str:
+    """The sentence about layers that `unservable_layers` and `as_patterns` found."""
+    return (
+        f"vLLM, SGLang or transformers refuse {len(names)} layers in FP8:"
+        f" {', '.join(patterns)}; the parts of a merged layer (q, k, v; gate, up) must all be FP8,"
+        " with rows and columns that are multiples of 128."
+    )
+
+
+def _is_servable(module: nn.Module) -> bool:
+    if not isinstance(module, Fp8Linear):
+        return False
+    return module.out_features % BLOCK[0] == 0 and module.in_features % BLOCK[1] == 0
+
+
+def _merged_with(name: str) -> list[str]:
+    """The layers that a server merges with `name`, and `name` itself."""
+    prefix, _, leaf = name.rpartition(".")
+    parts = next((group for group in _MERGED if leaf in group), (leaf,))
+    return [f"{prefix}.{part}" for part in parts]
