@@ -6,11 +6,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
-from math import isclose
 from typing import Any
 
-from infir2.verify.plain import decode, encode
+from infir2.verify.compare import same_output, same_value, unhashed
+from infir2.verify.plain import encode
 from infir2.verify.sandbox import Cell, JailBrokenError, JailError, Limits
 from infir2.verify.verdict import Reason, Verdict
 
@@ -131,7 +130,7 @@ class _Run:
         if reply == {}:
             return "timeout", "the time limit expired while the program was loading", []
         if reply is None:
-            return "error", "the program ended before it could be called", []
+            return *_ended(cell, "the program ended before it could be called"), []
         names = reply.get("names")
         return ("ok", "", names) if isinstance(names, list) else (*_reported_error(reply), [])
 
@@ -160,15 +159,26 @@ class _Run:
                 }
                 examiner.send({"mode": "examine", "names": names, "key": key} | request)
                 reply = examiner.channel.receive(deadline)
-        if reply == {}:
-            return "timeout", "the time limit expired"
-        if reply is None or reply.get("key") != key:
-            return "error", "the test ended without a verdict"
+                if reply == {}:
+                    return "timeout", "the time limit expired"
+                if reply is None or reply.get("key") != key:
+                    return _ended(examiner, "the test ended without a verdict")
+                if reply["outcome"] == "ended":
+                    return _ended(solution, reply["detail"])
         return reply["outcome"], reply["detail"]
+
+
+def _ended(cell: Cell, detail: str) -> tuple[Reason, str]:
+    """Why a jail's connection ended."""
+    if cell.out_of_memory():
+        return "oom", "the program's processes exceeded its memory"
+    return "error", detail
 
 
 def _early_exit(cell: Cell, code: int | None) -> tuple[Reason, str]:
     """Why a program ended early, from its own message; every reason that it can choose scores 0."""
+    if cell.out_of_memory():
+        return "oom", "the program's processes exceeded its memory"
     if code is not None and code < 0:
         return "killed", f"ended by signal {-code}"
     return _reported_error(
@@ -194,48 +204,11 @@ def _call(cell: Cell, test: dict[str, Any], deadline: float) -> tuple[Reason, st
     if reply == {}:
         return "timeout", "the time limit expired"
     if reply is None or reply.get("id") != key:
-        return "error", "the program ended, or sent an unexpected message"
+        return _ended(cell, "the program ended, or sent an unexpected message")
     if "value" not in reply:
         return _reported_error(reply)
     try:
-        value = decode(reply["value"])
-    except ValueError as error:
+        same = same_value(unhashed(reply["value"]), test["expected"])
+    except (ValueError, RecursionError) as error:
         return "wrong", str(error)
-    return ("ok", "") if same_value(value, test["expected"]) else ("wrong", "the result differs")
-
-
-def same_value(value: Any, expected: Any) -> bool:
-    """Equality of plain values: floats to 1e-9; tuples equal lists, since JSON has no tuples."""
-    if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
-        return len(value) == len(expected) and all(map(same_value, value, expected))
-    if isinstance(value, dict) and isinstance(expected, dict):
-        return value.keys() == expected.keys() and all(
-            same_value(value[key], expected[key]) for key in expected
-        )
-    if isinstance(value, bool) or isinstance(expected, bool):
-        return value is expected
-    if isinstance(value, float) and isinstance(expected, float):
-        return value == expected or isclose(value, expected, rel_tol=1e-9, abs_tol=1e-12)
-    return bool(value == expected)
-
-
-def same_output(output: str, expected: str) -> bool:
-    """Equality of printed text, ignoring trailing space and blank last lines; numbers by value."""
-    lines, expected_lines = (
-        [line.split() for line in text.rstrip().splitlines()] for text in (output, expected)
-    )
-    return len(lines) == len(expected_lines) and all(
-        len(a) == len(b) and all(map(_same_word, a, b))
-        for a, b in zip(lines, expected_lines, strict=True)
-    )
-
-
-def _same_word(word: str, expected: str) -> bool:
-    if word == expected:
-        return True
-    if len(word) > 400 or len(expected) > 400:
-        return False
-    try:
-        return Decimal(word) == Decimal(expected)
-    except InvalidOperation:
-        return False
+    return ("ok", "") if same else ("wrong", "the result differs")

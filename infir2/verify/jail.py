@@ -93,6 +93,10 @@ def _serve(channel: socket.socket, requests: BinaryIO, program: str, prelude: st
             _send(channel, id=request["id"], error=type(error).__name__, detail=str(error)[:200])
 
 
+class _EndedError(BaseException):
+    """The program's jail does not answer; no test may catch this."""
+
+
 class Remote:
     """A proxy of an object in the program's jail; two are equal only if they are identical."""
 
@@ -144,7 +148,7 @@ def _examine(channel: socket.socket, peer: socket.socket, request: dict) -> None
         )
         reply = json.loads(replies.readline(MAX_LINE_BYTES) or "{}")
         if reply.get("id") != key:
-            raise ConnectionError("the program ended, or sent an unexpected message")
+            raise _EndedError("the program ended, or sent an unexpected message")
         if "error" in reply:
             raise _exception(str(reply["error"]))(reply.get("detail"))
         return decode(reply["value"], remote)
@@ -163,18 +167,24 @@ def _examine(channel: socket.socket, peer: socket.socket, request: dict) -> None
     outcome, detail = "ok", ""
     try:
         exec(compile(request["setup"], "<setup>", "exec"), space)
-        used = set(re.findall(r"[^\W\d]\w*", request["code"])).intersection(request["names"])
-        for name in used | {request["entry_point"]} - {""}:
-            if name == request["entry_point"] or not (name in space or hasattr(builtins, name)):
-                _bind(space, name, *ask(["tool", "name"], (name,), {}))
+        _bind_names(space, request, ask)
         exec(compile(request["code"], "<test>", "exec"), space)
         if request["entry_point"] and "check" in space:
             space["check"](space[request["entry_point"]])
     except AssertionError as error:
         outcome, detail = "wrong", f"AssertionError: {error}"
+    except _EndedError as error:
+        outcome, detail = "ended", str(error)
     except BaseException as error:
         outcome, detail = "error", f"{type(error).__name__}: {error}"
     _send(channel, key=request["key"], outcome=outcome, detail=detail[:200])
+
+
+def _bind_names(space: dict[str, Any], request: dict, ask: Callable[..., Any]) -> None:
+    used = set(re.findall(r"[^\W\d]\w*", request["code"])).intersection(request["names"])
+    for name in used | {request["entry_point"]} - {""}:
+        if name == request["entry_point"] or not (name in space or hasattr(builtins, name)):
+            _bind(space, name, *ask(["tool", "name"], (name,), {}))
 
 
 def _exception(name: str) -> type[Exception]:

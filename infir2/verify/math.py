@@ -13,11 +13,10 @@ from infir2.verify.answers import (
     reference_text,
     too_hard,
 )
-from infir2.verify.pool import Pool
+from infir2.verify.pool import UNLIMITED_SECONDS, Pool
 from infir2.verify.verdict import Reason, Verdict
 
 ITEM_SECONDS = 5.0
-BATCH_SECONDS = 600.0
 
 _lock = threading.Lock()
 _pools: dict[int, Pool] = {}  # by process id: a forked child cannot use its parent's workers
@@ -45,13 +44,14 @@ def check_math(
 def check_math_batch(
     pairs: Sequence[tuple[str, str]],
     item_seconds: float = ITEM_SECONDS,
-    batch_seconds: float = BATCH_SECONDS,
+    batch_seconds: float = UNLIMITED_SECONDS,
     answer_format: AnswerFormat = "boxed",
 ) -> list[Verdict]:
     """`check_math` of each (response, answer), in order.
 
-    An item that hangs, dies or runs out of memory does not affect the others. Items that do not
-    start within `batch_seconds` get the reason "timeout".
+    Every item has its own `item_seconds`: one that hangs, dies or runs out of memory does not
+    affect the others. If a caller sets `batch_seconds`, items that do not start within them get the
+    reason "timeout".
     """
     answers = [extract_answer(response, answer_format) for response, _ in pairs]
     verdicts = [

@@ -3,10 +3,11 @@
 This file imports only the standard library, because it runs inside jails (jail.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset)
+_BUILD: dict[str, Any] = {kind.__name__: kind for kind in _CONTAINERS}
 _TYPES = {
     kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, dict, *_CONTAINERS)
 }
@@ -45,17 +46,28 @@ def encode(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
     return ["remote", keep(value)]
 
 
-def decode(data: Any, remote: Callable[[int], Any] | None = None) -> Any:
-    """The value that `encode` wrote. Raises ValueError for other data: jails are untrusted."""
+def decode(
+    data: Any,
+    remote: Callable[[int], Any] | None = None,
+    build: Mapping[str, Callable[[list], Any]] | None = None,
+) -> Any:
+    """The value that `encode` wrote. Raises ValueError for other data: jails are untrusted.
+
+    `build` replaces the constructors of containers; a dict's gets a list of (key, value) pairs.
+    """
     if data is None or isinstance(data, bool | int | float | str):
         return data
+    build = build or {}
     try:
         kind, content = data
-        for container in _CONTAINERS:
-            if kind == container.__name__:
-                return container(decode(item, remote) for item in content)
+        if kind in _BUILD:
+            items = [decode(item, remote, build) for item in content]
+            return build.get(kind, _BUILD[kind])(items)
         if kind == "dict":
-            return {decode(key, remote): decode(item, remote) for key, item in content}
+            pairs = [
+                (decode(key, remote, build), decode(item, remote, build)) for key, item in content
+            ]
+            return build.get(kind, dict)(pairs)
         if kind == "remote" and remote is not None:
             return remote(int(content))
         if kind == "type":

@@ -11,6 +11,7 @@ import queue
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from infir2.errors import ConfigError
 from infir2.verify.process import Channel, kill_tree
 
 START_SECONDS, START_ATTEMPTS = 120.0, 3
+UNLIMITED_SECONDS = threading.TIMEOUT_MAX / 2  # a queue accepts no infinity
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,16 @@ class Pool:
             self._idle.put(None)
 
     def run(
-        self, items: Sequence[Sequence[Any]], item_seconds: float, batch_seconds: float
+        self,
+        items: Sequence[Sequence[Any]],
+        item_seconds: float,
+        batch_seconds: float = UNLIMITED_SECONDS,
     ) -> list[Outcome]:
         """Outcomes in the order of `items` (argument lists).
 
-        An item that exceeds `item_seconds`, or does not start within `batch_seconds`, is a timeout.
-        Raises ConfigError if workers cannot start.
+        Every item has its own `item_seconds`, however slow the ones before it are. An item that
+        exceeds them is a timeout, and so is one that does not start within `batch_seconds`, if the
+        caller sets them. Raises ConfigError if workers cannot start.
         """
         deadline = time.monotonic() + batch_seconds
         with ThreadPoolExecutor(max_workers=self._size) as threads:

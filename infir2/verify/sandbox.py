@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infir2.errors import ConfigError
-from infir2.verify import jail, plain, syscalls, walls
+from infir2.verify import jail, memory, plain, syscalls, walls
 from infir2.verify.process import Channel, kill_tree
 
 START_SECONDS = 30.0
+END_SECONDS = 5.0
 
 
 def _boot_text() -> str:
@@ -36,7 +37,7 @@ def _boot_text() -> str:
     texts = [("infir2", ""), ("infir2.verify", "")]
     texts += [
         (module.__name__, Path(str(module.__file__)).read_text())
-        for module in (plain, syscalls, walls, jail)
+        for module in (plain, syscalls, memory, walls, jail)
     ]
     return f"""
 import sys, types
@@ -63,7 +64,7 @@ class Limits:
     Attributes:
         seconds: wall clock of one test (an assert-style test, a call, or a run on one input).
         total_seconds: wall clock of all tests of a program.
-        memory_bytes: address space of each process.
+        memory_bytes: address space of each process, and memory of all of them together.
         output_bytes: standard output of a run.
         file_bytes: size of a file and of the temporary file system.
         processes: processes and threads.
@@ -135,6 +136,7 @@ class Cell:
                 stacklevel=2,
             )
         self.limits = limits
+        self._exit: tuple[int, bool] | None = None  # code, and whether memory was the reason
         try:
             with ExitStack() as parent_side, ExitStack() as child_side:
                 self._start(parent_side, child_side, stdin, peer)
@@ -242,10 +244,18 @@ class Cell:
 
     def exit_code(self) -> int:
         """Exit code of the program, negative for a signal; JailBrokenError if its watcher died."""
-        text = os.read(self.status, 32)
-        if not text:
-            raise JailBrokenError("the jail's watcher died")
-        return int(text)
+        if self._exit is None:
+            code, _, stopped = os.read(self.status, 32).decode().partition(" ")
+            if not code:
+                raise JailBrokenError("the jail's watcher died")
+            self._exit = int(code), stopped.strip() == "memory"
+        return self._exit[0]
+
+    def out_of_memory(self) -> bool:
+        """Whether its watcher killed this jail, which has ended, for its memory."""
+        if self._exit is None and select.select([self.status], [], [], END_SECONDS)[0]:
+            self.exit_code()
+        return self._exit is not None and self._exit[1]
 
     def close(self) -> None:
         """Kill and reap. In a pid namespace the watcher exits only after every process inside."""

@@ -27,7 +27,7 @@ fsync/74/82 fdatasync/75/83 flock/73/32 sendfile/40/71 copy_file_range/326/285
 fadvise64/221/223 close_range/436/436 getxattr/191/8 lgetxattr/192/9 fgetxattr/193/10
 listxattr/194/11 llistxattr/195/12 flistxattr/196/13
 
-mmap/9/222 mprotect/10/226 munmap/11/215 brk/12/214 mremap/25/216 madvise/28/233
+mprotect/10/226 munmap/11/215 brk/12/214 mremap/25/216 madvise/28/233
 mincore/27/232 msync/26/227 membarrier/324/283
 
 fork/57/- vfork/58/- execve/59/221 execveat/322/281 exit/60/93 exit_group/231/94 wait4/61/260
@@ -60,12 +60,13 @@ getsockopt/55/209
 """
 
 # Call, argument, condition, values; the constants are from sched.h, socket.h, asm/ioctls.h,
-# fcntl.h, prctl.h.
+# fcntl.h, prctl.h, mman.h.
 _NEW_NAMESPACES = (0x7E020080,)
 _UNIX = (1,)  # a vsock reaches the machine's hypervisor, netlink the packet filter
 _TERMINAL_SIZE_AND_FLAGS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _PIPE_SIZE = (1031,)
 _THREAD_NAME = (15, 16)
+_SHARED_ANONYMOUS = (0x21,)  # such memory may belong to no process's resident pages
 _CHECKED: tuple[tuple[str, int, str, tuple[int, ...]], ...] = (
     ("clone/56/220", 0, "no bits of", _NEW_NAMESPACES),
     ("socket/41/198", 0, "one of", _UNIX),
@@ -73,14 +74,15 @@ _CHECKED: tuple[tuple[str, int, str, tuple[int, ...]], ...] = (
     ("ioctl/16/29", 1, "one of", _TERMINAL_SIZE_AND_FLAGS),
     ("fcntl/72/25", 1, "none of", _PIPE_SIZE),
     ("prctl/157/167", 0, "one of", _THREAD_NAME),
+    ("mmap/9/222", 3, "not all bits of", _SHARED_ANONYMOUS),
 )
 
 _MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column; linux/audit.h
 _KEYCTL, _JOIN_SESSION_KEYRING = "keyctl/250/219", 1
 _SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _ALLOW, _KILL, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
-# Opcodes of linux/bpf_common.h: load a word, jump if equal or if bits are set, return.
-_LOAD, _IF_EQUAL, _IF_BITS, _RETURN = 0x20, 0x15, 0x45, 0x06
+# Opcodes of linux/bpf_common.h: load a word, and with a constant, jump if equal or if bits are set.
+_LOAD, _AND, _IF_EQUAL, _IF_BITS, _RETURN = 0x20, 0x54, 0x15, 0x45, 0x06
 
 Instruction = tuple[int, int, int, int]  # opcode, jump if true, jump if false, operand
 
@@ -95,6 +97,7 @@ def _argument_check(argument: int, condition: str, values: tuple[int, ...]) -> l
     hit, miss = (_ALLOW, _FAIL | errno.EPERM)[:: 1 if condition == "one of" else -1]
     block: list[Instruction] = [(_LOAD, 0, 0, 16 + 8 * argument)]
     for value in values:
+        block += [(_AND, 0, 0, value)] if condition == "not all bits of" else []
         block += [(opcode, 0, 1, value), (_RETURN, 0, 0, hit)]
     return [*block, (_RETURN, 0, 0, miss)]
 

@@ -10,6 +10,7 @@ import signal
 from contextlib import suppress
 from typing import Any
 
+from infir2.verify import memory
 from infir2.verify.syscalls import install_filter, leave_session_keyring
 
 # Linux's constants (sched.h, mount.h, prctl.h), which the standard library does not define.
@@ -23,6 +24,8 @@ _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
 )
 _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _DETACH = 2
+WATCH_SECONDS = 0.02  # between two readings of the jail's memory
+_WATCHED_SIGNALS = (signal.SIGTERM, signal.SIGCHLD)
 _PDEATHSIG, _CAPBSET_DROP, _SUBREAPER, _NO_NEW_PRIVS = 1, 24, 36, 38
 
 
@@ -134,17 +137,21 @@ def confine(config: dict) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     namespaces = config["level"] == "namespaces"
     user = 1 << 30 | os.getpid()
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
+    os.stat(f"{os.getpid()}/task", dir_fd=proc)
     if namespaces:
         _unshare(libc)
     libc.prctl(_SUBREAPER, 1, 0, 0, 0)
     # The signal comes when the parent's thread ends; that thread waits in run_code.
     libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED_SIGNALS)
     child = os.fork()
     if child:
-        _watch(child, config["status"], stay=not namespaces)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        os.fchdir(proc)
+        _watch(child, config)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED_SIGNALS)
     os.close(config["status"])
+    os.close(proc)
     libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
@@ -158,19 +165,27 @@ def confine(config: dict) -> None:
         install_filter(libc)
 
 
-def _watch(child: int, status: int, stay: bool) -> None:
-    """Kill the child on SIGTERM, reap it, and write its exit code to `status`.
+def _watch(child: int, config: dict) -> None:
+    """Wait for the child, then write its exit code and what stopped it to `status`.
 
-    In a pid namespace all its descendants die before it.
+    SIGTERM kills the child, and so does memory of the whole jail beyond its limit. In a pid
+    namespace all descendants of the child die before it.
     """
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    status, namespaces, stopped = config["status"], config["level"] == "namespaces", ""
     os.closerange(0, status)
     os.closerange(status + 1, 1024)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.write(status, b"%d\n" % ended)
+    limit = config["memory_bytes"]
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        signaled = signal.sigtimedwait(_WATCHED_SIGNALS, WATCH_SECONDS)
+        if signaled and signaled.si_signo == signal.SIGTERM:
+            os.kill(child, signal.SIGKILL)
+        elif memory.used_bytes(processes := memory.family(os.getpid()), namespaces, limit) > limit:
+            stopped = "memory"
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+    os.write(status, b"%d %s\n" % (os.waitstatus_to_exitcode(ended[1]), stopped.encode()))
     # Without a pid namespace the parent kills the processes that this one has adopted.
-    while stay:
+    while not namespaces:
         signal.pause()
     os._exit(0)

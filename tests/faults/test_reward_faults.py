@@ -109,6 +109,13 @@ def test_a_batch_has_its_own_limit(pool: Pool) -> None:
     assert len(outcomes) == 41
 
 
+def test_slow_items_take_no_time_from_the_ones_behind_them(pool: Pool) -> None:
+    items = [("swallow_exceptions", None)] * 12 + [("good", i) for i in range(8)]
+    outcomes = pool.run(items, 1.0)
+    assert {outcome.reason for outcome in outcomes[:12]} == {"timeout"}
+    assert [outcome.value for outcome in outcomes[12:]] == list(range(8))
+
+
 def test_a_worker_killed_while_idle_is_replaced(pool: Pool) -> None:
     pool.run([("good", i) for i in range(8)], SECONDS, 60)
     for pid in worker_ids(pool):

@@ -42,6 +42,7 @@ DENIED = {
     "inotify_init1": (294, 0),
     "fanotify_init": (300, 0, 0),
     "personality": (135, 0x0400000),
+    "shared memory without a file": (9, 0, 4096, 3, 0x21, -1, 0),
     "enlarge a pipe": (72, 1, 1031, 1 << 20),
     "set dumpable": (157, 4, 1, 0, 0, 0),
     "push a character into a terminal": (16, 0, 0x5412, 0),
@@ -189,6 +190,8 @@ def answer(program: list[Instruction], architecture: int, number: int, argument:
             loaded = {0: number, 4: architecture}.get(operand, argument)
         elif opcode == 0x06:
             return operand
+        elif opcode == 0x54:
+            loaded &= operand
         elif opcode == 0x15:
             at += yes if loaded == operand else no
         else:
