@@ -7,6 +7,7 @@ that a variable left over in a shell never changes a run silently. torchrun read
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from infir2.config.keys import Recipe
 from infir2.config.schema import EvalRecipe, RlRecipe
@@ -71,7 +72,8 @@ def set_variables(
             because the run resumes from there anyway.
 
     Raises:
-        ConfigError: two variables set one key to different values.
+        ConfigError: two variables set one key to different values, or REF_LOAD is a checkpoint that
+            has to be converted.
     """
     values = {name: environ[name] for name in variables_of(recipe_class) if environ.get(name)}
     keys = {name: key for name, key in variables_of(recipe_class).items() if name in values}
@@ -81,6 +83,9 @@ def set_variables(
     for name, key in keys.items():
         value = values[name]
         _check_conflict(name, keys, values)
+        if name == "REF_LOAD" and is_torch_dist(Path(value)):
+            advice = import_advice(Path(value), values.get("HF_CHECKPOINT", "HF_DIR"))
+            raise ConfigError(f"environment REF_LOAD: {advice}, and set REF_LOAD to its output.")
         if name == "LOAD_DIR" and os.path.normpath(value) == run_dir:
             note = (
                 f"LOAD_DIR={value} is the run directory itself: "
@@ -93,6 +98,27 @@ def set_variables(
         else:
             note = f"environment variable {name} sets {key} to {value!r}."
             yield Variable(name, value, key, note)
+
+
+def is_torch_dist(path: Path) -> bool:
+    """Whether a directory is a checkpoint that Megatron wrote: an iteration, or their parent.
+
+    A checkpoint of ours also has `.metadata`, and a manifest.
+    """
+    files = (".metadata", "latest_checkpointed_iteration.txt")
+    is_ours = (path / "manifest.json").is_file()
+    return not is_ours and any((path / name).is_file() for name in files)
+
+
+def import_advice(path: Path, like: str = "HF_DIR") -> str:
+    """Why Megatron's checkpoint `path` cannot be trained, and the command that converts it.
+
+    `like` is a Hugging Face directory of the same model.
+    """
+    output = os.path.normpath(path) + "-hf"
+    command = f"infir2 import megatron {path} --to {output} --like {like}"
+    explained = " (HF_DIR: a Hugging Face directory of this model)" if like == "HF_DIR" else ""
+    return f"{path} is a Megatron torch_dist checkpoint; convert it once, `{command}`{explained}"
 
 
 def _check_conflict(name: str, keys: Mapping[str, str], values: Mapping[str, str]) -> None:

@@ -39,11 +39,13 @@ def complete_config(config: dict[str, Any], dtype: str = "bfloat16") -> dict[str
     """`config` with its dtype and RoPE settings under the keys of both major transformers versions.
 
     transformers 4, vLLM and SGLang read `torch_dtype`, `rope_theta` and `rope_scaling`;
-    transformers 5 reads `dtype` and `rope_parameters`.
+    transformers 5 reads `dtype` and `rope_parameters`. Keys that do not apply to the new files are
+    left out: `quantization_config`, and `auto_map`, which names code that is not copied.
     """
     written = ModelConfig.from_hf(config).to_hf(dtype)
     keys = ("dtype", "torch_dtype", "rope_theta", "rope_parameters", "rope_scaling")
-    return config | {key: written[key] for key in keys}
+    kept = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    return kept | {key: written[key] for key in keys}
 
 
 def write_with_progress(

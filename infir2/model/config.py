@@ -266,9 +266,19 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
 def _rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, float] | None]:
     """Rotary base and Llama 3 scaling.
 
-    transformers 5 writes `rope_parameters`, transformers 4 `rope_theta` and `rope_scaling`.
+    transformers 5 writes `rope_parameters`, transformers 4 `rope_theta` and `rope_scaling`. A file
+    may have both (ours do); transformers 5 then reads `rope_scaling`, so the two must agree.
     """
-    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    keys = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key)] or ["rope_scaling"]
+    theta, scaling = _rope_of(raw, keys[0])
+    if len(keys) == 2 and _rope_of(raw, keys[1])[1] != scaling:
+        raise CheckpointError(
+            "config.json: rope_scaling contradicts rope_parameters; remove one of them"
+        )
+    return theta, scaling
+
+
+def _rope_of(raw: Mapping[str, Any], key: str) -> tuple[float, dict[str, float] | None]:
     scaling = raw.get(key) or {}
     if not isinstance(scaling, Mapping):
         raise CheckpointError(f"config.json: {key} must be an object")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from infir2.config import Loaded
 from infir2.config.keys import flatten
 from infir2.config.schema import TrainRecipe
-from infir2.errors import ConfigError, UserError
+from infir2.errors import UserError
 from infir2.preflight.finding import Finding, SkippedError
 
 if TYPE_CHECKING:
@@ -106,14 +106,11 @@ class Preflight:
         The finding names the FP8 layers that inference servers refuse; a run can train them.
         """
         from infir2.preflight.model import model_facts, serving_note
+        from infir2.train.plan import check_vocabulary
 
         vocab_size = self._tokenizer.vocab_size if self._tokenizer else 1
         self._model = model_facts(self._model_section(), vocab_size)
-        if vocab_size > self._model.config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {vocab_size} tokens and the model "
-                f"{self._model.config.vocab_size} rows; set data.tokenizer to the model's own."
-            )
+        check_vocabulary(self._model.config, vocab_size)
         return Finding("model", "ok", f"{self._model}{serving_note(self.recipe, self._model)}")
 
     def verifier(self) -> Finding:

@@ -13,7 +13,13 @@ from infir2.data import ChatTokenizer
 from infir2.model import Decoder, ModelConfig
 from infir2.numerics import SavedActivations, convert_to_fp8
 from infir2.parallel.parallel_model import single_process
-from infir2.train.plan import device_of, planned_config, saved_config
+from infir2.train.plan import (
+    check_vocabulary,
+    device_of,
+    planned_config,
+    refuse_torch_dist,
+    saved_config,
+)
 from infir2.train.trainer import load_parameters
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -39,6 +45,7 @@ def build_model(
     (`resumed_model`): they are not initialized, and take no memory on a CPU until then.
     Raises ConfigError and CheckpointError.
     """
+    check_vocabulary(planned_config(model, vocab_size), vocab_size)
     device = device_of(run)
     if device.type == "cpu":
         reuse_freed_memory()
@@ -78,5 +85,6 @@ def _empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device
 def open_tokenizer(model: ModelSection, configured: str = "") -> tuple[ChatTokenizer, Path]:
     """The tokenizer and its directory: `data.tokenizer` if set, else the model's own."""
     path = Path(configured or model.path)
+    refuse_torch_dist(Path(model.path))
     directory = Path(read_state(path)["tokenizer_dir"]) if not configured and is_run(path) else path
     return ChatTokenizer(directory), directory

@@ -11,6 +11,7 @@ import torch
 from infir2.checkpoint import Checkpoint
 from infir2.checkpoint.fingerprint import is_run
 from infir2.checkpoint.store import CHECKPOINTS, published_steps, read_state
+from infir2.config.env_vars import import_advice, is_torch_dist
 from infir2.config.load import Loaded
 from infir2.config.resume import check_resume
 from infir2.config.rules import phase_rules
@@ -46,9 +47,25 @@ def planned_config(model: ModelSection, vocab_size: int = 1) -> ModelConfig:
     if model.shape is not None:
         return ModelConfig.from_shape(model.shape, vocab_size=model.shape.vocab_size or vocab_size)
     path = Path(model.path)
+    refuse_torch_dist(path)
     if is_run(path):
         return saved_config(read_state(path), path)
     return ModelConfig.from_hf(read_json(path / "config.json"))
+
+
+def refuse_torch_dist(path: Path) -> None:
+    """Raise ConfigError for Megatron's checkpoint format, with the command that converts it."""
+    if is_torch_dist(path):
+        raise ConfigError(f"model.path: {import_advice(path)}, and set model.path to its output.")
+
+
+def check_vocabulary(config: ModelConfig, num_tokens: int) -> None:
+    """Raise ConfigError if a tokenizer has ids that the model's embedding does not have."""
+    if num_tokens > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {num_tokens} tokens and the model {config.vocab_size} rows; "
+            "set data.tokenizer to the model's own."
+        )
 
 
 def saved_config(state: Mapping[str, Any], origin: Path) -> ModelConfig:

@@ -1,5 +1,6 @@
 """The environment variables of the reference implementation set keys of a recipe."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from test_config_load import RECIPE
 from infir2.config import load
 from infir2.config.env_vars import variables_of
 from infir2.config.keys import lookup
-from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
+from infir2.config.schema import EvalRecipe, ModelSection, RlRecipe, TrainRecipe
 from infir2.errors import ConfigError
+from infir2.train.plan import planned_config
 
 
 @pytest.fixture
@@ -53,6 +55,21 @@ def test_variables_of_training(recipe: str) -> None:
 def test_weights_and_tokenizer_from_two_directories(recipe: str) -> None:
     loaded = load(TrainRecipe, [recipe], [], {"HF_CHECKPOINT": "hf", "REF_LOAD": "dist"})
     assert (loaded.recipe.model.path, loaded.recipe.data.tokenizer) == ("dist", "hf")
+
+
+@pytest.mark.parametrize("name", [".metadata", "latest_checkpointed_iteration.txt"])
+def test_megatron_weights_name_the_command_that_converts_them(
+    recipe: str, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / name).write_text("1")
+    environ = {"HF_CHECKPOINT": "hf", "REF_LOAD": f"{tmp_path}/dist/"}
+    command = f"`infir2 import megatron {tmp_path}/dist --to {tmp_path}/dist-hf --like hf`"
+    for recipe_class in (TrainRecipe, RlRecipe):
+        with pytest.raises(ConfigError, match=re.escape(command)):
+            load(recipe_class, [recipe], [], environ)
+    with pytest.raises(ConfigError, match="--like HF_DIR"):
+        planned_config(ModelSection(path=f"{tmp_path}/dist"))
 
 
 def test_variables_of_rl(recipe: str) -> None:

@@ -236,6 +236,20 @@ def test_a_model_too_large_for_the_machine_is_refused(
     assert lines["disk"].startswith("FAIL run.dir:")
 
 
+def test_a_tokenizer_larger_than_the_model_is_refused_before_the_first_step(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(recipe), "--data.batch_sequences=2", "--model.shape.vocab_size=50"]
+    code, lines = check(capsys, *words)
+    assert (code, lines["model"][:4]) == (1, "FAIL")
+    assert "tokens and the model 50 rows" in lines["model"]
+    assert main(["cpt", *words]) == 2
+    error = capsys.readouterr().err
+    assert "tokens and the model 50 rows" in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
 def test_memory_follows_the_keys_that_save_it(recipe: Path) -> None:
     def activations(*options: str) -> dict[str, int]:
         loaded = load(
