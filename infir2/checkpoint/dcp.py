@@ -5,11 +5,12 @@ pickled index `.metadata`: the file and offset of each piece, and its rectangle 
 tensor. torch's own tools can read the directory.
 
 Only one piece per open file is copied to the host at a time. Every byte is hashed while it is
-written, and every file is synced. `.metadata` is unpickled with an allow-list (pickles.py), the
-pieces by torch.load with weights_only=True.
+written, and every file is synced. What is read may have been written by anybody: dcp_metadata.py
+reads the index and torch_save.py the pieces, without unpickling either.
 """
 
 import itertools
+import math
 import os
 import pickle
 import warnings
@@ -27,21 +28,19 @@ from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
     TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
     SavePlan,
     SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils.serialization import config as serialization
 
+from infir2.checkpoint.dcp_metadata import StoredPiece, StoredTensor, read_metadata
 from infir2.checkpoint.manifest import (
     METADATA,
     FileEntry,
@@ -49,9 +48,10 @@ from infir2.checkpoint.manifest import (
     removed_message,
     write_hashed,
 )
-from infir2.checkpoint.pickles import AllowListUnpickler, ForeignUnpickler, read_pickle
-from infir2.errors import CheckpointError
+from infir2.checkpoint.torch_save import read_saved_tensor
+from infir2.errors import CheckpointError, first_line
 from infir2.faults import fault
+from infir2.files import open_regular
 from infir2.parallel.ranks import Ranks
 from infir2.parallel.shard_spec import ShardSpec, unsharded
 
@@ -223,30 +223,17 @@ class DcpTensors(Mapping[str, Tensor]):
 
     Example: `DcpTensors(run / "checkpoints/step-20")["parameters/model.norm.weight"]`.
 
-    Args:
-        path: the directory.
-        foreign: it was written by another program (Megatron), whose `.metadata` needs more classes.
-
-    Raises:
-        CheckpointError: `.metadata` is damaged, names a class that is not allowed, or a file
-            outside the directory.
+    Raises CheckpointError as `read_metadata` does, which documents `foreign`.
     """
 
     def __init__(self, path: Path, foreign: bool = False) -> None:
         self.path = path
-        self._reader = dcp.FileSystemReader(path)
-        metadata = _read_metadata(path / METADATA, foreign)
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self.files = {info.relative_path for info in metadata.storage_data.values()}
+        self._entries = read_metadata(path, foreign)
+        self.files = {piece.file for entry in self._entries.values() for piece in entry.pieces}
         self._file_bytes = sum(file.stat().st_size for file in path.glob("*.distcp"))
-        self._entries = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.read_shard(name, unsharded(self._entries[name].size))
+        return self.read_shard(name, unsharded(self._entries[name].shape))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -259,21 +246,20 @@ class DcpTensors(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Global shape of a tensor, without reading it."""
-        return tuple(self._entries[name].size)
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entries[name].properties.dtype
+        return self._entries[name].dtype
 
     def read_shard(self, name: str, spec: ShardSpec) -> Tensor:
         """Read the rectangle `spec` of a tensor: [*spec.local_shape]; raises as `read_into`."""
         entry = self._entry(name)
-        num_bytes = entry.size.numel() * entry.properties.dtype.itemsize
-        if num_bytes > self._file_bytes:
+        if entry.num_bytes > self._file_bytes:
             raise CheckpointError(
-                f"{self.path}: tensor '{name}' claims {num_bytes} bytes, more than all its files "
-                "hold; it is refused."
+                f"{self.path}: tensor '{name}' claims {entry.num_bytes} bytes, more than all its "
+                "files hold; it is refused."
             )
-        tensor = torch.empty(spec.local_shape, dtype=entry.properties.dtype)
+        tensor = torch.empty(spec.local_shape, dtype=entry.dtype)
         self.read_into(name, spec, tensor)
         return tensor
 
@@ -284,56 +270,56 @@ class DcpTensors(Mapping[str, Tensor]):
         cannot be read.
         """
         entry = self._entry(name)
-        stored, wanted = (tuple(entry.size), entry.properties.dtype), (spec.global_shape, out.dtype)
+        stored, wanted = (entry.shape, entry.dtype), (spec.global_shape, out.dtype)
         if stored != wanted:
             raise CheckpointError(
                 f"{self.path}: '{name}' is {list(stored[0])} {stored[1]}, "
                 f"and {list(wanted[0])} {wanted[1]} is needed."
             )
         try:
-            chunk = ChunkStorageMetadata(torch.Size(spec.offset), torch.Size(spec.local_shape))
-            items = create_read_items_for_chunk_list(name, entry, [chunk])
-            num_values = sum(item.lengths.numel() for item in items)
-            if num_values != out.numel():
-                raise ValueError(f"its pieces hold {num_values} of the {out.numel()} values")
-            self._reader.read_data(LoadPlan(items), _LoadPlanner(out))
-        except Exception as error:  # torch raises many types for a damaged file
+            self._copy_pieces(entry, spec, out)
+        except Exception as error:  # zipfile raises many types for a damaged file
             if not self.path.exists():
                 raise CheckpointError(removed_message(self.path)) from error
             raise CheckpointError(
-                f"{self.path}: tensor '{name}' cannot be read ({error}); "
+                f"{self.path}: tensor '{name}' cannot be read ({first_line(error)}); "
                 "a tensor file is damaged or missing."
             ) from error
 
-    def _entry(self, name: str) -> TensorStorageMetadata:
+    def _copy_pieces(self, entry: StoredTensor, spec: ShardSpec, out: Tensor) -> None:
+        overlaps = [(piece, _overlap(piece, spec)) for piece in entry.pieces]
+        num_values = sum(math.prod(part.local_shape) for _, part in overlaps)
+        if num_values != out.numel():
+            raise ValueError(f"its pieces hold {num_values} of the {out.numel()} values")
+        for piece, part in overlaps:
+            if not math.prod(part.local_shape):
+                continue
+            with open_regular(self.path / piece.file) as file:
+                tensor = read_saved_tensor(file, piece.start, piece.length)
+            if tensor.shape != piece.shape or tensor.dtype != entry.dtype:
+                raise ValueError(f"a piece of it is {tensor.dtype} {list(tensor.shape)}")
+            source = _narrow(tensor, piece.offset, part)
+            _narrow(out.detach(), spec.offset, part).copy_(source)
+
+    def _entry(self, name: str) -> StoredTensor:
         if name not in self._entries:
             raise CheckpointError(f"{self.path}: has no tensor '{name}', which the model needs.")
         return self._entries[name]
 
 
-class _LoadPlanner(dcp.DefaultLoadPlanner):
-    """Reads all items into one tensor."""
+def _overlap(piece: StoredPiece, spec: ShardSpec) -> ShardSpec:
+    """The rectangle that a piece and `spec` share; its sizes are 0 where they share none."""
+    starts = tuple(map(max, piece.offset, spec.offset))
+    ends = (
+        min(a + m, b + n)
+        for a, m, b, n in zip(piece.offset, piece.shape, spec.offset, spec.local_shape, strict=True)
+    )
+    sizes = tuple(max(0, end - start) for start, end in zip(starts, ends, strict=True))
+    return ShardSpec(spec.global_shape, starts, sizes)
 
-    def __init__(self, out: Tensor) -> None:
-        super().__init__()
-        self._out = out
 
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self._out
-
-
-def _read_metadata(path: Path, foreign: bool) -> Metadata:
-    if not path.parent.exists():
-        raise CheckpointError(removed_message(path.parent))
-    with path.open("rb") as file:
-        metadata = read_pickle(file, path, ForeignUnpickler if foreign else AllowListUnpickler)
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{path}: is not the metadata of a distributed checkpoint.")
-    for info in metadata.storage_data.values():
-        name = str(info.relative_path) if isinstance(info, _StorageInfo) else ""
-        if Path(name).name != name or name in ("", ".."):
-            raise CheckpointError(
-                f"{path}: names the file '{name}', which is outside the checkpoint; "
-                "the file is refused."
-            )
-    return metadata
+def _narrow(tensor: Tensor, offset: tuple[int, ...], part: ShardSpec) -> Tensor:
+    """The view of rectangle `part` in a tensor whose first value is at `offset`."""
+    for dim, size in enumerate(part.local_shape):
+        tensor = tensor.narrow(dim, part.offset[dim] - offset[dim], size)
+    return tensor

@@ -1,139 +1,91 @@
-"""Reading pickles without running code that they name.
+"""The pickles in checkpoints, as plain values (infir2/pickles.py), and the names they may contain.
 
-An unpickler looks up every class and function that a pickle refers to. Here it finds only those of
-an allow-list; any other name is refused by a CheckpointError. Our own `.metadata` needs a few
-classes of torch.distributed.checkpoint. Files of other programs need some more: what Megatron and
-NumPy store beside the weights becomes an `Inert` placeholder.
+A name here admits no code. The lists exist because a checkpoint with any other name was made for an
+attack: it is refused instead of read as if nothing had happened.
 """
 
-import pickle
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from infir2.errors import CheckpointError
+from infir2.files import read_regular
+from infir2.pickles import MAX_BYTES, read_pickle
 
-_DCP = "torch.distributed.checkpoint"
-_OWN = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    f"{_DCP}.metadata": {
+DCP = "torch.distributed.checkpoint"
+DTYPES = {f"torch.{name}": kind for name, kind in vars(torch).items() if type(kind) is torch.dtype}
+_DCP_NAMES = {
+    "metadata": [
         "Metadata",
         "MetadataIndex",
         "TensorStorageMetadata",
         "ChunkStorageMetadata",
         "TensorProperties",
         "_MEM_FORMAT_ENCODING",
-    },
-    f"{_DCP}.filesystem": {"_StorageInfo"},
+    ],
+    "filesystem": ["_StorageInfo"],
 }
+_OTHER_DCP_NAMES = {
+    "metadata": ["StorageMeta", "BytesStorageMetadata"],
+    "planner": ["SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"],
+}
+_REBUILD = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"}
+_PACKAGES = {"megatron", "transformer_engine", "numpy"}
+
+
+def _full_names(modules: dict[str, list[str]]) -> set[str]:
+    return {f"{DCP}.{module}.{name}" for module, names in modules.items() for name in names}
+
+
+_OWN = {"torch.Size", "torch.serialization._get_layout", *_full_names(_DCP_NAMES), *DTYPES}
+_TENSOR = {"torch.storage.UntypedStorage", "collections.OrderedDict", *_REBUILD, *DTYPES}
 _FOREIGN = {
-    "collections": {"OrderedDict"},
-    "argparse": {"Namespace"},
-    "pathlib": {"PosixPath"},
-    f"{_DCP}.metadata": {"StorageMeta", "BytesStorageMetadata"},
-    f"{_DCP}.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-}
-_INERT_PACKAGES = ("megatron", "transformer_engine", "numpy")
-_INERT_NAMES = {
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch.storage", "UntypedStorage"),
-    ("_codecs", "encode"),
-    ("signal", "Signals"),
+    *_OWN,
+    *_TENSOR,
+    *_full_names(_OTHER_DCP_NAMES),
+    "argparse.Namespace",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "signal.Signals",
+    "_codecs.encode",
 }
 
 
-class Inert:
-    """Placeholder for an object that is not needed; accepts any arguments, state and items."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        self.args = args
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
-
-    def append(self, item: object) -> None:
-        pass
-
-    def extend(self, items: object) -> None:
-        pass
+def is_own(name: str) -> bool:
+    """Whether our own `.metadata` contains a name such as "torch.Size"."""
+    return name in _OWN
 
 
-class AllowListUnpickler(pickle.Unpickler):
-    """Unpickler for our own `.metadata`. CheckpointError names a class that is not allowed."""
-
-    def __init__(self, file: IO[bytes], origin: Path) -> None:
-        super().__init__(file)
-        self._origin = origin
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _OWN.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise CheckpointError(
-            f"{self._origin}: asks for '{module}.{name}', which no checkpoint needs; "
-            "the file is refused."
-        )
+def is_tensor(name: str) -> bool:
+    """Whether `torch.save` writes a name for a tensor, such as "torch.BFloat16Storage"."""
+    package, _, rest = name.partition(".")
+    return name in _TENSOR or (package == "torch" and rest.isalnum() and rest.endswith("Storage"))
 
 
-class ForeignUnpickler(AllowListUnpickler):
-    """Unpickler for files of other programs."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _FOREIGN.get(module, ()):
-            return pickle.Unpickler.find_class(self, module, name)
-        if (
-            module.partition(".")[0] in _INERT_PACKAGES
-            or (module, name) in _INERT_NAMES
-            or (module == "torch" and name.endswith("Storage"))
-        ):
-            return Inert
-        return super().find_class(module, name)
-
-    def persistent_load(self, pid: object) -> Inert:
-        return Inert()
+def is_foreign(name: str) -> bool:
+    """Whether a file of another program (Megatron) may contain a name."""
+    return name in _FOREIGN or is_tensor(name) or name.partition(".")[0] in _PACKAGES
 
 
-def read_pickle(
-    file: IO[bytes], origin: Path, unpickler: type[AllowListUnpickler] = ForeignUnpickler
-) -> Any:
-    """Unpickle one object; `origin` is the path for messages.
+def decode_pickle(data: bytes, origin: Path | str, is_expected: Callable[[str], bool]) -> Any:
+    """The value of a pickle.
 
-    Raises CheckpointError for a damaged stream and for a class that is not allowed.
+    Args:
+        origin: begins the sentence of a CheckpointError.
+        is_expected: one of the functions above.
     """
     try:
-        return unpickler(file, origin).load()
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        ImportError,
-    ) as error:
-        raise CheckpointError(
-            f"{origin}: is not a readable pickle ({type(error).__name__}: {error})."
-        ) from error
+        return read_pickle(data, is_expected)
+    except ValueError as error:
+        raise CheckpointError(f"{origin}: {error}; the file is refused.") from error
 
 
-def read_torch_save(path: Path) -> Any:
-    """The object of a `torch.save` file (zip format); its tensors become `Inert`."""
+def read_pickle_file(path: Path, is_expected: Callable[[str], bool]) -> Any:
+    """The value of a pickle file. Raises CheckpointError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
-            if len(pickles) != 1:
-                raise CheckpointError(f"{path}: is not a file of torch.save.")
-            with archive.open(pickles[0]) as file:
-                return read_pickle(file, path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as a file of torch.save ({error})."
-        ) from error
+        data = read_regular(path, MAX_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    return decode_pickle(data, path, is_expected)

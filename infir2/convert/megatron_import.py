@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from infir2.checkpoint.dcp import DcpTensors
-from infir2.checkpoint.pickles import read_torch_save
+from infir2.checkpoint.torch_save import read_torch_save
 from infir2.convert.hf import SHARD_BYTES, complete_config
 from infir2.convert.megatron_names import (
     ARGUMENTS,
@@ -33,6 +33,7 @@ from infir2.errors import CheckpointError, ConfigError
 from infir2.model import ModelConfig
 from infir2.model.safetensors_io import read_json, write_hf
 from infir2.parallel.shard_spec import unsharded
+from infir2.pickles import is_record
 from infir2.terminal import byte_progress
 
 
@@ -148,8 +149,10 @@ class MegatronCheckpoint:
         """The command-line arguments that Megatron saved in common.pt; empty if there are none."""
         path = self.path / "common.pt"
         common = read_torch_save(path) if path.is_file() else {}
-        arguments = common.get("args") if isinstance(common, dict) else None
-        return dict(vars(arguments)) if arguments is not None else {}
+        arguments: Any = common.get("args") if isinstance(common, dict) else None
+        if not is_record(arguments, "argparse.Namespace") or not isinstance(arguments.state, dict):
+            return {}
+        return arguments.state
 
 
 def config_from_arguments(checkpoint: MegatronCheckpoint) -> dict[str, Any]:

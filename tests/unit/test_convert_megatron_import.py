@@ -5,6 +5,7 @@ import enum
 import json
 import os
 import pickle
+import pickletools
 import sys
 import types
 import warnings
@@ -330,6 +331,24 @@ def test_names_outside_the_list_are_refused(tmp_path, name):
     (path / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
     with pytest.raises(CheckpointError, match=f"'{name}'"):
         MegatronCheckpoint(path)
+
+
+@pytest.mark.parametrize("target", [b"cpathlib\nPosixPath\n", b"cpathlib\nPosixPath\n)\x81"])
+def test_a_pickle_cannot_set_attributes_of_a_path(tmp_path, target):
+    """Neither of the class, with which a file is written elsewhere, nor of a shard's own path."""
+    decoder = make_decoder("llama", False)
+    source = write_torch_dist(tmp_path / "megatron", megatron_tensors(decoder, stacked=True))
+    attributes = {"name": "../../escape", "_str": "../../secret"}
+    attack = target + pickletools.optimize(pickle.dumps(attributes, 2))[2:-1] + b"b"
+    like = hf_directory(tmp_path / "like", decoder.config)
+    good = (source / ".metadata").read_bytes()
+    replaced = good.replace(b"\x8c\x0c__0_0.distcp", attack)  # the text of relative_path
+    assert replaced != good
+    (source / ".metadata").write_bytes(replaced)
+    with pytest.raises(CheckpointError, match=r"sets attributes|is not the metadata"):
+        import_megatron(source, tmp_path / "out", like)
+    assert Path("a/b").name == "b"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("escape", ["../secret", "/etc/passwd", "sub/../../secret", "..", ""])
