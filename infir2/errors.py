@@ -7,6 +7,11 @@ the key, file or row and tells the user what to do.
 import errno
 from typing import Self
 
+_REFUSALS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+)
+
 
 class UserError(Exception):
     """Base class of all errors that are printed without a traceback.
@@ -53,6 +58,10 @@ class CheckpointCorruptError(CheckpointError):
     """A file of a checkpoint differs from what its manifest lists."""
 
 
+class RunMovedError(CheckpointError):
+    """The run directory was moved or replaced while the run was writing to it."""
+
+
 class DataError(UserError):
     """A data file cannot be used."""
 
@@ -95,6 +104,20 @@ def disk_reason(error: OSError) -> str:
     """Why the system refused an operation. Example: "No space left on device, errno 28 ENOSPC"."""
     name = errno.errorcode.get(error.errno or 0, "")
     return f"{error.strerror}, errno {error.errno} {name}".rstrip()
+
+
+def system_error(error: BaseException) -> UserError | None:
+    """The sentence for an operation that the system refused, whatever asked for it; else None.
+
+    Such an error is about the disk or the machine and not about the code, so it needs no traceback.
+    """
+    if not isinstance(error, OSError) or error.errno not in _REFUSALS:
+        return None
+    subject = f"{error.filename}: " if error.filename else ""
+    return CheckpointError(
+        f"{subject}the system refused an operation ({disk_reason(error)}); "
+        "make it possible, then run the same command again."
+    )
 
 
 def first_line(error: BaseException) -> str:

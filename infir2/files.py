@@ -1,9 +1,12 @@
 """Files: reading regular ones only, and writing so that a crash leaves the old or the new content.
 
 A FIFO or a device in the place of a user's file would block for ever or never end, so it is refused
-before it is opened. Everything is written under a temporary name, synced and then renamed: `rename`
-is atomic within a directory (POSIX rename(2)). Files and directories get the permissions that the
-process's umask allows, like those of `open` and `mkdir`.
+before it is opened. The files of a run are opened by `open_own`, which follows no link: whoever can
+write into a run directory must not make the run write or publish another file.
+
+Everything is written under a temporary name, synced and then renamed: `rename` is atomic within a
+directory (POSIX rename(2)). Files and directories get the permissions that the process's umask
+allows, like those of `open` and `mkdir`.
 """
 
 import contextlib
@@ -15,14 +18,23 @@ import os
 import secrets
 import shutil
 import stat
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from infir2.errors import CheckpointError, OutputExistsError, disk_reason, first_line
+from infir2.errors import (
+    CheckpointError,
+    OutputExistsError,
+    RunMovedError,
+    disk_reason,
+    first_line,
+)
 from infir2.terminal import log
 
 _FILE_TYPES = {
+    stat.S_IFREG: "a file",
+    stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -42,8 +54,7 @@ def require_regular(path: Path, max_bytes: int | None = None) -> int:
     except ValueError:  # a NUL byte or a lone surrogate in the path
         raise OSError(errno.EINVAL, "its name contains a character no file can have") from None
     if not stat.S_ISREG(found.st_mode):
-        kind = _FILE_TYPES.get(stat.S_IFMT(found.st_mode), "something else")
-        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+        raise _unexpected_type(found.st_mode, path, "a regular file")
     if max_bytes is not None and found.st_size > max_bytes:
         raise OSError(errno.EFBIG, _too_large(max_bytes), str(path))
     return found.st_size
@@ -70,6 +81,85 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 def _too_large(max_bytes: int) -> str:
     return f"it is larger than the {max_bytes:,} bytes that such a file may have"
+
+
+def open_own(path: str | Path, flags: int, dir_fd: int | None = None) -> int:
+    """Open a file of a run; an `opener` for `open`. Raises OSError for a link or no regular file.
+
+    Example: `open(run_dir / "recipe.toml", "rb", opener=open_own)`.
+    """
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a FIFO, a directory
+            mode = os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode
+            raise _unexpected_type(mode, path, "a regular file") from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise _unexpected_type(mode, path, "a regular file")
+    return descriptor
+
+
+def read_own(path: Path, max_bytes: int = 2**31) -> bytes:
+    """The content of a file of a run. Raises OSError, as `open_own` does."""
+    with open(path, "rb", opener=open_own) as file:
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise OSError(errno.EFBIG, _too_large(max_bytes), str(path))
+        return file.read()
+
+
+def make_own_directory(path: Path) -> None:
+    """Create a directory inside a run if it is missing; raises as `require_own_directory`."""
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+    require_own_directory(path)
+
+
+def require_own_directory(path: Path) -> None:
+    """Raises OSError if a directory inside a run is missing, a link or anything else."""
+    mode = path.lstat().st_mode
+    if not stat.S_ISDIR(mode):
+        raise _unexpected_type(mode, path, "a directory")
+
+
+class UnexpectedTypeError(OSError):
+    """A link, a directory or a FIFO in the place of a file, or the like."""
+
+
+def _unexpected_type(mode: int, path: str | Path, wanted: str) -> UnexpectedTypeError:
+    kind = _FILE_TYPES.get(stat.S_IFMT(mode), "something else")
+    return UnexpectedTypeError(errno.EINVAL, f"it is {kind}, not {wanted}", str(path))
+
+
+class HeldDirectory:
+    """A directory that was opened, and whether its path still leads to it.
+
+    A directory that is moved away keeps its open files, but its path may lead to another run's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self.path = path
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.close = weakref.finalize(self, os.close, self.fd)
+
+    def check(self) -> None:
+        """Raises RunMovedError after the directory was moved, removed or replaced."""
+        try:
+            in_place = os.path.samestat(os.fstat(self.fd), os.stat(self.path))
+        except (FileNotFoundError, NotADirectoryError):
+            in_place = False
+        except OSError as error:
+            raise disk_error(f"{self.path}: cannot be found", error) from error
+        if not in_place:
+            raise RunMovedError(
+                f"{self.path}: this path does not lead to the directory of this run anymore, which "
+                "was moved, removed or replaced; nothing was written to what is there now. Move "
+                "it back, or name its new place as run.dir, and run the same command again."
+            )
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -190,6 +280,10 @@ def disk_error(subject: str, error: OSError) -> CheckpointError:
     Example: "runs/a/recipe.toml: cannot be written (No space left on device, errno 28 ENOSPC); free
     space ..."
     """
+    if isinstance(error, UnexpectedTypeError):
+        return CheckpointError(
+            f"{error.filename}: {error.strerror}; move it away, then run the same command again."
+        )
     return CheckpointError(
         f"{subject} ({disk_reason(error)}); "
         "free space or make it writable, then run the same command again."
@@ -200,11 +294,15 @@ class JsonLinesWriter:
     """Appends JSON objects to a file, one per line; a failing disk delays lines but stops nobody.
 
     Lines that cannot be written wait in memory for the next `append`; the first failure is printed.
-    Numpy arrays and tensors are written as lists.
+    Numpy arrays and tensors are written as lists. The file is one of the directory that `path`
+    named at first, wherever that is moved.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._directory: HeldDirectory | None = None
+        with contextlib.suppress(OSError):  # it may come to exist later
+            self._directory = HeldDirectory(path.parent)
         self._file: io.FileIO | None = None
         self._pending = b""
         self._reported = False
@@ -214,8 +312,7 @@ class JsonLinesWriter:
         self._pending += b"".join(map(encode_json_line, rows))
         try:
             if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = io.FileIO(self.path, "a")
+                self._file = io.FileIO(self.path.name, "a", opener=self._open)
             while self._pending:  # a disk that is almost full accepts a part of a line
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
@@ -225,6 +322,12 @@ class JsonLinesWriter:
                     "its lines are kept until it can"
                 )
             self._reported = True
+
+    def _open(self, name: str, flags: int) -> int:
+        if self._directory is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._directory = HeldDirectory(self.path.parent)
+        return open_own(name, flags, self._directory.fd)
 
     def close(self) -> None:
         """Try once more to write the lines that wait, and close the file."""
@@ -243,8 +346,8 @@ def encode_json_line(row: dict[str, Any]) -> bytes:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file's complete, undamaged lines; [] for a missing file."""
-    return [row for _, row in _parsed_lines(path)]
+    """Objects of a file's complete, undamaged lines; [] for a missing file. Raises OSError."""
+    return [row for _, row in _parsed_lines(_read_lines(path))]
 
 
 def truncate_torn_line(path: Path) -> None:
@@ -253,10 +356,10 @@ def truncate_torn_line(path: Path) -> None:
     Otherwise the next line would be appended to its end. Needs no free space; a missing file stays
     missing.
     """
-    if path.exists():
-        data = path.read_bytes()
-        if not data.endswith(b"\n") and data:
-            os.truncate(path, data.rfind(b"\n") + 1)
+    data = _read_lines(path)
+    if not data.endswith(b"\n") and data:
+        with open(path, "r+b", opener=open_own) as file:
+            file.truncate(data.rfind(b"\n") + 1)
 
 
 def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -264,21 +367,27 @@ def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
     A last object without its newline is kept and gets one. Raises OSError.
     """
-    if path.exists():
-        kept = b"".join(
-            line.rstrip(b"\n") + b"\n"
-            for line, row in _parsed_lines(path, allow_torn=True)
-            if keep(row)
-        )
-        if kept != path.read_bytes():
-            write_atomically(path, kept)
+    data = _read_lines(path)
+    kept = b"".join(
+        line.rstrip(b"\n") + b"\n"
+        for line, row in _parsed_lines(data, allow_torn=True)
+        if keep(row)
+    )
+    if kept != data:
+        write_atomically(path, kept)
 
 
-def _parsed_lines(path: Path, allow_torn: bool = False) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _read_lines(path: Path) -> bytes:
+    try:
+        return read_own(path)
+    except FileNotFoundError:
+        return b""
+
+
+def _parsed_lines(data: bytes, allow_torn: bool = False) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield (line, object) of each JSON object; with `allow_torn`, the last needs no newline."""
-    if path.exists():
-        for line in io.BytesIO(path.read_bytes()):
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and (allow_torn or line.endswith(b"\n")):
-                    yield line, row
+    for line in io.BytesIO(data):
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and (allow_torn or line.endswith(b"\n")):
+                yield line, row

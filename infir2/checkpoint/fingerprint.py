@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from infir2.checkpoint.manifest import MANIFEST
-from infir2.checkpoint.store import CHECKPOINTS, open_checkpoint
+from infir2.checkpoint.reader import CHECKPOINTS, open_checkpoint
 
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infir2.errors import OutputExistsError
-from infir2.files import disk_errors
+from infir2.files import disk_errors, open_own
 
 LOCK = ".lock"
 HEARTBEAT_SECONDS = 15.0
@@ -42,8 +42,9 @@ class RunLock:
 
     def __init__(self, path: Path, warn: Warn, run_dir: Path) -> None:
         self._path = path
-        self._created = _create_directories(path.parent, run_dir)
-        self._found = set(path.parent.iterdir())  # what earlier jobs or the user left
+        with disk_errors(f"{run_dir}: cannot be created or listed"):
+            self._created = _create_directories(path.parent)
+            self._found = set(path.parent.iterdir())  # what earlier jobs or the user left
         try:
             self._fd = _open_locked(path, run_dir, warn)
         except BaseException:
@@ -92,7 +93,7 @@ class RunLock:
         self._thread.join(timeout=1)
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, 0)
-            if self._path not in self._found:
+            if self._path not in self._found and _is_file(self._fd, self._path):
                 self._remove_traces()
         os.close(self._fd)
 
@@ -112,11 +113,10 @@ class RunLock:
                 os.utime(self._fd)
 
 
-def _create_directories(directory: Path, run_dir: Path) -> list[Path]:
+def _create_directories(directory: Path) -> list[Path]:
     """Create `directory`; returns those that did not exist, the innermost first."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    with disk_errors(f"{run_dir}: cannot be created"):
-        directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     return missing
 
 
@@ -134,7 +134,7 @@ def _is_empty(entry: Path) -> bool:
 def _open_locked(path: Path, run_dir: Path, warn: Warn) -> int:
     with disk_errors(f"{run_dir}: its lock file cannot be written"):
         while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fd = open_own(path, os.O_RDWR | os.O_CREAT)
             try:
                 _lock(fd, path, run_dir, warn)
                 if _is_file(fd, path):
@@ -146,7 +146,7 @@ def _open_locked(path: Path, run_dir: Path, warn: Warn) -> int:
 
 
 def _is_file(fd: int, path: Path) -> bool:
-    """False if a job whose start failed has removed the file after it was opened here."""
+    """False if the file was removed, or its directory moved, after it was opened here."""
     try:
         return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
@@ -194,9 +194,10 @@ def _try_lock(fd: int, run_dir: Path, holder: dict[str, object], warn: Warn) -> 
 def _read_holder(fd: int) -> dict[str, object]:
     try:
         holder = json.loads(os.pread(fd, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return holder if isinstance(holder, dict) else {}
+    is_whole = isinstance(holder, dict) and isinstance(holder.get("pid"), int)
+    return holder if is_whole else {}
 
 
 def _describe(holder: dict[str, object]) -> str:
@@ -250,7 +251,7 @@ def _watch_other_host(
         not acquired and waited < STALE_SECONDS
     ):
         time.sleep(WATCH_SECONDS / 50)
-        fresh_fd = os.open(path, os.O_RDONLY)  # NFS fetches new attributes only on open
+        fresh_fd = open_own(path, os.O_RDONLY)  # NFS fetches new attributes only on open
         heartbeat = os.fstat(fresh_fd).st_mtime_ns
         os.close(fresh_fd)
         if heartbeat != last_heartbeat:

@@ -7,6 +7,7 @@
 the canonical JSON of its content, so that any flipped byte in it is detected.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -16,12 +17,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from infir2.errors import CheckpointCorruptError, CheckpointError
+from infir2.errors import CheckpointCorruptError, CheckpointError, disk_reason
+from infir2.files import open_own, read_own
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"  # DCP's index of tensors, see dcp.py
 FORMAT = 1
+MAX_BYTES = 2**26  # of a manifest, and of the state
 _LARGE_BYTES = 2**20
+# The file is missing, something else, or lies on damaged sectors.
+_DAMAGED = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.EFBIG, errno.EIO)
 
 
 class FileEntry(NamedTuple):
@@ -97,6 +102,22 @@ def removed_message(path: Path) -> str:
     )
 
 
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """CheckpointCorruptError for what another reading would not better, else CheckpointError.
+
+    A checkpoint that cannot be read now (no permission, no free descriptor, a file server that was
+    restarted) is not given up for an older one.
+    """
+    if error.errno in _DAMAGED:
+        return CheckpointCorruptError(
+            f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete."
+        )
+    return CheckpointError(
+        f"{path}: cannot be read ({disk_reason(error)}); "
+        "make it readable, then run the same command again."
+    )
+
+
 def _canonical(content: Mapping[str, object]) -> bytes:
     return json.dumps(content, sort_keys=True, indent=1).encode() + b"\n"
 
@@ -120,14 +141,12 @@ def read_manifest(directory: Path) -> tuple[int, dict[str, FileEntry]]:
     """
     path = directory / MANIFEST
     try:
-        data = path.read_bytes()
+        data = read_own(path, MAX_BYTES)
     except OSError as error:
-        raise CheckpointCorruptError(
-            f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete."
-        ) from error
+        raise unreadable(path, error) from error
     try:
         step, files = _decode_manifest(path, data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointCorruptError(
             f"{path}: is not a manifest ({type(error).__name__}); the file is damaged."
         ) from error
@@ -161,20 +180,18 @@ def _decode_manifest(path: Path, data: bytes) -> tuple[int, dict[str, FileEntry]
 
 def _verify_file(path: Path, entry: FileEntry, with_hash: bool) -> None:
     try:
-        size = path.stat().st_size
-        if size != entry.size:
-            raise CheckpointCorruptError(
-                f"{path}: has {size} bytes instead of {entry.size}; "
-                "the file was truncated or changed."
-            )
-        if not with_hash:
-            return
-        with path.open("rb") as file:
+        with open(path, "rb", opener=open_own) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry.size:
+                raise CheckpointCorruptError(
+                    f"{path}: has {size} bytes instead of {entry.size}; "
+                    "the file was truncated or changed."
+                )
+            if not with_hash:
+                return
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointCorruptError(
-            f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete."
-        ) from error
+        raise unreadable(path, error) from error
     if digest != entry.sha256:
         raise CheckpointCorruptError(
             f"{path}: its SHA-256 differs from the manifest; its bytes have changed since it was "

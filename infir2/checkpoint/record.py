@@ -1,12 +1,19 @@
 """Writes a run's numbers to metrics.jsonl (the record) and TensorBoard events (a view of it)."""
 
 import math
+import os
 import queue
 import threading
 from pathlib import Path
 from typing import Any
 
-from infir2.files import JsonLinesWriter, disk_errors, keep_json_lines, read_json_lines
+from infir2.files import (
+    HeldDirectory,
+    JsonLinesWriter,
+    disk_errors,
+    keep_json_lines,
+    read_json_lines,
+)
 from infir2.terminal import log
 
 _CLOSE_SECONDS = 5.0
@@ -27,14 +34,15 @@ class MetricsWriter:
             with disk_errors(f"{lines.path}: cannot be written"):
                 keep_json_lines(lines.path, lambda row: _step_of(row) <= resumed_step)
         self._lines.append()  # creates the file, so that readers find it before step 1
-        self._view = TensorBoardView(run_dir, resumed_step)
+        with disk_errors(f"{run_dir}: cannot be read"):
+            self._view = TensorBoardView(run_dir, resumed_step)
 
-    def values(self, kind: str, name: str) -> list[tuple[int, Any]]:
-        """(step, value) of every line of `kind` that has a value for `name`."""
+    def values(self, kind: str, name: str) -> list[tuple[int, float]]:
+        """(step, value) of every line of `kind` that has a number for `name`."""
         return [
             (line["step"], line[name])
             for line in read_json_lines(self._lines.path)
-            if line["kind"] == kind and line.get(name) is not None
+            if line.get("kind") == kind and _is_finite(line.get(name))
         ]
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -43,11 +51,7 @@ class MetricsWriter:
             {"kind": kind, "step": step} | {name: _plain(value) for name, value in values.items()}
         )
         for name, value in values.items():
-            if (
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and math.isfinite(value)
-            ):
+            if _is_finite(value):
                 self._view.add(f"{kind}/{name}", value, step)
 
     def write_samples(self, rows: list[dict[str, Any]]) -> None:
@@ -68,7 +72,12 @@ class TensorBoardView:
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         self._waiting: queue.SimpleQueue[tuple[str, float, int] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(run_dir, resumed_step), daemon=True)
+        # The writer opens its file by path, again and again: by this one it finds the directory
+        # wherever that is moved.
+        self._held = HeldDirectory(run_dir)
+        by_descriptor = f"/proc/self/fd/{self._held.fd}"
+        self._directory = by_descriptor if os.path.exists(by_descriptor) else str(run_dir)
+        self._thread = threading.Thread(target=self._run, args=(resumed_step,), daemon=True)
 
     def add(self, name: str, value: float, step: int) -> None:
         if self._thread.ident is None:
@@ -81,13 +90,13 @@ class TensorBoardView:
             self._waiting.put(None)
             self._thread.join(_CLOSE_SECONDS)
 
-    def _run(self, run_dir: Path, resumed_step: int) -> None:
+    def _run(self, resumed_step: int) -> None:
         try:
             # A slow import that only runs need.
             from torch.utils.tensorboard.writer import SummaryWriter
 
             purge_step = resumed_step + 1 if resumed_step else None
-            writer = SummaryWriter(str(run_dir), purge_step=purge_step)
+            writer = SummaryWriter(self._directory, purge_step=purge_step)
             for item in iter(self._waiting.get, None):
                 writer.add_scalar(*item)
             writer.close()
@@ -95,11 +104,16 @@ class TensorBoardView:
             log(f"TensorBoard events stopped ({error}); metrics.jsonl is still written")
 
 
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < math.inf
+
+
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(row: dict[str, Any]) -> float:
-    """The line's step; infinity where it has none, so that a resumed run drops the line."""
-    step = row.get("step")
-    return step if isinstance(step, int | float) else math.inf
+    """The line's step; infinity for a damaged line, so that a resumed run drops it."""
+    step, kind = row.get("step"), row.get("kind", "")
+    return step if isinstance(step, int | float) and isinstance(kind, str) else math.inf

@@ -7,165 +7,52 @@ SHA-256) comes last; then one rename publishes it. So `step-N` is complete or do
 nothing published is ever modified.
 
 The tensors are a distributed checkpoint of torch (dcp.py), written by one or more ranks; a reader
-does not see by how many. A reader verifies the manifest before it opens any other file.
+(reader.py) does not see by how many.
 """
 
 import contextlib
 import errno
 import json
-import logging
 import os
 import re
 import secrets
 import shutil
 import socket
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from infir2.checkpoint.lock import RunLock
-from infir2.checkpoint.manifest import (
-    MANIFEST,
-    METADATA,
-    FileEntry,
-    encode_manifest,
-    removed_message,
-    verify_directory,
-    write_hashed,
+from infir2.checkpoint.manifest import MANIFEST, FileEntry, encode_manifest, write_hashed
+from infir2.checkpoint.reader import (
+    CHECKPOINTS,
+    STATE,
+    Checkpoint,
+    Warn,
+    load_checkpoint,
+    log_warning,
+    newest_checkpoint,
+    published_steps,
 )
 from infir2.errors import CheckpointCorruptError, CheckpointError, disk_reason
 from infir2.faults import fault
-from infir2.files import disk_error, disk_errors, fsync_directory
+from infir2.files import (
+    HeldDirectory,
+    disk_error,
+    disk_errors,
+    fsync_directory,
+    make_own_directory,
+    require_own_directory,
+)
 from infir2.parallel.ranks import Ranks
 from infir2.parallel.shard_spec import ShardSpec
 from infir2.terminal import byte_progress
 
-if TYPE_CHECKING:  # torch.distributed.checkpoint takes 0.7 s to import
-    from infir2.checkpoint.dcp import DcpTensors
-
-CHECKPOINTS = "checkpoints"
-STATE = "state.json"
 TEMPORARY = ".tmp-step-"  # prefix of a checkpoint that is being written or removed
-_STEP = re.compile(r"step-(0|[1-9]\d*)")
 _CORRUPT = re.compile(r"corrupt-step-(\d+)-[0-9a-f]+")
-
-Warn = Callable[[str], None]
-
-
-def _log_warning(message: str) -> None:
-    logging.getLogger("infir2").warning(message)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint with a verified manifest. Its run may remove it at any time."""
-
-    step: int
-    path: Path
-    files: Mapping[str, FileEntry]
-
-    @cached_property
-    def state(self) -> dict[str, Any]:
-        """The JSON part: configuration, data position, random number generators."""
-        try:
-            return json.loads((self.path / STATE).read_bytes())
-        except FileNotFoundError as error:
-            raise CheckpointError(removed_message(self.path)) from error
-
-    def tensors(self) -> "DcpTensors":
-        """The tensors by name; each is read when it is accessed."""
-        from infir2.checkpoint.dcp import DcpTensors
-
-        tensors = DcpTensors(self.path)
-        if unlisted := tensors.files - self.files.keys():
-            raise CheckpointCorruptError(
-                f"{self.path / METADATA}: names {min(unlisted)}, which the manifest does not list."
-            )
-        return tensors
-
-
-def load_checkpoint(path: Path, sizes_only: bool = False) -> Checkpoint:
-    """Verify one `step-N` directory; CheckpointCorruptError names the first damaged file.
-
-    `sizes_only`: of tensor files, compare sizes instead of hashes.
-    """
-    step, files = verify_directory(path, (STATE, METADATA) if sizes_only else None)
-    if path.name != f"step-{step}":
-        raise CheckpointCorruptError(
-            f"{path}: its manifest says step {step}; the directory was renamed."
-        )
-    if missing := {STATE, METADATA} - files.keys():
-        raise CheckpointCorruptError(f"{path / MANIFEST}: lists no {min(missing)}.")
-    return Checkpoint(step, path, files)
-
-
-def published_steps(directory: Path) -> list[int]:
-    """Steps of the `step-N` directories, oldest first; [] if `directory` does not exist."""
-    try:
-        names = [entry.name for entry in directory.iterdir() if entry.is_dir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
-
-
-def newest_checkpoint(
-    directory: Path, warn: Warn, skipped: set[int] | None = None, sizes_only: bool = False
-) -> Checkpoint | None:
-    """The newest checkpoint that verifies; None if there is no checkpoint.
-
-    A damaged checkpoint is skipped: `warn` receives a sentence with the reason, and its step is
-    added to `skipped`. Raises CheckpointError if all are damaged. `sizes_only`: see
-    `load_checkpoint`.
-    """
-    steps = published_steps(directory)
-    for step in reversed(steps):
-        path = directory / f"step-{step}"
-        try:
-            return load_checkpoint(path, sizes_only)
-        except CheckpointCorruptError as error:
-            if not path.exists():  # its run has removed it meanwhile, and published a newer one
-                return newest_checkpoint(directory, warn, skipped, sizes_only)
-            warn(f"skipped checkpoint step-{step}: {error}")
-            if skipped is not None:
-                skipped.add(step)
-    if steps:
-        raise CheckpointError(
-            f"{directory}: none of its {len(steps)} checkpoints verifies (the warnings name each "
-            "file); restore one from a copy, or move the directory away to start over."
-        )
-    return None
-
-
-def open_checkpoint(
-    path: str | Path, warn: Warn = _log_warning, sizes_only: bool = False
-) -> Checkpoint:
-    """Open `runs/x/checkpoints/step-N`, or the newest good checkpoint of a run directory `runs/x`.
-
-    Takes no lock, so checkpoints of a running job can be opened. `sizes_only`: see
-    `load_checkpoint`.
-    """
-    path = Path(path)
-    if _STEP.fullmatch(path.resolve().name) and not (path / CHECKPOINTS).is_dir():
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: there is no such checkpoint.")
-        return load_checkpoint(path.resolve(), sizes_only)
-    checkpoint = newest_checkpoint(path / CHECKPOINTS, warn, sizes_only=sizes_only)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{path}: is neither a checkpoint (step-N) nor a run directory with a saved checkpoint "
-            f"in {CHECKPOINTS}/."
-        )
-    return checkpoint
-
-
-def read_state(path: str | Path) -> dict[str, Any]:
-    """The state of the checkpoint that `open_checkpoint` opens, without reading its tensors."""
-    return open_checkpoint(path, sizes_only=True).state
 
 
 class Store:
@@ -191,7 +78,7 @@ class Store:
         self,
         run_dir: str | Path,
         keep: int = 2,
-        warn: Warn = _log_warning,
+        warn: Warn = log_warning,
         ranks: Ranks | None = None,
     ) -> None:
         assert keep >= 1
@@ -203,16 +90,29 @@ class Store:
         self._warn = warn
         self._corrupt: set[int] = set()
         self._close: weakref.finalize | None = None
+        self._held: HeldDirectory  # rank 0 only
         if self.ranks.is_rank0:
             self._close = weakref.finalize(self, RunLock.acquire(self.run_dir, warn).release)
-            with disk_errors(f"{self.directory}: cannot be created"):
-                self.directory.mkdir(exist_ok=True)
+            try:
+                self._open_directory()
+            except BaseException:
+                self._close()
+                raise
+
+    def _open_directory(self) -> None:
+        with disk_errors(f"{self.directory}: cannot be used"):
+            make_own_directory(self.directory)
+            self._held = HeldDirectory(self.run_dir)
             self._remove_leftovers()
 
     def close(self) -> None:
         """Release the run directory; also done when the store is garbage-collected."""
         if self._close:
             self._close()
+
+    def check_in_place(self) -> None:
+        """Raises RunMovedError after the run directory was moved or replaced. Rank 0 only."""
+        self._held.check()
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, or None; see `newest_checkpoint`."""
@@ -234,13 +134,14 @@ class Store:
         Raises:
             CheckpointError: the disk is full or refuses to write. The previous checkpoints are
                 intact, and no partial one is left.
+            RunMovedError: the run directory was moved or replaced; nothing was written.
         """
         assert self._close is None or self._close.alive, "the store is closed"
         payload = json.dumps(dict(state)).encode()
         target = self.directory / f"step-{step}"
-        if self.ranks.broadcast_from_rank0(lambda: self._is_intact(target)):
-            return target
         try:
+            if self.ranks.broadcast_from_rank0(lambda: self._is_intact(target)):
+                return target
             self._publish(target, step, tensors, payload)
         except OSError as error:
             self._warn(f"saving step {step} failed ({disk_reason(error)}); retrying once.")
@@ -255,6 +156,7 @@ class Store:
         return target
 
     def _is_intact(self, target: Path) -> bool:
+        self.check_in_place()
         try:
             load_checkpoint(target)
         except CheckpointCorruptError as error:
@@ -286,6 +188,7 @@ class Store:
         return spec.owned if spec else self.ranks.is_rank0
 
     def _create_directory(self, step: int, num_bytes: int) -> Path:
+        require_own_directory(self.directory)
         free = shutil.disk_usage(self.directory).free
         if free < num_bytes:
             raise OSError(errno.ENOSPC, f"{num_bytes} bytes needed, {free} free")
@@ -315,6 +218,7 @@ class Store:
     ) -> None:
         """Rank 0 adds state and manifest to the files of all ranks, and publishes by rename."""
         files = {name: entry for part in entries for name, entry in part.items()}
+        self.check_in_place()
         files[STATE] = write_hashed(temporary / STATE, payload)
         fault("save.before_manifest")
         write_hashed(temporary / MANIFEST, encode_manifest(step, files))
@@ -344,10 +248,11 @@ class Store:
 
     def _remove(self, path: Path, step: int) -> None:
         """Rename, then delete: a kill in between leaves no partial checkpoint under its name."""
+        self.check_in_place()
         temporary = self._temporary(step)
         os.rename(path, temporary)
         fault("save.during_retention")
-        shutil.rmtree(temporary)
+        temporary.unlink() if temporary.is_symlink() else shutil.rmtree(temporary)
 
     def _retain(self, newest: int) -> None:
         """Remove old checkpoints; a failure is a warning, because the new one is safe."""

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from infir2.errors import ConfigError, Interrupted, Preempted, UserError
+from infir2.errors import ConfigError, Interrupted, Preempted, UserError, system_error
 from infir2.launch.ranks import code_for_torchrun
 from infir2.processes import process_signals
 from infir2.terminal import log, log_error, print_result
@@ -106,8 +106,10 @@ def _run(arguments: list[str]) -> int:
         # at exit and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:
+    except Exception as error:
         process_signals.keep_exit_code = True
+        if refusal := system_error(error):
+            return _report_error(refusal)
         traceback.print_exc()
         command = " ".join(["infir2", *arguments])
         log(

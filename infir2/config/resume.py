@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from infir2.config.keys import flatten
 from infir2.config.load import Loaded, R, load
 from infir2.errors import ConfigError
+from infir2.files import read_own
 
 # A resumed run may change these keys: they do not change what the next step computes. Any other key
 # (data, seed, shape, schedule, loss) would make it a different run.
@@ -35,6 +36,9 @@ SAFE_KEYS = (
     "rollout",
     "evaluate",
 )
+
+
+MAX_BYTES = 2**24
 
 
 def dump(loaded: Loaded[Any]) -> str:
@@ -112,12 +116,11 @@ def check_resume(loaded: Loaded[R], recipe_path: Path) -> list[str]:
     """
     fix = "name a new run.dir, restore the value, or resume with --accept-changes."
     try:
+        read_own(recipe_path, MAX_BYTES)
         old = load(type(loaded.recipe), [recipe_path]).recipe
-    except ConfigError as error:
-        text = (
-            f"{recipe_path}: the recipe that this run was started with cannot be read "
-            f"({str(error).rstrip('.')})"
-        )
+    except (ConfigError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        text = f"{recipe_path}: the recipe that this run was started with cannot be read ({reason})"
         if not loaded.accept_changes:
             raise ConfigError(f"{text}; {fix}") from error
         return [text]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infir2.checkpoint.store import open_checkpoint
+from infir2.checkpoint.reader import open_checkpoint
 from infir2.config.schema import Fp8Section
 from infir2.errors import CheckFailedError, CheckpointError
 from infir2.model import Decoder, ModelConfig

@@ -14,7 +14,7 @@ from infir2.data.messages import decode_messages, find, messages, question, text
 from infir2.data.sources import RowError, Source
 from infir2.data.types import Message
 from infir2.errors import DataError
-from infir2.files import JsonLinesWriter, read_json_lines, truncate_torn_line
+from infir2.files import JsonLinesWriter, disk_errors, read_json_lines, truncate_torn_line
 
 RowKind = Literal["documents", "messages", "prompts"]
 NOT_FINITE = ("nan", "inf", "infinity")  # what float, pandas and JSON write
@@ -201,8 +201,10 @@ class Quarantine:
 
 def _listed_origins(path: Path) -> set[str]:
     """Return the origins in a quarantine file; remove a partial last line."""
-    truncate_torn_line(path)
-    return {row["origin"] for row in read_json_lines(path) if isinstance(row.get("origin"), str)}
+    with disk_errors(f"{path}: cannot be used"):
+        truncate_torn_line(path)
+        rows = read_json_lines(path)
+    return {row["origin"] for row in rows if isinstance(row.get("origin"), str)}
 
 
 def _fields(section: SourceSection, kind: RowKind) -> list[str]:

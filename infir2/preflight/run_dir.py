@@ -7,7 +7,7 @@ from pathlib import Path
 
 from infir2.checkpoint import Checkpoint
 from infir2.checkpoint.lock import RunLock
-from infir2.checkpoint.store import CHECKPOINTS, newest_checkpoint
+from infir2.checkpoint.reader import CHECKPOINTS, newest_checkpoint
 from infir2.config import Loaded
 from infir2.config.schema import TrainRecipe
 from infir2.errors import ConfigError

@@ -8,6 +8,7 @@ a train line are those of its own step.
 
 import json
 import math
+import os
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,8 +20,10 @@ import numpy as np
 
 from infir2.errors import DataError
 from infir2.evaluate.statistics import Evaluation
+from infir2.files import open_own, read_own
 
 EVALUATION_PREFIX = "eval-"
+MAX_BYTES = 2**24  # of recipe.toml, environment.json and state.json
 Row = dict[str, Any]
 
 
@@ -184,13 +187,13 @@ def read_run(run_dir: Path) -> Run:
     recipe_text, recipe = _read_file(run_dir / "recipe.toml", tomllib.loads, notes)
     samples = (
         _read_lines(run_dir / "samples.jsonl", notes)
-        if (run_dir / "samples.jsonl").exists()
+        if os.path.lexists(run_dir / "samples.jsonl")
         else []
     )
     checkpoints = {
         int(path.name[5:]): path
         for path in run_dir.glob("checkpoints/step-*")
-        if path.name[5:].isdecimal()
+        if path.name[5:].isdecimal() and not path.is_symlink()
     }
     return Run(
         path=run_dir,
@@ -215,25 +218,30 @@ def read_run(run_dir: Path) -> Run:
 def _read_file(path: Path, parse: Callable[[str], Any], notes: list[str]) -> tuple[str, Row]:
     """A file's text and its parsed table; '' and {} if there is none."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        notes.append(f"no {path.name}")
+        text = read_own(path, MAX_BYTES).decode("utf-8", errors="replace")
+    except OSError as error:
+        notes.append(_missing(path, error))
         return "", {}
     try:
         value = parse(text)
         if not isinstance(value, dict):
             raise ValueError("it holds no table")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be parsed ({error})")
         return text, {}
     return text, value
+
+
+def _missing(path: Path, error: OSError) -> str:
+    is_absent = isinstance(error, FileNotFoundError)
+    return f"no {path.name}" if is_absent else f"{path.name} cannot be read ({error.strerror})"
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[Row]:
     """The lines that are JSON objects, in file order."""
     rows, num_bad = [], 0
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=open_own) as file:
             for line in filter(bytes.strip, file):
                 try:
                     value = json.loads(line.decode("utf-8", errors="replace"))
@@ -243,8 +251,8 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
                     rows.append(value)
                 else:
                     num_bad += 1
-    except OSError:
-        notes.append(f"no {path.name}")
+    except OSError as error:
+        notes.append(_missing(path, error))
     if num_bad:
         notes.append(
             f"{path.name}: {num_bad} unreadable {'line' if num_bad == 1 else 'lines'} left out"

@@ -45,7 +45,7 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         engine, digest = open_engine(recipe, trainer.parallel_model, policy_version=finished)
         cursor = supervisor.checkpoint.state["cursor"] if supervisor.checkpoint else 0
         prompts = PromptStream(rows, tokenizer, rl.max_prompt_tokens, seed, cursor)
-        journal = Journal(supervisor.dir, supervisor.ranks)
+        journal = Journal(supervisor.dir, supervisor.ranks, supervisor.store.check_in_place)
         generator = GroupGenerator(engine, tokenizer, rl, seed, journal, supervisor.ranks)
         if prompts.num_too_long:
             detail = f"{prompts.num_too_long} prompts dropped"

@@ -7,7 +7,7 @@ import torch
 
 from infir2.checkpoint import open_checkpoint
 from infir2.checkpoint.fingerprint import is_run
-from infir2.checkpoint.store import read_state
+from infir2.checkpoint.reader import read_state
 from infir2.config.schema import Fp8Section, ModelSection, RunSection
 from infir2.data import ChatTokenizer
 from infir2.model import Decoder, ModelConfig

@@ -10,7 +10,7 @@ import torch
 
 from infir2.checkpoint import Checkpoint
 from infir2.checkpoint.fingerprint import is_run
-from infir2.checkpoint.store import CHECKPOINTS, published_steps, read_state
+from infir2.checkpoint.reader import CHECKPOINTS, published_steps, read_state
 from infir2.config.env_vars import import_advice, is_torch_dist
 from infir2.config.load import Loaded
 from infir2.config.resume import check_resume

@@ -27,7 +27,7 @@ class RunLog:
         if self._is_rank0:
             self._progress = StepProgress(self._kind, total_steps, resumed_step)
 
-    def values(self, kind: str, name: str) -> list[tuple[int, Any]]:
+    def values(self, kind: str, name: str) -> list[tuple[int, float]]:
         """(step, value) of the lines of a kind. Rank 0 only."""
         assert self._metrics is not None
         return self._metrics.values(kind, name)

@@ -10,7 +10,7 @@ import torch
 from infir2.checkpoint import Store
 from infir2.checkpoint.background import BackgroundSaver
 from infir2.config.schema import CheckpointSection
-from infir2.errors import CheckpointError
+from infir2.errors import CheckpointError, RunMovedError
 from infir2.terminal import log
 from infir2.train.run_log import RunLog
 from infir2.train.trainer import Trainer
@@ -79,7 +79,7 @@ class Saver:
         """Record the end of the running save; without `wait`, only if it has ended.
 
         With `checkpoint.on_save_error = "warn"` a failed save is an event and training continues;
-        otherwise raises its CheckpointError.
+        otherwise, and after the run directory was moved, raises its CheckpointError.
         """
         if self._pending is None or not (wait or self._pending.end.done()):
             return
@@ -87,7 +87,7 @@ class Saver:
         try:
             seconds = pending.end.result() - pending.start
         except CheckpointError as error:
-            if self._section.on_save_error == "stop":
+            if self._section.on_save_error == "stop" or isinstance(error, RunMovedError):
                 raise
             self._log.event(pending.step, "save_failed", str(error))
         else:

@@ -36,6 +36,7 @@ from infir2.errors import (
     Preempted,
     RankError,
     UserError,
+    system_error,
 )
 from infir2.faults import fault
 from infir2.files import disk_errors, write_atomically
@@ -232,6 +233,7 @@ class Supervisor:
         if self._spikes:
             self._spikes.check(step, result.loss, self.saved_step)
         if self.ranks.size == 1:  # several ranks learn of a failed save together, at the next one
+            self.store.check_in_place()
             self.saver.finish_pending_save(wait=False)
         if step % self.recipe.checkpoint.save_every == 0 or is_last:
             self.saver.save(step, state)
@@ -319,7 +321,9 @@ class Supervisor:
                 shutdown_ranks()
 
     def _report_rank_error(self, error: BaseException | None, phase: str) -> None:
-        if error is not None and not isinstance(error, UserError | KeyboardInterrupt):
+        if error is None or system_error(error):
+            return
+        if not isinstance(error, UserError | KeyboardInterrupt):
             traceback.print_exception(error)
             name = type(error).__name__
             raise RankError(
@@ -331,6 +335,7 @@ class Supervisor:
 
         Only after everything that may refuse this command has passed.
         """
+        self.store.check_in_place()
         contents = {
             "recipe.toml": dump(self._loaded),
             "environment.json": json.dumps(describe_environment(), indent=1) + "\n",

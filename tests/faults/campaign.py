@@ -35,7 +35,7 @@ from stages import (
     options,
 )
 
-from infir2.checkpoint.store import newest_checkpoint
+from infir2.checkpoint.reader import newest_checkpoint
 
 STEPS = {"cpt": 60, "sft": 60, "rl": 12, "rl-asynchronous": 12}
 SAVE_EVERY = {"cpt": 8, "sft": 8, "rl": 2, "rl-asynchronous": 2}

@@ -25,7 +25,7 @@ from infir2 import faults
 from infir2.checkpoint import Store, dcp, open_checkpoint
 from infir2.checkpoint import lock as lock_module
 from infir2.checkpoint import store as store_module
-from infir2.checkpoint.store import published_steps
+from infir2.checkpoint.reader import published_steps
 from infir2.errors import CheckpointCorruptError, CheckpointError, ConfigError, OutputExistsError
 
 SAVE_POINTS = [point for point in faults.POINTS if point.startswith("save.")]

@@ -13,10 +13,9 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from infir2.checkpoint import Store, dcp, open_checkpoint
-from infir2.checkpoint import store as store_module
+from infir2.checkpoint import Store, dcp, open_checkpoint, reader
 from infir2.checkpoint.manifest import FileEntry, encode_manifest, read_manifest
-from infir2.checkpoint.store import published_steps, read_state
+from infir2.checkpoint.reader import published_steps, read_state
 from infir2.errors import CheckpointCorruptError, CheckpointError
 from infir2.parallel.shard_spec import ShardSpec, unsharded
 
@@ -328,7 +327,7 @@ def test_sizes_only_reads_no_tensor(tmp_path):
 def test_a_search_begins_again_when_the_run_publishes_and_removes_meanwhile(tmp_path, monkeypatch):
     store = Store(tmp_path, keep=1)
     save(store, 1)
-    real = store_module.load_checkpoint
+    real = reader.load_checkpoint
 
     def load(path: Path, sizes_only: bool = False):
         if path.name == "step-1":
@@ -336,5 +335,5 @@ def test_a_search_begins_again_when_the_run_publishes_and_removes_meanwhile(tmp_
             save(store, 2)
         return real(path, sizes_only)
 
-    monkeypatch.setattr(store_module, "load_checkpoint", load)
+    monkeypatch.setattr(reader, "load_checkpoint", load)
     assert open_checkpoint(tmp_path).step == 2

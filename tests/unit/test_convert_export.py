@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from infir2.checkpoint.store import Store, open_checkpoint
+from infir2.checkpoint import Store, open_checkpoint
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.convert import (
     export_fp8,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from infir2.checkpoint.store import Store
+from infir2.checkpoint import Store
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.convert import export_fp8, export_hf
 from infir2.data import load_tokenizer

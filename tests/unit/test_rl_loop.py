@@ -278,7 +278,7 @@ def test_an_engine_with_other_weights_is_refused(
 def test_a_journal_that_the_disk_refuses_costs_its_lines_and_not_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    journal = Journal(tmp_path, Ranks())
+    journal = Journal(tmp_path, Ranks(), lambda: None)
     journal.open(1, 0)
     (tmp_path / "rollouts" / "step-1-0.jsonl").mkdir()
     response = Response(
@@ -292,7 +292,7 @@ def test_a_journal_that_the_disk_refuses_costs_its_lines_and_not_the_run(
     assert capsys.readouterr().err.count("cannot be written") == 1
     (tmp_path / "rollouts" / "step-1-0.jsonl").rmdir()
     journal.add("third", [response])
-    again = Journal(tmp_path, Ranks())
+    again = Journal(tmp_path, Ranks(), lambda: None)
     again.open(1, 0)
     assert all(
         again.get(key)[0].completion.rollout_logprobs.tolist() == [-0.5, -1.25]
