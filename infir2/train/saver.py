@@ -69,10 +69,11 @@ class Saver:
         try:
             self._store.save(step, tensors, state)
             end.set_result(time.monotonic())
-        except BaseException as error:
-            end.set_exception(error)  # whoever asks for the result must not wait forever
-            if not isinstance(error, CheckpointError):
-                raise
+        except CheckpointError as error:
+            end.set_exception(error)
+        except BaseException:  # a second Ctrl-C, no memory: nobody may wait for this save
+            self._pending = None
+            raise
         self.finish_pending_save()
 
     def finish_pending_save(self, wait: bool = True) -> None:
