@@ -3,7 +3,7 @@
 The kernel releases a `flock` when its process ends, however it ends. Some network file systems do
 not share `flock` between hosts, or keep the lock of a dead host for a while. For these, a holder
 updates the file's modification time every HEARTBEAT_SECONDS: a lock of another host is taken over
-only if no heartbeat arrives for WATCH_SECONDS.
+only if no heartbeat arrives for WATCH_SECONDS. A file system without `flock` is claim.py's.
 
 Acquiring the lock creates the run directory. A start that fails must leave nothing behind, so
 releasing it removes what this process created if nothing has been written meanwhile.
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from infir2.checkpoint.claim import Claim, process_start
 from infir2.errors import OutputExistsError
 from infir2.files import disk_errors, open_own
 
@@ -46,10 +47,11 @@ class RunLock:
             self._created = _create_directories(path.parent)
             self._found = set(path.parent.iterdir())  # what earlier jobs or the user left
         try:
-            self._fd = _open_locked(path, run_dir, warn)
+            attempt = _open_locked(path, run_dir, warn)
         except BaseException:
             _remove_empty(self._created)
             raise
+        self._fd, self._claim = attempt.fd, attempt.claim
         self._pid = os.getpid()
         self._users = 1
         self._stop = threading.Event()
@@ -95,22 +97,32 @@ class RunLock:
             os.ftruncate(self._fd, 0)
             if self._path not in self._found and _is_file(self._fd, self._path):
                 self._remove_traces()
+        self._release_claim()
         os.close(self._fd)
 
     def _remove_traces(self) -> None:
         """Remove what this process created if it wrote nothing into it; the lock goes last."""
-        created = set(self._path.parent.iterdir()) - self._found - {self._path}
+        own = {self._path} | ({self._claim.path} if self._claim else set())
+        created = set(self._path.parent.iterdir()) - self._found - own
         if not all(map(_is_empty, created)):
             return
         for entry in created:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self._path.unlink()
+        self._release_claim()
         _remove_empty(self._created)
+
+    def _release_claim(self) -> None:
+        if self._claim:
+            self._claim.release()
+            self._claim = None
 
     def _send_heartbeats(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):  # a missed heartbeat only makes the lock look older
                 os.utime(self._fd)
+                if self._claim:
+                    self._claim.send_heartbeat()
 
 
 def _create_directories(directory: Path) -> list[Path]:
@@ -131,18 +143,18 @@ def _is_empty(entry: Path) -> bool:
     return all(path.is_dir() or not path.stat().st_size for path in (entry, *entry.rglob("*")))
 
 
-def _open_locked(path: Path, run_dir: Path, warn: Warn) -> int:
+def _open_locked(path: Path, run_dir: Path, warn: Warn) -> "_Attempt":
     with disk_errors(f"{run_dir}: its lock file cannot be written"):
         while True:
-            fd = open_own(path, os.O_RDWR | os.O_CREAT)
+            attempt = _Attempt(path, run_dir, warn)
             try:
-                _lock(fd, path, run_dir, warn)
-                if _is_file(fd, path):
-                    return fd
+                attempt.acquire()
+                if _is_file(attempt.fd, path):
+                    return attempt
             except BaseException:
-                os.close(fd)
+                attempt.abandon()
                 raise
-            os.close(fd)
+            attempt.abandon()
 
 
 def _is_file(fd: int, path: Path) -> bool:
@@ -153,42 +165,111 @@ def _is_file(fd: int, path: Path) -> bool:
         return False
 
 
-def _lock(fd: int, path: Path, run_dir: Path, warn: Warn) -> None:
-    holder = _read_holder(fd)
-    acquired = _try_lock(fd, run_dir, holder, warn)
-    if holder and holder.get("host") != socket.gethostname():
-        acquired = _watch_other_host(fd, acquired, path, run_dir, holder, warn)
-    if not acquired:
-        raise OutputExistsError(_refusal(path, run_dir, holder))
-    if holder:
-        warn(
-            f"{run_dir}: took over the lock of a job that ended without releasing it "
-            f"({_describe(holder)})."
-        )
-    content = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, json.dumps(content).encode(), 0)
-    os.utime(fd)
+class _Attempt:
+    """One attempt to acquire a lock.
 
+    Attributes:
+        fd: of the lock file.
+        claim: what holds the directory where the file system has no `flock`.
+    """
 
-def _try_lock(fd: int, run_dir: Path, holder: dict[str, object], warn: Warn) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        warn(
-            f"{run_dir}: its file system has no locks; only the age of the lock file shows "
-            "whether another job uses this run directory."
+    def __init__(self, path: Path, run_dir: Path, warn: Warn) -> None:
+        self._path, self._run_dir, self._warn = path, run_dir, warn
+        self.fd = open_own(path, os.O_RDWR | os.O_CREAT)
+        self.claim: Claim | None = None
+
+    def abandon(self) -> None:
+        if self.claim:
+            self.claim.release()
+        os.close(self.fd)
+
+    def acquire(self) -> None:
+        """Raises OutputExistsError if another job holds the lock."""
+        holder = _read_holder(self.fd)
+        acquired = self._flock(holder)
+        if holder and holder.get("host") != socket.gethostname():
+            acquired = self._watch_other_host(acquired, holder)
+        if not acquired:
+            raise OutputExistsError(self._refusal(holder))
+        if holder:
+            self._warn(
+                f"{self._run_dir}: took over the lock of a job that ended without releasing it "
+                f"({_describe(holder)})."
+            )
+        pid = os.getpid()
+        content = {
+            "host": socket.gethostname(),
+            "pid": pid,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "process_start": process_start(pid),
+        }
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, json.dumps(content).encode(), 0)
+        os.utime(self.fd)
+
+    def _flock(self, holder: dict[str, object]) -> bool:
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            self._warn(
+                f"{self._run_dir}: its file system has no locks; "
+                f"a file {self._path.name}-... of each job shows who uses this run directory."
+            )
+            self.claim = Claim.acquire(self._path.parent, WATCH_SECONDS)
+            if self.claim is None:
+                raise OutputExistsError(self._refusal(_read_holder(self.fd))) from None
+            return not _runs_on_this_host(holder)
+        return True
+
+    def _refusal(self, holder: dict[str, object]) -> str:
+        if holder.get("host") == socket.gethostname() and not _runs_on_this_host(holder):
+            return (
+                f"{self._run_dir}: its job ({_describe(holder)}) is dead but one of its child "
+                f"processes is not; end the process that `fuser {self._path}` names."
+            )
+        return (
+            f"{self._run_dir}: another job uses this run directory ({_describe(holder)}); "
+            "stop that job or choose another run.dir."
         )
-        return not _runs_on_this_host(holder)
-    return True
+
+    def _watch_other_host(self, acquired: bool, holder: dict[str, object]) -> bool:
+        """Wait for a heartbeat of a holder on another host. Returns whether the lock is ours.
+
+        Raises OutputExistsError at the next heartbeat. A file server may keep the lock of a dead
+        host, so a lock that was not `acquired` is requested again until STALE_SECONDS.
+        """
+        last_heartbeat = os.fstat(self.fd).st_mtime_ns
+        os.utime(self.fd)  # the age must be measured by the file server's clock, not ours
+        age_seconds = (os.fstat(self.fd).st_mtime_ns - last_heartbeat) / 1e9
+        os.utime(self.fd, ns=(last_heartbeat, last_heartbeat))
+        if acquired and age_seconds >= STALE_SECONDS:
+            return True
+        self._warn(
+            f"{self._run_dir}: its last job was on another host ({_describe(holder)}); "
+            f"waiting {WATCH_SECONDS:.0f} s for a heartbeat."
+        )
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < WATCH_SECONDS or (
+            not acquired and waited < STALE_SECONDS
+        ):
+            time.sleep(WATCH_SECONDS / 50)
+            if self.claim:
+                self.claim.send_heartbeat()
+            if self._heartbeat() != last_heartbeat:
+                raise OutputExistsError(self._refusal(holder))
+            acquired = acquired or self._flock(holder)
+        return acquired
+
+    def _heartbeat(self) -> int:
+        fresh_fd = open_own(self._path, os.O_RDONLY)  # NFS fetches new attributes only on open
+        try:
+            return os.fstat(fresh_fd).st_mtime_ns
+        finally:
+            os.close(fresh_fd)
 
 
 def _read_holder(fd: int) -> dict[str, object]:
@@ -201,60 +282,15 @@ def _read_holder(fd: int) -> dict[str, object]:
 
 
 def _describe(holder: dict[str, object]) -> str:
+    if not holder:
+        return "which is only starting"
     pid, host, started = (holder.get(key, "?") for key in ("pid", "host", "started"))
     return f"pid {pid} on {host}, started {started}"
 
 
 def _runs_on_this_host(holder: dict[str, object]) -> bool:
-    return (
-        holder.get("host") == socket.gethostname() and Path(f"/proc/{holder.get('pid')}").exists()
-    )
-
-
-def _refusal(path: Path, run_dir: Path, holder: dict[str, object]) -> str:
-    if holder.get("host") == socket.gethostname() and not _runs_on_this_host(holder):
-        return (
-            f"{run_dir}: its job ({_describe(holder)}) is dead but one of its child processes is "
-            f"not; end the process that `fuser {path}` names."
-        )
-    return (
-        f"{run_dir}: another job uses this run directory ({_describe(holder)}); "
-        "stop that job or choose another run.dir."
-    )
-
-
-def _watch_other_host(
-    fd: int,
-    acquired: bool,
-    path: Path,
-    run_dir: Path,
-    holder: dict[str, object],
-    warn: Warn,
-) -> bool:
-    """Wait for a heartbeat of a holder on another host. Returns whether the lock is ours.
-
-    Raises OutputExistsError at the next heartbeat. A file server may keep the lock of a dead host,
-    so a lock that was not `acquired` is requested again until STALE_SECONDS.
-    """
-    last_heartbeat = os.fstat(fd).st_mtime_ns
-    os.utime(fd)  # the age must be measured by the file server's clock, not ours
-    age_seconds = (os.fstat(fd).st_mtime_ns - last_heartbeat) / 1e9
-    os.utime(fd, ns=(last_heartbeat, last_heartbeat))
-    if acquired and age_seconds >= STALE_SECONDS:
-        return True
-    warn(
-        f"{run_dir}: its last job was on another host ({_describe(holder)}); "
-        f"waiting {WATCH_SECONDS:.0f} s for a heartbeat."
-    )
-    began = time.monotonic()
-    while (waited := time.monotonic() - began) < WATCH_SECONDS or (
-        not acquired and waited < STALE_SECONDS
-    ):
-        time.sleep(WATCH_SECONDS / 50)
-        fresh_fd = open_own(path, os.O_RDONLY)  # NFS fetches new attributes only on open
-        heartbeat = os.fstat(fresh_fd).st_mtime_ns
-        os.close(fresh_fd)
-        if heartbeat != last_heartbeat:
-            raise OutputExistsError(_refusal(path, run_dir, holder))
-        acquired = acquired or _try_lock(fd, run_dir, holder, warn)
-    return acquired
+    pid = holder.get("pid")
+    start = process_start(pid) if isinstance(pid, int) else None
+    # The number of a dead process is used again: it has another start.
+    is_same = start is not None and holder.get("process_start", start) == start
+    return holder.get("host") == socket.gethostname() and is_same
