@@ -96,10 +96,10 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def parameter_count(config: Mapping[str, Any]) -> int:
-    """The number of parameters of a Hugging Face configuration; 0 for an unknown architecture."""
+    """The number of parameters of a Hugging Face configuration; 0 for an impossible one."""
     try:
         return sum(math.prod(shape) for shape in parameter_shapes(config).values())
-    except CheckpointError:
+    except (CheckpointError, ArithmeticError, RuntimeError, TypeError, ValueError):
         return 0
 
 

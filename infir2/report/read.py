@@ -23,6 +23,7 @@ from infir2.evaluate.statistics import Evaluation
 from infir2.files import open_own, read_own
 
 EVALUATION_PREFIX = "eval-"
+LARGEST = 1e100
 MAX_BYTES = 2**24  # of recipe.toml, environment.json and state.json
 Row = dict[str, Any]
 
@@ -131,12 +132,12 @@ class Run:
 
 
 def number(value: Any) -> float:
-    """A finite float, or NaN for anything else (null, text, Infinity)."""
+    """A float of a size that charts can add and scale; NaN for anything else (null, Infinity)."""
     try:
         result = float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:
         return math.nan
-    return result if math.isfinite(result) else math.nan
+    return result if abs(result) < LARGEST else math.nan
 
 
 def read_runs(run_dirs: Iterable[Path]) -> list[Run]:
