@@ -22,8 +22,7 @@ from stages import SHAPE, assert_same_state, begin, curve, lines, options, run
 
 import infir2.train.loop as train_run
 from infir2 import faults
-from infir2.checkpoint import open_checkpoint
-from infir2.checkpoint import Store
+from infir2.checkpoint import Store, open_checkpoint
 from infir2.cli import main
 from infir2.data import Loader
 from infir2.errors import DataError
