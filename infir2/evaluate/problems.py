@@ -9,6 +9,8 @@ from infir2.engines.generate import generate_batches, group_requests
 from infir2.engines.types import Completion, Engine, Request, SamplingParams
 from infir2.evaluate.statistics import Evaluation, average_at_k, by_difficulty, mean_pass_at_k
 from infir2.faults import fault
+from infir2.model import ModelConfig
+from infir2.train.plan import check_positions
 from infir2.verify import check_math_batch
 
 Row = dict[str, Any]
@@ -43,6 +45,17 @@ def response_requests(
         section.temperature, section.max_response_tokens, tokenizer.eos_token_ids, section.top_p
     )
     return group_requests(prompts, section.samples, params, seed, engine.policy_version)
+
+
+def check_response_positions(
+    config: ModelConfig,
+    tokenizer: ChatTokenizer,
+    problems: Sequence[Prompt],
+    section: EvaluateSection,
+) -> None:
+    """Raises ConfigError if a problem and its response may exceed the model's positions."""
+    longest = max(len(prompt_token_ids(tokenizer, problem, section)) for problem in problems)
+    check_positions(config, "evaluate.max_response_tokens", section.max_response_tokens, longest)
 
 
 def answer_problems(

@@ -21,12 +21,14 @@ from infir2.evaluate.output import (
 from infir2.evaluate.problems import (
     Row,
     answer_problems,
+    check_response_positions,
     load_problems,
     prompt_token_ids,
     summarize,
 )
 from infir2.terminal import StepProgress, log, log_text
 from infir2.train.build import build_model, open_tokenizer
+from infir2.train.plan import planned_config
 
 
 def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
@@ -41,6 +43,8 @@ def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
     check_output(loaded)
     tokenizer, _ = open_tokenizer(recipe.model)
     problems = load_problems(recipe.evaluate)
+    model_config = planned_config(recipe.model)
+    check_response_positions(model_config, tokenizer, problems, recipe.evaluate)
     inputs = {
         "model.path": fingerprint(Path(recipe.model.path)),
         "evaluate.problems": _problems_fingerprint(recipe, tokenizer, problems),

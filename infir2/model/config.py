@@ -48,7 +48,7 @@ class ModelConfig:
     Attributes:
         rope_scaling: Llama 3's four numbers, or None for unscaled frequencies.
         output_bias: bias of the attention's output projection.
-        max_positions: positions that the model was trained for; nothing is cut at this length.
+        max_positions: positions that the model was made for; runs with longer ones are refused.
     """
 
     architecture: Architecture

@@ -36,6 +36,7 @@ class Preflight:
         self._tokenizer: ChatTokenizer | None = None
         self._sizes: Sizes | None = None
         self._model: ModelFacts | None = None
+        self._longest_prompts: dict[str, int] = {}  # tokens, as `check_sources` returns them
 
     def findings(self) -> Iterator[Finding]:
         """Run each check that applies and yield its finding; a UserError is a failed check."""
@@ -98,19 +99,21 @@ class Preflight:
 
         if self._tokenizer is None:
             raise SkippedError("needs the tokenizer")
-        return check_sources(self.recipe, self.verb, self._tokenizer)
+        finding, self._longest_prompts = check_sources(self.recipe, self.verb, self._tokenizer)
+        return finding
 
     def model(self) -> Finding:
-        """Every weight exists with the right shape; only headers are read.
+        """Every weight exists with the right shape, and positions suffice. Reads only headers.
 
         The finding names the FP8 layers that inference servers refuse; a run can train them.
         """
-        from infir2.preflight.model import model_facts, serving_note
+        from infir2.preflight.model import check_lengths, model_facts, serving_note
         from infir2.train.plan import check_vocabulary
 
         vocab_size = self._tokenizer.vocab_size if self._tokenizer else 1
         self._model = model_facts(self._model_section(), vocab_size)
         check_vocabulary(self._model.config, vocab_size)
+        check_lengths(self.recipe, self._model.config, self._longest_prompts)
         return Finding("model", "ok", f"{self._model}{serving_note(self.recipe, self._model)}")
 
     def verifier(self) -> Finding:

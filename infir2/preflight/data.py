@@ -63,15 +63,20 @@ def check_tokenizer(tokenizer: ChatTokenizer, chat: bool) -> str:
     return f"{tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint()[:12]}"
 
 
-def check_sources(recipe: TrainRecipe | EvalRecipe, verb: str, tokenizer: ChatTokenizer) -> Finding:
+def check_sources(
+    recipe: TrainRecipe | EvalRecipe, verb: str, tokenizer: ChatTokenizer
+) -> tuple[Finding, dict[str, int]]:
     """Read rows of every source of the recipe, spread over its length.
 
     The finding is a warning if a text does not survive encoding and decoding, or if the sources
     hold less than one step. Raises DataError for a source that would stop the run.
+
+    Returns:
+        The finding, and tokens of the longest prompt by the key that limits the response to it.
     """
     kind = _KINDS.get(verb, "prompts")
     details: list[str] = []
-    suspicious = False
+    suspicious, longest = False, {}
     if isinstance(recipe, TrainRecipe):
         sampler = _RowSampler(
             tokenizer,
@@ -85,10 +90,12 @@ def check_sources(recipe: TrainRecipe | EvalRecipe, verb: str, tokenizer: ChatTo
         details.append(str(budget))
         details += [sampler.check(section) for section in recipe.data.validation_sources]
         suspicious = bool(sampler.num_lossy) or budget.is_short
+        longest["rl.max_response_tokens"] = sampler.max_length
     if isinstance(recipe, EvalRecipe | RlRecipe):
         problems = _RowSampler(tokenizer, "prompts", recipe.evaluate.system_prompt)
         details += [problems.check(section) for section in recipe.evaluate.problems]
-    return Finding("data", "warn" if suspicious else "ok", "; ".join(details))
+        longest["evaluate.max_response_tokens"] = problems.max_length
+    return Finding("data", "warn" if suspicious else "ok", "; ".join(details)), longest
 
 
 def _max_row_tokens(recipe: TrainRecipe, kind: RowKind) -> int:
@@ -114,6 +121,7 @@ class _RowSampler:
     num_rows: int = 0
     num_tokens: int = 0
     num_lossy: int = 0
+    max_length: int = 0  # tokens of the longest row that is trained
 
     def check(self, section: SourceSection) -> str:
         """Lengths in tokens, unusable rows and lossy texts of one source.
@@ -134,6 +142,8 @@ class _RowSampler:
                 f"{section.path}: every row tried is longer than {self.max_tokens} tokens; "
                 "raise the limit or name other data."
             )
+        lengths = [each for each in sample.lengths if each <= (self.max_tokens or each)]
+        self.max_length = max(self.max_length, *lengths)
         self.num_lossy += sample.num_lossy
         self.num_rows += len(source)
         self.num_tokens += round(len(source) * sum(sample.lengths) / sample.num_rows)

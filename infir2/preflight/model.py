@@ -14,7 +14,7 @@ from infir2.errors import CheckpointError, ConfigError
 from infir2.model import HfWeights, ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX
 from infir2.preflight.finding import Finding
-from infir2.train.plan import planned_config
+from infir2.train.plan import check_positions, planned_config
 
 _EXPORT = "export the start of the run (infir2 export hf, infir2 export fp8)"
 
@@ -73,6 +73,25 @@ def serving_note(recipe: EvalRecipe | TrainRecipe, model: ModelFacts) -> str:
         f"; {unservable_sentence(refused, patterns)} If they will serve this model, set"
         f" fp8.skip_modules = {skip_modules}, or export with --servable."
     )
+
+
+def check_lengths(
+    recipe: TrainRecipe | EvalRecipe, config: ModelConfig, longest_prompts: dict[str, int]
+) -> None:
+    """Raises ConfigError if sequences are longer than the model has positions.
+
+    `longest_prompts` are tokens of prompts by key, as `check_sources` returns them.
+    """
+    limits = {}
+    if isinstance(recipe, RlRecipe):
+        limits["rl.max_response_tokens"] = recipe.rl.max_response_tokens
+    elif isinstance(recipe, TrainRecipe):
+        limits["data.sequence_tokens"] = recipe.data.sequence_tokens
+    evaluates = isinstance(recipe, RlRecipe) and recipe.rl.evaluate_every > 0
+    if isinstance(recipe, EvalRecipe) or (evaluates and recipe.evaluate.problems):
+        limits["evaluate.max_response_tokens"] = recipe.evaluate.max_response_tokens
+    for key, num_tokens in limits.items():
+        check_positions(config, key, num_tokens, longest_prompts.get(key, 0))
 
 
 def check_engine(recipe: RlRecipe, model: ModelFacts) -> Finding:

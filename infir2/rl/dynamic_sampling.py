@@ -55,6 +55,7 @@ class PromptStream:
     Attributes:
         cursor: number of prompts drawn so far; its whole state.
         num_too_long: prompts dropped because they exceed `rl.max_prompt_tokens`.
+        longest_prompt_tokens: tokens of the longest prompt that was not dropped.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class PromptStream:
                 f"no prompt has at most {max_prompt_tokens} tokens: raise rl.max_prompt_tokens or "
                 "fix data.sources"
             )
+        self.longest_prompt_tokens = max(len(ids) for _, ids in self._prompts)
 
     def draw(self, count: int) -> list[DrawnPrompt]:
         """The next `count` prompts."""

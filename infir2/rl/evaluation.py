@@ -9,7 +9,13 @@ from infir2.config.schema import RlRecipe
 from infir2.data import ChatTokenizer
 from infir2.engines.generate import items_of_rank
 from infir2.engines.types import Engine
-from infir2.evaluate.problems import answer_problems, load_problems, summarize
+from infir2.evaluate.problems import (
+    answer_problems,
+    check_response_positions,
+    load_problems,
+    summarize,
+)
+from infir2.model import ModelConfig
 from infir2.train.supervisor import Supervisor
 
 
@@ -20,6 +26,12 @@ class InLoopEvaluation:
         """Load the problems. Raises DataError."""
         self._recipe = recipe
         self._problems = load_problems(recipe.evaluate) if recipe.evaluate.problems else []
+
+    def check_positions(self, config: ModelConfig, tokenizer: ChatTokenizer) -> None:
+        """Raises ConfigError if a problem and its response exceed the model's positions."""
+        section = self._recipe.evaluate
+        if self._problems and self._recipe.rl.evaluate_every:
+            check_response_positions(config, tokenizer, self._problems, section)
 
     def is_due(self, step: int) -> bool:
         """Whether an evaluation belongs after this step."""

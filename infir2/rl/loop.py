@@ -24,6 +24,7 @@ from infir2.rl.pipeline import RolloutPipeline
 from infir2.rl.policy_update import update_policy
 from infir2.train.build import open_tokenizer
 from infir2.train.loop import describe_model, make_trainer
+from infir2.train.plan import check_positions, planned_config
 from infir2.train.schedules import learning_rate
 from infir2.train.supervisor import Supervisor
 from infir2.train.trainer import StepResult
@@ -40,11 +41,15 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         tokenizer, tokenizer_dir = open_tokenizer(supervisor.model, recipe.data.tokenizer)
         quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
         rows = load_prompts(recipe.data, quarantine=quarantine)
+        cursor = supervisor.checkpoint.state["cursor"] if supervisor.checkpoint else 0
+        prompts = PromptStream(rows, tokenizer, rl.max_prompt_tokens, seed, cursor)
+        model_config = planned_config(supervisor.model)
+        limit = ("rl.max_response_tokens", rl.max_response_tokens)
+        check_positions(model_config, *limit, prompts.longest_prompt_tokens)
+        evaluation.check_positions(model_config, tokenizer)
         trainer = make_trainer(supervisor, tokenizer.vocab_size)
         finished = supervisor.start(trainer, last_step)
         engine, digest = open_engine(recipe, trainer.parallel_model, policy_version=finished)
-        cursor = supervisor.checkpoint.state["cursor"] if supervisor.checkpoint else 0
-        prompts = PromptStream(rows, tokenizer, rl.max_prompt_tokens, seed, cursor)
         journal = Journal(supervisor.dir, supervisor.ranks, supervisor.store.check_in_place)
         generator = GroupGenerator(engine, tokenizer, rl, seed, journal, supervisor.ranks)
         if prompts.num_too_long:

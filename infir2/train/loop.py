@@ -14,7 +14,7 @@ from infir2.data.streams import State
 from infir2.parallel.parallel_model import ParallelModel
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.losses import next_token_loss
-from infir2.train.plan import complete_schedule
+from infir2.train.plan import check_positions, complete_schedule, planned_config
 from infir2.train.schedules import learning_rate
 from infir2.train.supervisor import Supervisor
 from infir2.train.trainer import StepResult, Trainer
@@ -27,6 +27,8 @@ def run_training(loaded: Loaded, kind: str) -> None:
     with Supervisor(loaded, kind) as supervisor:
         recipe = supervisor.recipe
         tokenizer, tokenizer_dir = open_tokenizer(supervisor.model, recipe.data.tokenizer)
+        model_config = planned_config(supervisor.model)
+        check_positions(model_config, "data.sequence_tokens", recipe.data.sequence_tokens)
         rank, size = supervisor.layout.data_rank, supervisor.layout.sizes.num_data
         quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
         data = (recipe.data, DATA_KIND[kind], tokenizer)

@@ -130,6 +130,22 @@ def check_branch(schedule: ScheduleSection, step: int) -> None:
         )
 
 
+def check_positions(config: ModelConfig, key: str, num_tokens: int, prompt_tokens: int = 0) -> None:
+    """Raises ConfigError if sequences may be longer than the model has positions.
+
+    `num_tokens` is the value of `key`; `prompt_tokens` is the longest prompt that precedes them.
+    """
+    limit = config.max_positions - prompt_tokens
+    if num_tokens <= limit:
+        return
+    prompt = f" after a prompt of {prompt_tokens} tokens" if prompt_tokens else ""
+    remedy = f"set it to at most {limit}" if limit > 0 else "remove the longest prompts"
+    raise ConfigError(
+        f"{key} = {num_tokens}{prompt} exceeds the model's {config.max_positions} positions "
+        f"(max_position_embeddings); {remedy}, or choose a model with more positions."
+    )
+
+
 def resume_changes(loaded: Loaded) -> list[str]:
     """One line per changed key of a run that has checkpoints; empty for a new run.
 

@@ -6,7 +6,8 @@ import pytest
 
 from infir2.config.schema import ScheduleSection, TrainRecipe, TrainSection
 from infir2.errors import ConfigError
-from infir2.train.plan import check_branch, complete_schedule
+from infir2.model import ModelConfig
+from infir2.train.plan import check_branch, check_positions, complete_schedule
 
 
 def schedule_of(**values: Any) -> ScheduleSection:
@@ -56,3 +57,25 @@ def test_a_branch_before_which_the_decay_lies_is_refused(values: dict, sentence:
 def test_a_decay_from_the_branch_on_is_accepted() -> None:
     check_branch(schedule_of(total_steps=400, decay_steps=100, decay_from_step=300), 300)
     check_branch(schedule_of(total_steps=400, decay_steps=100), 300)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "prompt_tokens", "sentence"),
+    [
+        (64, 0, ""),
+        (40, 24, ""),
+        (65, 0, "key = 65 exceeds the model's 64 positions (max_position_embeddings); set it to "),
+        (41, 24, "key = 41 after a prompt of 24 tokens exceeds .* set it to at most 40"),
+        (1, 64, "remove the longest prompts"),
+    ],
+)
+def test_positions_that_the_model_lacks_are_refused(
+    num_tokens: int, prompt_tokens: int, sentence: str
+) -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    config = ModelConfig("llama", **sizes, head_dim=4, ffn_size=8, max_positions=64)
+    if not sentence:
+        check_positions(config, "key", num_tokens, prompt_tokens)
+        return
+    with pytest.raises(ConfigError, match=sentence.replace("(", r"\(").replace(")", r"\)")):
+        check_positions(config, "key", num_tokens, prompt_tokens)
