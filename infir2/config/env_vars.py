@@ -37,6 +37,7 @@ _TRAIN = {
 _RL = _TRAIN | {
     "HF_CHECKPOINT": "rollout.model",
     "ROLLOUT_MAX_RESPONSE_LEN": "rl.max_response_tokens",
+    "NUM_ROLLOUT": "schedule.total_steps",
 }
 _EVAL = {
     "MODEL_PATH": "model.path",

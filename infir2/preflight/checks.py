@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from infir2.config import Loaded
 from infir2.config.keys import flatten
 from infir2.config.schema import TrainRecipe
+from infir2.config.usual import unusual_values
 from infir2.errors import UserError
 from infir2.preflight.finding import Finding, SkippedError
 
@@ -72,16 +73,20 @@ class Preflight:
         return checks | {"machine": self.machine}
 
     def resolved(self) -> Finding:
-        """The recipe is already parsed; equal digests mean that two recipes have equal values."""
-        values = json.dumps(flatten(self.recipe), sort_keys=True).encode()
+        """The recipe is already parsed; equal digests mean that two recipes have equal values.
+
+        A warning if a value is possible but hardly meant.
+        """
+        values = flatten(self.recipe)
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
         origins = self.loaded.provenance.values()
         num_files = len({origin for origin in origins if origin.startswith("file:")})
-        return Finding(
-            "recipe",
-            "ok",
+        questions = list(unusual_values(values))
+        detail = (
             f"infir2 {self.verb}, {len(origins)} keys from {num_files} files, "
-            f"sha256 of the values {hashlib.sha256(values).hexdigest()[:12]}",
+            f"sha256 of the values {digest}"
         )
+        return Finding("recipe", "warn" if questions else "ok", "; ".join([detail, *questions]))
 
     def tokenizer(self) -> Finding:
         """Files, chat template, prompts as prefixes of conversations, a trained end token."""

@@ -87,8 +87,8 @@ def check_lengths(
         limits["rl.max_response_tokens"] = recipe.rl.max_response_tokens
     elif isinstance(recipe, TrainRecipe):
         limits["data.sequence_tokens"] = recipe.data.sequence_tokens
-    evaluates = isinstance(recipe, RlRecipe) and recipe.rl.evaluate_every > 0
-    if isinstance(recipe, EvalRecipe) or (evaluates and recipe.evaluate.problems):
+    every = recipe.rl.evaluate_every if isinstance(recipe, RlRecipe) else 1
+    if isinstance(recipe, RlRecipe | EvalRecipe) and recipe.evaluate.problems and every:
         limits["evaluate.max_response_tokens"] = recipe.evaluate.max_response_tokens
     for key, num_tokens in limits.items():
         check_positions(config, key, num_tokens, longest_prompts.get(key, 0))

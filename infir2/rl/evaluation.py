@@ -16,6 +16,7 @@ from infir2.evaluate.problems import (
     summarize,
 )
 from infir2.model import ModelConfig
+from infir2.train.plan import last_step_of
 from infir2.train.supervisor import Supervisor
 
 
@@ -25,6 +26,7 @@ class InLoopEvaluation:
     def __init__(self, recipe: RlRecipe) -> None:
         """Load the problems. Raises DataError."""
         self._recipe = recipe
+        self._last_step = last_step_of(recipe, recipe.schedule)
         self._problems = load_problems(recipe.evaluate) if recipe.evaluate.problems else []
 
     def check_positions(self, config: ModelConfig, tokenizer: ChatTokenizer) -> None:
@@ -35,7 +37,7 @@ class InLoopEvaluation:
 
     def is_due(self, step: int) -> bool:
         """Whether an evaluation belongs after this step."""
-        every, last = self._recipe.rl.evaluate_every, self._recipe.schedule.total_steps
+        every, last = self._recipe.rl.evaluate_every, self._last_step
         return bool(self._problems and every and step and (step % every == 0 or step == last))
 
     def run(

@@ -24,7 +24,7 @@ from infir2.rl.pipeline import RolloutPipeline
 from infir2.rl.policy_update import update_policy
 from infir2.train.build import open_tokenizer
 from infir2.train.loop import describe_model, make_trainer
-from infir2.train.plan import check_positions, planned_config
+from infir2.train.plan import check_positions, last_step_of, planned_config
 from infir2.train.schedules import learning_rate
 from infir2.train.supervisor import Supervisor
 from infir2.train.trainer import StepResult
@@ -33,9 +33,9 @@ SAMPLES_PER_STEP = 2  # responses written to samples.jsonl
 
 
 def run_rl(loaded: Loaded[RlRecipe]) -> None:
-    """Train to `schedule.total_steps` rollout steps, from the newest checkpoint in `run.dir`."""
+    """Train to the last rollout step, from the newest checkpoint in `run.dir`."""
     recipe = loaded.recipe
-    rl, seed, last_step = recipe.rl, recipe.run.seed, recipe.schedule.total_steps
+    rl, seed, last_step = recipe.rl, recipe.run.seed, last_step_of(recipe, recipe.schedule)
     evaluation = InLoopEvaluation(recipe)
     with Supervisor(loaded, "rl") as supervisor:
         tokenizer, tokenizer_dir = open_tokenizer(supervisor.model, recipe.data.tokenizer)

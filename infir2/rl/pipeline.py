@@ -23,6 +23,7 @@ from infir2.rl.dynamic_sampling import (
 )
 from infir2.rl.groups import Group
 from infir2.rl.journal import Journal
+from infir2.train.plan import last_step_of
 from infir2.train.supervisor import Supervisor
 
 _POLL_SECONDS = 0.1
@@ -53,7 +54,7 @@ class RolloutPipeline:
         self._rl, self._prompts, self._generator, self._journal = rl, prompts, generator, journal
         self._engine, self._digest = engine, weights_digest
         self._supervisor = supervisor
-        self._last_step = supervisor.recipe.schedule.total_steps
+        self._last_step = last_step_of(supervisor.recipe, supervisor.recipe.schedule)
         # Weights with which the run that this one resumes had begun the next step.
         checkpoint = supervisor.checkpoint
         self._earlier_digest = checkpoint.state.get("ahead", "") if checkpoint else ""

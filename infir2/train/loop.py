@@ -14,7 +14,12 @@ from infir2.data.streams import State
 from infir2.parallel.parallel_model import ParallelModel
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.losses import next_token_loss
-from infir2.train.plan import check_positions, complete_schedule, planned_config
+from infir2.train.plan import (
+    check_positions,
+    complete_schedule,
+    last_step_of,
+    planned_config,
+)
 from infir2.train.schedules import learning_rate
 from infir2.train.supervisor import Supervisor
 from infir2.train.trainer import StepResult, Trainer
@@ -36,7 +41,7 @@ def run_training(loaded: Loaded, kind: str) -> None:
         validation = validation_batches(*data, recipe.train.validation_batches, rank, size)
         trainer = make_trainer(supervisor, tokenizer.vocab_size)
         schedule = complete_schedule(recipe, loader.steps_per_epoch)
-        last_step = min(schedule.total_steps, recipe.train.stop_after_step or schedule.total_steps)
+        last_step = last_step_of(recipe, schedule)
         finished = supervisor.start(trainer, last_step)
         restore_loader(loader, supervisor, loaded.accept_changes)
         description = describe_model(trainer, supervisor, str(tokenizer_dir))

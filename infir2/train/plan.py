@@ -113,6 +113,11 @@ def complete_schedule(recipe: TrainRecipe, steps_per_epoch: int | None) -> Sched
     return schedule
 
 
+def last_step_of(recipe: TrainRecipe, schedule: ScheduleSection) -> int:
+    """The step at which this command ends: the schedule's last, or train.stop_after_step."""
+    return min(schedule.total_steps, recipe.train.stop_after_step or schedule.total_steps)
+
+
 def check_branch(schedule: ScheduleSection, step: int) -> None:
     """Raises ConfigError for a schedule that cannot continue from a checkpoint of `step`."""
     if schedule.total_steps and schedule.total_steps <= step:

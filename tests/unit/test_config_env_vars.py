@@ -115,6 +115,14 @@ def test_variables_of_evaluation(recipe: str) -> None:
     assert any(note.startswith("API_PORT is set but not needed") for note in loaded.notes)
 
 
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+def test_rollouts_are_counted_in_steps(size: str) -> None:
+    recipes = Path(__file__).parents[2] / "recipes" / f"qwen2.5-{size}"
+    assert load(RlRecipe, [recipes / "rl1.toml"], [], {}).recipe.schedule.total_steps == 10240
+    fewer = load(RlRecipe, [recipes / "rl2.toml"], [], {"NUM_ROLLOUT": "136"})
+    assert fewer.recipe.schedule.total_steps == 136
+
+
 def test_options_override_variables(recipe: str) -> None:
     loaded = load(TrainRecipe, [recipe], ["--model.path=other"], {"HF_CHECKPOINT": "hf"})
     assert (loaded.recipe.model.path, loaded.provenance["model.path"]) == ("other", "option")

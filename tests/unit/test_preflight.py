@@ -8,7 +8,7 @@ import torch
 
 from infir2.cli import main
 from infir2.config import dump, load
-from infir2.config.schema import RlRecipe, TrainRecipe
+from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
 from infir2.demo.world import make_demo_world
 from infir2.parallel.mesh import Sizes
 from infir2.preflight.checks import Preflight
@@ -34,6 +34,7 @@ micro_batch_tokens = 256
 learning_rate = 1e-3
 total_steps = 10
 """
+RECIPES = Path(__file__).parents[2] / "recipes"
 CPT = '[[data.sources]]\npath = "{world}/cpt.jsonl"\n'
 
 
@@ -100,6 +101,45 @@ def test_layers_that_servers_refuse_in_fp8_are_named(
         sizes = ["--model.shape.num_heads=1"] if "hidden" in option else []
         _, lines = check(capsys, *words, option, *sizes)
         assert "refuse" not in lines["model"], option
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--schedule.learning_rate=2"], "schedule.learning_rate = 2 is outside the usual"),
+        (["--schedule.learning_rate=1e-12"], "schedule.learning_rate = 1e-12 is outside"),
+        (["--optimizer.weight_decay=10"], "optimizer.weight_decay = 10 is outside"),
+        (["--optimizer.beta1=0.95", "--optimizer.beta2=0.9"], "beta1 = 0.95 is above optimizer.be"),
+        (["--optimizer.eps=0.1"], "optimizer.eps = 0.1 is outside"),
+        (["--schedule.warmup_steps=6"], "warmup_steps = 6 is more than half of total_steps = 10"),
+        (["--schedule.warmup_fraction=0.9"], "schedule.warmup_fraction = 0.9 is outside"),
+        (["--rl.temperature=100"], "rl.temperature = 100 is outside the usual 0.3 to 2"),
+        (["--rl.clip_high=28"], "rl.clip_high = 28 is outside"),
+        (["--evaluate.temperature=65"], "evaluate.temperature = 65 is outside"),
+    ],
+)
+def test_a_value_that_is_hardly_meant_is_questioned(
+    recipe: Path, options: list[str], sentence: str
+) -> None:
+    is_rl = options[0].startswith(("--rl", "--eval"))
+    if not is_rl:
+        options = [*options, "--data.batch_sequences=2"]
+    loaded = load(RlRecipe if is_rl else TrainRecipe, [recipe], options, {})
+    finding = Preflight(loaded, "rl" if is_rl else "cpt").resolved()
+    assert finding.status == "warn"
+    assert sentence in finding.detail
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECIPES.glob("*/*.toml") if path.stem != "base"],
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
+def test_no_value_of_a_recipe_is_questioned(path: Path) -> None:
+    kinds = {"rl": RlRecipe, "eval": EvalRecipe}
+    kind = kinds.get(path.stem.rstrip("12"), TrainRecipe)
+    named = ["--model.path=m", "--run.dir=r"] if kind is EvalRecipe else []
+    assert Preflight(load(kind, [path], named, {}), "check").resolved().status == "ok"
 
 
 def test_the_schedule_is_set_against_the_rows(

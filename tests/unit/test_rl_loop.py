@@ -22,6 +22,7 @@ from stages import (
 import infir2.rl.dynamic_sampling
 import infir2.rl.loop
 import infir2.rl.pipeline
+from infir2.checkpoint import open_checkpoint
 from infir2.cli import main
 from infir2.data import Prompt
 from infir2.engines.native import NativeEngine
@@ -231,13 +232,15 @@ def test_wrong_answers_end_within_the_budget_and_change_nothing(
     world: Path, start: Path, tmp_path: Path, overlong_buffer: int
 ) -> None:
     """An untrained model is never right: no group has signal, with a length penalty too."""
-    values = {"schedule__total_steps": 2, "rl__overlong_buffer_tokens": overlong_buffer}
+    values = {"schedule__total_steps": 10240, "train__stop_after_step": 2}
+    values["rl__overlong_buffer_tokens"] = overlong_buffer
     run(words(world, start, tmp_path / "rl", **values))
     trained = lines(tmp_path / "rl", "train")
     assert [
         (line["groups_sampled"], line["groups_without_signal"], line["skipped"]) for line in trained
     ] == [(4, 4, True)] * 2
     assert {line["event"] for line in lines(tmp_path / "rl", "event")} == {"nothing_to_train"}
+    assert open_checkpoint(tmp_path / "rl").step == 2
     assert all(line["accuracy"] == 0 for line in trained)
     assert (sum(line["reward"] for line in trained) < 0) == bool(overlong_buffer)
 

@@ -23,6 +23,17 @@ STAGES = {
     "scripts/SFT/InfiR2_SFT_FP8_stage2.sh": ("sft", "qwen2.5-7b/sft2.toml", 2),
     "scripts/RL/InfiR2_RL_FP8_stage1_4node.sh": ("rl", "qwen2.5-7b/rl1.toml", 4),
     "scripts/RL/InfiR2_RL_FP8_stage2_4node.sh": ("rl", "qwen2.5-7b/rl2.toml", 4),
+    # the reference's newest names
+    "scripts/CPT/InfiR2_CPT_FP8_7B.sh": ("cpt", "qwen2.5-7b/cpt.toml", 1),
+    "scripts/CPT/InfiR2_CPT_FP8_7B_decay.sh": ("cpt", "qwen2.5-7b/cpt-decay.toml", 1),
+    "scripts/CPT/InfiR2_CPT_FP8_1.5B.sh": ("cpt", "qwen2.5-1.5b/cpt.toml", 1),
+    "scripts/CPT/InfiR2_CPT_FP8_1.5B_decay.sh": ("cpt", "qwen2.5-1.5b/cpt-decay.toml", 1),
+    "scripts/SFT/InfiR2_SFT_FP8_1.5B_stage1.sh": ("sft", "qwen2.5-1.5b/sft1.toml", 2),
+    "scripts/SFT/InfiR2_SFT_FP8_1.5B_stage2.sh": ("sft", "qwen2.5-1.5b/sft2.toml", 2),
+    "scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh": ("sft", "qwen2.5-7b/sft1.toml", 2),
+    "scripts/SFT/InfiR2_SFT_FP8_7B_stage2.sh": ("sft", "qwen2.5-7b/sft2.toml", 2),
+    "scripts/RL/InfiR2_RL_FP8_7B_stage1_4node.sh": ("rl", "qwen2.5-7b/rl1.toml", 4),
+    "scripts/RL/InfiR2_RL_FP8_7B_stage2_4node.sh": ("rl", "qwen2.5-7b/rl2.toml", 4),
 }
 EVALS = {
     "eval/aime24_eval.sh": ("aime24", 31000, "32"),
@@ -30,6 +41,7 @@ EVALS = {
     "eval/gpqa_eval.sh": ("gpqa_diamond", 26000, "8"),
     "eval/livecodebenchv5_eval.sh": ("live_code_bench", 27000, "8"),
 }
+EVALS |= {f"scripts/{path}": values for path, values in EVALS.items()}
 
 
 @pytest.fixture
@@ -170,18 +182,19 @@ def test_a_dry_run_needs_neither_evalscope_nor_a_server_and_can_be_pasted(
     assert dataset in json.loads(given[given.index("--dataset-args") + 1])
 
 
+@pytest.mark.parametrize("path", ["eval/gpqa_eval.sh", "scripts/eval/gpqa_eval.sh"])
 def test_a_script_finds_its_neighbor_inside_a_job(
-    variables: dict[str, str], tmp_path: Path
+    path: str, variables: dict[str, str], tmp_path: Path
 ) -> None:
     """Started by its path in a job that was submitted elsewhere; and the copy that sbatch runs."""
     inside = script(
-        "eval/gpqa_eval.sh",
+        path,
         variables | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(tmp_path)},
         cwd=tmp_path,
     )
     assert inside.returncode == 0, inside.stderr
     copy = tmp_path / "slurm_script"
-    copy.write_text((ROOT / "eval/gpqa_eval.sh").read_text())
+    copy.write_text((ROOT / path).read_text())
     copied = script(
         str(copy), variables | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(ROOT)}, cwd=tmp_path
     )

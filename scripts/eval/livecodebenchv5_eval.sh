@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# The reference's newest path of eval/livecodebenchv5_eval.sh.
+here="$(dirname "${BASH_SOURCE[0]}")/../../eval" && [ -d "$here" ] || here="$SLURM_SUBMIT_DIR/eval"  # sbatch runs a copy
+exec bash "$here/livecodebenchv5_eval.sh" "$@"
