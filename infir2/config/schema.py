@@ -192,7 +192,7 @@ class CheckpointSection(Section):
     branch_from: str = Field(
         "",
         description="checkpoint (RUN/checkpoints/step-300) from which a new run takes weights, "
-        "optimizer state and data position",
+        "optimizer state and data position (other data starts from its beginning)",
     )
 
 

@@ -40,3 +40,18 @@ def unusual_values(values: Mapping[str, Any]) -> Iterator[str]:
     total, warmup = (values.get(f"schedule.{name}_steps", 0) for name in ("total", "warmup"))
     if total and warmup > total / 2:
         yield f"schedule.warmup_steps = {warmup} is more than half of total_steps = {total}"
+    yield from _without_effect(values)
+
+
+def _without_effect(values: Mapping[str, Any]) -> Iterator[str]:
+    """Phrases about schedules and penalties that do not do what their keys say."""
+    kind, decay = values.get("schedule.kind"), values.get("schedule.decay_steps", 0)
+    if values.get("schedule.final_learning_rate") and (
+        kind == "constant" or (kind == "wsd" and not decay)
+    ):
+        yield "schedule.final_learning_rate has no effect without a decay"
+    total, start = values.get("schedule.total_steps", 0), values.get("schedule.decay_from_step", -1)
+    if 0 <= start < total - decay:
+        yield f"the decay ends at step {start + decay}, before schedule.total_steps = {total}"
+    if values.get("rl.overlong_penalty", 1) != 1 and not values["rl.overlong_buffer_tokens"]:
+        yield "rl.overlong_penalty has no effect without rl.overlong_buffer_tokens"

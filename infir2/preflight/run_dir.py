@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from infir2.checkpoint import Checkpoint
+from infir2.checkpoint import Checkpoint, open_checkpoint
 from infir2.checkpoint.lock import RunLock
 from infir2.checkpoint.reader import CHECKPOINTS, newest_checkpoint
 from infir2.config import Loaded
@@ -14,7 +14,7 @@ from infir2.errors import ConfigError
 from infir2.preflight.finding import Finding
 from infir2.preflight.memory import CHECKPOINT_BYTES_PER_PARAMETER, GIB
 from infir2.preflight.model import ModelFacts
-from infir2.train.plan import resume_changes
+from infir2.train.plan import check_branch, resume_changes
 
 
 def check_run_dir(loaded: Loaded[TrainRecipe]) -> Finding:
@@ -26,18 +26,29 @@ def check_run_dir(loaded: Loaded[TrainRecipe]) -> Finding:
     if not path.exists():
         parent = _existing_parent(path)
         _check_rename(parent)
-        return Finding("run dir", "ok", f"{path} is new, {parent} can be written to")
+        branch = _check_branch(loaded.recipe)
+        return Finding("run dir", "ok", f"{path} is new, {parent} can be written to{branch}")
     warnings: list[str] = []
     _check_rename(path)
     RunLock.acquire(path, warnings.append).release()
     newest = newest_in(path, warnings.append)
     warnings += resume_changes(loaded)
-    detail = (
-        f"{path} resumes after step {newest.step}" if newest else f"{path} has no checkpoint yet"
-    )
+    if newest:
+        detail = f"{path} resumes after step {newest.step}"
+    else:
+        detail = f"{path} has no checkpoint yet{_check_branch(loaded.recipe)}"
     if warnings:
         return Finding("run dir", "warn", f"{detail}; {'; '.join(warnings)}")
     return Finding("run dir", "ok", detail)
+
+
+def _check_branch(recipe: TrainRecipe) -> str:
+    """Words about checkpoint.branch_from, if it is set. Raises CheckpointError, ConfigError."""
+    if not recipe.checkpoint.branch_from:
+        return ""
+    start = open_checkpoint(recipe.checkpoint.branch_from, sizes_only=True)
+    check_branch(recipe.schedule, start.step, recipe.train.stop_after_step)
+    return f", branches from {start.path}"
 
 
 def check_disk(recipe: TrainRecipe, model: ModelFacts) -> Finding:

@@ -41,7 +41,8 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         tokenizer, tokenizer_dir = open_tokenizer(supervisor.model, recipe.data.tokenizer)
         quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
         rows = load_prompts(recipe.data, quarantine=quarantine)
-        cursor = supervisor.checkpoint.state["cursor"] if supervisor.checkpoint else 0
+        # A branch from a run of another kind has no cursor.
+        cursor = supervisor.checkpoint.state.get("cursor", 0) if supervisor.checkpoint else 0
         prompts = PromptStream(rows, tokenizer, rl.max_prompt_tokens, seed, cursor)
         model_config = planned_config(supervisor.model)
         limit = ("rl.max_response_tokens", rl.max_response_tokens)

@@ -15,6 +15,7 @@ from infir2.parallel.parallel_model import ParallelModel
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.losses import next_token_loss
 from infir2.train.plan import (
+    check_branch,
     check_positions,
     complete_schedule,
     last_step_of,
@@ -41,6 +42,8 @@ def run_training(loaded: Loaded, kind: str) -> None:
         validation = validation_batches(*data, recipe.train.validation_batches, rank, size)
         trainer = make_trainer(supervisor, tokenizer.vocab_size)
         schedule = complete_schedule(recipe, loader.steps_per_epoch)
+        if supervisor.checkpoint and supervisor.is_branch:
+            check_branch(schedule, supervisor.checkpoint.step)  # total_steps from epochs, too
         last_step = last_step_of(recipe, schedule)
         finished = supervisor.start(trainer, last_step)
         restore_loader(loader, supervisor, loaded.accept_changes)
@@ -79,7 +82,8 @@ def describe_model(trainer: Trainer, supervisor: Supervisor, tokenizer_dir: str)
 def restore_loader(loader: Loader, supervisor: Supervisor, accept_changes: bool) -> None:
     """Continue the data where the checkpoint of the same kind stopped.
 
-    With `--accept-changes` and other data or another seed, the data starts from its beginning.
+    Other data or another seed starts from its beginning, which a run that branches may have and
+    one that resumes needs --accept-changes for.
     """
     checkpoint = supervisor.checkpoint
     if checkpoint is None:
@@ -88,8 +92,8 @@ def restore_loader(loader: Loader, supervisor: Supervisor, accept_changes: bool)
         saved: State = checkpoint.state["loader"]
         current = loader.state_dict()
         changed = any(saved[name] != current[name] for name in ("kind", "seed", "rows"))
-        if accept_changes and changed:
-            detail = "the data or its seed was changed with --accept-changes"
+        if changed and (accept_changes or supervisor.is_branch):
+            detail = "the data or its seed is not that of the checkpoint"
             supervisor.log.event(supervisor.saved_step, "data_from_its_start", detail)
         else:
             loader.load_state_dict(saved)

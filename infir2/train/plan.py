@@ -118,8 +118,16 @@ def last_step_of(recipe: TrainRecipe, schedule: ScheduleSection) -> int:
     return min(schedule.total_steps, recipe.train.stop_after_step or schedule.total_steps)
 
 
-def check_branch(schedule: ScheduleSection, step: int) -> None:
-    """Raises ConfigError for a schedule that cannot continue from a checkpoint of `step`."""
+def check_branch(schedule: ScheduleSection, step: int, stop_after_step: int = 0) -> None:
+    """Raises ConfigError for a schedule that cannot continue from a checkpoint of `step`.
+
+    `stop_after_step` is the recipe's; 0 for none. total_steps = 0 is not known yet.
+    """
+    if 0 < stop_after_step <= step:
+        raise ConfigError(
+            f"train.stop_after_step ({stop_after_step}) must be greater than the step of "
+            f"checkpoint.branch_from ({step}), from which the run continues."
+        )
     if schedule.total_steps and schedule.total_steps <= step:
         raise ConfigError(
             f"schedule.total_steps ({schedule.total_steps}) must be greater than the step of "

@@ -109,6 +109,12 @@ class Supervisor:
         """Step of the newest checkpoint."""
         return self.saver.saved_step
 
+    @property
+    def is_branch(self) -> bool:
+        """Whether the run starts from the checkpoint of another run (checkpoint.branch_from)."""
+        start = self.checkpoint
+        return start is not None and start.path.resolve().parent.parent != self.dir.resolve()
+
     def __enter__(self) -> "Supervisor":
         section = self.recipe
         if section.run.threads:
@@ -163,7 +169,7 @@ class Supervisor:
         if newest is not None or not branch:
             return newest
         checkpoint = open_checkpoint(branch)
-        check_branch(self.recipe.schedule, checkpoint.step)
+        check_branch(self.recipe.schedule, checkpoint.step, self.recipe.train.stop_after_step)
         return checkpoint
 
     def start(self, trainer: Trainer, total_steps: int) -> int:

@@ -113,6 +113,12 @@ def test_layers_that_servers_refuse_in_fp8_are_named(
         (["--optimizer.eps=0.1"], "optimizer.eps = 0.1 is outside"),
         (["--schedule.warmup_steps=6"], "warmup_steps = 6 is more than half of total_steps = 10"),
         (["--schedule.warmup_fraction=0.9"], "schedule.warmup_fraction = 0.9 is outside"),
+        (["--schedule.final_learning_rate=1e-5"], "final_learning_rate has no effect without"),
+        (
+            ["--schedule.kind=wsd", "--schedule.decay_from_step=2", "--schedule.decay_steps=3"],
+            "the decay ends at step 5, before schedule.total_steps = 10",
+        ),
+        (["--rl.overlong_penalty=0.5"], "rl.overlong_penalty has no effect without"),
         (["--rl.temperature=100"], "rl.temperature = 100 is outside the usual 0.3 to 2"),
         (["--rl.clip_high=28"], "rl.clip_high = 28 is outside"),
         (["--evaluate.temperature=65"], "evaluate.temperature = 65 is outside"),
