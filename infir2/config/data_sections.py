@@ -11,8 +11,8 @@ class SourceSection(Section):
     """A file or directory of data, and the names of its fields."""
 
     path: str = Field(
-        description="a .jsonl, .jsonl.gz, .parquet or .txt file, the prefix of a Megatron indexed "
-        "data set, or a directory of such files"
+        description="a .jsonl or .json file (also .gz or .zst), a .parquet or .txt file, the "
+        "prefix of a Megatron indexed data set, or a directory of such files"
     )
     weight: float = Field(1.0, gt=0, description="share in the mixture, relative to other sources")
     text_field: str = Field("text", description="CPT: field with the text of a document")

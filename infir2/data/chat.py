@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 
 from infir2.data.rendering import PLACEHOLDER, THINK_MARKERS, render
-from infir2.data.sources import RowError
-from infir2.data.types import Message, Sample
+from infir2.data.types import Message, RowError, Sample
 from infir2.errors import ConfigError, first_line
 
 # Text whose tokens identify a tokenizer: digits, code, white space, accents, other scripts, emoji.

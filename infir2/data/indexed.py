@@ -23,17 +23,19 @@ from typing import Any
 
 import numpy as np
 
-from infir2.errors import DataError
+from infir2.errors import DataError, first_line
+from infir2.files import open_regular, read_regular, require_regular
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+MAX_ABOUT_BYTES = 1 << 20  # of PREFIX.json
 TEXT_BYTES_PER_TOKEN = 4  # estimate for files that do not record the size of their text
 
 
 def is_indexed(path: Path) -> bool:
     """Whether `path` is the prefix, the .bin or the .idx file of an indexed data set."""
-    return prefix_of(path).with_name(prefix_of(path).name + ".idx").is_file()
+    return Path(f"{prefix_of(path)}.idx").is_file()
 
 
 def prefix_of(path: Path) -> Path:
@@ -88,6 +90,9 @@ class IndexedDocuments:
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
+    def number(self, index: int) -> int:
+        return index + 1
+
     def read(self, index: int) -> dict[str, Any]:
         first, last = self._bounds[index], self._bounds[index + 1]
         itemsize = self._tokens.itemsize
@@ -103,21 +108,23 @@ class IndexedDocuments:
 
     def _read_index(self, path: Path) -> None:
         code, sequences, bounds = self._read_header(path)
-        data = np.memmap(path, dtype=np.uint8, mode="r")[HEADER.size :]
+        data: np.ndarray = np.memmap(path, dtype=np.uint8, mode="r")[HEADER.size :]
         self._lengths = data[: 4 * sequences].view("<i4")
         self._offsets = data[4 * sequences : 12 * sequences].view("<i8")
         self._bounds = data[12 * sequences : 12 * sequences + 8 * bounds].view("<i8")
-        num_bytes, dtype = self.path.stat().st_size, np.dtype(DTYPES[code]).newbyteorder("<")
+        num_bytes, dtype = require_regular(self.path), np.dtype(DTYPES[code]).newbyteorder("<")
         if num_bytes % dtype.itemsize or not self._is_consistent(num_bytes, dtype.itemsize):
             raise DataError(
                 f"{path} does not match {self.path.name} ({num_bytes} bytes): "
                 "one of them is truncated or changed, copy both again."
             )
-        self._tokens = np.memmap(self.path, dtype=dtype, mode="r")
+        self._tokens: np.ndarray = np.zeros(0, dtype)  # an empty file cannot be mapped
+        if num_bytes:
+            self._tokens = np.memmap(self.path, dtype=dtype, mode="r")
 
     def _read_header(self, path: Path) -> tuple[int, int, int]:
         """Return the dtype code, the number of sequences and the number of document bounds."""
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise DataError(
@@ -137,15 +144,17 @@ class IndexedDocuments:
                 f"{path} has {size} bytes, but its header requires {expected}: "
                 "it is truncated or changed, copy it again."
             )
-        if bounds < 2 or not self.path.is_file() or not self.path.stat().st_size:
+        if not bounds or not self.path.exists():
             raise DataError(
-                f"{path} lists no document, or {self.path.name} is missing or empty: "
-                "copy both files again."
+                f"{path} is damaged, or {self.path.name} is missing: copy both files again."
             )
         return code, sequences, bounds
 
     def _is_consistent(self, num_bytes: int, itemsize: int) -> bool:
-        """Whether each sequence is inside the .bin file and the bounds rise from 0 to S."""
+        """Whether each sequence is inside the .bin file and the bounds rise from 0 to S.
+
+        Sequences do not overlap, so that no document is larger than the file.
+        """
         ends = self._offsets + self._lengths.astype(np.int64) * itemsize
         inside = (
             (self._lengths >= 0)
@@ -158,13 +167,23 @@ class IndexedDocuments:
             and self._bounds[-1] == len(self._lengths)
             and bool((np.diff(self._bounds) >= 0).all())
         )
-        return rising and bool((inside & (self._offsets % itemsize == 0)).all())
+        disjoint = int(self._lengths.astype(np.int64).sum()) * itemsize <= num_bytes
+        return rising and disjoint and bool((inside & (self._offsets % itemsize == 0)).all())
 
 
 def _read_about(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError):
+        about = json.loads(read_regular(path, MAX_ABOUT_BYTES))
+        if not isinstance(about, dict):
+            raise ValueError("not an object")
+        source_bytes = about.get("source_bytes", 0)
+        if not isinstance(source_bytes, int) or not 0 <= source_bytes < 1 << 63:
+            raise ValueError("source_bytes is not a number of bytes")
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{path} is not readable JSON: remove it, or tokenize the text again."
+            f"{path} is not readable JSON ({first_line(error)}): "
+            "remove it, or tokenize the text again."
         ) from None
+    return about

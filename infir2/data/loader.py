@@ -14,7 +14,7 @@ from infir2.config.schema import DataSection, SourceSection
 from infir2.data.chat import ChatTokenizer
 from infir2.data.packing import concatenate, split_among_ranks
 from infir2.data.rows import Quarantine, open_source, parse_prompt
-from infir2.data.sources import RowError, Source
+from infir2.data.sources import Source
 from infir2.data.streams import (
     DocumentWindows,
     SampleStream,
@@ -24,7 +24,7 @@ from infir2.data.streams import (
     TrainingKind,
     slice_sample,
 )
-from infir2.data.types import Batch, Prompt, Sample
+from infir2.data.types import Batch, Prompt, RowError, Sample
 from infir2.errors import ConfigError, DataError
 
 

@@ -3,8 +3,7 @@
 import json
 from typing import Any
 
-from infir2.data.sources import RowError
-from infir2.data.types import Message
+from infir2.data.types import Message, RowError
 
 ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}

@@ -8,8 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from infir2.data.sources import RowError
-from infir2.data.types import Message
+from infir2.data.types import Message, RowError
 
 THINK_MARKERS = ("<think>", "</think>")
 PLACEHOLDER = re.compile("\U000f0000([0-9]+)\U000f0001")

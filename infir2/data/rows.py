@@ -11,8 +11,8 @@ from infir2.config.schema import SourceSection
 from infir2.data.chat import ChatTokenizer
 from infir2.data.indexed import IndexedDocuments
 from infir2.data.messages import decode_messages, find, messages, question, text, with_reasoning
-from infir2.data.sources import RowError, Source
-from infir2.data.types import Message
+from infir2.data.sources import Source
+from infir2.data.types import Message, RowError
 from infir2.errors import DataError
 from infir2.files import JsonLinesWriter, disk_errors, read_json_lines, truncate_torn_line
 

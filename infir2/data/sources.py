@@ -1,204 +1,57 @@
-"""Random access to the rows of JSON Lines, Parquet, text and indexed token files.
+"""The rows of a source: one file, or the files of a directory.
 
-A .jsonl file is memory-mapped, with one byte offset per line. A .jsonl.gz file is decompressed into
-a temporary file, and the requested columns of a .parquet file are written as Arrow into one; the
-temporary file is memory-mapped. A .txt file is one row.
+Files are .jsonl, .ndjson or .json (also .gz or .zst), .parquet, .txt or indexed tokens, in lower or
+upper case.
 """
 
 import bisect
-import contextlib
-import gzip
 import itertools
-import json
 import re
-import tempfile
-import zlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from infir2.data.indexed import IndexedDocuments, is_indexed
-from infir2.errors import DataError, first_line
+from infir2.data.json_rows import JsonRows, check_is_utf8
+from infir2.data.parquet import ParquetConverter, ParquetRows
+from infir2.data.types import RowError, Rows
+from infir2.errors import DataError
+from infir2.files import open_regular, read_regular, require_regular
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".idx")
-FIRST_ROWS = 20  # rows from which the fields of a .jsonl file are known
-CHUNK_BYTES = 1 << 26
-SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)", re.IGNORECASE)
-GZIP_MAGIC = b"\x1f\x8b"
-
-
-class RowError(Exception):
-    """A row that cannot be used, with the reason to count, such as "bad_json", and a detail."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-class Rows(Protocol):
-    """The rows of one file."""
-
-    path: Path
-    num_bytes: int  # of the uncompressed rows
-    fields: frozenset[str]  # field names in the first rows or in the schema; empty if unknown
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> dict[str, Any]:
-        """Return one row as {field: value}. Raises RowError for an unusable row."""
-        ...
-
-
-class JsonLines:
-    """Lines of a .jsonl or .jsonl.gz file.
-
-    Blank lines at the end are ignored; any other blank line is an unusable row.
-
-    Raises:
-        DataError: the file is empty, binary or not a complete gzip file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty: add rows, or remove it from the sources.")
-        self._bytes = np.memmap(
-            _decompress(path) if path.suffix == ".gz" else path, dtype=np.uint8, mode="r"
-        )
-        self.num_bytes = len(self._bytes)
-        head = self._bytes[:4096].tobytes()
-        if not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and (
-            b"\0" in head or head.startswith(GZIP_MAGIC)
-        ):
-            raise DataError(
-                f"{path} is not JSON Lines but a binary file: a compressed file must be named "
-                ".jsonl.gz."
-            )
-        self._starts = self._find_lines()
-        self.fields = self._first_fields()
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def read(self, index: int) -> dict[str, Any]:
-        line = self._bytes[self._starts[index] : self._starts[index + 1]].tobytes()
-        if not line.strip():
-            raise RowError("empty", "a blank line")
-        if b"\0" in line:
-            raise RowError("nul_byte", "a NUL byte in the line")
-        try:
-            row = json.loads(line.decode("utf-8-sig" if index == 0 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise RowError("bad_utf8", f"byte {error.start} of the line is not UTF-8") from None
-        except (ValueError, RecursionError) as error:
-            raise RowError("bad_json", f"not a JSON object: {error}") from None
-        if not isinstance(row, dict):
-            raise RowError("bad_json", f"a JSON {type(row).__name__} instead of an object")
-        return row
-
-    def _first_fields(self) -> frozenset[str]:
-        fields: set[str] = set()
-        for index in range(min(FIRST_ROWS, len(self))):
-            with contextlib.suppress(RowError):
-                fields |= self.read(index).keys()
-        return frozenset(fields)
-
-    def _find_lines(self) -> np.ndarray:
-        """Return the byte offset of each line, then the end of the last line that is not blank."""
-        parts = [np.zeros(1, dtype=np.int64)]
-        for first in range(0, self.num_bytes, CHUNK_BYTES):
-            parts.append(
-                np.flatnonzero(self._bytes[first : first + CHUNK_BYTES] == ord("\n")) + first + 1
-            )
-        starts = np.concatenate(parts)
-        if starts[-1] != self.num_bytes:
-            starts = np.append(starts, self.num_bytes)
-        last = len(starts) - 1
-        while last and not self._bytes[starts[last - 1] : starts[last]].tobytes().strip():
-            last -= 1
-        if not last:
-            raise DataError(
-                f"{self.path} has only blank lines: add rows, or remove it from the sources."
-            )
-        return starts[: last + 1]
-
-
-class ParquetRows:
-    """Rows of a .parquet file.
-
-    Only `columns` are read, or all columns if the file has none of them.
-
-    Raises:
-        DataError: the file is not readable as Parquet or has no row.
-    """
-
-    def __init__(self, path: Path, columns: Collection[str]) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.path = path
-        try:
-            with (
-                pq.ParquetFile(path) as parquet,
-                tempfile.NamedTemporaryFile(prefix="infir2-", suffix=".arrow") as file,
-            ):
-                self.fields = frozenset(parquet.schema_arrow.names)
-                names = [
-                    name for name in parquet.schema_arrow.names if name in columns
-                ] or parquet.schema_arrow.names
-                schema = pa.schema(
-                    [_without_dictionary(parquet.schema_arrow.field(name)) for name in names]
-                )
-                with pa.ipc.new_file(file, schema) as writer:
-                    for batch in parquet.iter_batches(columns=names):
-                        writer.write_batch(batch.select(names).cast(schema))
-                file.flush()
-                # `infir2 tokenize` reads in forked processes, which have none of Arrow's threads.
-                options = pa.ipc.IpcReadOptions(use_threads=False)
-                # The mapping stays valid after the temporary file is deleted.
-                self._batches = pa.ipc.open_file(pa.memory_map(file.name), options=options)
-                self.num_bytes = Path(file.name).stat().st_size
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{path} cannot be read as Parquet ({first_line(error)}): "
-                "write it again, or remove it from the sources."
-            ) from None
-        sizes = [
-            self._batches.get_batch(index).num_rows
-            for index in range(self._batches.num_record_batches)
-        ]
-        self._ends = list(itertools.accumulate(sizes))
-        if not sum(sizes):
-            raise DataError(f"{path} has no row: add rows, or remove it from the sources.")
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def read(self, index: int) -> dict[str, Any]:
-        batch = bisect.bisect_right(self._ends, index)
-        first = self._ends[batch - 1] if batch else 0
-        try:
-            return self._batches.get_batch(batch).slice(index - first, 1).to_pylist()[0]
-        except UnicodeDecodeError:
-            raise RowError("bad_utf8", "a string of the row is not UTF-8") from None
+JSON_SUFFIXES = tuple(
+    end + packed for packed in (".gz", ".zst", "") for end in (".jsonl", ".ndjson", ".json")
+)
+SUFFIXES = (*JSON_SUFFIXES[:-1], ".parquet", ".idx")
+METADATA = re.compile(
+    r"(dataset_infos?|dataset_dict|state|(.+_)?config|tokenizer|vocab|added_tokens"
+    r"|special_tokens_map|.+\.index)\.json",
+    re.IGNORECASE,
+)
+SPLIT = re.compile(
+    r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)", re.IGNORECASE
+)
+MAX_TEXT_BYTES = 1 << 30
 
 
 class TextFile:
-    """A .txt file: one row, {"text": its content}."""
+    """A .txt file: one row, {"text": its content}; a blank file has no row."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.num_bytes, self.fields = path, path.stat().st_size, frozenset({"text"})
-        if not self.num_bytes:
-            raise DataError(f"{path} is empty: add rows, or remove it from the sources.")
+        self.path, self.num_bytes, self.fields = path, require_regular(path), frozenset({"text"})
+        with open_regular(path, MAX_TEXT_BYTES) as file:
+            head = file.read(4096)
+        check_is_utf8(path, head)
+        self._num_rows = int(self.num_bytes > len(head) or bool(head.strip()))
 
     def __len__(self) -> int:
-        return 1
+        return self._num_rows
+
+    def number(self, index: int) -> int:
+        return index + 1
 
     def read(self, index: int) -> dict[str, Any]:
         try:
-            return {"text": self.path.read_text(encoding="utf-8-sig")}
+            return {"text": read_regular(self.path, MAX_TEXT_BYTES).decode("utf-8-sig")}
         except UnicodeDecodeError as error:
             raise RowError("bad_utf8", f"byte {error.start} of the file is not UTF-8") from None
 
@@ -216,8 +69,11 @@ class Source:
 
     def __init__(self, path: str | Path, columns: Collection[str] = ()) -> None:
         self.path = Path(path)
-        self.files: list[Rows] = [_open_file(file, columns) for file in _files(self.path, columns)]
+        with ParquetConverter() as converter:
+            self.files = [_open(file, columns, converter) for file in _find(self.path, columns)]
         self._ends = list(itertools.accumulate(len(file) for file in self.files))
+        if not len(self):
+            raise DataError(f"{path} has no row: add rows, or remove it from the sources.")
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -233,9 +89,9 @@ class Source:
         return file.read(index - first)
 
     def location(self, index: int) -> tuple[Path, int]:
-        """Return the file of a row, and its line number, counted from 1."""
+        """Return the file of a row, and its line, or its number in a file without lines."""
         file, first = self._locate(index)
-        return file.path, index - first + 1
+        return file.path, file.number(index - first)
 
     def origin(self, index: int) -> str:
         """Return "file:line" of a row."""
@@ -247,29 +103,42 @@ class Source:
         return self.files[number], self._ends[number - 1] if number else 0
 
 
-def _files(path: Path, columns: Collection[str]) -> list[Path]:
-    if path.is_file() or is_indexed(path):
-        return [path]
-    if not path.exists():
-        raise DataError(f"data source {path} does not exist: fix the path in the recipe.")
-    # A .txt file next to other data files is usually a license or a readme: skip it.
-    for suffixes in (SUFFIXES, (".txt",) if "text" in columns else ()):
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.name.endswith(suffixes) and file.is_file() and not _is_ignored(file)
-        )
+def _find(path: Path, columns: Collection[str]) -> list[Path]:
+    """Return the files of a source. Raises DataError."""
+    try:
+        if is_indexed(path):
+            return [path]
+        if not path.exists():
+            raise DataError(f"data source {path} does not exist: fix the path in the recipe.")
+        return _find_in_directory(path, columns) if path.is_dir() else [path]
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _find_in_directory(directory: Path, columns: Collection[str]) -> list[Path]:
+    found = [
+        file
+        for file in sorted(directory.rglob("*"))
+        if not _is_ignored(file.relative_to(directory)) and not file.is_dir()
+    ]
+    # A .json or .txt file next to other data files is usually metadata, a license or a readme.
+    for suffixes in (SUFFIXES, (".json",), (".txt",) if "text" in columns else ()):
+        files = [file for file in found if file.name.lower().endswith(suffixes)]
+        if suffixes == (".json",):
+            files = [file for file in files if not METADATA.fullmatch(file.name)]
         if files:
-            _check_read_once(path, files)
+            _check_read_once(directory, files)
             return files
     raise DataError(
-        f"directory {path} has no {', '.join(SUFFIXES)} file: fix the path in the recipe."
+        f"directory {directory} has no .jsonl, .json, .parquet or .idx file: "
+        "fix the path in the recipe."
     )
 
 
 def _is_ignored(file: Path) -> bool:
     """Whether a file is hidden (as the "._" files of macOS are) or lists unusable rows."""
-    return file.name.startswith(".") or f".{file.name}".endswith(".quarantine.jsonl")
+    hidden = any(part.startswith(".") for part in file.parts)
+    return hidden or f".{file.name}".endswith(".quarantine.jsonl")
 
 
 def _check_read_once(directory: Path, files: list[Path]) -> None:
@@ -277,16 +146,13 @@ def _check_read_once(directory: Path, files: list[Path]) -> None:
     stems: dict[Path, Path] = {}
     splits: dict[str, Path] = {}
     for file in files:
-        suffix = next(end for end in (*SUFFIXES, ".txt") if file.name.endswith(end))
-        name = file.name.removesuffix(suffix)
-        name = name.removesuffix("_text_document") if suffix == ".idx" else name
-        other = stems.setdefault(file.with_name(name), file)
-        if other is not file and suffix != ".txt":
+        other = stems.setdefault(_stem(file), file)
+        if other is not file:
             raise DataError(
                 f"{other} and {file} seem to contain the same rows: name one of them as the source."
             )
         for part in file.relative_to(directory).parts:
-            if match := SPLIT.match(part):
+            if match := SPLIT.search(part):
                 splits.setdefault(match[1].lower(), file)
     if "train" in splits and len(splits) > 1:
         held_out = next(file for split, file in splits.items() if split != "train")
@@ -296,44 +162,34 @@ def _check_read_once(directory: Path, files: list[Path]) -> None:
         )
 
 
-def _open_file(path: Path, columns: Collection[str]) -> Rows:
+def _stem(file: Path) -> Path:
+    """The path that two formats of the same rows have in common."""
+    suffix = next(end for end in (*SUFFIXES, ".json", ".txt") if file.name.lower().endswith(end))
+    name = file.name[: -len(suffix)]
+    return file.with_name(name.removesuffix("_text_document") if suffix == ".idx" else name)
+
+
+def _open(path: Path, columns: Collection[str], converter: ParquetConverter) -> Rows:
+    name = path.name.lower()
     try:
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            return JsonLines(path)
-        if path.suffix == ".parquet":
-            return ParquetRows(path, columns)
+        if name.endswith(JSON_SUFFIXES):
+            return JsonRows(path)
+        if name.endswith(".parquet"):
+            return ParquetRows(path, columns, converter)
         if is_indexed(path):
             return IndexedDocuments(path)
-        if path.suffix == ".txt":
+        if name.endswith(".txt"):
             return TextFile(path)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror or error}): "
-            "fix the file, or the path in the recipe."
-        ) from None
+        raise _unreadable(path, error) from None
     raise DataError(
-        f"{path} has an unknown file type: a source is a {', '.join((*SUFFIXES, '.txt'))} file "
-        "or a directory of such files."
+        f"{path} has an unknown file type: a source is a .jsonl, .ndjson or .json file (also .gz "
+        "or .zst), a .parquet, .txt or .idx file, or a directory of such files."
     )
 
 
-def _decompress(path: Path) -> Any:
-    """Return an open temporary file with the content of a .gz file; closing it deletes it."""
-    file = tempfile.TemporaryFile(prefix="infir2-")  # noqa: SIM115 (the memory map keeps it open)
-    try:
-        with gzip.open(path) as packed:
-            while chunk := packed.read(CHUNK_BYTES):
-                file.write(chunk)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path} is not a complete gzip file ({first_line(error)}): copy or compress it again."
-        ) from None
-    if not file.tell():
-        raise DataError(f"{path} is empty: add rows, or remove it from the sources.")
-    file.flush()
-    return file
-
-
-def _without_dictionary(field: Any) -> Any:
-    """Return an Arrow field with plain values: an Arrow file allows one dictionary per column."""
-    return field.with_type(field.type.value_type) if hasattr(field.type, "index_type") else field
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path} cannot be read ({error.strerror or error}): "
+        "fix the file, or the path in the recipe."
+    )

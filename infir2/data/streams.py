@@ -20,8 +20,7 @@ from infir2.data.rows import (
     open_source,
     parse_conversation,
 )
-from infir2.data.sources import RowError
-from infir2.data.types import Sample
+from infir2.data.types import RowError, Sample
 from infir2.errors import DataError
 
 TrainingKind = Literal["documents", "messages"]

@@ -26,7 +26,8 @@ from infir2.config.schema import SourceSection
 from infir2.data.chat import ChatTokenizer, load_tokenizer
 from infir2.data.indexed import IndexedDocuments, token_dtype, write_index
 from infir2.data.rows import Quarantine, open_source, parse_document
-from infir2.data.sources import RowError, Source
+from infir2.data.sources import Source
+from infir2.data.types import RowError
 from infir2.errors import ConfigError, DataError, OutputExistsError
 from infir2.files import write_atomically
 from infir2.launch.ranks import die_with_parent
@@ -142,7 +143,7 @@ def tokenize(
     listed in PREFIX.quarantine.jsonl. After an error, finished chunks stay for the next run.
 
     Args:
-        sources: .jsonl, .jsonl.gz, .parquet or .txt files, or directories of them.
+        sources: files of text that `Source` reads, or directories of them.
         tokenizer_dir: directory with tokenizer.json and tokenizer_config.json.
         prefix: path of the outputs without their suffix.
         workers: number of processes (0: one per CPU).

@@ -1,11 +1,40 @@
-"""The types that the data room returns: samples, packed batches, prompts."""
+"""The types that the data room returns: rows, samples, packed batches, prompts."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 Message = dict[str, str]  # {"role": "user", "content": "2+3=?"}
+MAX_ROW_BYTES = 1 << 26
+
+
+class RowError(Exception):
+    """A row that cannot be used, with the reason to count, such as "bad_json", and a detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Rows(Protocol):
+    """The rows of one file."""
+
+    path: Path
+    num_bytes: int  # of the uncompressed rows
+    fields: frozenset[str]  # field names in the first rows or in the schema; empty if unknown
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Return one row as {field: value}. Raises RowError for an unusable row."""
+        ...
+
+    def number(self, index: int) -> int:
+        """Return the line of a row, or its number in a file without lines, counted from 1."""
+        ...
 
 
 @dataclass(frozen=True)

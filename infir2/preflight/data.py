@@ -20,7 +20,8 @@ from infir2.data.rows import (
     parse_document,
     parse_prompt,
 )
-from infir2.data.sources import RowError, Source
+from infir2.data.sources import Source
+from infir2.data.types import RowError
 from infir2.errors import ConfigError, DataError, UserError
 from infir2.preflight.finding import Finding
 from infir2.train.plan import complete_schedule

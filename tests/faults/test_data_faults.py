@@ -15,7 +15,8 @@ from stages import SHAPE, curve, lines, options, run
 
 from infir2.cli import main
 from infir2.data.rows import Quarantine
-from infir2.data.sources import RowError, Source
+from infir2.data.sources import Source
+from infir2.data.types import RowError
 from infir2.numerics import Fp8Linear
 from infir2.numerics.quantize import nonfinite_blocks
 
@@ -29,7 +30,6 @@ def line(*messages: object) -> bytes:
 
 
 POISON: list[tuple[bytes, str]] = [
-    (b"", "empty"),
     (line(), "empty"),
     (line(ASKED), "no_trained_tokens"),
     (line(ASKED, {"role": "assistant", "content": "9" * 4000}), "too_long"),
@@ -62,7 +62,7 @@ def test_f12_unusable_rows_are_quarantined_and_no_neighbor_is_lost(
 ) -> None:
     """A step of as many samples as there are usable rows trains each of them.
 
-    The rows are unusable in fourteen ways, each between two usable rows.
+    The rows are unusable in thirteen ways, each between two usable rows.
     """
     good = (world / "sft1.jsonl").read_bytes().splitlines()[: 2 * len(POISON)]
     mixed = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from infir2.data import ChatTokenizer, load_tokenizer
-from infir2.data.sources import RowError
+from infir2.data.types import RowError
 from infir2.demo.tokenizer import write_tokenizer
 from infir2.demo.world import build_vocabulary, every_phrase
 from infir2.errors import ConfigError

@@ -14,8 +14,8 @@ from infir2.config.schema import DataSection, SourceSection
 from infir2.data import Loader, load_tokenizer
 from infir2.data.indexed import IndexedDocuments, token_dtype, write_index
 from infir2.data.rows import document_tokens, open_source
-from infir2.data.sources import RowError
 from infir2.data.tokenize import tokenize
+from infir2.data.types import RowError
 from infir2.errors import DataError
 
 DOCUMENTS = [[5, 6, 7, 2], [8], [9, 10, 11]]

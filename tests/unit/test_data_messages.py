@@ -11,7 +11,7 @@ import pytest
 
 from infir2.config.schema import SourceSection
 from infir2.data.rows import open_source, parse_conversation, parse_prompt
-from infir2.data.sources import RowError
+from infir2.data.types import RowError
 
 QUESTION = {"role": "user", "content": "2+3=?"}
 ANSWER = {"role": "assistant", "content": "5"}

@@ -2,14 +2,19 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from infir2.config.schema import DataSection, SourceSection
-from infir2.data import load_prompts
+from infir2.data import decompress, json_rows, load_prompts, parquet
+from infir2.data.indexed import write_index
 from infir2.data.rows import (
     Quarantine,
     open_source,
@@ -17,7 +22,8 @@ from infir2.data.rows import (
     parse_document,
     parse_prompt,
 )
-from infir2.data.sources import RowError, Source
+from infir2.data.sources import Source
+from infir2.data.types import RowError
 from infir2.errors import ConfigError, DataError
 
 REAL_DATA = Path(__file__).parents[2] / "../shared/data"
@@ -28,8 +34,22 @@ def line(row: object) -> bytes:
     return json.dumps(row).encode()
 
 
+def pack_zstd(content: bytes) -> bytes:
+    packed: bytes = pa.Codec("zstd").compress(content, asbytes=True)
+    return packed
+
+
+ROWS = [
+    {"text": 'a "quoted" \\ [1, {2}]'},
+    {"text": "\u00e9\u2028\ufeff"},
+    {"text": "c", "n": [{}, [","]]},
+]
+LINES = [line(row) for row in ROWS]
+RAW = [json.dumps(row, ensure_ascii=False).encode() for row in ROWS]
+BOM = b"\xef\xbb\xbf"
+
+
 POISON: list[tuple[bytes, str]] = [
-    (b"", "empty"),
     (line({"messages": []}), "empty"),
     (line({"messages": [{"role": "user", "content": "  "}, CHAT[1]]}), "empty"),
     (line({"messages": [CHAT[0]]}), "no_trained_tokens"),
@@ -122,8 +142,8 @@ def test_files_of_each_kind_give_the_same_rows(tmp_path: Path) -> None:
     ("name", "content", "sentence"),
     [
         ("no.jsonl", None, "does not exist"),
-        ("empty.jsonl", b"", "is empty"),
-        ("blank.jsonl", b"\n\n", "only blank lines"),
+        ("empty.jsonl", b"", "has no row"),
+        ("blank.jsonl", b"\n\n", "has no row"),
         ("binary.jsonl", gzip.compress(b'{"text": "a"}', mtime=0), "must be named .jsonl.gz"),
         (
             "cut.jsonl.gz",
@@ -131,7 +151,7 @@ def test_files_of_each_kind_give_the_same_rows(tmp_path: Path) -> None:
             "not a complete gzip file",
         ),
         ("plain.jsonl.gz", b'{"text": "a"}\n', "not a complete gzip file"),
-        ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
+        ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "has no row"),
         ("broken.parquet", b"PAR1 and nothing else", "cannot be read as Parquet"),
         ("table.csv", b"a,b\n", "unknown file type"),
         (
@@ -139,6 +159,13 @@ def test_files_of_each_kind_give_the_same_rows(tmp_path: Path) -> None:
             b'{"question": "2+3?", "answer": "5"}\n',
             r"no field `text` \(it has answer, question\)",
         ),
+        ("utf16.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16 text: convert it to UTF-8"),
+        ("utf16.txt", "text".encode("utf-16"), "is UTF-16 text: convert it to UTF-8"),
+        ("marked.json", '[{"text": "a"}]'.encode("utf-16-be"), "is UTF-16 text"),
+        ("binary.ndjson", pack_zstd(b'{"text": "a"}'), "must be named .jsonl.gz or .jsonl.zst"),
+        ("cut.jsonl.zst", pack_zstd(b'{"text": "a"}\n' * 99)[:-3], "not a complete zstd file"),
+        ("plain.jsonl.zst", b'{"text": "a"}\n', "not a complete zstd file"),
+        ("blank.txt", b" \n", "has no row"),
     ],
 )
 def test_unusable_files_are_named_in_one_sentence(
@@ -181,9 +208,196 @@ def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
 def test_a_directory_is_read_once_and_as_meant(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes(line({"text": "a"}))
-    for name in ("._a.jsonl", "a.quarantine.jsonl", "quarantine.jsonl"):
+    (tmp_path / ".cache").mkdir()
+    hidden = ("._a.jsonl", "a.quarantine.jsonl", "quarantine.jsonl", ".cache/a.jsonl", "infos.json")
+    for name in hidden:
         (tmp_path / name).write_bytes(b"\0\5\x16\7")
     assert len(Source(tmp_path, {"text"})) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", b"[" + b", ".join(LINES) + b"]"),
+        ("a.json", BOM + json.dumps(ROWS, indent=2).encode() + b"\n"),
+        ("a.json", b" [\n" + b",\n".join(RAW) + b",\n]\n"),
+        ("a.json", b"\n".join(LINES)),
+        ("a.jsonl", json.dumps(ROWS, indent=1).encode()),
+        ("a.jsonl", b"\n".join(json.dumps(row, indent=4).encode() for row in ROWS) + b"\n"),
+        ("a.ndjson", b"\n".join(RAW)),
+        ("A.JSONL", b"\r\n".join(LINES) + b"\r\n"),
+        ("a.jsonl", b"\r".join(LINES) + b"\r"),
+        ("a.jsonl", b"\r".join(LINES)),
+        ("a.jsonl", b"".join(BOM + each + b"\n" for each in RAW) + BOM),
+        ("a.jsonl", b"\n \t\n\n" + b"\n\r\n\n".join(LINES) + b"\n\n" + BOM + b"\n"),
+        ("a.json.gz", gzip.compress(b"[" + b",".join(LINES) + b"]", mtime=0)),
+        ("A.Jsonl.GZ", gzip.compress(b"\n".join(LINES), mtime=0)),
+        ("a.jsonl.zst", pack_zstd(b"\n".join(LINES[:2]) + b"\n") + pack_zstd(LINES[2])),
+        ("a.json.zst", pack_zstd(json.dumps(ROWS).encode())),
+        ("a.ndjson.zst", pack_zstd(b"\n".join(LINES))),
+    ],
+)
+def test_forms_of_json_text_give_the_same_rows(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path / name, tmp_path):
+        source = Source(path, {"text"})
+        assert [source.read(index) for index in range(len(source))] == ROWS
+        assert source.files[0].fields == {"text", "n"}
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 64])
+def test_rows_do_not_depend_on_where_chunks_end(
+    tmp_path: Path, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(json_rows, "STRUCTURE_BYTES", chunk_bytes)
+    rows = [{"text": text} for text in ("\\", '"', '\\"', '\\\\"', "[", "]}", ",", "{\n")] + [{}]
+    path = tmp_path / "rows.json"
+    for content in (
+        json.dumps(rows),
+        json.dumps(rows, indent=1),
+        "\n".join(json.dumps(row, indent=1) for row in rows),
+        "\n".join(map(json.dumps, rows)),
+        "\r\n\r\n".join(map(json.dumps, rows)),
+        "\r".join(map(json.dumps, rows)) + "\n",
+    ):
+        path.write_text(content, newline="")
+        source = Source(path)
+        assert [source.read(index) for index in range(len(source))] == rows
+
+
+def test_blank_lines_are_no_rows_and_keep_the_numbers_of_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n" + LINES[0] + b"\r\n\r\n" + LINES[1] + b"\n")
+    source = Source(path)
+    assert [source.origin(index) for index in range(len(source))] == [f"{path}:2", f"{path}:4"]
+
+
+def test_an_empty_shard_is_nothing(tmp_path: Path) -> None:
+    for number, content in enumerate((b"", b"\n \n", b"[]", BOM)):
+        (tmp_path / f"a{number}.jsonl").write_bytes(content)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"", mtime=0))
+    (tmp_path / "c.jsonl.zst").write_bytes(pack_zstd(b""))
+    pq.write_table(pa.table({"other": pa.array([], pa.int64())}), tmp_path / "d.parquet")
+    write_index(tmp_path / "e.idx", np.uint16, np.zeros(0, np.int64))
+    (tmp_path / "e.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="has no row"):
+        Source(tmp_path)
+    (tmp_path / "z.jsonl").write_bytes(LINES[0])
+    source = open_source(SourceSection(path=str(tmp_path)), "documents")
+    assert (len(source), source.read(0), source.origin(0)) == (1, ROWS[0], f"{tmp_path}/z.jsonl:1")
+
+
+def test_a_damaged_array_is_quarantined_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for content, reasons in (
+        (b"[" + LINES[0], ["bad_json"]),
+        (b"[1, {}, []]", ["bad_json", "", "bad_json"]),
+        (b"[[{}]]\n[[{}]]", ["bad_json"] * 2),
+        (LINES[0] + b",\n" + LINES[1], ["bad_json", ""]),
+        (b"{\n" + LINES[0] + b"\n", ["bad_json"]),
+    ):
+        path.write_bytes(content)
+        source, found = Source(path), []
+        for index in range(len(source)):
+            try:
+                source.read(index)
+                found.append("")
+            except RowError as error:
+                found.append(error.reason)
+        assert found == reasons, content
+
+
+def test_rows_and_files_are_unpacked_within_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decompress, "FREE_BYTES", 1 << 20)
+    bomb = b'{"text": "' + b"0" * (4 << 20) + b'"}'
+    for name, packed in (("a.jsonl.gz", gzip.compress(bomb)), ("a.json.zst", pack_zstd(bomb))):
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(DataError, match=r"unpacks to more than 1,\d\d\d,\d\d\d bytes"):
+            Source(tmp_path / name)
+    (tmp_path / "long.jsonl").write_bytes(bomb + b"\n" + LINES[0])
+    pq.write_table(pa.Table.from_pylist([{"text": "0" * 5000}, ROWS[0]]), tmp_path / "b.parquet")
+    for module, path in ((json_rows, "long.jsonl"), (parquet, "b.parquet")):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 4000)
+        source = Source(tmp_path / path)
+        with pytest.raises(RowError, match="more than 4,000") as raised:
+            source.read(0)
+        assert raised.value.reason == "too_large"
+        assert source.read(1)["text"] == ROWS[0]["text"]
+
+
+def test_parquet_keys_that_are_always_null_are_absent(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = [{"messages": [each | {"name": None} for each in CHAT], "extra": {"a": {"b": None}}}] * 3
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    source = Source(path)
+    assert source.read(2) == {"messages": CHAT, "extra": {"a": {}}}
+    assert parse_conversation(source.read(0), SourceSection(path=str(path))) == CHAT
+
+
+def test_parquet_dictionaries_and_maps_in_nested_columns(tmp_path: Path) -> None:
+    role = pa.dictionary(pa.int32(), pa.string())
+    kind = pa.list_(pa.struct([("role", role), ("content", pa.large_string())]))
+    table = pa.table({"messages": pa.array([CHAT] * 70, kind)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=20)
+    pq.write_table(
+        pa.table(
+            {
+                "messages": pa.array(
+                    [[list(each.items()) for each in CHAT]] * 70,
+                    pa.list_(pa.map_(pa.string(), pa.string())),
+                )
+            }
+        ),
+        tmp_path / "b.parquet",
+    )
+    for name in ("a.parquet", "b.parquet"):
+        source = Source(tmp_path / name)
+        assert all(source.read(index) == {"messages": CHAT} for index in range(70))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_parquet_columns_of_one_name_are_refused_by_name(tmp_path: Path, nested: bool) -> None:
+    column = pa.array(["a"])
+    table = pa.Table.from_arrays([column, column], names=["text", "text"])
+    if nested:
+        table = pa.table({"row": pa.StructArray.from_arrays([column] * 2, names=["text", "text"])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"two columns named `(row\.)?text`"):
+        Source(tmp_path / "a.parquet", {"text"})
+
+
+def test_memory_for_parquet_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
+    """One row group of 256 MiB in nested text, from a file of less than 1 MiB."""
+    path = tmp_path / "a.parquet"
+    text = pa.DictionaryArray.from_arrays(np.zeros(64, np.int32), ["0" * (4 << 20)])
+    lists = pa.ListArray.from_arrays(np.arange(65, dtype=np.int32), text)
+    pq.write_table(pa.table({"texts": lists}), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 1 << 20
+    process = subprocess.Popen(
+        [sys.executable, "-P", parquet.SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    request = {"path": str(path), "to": str(tmp_path / "a.arrow"), "columns": []}
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(request).encode() + b"\n")
+    process.stdin.close()
+    child = os.wait4(process.pid, 0)[2].ru_maxrss  # KiB
+    process.returncode = 0
+    assert (tmp_path / "a.arrow").stat().st_size > 64 << 22
+    assert child < 400 << 10  # of which 110 before it reads
+
+
+def test_a_reader_that_dies_is_an_error_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "abort.py"
+    script.write_text("import os; input(); os.abort()")
+    monkeypatch.setattr(parquet, "SCRIPT", script)
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet cannot be read .*Arrow ended with SIGABRT"):
+        Source(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
@@ -194,6 +408,8 @@ def test_a_directory_is_read_once_and_as_meant(tmp_path: Path) -> None:
         (("a.jsonl", "a.jsonl.gz"), "the same rows"),
         (("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"), "a training split"),
         (("train/a.jsonl", "validation/b.jsonl"), "a training split"),
+        (("gsm8k_train.JSONL", "gsm8k_test.jsonl"), "a training split"),
+        (("a.json.gz", "a.parquet"), "the same rows"),
     ],
 )
 def test_a_directory_that_would_be_read_twice_or_with_held_out_rows_is_refused(
