@@ -40,12 +40,16 @@ def run_code(
     A test is one of
     - {"input": str, "output": str}: run with that standard input, and compare the output line by
       line, numbers by value;
-    - {"fn_name": str, "args": list, "expected": value}: call a function, or a method of `Solution`;
+    - {"fn_name": str, "args": list, "expected": value}: call a function, or a method of `Solution`.
+      Iterators, ranges and views equal lists of their items; other keys equal an expected dict's
+      string keys by their spelling, since JSON has no others.
     - {"code": str, "entry_point": str, "setup": str}, the last two optional: run asserts; with
-      `entry_point`, call `check(entry_point)` after `code` (HumanEval). The program cannot replace
-      names that `setup` defines.
-    Arguments and results cross the jail by value, as plain Python values. Expected outputs and
-    asserts never enter the program's jail.
+      `entry_point`, call `check(entry_point)` after `code` (HumanEval). From the program a test
+      gets the entry point, or without one the names that it uses and does not define; never a
+      helper that judges results, and a standard name only if the test is about nothing else.
+    Plain values cross by value. In asserts, objects of the program's classes are proxies; they
+    never equal a plain value, and a list that a function changed is updated if it returned None.
+    Expected outputs and asserts never enter the program's jail.
 
     `limits.seconds` bounds each test, `limits.total_seconds` all of them. A broken jail is retried
     once and then gets the reason "jail_error". Outcomes are counted in `outcomes`.
@@ -198,6 +202,7 @@ def _call(cell: Cell, test: dict[str, Any], deadline: float) -> tuple[Reason, st
         "target": ["name", test["fn_name"]],
         "arguments": encode(list(test["args"])),
         "options": encode({}),
+        "plain": True,
     }
     cell.send(request)
     reply = cell.channel.receive(deadline)

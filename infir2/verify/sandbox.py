@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infir2.errors import ConfigError
-from infir2.verify import jail, memory, plain, syscalls, walls
+from infir2.verify import examiner, jail, memory, plain, remote, serve, syscalls, walls
 from infir2.verify.process import Channel, kill_tree
 
 START_SECONDS = 30.0
@@ -37,7 +37,7 @@ def _boot_text() -> str:
     texts = [("infir2", ""), ("infir2.verify", "")]
     texts += [
         (module.__name__, Path(str(module.__file__)).read_text())
-        for module in (plain, syscalls, memory, walls, jail)
+        for module in (plain, serve, remote, examiner, syscalls, memory, walls, jail)
     ]
     return f"""
 import sys, types

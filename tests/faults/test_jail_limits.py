@@ -17,7 +17,7 @@ ASSERT: list[dict[str, Any]] = [{"code": "assert f() == 1"}]
 FILL = """
 import os, socket, threading, time
 def fill():
-    held = bytearray(45 << 20)
+    held = bytearray(30 << 20)
     for at in range(0, len(held), 4096):
         held[at] = 1
     time.sleep(50)
@@ -129,7 +129,7 @@ def test_values_of_one_hash_cost_no_more_than_others(data: Any, expected: Any) -
 
 def test_a_program_that_answers_with_values_of_one_hash_keeps_nobody_busy() -> None:
     program = """
-import infir2.verify.jail as jail
+import infir2.verify.serve as jail
 encode = jail.encode
 numbers = [index * ((1 << 61) - 1) for index in range(100_000)]
 jail.encode = lambda value, *rest: ["set", numbers]
