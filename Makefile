@@ -5,6 +5,8 @@
 # make test-faults   30 kills at random moments (minutes)
 # make test-cluster  real Ray and, as root with its packages, real SLURM
 # make clean         remove what make wrote, except runs/
+# make venv          install into .venv only
+# make help          this text
 #
 # PYTHON       the interpreter to build .venv with (3.11 or 3.12; default: the first of python3.12,
 #              python3.11, python3 that runs)
@@ -24,7 +26,11 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 -c constraints.txt
 PYTEST_OPTIONS ?=
 
-.PHONY: demo test test-gpu test-faults test-cluster lint venv clean
+.PHONY: demo test test-gpu test-faults test-cluster lint venv clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/infir2 demo

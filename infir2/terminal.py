@@ -4,24 +4,96 @@ Every other module prints through these functions (a test enforces it). Each lin
 once, so lines of several ranks and of a process that is about to die are not lost.
 """
 
+import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress
 
-_PLAIN_INTERVAL_SECONDS = 5.0  # nothing is silent for longer
+_PLAIN_INTERVAL_SECONDS = 4.0  # before a `pulse`
+_PULSE_SECONDS = 5.0
 _MIN_BAR_BYTES = 2**28
+
+
+class _Output:
+    """What this process prints: `quiet` leaves results and errors only.
+
+    `newest` is the time of the last line, `phase` what the command does meanwhile, `phase_start`
+    since when; a bar on a terminal moves by itself.
+    """
+
+    def __init__(self) -> None:
+        self.quiet, self.num_bars = False, 0
+        self.phase, self.newest = "", time.monotonic()
+        self.phase_start = self.newest
+
+
+_output = _Output()
+
+
+def set_quiet(quiet: bool) -> None:
+    """Print results and errors only: no notes, no progress (`--quiet`)."""
+    _output.quiet = quiet
+
+
+def begin_phase(phase: str) -> None:
+    """Name what the command does now, for the lines of `pulse`. Example: "loading the model"."""
+    if phase != _output.phase:
+        _output.phase, _output.phase_start = phase, time.monotonic()
+
+
+@contextmanager
+def pulse(phase: str) -> Iterator[None]:
+    """In the block, print what the command is doing whenever nothing was printed for 5 seconds.
+
+    Example: "infir2: loading the model, 15 s so far"
+    """
+    begin_phase(phase)
+    _output.newest = time.monotonic()
+    stop = threading.Event()
+    thread = threading.Thread(target=_pulse, args=(stop,), name="infir2-pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _pulse(stop: threading.Event) -> None:
+    wait = _PULSE_SECONDS
+    while not stop.wait(wait):
+        now = time.monotonic()
+        wait = _output.newest + _PULSE_SECONDS - now
+        if wait <= 0:
+            wait = _PULSE_SECONDS
+            if not _output.quiet and not _output.num_bars:
+                seconds = now - _output.phase_start
+                # The main thread may hold the lock of sys.stderr, or fork at this moment.
+                log_in_signal_handler(f"{_output.phase}, {seconds:.0f} s so far")
+            _output.newest = now
+
+
+def _print(text: str, stream: Any) -> None:
+    _output.newest = time.monotonic()
+    print(text, file=stream, flush=True)
 
 
 def print_result(text: str) -> None:
     """Print the result of a command to stdout."""
-    print(text, flush=True)
+    _print(text, sys.stdout)
+
+
+def print_json(value: Any) -> None:
+    """Print the result of a command to stdout as one JSON document."""
+    print_result(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def print_heading(title: str, detail: str = "") -> None:
@@ -41,18 +113,19 @@ def print_renderable(renderable: "RenderableType") -> None:
 
 
 def log(text: str, source: str = "infir2") -> None:
-    """Print `source: text` to stderr. `source` is the part of the program: infir2, sft, rl."""
-    log_text(f"{source}: {text}")
+    """Print the note `source: text` to stderr; `source` is a part of the program: infir2, sft."""
+    if not _output.quiet:
+        log_text(f"{source}: {text}")
 
 
 def log_error(text: str, source: str = "infir2") -> None:
     """Print `source: error: text` to stderr."""
-    log(f"error: {text}", source)
+    log_text(f"{source}: error: {text}")
 
 
 def log_text(text: str) -> None:
-    """Print text without a prefix to stderr, such as a table."""
-    print(text, file=sys.stderr, flush=True)
+    """Print text without a prefix to stderr, such as scores."""
+    _print(text, sys.stderr)
 
 
 def log_in_signal_handler(text: str, source: str = "infir2") -> None:
@@ -65,7 +138,7 @@ def log_in_signal_handler(text: str, source: str = "infir2") -> None:
 
 
 class StepProgress:
-    """Progress of a run: a bar on a terminal, otherwise one plain line every 5 seconds.
+    """Progress of a run: a bar on a terminal, otherwise one plain line every 4 seconds.
 
     Both show the step, a text (loss, tokens/s) and the time left. `unit` is what is counted.
 
@@ -77,8 +150,9 @@ class StepProgress:
         self._unit = unit
         self._start = self._last_printed = time.monotonic()
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _output.quiet:
             self._bar = _step_bar()
+            _output.num_bars += 1
             self._task = self._bar.add_task(
                 name, total=total_steps, completed=resumed_step, text=""
             )
@@ -90,7 +164,8 @@ class StepProgress:
             self._bar.update(self._task, completed=step, text=text)
             return
         now = time.monotonic()
-        if now - self._last_printed >= _PLAIN_INTERVAL_SECONDS or step == self._total:
+        is_due = now - self._last_printed >= _PLAIN_INTERVAL_SECONDS or step == self._total
+        if is_due and not _output.quiet:
             line = f"{self._name} {self._unit} {step}/{self._total} {text}"
             if done := step - self._resumed_step:
                 seconds_per_step = (now - self._start) / done
@@ -102,13 +177,15 @@ class StepProgress:
         """Print a line of its own, above the bar if there is one."""
         if self._bar is None:
             log(text, self._name)
-        else:
+        elif not _output.quiet:
             line = f"{self._name}: {text}"
             self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
+            _output.num_bars -= 1
 
 
 @contextmanager
@@ -118,7 +195,8 @@ def byte_progress(description: str, total_bytes: int) -> Iterator[Callable[[int]
     The bar appears on a terminal only, and only for 256 MiB or more: shorter work is done before
     anyone could read it.
     """
-    if not sys.stderr.isatty() or total_bytes < _MIN_BAR_BYTES:
+    begin_phase(description)
+    if not sys.stderr.isatty() or total_bytes < _MIN_BAR_BYTES or _output.quiet:
         yield lambda num_bytes: None
         return
     from rich.console import Console
@@ -138,9 +216,13 @@ def byte_progress(description: str, total_bytes: int) -> Iterator[Callable[[int]
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(description, total=total_bytes)
-        yield lambda num_bytes: progress.advance(task, num_bytes)
+    _output.num_bars += 1
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(description, total=total_bytes)
+            yield lambda num_bytes: progress.advance(task, num_bytes)
+    finally:
+        _output.num_bars -= 1
 
 
 def _step_bar() -> "Progress":

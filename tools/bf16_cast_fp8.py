@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from infir2.cli import main
+from _infir2 import main
 
 FORMATS = {"True": "pow2", "False": "fp32"}
 parser = argparse.ArgumentParser(description=__doc__)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from infir2.cli import main
+from _infir2 import main
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--input-dir", required=True)

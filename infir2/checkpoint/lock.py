@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infir2.checkpoint.claim import Claim, process_start
-from infir2.errors import OutputExistsError
+from infir2.errors import ConfigError, OutputExistsError, disk_reason
 from infir2.files import disk_errors, open_own
 
 LOCK = ".lock"
@@ -128,7 +128,13 @@ class RunLock:
 def _create_directories(directory: Path) -> list[Path]:
     """Create `directory`; returns those that did not exist, the innermost first."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        raise ConfigError(
+            f"run.dir: {directory} cannot be created ({disk_reason(error)}); name a directory that "
+            "can be."
+        ) from error
     return missing
 
 

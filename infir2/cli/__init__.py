@@ -12,14 +12,17 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from infir2.errors import ConfigError, Interrupted, Preempted, UserError, system_error
 from infir2.launch.ranks import code_for_torchrun
 from infir2.processes import process_signals
-from infir2.terminal import log, log_error, print_result
+from infir2.terminal import log, log_error, log_text, print_result, pulse, set_quiet
 
 INTERNAL_ERROR = 70
+QUIET = "--quiet"
+_HELP = ("-h", "--help", "help")
 RANK0_SECONDS = 20.0  # how long a failed rank waits for rank 0 to report the same error
 
 
@@ -73,8 +76,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. A user's error is one line on stderr, an internal error a traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with process_signals.command(_early_stop_message(arguments[:1])):
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    set_quiet(QUIET in options)
+    if QUIET in options:
+        arguments.remove(QUIET)
+    with process_signals.command(_early_stop_message(arguments[:1])), _pulse(arguments[:1]):
         return _run(arguments)
+
+
+def _pulse(verb: list[str]) -> AbstractContextManager[None]:
+    """Rank 0 says what it does whenever it has been silent; the demo's stages do so themselves."""
+    if verb in ([], ["demo"], ["launch"]) or os.environ.get("RANK", "0") != "0":
+        return nullcontext()
+    return pulse(f"{verb[0]} is starting")
 
 
 def _early_stop_message(verb: list[str]) -> str:
@@ -99,7 +113,8 @@ def _run(arguments: list[str]) -> int:
         return _report_error(error)
     except KeyboardInterrupt:
         is_early = not process_signals.keep_exit_code
-        log((is_early and _early_stop_message(arguments[:1])) or "Interrupted.")
+        text = (is_early and _early_stop_message(arguments[:1])) or "Interrupted."
+        log_text(f"infir2: {text}")
         return Interrupted.exit_code
     except BrokenPipeError:
         # The reader of the output has exited (`infir2 cpt --help | head`). Python flushes stdout
@@ -138,15 +153,17 @@ def _report_error(error: UserError) -> int:
     if not rank0_reports or (
         exit_kills_rank0 and not process_signals.wait_for_termination(RANK0_SECONDS)
     ):
-        is_stop = isinstance(error, Preempted | Interrupted)
-        (log if is_stop else log_error)(str(error))
+        if isinstance(error, Preempted | Interrupted):
+            log_text(f"infir2: {error}")
+        else:
+            log_error(str(error))
     return error.exit_code
 
 
 def _dispatch(arguments: list[str]) -> None:
-    if len(arguments) == 2 and arguments[0] == "help" and arguments[1] in VERBS:
+    if len(arguments) > 1 and arguments[0] in _HELP and arguments[1] not in _HELP:
         arguments = [arguments[1], "--help"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in _HELP:
         print_result(_usage())
         return
     if arguments[0] in ("-V", "-v", "--version", "version"):
@@ -180,7 +197,9 @@ def _usage() -> str:
         "InfiR2 trains reasoning language models in block-wise FP8.\n\n"
         f"{verbs}\n\n"
         "infir2 VERB --help describes a verb's arguments; "
-        "infir2 --version prints the versions of the libraries."
+        "infir2 --version prints the versions of the libraries.\n"
+        "--quiet leaves results and errors only; --json prints the results of check, demo and eval "
+        "as JSON."
     )
 
 

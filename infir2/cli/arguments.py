@@ -1,7 +1,9 @@
 """Command-line parsing that verbs share: argparse errors, and recipe files with dotted options."""
 
 import argparse
+import difflib
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,13 +13,28 @@ from pydantic import BaseModel
 
 from infir2.config import Loaded, load
 from infir2.config.help import describe_keys, describe_variables
+from infir2.config.keys import leaf_keys, lookup
 from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
 from infir2.errors import ConfigError
 from infir2.terminal import log
 
 R = TypeVar("R", bound=BaseModel)
 
-ACCEPT_CHANGES = "--accept-changes"
+_HABITS = {
+    "resume": "The same command, run again, resumes",
+    "dry_run": "infir2 check RECIPE.toml checks everything and trains nothing",
+    "config": "A recipe is named without an option",
+}
+_SHORT = {
+    "lr": "learning_rate",
+    "steps": "total_steps",
+    "max_steps": "total_steps",
+    "num_train_epochs": "epochs",
+    "output_dir": "dir",
+    "model": "path",
+    "model_name_or_path": "path",
+}
+ACCEPT_CHANGES, JSON = "--accept-changes", "--json"
 RECIPE_CLASSES: dict[str, type[TrainRecipe] | type[EvalRecipe]] = {
     "cpt": TrainRecipe,
     "sft": TrainRecipe,
@@ -30,7 +47,18 @@ class Parser(argparse.ArgumentParser):
     """argparse that raises ConfigError, so that its errors look and exit like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see `{self.prog} --help`.")
+        raise ConfigError(f"{message}; {self._advice(message)}see `{self.prog} --help`.")
+
+    def _advice(self, message: str) -> str:
+        """The known word that resembles the wrong one in argparse's message, if there is one."""
+        wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: ([^ =]*)", message)
+        if not wrong:
+            return ""
+        options = [name for action in self._actions for name in action.option_strings]
+        choices = [str(word) for action in self._actions for word in action.choices or ()]
+        word = wrong[1] or wrong[2]
+        near = difflib.get_close_matches(word.lower(), choices if wrong[1] else options, 1)
+        return f"did you mean {near[0]}? " if near else ""
 
 
 def split_recipe_arguments(
@@ -47,10 +75,10 @@ def split_recipe_arguments(
             continue
         if argument.startswith("--") and "." in argument.partition("=")[0]:
             options.append(argument)
-        elif argument.startswith("-"):
+        elif argument.startswith("-") or _is_key_without_dashes(argument):
             raise ConfigError(
                 f"{argument} is not an option of infir2 {verb}; options are --section.key=value, "
-                f"see `infir2 {verb} --help`."
+                f"see `infir2 {verb} --help`.{_option_advice(argument)}"
             )
         elif paths and options and "=" not in options[-1]:
             raise ConfigError(f"option {options[-1]}: write it as {options[-1]}={argument}.")
@@ -62,6 +90,23 @@ def split_recipe_arguments(
             f"see `infir2 {verb} --help`."
         )
     return tuple(paths), tuple(options)
+
+
+def _is_key_without_dashes(argument: str) -> bool:
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and lookup(RlRecipe, key) is not None
+
+
+def _option_advice(argument: str) -> str:
+    """What a wrong option may have meant: habits of other programs, then keys of that name."""
+    name, equals, value = argument.partition("=")
+    word = name.lstrip("-").replace("-", "_")
+    if habit := _HABITS.get(word):
+        return f" {habit}."
+    keys = [key.name for key in leaf_keys(RlRecipe)]
+    same = [key for key in keys if word in (key, key.rpartition(".")[2])]
+    near = same or [key for key in keys if key.rpartition(".")[2] == _SHORT.get(word)]
+    return f" Did you mean --{near[0]}{equals}{value}?" if near else ""
 
 
 def load_recipe(
@@ -81,6 +126,11 @@ def load_recipe(
         for note in loaded.notes:
             log(note)
     return replace(loaded, accept_changes=ACCEPT_CHANGES in arguments)
+
+
+def split_json(arguments: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether `--json` is among the arguments, and the others."""
+    return JSON in arguments, [argument for argument in arguments if argument != JSON]
 
 
 def wants_help(arguments: Sequence[str]) -> bool:

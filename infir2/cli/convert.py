@@ -1,30 +1,69 @@
 """Verbs between formats: export, import, verify-weights, tokenize."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
-from infir2.errors import ConfigError
+from infir2.cli.outputs import contents, write_once
+from infir2.config.paths import check_model_directory
+from infir2.errors import CheckpointError, ConfigError
 from infir2.terminal import print_result
+
+_PATHS = ("source", "to")
 
 
 def export(arguments: Sequence[str]) -> None:
     """infir2 export hf RUN --to DIR | fp8 SRC --to DIR | megatron SRC --to DIR"""
     options = _export_parser().parse_args(arguments)
-    from infir2.checkpoint.fingerprint import is_run
+    from infir2.checkpoint.fingerprint import fingerprint, is_run
     from infir2.convert import export_fp8, export_hf, export_megatron
 
-    if options.kind == "hf":
-        export_hf(options.source, options.to)
-    elif options.kind == "megatron":
-        export_megatron(options.source, options.to)
-    else:
-        # a run knows its own format
-        scale_format = options.scale_format or (None if is_run(options.source) else "pow2")
-        convert = partial(export_fp8, servable=True) if options.servable else export_fp8
-        for finding in convert(options.source, options.to, scale_format):
-            print_result(finding)
+    def write() -> None:
+        if options.kind == "hf":
+            export_hf(options.source, options.to)
+        elif options.kind == "megatron":
+            export_megatron(options.source, options.to)
+        else:
+            # a run knows its own format
+            scale_format = options.scale_format or (None if is_run(options.source) else "pow2")
+            convert = partial(export_fp8, servable=True) if options.servable else export_fp8
+            for finding in convert(options.source, options.to, scale_format):
+                print_result(finding)
+
+    settings = {name: value for name, value in vars(options).items() if name not in _PATHS}
+    made_by = {"command": "export"} | settings | {"source": fingerprint(options.source)}
+    with _explained(options.kind, options.source):
+        write_once(options.to, made_by, write)
+
+
+@contextmanager
+def _explained(export: str, source: Path) -> Iterator[None]:
+    """Explain a source that is of the wrong kind: missing, on the hub, or converted already.
+
+    `export` is the kind of the export; empty for an import.
+    """
+    from infir2.checkpoint.fingerprint import is_run
+
+    try:
+        yield
+    except CheckpointError as error:
+        try:
+            if not source.is_file():
+                check_model_directory("SRC", str(source))
+        except ConfigError as missing:
+            raise CheckpointError(str(missing)) from error
+        if export == "hf" and not is_run(source) and (source / "config.json").is_file():
+            raise CheckpointError(
+                f"{source}: is a Hugging Face directory already; infir2 export hf reads a run."
+            ) from error
+        if not export and is_run(source):
+            raise CheckpointError(
+                f"{source}: is a run of infir2, which needs no import; infir2 export hf {source} "
+                "--to DIR writes it as a Hugging Face directory."
+            ) from error
+        raise
 
 
 def _export_parser() -> Parser:
@@ -63,13 +102,15 @@ def import_(arguments: Sequence[str]) -> None:
     options = _import_parser().parse_args(arguments)
     from infir2.convert import import_fp8, import_hf, import_megatron
 
-    if options.kind == "hf":
-        import_hf(options.source, options.to)
-    elif options.kind == "fp8":
-        import_fp8(options.source, options.to)
-    else:
-        iteration = import_megatron(options.source, options.to, options.like)
-        print_result(f"{options.to}: converted from {iteration}.")
+    source = options.source
+    with _explained("", source):
+        if options.kind == "hf":
+            import_hf(source, options.to)
+        elif options.kind == "fp8":
+            import_fp8(source, options.to)
+        else:
+            source = import_megatron(source, options.to, options.like)
+    print_result(f"{options.to}: converted from {source}, {contents(options.to)}.")
 
 
 def _import_parser() -> Parser:
@@ -155,6 +196,11 @@ def tokenize(arguments: Sequence[str]) -> None:
         )
     from infir2.data.tokenize import tokenize as write
 
+    if not options.tokenizer.is_dir():
+        raise ConfigError(
+            f"--tokenizer {options.tokenizer}: there is no such directory; name one with "
+            "tokenizer.json."
+        )
     written = write(
         options.sources,
         options.tokenizer,

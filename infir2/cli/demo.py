@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from infir2 import __version__
 from infir2.cli.arguments import Parser
+from infir2.cli.outputs import write_once
 
 SEED = 1236
 
@@ -29,10 +31,11 @@ def demo(arguments: Sequence[str]) -> None:
         default=SEED,
         help=f"seed of data, weights and sampling (default {SEED})",
     )
+    parser.add_argument("--json", action="store_true", help="print the table of stages as JSON")
     options = parser.parse_args(arguments)
     from infir2.demo.stages import run_demo
 
-    run_demo(options.dir, options.seed)
+    run_demo(options.dir, options.seed, options.json)
 
 
 def data(arguments: Sequence[str]) -> None:
@@ -52,4 +55,5 @@ def data(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     from infir2.demo.world import make_demo_world
 
-    make_demo_world(options.to, options.seed)
+    made_by = {"command": "data demo", "seed": options.seed, "version": __version__}
+    write_once(options.to, made_by, lambda: make_demo_world(options.to, options.seed))

@@ -8,7 +8,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from infir2.cli.arguments import RECIPE_CLASSES, Parser
+from infir2.cli.arguments import RECIPE_CLASSES, Parser, split_recipe_arguments
 from infir2.config.env_vars import variables_of
 from infir2.errors import ConfigError, Interrupted, LaunchedError, Preempted
 from infir2.launch import ray, slurm
@@ -17,12 +17,13 @@ from infir2.launch.torchrun import (
     VERBS,
     Layout,
     check_command,
+    check_machine,
     default_endpoint,
     default_ranks,
     run_torchrun,
     torchrun_command,
 )
-from infir2.terminal import print_result
+from infir2.terminal import log, print_result
 
 _DESCRIPTION = (
     "Starts a training verb on many processes and nodes, and exits with the worst rank's code. "
@@ -31,18 +32,36 @@ _DESCRIPTION = (
 )
 
 
+_HABITS = {
+    "--nproc-per-node": "write --gpus-per-node M",
+    "--nnodes": "write --nodes N",
+    "--rdzv-endpoint": "write --endpoint HOST:PORT",
+    "--master-addr": "set MASTER_ADDR, or write --endpoint HOST:PORT",
+    "--master-port": "set MASTER_PORT, or write --endpoint HOST:PORT",
+    "--partition": "write --sbatch=--partition=NAME",
+    "--time": "write --sbatch=--time=HH:MM:SS",
+    "--account": "write --sbatch=--account=NAME",
+}
+
+
 def launch(arguments: Sequence[str]) -> None:
     """infir2 launch torchrun|ray|slurm [options] -- VERB ARGS
 
     Raises ConfigError, Preempted, Interrupted, or LaunchedError with the worst rank's code.
     """
     own_arguments, command = _split_command(arguments)
+    for argument in own_arguments:
+        if advice := _HABITS.get(argument.partition("=")[0].replace("_", "-")):
+            raise ConfigError(f"{argument} is not an option of infir2 launch; {advice}.")
     options = _parser().parse_args(own_arguments)
     layout = _layout(options, command)
     description, start = _launcher(options, layout, command)
     if options.dry_run:
         print_result(description)
         return
+    if options.kind == "torchrun":
+        check_machine(layout)
+    log(f"starting {command[0]} on {_size(options.kind, layout)}", "infir2 launch")
     code = start()
     if code in CODE_OF_SIGNAL.values():
         text = "Stopped. Run the same command to resume."
@@ -55,7 +74,9 @@ def _split_command(arguments: Sequence[str]) -> tuple[Sequence[str], list[str]]:
     """(arguments of launch, the verb and its arguments). Raises ConfigError for a missing `--`."""
     if "--" in arguments:
         index = arguments.index("--")
-        return arguments[:index], list(arguments[index + 1 :])
+        own, command = list(arguments[:index]), list(arguments[index + 1 :])
+        _check_order(own, command)
+        return own, command
     for index, argument in enumerate(arguments):
         if argument in VERBS:
             fixed = shlex.join([*arguments[:index], "--", *arguments[index:]])
@@ -63,6 +84,26 @@ def _split_command(arguments: Sequence[str]) -> tuple[Sequence[str], list[str]]:
                 f"-- is missing before the verb {argument}: write infir2 launch {fixed}"
             )
     return arguments, []
+
+
+def _check_order(own: list[str], command: list[str]) -> None:
+    """Raise ConfigError if an option of launch stands after `--`, among those of the verb."""
+    actions = {name: action for action in _parser()._actions for name in action.option_strings}
+    for index, argument in enumerate(command):
+        name, equals, _ = argument.partition("=")
+        if name in actions and name not in ("-h", "--help"):
+            end = index + (1 if equals or actions[name].nargs == 0 else 2)
+            fixed = [*own, *command[index:end], "--", *command[:index], *command[end:]]
+            raise ConfigError(
+                f"{name} is an option of infir2 launch and stands before --: write infir2 launch "
+                f"{shlex.join(fixed)}"
+            )
+
+
+def _size(kind: str, layout: Layout) -> str:
+    nodes = f" on each of {layout.nodes} nodes" if layout.nodes > 1 else ""
+    plural = "es" if layout.ranks_per_node > 1 else ""
+    return f"{layout.ranks_per_node} process{plural}{nodes}, with {kind}"
 
 
 def _layout(options: argparse.Namespace, command: list[str]) -> Layout:
@@ -92,10 +133,10 @@ def _launcher(
         variables = list(variables_of(RECIPE_CLASSES[command[0]]))
         run = partial(ray.run_ray, layout, command, variables)
         return ray.description(layout, command), run
-    for argument in command[1:]:
-        if not argument.startswith("-") and not Path(argument).exists():
+    for path in split_recipe_arguments(command[1:], command[0])[0]:
+        if not Path(path).exists():
             raise ConfigError(
-                f"{argument}: no such recipe; paths are relative to the current directory."
+                f"{path}: no such recipe; paths are relative to the current directory."
             )
     if options.kind == "slurm":
         script = slurm.batch_script(layout, command, options.sbatch).rstrip()
@@ -112,6 +153,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "kind",
         choices=("torchrun", "ray", "slurm"),
+        metavar="torchrun|ray|slurm",
         help="torchrun: this machine, or this node of several; ray; slurm",
     )
     _add_size_options(parser)
@@ -140,7 +182,7 @@ def _add_size_options(parser: Parser) -> None:
         help="ranks on each node, one per GPU (torchrun: default this machine's GPUs, or 1)",
     )
     parser.add_argument(
-        "--cpu", action="store_true", help="ray, slurm: ranks run on CPUs; request no GPUs"
+        "--cpu", action="store_true", help="ranks run on CPUs; ray, slurm: request no GPUs"
     )
     parser.add_argument(
         "--cpus-per-rank",

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from infir2.cli.arguments import (
     RECIPE_CLASSES,
     load_recipe,
     recipe_help,
+    split_json,
     split_recipe_arguments,
     wants_help,
 )
@@ -15,7 +17,8 @@ from infir2.config.load import sections_in
 from infir2.config.schema import RlRecipe, TrainRecipe
 from infir2.errors import CheckFailedError
 from infir2.preflight.checks import Preflight
-from infir2.terminal import print_result
+from infir2.preflight.finding import Finding
+from infir2.terminal import print_json, print_result
 
 _DESCRIPTION = (
     "Checks everything that the verb needs with this recipe, and trains nothing. "
@@ -33,13 +36,17 @@ def check(arguments: Sequence[str]) -> None:
         usage = "check [cpt|sft|rl|eval]"
         print_result(recipe_help(RlRecipe, usage, _DESCRIPTION))
         return
+    as_json, arguments = split_json(arguments)
     verb, arguments = _split_verb(arguments)
     loaded = load_recipe(RECIPE_CLASSES[verb], arguments, verb, command="check")
-    failed: list[str] = []
+    findings: list[Finding] = []
     for finding in Preflight(loaded, verb).findings():
-        print_result(str(finding))
-        if finding.status == "fail":
-            failed.append(finding.check)
+        findings.append(finding)
+        if not as_json:
+            print_result(str(finding))
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    failed = [finding.check for finding in findings if finding.status == "fail"]
     if failed:
         raise CheckFailedError(
             f"{len(failed)} of the checks failed ({', '.join(failed)}); "

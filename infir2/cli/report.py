@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
+from infir2.errors import ConfigError, disk_reason
 from infir2.terminal import print_result
 
 
@@ -24,10 +25,19 @@ def report(arguments: Sequence[str]) -> None:
         "--to",
         type=Path,
         metavar="FILE",
-        help="page to write (default RUN_DIR/report.html, several runs: report.html)",
+        help="page to write, or a directory for report.html (default RUN_DIR/report.html, "
+        "several runs: report.html)",
     )
     options = parser.parse_args(arguments)
     default = options.runs[0] / "report.html" if len(options.runs) == 1 else Path("report.html")
+    page = options.to or default
     from infir2.report import write_report
 
-    print_result(str(write_report(options.runs, options.to or default)))
+    if page.is_dir():
+        page /= "report.html"
+    try:
+        print_result(str(write_report(options.runs, page)))
+    except OSError as error:
+        raise ConfigError(
+            f"--to {page}: the page cannot be written ({disk_reason(error)}); name another file."
+        ) from error

@@ -8,6 +8,7 @@ one element. A relative path is relative to the working directory; in `extends`,
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -228,11 +229,14 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: there is no such recipe file; recipes are in recipes/."
-        ) from None
+        raise ConfigError(f"{path}: there is no such recipe file; {_advice(path)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: this is not valid TOML: {error}.") from None
+    except IsADirectoryError:
+        raise ConfigError(
+            f"{path}: this is a directory; name a recipe, a .toml file (a model or a run is named "
+            f"by --model.path={path})."
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: the recipe cannot be read: {error.strerror}.") from None
     base = table.pop("extends", None)
@@ -244,6 +248,13 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict
         )
     below = Path(os.path.normpath(path.parent / base))
     return [*_read_chain(below, (*seen, path.resolve())), (str(path), table)]
+
+
+def _advice(path: Path) -> str:
+    """What to name instead of a recipe file that does not exist."""
+    recipes = [*path.parent.glob("*.toml"), *Path("recipes").glob("*/*.toml")]
+    near = difflib.get_close_matches(str(path), map(str, recipes), 1, 0.8)
+    return f"did you mean {near[0]}?" if near else "recipes are in recipes/."
 
 
 def _parse_text(annotation: Any, text: str) -> Any:
@@ -288,7 +299,14 @@ def _sentence(recipe_class: Recipe, key: str, error: Any) -> str:
     requirement = _REQUIREMENTS.get(error["type"]) or error["msg"].replace(
         "Input should", "must", 1
     )
+    if error["type"] in ("int_type", "float_type") and _has_unit(error["input"]):
+        requirement += " without a unit"
     return f"{key} {requirement}, not {error['input']!r}."
+
+
+def _has_unit(value: Any) -> bool:
+    """Whether this is a number and a unit: "32k", "10 min", "5%"."""
+    return isinstance(value, str) and bool(re.fullmatch(r"[+-]?[\d._]+\s*[a-zA-Z%]+", value))
 
 
 def unknown_key(recipe_class: Recipe, key: str) -> str:

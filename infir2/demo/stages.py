@@ -6,17 +6,20 @@ stage that is done is skipped and one that was interrupted resumes, so the demo 
 run again.
 """
 
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from infir2.errors import UserError
-from infir2.report import render_stage_table, stage_table, write_report
-from infir2.terminal import print_heading, print_renderable, print_result
+from infir2.errors import ConfigError, UserError, disk_reason
+from infir2.evaluate.output import scores_as_json
+from infir2.report import StageRow, render_stage_table, stage_table, write_report
+from infir2.terminal import print_heading, print_json, print_renderable, print_result, pulse
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 STAGES = ("cpt", "sft1", "sft2", "rl1", "rl2")  # each starts from the one before
@@ -85,12 +88,27 @@ class SideStages:
         return self._log_dir / f"{stage.name}.log"
 
 
-def run_demo(directory: Path, seed: int) -> None:
+def run_demo(directory: Path, seed: int, as_json: bool = False) -> None:
     """Run every stage under `directory`, write the report, print a table of the stages.
 
-    Raises UserError with the exit code of a stage that failed.
+    With `as_json`, the table is JSON and the stages' own results go to stderr. Raises UserError
+    with the exit code of a stage that failed.
     """
     start = time.monotonic()
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        _run_stages(directory, seed, stdout=2 if as_json else None)
+    runs = [directory / name for name in REPORTED]
+    page = write_report(runs, directory / "report.html")
+    if as_json:
+        print_json(
+            {"report": str(page.resolve()), "stages": list(map(_as_json, stage_table(runs)))}
+        )
+        return
+    print_renderable(render_stage_table(stage_table(runs)))
+    print_result(f"{(time.monotonic() - start) / 60:.1f} minutes. Report: {page.resolve()}")
+
+
+def _run_stages(directory: Path, seed: int, stdout: int | None) -> None:
     main, side = plan(directory, seed)
     with _side_stages(side, directory / "logs") as side_stages:
         for stage in main:
@@ -98,21 +116,32 @@ def run_demo(directory: Path, seed: int) -> None:
                 print_result(f"{stage.name}: already done, {stage.output}")
             else:
                 print_heading(stage.name, f"infir2 {' '.join(stage.arguments[:2])} ...")
-                if code := subprocess.run(stage.command, check=False).returncode:
+                if code := subprocess.run(stage.command, check=False, stdout=stdout).returncode:
                     raise stage.failure(code, "above")
             side_stages.start_after(stage.name)
         print_heading("waiting for the comparisons")
-        side_stages.wait()
-    runs = [directory / name for name in REPORTED]
-    page = write_report(runs, directory / "report.html")
-    print_renderable(render_stage_table(stage_table(runs)))
-    print_result(f"{(time.monotonic() - start) / 60:.1f} minutes. Report: {page.resolve()}")
+        with pulse("waiting for the comparisons"):
+            side_stages.wait()
+
+
+def _as_json(row: StageRow) -> dict[str, Any]:
+    values = scores_as_json(row.evaluation) | {"stage": row.stage, "run": str(row.run)}
+    for name in ("change", "change_interval"):
+        value = getattr(row, name)
+        values[name] = value if math.isfinite(value) else None
+    return values | {"compared_with": row.compared_with}
 
 
 @contextmanager
 def _side_stages(stages: Sequence[Stage], log_dir: Path) -> Iterator[SideStages]:
     """Background stages; none outlives the block."""
-    log_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{log_dir}: cannot be created ({disk_reason(error)}); infir2 demo DIR names a "
+            "directory to write to"
+        ) from error
     side_stages = SideStages(stages, log_dir)
     try:
         yield side_stages

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from infir2.demo.tokenizer import build_vocabulary, pre_tokens, write_tokenizer
 from infir2.errors import OutputExistsError
+from infir2.files import new_directory
 
 DIFFICULTIES = (2, 3, 4)
 LARGEST_START, LARGEST_STEP, LARGEST_VALUE = 20, 6, 49
@@ -254,14 +255,20 @@ def make_demo_world(directory: Path, seed: int, world: DemoWorld | None = None) 
     `sft2.jsonl` (`messages`, `difficulty`), `rl1.jsonl`, `rl2.jsonl` and `heldout.jsonl`
     (`prompt`, `label`, `difficulty`). A difficulty is a number of steps.
 
-    Raises OutputExistsError if the directory is not empty.
+    Raises OutputExistsError if the directory is not empty. After an error nothing is left of it.
     """
-    world = world or DemoWorld()
     if directory.exists() and any(directory.iterdir()):
         raise OutputExistsError(
             f"{directory} already holds files: "
             "choose another directory for the demo's data, or remove it."
         )
+    if directory.exists():
+        directory.rmdir()
+    with new_directory(directory) as work:
+        _write_world(work, seed, world or DemoWorld())
+
+
+def _write_world(directory: Path, seed: int, world: DemoWorld) -> None:
     write_tokenizer(directory / "tokenizer", build_vocabulary(every_phrase()))
 
     def source(name: str) -> random.Random:

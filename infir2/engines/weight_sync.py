@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from infir2.checkpoint.fingerprint import is_run
+from infir2.config.paths import check_model_directory
 from infir2.config.schema import RlRecipe
 from infir2.engines.native import NativeEngine
 from infir2.engines.ray import RayEngines
@@ -30,7 +32,7 @@ def open_engine(
         The engine, and one digest of the weights it holds.
 
     Raises:
-        ConfigError: `rollout.model` is empty, or `rl.asynchronous` lacks engines of its own.
+        ConfigError: `rl.asynchronous` lacks engines of its own.
         CheckFailedError: a weight differs; the message names the first one.
     """
     remote = bool(os.environ.get(ENGINES_VARIABLE))
@@ -46,6 +48,20 @@ def open_engine(
     if policy_version > 0:
         return engine, publish(parallel_model, engine, policy_version)
     return engine, _prove_equal(parallel_model, weights_digest(parallel_model.exported()), engine)
+
+
+def check_rollout_model(path: str) -> None:
+    """Raise ConfigError unless `path`, the value of `rollout.model`, is an exported directory."""
+    if not path:
+        raise ConfigError(
+            "rollout.model is empty: name the FP8 export of model.path (infir2 export fp8)"
+        )
+    check_model_directory("rollout.model", path)
+    if is_run(Path(path)):
+        raise ConfigError(
+            f"rollout.model: {path} is a run directory, and the engine loads an export: infir2 "
+            f"export fp8 {path} --to DIR, then name DIR."
+        )
 
 
 def publish(parallel_model: ParallelModel, engine: RolloutEngine, policy_version: int) -> str:
@@ -66,11 +82,6 @@ def publish(parallel_model: ParallelModel, engine: RolloutEngine, policy_version
 
 
 def _check_recipe(recipe: RlRecipe, parallel_model: ParallelModel, remote: bool) -> None:
-    if not recipe.rollout.model:
-        raise ConfigError(
-            "rollout.model is empty: name the FP8 export of model.path (infir2 export hf, infir2 "
-            "export fp8)"
-        )
     single_cpu = parallel_model.ranks.size == 1 and parallel_model.layout.device.type == "cpu"
     if recipe.rl.asynchronous and not remote and not single_cpu:
         raise ConfigError(

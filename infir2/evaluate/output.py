@@ -70,7 +70,9 @@ def check_output(loaded: Loaded[EvalRecipe]) -> None:
     foreign = sorted(name for name in names if not _belongs_to_an_evaluation(name))
     if kinds - {"evaluation"}:
         foreign.append(f"{METRICS} of a training run")
-    elif names - {LOCK} and ENVIRONMENT not in names:  # such as a recipe.toml that a person wrote
+    elif ENVIRONMENT not in names and not all(
+        name.startswith(LOCK) for name in names
+    ):  # such as a recipe.toml that a person wrote
         foreign += sorted(names)
     if foreign:
         raise OutputExistsError(
@@ -110,7 +112,7 @@ def claim_output(loaded: Loaded[EvalRecipe], inputs: dict[str, str]) -> Iterator
     directory = Path(loaded.recipe.run.dir)
     try:
         lock = RunLock.acquire(directory, log)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         if isinstance(error.__cause__, OSError):
             raise _not_writable(directory, error.__cause__) from error
         raise
@@ -165,9 +167,14 @@ class SamplesWriter(JsonLinesWriter):
         self.append(*map(_sample_line, rows))
 
 
+def scores_as_json(scores: Evaluation) -> dict[str, Any]:
+    """The scores as metrics.jsonl has them: null for the infinite interval of one problem."""
+    return {name: _finite(value) for name, value in asdict(scores).items()}
+
+
 def write_results(directory: Path, scores: Evaluation, rows: list[Row]) -> None:
     """Write all responses, in order, and last the scores. Raises CheckpointError."""
-    metrics = {name: _finite(value) for name, value in asdict(scores).items()}
+    metrics = scores_as_json(scores)
     view = TensorBoardView(directory, 0)
     for name, value in metrics.items():
         if isinstance(value, int | float):
@@ -195,7 +202,7 @@ def _sample_line(row: Row) -> Row:
 def _belongs_to_an_evaluation(name: str) -> bool:
     own = (ENVIRONMENT, RECIPE, INPUTS, SAMPLES, METRICS)
     is_temporary = name.startswith(tuple(f".{each}." for each in own))
-    return name in (*own, LOCK) or name.startswith(EVENTS_PREFIX) or is_temporary
+    return name in own or name.startswith((LOCK, EVENTS_PREFIX)) or is_temporary
 
 
 def _read_inputs(directory: Path) -> dict[str, Any]:

@@ -26,15 +26,19 @@ from infir2.evaluate.problems import (
     prompt_token_ids,
     summarize,
 )
-from infir2.terminal import StepProgress, log, log_text
+from infir2.evaluate.statistics import Evaluation
+from infir2.terminal import StepProgress, begin_phase, log, log_text
+from infir2.train.banner import start_banner
 from infir2.train.build import build_model, open_tokenizer
-from infir2.train.plan import planned_config
+from infir2.train.plan import device_of, planned_config
 
 
-def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
+def run_evaluation(loaded: Loaded[EvalRecipe]) -> Evaluation:
     """Evaluate `model.path` (a run or a Hugging Face directory) and write the scores to `run.dir`.
 
-    Continues an interrupted evaluation with the same settings; prints the scores of a finished one.
+    Continues an interrupted evaluation with the same settings; a finished one is not repeated.
+    Prints the scores and returns them.
+
     Everything that can refuse the command does so before the first response is sampled. Raises
     OutputExistsError and ConfigError as `check_output` and `claim_output`, and the errors of
     loading the model, the tokenizer and the problems.
@@ -42,6 +46,7 @@ def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
     recipe = loaded.recipe
     check_output(loaded)
     tokenizer, _ = open_tokenizer(recipe.model)
+    begin_phase("reading the problems")
     problems = load_problems(recipe.evaluate)
     model_config = planned_config(recipe.model)
     check_response_positions(model_config, tokenizer, problems, recipe.evaluate)
@@ -54,14 +59,17 @@ def run_evaluation(loaded: Loaded[EvalRecipe]) -> None:
         if scores is not None:
             log(f"{directory} has this evaluation, finished; nothing was sampled.", "eval")
             log_text(scores.describe())
-            return
+            return scores
         model = build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size)
+        log(start_banner(model.config, recipe.fp8, device_of(recipe.run)), "eval")
         engine = NativeEngine(model, recipe.rollout.max_running_requests)
         kept = resume_output(loaded, inputs)
         rows = _sample(recipe, engine, tokenizer, problems, kept)
         scores = summarize(problems, rows, recipe.evaluate.samples)
         log_text(scores.describe())
         write_results(directory, scores, rows)
+        log(f"finished: scores and {len(rows)} responses are in {directory}", "eval")
+        return scores
 
 
 def _sample(

@@ -89,6 +89,7 @@ def node_command(layout: Layout, command: Sequence[str]) -> list[str]:
         *("--nodes", str(layout.nodes)),
         *("--gpus-per-node", str(layout.ranks_per_node)),
         *("--max-restarts", "0"),
+        *(["--cpu"] if layout.cpu else []),
         *rendezvous,
         "--",
         *command,

@@ -71,6 +71,7 @@ def _node_command(layout: Layout) -> str:
         *("--nodes", str(layout.nodes)),
         *("--gpus-per-node", str(layout.ranks_per_node)),
         *("--max-restarts", str(layout.max_restarts)),
+        *(["--cpu"] if layout.cpu else []),
     ]
     endpoint = '"$head:$((20000 + SLURM_JOB_ID % 20000))"'
     rendezvous = f' --endpoint {endpoint} --run-id "$SLURM_JOB_ID"' if layout.nodes > 1 else ""

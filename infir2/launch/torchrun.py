@@ -7,6 +7,7 @@ import glob
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,9 @@ from infir2.terminal import log
 PORT = 29400
 POLL_SECONDS = 0.2
 PEER_SECONDS = 20.0
+PROBE_SECONDS = 3.0
+# TCPStoreBackend.hpp: VALIDATE (0) with its magic number, PING (13) with any number.
+_STORE_PING = struct.pack("<BIBI", 0, 0x3C85F7CE, 13, 7)
 VERBS = ("cpt", "sft", "rl", "eval")
 
 
@@ -54,11 +58,75 @@ class Layout:
 
 
 def default_ranks() -> int:
-    """The number of visible GPUs of this machine, found without torch; 1 if there is none."""
+    """The number of visible GPUs of this machine; 1 if there is none."""
+    return num_gpus() or 1
+
+
+def num_gpus() -> int:
+    """Visible GPUs of this machine, found without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return max(1, len([name for name in visible.split(",") if name.strip()]))
-    return len(glob.glob("/dev/nvidia[0-9]*")) or 1
+        return len([name for name in visible.split(",") if name.strip()])
+    return len(glob.glob("/dev/nvidia[0-9]*"))
+
+
+def check_machine(layout: Layout) -> None:
+    """Raise ConfigError if this machine is too small for its ranks, or the port is in use."""
+    gpus, cores, ranks_here = num_gpus(), os.cpu_count() or 1, layout.ranks_per_node
+    if gpus and ranks_here > gpus and not layout.cpu:
+        raise ConfigError(
+            f"--gpus-per-node {ranks_here}, and this machine has {gpus} GPU{'s' * (gpus > 1)} "
+            f"that can be used: set --gpus-per-node {gpus}, or --cpu to run on its CPU."
+        )
+    if not gpus and ranks_here > cores and not layout.cpu:
+        raise ConfigError(
+            f"--gpus-per-node {ranks_here}, and this machine has no GPU and {cores} cores: start "
+            f"at most {cores} processes, or set --cpu to start {ranks_here} all the same."
+        )
+    if layout.nodes > 1:
+        _check_endpoint(layout.endpoint)
+
+
+def _check_endpoint(endpoint: str) -> None:
+    """Raise ConfigError for an endpoint that is not HOST:PORT, or whose port another program uses.
+
+    The first node of a job listens there. A port that answers like torch's store belongs to a
+    launcher of this job that has started earlier.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError(
+            f"--endpoint {endpoint}: write HOST:PORT, such as node1:{PORT} (from MASTER_ADDR and "
+            "MASTER_PORT without the option)."
+        )
+    try:
+        connection = socket.create_connection((host, int(port)), timeout=PROBE_SECONDS)
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"--endpoint {endpoint}: {host} is not a known host ({error.strerror}); name the first "
+            "node."
+        ) from error
+    except OSError:
+        return  # nobody listens yet
+    with connection:
+        if not _is_torch_store(connection):
+            raise ConfigError(
+                f"--endpoint {endpoint}: another program uses this port; choose a free one with "
+                "--endpoint HOST:PORT or MASTER_PORT, the same on all nodes."
+            )
+
+
+def _is_torch_store(connection: socket.socket) -> bool:
+    """Whether the peer is a store of torch: it answers a ping with the ping's number.
+
+    torch's own client does not return from a peer that is not a store.
+    """
+    connection.settimeout(PROBE_SECONDS)
+    try:
+        connection.sendall(_STORE_PING)
+        return connection.recv(4) == _STORE_PING[-4:]
+    except OSError:
+        return False
 
 
 def default_endpoint() -> str:
@@ -70,8 +138,10 @@ def default_endpoint() -> str:
 def check_command(command: Sequence[str], layout: Layout) -> None:
     """Raise ConfigError if `infir2 COMMAND` cannot be launched with this layout."""
     if not command or command[0] not in VERBS:
+        found = f", not {command[0]}" if command else ""
         raise ConfigError(
-            f"infir2 launch needs a verb after --: one of {', '.join(VERBS)}, and its arguments."
+            f"infir2 launch needs a verb after --: one of {', '.join(VERBS)}{found}, and its "
+            "arguments."
         )
     if command[0] == "eval" and layout.nodes * layout.ranks_per_node > 1:
         raise ConfigError(
@@ -128,7 +198,8 @@ def run_torchrun(layout: Layout, command: Sequence[str]) -> int:
                 | {
                     ranks.RANKS_DIR_VARIABLE: str(launcher_dir),
                     "PET_SIGNALS_TO_HANDLE": "SIGQUIT",
-                },
+                }
+                | ({"CUDA_VISIBLE_DEVICES": ""} if layout.cpu else {}),
                 start_new_session=True,  # Ctrl-C reaches the ranks once, through `forward`
                 preexec_fn=_before_torchrun,
             )

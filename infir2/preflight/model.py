@@ -7,6 +7,7 @@ from pathlib import Path
 
 from infir2.checkpoint import open_checkpoint
 from infir2.checkpoint.fingerprint import is_run
+from infir2.config.paths import check_model_directory
 from infir2.config.schema import EvalRecipe, ModelSection, RlRecipe, TrainRecipe
 from infir2.convert.serving import as_patterns, unservable_layers, unservable_sentence
 from infir2.convert.weights import PARAMETERS, file_scale_format, parameter_shapes
@@ -47,10 +48,8 @@ def model_facts(section: ModelSection, vocab_size: int) -> ModelFacts:
         CheckpointError: a weight is missing or has another shape than the configuration requires.
     """
     path = Path(section.path)
-    if section.shape is None and not path.exists():
-        raise ConfigError(
-            f"model.path: {path} does not exist; run the stage that writes it, or fix the path."
-        )
+    if section.shape is None:
+        check_model_directory("model.path", section.path)
     config = planned_config(section, vocab_size)
     shapes = parameter_shapes(config.to_hf())
     if section.shape is None:

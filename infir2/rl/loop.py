@@ -16,12 +16,13 @@ from typing import Any
 from infir2.config.load import Loaded
 from infir2.config.schema import RlRecipe
 from infir2.data import load_prompts
-from infir2.engines.weight_sync import open_engine
+from infir2.engines.weight_sync import check_rollout_model, open_engine
 from infir2.rl.dynamic_sampling import GroupGenerator, PromptStream, Rollouts
 from infir2.rl.evaluation import InLoopEvaluation
 from infir2.rl.journal import Journal
 from infir2.rl.pipeline import RolloutPipeline
 from infir2.rl.policy_update import update_policy
+from infir2.terminal import begin_phase
 from infir2.train.build import open_tokenizer
 from infir2.train.loop import describe_model, make_trainer
 from infir2.train.plan import check_positions, last_step_of, planned_config
@@ -39,7 +40,9 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
     evaluation = InLoopEvaluation(recipe)
     with Supervisor(loaded, "rl") as supervisor:
         tokenizer, tokenizer_dir = open_tokenizer(supervisor.model, recipe.data.tokenizer)
+        check_rollout_model(recipe.rollout.model)
         quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
+        begin_phase("reading the prompts")
         rows = load_prompts(recipe.data, quarantine=quarantine)
         # A branch from a run of another kind has no cursor.
         cursor = supervisor.checkpoint.state.get("cursor", 0) if supervisor.checkpoint else 0
@@ -50,7 +53,9 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         evaluation.check_positions(model_config, tokenizer)
         trainer = make_trainer(supervisor, tokenizer.vocab_size)
         finished = supervisor.start(trainer, last_step)
+        begin_phase("loading the engine")
         engine, digest = open_engine(recipe, trainer.parallel_model, policy_version=finished)
+        supervisor.begin_steps()
         journal = Journal(supervisor.dir, supervisor.ranks, supervisor.store.check_in_place)
         generator = GroupGenerator(engine, tokenizer, rl, seed, journal, supervisor.ranks)
         if prompts.num_too_long:

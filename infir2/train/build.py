@@ -8,11 +8,14 @@ import torch
 from infir2.checkpoint import open_checkpoint
 from infir2.checkpoint.fingerprint import is_run
 from infir2.checkpoint.reader import read_state
+from infir2.config.paths import check_model_directory
 from infir2.config.schema import Fp8Section, ModelSection, RunSection
 from infir2.data import ChatTokenizer
+from infir2.errors import ConfigError
 from infir2.model import Decoder, ModelConfig
 from infir2.numerics import SavedActivations, convert_to_fp8
 from infir2.parallel.parallel_model import single_process
+from infir2.terminal import begin_phase
 from infir2.train.plan import (
     check_vocabulary,
     device_of,
@@ -45,6 +48,7 @@ def build_model(
     (`resumed_model`): they are not initialized, and take no memory on a CPU until then.
     Raises ConfigError and CheckpointError.
     """
+    begin_phase("loading the model")
     check_vocabulary(planned_config(model, vocab_size), vocab_size)
     device = device_of(run)
     if device.type == "cpu":
@@ -83,8 +87,26 @@ def _empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device
 
 
 def open_tokenizer(model: ModelSection, configured: str = "") -> tuple[ChatTokenizer, Path]:
-    """The tokenizer and its directory: `data.tokenizer` if set, else the model's own."""
+    """The tokenizer and its directory: `data.tokenizer` if set, else the model's own.
+
+    Raises ConfigError for a directory that does not exist, the model's first.
+    """
+    begin_phase("loading the tokenizer")
+    if model.shape is None:
+        check_model_directory("model.path", model.path)
     path = Path(configured or model.path)
     refuse_torch_dist(Path(model.path))
-    directory = Path(read_state(path)["tokenizer_dir"]) if not configured and is_run(path) else path
+    if not path.is_dir():
+        raise ConfigError(
+            f"data.tokenizer: {path} has no tokenizer.json: there is no such directory; name "
+            "another (infir2 data demo writes the demo's)."
+        )
+    if not configured and not is_run(path) and not (path / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"model.path: {path} is not a run directory and has no tokenizer.json; name a model's "
+            "directory with its tokenizer, or set data.tokenizer if the command trains."
+        )
+    if configured or not is_run(path):
+        return ChatTokenizer(path), path
+    directory = Path(read_state(path)["tokenizer_dir"])
     return ChatTokenizer(directory), directory

@@ -12,6 +12,7 @@ from infir2.config.load import Loaded
 from infir2.data import Batch, Loader, TrainingKind, validation_batches
 from infir2.data.streams import State
 from infir2.parallel.parallel_model import ParallelModel
+from infir2.terminal import begin_phase
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.losses import next_token_loss
 from infir2.train.plan import (
@@ -38,6 +39,7 @@ def run_training(loaded: Loaded, kind: str) -> None:
         rank, size = supervisor.layout.data_rank, supervisor.layout.sizes.num_data
         quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
         data = (recipe.data, DATA_KIND[kind], tokenizer)
+        begin_phase("reading the data")
         loader = Loader(*data, recipe.run.seed, rank, size, quarantine=quarantine)
         validation = validation_batches(*data, recipe.train.validation_batches, rank, size)
         trainer = make_trainer(supervisor, tokenizer.vocab_size)
@@ -47,6 +49,7 @@ def run_training(loaded: Loaded, kind: str) -> None:
         last_step = last_step_of(recipe, schedule)
         finished = supervisor.start(trainer, last_step)
         restore_loader(loader, supervisor, loaded.accept_changes)
+        supervisor.begin_steps()
         description = describe_model(trainer, supervisor, str(tokenizer_dir))
         description["tokenizer_fingerprint"] = tokenizer.fingerprint()
         supervisor.validate(finished, last_step, validation)

@@ -3,6 +3,7 @@
     with Supervisor(loaded, "cpt") as supervisor:     # locks run.dir, finds the newest checkpoint
         model = build_model(supervisor.model, ...)    # the recipe's model, or the checkpoint's
         first = supervisor.start(trainer, last_step)  # loads the checkpoint into the trainer
+        supervisor.begin_steps()                      # describes the run in its directory
         for step in range(first + 1, last_step + 1):
             result = trainer.step(...)
             supervisor.finish_step(step, ...)         # logs, saves when due, stops on a signal
@@ -44,6 +45,8 @@ from infir2.parallel.mesh import Layout, Sizes, check_model, plan_sizes
 from infir2.parallel.ranks import Ranks, init_ranks, shutdown_ranks
 from infir2.parallel.watchdog import Watchdog
 from infir2.processes import process_signals, stop_error
+from infir2.terminal import begin_phase
+from infir2.train.banner import start_banner
 from infir2.train.plan import (
     check_branch,
     check_optimizer,
@@ -175,6 +178,8 @@ class Supervisor:
     def start(self, trainer: Trainer, total_steps: int) -> int:
         """Load the checkpoint, if any, into the trainer. Returns the last finished step."""
         self.trainer = trainer
+        fp8, device = self.recipe.fp8, self.layout.device
+        self.log.warn(start_banner(trainer.model.config, fp8, device, self._sizes))
         torch.manual_seed(self.recipe.run.seed)
         finished = 0
         if self.checkpoint:
@@ -185,13 +190,21 @@ class Supervisor:
         self.log.start_progress(total_steps, finished)
         trainer.pending_signal = lambda: self.stop.received
         self.heartbeat("the first step")
-        if self.checkpoint:
+        if self.checkpoint and finished >= total_steps:
+            self.log.message(
+                f"{self.dir} is finished: step {finished} of {total_steps} is saved. To train "
+                "again, name another run.dir."
+            )
+        elif self.checkpoint:
             self.log.message(f"resumed from {self.checkpoint.path} (step {finished})")
         self.saver.attach(trainer)
+        return finished
+
+    def begin_steps(self) -> None:
+        """Describe the run in its directory: nothing refuses the command anymore."""
         self.ranks.broadcast_from_rank0(self._write_description)
         fault("train.start")
         self.stop_if_requested()
-        return finished
 
     def validate(self, step: int, last_step: int, batches: Sequence[Batch]) -> None:
         """Log the validation loss at step 0, every `train.validate_every` steps and at the end.
@@ -255,6 +268,7 @@ class Supervisor:
                 f"{self.dir}: its last step, {step}, could not be saved, and the newest checkpoint "
                 f"is step {self.saved_step}; free space, then run the same command again"
             ).on_all_ranks()
+        self.log.message(f"finished: step {step} is saved in {self.dir}")
 
     def stop_if_requested(self) -> None:
         """After SIGTERM or Ctrl-C, save the last finished step and raise Preempted or Interrupted.
@@ -307,6 +321,8 @@ class Supervisor:
 
     def heartbeat(self, phase: str = "") -> None:
         """Tell the watchdog that this rank makes progress, and which phase begins."""
+        if phase:
+            begin_phase(phase)
         if self._watchdog:
             self._watchdog.heartbeat(phase or self._watchdog.phase)
 
@@ -337,10 +353,7 @@ class Supervisor:
             ) from error
 
     def _write_description(self) -> None:
-        """Write recipe.toml, with which the next start is compared, and environment.json.
-
-        Only after everything that may refuse this command has passed.
-        """
+        """Write recipe.toml, with which the next start is compared, and environment.json."""
         self.store.check_in_place()
         contents = {
             "recipe.toml": dump(self._loaded),

@@ -262,7 +262,7 @@ def test_wrong_arguments_are_one_sentence_and_exit_2(
         ("import megatron m --to o --like h", ("import_megatron", Path("m"), Path("o"), Path("h"))),
         ("verify-weights runs/a m", ("verify_weights", Path("runs/a"), Path("m"))),
         ("data demo --to d --seed 4", ("make_demo_world", Path("d"), 4)),
-        ("demo d --seed 4", ("run_demo", Path("d"), 4)),
+        ("demo d --seed 4", ("run_demo", Path("d"), 4, False)),
         ("report runs/a", ("write_report", [Path("runs/a")], Path("runs/a/report.html"))),
         ("report a b", ("write_report", [Path("a"), Path("b")], Path("report.html"))),
         ("report a --to p.html", ("write_report", [Path("a")], Path("p.html"))),

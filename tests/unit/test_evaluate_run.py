@@ -198,7 +198,9 @@ def test_progress_is_shown_while_no_response_has_ended(
     monkeypatch.setattr(infir2.terminal, "_PLAIN_INTERVAL_SECONDS", 0.0)
     assert main([*command, "--evaluate.max_response_tokens=12"]) == 0
     shown = capsys.readouterr().err.splitlines()
-    assert shown[0] == "eval response 0/4 none ended yet, decoding step 1"
+    banner = "eval: qwen2, 0.0547 M parameters, on cpu (1 thread), FP8 emulated, 1 process"
+    assert shown[0] == banner
+    assert shown[1] == "eval response 0/4 none ended yet, decoding step 1"
     assert any(
         re.fullmatch(r"eval response [1-4]/4 \d+.\d% right, decoding step \d+ left .*", line)
         for line in shown
@@ -281,6 +283,19 @@ def test_an_interrupted_evaluation_is_run_again(
     assert main(command) == 0
     assert len(lines(tmp_path / "eval", "evaluation")) == 1
     assert "old" not in (tmp_path / "eval" / "samples.jsonl").read_text()
+
+
+def test_the_scores_as_json(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # sampled, and found
+        assert main([*command, "--json", "--quiet"]) == 0
+        output = capsys.readouterr()
+        scores = json.loads(output.out)
+        assert lines(tmp_path / "eval", "evaluation") == [
+            {"kind": "evaluation", "step": 1} | scores
+        ]
+        assert output.err.count("\n") == 1  # the scores in words
 
 
 def test_an_empty_directory_is_used(command: list[str], tmp_path: Path) -> None:

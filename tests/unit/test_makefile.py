@@ -32,6 +32,15 @@ def test_a_shim_that_fails_is_passed_over(tmp_path: Path) -> None:
     assert chosen(tmp_path) == "python3.11"
 
 
+def test_help_is_the_head_of_the_makefile() -> None:
+    command = ["make", "-s", "help"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = [line.split()[1] for line in text.splitlines() if line.startswith("make ")]
+    assert {"demo", "test", "lint", "clean", "venv", "help"} <= set(targets)
+    assert "PIP_OPTIONS  options of pip" in text
+    assert ".PHONY" not in text
+
+
 def test_a_version_that_is_not_supported_is_passed_over(tmp_path: Path) -> None:
     for name in ("python3.12", "python3.11", "python3"):
         program(tmp_path / name, "exit 1")

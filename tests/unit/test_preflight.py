@@ -189,6 +189,16 @@ def test_the_verb_follows_from_sections_and_rows(
     assert lines["model"].startswith("FAIL model.path: /nowhere/run does not exist")
 
 
+def test_the_findings_as_json(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["check", str(recipe), "--data.batch_sequences=2", "--data.tokenizer=/nowhere"]
+    assert main([*words, "--json"]) == 1
+    output = capsys.readouterr()
+    findings = {finding["check"]: finding for finding in json.loads(output.out)}
+    assert findings["tokenizer"]["status"] == "fail"
+    assert findings["disk"]["status"] == "ok"
+    assert "of the checks failed (tokenizer" in output.err
+
+
 def test_a_failed_check_is_named_and_dependent_checks_are_skipped(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

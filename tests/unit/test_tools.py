@@ -52,8 +52,20 @@ def test_both_tools_convert_and_false_means_false(tmp_path, make_run):  # noqa: 
             tmp_path / scale_format / "model.safetensors"
         ).read_bytes()
     again = run_tool("bf16_cast_fp8.py", *paths)
+    assert again.returncode == 0, again.stderr
+    assert "is there already" in again.stdout
+    again = run_tool("bf16_cast_fp8.py", *paths, "--force-pow-2-scale", "False")
     assert again.returncode == 2
     assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize("name", ["convert_torch_dist_to_hf.py", "bf16_cast_fp8.py"])
+def test_a_python_without_infir2_gets_one_sentence(name):
+    command = [sys.executable, "-S", "-E", str(TOOLS / name), "--help"]  # no site-packages
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{sys.executable} cannot import infir2" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["convert_torch_dist_to_hf.py", "bf16_cast_fp8.py"])
