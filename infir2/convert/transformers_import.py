@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from infir2.convert.hf import SHARD_BYTES, complete_config, write_with_progress
 from infir2.convert.weights import hf_weights
 from infir2.errors import CheckpointError, OutputExistsError, first_line
 from infir2.model import Decoder, ModelConfig
+from infir2.model.config import Architecture
 from infir2.model.hf_names import exported_weights, load_weights
+from infir2.model.memory import require_memory
 from infir2.model.safetensors_io import read_json, write_hf
 
 _OFFLINE = {"local_files_only": True, "trust_remote_code": False}
@@ -79,13 +81,25 @@ def _load_with_transformers(src: Path) -> tuple[Any, Any]:
     if src.suffix == ".gguf":
         _require_gguf_packages(src)
         directory, options = src.parent, {**_OFFLINE, "gguf_file": src.name}
+    else:  # absurd sizes would keep transformers busy for ever
+        _require_known_model(src, read_json(src / "config.json"))
     with _transformers_errors(src), _no_stdin():
         config = AutoConfig.from_pretrained(directory, **options)
-    ModelConfig.from_hf(config.to_dict())  # refuse it before its weights are read
+    # refuse it before its weights are read, in BF16
+    require_memory(2 * ModelConfig.from_hf(config.to_dict()).num_parameters)
     with _transformers_errors(src), _no_stdin():
         tokenizer = AutoTokenizer.from_pretrained(directory, **options)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **options)
     return model, tokenizer
+
+
+def _require_known_model(src: Path, raw: dict[str, Any]) -> None:
+    if "auto_map" in raw and raw.get("model_type") not in get_args(Architecture):
+        raise CheckpointError(
+            f"{src}: its config.json asks for code of the model's own, which is never run; "
+            "use a model that transformers itself implements"
+        )
+    ModelConfig.from_hf(raw)
 
 
 @contextlib.contextmanager
@@ -98,11 +112,6 @@ def _transformers_errors(src: Path) -> Iterator[None]:
             f"{src}: transformers needs another package to read this: {first_line(error)}"
         ) from error
     except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise CheckpointError(
-                f"{src}: its config.json asks for code of the model's own, which is never run; "
-                "use a model that transformers itself implements"
-            ) from error
         raise CheckpointError(f"{src}: transformers cannot load it: {first_line(error)}") from error
 
 

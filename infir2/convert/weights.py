@@ -218,7 +218,7 @@ def file_scale_format(path: Path) -> str:
     if (
         not isinstance(section, dict)
         or section.get("quant_method") != "fp8"
-        or list(section.get("weight_block_size") or ()) != list(BLOCK)
+        or section.get("weight_block_size") != list(BLOCK)
     ):
         raise CheckpointError(
             f"{path / 'config.json'}: quantization_config is not quant_method fp8"

@@ -6,6 +6,8 @@ key of a `config.json` that would change the result raises an error with its nam
 loads and computes something else is worse than one that does not load.
 """
 
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -33,6 +35,8 @@ _SIZES = {
     "max_position_embeddings": "max_positions",
 }
 _MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Above every dense model: a larger number is a mistake, and building such a model never ends.
+MAX_LAYERS, MAX_PARAMETERS = 1000, 10**13
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,14 @@ class ModelConfig:
             )
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.type in (int, float) and not value > 0:
-                raise ConfigError(f"{entry.name} = {value} must be greater than 0")
+            if entry.type in (int, float) and not 0 < value < math.inf:
+                raise ConfigError(f"{entry.name} = {_shown(value)} must be greater than 0")
+        if self.num_layers > MAX_LAYERS or self.num_parameters > MAX_PARAMETERS:
+            raise ConfigError(
+                f"num_layers = {_shown(self.num_layers)} and the other sizes make a model of "
+                f"{float(min(self.num_parameters, 10**300)):.1e} parameters; no model has more "
+                f"than {MAX_LAYERS} layers or {MAX_PARAMETERS:.0e} parameters"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_kv_heads = {self.num_kv_heads} must divide num_heads = {self.num_heads}"
@@ -109,6 +119,8 @@ class ModelConfig:
                 "rope_scaling.high_freq_factor must be greater than low_freq_factor, "
                 "and both greater than 0"
             )
+        if not min(scaling.values()) > 0:
+            raise ConfigError("the numbers of rope_scaling must be greater than 0")
 
     def _check_variant(self) -> None:
         allowed = {
@@ -122,6 +134,14 @@ class ModelConfig:
                 f"output_bias = {self.output_bias}, mlp_bias = {self.mlp_bias}, "
                 f"qk_norm = {self.qk_norm}; no Hugging Face class could load it"
             )
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all weight matrices; norms and biases are left out."""
+        heads = 2 * self.num_heads + 2 * self.num_kv_heads  # q and o, k and v
+        layer = heads * self.head_dim * self.hidden_size + 3 * self.ffn_size * self.hidden_size
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * layer + embeddings
 
     @classmethod
     def from_shape(cls, shape: ShapeSection, vocab_size: int) -> "ModelConfig":
@@ -153,8 +173,7 @@ class ModelConfig:
             "max_position_embeddings": 2048 if architecture == "llama" else 32768,
         }
         theta, scaling = _rope(raw)
-        attention_bias = architecture != "qwen2" and bool(raw.get("attention_bias", False))
-        eos = raw.get("eos_token_id")
+        attention_bias = architecture != "qwen2" and _boolean(raw, "attention_bias")
         try:
             return cls(
                 architecture=architecture,
@@ -162,14 +181,14 @@ class ModelConfig:
                 rms_eps=_number(raw, "rms_norm_eps", default=1e-6),
                 rope_theta=theta,
                 rope_scaling=scaling,
-                tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+                tie_embeddings=_boolean(raw, "tie_word_embeddings"),
                 qkv_bias=architecture == "qwen2" or attention_bias,
                 output_bias=attention_bias,
-                mlp_bias=architecture == "llama" and bool(raw.get("mlp_bias", False)),
+                mlp_bias=architecture == "llama" and _boolean(raw, "mlp_bias"),
                 qk_norm=architecture == "qwen3",
-                bos_token_id=raw.get("bos_token_id"),
-                eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-                pad_token_id=raw.get("pad_token_id"),
+                bos_token_id=_token_id(raw, "bos_token_id"),
+                eos_token_id=_token_ids(raw, "eos_token_id"),
+                pad_token_id=_token_id(raw, "pad_token_id"),
             )
         except ConfigError as error:
             raise CheckpointError(f"config.json cannot be used: {error}") from error
@@ -218,16 +237,16 @@ class ModelConfig:
 def _architecture(raw: Mapping[str, Any]) -> Architecture:
     for architecture in get_args(Architecture):
         if raw.get("model_type") == architecture:
-            expected, classes = _CLASS_NAMES[architecture], raw.get("architectures")
+            expected, classes = _CLASS_NAMES[architecture], _list(raw, "architectures")
             if classes and expected not in classes:
                 raise CheckpointError(
-                    f"config.json: architectures = {classes} is not supported; "
+                    f"config.json: architectures = {_shown(classes)} is not supported; "
                     f"a {architecture} model must be {expected}"
                 )
             return architecture
     supported = ", ".join(get_args(Architecture))
     raise CheckpointError(
-        f"config.json: model_type {raw.get('model_type')!r} is not supported; "
+        f"config.json: model_type {_shown(raw.get('model_type'))} is not supported; "
         f"use a model of {supported}"
     )
 
@@ -236,27 +255,28 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     """Raise for keys that change the result: activation, dropout, experts, sliding windows."""
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(
-            f"config.json: hidden_act = {raw['hidden_act']!r} is not supported; only 'silu' is"
+            f"config.json: hidden_act = {_shown(raw['hidden_act'])} is not supported; "
+            "only 'silu' is"
         )
     if raw.get("attention_dropout"):
         raise CheckpointError(
-            f"config.json: attention_dropout = {raw['attention_dropout']} is not supported; "
-            "set it to 0.0"
+            f"config.json: attention_dropout = {_shown(raw['attention_dropout'])} is not "
+            "supported; set it to 0.0"
         )
     for key in _MOE_KEYS:
         if raw.get(key):
             raise CheckpointError(
-                f"config.json: {key} = {raw[key]} is a mixture of experts, which is not supported; "
-                "use a dense model"
+                f"config.json: {key} = {_shown(raw[key])} is a mixture of experts, which is not "
+                "supported; use a dense model"
             )
     # missing keys have transformers' defaults
-    has_window = raw.get("use_sliding_window") and raw.get("sliding_window", 4096) is not None
-    if has_window and raw.get("max_window_layers", 28) < _integer(raw, "num_hidden_layers"):
+    has_window = _boolean(raw, "use_sliding_window") and raw.get("sliding_window", 4096) is not None
+    if has_window and _number(raw, "max_window_layers", 28) < _integer(raw, "num_hidden_layers"):
         raise CheckpointError(
             "config.json: use_sliding_window = true is not supported; "
             "set it to false if the model was trained without"
         )
-    if set(raw.get("layer_types") or ()) - {"full_attention"}:
+    if any(kind != "full_attention" for kind in _list(raw, "layer_types")):
         raise CheckpointError(
             "config.json: layer_types has layers other than 'full_attention', "
             "which are not supported"
@@ -285,19 +305,21 @@ def _rope_of(raw: Mapping[str, Any], key: str) -> tuple[float, dict[str, float] 
     theta = _number({"rope_theta": raw.get("rope_theta"), **scaling}, "rope_theta", default=10000.0)
     if raw.get("rope_theta") is not None and raw["rope_theta"] != theta:
         raise CheckpointError(
-            f"config.json: rope_theta = {raw['rope_theta']} contradicts "
+            f"config.json: rope_theta = {_shown(raw['rope_theta'])} contradicts "
             f"{key}.rope_theta = {theta}; make them equal"
         )
     if (rotated := scaling.get("partial_rotary_factor", 1.0)) != 1.0:
         raise CheckpointError(
-            f"config.json: {key}.partial_rotary_factor = {rotated} is not supported; only 1 is"
+            f"config.json: {key}.partial_rotary_factor = {_shown(rotated)} is not supported; "
+            "only 1 is"
         )
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise CheckpointError(
-            f"config.json: {key}.rope_type = {kind!r} is not supported; use 'default' or 'llama3'"
+            f"config.json: {key}.rope_type = {_shown(kind)} is not supported; "
+            "use 'default' or 'llama3'"
         )
     return theta, {name: _number(scaling, name, where=f"{key}.") for name in _LLAMA3_KEYS}
 
@@ -306,8 +328,8 @@ def _number(
     raw: Mapping[str, Any], key: str, default: float | None = None, where: str = ""
 ) -> float:
     value = default if raw.get(key) is None else raw[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CheckpointError(f"config.json: {where}{key} must be a number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise CheckpointError(f"config.json: {where}{key} must be a number, not {_shown(value)}")
     return value
 
 
@@ -315,6 +337,39 @@ def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> in
     value = default if raw.get(key) is None else raw[key]
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise CheckpointError(
-            f"config.json: {key} must be an integer greater than 0, not {value!r}"
+            f"config.json: {key} must be an integer greater than 0, not {_shown(value)}"
         )
     return value
+
+
+def _boolean(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(f"config.json: {key} must be true or false, not {_shown(value)}")
+    return bool(value)
+
+
+def _list(raw: Mapping[str, Any], key: str) -> list[Any]:
+    value = raw.get(key)
+    if not isinstance(value, list | None):
+        raise CheckpointError(f"config.json: {key} must be a list, not {_shown(value)}")
+    return value or []
+
+
+def _token_id(raw: Mapping[str, Any], key: str) -> int | None:
+    value = raw.get(key)
+    if not isinstance(value, int | None) or isinstance(value, bool) or abs(value or 0) >= 2**31:
+        raise CheckpointError(f"config.json: {key} must be a token id, not {_shown(value)}")
+    return value
+
+
+def _token_ids(raw: Mapping[str, Any], key: str) -> int | tuple[int, ...] | None:
+    """One id, or a tuple of several."""
+    if not isinstance(raw.get(key), list):
+        return _token_id(raw, key)
+    return tuple(value for item in raw[key] if (value := _token_id({key: item}, key)) is not None)
+
+
+def _shown(value: object) -> str:
+    """A value in a sentence; long ones are cut."""
+    return reprlib.repr(value)

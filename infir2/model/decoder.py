@@ -22,6 +22,7 @@ from infir2.model.attention import AttentionContext, PackedAttention
 from infir2.model.attention_cuda import plan_varlen
 from infir2.model.config import ModelConfig
 from infir2.model.hf_names import load_directory
+from infir2.model.memory import require_memory
 from infir2.model.padding import plan_packing
 from infir2.model.rope import rope_tables
 from infir2.model.safetensors_io import read_json
@@ -161,7 +162,7 @@ class Decoder(nn.Module):
 
         A BF16 file fills the masters; a block-FP8 file gives layers that hold its codes and no
         masters. Raises CheckpointError if the directory is unreadable, incomplete or of an
-        unsupported model.
+        unsupported model, and ConfigError if it does not fit the memory.
         """
         with torch.device("meta"):
             model = cls(
@@ -179,9 +180,14 @@ class Decoder(nn.Module):
         compute_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> "Decoder":
-        """A new model; its weights depend only on shape and seed, not on the device."""
+        """A new model; its weights depend only on shape and seed, not on the device.
+
+        Raises ConfigError if they do not fit the memory.
+        """
+        config = ModelConfig.from_shape(shape, vocab_size)
+        require_memory(4 * config.num_parameters)
         with torch.device("meta"):
-            model = cls(ModelConfig.from_shape(shape, vocab_size), compute_dtype)
+            model = cls(config, compute_dtype)
         model.to_empty(device="cpu")
         model.initialize(seed, shape.init_std)
         return model.to(device)

@@ -6,6 +6,7 @@ scales, one per 128x128 block); every other parameter becomes its BF16-rounded m
 """
 
 import hashlib
+import reprlib
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from infir2.config.schema import Fp8Section, ScaleFormat
 from infir2.errors import CheckpointError
+from infir2.model.memory import require_memory
 from infir2.model.safetensors_io import HfWeights, has_nan_code, read_json
 from infir2.numerics import Fp8Linear, convert_to_fp8
 
@@ -93,13 +95,15 @@ def load_directory(model: nn.Module, directory: Path, device: torch.device | str
     """Load a Hugging Face directory into a decoder on the meta device.
 
     Layers that the files store in FP8 become `Fp8Linear` with the files' codes. Raises
-    CheckpointError as `load_weights` and `HfWeights` do.
+    CheckpointError as `load_weights` and `HfWeights` do, ConfigError if it does not fit the memory.
     """
     weights = HfWeights(directory)
     section = read_json(directory / "config.json").get("quantization_config")
     if section is not None:
         fp8 = _fp8_section(section, model, weights)
         convert_to_fp8(model, fp8.scale_format, fp8.skip_modules)
+    codes = sum(m.weight.numel() for m in model.modules() if isinstance(m, Fp8Linear))
+    require_memory(4 * sum(p.numel() for p in model.parameters()) - 3 * codes, device)
     load_weights(model, weights, device)
 
 
@@ -117,16 +121,21 @@ def _fp8_section(raw: Any, model: nn.Module, weights: HfWeights) -> Fp8Section:
         stored = raw.get(key, value if key in ("fmt", "activation_scheme") else None)
         if stored != value:
             raise CheckpointError(
-                f"config.json: quantization_config.{key} = {stored!r} is not supported; "
-                f"only {value!r} is"
+                f"config.json: quantization_config.{key} = {reprlib.repr(stored)} is not "
+                f"supported; only {value!r} is"
             )
     scale_fmt = raw.get("scale_fmt")
-    if scale_fmt not in _SCALE_FORMATS:
+    if not isinstance(scale_fmt, str | None) or scale_fmt not in _SCALE_FORMATS:
         raise CheckpointError(
-            f"config.json: quantization_config.scale_fmt = {scale_fmt!r} is not supported; "
-            "use 'ue8m0' or 'float'"
+            f"config.json: quantization_config.scale_fmt = {reprlib.repr(scale_fmt)} is not "
+            "supported; use 'ue8m0' or 'float'"
         )
-    skipped = _skipped_modules(raw.get("modules_to_not_convert") or [], model, weights)
+    patterns = raw.get("modules_to_not_convert") or []
+    if not isinstance(patterns, list) or not all(isinstance(item, str) for item in patterns):
+        raise CheckpointError(
+            "config.json: quantization_config.modules_to_not_convert must be a list of names"
+        )
+    skipped = _skipped_modules(patterns, model, weights)
     return Fp8Section(scale_format=_SCALE_FORMATS[scale_fmt], skip_modules=skipped)
 
 

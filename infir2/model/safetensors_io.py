@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infir2.errors import CheckpointError, first_line
-from infir2.files import new_directory
+from infir2.files import new_directory, read_regular
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SCALES_FILE = "fp8_scales.st"  # safetensors; no engine loads a file of this suffix as weights
@@ -136,12 +136,7 @@ class HfWeights:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of at most 64 MiB. Raises CheckpointError naming the file."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB, which no model's JSON is; "
-                "do not use this file"
-            )
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_regular(path, MAX_JSON_BYTES))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; give a Hugging Face model directory") from error
     except (OSError, ValueError, RecursionError) as error:

@@ -1,21 +1,14 @@
 """The estimate of one process's peak memory, against the memory of its device."""
 
-import contextlib
-import os
-import re
-from pathlib import Path
-
-import torch
-
 from infir2.config.schema import RlRecipe, TrainRecipe
 from infir2.errors import ConfigError
+from infir2.model.memory import GIB, device_memory, host_memory
 from infir2.parallel.mesh import Sizes
 from infir2.preflight.finding import Finding
 from infir2.preflight.gpu_memory import gpu_ledger, pass_tokens
 from infir2.preflight.model import ModelFacts
 from infir2.train.plan import device_of
 
-GIB = 2**30
 PROCESS_BYTES = 450 * 2**20
 # FP32 master, gradient and two moments; the code; its values in FP64 and FP32 while in use.
 CPU_BYTES_PER_PARAMETER = 29
@@ -29,7 +22,7 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> Findin
     """
     device = device_of(recipe.run)
     parts = memory_parts(recipe, model, device.type, sizes)
-    total, available = sum(parts.values()), _device_memory(device)
+    total, available = sum(parts.values()), device_memory(device)
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     passes, key = _longest_pass(recipe)
     detail = (
@@ -43,7 +36,7 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> Findin
         )
     if device.type != "cuda" or not recipe.checkpoint.background:
         return Finding("memory", "ok", detail)
-    copy, free = CHECKPOINT_BYTES_PER_PARAMETER * model.num_parameters, _host_memory()
+    copy, free = CHECKPOINT_BYTES_PER_PARAMETER * model.num_parameters, host_memory()
     detail += (
         f"; {copy / GIB:.2f} of {free / GIB:.1f} GiB on the host for the copy that is saved in the "
         "background, for all ranks"
@@ -108,18 +101,3 @@ def _engine_parts(recipe: TrainRecipe, model: ModelFacts) -> dict[str, int]:
     token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * hp_bytes
     cache = recipe.rollout.max_running_requests * slot_tokens * token_bytes
     return {"engine": 2 * model.num_parameters + cache}
-
-
-def _device_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return _host_memory()
-
-
-def _host_memory() -> int:
-    """Bytes of the machine's memory that a process could still allocate."""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        if match := re.search(r"MemAvailable: *(\d+) kB", text):
-            return int(match[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -11,8 +11,9 @@ from infir2.checkpoint.reader import CHECKPOINTS, newest_checkpoint
 from infir2.config import Loaded
 from infir2.config.schema import TrainRecipe
 from infir2.errors import ConfigError
+from infir2.model.memory import GIB
 from infir2.preflight.finding import Finding
-from infir2.preflight.memory import CHECKPOINT_BYTES_PER_PARAMETER, GIB
+from infir2.preflight.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from infir2.preflight.model import ModelFacts
 from infir2.train.plan import check_branch, resume_changes
 

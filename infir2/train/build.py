@@ -13,6 +13,7 @@ from infir2.config.schema import Fp8Section, ModelSection, RunSection
 from infir2.data import ChatTokenizer
 from infir2.errors import ConfigError
 from infir2.model import Decoder, ModelConfig
+from infir2.model.memory import require_memory
 from infir2.numerics import SavedActivations, convert_to_fp8
 from infir2.parallel.parallel_model import single_process
 from infir2.terminal import begin_phase
@@ -75,6 +76,7 @@ def _decoder(model: ModelSection, run: RunSection, vocab_size: int, resumed: boo
         return Decoder.from_hf(Path(model.path), compute_dtype=dtype)
     checkpoint = open_checkpoint(Path(model.path))
     config = saved_config(checkpoint.state, checkpoint.path)
+    require_memory(4 * config.num_parameters)
     decoder = _empty_decoder(config, dtype, torch.device("cpu"))
     load_parameters(decoder, checkpoint.tensors(), single_process(decoder).shard_specs)
     return decoder
