@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _PLAIN_INTERVAL_SECONDS = 4.0  # before a `pulse`
 _PULSE_SECONDS = 5.0
+_START_SECONDS = 3.0  # importing torch; a mistake is to be answered by one line
 _MIN_BAR_BYTES = 2**28
 
 
@@ -68,7 +69,7 @@ def pulse(phase: str) -> Iterator[None]:
 
 
 def _pulse(stop: threading.Event) -> None:
-    wait = _PULSE_SECONDS
+    wait = _PULSE_SECONDS + _START_SECONDS
     while not stop.wait(wait):
         now = time.monotonic()
         wait = _output.newest + _PULSE_SECONDS - now

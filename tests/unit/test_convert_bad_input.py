@@ -61,6 +61,7 @@ def test_a_full_disk_is_exit_3_and_leaves_nothing(tmp_path, make_run, kind):  # 
         str(source),
         "--to",
         str(tmp_path / "out"),
+        "--quiet",
     ]
     limit = (50_000, 50_000)
     done = subprocess.run(
