@@ -145,6 +145,15 @@ def run_rank(main: Callable[[], int]) -> int:
         return leave(stop.code if isinstance(stop.code, int) else DIED)
 
 
+def one_node_attempt_dir() -> Path | None:
+    """Where the ranks of this attempt, all on this node, exchange files; else None."""
+    is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if not _is_launched() or not is_one_node:
+        return None
+    restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return Path(os.environ[RANKS_DIR_VARIABLE]) / f"attempt-{restart}"
+
+
 def _is_launched() -> bool:
     """Whether torchrun started this process under `infir2 launch`."""
     return bool(os.environ.get(RANKS_DIR_VARIABLE)) and "TORCHELASTIC_RESTART_COUNT" in os.environ

@@ -28,6 +28,13 @@ PROBE_SECONDS = 3.0
 # TCPStoreBackend.hpp: VALIDATE (0) with its magic number, PING (13) with any number.
 _STORE_PING = struct.pack("<BIBI", 0, 0x3C85F7CE, 13, 7)
 VERBS = ("cpt", "sft", "rl", "eval")
+# The ranks of one node listen on loopback only. torchrun would open a store for them on all
+# interfaces; they make their own (`parallel.ranks`).
+_LOOPBACK = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -149,13 +156,19 @@ def check_command(command: Sequence[str], layout: Layout) -> None:
         )
 
 
-def torchrun_command(layout: Layout, command: Sequence[str]) -> list[str]:
+def torchrun_command(
+    layout: Layout, command: Sequence[str], rendezvous_file: str | Path = "FILE"
+) -> list[str]:
     """The command line of torch's launcher for `infir2 COMMAND`.
 
+    The launcher of one node meets no other: its rendezvous is a new file.
     Raises ConfigError for several nodes without an endpoint.
     """
     if layout.nodes == 1:
-        rendezvous = ["--standalone"]
+        rendezvous = [
+            *("--rdzv-backend=c10d", "--rdzv-conf=store_type=file"),
+            f"--rdzv-endpoint={rendezvous_file}",
+        ]
     elif not layout.endpoint:
         raise ConfigError(
             "several nodes need a rendezvous: set MASTER_ADDR, "
@@ -193,8 +206,9 @@ def run_torchrun(layout: Layout, command: Sequence[str]) -> int:
 
         with ranks.handle_stop_signals(forward):
             process = subprocess.Popen(
-                torchrun_command(layout, command),
-                env=os.environ
+                torchrun_command(layout, command, Path(temporary, "rendezvous")),
+                env=(_LOOPBACK if layout.nodes == 1 else {})
+                | os.environ
                 | {
                     ranks.RANKS_DIR_VARIABLE: str(launcher_dir),
                     "PET_SIGNALS_TO_HANDLE": "SIGQUIT",

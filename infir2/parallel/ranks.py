@@ -5,15 +5,19 @@ special case.
 """
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from infir2.errors import UserError
+from infir2.errors import RankError, UserError
+from infir2.files import write_atomically
+from infir2.launch.ranks import one_node_attempt_dir
 
 Value = TypeVar("Value")
 _POLL_SECONDS = 0.01
@@ -126,13 +130,40 @@ def init_ranks(device: torch.device, timeout_seconds: float) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds)
+    if directory := one_node_attempt_dir():
+        rank = int(os.environ["RANK"])
+        store = _loopback_store(directory / "store-port", rank, size, timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
     return Ranks(
         dist.get_rank(),
         size,
         dist.new_group(backend="gloo"),
         dist.new_group(backend="gloo", timeout=_NO_TIMEOUT),
     )
+
+
+def _loopback_store(path: Path, rank: int, size: int, timeout: timedelta) -> dist.TCPStore:
+    """The store of ranks on one machine. Rank 0 writes its port to `path`.
+
+    torch's own store listens on all interfaces, for anybody.
+    """
+    if rank == 0:
+        server = socket.create_server(("127.0.0.1", 0))
+        port, descriptor = server.getsockname()[1], server.detach()
+        store = dist.TCPStore(
+            "127.0.0.1", port, size, True, timeout, False, master_listen_fd=descriptor
+        )
+        write_atomically(path, str(port).encode())
+        return store
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise RankError(f"rank {rank}: rank 0 did not start in {timeout.total_seconds():g} s")
+        time.sleep(_POLL_SECONDS)
+    return dist.TCPStore("127.0.0.1", int(path.read_text()), size, False, timeout)
 
 
 def shutdown_ranks() -> None:

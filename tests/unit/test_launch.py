@@ -1,6 +1,8 @@
 """`infir2 launch`: command lines, torchrun, and the exit code of the launcher."""
 
+import contextlib
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -48,8 +50,11 @@ def test_torchrun_on_one_node_and_on_many(
     one = shlex.split(
         dry(capsys, "torchrun", "--gpus-per-node", "8", "--", "sft", "a b.toml", "--run.seed=1")
     )
-    assert one[1:4] == ["-m", "torch.distributed.run", "--standalone"]
-    assert one[4:] == [
+    assert one[1:6] == [
+        *("-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file"),
+        "--rdzv-endpoint=FILE",
+    ]
+    assert one[6:] == [
         "--nproc-per-node=8",
         "--max-restarts=3",
         "-m",
@@ -372,6 +377,47 @@ def test_the_code_of_a_rank_stands_when_torchrun_stops_all(tmp_path: Path) -> No
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert (tmp_path / "attempt-0" / "rank-0.code").read_text() == "17"
+
+
+def descendants(pid: int) -> list[int]:
+    children = []
+    with contextlib.suppress(OSError):
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            children += path.read_text().split()
+    return [pid, *(each for child in children for each in descendants(int(child)))]
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Addresses, as /proc/net prints them, on which the processes listen for TCP connections."""
+    sockets = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    sockets.add(os.readlink(entry.path))
+    rows = [
+        row.split()
+        for name in ("tcp", "tcp6")
+        for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+
+
+def test_the_ranks_of_one_node_listen_on_loopback_only(world: Path, tmp_path: Path) -> None:
+    """Seen from the start of the launcher until both ranks have begun to train."""
+    process = start(
+        options(world, tmp_path / "run", "cpt", schedule__total_steps=4),
+        *("--gpus-per-node", "2"),
+        INFIR2_FAULTS="train.step:1:hang",
+    )
+    found, deadline = set(), time.monotonic() + 120
+    while not (tmp_path / "run" / "recipe.toml").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        found |= listening(descendants(process.pid))
+        time.sleep(0.1)
+    found |= listening(descendants(process.pid))
+    assert found, "the store and gloo listen"
+    assert {address.partition(":")[0] for address in found} == {"0100007F"}
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(world: Path, tmp_path: Path) -> None:

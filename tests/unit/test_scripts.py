@@ -110,7 +110,9 @@ def test_a_stage_starts_its_recipe_on_its_nodes(
     assert words[-3:-1] == [verb, next(word for word in words if word.endswith(recipe))]
     assert words[-1] == "--run.seed=5"
     assert Path(words[-2]).is_file()
-    assert ("standalone" if nodes == 1 else f"--nodes {nodes} --gpus-per-node 8") in result.stdout
+    assert (
+        "store_type=file" if nodes == 1 else f"--nodes {nodes} --gpus-per-node 8"
+    ) in result.stdout
     slurm = script(
         path, variables | {"DRY_RUN": "1", "LAUNCHER": "slurm", "NODES": "3", "GPUS_PER_NODE": "4"}
     )
