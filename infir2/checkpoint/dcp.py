@@ -233,7 +233,7 @@ class DcpTensors(Mapping[str, Tensor]):
         self._file_bytes = sum(file.stat().st_size for file in path.glob("*.distcp"))
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.read_shard(name, unsharded(self._entries[name].shape))
+        return self.read_shard(name, unsharded(self._entry(name).shape))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from infir2.checkpoint.manifest import (
     MANIFEST,
@@ -32,6 +32,7 @@ STATE = "state.json"
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
 
 Warn = Callable[[str], None]
+Value = TypeVar("Value")
 
 
 def log_warning(message: str) -> None:
@@ -62,6 +63,16 @@ class Checkpoint:
         if not isinstance(state, dict):
             raise CheckpointCorruptError(f"{path}: is not a JSON object; the file is damaged.")
         return state
+
+    def value(self, name: str, kind: type[Value]) -> Value:
+        """A value of `state`. Raises CheckpointCorruptError if it is missing or of another type."""
+        value = self.state.get(name)
+        if type(value) is not kind:
+            raise CheckpointCorruptError(
+                f"{self.path / STATE}: its '{name}' is a {type(value).__name__}, and a training "
+                f"run saves a {kind.__name__}."
+            )
+        return value
 
     def tensors(self) -> "DcpTensors":
         """The tensors by name; each is read when it is accessed."""

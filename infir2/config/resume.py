@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from infir2.config.keys import flatten
 from infir2.config.load import Loaded, R, load
-from infir2.errors import ConfigError
-from infir2.files import read_own
+from infir2.errors import ConfigError, first_line
+from infir2.files import UnexpectedTypeError, disk_error, read_own
 
 # A resumed run may change these keys: they do not change what the next step computes. Any other key
 # (data, seed, shape, schedule, loss) would make it a different run.
@@ -113,13 +113,18 @@ def check_resume(loaded: Loaded[R], recipe_path: Path) -> list[str]:
     Raises:
         ConfigError: a key that is not safe changed, or the earlier recipe cannot be read, and
             `--accept-changes` was not given.
+        CheckpointError: the disk does not let the earlier recipe be read now.
     """
     fix = "name a new run.dir, restore the value, or resume with --accept-changes."
     try:
         read_own(recipe_path, MAX_BYTES)
         old = load(type(loaded.recipe), [recipe_path]).recipe
-    except (ConfigError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+    except (ConfigError, OSError, ValueError, RecursionError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        is_absent = isinstance(cause, FileNotFoundError | UnexpectedTypeError)
+        if isinstance(cause, OSError) and not is_absent:
+            raise disk_error(f"{recipe_path}: cannot be read", cause) from error
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)[:300]
         text = f"{recipe_path}: the recipe that this run was started with cannot be read ({reason})"
         if not loaded.accept_changes:
             raise ConfigError(f"{text}; {fix}") from error

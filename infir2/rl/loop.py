@@ -45,7 +45,9 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         begin_phase("reading the prompts")
         rows = load_prompts(recipe.data, quarantine=quarantine)
         # A branch from a run of another kind has no cursor.
-        cursor = supervisor.checkpoint.state.get("cursor", 0) if supervisor.checkpoint else 0
+        checkpoint = supervisor.checkpoint
+        has_cursor = checkpoint is not None and "cursor" in checkpoint.state
+        cursor = checkpoint.value("cursor", int) if checkpoint and has_cursor else 0
         prompts = PromptStream(rows, tokenizer, rl.max_prompt_tokens, seed, cursor)
         model_config = planned_config(supervisor.model)
         limit = ("rl.max_response_tokens", rl.max_response_tokens)

@@ -7,7 +7,6 @@ import torch
 
 from infir2.checkpoint import open_checkpoint
 from infir2.checkpoint.fingerprint import is_run
-from infir2.checkpoint.reader import read_state
 from infir2.config.paths import check_model_directory
 from infir2.config.schema import Fp8Section, ModelSection, RunSection
 from infir2.data import ChatTokenizer
@@ -108,7 +107,6 @@ def open_tokenizer(model: ModelSection, configured: str = "") -> tuple[ChatToken
             f"model.path: {path} is not a run directory and has no tokenizer.json; name a model's "
             "directory with its tokenizer, or set data.tokenizer if the command trains."
         )
-    if configured or not is_run(path):
-        return ChatTokenizer(path), path
-    directory = Path(read_state(path)["tokenizer_dir"])
-    return ChatTokenizer(directory), directory
+    if not configured and is_run(path):
+        path = Path(open_checkpoint(path, sizes_only=True).value("tokenizer_dir", str))
+    return ChatTokenizer(path), path

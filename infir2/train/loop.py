@@ -11,6 +11,7 @@ from typing import Any
 from infir2.config.load import Loaded
 from infir2.data import Batch, Loader, TrainingKind, validation_batches
 from infir2.data.streams import State
+from infir2.errors import CheckpointCorruptError
 from infir2.parallel.parallel_model import ParallelModel
 from infir2.terminal import begin_phase
 from infir2.train.build import build_model, open_tokenizer
@@ -91,15 +92,30 @@ def restore_loader(loader: Loader, supervisor: Supervisor, accept_changes: bool)
     checkpoint = supervisor.checkpoint
     if checkpoint is None:
         _warn_about_few_rows(loader, supervisor)
-    elif checkpoint.state["kind"] == supervisor.kind:
-        saved: State = checkpoint.state["loader"]
-        current = loader.state_dict()
-        changed = any(saved[name] != current[name] for name in ("kind", "seed", "rows"))
-        if changed and (accept_changes or supervisor.is_branch):
+    elif checkpoint.value("kind", str) == supervisor.kind:
+        saved, current = checkpoint.value("loader", dict), loader.state_dict()
+        is_whole = _form(saved) == _form(current)
+        changed = any(saved.get(name) != current[name] for name in ("kind", "seed", "rows"))
+        if (changed or not is_whole) and (accept_changes or supervisor.is_branch):
             detail = "the data or its seed is not that of the checkpoint"
             supervisor.log.event(supervisor.saved_step, "data_from_its_start", detail)
+        elif not is_whole:
+            raise CheckpointCorruptError(
+                f"{checkpoint.path}: its state has no position in such data; go back to an older "
+                "checkpoint, or start the data again with --accept-changes."
+            )
         else:
             loader.load_state_dict(saved)
+
+
+def _form(state: State) -> Any:
+    """Names and types of a loader's state, except for the reasons of its unusable rows."""
+    counts, place = state.get("quarantined"), state.get("place")
+    if not isinstance(counts, dict) or not all(isinstance(each, dict) for each in counts.values()):
+        return None
+    if not isinstance(place, dict) or not all(type(x) is int and x >= 0 for x in place.values()):
+        return None
+    return sorted(place), {name: type(value) for name, value in state.items()}
 
 
 def _warn_about_few_rows(loader: Loader, supervisor: Supervisor) -> None:

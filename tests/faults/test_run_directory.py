@@ -1,18 +1,26 @@
 """A run directory that someone else changes: links, other types of files, moves, damaged files."""
 
+import hashlib
+import json
 import os
+import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from file_faults import ERRORS
 from stages import assert_same_state, curve, options, run
 
-from infir2.checkpoint import Store, open_checkpoint
+from infir2.checkpoint import Store, lock, open_checkpoint
+from infir2.checkpoint.manifest import FileEntry, encode_manifest, read_manifest
 from infir2.cli import main
+from infir2.config import check_resume, load
+from infir2.config.schema import TrainRecipe
 from infir2.data import Loader
-from infir2.errors import CheckpointError, RunMovedError
+from infir2.errors import CheckpointError, ConfigError, RunMovedError
 from infir2.files import JsonLinesWriter, read_json_lines, truncate_torn_line
 
 
@@ -220,3 +228,100 @@ def test_a_directory_that_is_moved_and_back_is_the_same(tmp_path: Path) -> None:
     (tmp_path / "moved").rename(tmp_path / "run")
     store.save(1, {}, {})
     assert open_checkpoint(tmp_path / "run").step == 1
+
+
+def change_state(checkpoint: Path, change: Callable[[dict], object]) -> None:
+    """As someone who also corrects the manifest."""
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text())
+    data = json.dumps(change(state) or state).encode()
+    path.write_bytes(data)
+    step, files = read_manifest(checkpoint)
+    files["state.json"] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+    (checkpoint / "manifest.json").write_bytes(encode_manifest(step, files))
+
+
+STATES: dict[str, Callable[[dict], object]] = {
+    "no object": lambda state: [state],
+    "no kind": lambda state: state.pop("kind") and None,
+    "another type": lambda state: state.update(loader=[]),
+    "no place": lambda state: state["loader"].pop("place") and None,
+    "a text for a number": lambda state: state["loader"]["place"].update(position="1"),
+    "a negative position": lambda state: state["loader"]["place"].update(position=-1),
+    "no counts": lambda state: state["loader"].update(quarantined={"a": 1}),
+    "a text for a list": lambda state: state["loader"].update(rows="288"),
+    "no model": lambda state: state.update(model_config="qwen2"),
+}
+
+
+@pytest.mark.parametrize("change", STATES)
+def test_a_state_that_no_run_saved_is_one_sentence(
+    world: Path,
+    tmp_path: Path,
+    undisturbed: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: str,
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    change_state(tmp_path / "run" / "checkpoints" / "step-4", STATES[change])
+    assert main(cpt(world, tmp_path / "run")) == 3
+    assert "step-4" in one_sentence(capsys.readouterr().err)
+
+
+TOML = (
+    *(b"a = " + b"[" * 5_000, b"a = " + b"9" * 6_000, b"[a" + b".a" * 5_000 + b"]"),
+    *(b"\xff", b"x = 1", b"", b'extends = "recipe.toml"'),
+)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", TOML, ids=range(len(TOML)))
+def test_a_damaged_stored_recipe_is_one_sentence_and_costs_nothing(
+    tmp_path: Path, undisturbed: Path, text: bytes
+) -> None:
+    path = tmp_path / "recipe.toml"
+    loaded = load(TrainRecipe, [undisturbed / "recipe.toml"])
+    path.write_bytes(text)
+    with pytest.raises(ConfigError, match=r"recipe\.toml") as caught:
+        check_resume(loaded, path)
+    assert len(str(caught.value)) < 1_000
+    assert check_resume(replace(loaded, accept_changes=True), path)
+
+
+@pytest.mark.parametrize("number", ERRORS)
+@pytest.mark.parametrize("name", ["read_own", "load"])
+def test_a_stored_recipe_that_cannot_be_read_now_is_not_given_up(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """Neither the first nor the second time that it is opened."""
+    path = tmp_path / "recipe.toml"
+    shutil.copy(undisturbed / "recipe.toml", path)
+    loaded = replace(load(TrainRecipe, [path]), accept_changes=True)
+
+    def refuse(*_: object) -> None:
+        try:
+            raise OSError(number, os.strerror(number), str(path))
+        except OSError as error:
+            if name == "read_own":
+                raise
+            raise ConfigError("the recipe cannot be read") from error
+
+    monkeypatch.setattr(f"infir2.config.resume.{name}", refuse)
+    with pytest.raises(CheckpointError, match=r"recipe\.toml: cannot be read .* run the same"):
+        check_resume(loaded, path)
+    monkeypatch.undo()
+    assert check_resume(loaded, path) == []
+
+
+def test_a_damaged_lock_stops_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content of any kind: nobody holds it, and at worst a heartbeat is waited for."""
+    monkeypatch.setattr(lock, "WATCH_SECONDS", 0.05)
+    good = json.dumps({"host": os.uname().nodename, "pid": 2**22 + 1, "started": "?"}).encode()
+    draw = random.Random(7)
+    for _ in range(100):
+        data = bytearray(good)
+        for _ in range(draw.choice((1, 1, 3, 20))):
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        for content in (bytes(data), b"[" * 4_096, b"7", b'{"pid": "x"}', b'{"pid": ' + b"9" * 400):
+            (tmp_path / ".lock").write_bytes(content)
+            Store(tmp_path, warn=lambda _: None).close()
