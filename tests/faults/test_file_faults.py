@@ -17,5 +17,5 @@ def test_a_file_operation_that_fails_is_one_sentence_and_loses_nothing(
 ) -> None:
     total = campaign.total(kind)
     assert total > 50
-    wrong = campaign.check(kind, cases(total, step=total // 8))
+    wrong = campaign.check(kind, cases(total, step=total // 5))
     assert not wrong, "\n".join(wrong)
