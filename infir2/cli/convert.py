@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from infir2.cli.arguments import Parser
 from infir2.cli.outputs import contents, write_once
+from infir2.config.data_sections import DocumentBos
 from infir2.config.paths import check_model_directory
 from infir2.errors import CheckpointError, ConfigError
 from infir2.terminal import print_result
@@ -208,6 +210,7 @@ def tokenize(arguments: Sequence[str]) -> None:
         options.workers,
         options.text_field,
         options.max_quarantined_fraction,
+        options.document_bos,
     )
     text = f"{options.out}.bin: {written.tokens:,} tokens in {written.documents:,} documents"
     if written.chunks_kept:
@@ -254,5 +257,11 @@ def _tokenize_parser() -> Parser:
         default=0.01,
         metavar="X",
         help="stop above this fraction of unusable rows (default 0.01)",
+    )
+    parser.add_argument(
+        "--document-bos",
+        choices=get_args(DocumentBos),
+        default="tokenizer",
+        help="BOS token before each document (default: if transformers writes it there)",
     )
     return parser

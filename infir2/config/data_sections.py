@@ -6,6 +6,8 @@ from pydantic import Field
 
 from infir2.config.section import Section
 
+DocumentBos = Literal["tokenizer", "always", "never"]
+
 
 class SourceSection(Section):
     """A file or directory of data, and the names of its fields."""
@@ -30,8 +32,8 @@ class SourceSection(Section):
     )
     reasoning_field: str = Field(
         "",
-        description="SFT with solution_field: field with the reasoning, which is put between "
-        "<think> and </think> before the solution",
+        description="SFT: field with the thought before the answer (empty: reasoning_content, "
+        "reasoning or thinking, if a row has one)",
     )
 
 
@@ -83,3 +85,13 @@ class DataSection(Section):
         description="stop when more than this fraction of a source's rows is unusable",
     )
     system_prompt: str = Field("", description="system message for rows without one")
+    trained_turns: Literal["all", "last"] = Field(
+        "all",
+        description="SFT: assistant turns to train; all: each that the chat template writes as the "
+        "model generated it, which leaves out earlier turns whose thought it drops",
+    )
+    document_bos: DocumentBos = Field(
+        "tokenizer",
+        description="CPT: BOS token before each document; tokenizer: if transformers writes it "
+        "there (conversations have what the chat template writes)",
+    )

@@ -65,6 +65,11 @@ class ModelSection(Section):
     shape: ShapeSection | None = Field(
         None, description="initialize a new model of this shape instead of loading one"
     )
+    template_date: str = Field(
+        "",
+        description="date in a chat template that writes one (Llama 3.2), YYYY-MM-DD; empty: the "
+        "date of the model's run, or of the day on which this run begins",
+    )
     compute_dtype: ComputeDtype = Field(
         "bfloat16",
         description="dtype of activations; masters, reductions and logits are FP32",

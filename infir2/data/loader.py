@@ -24,6 +24,7 @@ from infir2.data.streams import (
     TrainingKind,
     slice_sample,
 )
+from infir2.data.template_check import check_chat_template
 from infir2.data.types import Batch, Prompt, RowError, Sample
 from infir2.errors import ConfigError, DataError
 
@@ -194,7 +195,9 @@ def validation_batches(
 
 
 def load_prompts(
-    data: DataSection | Sequence[SourceSection], quarantine: Path | None = None
+    data: DataSection | Sequence[SourceSection],
+    quarantine: Path | None = None,
+    tokenizer: ChatTokenizer | None = None,
 ) -> list[Prompt]:
     """Return all prompts in the order of the files.
 
@@ -202,6 +205,7 @@ def load_prompts(
         data: a data section with its system prompt and quarantine limit, or the sources of an
             evaluation, in which any unusable row is an error.
         quarantine: file in which unusable rows are listed.
+        tokenizer: makes rows unusable that its chat template rejects; None renders no row.
 
     Raises:
         ConfigError: the sources have different weights, which are not used for prompts.
@@ -221,7 +225,7 @@ def load_prompts(
     prompts = [
         prompt
         for number, entry in enumerate(section.sources)
-        for prompt in _read_prompts(number, entry, section.system_prompt, counts)
+        for prompt in _read_prompts(number, entry, section.system_prompt, counts, tokenizer)
     ]
     if not prompts:
         raise DataError("data.sources has no usable prompt: name a file with prompts.")
@@ -229,13 +233,19 @@ def load_prompts(
 
 
 def _read_prompts(
-    number: int, entry: SourceSection, system_prompt: str, counts: Quarantine
+    number: int,
+    entry: SourceSection,
+    system_prompt: str,
+    counts: Quarantine,
+    tokenizer: ChatTokenizer | None,
 ) -> Iterator[Prompt]:
     """Yield the usable prompts of source `number`, and count the other rows."""
     source = open_source(entry, "prompts")
     for index in range(len(source)):
         try:
             messages, answer, difficulty = parse_prompt(source.read(index), entry, system_prompt)
+            if tokenizer is not None:
+                tokenizer.encode_prompt(messages)
         except RowError as error:
             counts.add(source, index, error)
             continue
@@ -263,6 +273,6 @@ def _one_epoch(stream: SampleStream, length: int) -> Iterator[Sample]:
 
 def _check_tokenizer(kind: TrainingKind, tokenizer: ChatTokenizer) -> None:
     if kind == "messages":
-        tokenizer.require_chat_template()
+        check_chat_template(tokenizer)
     else:
         _ = tokenizer.eod_token_id  # raises ConfigError without an end-of-document token

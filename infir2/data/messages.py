@@ -1,6 +1,7 @@
 """Parse the fields of a row: text, and chat messages in the forms in which people store them."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from infir2.data.types import Message, RowError
@@ -9,7 +10,23 @@ ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Keys that other trainers read to leave a message out of the loss. Every assistant turn is trained.
-TRAIN_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask")
+TRAIN_KEYS = (
+    "weight",
+    "train",
+    "training",
+    "trainable",
+    "train_on_turn",
+    "loss",
+    "loss_weight",
+    "loss_mask",
+    "step_loss_mask",
+)
+# Keys that leave a message out of the loss or of the context, or the opposite, depending on who
+# wrote them.
+AMBIGUOUS_KEYS = ("mask", "masked", "ignore", "skip", "exclude", "prefix")
+UNSUPPORTED_KEYS = ("tool_calls", "function_call", "tool_call_id")
+# Values of a row's field `reasoning` or `thinking` that are no thought but say how much there is.
+NO_THOUGHT = ("", "on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high")
 
 
 def find(row: dict[str, Any], field: str) -> Any:
@@ -93,6 +110,7 @@ def messages(row: dict[str, Any], field: str) -> list[Message]:
 
 
 def with_reasoning(reasoning: str, answer: str) -> str:
+    """Return the text of an answer for templates that read thoughts only there."""
     return f"<think>\n{reasoning}\n</think>\n\n{answer}"
 
 
@@ -104,16 +122,15 @@ def _message(message: dict[str, Any]) -> Message | None:
     role = SHAREGPT_ROLES.get(role, role) if role_key == "from" and isinstance(role, str) else role
     if role not in ROLES:
         raise RowError("bad_role", f"role {role!r} is not one of {', '.join(ROLES)}")
-    if message.get("tool_calls"):
-        raise RowError("bad_field", "tool calls cannot be trained on")
-    _check_trained(message, role)
+    _check_supported(message, role)
     content = message.get(content_key)
     if role == "system" and (content is None or (isinstance(content, str) and not content.strip())):
         return None
-    return {"role": role, "content": _with_thought(message, role, text(message, content_key))}
+    thought = _thought_fields(message, role)
+    return {"role": role, **_with_thought(text(message, content_key), thought)}
 
 
-def _check_trained(message: dict[str, Any], role: str) -> None:
+def _check_supported(message: dict[str, Any], role: str) -> None:
     """Raise RowError for a key that asks to train another turn than the assistant's, or less."""
     for key in TRAIN_KEYS:
         value = message.get(key)
@@ -123,30 +140,80 @@ def _check_trained(message: dict[str, Any], role: str) -> None:
                 f"`{key}`: {value!r} of a message of the {role} is not supported: all turns of "
                 "the assistant are trained with equal weight, and no other",
             )
+    for key in UNSUPPORTED_KEYS:
+        if message.get(key) not in (None, False, "", [], {}):
+            raise RowError("bad_field", f"`{key}` of a message is not supported: leave the row out")
+    for key in AMBIGUOUS_KEYS:
+        if message.get(key) is not None:
+            raise RowError(
+                "bad_field",
+                f"`{key}` of a message is not supported: all turns of the assistant are trained; "
+                "remove the key, or leave the row out",
+            )
 
 
-def _with_thought(message: dict[str, Any], role: str, content: str) -> str:
-    """Return the content with the message's thought before it, in one <think> block."""
+def with_row_thought(
+    turns: list[Message], row: dict[str, Any], reasoning_field: str, other_fields: Sequence[str]
+) -> list[Message]:
+    """Return messages in which a thought beside them in the row belongs to the assistant's message.
+
+    The thought is the field `reasoning_field`, or without one any field that is named as thoughts
+    are, unless it is among `other_fields` or only says whether there is a thought ("on").
+
+    Raises:
+        RowError: the field is missing or not text, or the assistant has several messages.
+    """
+    if reasoning_field:
+        fields = [(reasoning_field, text(row, reasoning_field))]
+    else:
+        fields = [
+            (key, row[key])
+            for key in REASONING_KEYS
+            if key not in other_fields
+            and not isinstance(row.get(key), bool)
+            and str(row.get(key) or "").strip().lower() not in NO_THOUGHT
+        ]
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not fields or not answers:
+        return turns
+    if len(answers) > 1:
+        raise RowError(
+            "bad_field",
+            f"`{fields[0][0]}` beside {len(answers)} messages of the assistant: move it into the "
+            "message that it belongs to",
+        )
+    answer = turns[answers[0]]
+    if "reasoning_content" in answer:
+        fields.append(("reasoning_content", answer["reasoning_content"]))
+    answer = {"role": "assistant", **_with_thought(answer["content"], fields)}
+    return [*turns[: answers[0]], answer, *turns[answers[0] + 1 :]]
+
+
+def _thought_fields(message: dict[str, Any], role: str) -> list[tuple[str, Any]]:
+    """Names and values of the thoughts in a message. Raises RowError unless it is an answer."""
+    fields = [(key, message[key]) for key in REASONING_KEYS if message.get(key) not in (None, "")]
+    if fields and role != "assistant":
+        raise RowError("bad_field", f"`{fields[0][0]}` in a message of the {role}")
+    return fields
+
+
+def _with_thought(content: str, fields: list[tuple[str, Any]]) -> Message:
+    """Return the content and, unless the content begins with it, the thought of `fields`."""
     thoughts: dict[str, str] = {}
-    for key in REASONING_KEYS:
-        value = message.get(key)
-        if value is None or value == "":
-            continue
+    for key, value in fields:
         if not isinstance(value, str):
             raise RowError("bad_field", f"`{key}` is not text")
-        if role != "assistant":
-            raise RowError("bad_field", f"`{key}` in a message of the {role}")
         bare = value.strip().removeprefix("<think>").removesuffix("</think>").strip()
         if bare:
             thoughts.setdefault(bare, check_text(value, key))
     if not thoughts:
-        return content
+        return {"content": content}
     if len(thoughts) > 1:
         raise RowError("bad_field", "two different thoughts in one message")
     ((bare, thought),) = thoughts.items()
     if "<think>" not in content and "</think>" not in content:
-        return with_reasoning(bare if "think>" in thought else thought, content)
+        return {"content": content, "reasoning_content": bare if "think>" in thought else thought}
     own, _, _ = content.partition("</think>")
     if own.strip().removeprefix("<think>").strip() != bare:
         raise RowError("bad_field", "the content has another thought than the reasoning field")
-    return content
+    return {"content": content}

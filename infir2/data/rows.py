@@ -10,7 +10,15 @@ import numpy as np
 from infir2.config.schema import SourceSection
 from infir2.data.chat import ChatTokenizer
 from infir2.data.indexed import IndexedDocuments
-from infir2.data.messages import decode_messages, find, messages, question, text, with_reasoning
+from infir2.data.messages import (
+    REASONING_KEYS,
+    decode_messages,
+    find,
+    messages,
+    question,
+    text,
+    with_row_thought,
+)
 from infir2.data.sources import Source
 from infir2.data.types import Message, RowError
 from infir2.errors import DataError
@@ -28,6 +36,7 @@ def open_source(section: SourceSection, kind: RowKind) -> Source:
     """
     fields = _fields(section, kind)
     columns = {*fields, *(field.split(".")[0] for field in fields), "difficulty"}
+    columns |= set(REASONING_KEYS if kind == "messages" else ())
     source = Source(section.path, columns | ({"input"} if "instruction" in fields else set()))
     for file in source.files:
         if isinstance(file, IndexedDocuments) and kind != "documents":
@@ -105,15 +114,14 @@ def parse_conversation(
 ) -> list[Message]:
     """Return the messages of a conversation up to its last assistant turn.
 
-    Later messages are removed, because they are neither targets nor context of a target.
+    Later messages are removed, because they are neither targets nor context of a target. A thought
+    beside the messages belongs to the assistant's message (`with_row_thought`).
 
     Raises:
         RowError: the row has no valid messages, or none of the assistant.
     """
     if section.solution_field:
         solution = text(row, section.solution_field)
-        if section.reasoning_field:
-            solution = with_reasoning(text(row, section.reasoning_field), solution)
         turns: list[Message] = [
             {"role": "user", "content": question(row, section.prompt_field)},
             {"role": "assistant", "content": solution},
@@ -124,6 +132,8 @@ def parse_conversation(
         turns.pop()
     if not turns:
         raise RowError("no_trained_tokens", "no assistant message")
+    named = (section.prompt_field, section.solution_field, section.messages_field)
+    turns = with_row_thought(turns, row, section.reasoning_field, named)
     return _with_system(turns, system_prompt)
 
 
@@ -212,10 +222,9 @@ def _fields(section: SourceSection, kind: RowKind) -> list[str]:
         return [section.text_field]
     if kind == "prompts":
         return [section.prompt_field, section.answer_field]
-    fields = (section.prompt_field, section.solution_field, section.reasoning_field)
-    return (
-        [field for field in fields if field] if section.solution_field else [section.messages_field]
-    )
+    turns = (section.prompt_field, section.solution_field)
+    required = turns if section.solution_field else (section.messages_field,)
+    return [field for field in (*required, section.reasoning_field) if field]
 
 
 def _difficulty(row: dict[str, Any]) -> int | None:

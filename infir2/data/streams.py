@@ -97,7 +97,9 @@ class SampleStream:
                 raise RowError("empty", "the text has no token")
             return Sample(token_ids, np.arange(len(token_ids)) > 0, origin)
         messages = parse_conversation(content, section, self._section.system_prompt)
-        return self._limit_length(self._tokenizer.encode_conversation(messages, origin))
+        last_only = self._section.trained_turns == "last"
+        sample = self._tokenizer.encode_conversation(messages, origin, last_only)
+        return self._limit_length(sample)
 
     def _limit_length(self, sample: Sample) -> Sample:
         limit = self._section.sequence_tokens

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from infir2.config.data_sections import DocumentBos
 from infir2.config.schema import SourceSection
 from infir2.data.chat import ChatTokenizer, load_tokenizer
 from infir2.data.indexed import IndexedDocuments, token_dtype, write_index
@@ -136,6 +137,7 @@ def tokenize(
     workers: int = 0,
     text_field: str = "text",
     max_quarantined_fraction: float = 0.01,
+    document_bos: DocumentBos = "tokenizer",
 ) -> Tokenized:
     """Tokenize the documents of `sources` into PREFIX.bin, PREFIX.idx and PREFIX.json.
 
@@ -149,6 +151,7 @@ def tokenize(
         workers: number of processes (0: one per CPU).
         text_field: field with the text.
         max_quarantined_fraction: largest allowed fraction of unusable rows in a source.
+        document_bos: whether each document begins with the BOS token, as `data.document_bos`.
 
     Raises:
         OutputExistsError: PREFIX.idx or PREFIX.bin exists already.
@@ -159,7 +162,7 @@ def tokenize(
     global _job
     _job = _Job(
         [SourceSection(path=str(path), text_field=text_field) for path in sources],
-        load_tokenizer(tokenizer_dir),
+        load_tokenizer(tokenizer_dir, document_bos),
     )
     try:
         return _write(outputs, workers, max_quarantined_fraction)

@@ -5,8 +5,10 @@ from typing import Any
 
 from infir2.config.schema import EvaluateSection
 from infir2.data import ChatTokenizer, Prompt, load_prompts
+from infir2.data.types import RowError
 from infir2.engines.generate import generate_batches, group_requests
 from infir2.engines.types import Completion, Engine, Request, SamplingParams
+from infir2.errors import DataError
 from infir2.evaluate.statistics import Evaluation, average_at_k, by_difficulty, mean_pass_at_k
 from infir2.faults import fault
 from infir2.model import ModelConfig
@@ -21,15 +23,26 @@ def load_problems(section: EvaluateSection) -> list[Prompt]:
     return load_prompts(section.problems)[: section.max_problems or None]
 
 
-def prompt_token_ids(
+def encode_problem(
     tokenizer: ChatTokenizer, problem: Prompt, section: EvaluateSection
-) -> list[int]:
-    """The problem as a chat, up to the point where the model continues the assistant's turn."""
-    system = [{"role": "system", "content": section.system_prompt}] if section.system_prompt else []
-    ids = tokenizer.apply_chat_template([*system, *problem.messages], add_generation_prompt=True)
-    if not section.response_prefix:
-        return ids
-    return [*ids, *tokenizer.encode_with_special_tokens(section.response_prefix)]
+) -> tuple[list[int], str]:
+    """The problem as a chat up to where the model continues, and the text that begins a response.
+
+    A response begins with `response_prefix`, and with the "<think>" that a chat template opens: a
+    prefix that repeats it is not written twice. Raises DataError for a problem that the template
+    rejects.
+    """
+    messages = problem.messages
+    if section.system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": section.system_prompt}, *messages]
+    try:
+        token_ids, opened = tokenizer.encode_prompt(messages)
+    except RowError as error:
+        raise DataError(f"{problem.origin}: {error}; fix the row, or name another model") from None
+    prefix = section.response_prefix
+    if opened and opened.strip() == prefix.strip():
+        return token_ids, opened
+    return [*token_ids, *tokenizer.encode_with_special_tokens(prefix)], opened + prefix
 
 
 def response_requests(
@@ -40,7 +53,7 @@ def response_requests(
     seed: int,
 ) -> list[Request]:
     """`section.samples` requests for each problem, in order, named "PROBLEM_ID/SAMPLE"."""
-    prompts = [(problem.id, prompt_token_ids(tokenizer, problem, section)) for problem in problems]
+    prompts = [(each.id, encode_problem(tokenizer, each, section)[0]) for each in problems]
     params = SamplingParams(
         section.temperature, section.max_response_tokens, tokenizer.eos_token_ids, section.top_p
     )
@@ -54,7 +67,7 @@ def check_response_positions(
     section: EvaluateSection,
 ) -> None:
     """Raises ConfigError if a problem and its response may exceed the model's positions."""
-    longest = max(len(prompt_token_ids(tokenizer, problem, section)) for problem in problems)
+    longest = max(len(encode_problem(tokenizer, each, section)[0]) for each in problems)
     check_positions(config, "evaluate.max_response_tokens", section.max_response_tokens, longest)
 
 
@@ -97,7 +110,10 @@ def answer_problems(
 def _checked_rows(
     batch: Sequence[tuple[Completion, Prompt]], tokenizer: ChatTokenizer, section: EvaluateSection
 ) -> list[Row]:
-    texts = [section.response_prefix + tokenizer.decode(each.token_ids) for each, _ in batch]
+    texts = [
+        encode_problem(tokenizer, problem, section)[1] + tokenizer.decode(completion.token_ids)
+        for completion, problem in batch
+    ]
     pairs = [(text, problem.answer) for text, (_, problem) in zip(texts, batch, strict=True)]
     verdicts = check_math_batch(pairs, answer_format=section.answer_format)
     return [

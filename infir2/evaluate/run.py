@@ -22,8 +22,8 @@ from infir2.evaluate.problems import (
     Row,
     answer_problems,
     check_response_positions,
+    encode_problem,
     load_problems,
-    prompt_token_ids,
     summarize,
 )
 from infir2.evaluate.statistics import Evaluation
@@ -45,7 +45,7 @@ def run_evaluation(loaded: Loaded[EvalRecipe]) -> Evaluation:
     """
     recipe = loaded.recipe
     check_output(loaded)
-    tokenizer, _ = open_tokenizer(recipe.model)
+    tokenizer = open_tokenizer(recipe.model)
     begin_phase("reading the problems")
     problems = load_problems(recipe.evaluate)
     model_config = planned_config(recipe.model)
@@ -125,7 +125,7 @@ def _problems_fingerprint(
 ) -> str:
     """SHA-256 of what the problems and the tokenizer contribute to the responses and rewards."""
     lines = [
-        [problem.id, prompt_token_ids(tokenizer, problem, recipe.evaluate), problem.answer]
+        [problem.id, encode_problem(tokenizer, problem, recipe.evaluate)[0], problem.answer]
         for problem in problems
     ]
     text = json.dumps([lines, tokenizer.eos_token_ids, tokenizer.fingerprint()])

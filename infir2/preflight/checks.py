@@ -93,10 +93,10 @@ class Preflight:
         from infir2.preflight.data import check_tokenizer
         from infir2.train.build import open_tokenizer
 
-        configured = self.recipe.data.tokenizer if isinstance(self.recipe, TrainRecipe) else ""
-        self._tokenizer, directory = open_tokenizer(self._model_section(), configured)
-        detail = check_tokenizer(self._tokenizer, chat=self.verb != "cpt")
-        return Finding("tokenizer", "ok", f"{directory}: {detail}")
+        data = self.recipe.data if isinstance(self.recipe, TrainRecipe) else None
+        self._tokenizer = open_tokenizer(self._model_section(), data)
+        detail = check_tokenizer(self._tokenizer, self.verb)
+        return Finding("tokenizer", "ok", f"{self._tokenizer.directory}: {detail}")
 
     def data(self) -> Finding:
         """Rows of each source, read by the functions that training uses."""

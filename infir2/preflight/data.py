@@ -9,7 +9,7 @@ import numpy as np
 
 from infir2.config.schema import EvalRecipe, RlRecipe, SourceSection, TrainRecipe
 from infir2.data import ChatTokenizer
-from infir2.data.chat import PROBE_CONVERSATION
+from infir2.data.chat import QUESTION
 from infir2.data.rendering import THINK_MARKERS
 from infir2.data.rows import (
     RowKind,
@@ -21,6 +21,7 @@ from infir2.data.rows import (
     parse_prompt,
 )
 from infir2.data.sources import Source
+from infir2.data.template_check import check_chat_template
 from infir2.data.types import RowError
 from infir2.errors import ConfigError, DataError, UserError
 from infir2.preflight.finding import Finding
@@ -41,26 +42,21 @@ def first_row_is_conversation(recipe: TrainRecipe) -> bool:
     return bool(section.solution_field) or section.messages_field in row
 
 
-def check_tokenizer(tokenizer: ChatTokenizer, chat: bool) -> str:
+def check_tokenizer(tokenizer: ChatTokenizer, verb: str) -> str:
     """The tokenizer's size and fingerprint.
 
-    With `chat`, raises ConfigError unless the tokens of a prompt begin those of its conversation
-    and an answer ends with a trained stop token.
+    Raises ConfigError if SFT cannot train the answers of the chat template so that they end with a
+    stop token, or RL and evaluation cannot render a question.
     """
-    if chat:
-        tokenizer.require_chat_template()
-        sample = tokenizer.encode_conversation(PROBE_CONVERSATION)
-        prompt = tokenizer.apply_chat_template(PROBE_CONVERSATION[:1], add_generation_prompt=True)
-        if sample.token_ids[: len(prompt)].tolist() != prompt:
+    if verb == "sft":
+        check_chat_template(tokenizer)
+    elif verb != "cpt":
+        try:
+            tokenizer.apply_chat_template([QUESTION], add_generation_prompt=True)
+        except RowError as error:
             raise ConfigError(
-                "the chat template renders a prompt differently once the answer follows; "
-                "responses could not be aligned."
-            )
-        if int(sample.token_ids[-1]) not in tokenizer.eos_token_ids or not sample.loss_mask[-1]:
-            raise ConfigError(
-                "the chat template does not end an answer with a stop token; "
-                "a model trained with it would never stop."
-            )
+                f"data.tokenizer: {tokenizer.template.name} cannot be used ({error}): use another."
+            ) from None
     return f"{tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint()[:12]}"
 
 

@@ -47,6 +47,7 @@ class DrawnPrompt:
     name: str  # "epoch/id", which seeds the sampling and differs within a step
     prompt: Prompt
     token_ids: list[int]
+    opened_thought: str = ""  # "<think>\n" if the chat template begins the response with it
 
 
 class PromptStream:
@@ -69,18 +70,15 @@ class PromptStream:
         """Raises DataError when no prompt is short enough."""
         self.cursor = cursor
         self._seed = seed
-        rendered = [
-            (prompt, tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True))
-            for prompt in prompts
-        ]
-        self._prompts = [(prompt, ids) for prompt, ids in rendered if len(ids) <= max_prompt_tokens]
+        rendered = [(prompt, *tokenizer.encode_prompt(prompt.messages)) for prompt in prompts]
+        self._prompts = [each for each in rendered if len(each[1]) <= max_prompt_tokens]
         self.num_too_long = len(rendered) - len(self._prompts)
         if not self._prompts:
             raise DataError(
                 f"no prompt has at most {max_prompt_tokens} tokens: raise rl.max_prompt_tokens or "
                 "fix data.sources"
             )
-        self.longest_prompt_tokens = max(len(ids) for _, ids in self._prompts)
+        self.longest_prompt_tokens = max(len(token_ids) for _, token_ids, _ in self._prompts)
 
     def draw(self, count: int) -> list[DrawnPrompt]:
         """The next `count` prompts."""
@@ -91,8 +89,8 @@ class PromptStream:
     def _at(self, position: int) -> DrawnPrompt:
         epoch, index = divmod(position, len(self._prompts))
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
-        prompt, token_ids = self._prompts[order[index]]
-        return DrawnPrompt(f"{epoch}/{prompt.id}", prompt, token_ids)
+        prompt, token_ids, opened_thought = self._prompts[order[index]]
+        return DrawnPrompt(f"{epoch}/{prompt.id}", prompt, token_ids, opened_thought)
 
 
 class GroupGenerator:
@@ -154,18 +152,21 @@ class GroupGenerator:
         for index, completions in generate_groups(
             self._engine, prompts, self._rl.group_size, params, self._seed, check
         ):
-            key, answer = self._journal_key(drawn[index], digest), drawn[index].prompt.answer
-            checked[index] = self._checker.submit(self._finish, key, completions, answer)
+            key = self._journal_key(drawn[index], digest)
+            checked[index] = self._checker.submit(self._finish, key, completions, drawn[index])
         return [
             Group(drawn[i].name, drawn[i].prompt, drawn[i].token_ids, responses.result())
             for i, responses in checked.items()
         ]
 
-    def _finish(self, key: str, completions: list[Completion], answer: str) -> list[Response]:
+    def _finish(
+        self, key: str, completions: list[Completion], drawn: DrawnPrompt
+    ) -> list[Response]:
         """Reward a group and write it to the journal."""
         fault("rollout.group")
-        texts = [self._tokenizer.decode(completion.token_ids) for completion in completions]
-        responses = rate(completions, texts, [answer] * len(completions), self._rl)
+        texts = [drawn.opened_thought + self._tokenizer.decode(c.token_ids) for c in completions]
+        answers = [drawn.prompt.answer] * len(completions)
+        responses = rate(completions, texts, answers, self._rl)
         self._journal.add(key, responses)
         return responses
 

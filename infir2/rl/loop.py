@@ -23,8 +23,7 @@ from infir2.rl.journal import Journal
 from infir2.rl.pipeline import RolloutPipeline
 from infir2.rl.policy_update import update_policy
 from infir2.terminal import begin_phase
-from infir2.train.build import open_tokenizer
-from infir2.train.loop import describe_model, make_trainer
+from infir2.train.loop import describe_model, make_trainer, open_run_tokenizer
 from infir2.train.plan import check_positions, last_step_of, planned_config
 from infir2.train.schedules import learning_rate
 from infir2.train.supervisor import Supervisor
@@ -39,11 +38,11 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
     rl, seed, last_step = recipe.rl, recipe.run.seed, last_step_of(recipe, recipe.schedule)
     evaluation = InLoopEvaluation(recipe)
     with Supervisor(loaded, "rl") as supervisor:
-        tokenizer, tokenizer_dir = open_tokenizer(supervisor.model, recipe.data.tokenizer)
+        tokenizer = open_run_tokenizer(supervisor)
         check_rollout_model(recipe.rollout.model)
         quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
         begin_phase("reading the prompts")
-        rows = load_prompts(recipe.data, quarantine=quarantine)
+        rows = load_prompts(recipe.data, quarantine, tokenizer)
         # A branch from a run of another kind has no cursor.
         checkpoint = supervisor.checkpoint
         has_cursor = checkpoint is not None and "cursor" in checkpoint.state
@@ -63,8 +62,7 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         if prompts.num_too_long:
             detail = f"{prompts.num_too_long} prompts dropped"
             supervisor.log.event(finished, "prompts_too_long", detail)
-        description = describe_model(trainer, supervisor, str(tokenizer_dir))
-        description["tokenizer_fingerprint"] = tokenizer.fingerprint()
+        description = describe_model(trainer, supervisor, tokenizer)
         with RolloutPipeline(
             rl, prompts, generator, journal, engine, digest, supervisor
         ) as pipeline:

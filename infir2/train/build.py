@@ -8,7 +8,7 @@ import torch
 from infir2.checkpoint import open_checkpoint
 from infir2.checkpoint.fingerprint import is_run
 from infir2.config.paths import check_model_directory
-from infir2.config.schema import Fp8Section, ModelSection, RunSection
+from infir2.config.schema import DataSection, Fp8Section, ModelSection, RunSection
 from infir2.data import ChatTokenizer
 from infir2.errors import ConfigError
 from infir2.model import Decoder, ModelConfig
@@ -87,16 +87,33 @@ def _empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device
     return decoder.to_empty(device=device)
 
 
-def open_tokenizer(model: ModelSection, configured: str = "") -> tuple[ChatTokenizer, Path]:
-    """The tokenizer and its directory: `data.tokenizer` if set, else the model's own.
+def open_tokenizer(
+    model: ModelSection, data: DataSection | None = None, today: str = ""
+) -> ChatTokenizer:
+    """The tokenizer of `data.tokenizer` if that is set, else the model's own.
 
-    Raises ConfigError for a directory that does not exist, the model's first.
+    Its chat template writes the date `model.template_date`, else that of the run which made the
+    model (a run that resumes is its own model), else `today`. Raises ConfigError for a directory
+    that does not exist, the model's first.
     """
     begin_phase("loading the tokenizer")
+    data = data or DataSection()
     if model.shape is None:
         check_model_directory("model.path", model.path)
-    path = Path(configured or model.path)
     refuse_torch_dist(Path(model.path))
+    path = Path(data.tokenizer or model.path)
+    _check_tokenizer_directory(path, bool(data.tokenizer))
+    written = model.template_date or today
+    if model.path and is_run(Path(model.path)):
+        run = open_checkpoint(model.path, sizes_only=True)
+        path = path if data.tokenizer else Path(run.value("tokenizer_dir", str))
+        if not model.template_date and "template_date" in run.state:
+            written = run.value("template_date", str)
+    return ChatTokenizer(path, data.document_bos, written)
+
+
+def _check_tokenizer_directory(path: Path, configured: bool) -> None:
+    """Raise ConfigError unless `path` can hold the tokenizer, or is a run that names one."""
     if not path.is_dir():
         raise ConfigError(
             f"data.tokenizer: {path} has no tokenizer.json: there is no such directory; name "
@@ -107,6 +124,3 @@ def open_tokenizer(model: ModelSection, configured: str = "") -> tuple[ChatToken
             f"model.path: {path} is not a run directory and has no tokenizer.json; name a model's "
             "directory with its tokenizer, or set data.tokenizer if the command trains."
         )
-    if not configured and is_run(path):
-        path = Path(open_checkpoint(path, sizes_only=True).value("tokenizer_dir", str))
-    return ChatTokenizer(path), path

@@ -6,10 +6,11 @@ recipe -> Supervisor (run directory, newest checkpoint) -> tokenizer -> Loader (
 
 import time
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 from infir2.config.load import Loaded
-from infir2.data import Batch, Loader, TrainingKind, validation_batches
+from infir2.data import Batch, ChatTokenizer, Loader, TrainingKind, validation_batches
 from infir2.data.streams import State
 from infir2.errors import CheckpointCorruptError
 from infir2.parallel.parallel_model import ParallelModel
@@ -34,7 +35,7 @@ def run_training(loaded: Loaded, kind: str) -> None:
     """Train to the end of the schedule, from the newest checkpoint of `run.dir` if there is one."""
     with Supervisor(loaded, kind) as supervisor:
         recipe = supervisor.recipe
-        tokenizer, tokenizer_dir = open_tokenizer(supervisor.model, recipe.data.tokenizer)
+        tokenizer = open_run_tokenizer(supervisor)
         model_config = planned_config(supervisor.model)
         check_positions(model_config, "data.sequence_tokens", recipe.data.sequence_tokens)
         rank, size = supervisor.layout.data_rank, supervisor.layout.sizes.num_data
@@ -51,8 +52,7 @@ def run_training(loaded: Loaded, kind: str) -> None:
         finished = supervisor.start(trainer, last_step)
         restore_loader(loader, supervisor, loaded.accept_changes)
         supervisor.begin_steps()
-        description = describe_model(trainer, supervisor, str(tokenizer_dir))
-        description["tokenizer_fingerprint"] = tokenizer.fingerprint()
+        description = describe_model(trainer, supervisor, tokenizer)
         supervisor.validate(finished, last_step, validation)
         for step in range(finished + 1, last_step + 1):
             supervisor.heartbeat(f"step {step}")
@@ -74,11 +74,21 @@ def make_trainer(supervisor: Supervisor, vocab_size: int) -> Trainer:
     return Trainer(model, recipe.optimizer, recipe.train.loss_chunk_tokens, parallel_model)
 
 
-def describe_model(trainer: Trainer, supervisor: Supervisor, tokenizer_dir: str) -> dict[str, Any]:
+def open_run_tokenizer(supervisor: Supervisor) -> ChatTokenizer:
+    """The run's tokenizer, with the same date on every rank."""
+    today = supervisor.ranks.broadcast_from_rank0(lambda: date.today().isoformat())
+    return open_tokenizer(supervisor.model, supervisor.recipe.data, today)
+
+
+def describe_model(
+    trainer: Trainer, supervisor: Supervisor, tokenizer: ChatTokenizer
+) -> dict[str, Any]:
     """What a checkpoint's state says about its model, for export and for later stages."""
     return {
         "model_config": trainer.model.config.to_hf(),
-        "tokenizer_dir": tokenizer_dir,
+        "tokenizer_dir": str(tokenizer.directory),
+        "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "template_date": tokenizer.today,
         "fp8": supervisor.recipe.fp8.model_dump(),
     }
 

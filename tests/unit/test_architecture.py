@@ -14,7 +14,7 @@ PACKAGE = ROOT / "infir2"
 # From the ground up: a folder imports only from its own floor and from lower ones.
 FLOORS = (
     ("errors", "files", "pickles", "terminal", "processes", "faults"),
-    ("config", "verify", "launch"),
+    ("config", "verify", "templates", "launch"),
     ("numerics",),
     ("model",),
     ("data",),
@@ -120,6 +120,7 @@ def test_no_circles_between_modules() -> None:
 LIGHT = (
     "infir2.config",
     "infir2.verify",
+    "infir2.templates.environment",
     "infir2.cli",
     "infir2.cli.train",
     "infir2.cli.rl",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from infir2.data import ChatTokenizer, load_tokenizer
+from infir2.data.template_check import check_chat_template
 from infir2.data.types import RowError
 from infir2.demo.tokenizer import write_tokenizer
 from infir2.demo.world import build_vocabulary, every_phrase
@@ -61,6 +62,26 @@ def variant(demo_dir: Path, to: Path, **changes: Any) -> Path:
     path.write_text(
         json.dumps({key: value for key, value in configuration.items() if value is not None})
     )
+    return to
+
+
+def with_added(
+    demo_dir: Path, to: Path, words: dict[str, bool], single_word: bool = False, **options: bool
+) -> Path:
+    """A copy with added tokens, each special or not; other words of the vocabulary stay."""
+    shutil.copytree(demo_dir, to)
+    path = to / "tokenizer.json"
+    content = json.loads(path.read_text())
+    added = [entry for entry in content["added_tokens"] if entry["content"] not in words]
+    new_id = max(
+        *(entry["id"] for entry in content["added_tokens"]), *content["model"]["vocab"].values()
+    )
+    for number, (word, special) in enumerate(words.items(), 1):
+        entry = {"id": new_id + number, "content": word, "special": special, "normalized": False}
+        entry |= {"single_word": single_word, "lstrip": False, "rstrip": False}
+        added.append(entry | options)
+    content["added_tokens"] = added
+    path.write_text(json.dumps(content))
     return to
 
 
@@ -138,7 +159,8 @@ def test_a_first_assistant_message_is_context(tokenizer: ChatTokenizer) -> None:
 
 
 def test_markers_spelled_in_a_message_stay_text(tokenizer: ChatTokenizer) -> None:
-    markers = [*tokenizer._special, "<think>", "</think>"]
+    markers = list(tokenizer._special)
+    assert "<|im_end|>" in markers
     spelled = "2 " + " ".join(markers) + "<|im_end|>\n<|im_start|>assistant\n5"
     control = set(tokenizer._special.values())
     clean = sum(token in control for token in tokenizer.apply_chat_template([SYSTEM, ASK], True))
@@ -153,17 +175,62 @@ def test_markers_spelled_in_a_message_stay_text(tokenizer: ChatTokenizer) -> Non
         if tokenizer.vocab_size > 1000:  # a vocabulary that can spell them
             assert spelled in tokenizer.decode(ids)
     assert control.isdisjoint(tokenizer.encode_text(spelled))
-    # in the assistant's own text only the think markers count
-    answer = {
-        "role": "assistant",
-        "content": "<think>" + " ".join(set(markers) - {"<think>", "</think>"}) + "</think>5",
-    }
+    # in the assistant's own text too
+    answer = {"role": "assistant", "content": f"<think>{' '.join(markers)}</think>5"}
     used = control & set(tokenizer.encode_conversation([ASK, answer]).token_ids.tolist())
-    assert used == {
-        tokenizer._special[name]
-        for name in ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
-        if name in tokenizer._special
-    }
+    assert used == {tokenizer._special[name] for name in ("<|im_start|>", "<|im_end|>")}
+
+
+def test_think_markers_that_are_special_count_only_in_answers(
+    demo_dir: Path, tmp_path: Path
+) -> None:
+    directory = with_added(demo_dir, tmp_path / "t", {"<think>": True, "</think>": True})
+    tokenizer = load_tokenizer(directory)
+    opening = tokenizer._special["<think>"]
+    assert opening not in tokenizer.encode_text("<think>2+3=5</think>")
+    user = ASK | {"content": "<think>2+3=5</think>"}
+    sample = tokenizer.encode_conversation([user, THINK])
+    assert sample.token_ids.tolist().count(opening) == 1
+    assert sample.loss_mask[sample.token_ids.tolist().index(opening)]
+
+
+@pytest.mark.parametrize("single_word", [False, True])
+def test_added_words_that_are_not_special_are_their_tokens(
+    demo_dir: Path, tmp_path: Path, single_word: bool
+) -> None:
+    words = {"<answer>": False, "</answer>": False, "HbA1c": False}
+    tokenizer = load_tokenizer(with_added(demo_dir, tmp_path / "t", words, single_word))
+    text = "The HbA1c is <answer>5</answer> HbA1cs"
+    ids = tokenizer.encode_text(text)
+    assert ids == tokenizer._hf.encode(text, add_special_tokens=False)
+    assert (tokenizer._added.get("HbA1c") is None) == single_word
+    messages = [ASK | {"content": text}, PLAIN | {"content": text}]
+    sample = tokenizer.encode_conversation(messages)
+    assert sample.token_ids.tolist() == hf_ids(tokenizer, messages, False)[: sample.num_tokens]
+    assert tokenizer.encode_document(text)[:-1] == ids == tokenizer.encode_documents([text])[0][:-1]
+
+
+def test_a_marker_of_the_template_is_control_even_if_it_is_not_flagged(
+    demo_dir: Path, tmp_path: Path
+) -> None:
+    words = {"<|user|>": False, "<|file|>": False}
+    directory = with_added(demo_dir, tmp_path / "t", words)
+    template = each_message("<|user|>{{ message['content'] }}<|im_end|>")
+    (directory / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(directory)
+    ids = tokenizer.encode_text("<|user|><|file|>")
+    assert tokenizer._added["<|user|>"].id not in ids
+    assert tokenizer._added["<|file|>"].id in ids
+
+
+def test_white_space_beside_a_marker_is_stripped_as_in_transformers(
+    demo_dir: Path, tmp_path: Path
+) -> None:
+    directory = with_added(demo_dir, tmp_path / "t", {"<|end|>": True}, rstrip=True, lstrip=True)
+    template = each_message("{{ message['content'] }} <|end|>\n \n{{ message['role'] }}:\n")
+    tokenizer = load_tokenizer(variant(directory, tmp_path / "v", chat_template=template))
+    messages = [ASK, PLAIN]
+    assert tokenizer.apply_chat_template(messages) == hf_ids(tokenizer, messages, False)
 
 
 def test_text_round_trips_and_documents_end(tokenizer: ChatTokenizer) -> None:
@@ -181,8 +248,9 @@ def test_text_round_trips_and_documents_end(tokenizer: ChatTokenizer) -> None:
 
 def test_think_markers_of_a_prefix_are_the_models_own(demo_dir: Path) -> None:
     tokenizer = load_tokenizer(demo_dir)
-    assert tokenizer.encode_with_special_tokens("<think>") == [tokenizer._special["<think>"]]
-    assert len(tokenizer.encode_text("<think>")) > 1
+    marker = [tokenizer._added["<think>"].id]
+    assert tokenizer.encode_with_special_tokens("<think>") == marker
+    assert tokenizer.encode_text("<think>") == marker  # not special: a word, as in transformers
 
 
 @pytest.mark.parametrize("template", [LLAMA3, SMOLLM2])
@@ -230,11 +298,13 @@ def each_message(body: str) -> str:
         ),
     ],
 )
-def test_templates_that_cannot_be_trained_with_are_rejected_on_load(
+def test_templates_that_cannot_be_trained_with_are_rejected_before_sft(
     demo_dir: Path, tmp_path: Path, template: str, sentence: str
 ) -> None:
+    tokenizer = load_tokenizer(variant(demo_dir, tmp_path / "t", chat_template=template))
+    assert tokenizer.encode_document("2+3=5")[-1] in tokenizer.eos_token_ids
     with pytest.raises(ConfigError, match=sentence):
-        load_tokenizer(variant(demo_dir, tmp_path / "t", chat_template=template))
+        check_chat_template(tokenizer)
 
 
 def test_missing_parts_name_the_field(demo_dir: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infir2.config.schema import SourceSection
+from infir2.data.messages import with_reasoning
 from infir2.data.rows import open_source, parse_conversation, parse_prompt
 from infir2.data.types import RowError
 
@@ -53,7 +54,10 @@ def test_sharegpt_messages_of_other_roles_are_refused() -> None:
     ],
 )
 def test_a_thought_is_one_block(key: str, thought: str, content: str) -> None:
-    answer = conversation(QUESTION, ANSWER | {"content": content, key: thought})[1]["content"]
+    message = conversation(QUESTION, ANSWER | {"content": content, key: thought})[1]
+    answer = message["content"]
+    if "reasoning_content" in message:
+        answer = with_reasoning(message["reasoning_content"], answer)
     assert answer.count("</think>") == 1
     assert answer.split("</think>")[1] == "\n\n5"
     assert answer.count("2+3") == 1
@@ -61,7 +65,7 @@ def test_a_thought_is_one_block(key: str, thought: str, content: str) -> None:
 
 def test_equal_thoughts_of_two_keys_are_one_and_different_ones_are_refused() -> None:
     both = ANSWER | {"reasoning": "2+3", "reasoning_content": "2+3"}
-    assert conversation(QUESTION, both)[1]["content"] == "<think>\n2+3\n</think>\n\n5"
+    assert conversation(QUESTION, both)[1] == ANSWER | {"reasoning_content": "2+3"}
     for message in (
         both | {"thinking": "3+2"},
         both | {"content": "<think>\n3+2\n</think>\n\n5"},
@@ -80,6 +84,64 @@ def test_a_message_that_is_not_to_be_trained_is_refused(key: str) -> None:
     for value in (0, False, 0.5, math.nan):
         with pytest.raises(RowError, match=f"`{key}`"):
             conversation(QUESTION, ANSWER | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mask", 0),
+        ("mask", 1),
+        ("ignore", False),
+        ("prefix", True),
+        ("function_call", {"name": "f"}),
+        ("tool_calls", [{"function": {"name": "f"}}]),
+        ("tool_call_id", "1"),
+        ("step_loss_mask", 0),
+    ],
+)
+def test_keys_that_change_what_is_trained_are_refused_by_name(key: str, value: Any) -> None:
+    assert conversation(QUESTION, ANSWER | {key: None}) == CHAT
+    assert conversation(QUESTION, ANSWER | {"id": 7, "name": "x", "model": None}) == CHAT
+    with pytest.raises(RowError, match=f"`{key}`"):
+        conversation(QUESTION, ANSWER | {key: value})
+
+
+THOUGHT = ANSWER | {"reasoning_content": "2+3"}
+
+
+@pytest.mark.parametrize("key", ["reasoning", "thinking", "reasoning_content"])
+@pytest.mark.parametrize("answer", [ANSWER, THOUGHT, ANSWER | {"thinking": "2+3"}])
+def test_a_thought_beside_the_messages_belongs_to_the_answer(
+    key: str, answer: dict[str, Any]
+) -> None:
+    row = {"messages": [QUESTION, answer], key: "2+3"}
+    assert parse_conversation(row, SECTION) == [QUESTION, THOUGHT]
+    solved = SourceSection(path="x", prompt_field="q", solution_field="a")
+    assert parse_conversation({"q": "2+3=?", "a": "5", key: "2+3"}, solved) == [QUESTION, THOUGHT]
+    with pytest.raises(RowError, match="two different thoughts"):
+        parse_conversation({"messages": [QUESTION, THOUGHT], key: "3+2"}, SECTION)
+    with pytest.raises(RowError, match=f"`{key}` beside 2 messages"):
+        parse_conversation({"messages": [*CHAT, *CHAT], key: "2+3"}, SECTION)
+    inside = ANSWER | {"content": "<think>\n2+3\n</think>\n\n5"}
+    assert parse_conversation({"messages": [QUESTION, inside], key: "2+3"}, SECTION)[1] == inside
+
+
+@pytest.mark.parametrize("value", ["", None, "on", "Off", True, False])
+def test_a_switch_beside_the_messages_is_no_thought(value: Any) -> None:
+    assert parse_conversation({"messages": CHAT, "reasoning": value}, SECTION) == CHAT
+
+
+def test_a_thought_in_a_named_field(tmp_path: Path) -> None:
+    section = SourceSection(path=str(tmp_path / "a.parquet"), reasoning_field="cot")
+    row = {"messages": CHAT, "cot": "2+3"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert parse_conversation(open_source(section, "messages").read(0), section)[1] == THOUGHT
+    row = {"messages": CHAT, "reasoning": "2+3"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "b.parquet")
+    section = SourceSection(path=str(tmp_path / "b.parquet"))
+    assert parse_conversation(open_source(section, "messages").read(0), section)[1] == THOUGHT
+    with pytest.raises(RowError, match="`cot`"):
+        parse_conversation({"messages": CHAT}, SourceSection(path="x", reasoning_field="cot"))
 
 
 @pytest.mark.parametrize("prompt", ["2+3=?", [QUESTION], json.dumps([QUESTION]), SHAREGPT[:1]])
