@@ -46,7 +46,7 @@ class ChatTemplate:
 
         Raises:
             RowError: the template rejects them, fails, or exceeds its memory.
-            ConfigError: the template does not finish.
+            ConfigError: the template does not finish, or ends its process.
         """
         return self._render(self._as_parts(list(messages)), add_generation_prompt)
 
@@ -95,11 +95,11 @@ class ChatTemplate:
     def _render(self, messages: list[Any], add_generation_prompt: bool) -> str:
         arguments = (self.source, self._variables, self.date, messages, add_generation_prompt)
         (outcome,) = _pool().run([arguments], ROW_SECONDS, START_SECONDS)
-        if outcome.reason == "timeout":  # another rank might just finish in time: no unusable row
-            raise ConfigError(
-                f"data.tokenizer: {self.name} does not finish within {ROW_SECONDS:.0f} s: "
-                "use another."
-            )
+        if outcome.reason in ("timeout", "killed"):
+            # No unusable row: another rank's process might just finish, and ranks must agree.
+            detail = f"did not finish within {ROW_SECONDS:.0f} s"
+            detail = detail if outcome.reason == "timeout" else "ended the process that renders it"
+            raise ConfigError(f"data.tokenizer: {self.name} {detail}: use another.")
         if outcome.reason == "error" and outcome.detail.startswith("TemplateError: "):
             reason = outcome.detail.removeprefix("TemplateError: ")
             raise RowError("template_refused", f"the chat template rejects the row: {reason}")

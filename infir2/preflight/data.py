@@ -175,7 +175,7 @@ class _RowSampler:
             token_ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
             return [turn["content"] for turn in turns], len(token_ids)
         turns = parse_conversation(row, section, self.system_prompt)
-        content = " ".join(turn["content"] for turn in turns)
+        content = " ".join(turn.get("reasoning_content", "") + turn["content"] for turn in turns)
         num_tokens = self.tokenizer.encode_conversation(turns).num_tokens
         return re.split("|".join(THINK_MARKERS), content), num_tokens
 
