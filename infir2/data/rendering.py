@@ -15,7 +15,7 @@ from typing import Protocol
 from infir2.data.types import Message, RowError
 
 THINK_MARKERS = ("<think>", "</think>")
-PLACEHOLDER = re.compile("\U000f0000([0-9]+)\U000f0001")
+PLACEHOLDER = re.compile("\U000f0000([0-9]{1,9})\U000f0001")
 MAX_COMPARED_CHARACTERS = 1 << 17  # longer conversations are not rendered with their texts
 _THINK_MARKER = re.compile("(" + "|".join(THINK_MARKERS) + ")")
 _OPENED_THOUGHT = re.compile(r"<think>\s*$")
@@ -92,7 +92,8 @@ def render(
         if _filled(text, masked.contents) != expected:
             masked = _Masked.of(messages, template, control)
             text = masked.apply(len(messages), add_generation_prompt)
-            if _filled(text, masked.contents) != expected:
+            made_up = set(_placeholders(text)) - set(range(len(masked.contents)))
+            if made_up or _filled(text, masked.contents) != expected:
                 raise RowError("template_alters", "the chat template changes control tokens")
     rendering = Rendering(text, masked.contents)
     for number, message in enumerate(messages):
@@ -219,11 +220,11 @@ class _Masked:
 
 def _check_kept(text: str, masked: _Masked, messages: Sequence[Message]) -> None:
     """Raise RowError for a text that is missing, repeated, or in another order."""
-    kept = _placeholders(text)
+    kept, possible = _placeholders(text), range(len(masked.owners))
     required = {
         index for index, owner in enumerate(masked.owners) if messages[owner]["role"] != "assistant"
     }
-    if not required <= set(kept) or kept != sorted(set(kept)):
+    if not required <= set(kept) <= set(possible) or kept != sorted(set(kept)):
         raise RowError("template_alters", "the chat template drops, repeats or reorders a message")
 
 
@@ -234,7 +235,10 @@ def _common_length(first: str, second: str) -> int:
 
 
 def _filled(text: str, contents: Sequence[str]) -> str:
-    return PLACEHOLDER.sub(lambda match: contents[int(match[1])], text)
+    """Return the text with its contents; placeholders that a template made up stay."""
+    return PLACEHOLDER.sub(
+        lambda match: contents[int(match[1])] if int(match[1]) < len(contents) else match[0], text
+    )
 
 
 def _placeholders(text: str) -> list[int]:

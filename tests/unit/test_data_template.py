@@ -187,6 +187,21 @@ def test_a_thought_that_only_the_prompt_opens_is_trained(demo_dir: Path, tmp_pat
     assert trained(tokenizer, [ASK, PLAIN]) == ["5<|im_end|>"]
 
 
+@pytest.mark.parametrize("made_up", ["0", "7", "9" * 9, "9" * 5000])
+@pytest.mark.parametrize("template", [TRAILING_EOS, READS_TEXT])
+def test_placeholders_that_a_template_makes_up_are_text_or_refused(
+    demo_dir: Path, tmp_path: Path, made_up: str, template: str
+) -> None:
+    template += "\U000f0000" + made_up + "\U000f0001"
+    tokenizer = load_tokenizer(with_template(demo_dir, tmp_path / "t", template))
+    messages = [ASK | {"content": "2 /nothink"}, PLAIN]
+    if len(made_up) > 9:
+        assert tokenizer.apply_chat_template(messages) == hf_ids(tokenizer, messages)
+        return
+    with pytest.raises(RowError, match="the chat template"):
+        tokenizer.apply_chat_template(messages)
+
+
 @pytest.mark.parametrize("template", [OPENS, STRIPS, DOUBLES, CHANNELS, TRAILING_EOS])
 @pytest.mark.parametrize("answer", [BLOCK, FIELD])
 def test_a_thought_is_one_block_and_never_dropped(
