@@ -113,7 +113,7 @@ class _Progress:
     def show(self) -> None:
         """Call this after each step of the engine, which decodes one token of each response."""
         self._tokens += 1
-        right = f"{self._right / self._done:.1%} right" if self._done else "none ended yet"
+        right = f"{100 * self._right / self._done:.1f} % right" if self._done else "none ended yet"
         self._bar.update(self._done, f"{right}, decoding step {self._tokens}")
 
     def close(self) -> None:

@@ -202,7 +202,7 @@ def test_progress_is_shown_while_no_response_has_ended(
     assert shown[0] == banner
     assert shown[1] == "eval response 0/4 none ended yet, decoding step 1"
     assert any(
-        re.fullmatch(r"eval response [1-4]/4 \d+.\d% right, decoding step \d+ left .*", line)
+        re.fullmatch(r"eval response [1-4]/4 \d+.\d % right, decoding step \d+ left .*", line)
         for line in shown
     )
 
