@@ -6,10 +6,9 @@ loaded weights. It does not find a small update: a server that sums in another o
 by up to MAX_DIFFERENCE in log-probability.
 """
 
-import json
+import contextlib
 import os
-import urllib.error
-import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ import torch
 
 from infir2.data import ChatTokenizer, load_tokenizer
 from infir2.engines.generate import generate_all
+from infir2.engines.http_api import call_json
 from infir2.engines.native import NativeEngine
 from infir2.engines.types import Completion, Request, SamplingParams
-from infir2.errors import CheckFailedError, ConfigError
+from infir2.errors import CheckFailedError, ConfigError, first_line
 
 KEY_VARIABLE = "INFIR2_ENGINE_KEY"
 NUM_PROBES, PROBE_TOKENS, NEW_TOKENS = 4, 24, 12
 MIN_AGREEMENT = 0.5  # of the tokens, counted up to each probe's first difference
 MAX_DIFFERENCE = 0.25  # mean |log-probability difference| of those tokens
-TIMEOUT_SECONDS = 120.0
 
 
 def check_engine(url: str, hf_dir: Path) -> str:
@@ -35,21 +34,29 @@ def check_engine(url: str, hf_dir: Path) -> str:
     Returns one sentence with the agreement. Raises ConfigError for a server that does not answer as
     the API does, CheckFailedError for one that computes something else.
     """
+    if "@" in url:
+        raise ConfigError(f"--engine has a name or key in its URL; set {KEY_VARIABLE} instead.")
     base = url.rstrip("/").removesuffix("/v1") + "/v1"
-    tokenizer = load_tokenizer(hf_dir)
-    expected = _reference_completions(hf_dir, tokenizer.vocab_size)
-    differences: list[float] = []
-    try:
+    with _server_errors(base):
         model = _call(f"{base}/models")["data"][0]["id"]
-        for request, completion in expected:
+    tokenizer = load_tokenizer(hf_dir)
+    differences: list[float] = []
+    for request, completion in _reference_completions(hf_dir, tokenizer.vocab_size):
+        with _server_errors(base):
             answer = _server_logprobs(base, model, request)
             differences += _matching_differences(completion, answer, tokenizer)
-    except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(
-            f"{base}: returned no completions with log-probabilities ({error}); check the URL and "
-            f"{KEY_VARIABLE}."
-        ) from error
     return _verdict(url, hf_dir, differences)
+
+
+@contextlib.contextmanager
+def _server_errors(base: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+        raise ConfigError(
+            f"{base}: returned no completions with log-probabilities ({first_line(error)}); check "
+            f"the URL and {KEY_VARIABLE}."
+        ) from error
 
 
 def _reference_completions(hf_dir: Path, vocab_size: int) -> list[tuple[Request, Completion]]:
@@ -115,11 +122,4 @@ def _verdict(url: str, hf_dir: Path, differences: list[float]) -> str:
 
 
 def _call(url: str, body: dict[str, Any] | None = None) -> Any:
-    headers = {
-        "Content-Type": "application/json",
-        "Authorization": f"Bearer {os.environ.get(KEY_VARIABLE, '')}",
-    }
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-        return json.loads(answer.read())
+    return call_json(url, os.environ.get(KEY_VARIABLE, ""), body)

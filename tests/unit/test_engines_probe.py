@@ -3,8 +3,10 @@
 import http.server
 import json
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from infir2.cli import main
 from infir2.config.schema import ShapeSection
 from infir2.convert import selfcheck
 from infir2.data import load_tokenizer
+from infir2.engines import http_api
 from infir2.engines.generate import generate_all
+from infir2.engines.http_api import call_json
 from infir2.engines.native import NativeEngine
 from infir2.engines.probe import KEY_VARIABLE, check_engine
 from infir2.engines.types import Request, SamplingParams
@@ -117,3 +121,111 @@ def test_right_and_wrong_servers(fp8_model, monkeypatch, as_ids):
             check_engine(url, right)
     with pytest.raises(ConfigError, match="returned no completions"):
         check_engine(url, right)
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    """Sends what a test has set, and keeps the keys that it received."""
+
+    keys: ClassVar[list[str]] = []
+    status, headers_sent, parts = 200, (), ()
+
+    def do_GET(self) -> None:
+        self.keys.append(self.headers["Authorization"])
+        self.send_response(self.status)
+        for name, value in self.headers_sent:
+            self.send_header(name, value)
+        self.end_headers()
+        with suppress(OSError):
+            for part in self.parts:
+                self.wfile.write(part)
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@contextmanager
+def answering(status: int = 200, headers=(), parts=()):
+    handler = type(
+        "Sent", (Answer,), {"keys": [], "status": status, "headers_sent": headers, "parts": parts}
+    )
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", handler.keys
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_key_does_not_follow_a_redirect(monkeypatch, tmp_path, status):
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    with answering() as (other, other_keys):
+        location = (("Location", f"{other}/v1/models"),)
+        with answering(status, location) as (url, keys):
+            with pytest.raises(ConfigError, match="redirects"):
+                check_engine(url, tmp_path)
+            assert keys == ["Bearer secret"]
+        assert other_keys == []
+
+
+def test_a_key_does_not_go_to_a_proxy(monkeypatch):
+    with answering(parts=[b"1"]) as (proxy, proxy_keys), answering(parts=[b"2"]) as (url, _):
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy)
+        assert call_json(url, "secret") == 2
+        assert proxy_keys == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("file:///etc/passwd", "ftp://127.0.0.1/x", "data:,{}", "127.0.0.1:1", "http://", "x"),
+        *("http://[", "http://127.0.0.1:99999", "http://127.0.0.1:x", "http://a b/", "http://\0"),
+        *("http://" + "a" * 70 + ".invalid", "http://name:secret@127.0.0.1:1"),
+    ],
+)
+def test_an_address_that_is_no_server_is_one_sentence(tmp_path, url):
+    with pytest.raises(ConfigError) as caught:
+        check_engine(url, tmp_path)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["se\ncret", "se\r\ncret", "secr\u00e9t"])
+def test_a_key_that_cannot_be_sent_is_not_printed(monkeypatch, tmp_path, key):
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with answering() as (url, keys):
+        with pytest.raises(ConfigError, match="the key has characters") as caught:
+            check_engine(url, tmp_path)
+        assert keys == []
+    assert "cr" not in str(caught.value).replace("characters", "")
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        ((b" " * 2**20 for _ in range(640)), "its answer has more than"),
+        ([b"[" * 2**20], "nested too deeply"),
+        ([b'{"data": [{"id": ' + b"9" * 10_000 + b"}]}"], "digits"),
+        ([b'{"data": {}}'], "0"),
+        ([b"\xff"], "utf-8"),
+        ([b""], "Expecting value"),
+    ],
+)
+def test_a_bad_answer_is_one_sentence(tmp_path, parts, sentence):
+    with answering(parts=parts) as (url, _), pytest.raises(ConfigError, match=sentence):
+        check_engine(url, tmp_path)
+
+
+def test_an_answer_is_bounded_in_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(http_api, "TIMEOUT_SECONDS", 0.5)
+
+    def slow():
+        for _ in range(100):
+            time.sleep(0.1)
+            yield b" "
+
+    started = time.perf_counter()
+    with answering(parts=slow()) as (url, _), pytest.raises(ConfigError, match="no completions"):
+        check_engine(url, tmp_path)
+    assert time.perf_counter() - started < 5

@@ -232,3 +232,27 @@ def test_a_missing_program_or_server_is_reported_in_one_sentence(variables: dict
     without = script("eval/gpqa_eval.sh", variables | {"PATH": "/usr/bin:/bin"})
     assert without.returncode == 2
     assert "evalscope is not installed" in without.stderr
+
+
+def test_a_key_is_in_no_argument_and_in_no_output(
+    variables: dict[str, str], tmp_path: Path
+) -> None:
+    """Of evalscope, of curl and of the printed command, which still passes the key on."""
+    for tool in ("evalscope", "curl"):
+        (tmp_path / "bin" / tool).write_text(
+            f'#!/bin/sh\necho "$0 $*" >> {tmp_path}/seen\n'
+            f"[ {tool} = curl ] && cat >> {tmp_path}/header\n"
+            f'echo "$EVALSCOPE_API_KEY" >> {tmp_path}/{tool}-key\n'
+        )
+        (tmp_path / "bin" / tool).chmod(0o755)
+    keyed = variables | {"API_KEY": "secret"}
+    run = script("eval/aime24_eval.sh", keyed)
+    dry = script("eval/aime24_eval.sh", keyed | {"DRY_RUN": "1"})
+    assert (run.returncode, dry.returncode) == (0, 0)
+    pasted = subprocess.run(["bash", "-c", dry.stdout], env=keyed, capture_output=True, text=True)
+    assert pasted.returncode == 0
+    assert (tmp_path / "seen").read_text().count("evalscope") == 2
+    for text in (run.stdout, run.stderr, dry.stdout, (tmp_path / "seen").read_text()):
+        assert "secret" not in text
+    assert (tmp_path / "header").read_text() == "Authorization: Bearer secret\n"
+    assert (tmp_path / "evalscope-key").read_text() == "secret\nsecret\n"
