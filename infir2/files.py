@@ -5,8 +5,8 @@ before it is opened. The files of a run are opened by `open_own`, which follows 
 write into a run directory must not make the run write or publish another file.
 
 Everything is written under a temporary name, synced and then renamed: `rename` is atomic within a
-directory (POSIX rename(2)). Files and directories get the permissions that the process's umask
-allows, like those of `open` and `mkdir`.
+directory (POSIX rename(2)). Files get the permissions that the process's umask allows, like those
+of `open`.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import json
 import operator
 import os
 import secrets
-import shutil
 import stat
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,10 +24,8 @@ from typing import Any, BinaryIO
 
 from infir2.errors import (
     CheckpointError,
-    OutputExistsError,
     RunMovedError,
     disk_reason,
-    first_line,
 )
 from infir2.terminal import log
 
@@ -194,75 +191,6 @@ def fsync_directory(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `target`; sync it and rename it to `target` at the end.
-
-    After an error nothing is left of it. Raises OutputExistsError if `target` exists,
-    CheckpointError for an OSError.
-    Example: `with new_directory(Path("out")) as work: (work / "file").write_text("x")`.
-    """
-    require_absent(target)
-    work = target.with_name(f".{target.name}.tmp-{secrets.token_hex(6)}")
-    try:
-        work.mkdir(parents=True)
-        yield work
-        _apply_umask(work)
-        _fsync_tree(work)
-        publish(work, target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def require_absent(target: Path) -> None:
-    """Raise OutputExistsError if `target` exists."""
-    if target.exists() or target.is_symlink():
-        raise OutputExistsError(
-            f"{target}: exists already; name a new directory. Nothing was written."
-        )
-
-
-def publish(work: Path, target: Path) -> None:
-    """Rename the directory `work`, which is on disk, to `target`.
-
-    Raises OutputExistsError if `target` exists by now, OSError for every other failure.
-    """
-    try:
-        work.rename(target)
-        fsync_directory(target.parent)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and target.exists():
-            raise OutputExistsError(
-                f"{target} was created meanwhile; remove it or choose another output"
-            ) from error
-        raise
-
-
-def _apply_umask(directory: Path) -> None:
-    """Give every file the permissions that `open` would have given it.
-
-    Libraries that write through a temporary file (safetensors) leave mode 0600, which other users,
-    such as that of an inference server, cannot read. `directory` itself was created by `mkdir`, so
-    its mode shows the umask (reading the umask means setting it, for all threads of the process).
-    """
-    allowed = directory.stat().st_mode & 0o666
-    for path in directory.rglob("*"):
-        mode = stat.S_IMODE(path.stat().st_mode)
-        if path.is_file() and allowed & ~mode:
-            path.chmod(mode | allowed)
-
-
-def _fsync_tree(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        if path.is_dir():
-            fsync_directory(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -30,8 +30,9 @@ from infir2.convert.weights import (
     quantized_names,
     run_weights,
 )
+from infir2.directories import publish, remove_leftovers, require_absent
 from infir2.errors import CheckpointError, ConfigError
-from infir2.files import disk_errors, publish, require_absent
+from infir2.files import disk_errors
 from infir2.model.hf_names import SCALE_SUFFIX, quantization_config
 from infir2.model.safetensors_io import SCALES_FILE, HfWeights
 from infir2.numerics import Fp8Tensor, quantize
@@ -78,6 +79,7 @@ def export_fp8(
     scales = _imported_scales(src, fp8.scale_format)
     tensors = _fp8_tensors(weights, names, fp8.scale_format, scales)
     require_absent(out)
+    remove_leftovers(out)
     unverified = out.with_name(f"{out.name}.unverified-{secrets.token_hex(3)}")
     write_with_progress(weights, unverified, tensors, config, "quantizing")
     findings += check_export(weights, unverified, names, out)

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from infir2.convert.megatron_names import ARGUMENTS, LAYER, LAYERS, OUTSIDE_LAYERS, QKV
 from infir2.convert.weights import Weights, hf_weights, run_weights
-from infir2.files import new_directory
+from infir2.directories import new_directory
 from infir2.model import ModelConfig
 from infir2.parallel.shard_spec import ShardSpec, unsharded
 from infir2.terminal import byte_progress

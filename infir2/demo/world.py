@@ -21,8 +21,8 @@ from functools import cache
 from pathlib import Path
 
 from infir2.demo.tokenizer import build_vocabulary, pre_tokens, write_tokenizer
+from infir2.directories import new_directory
 from infir2.errors import OutputExistsError
-from infir2.files import new_directory
 
 DIFFICULTIES = (2, 3, 4)
 LARGEST_START, LARGEST_STEP, LARGEST_VALUE = 20, 6, 49

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from infir2.directories import new_directory
 from infir2.errors import CheckpointError, first_line
-from infir2.files import new_directory, read_regular
+from infir2.files import read_regular
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SCALES_FILE = "fp8_scales.st"  # safetensors; no engine loads a file of this suffix as weights

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "infir2"
 # From the ground up: a folder imports only from its own floor and from lower ones.
 FLOORS = (
-    ("errors", "files", "pickles", "terminal", "processes", "faults"),
+    ("errors", "directories", "files", "pickles", "terminal", "processes", "faults"),
     ("config", "verify", "templates", "launch"),
     ("numerics",),
     ("model",),

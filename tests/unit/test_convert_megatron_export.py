@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +131,27 @@ def test_every_parameter_of_every_variant_is_written_once() -> None:
         shapes = {name: tuple(value.shape) for name, value in Decoder(config).named_parameters()}
     chunks = list(module._chunks(shapes, 1))
     assert sorted(name for chunk in chunks for name in chunk.names) == sorted(shapes)
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path, make_run):  # noqa: F811
+    """But not what a living one writes to the same output."""
+    run = make_run(make_decoder())
+    script = (
+        "import os, sys; from infir2.convert import megatron_export as module;"
+        "module.torch.save = lambda *_: (print('writing', flush=True), sys.stdin.read());"
+        f"module.export_megatron({str(run)!r}, {str(tmp_path / 'out')!r})"
+    )
+    command = [sys.executable, "-c", script]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as killed, subprocess.Popen(command, **pipes) as living:
+        for process in (killed, living):
+            assert process.stdout.readline() == "writing\n"
+        assert len(list(tmp_path.glob(".out.*"))) == 2
+        killed.kill()
+        killed.wait()
+        export_megatron(run, tmp_path / "out")
+        assert len(list(tmp_path.glob(".out.*"))) == 1
+        living.kill()
+    shutil.rmtree(tmp_path / "out")
+    export_megatron(run, tmp_path / "out")
+    assert not list(tmp_path.glob(".out.*"))

@@ -14,13 +14,13 @@ import torch
 
 from infir2 import files
 from infir2.checkpoint import Store
+from infir2.directories import new_directory
 from infir2.errors import CheckpointError, OutputExistsError
 from infir2.files import (
     JsonLinesWriter,
     disk_errors,
     fsync_directory,
     keep_json_lines,
-    new_directory,
     open_regular,
     read_json_lines,
     read_regular,
