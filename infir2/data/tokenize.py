@@ -155,7 +155,8 @@ def tokenize(
 
     Raises:
         OutputExistsError: PREFIX.idx or PREFIX.bin exists already.
-        ConfigError: the tokenizer cannot be loaded, or PREFIX.parts/ belongs to another job.
+        ConfigError: the prefix names no file, the tokenizer cannot be loaded, or PREFIX.parts/
+            belongs to another job.
         DataError: a source cannot be used, too many rows are unusable, or the disk is full.
     """
     outputs = _outputs(prefix)
@@ -175,6 +176,8 @@ def tokenize(
 
 def _outputs(prefix: Path) -> dict[str, Path]:
     """Return {suffix: path} of the outputs; raise OutputExistsError if they exist already."""
+    if not prefix.name:
+        raise ConfigError(f"--out {prefix}: name the files to write, such as {prefix / 'tokens'}.")
     outputs = {
         suffix: prefix.with_name(f"{prefix.name}.{suffix}")
         for suffix in ("idx", "bin", "json", "parts", "quarantine.jsonl")

@@ -123,6 +123,13 @@ def test_an_existing_output_and_parts_of_another_job_are_rejected(world, tmp_pat
     assert main(arguments([source], world, tmp_path / "x", "--workers=-1")) == 2
 
 
+@pytest.mark.parametrize("out", [".", "/", ""])
+def test_a_prefix_without_a_name_is_one_sentence(world, tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments([world / "cpt.jsonl"], world, Path(out))) == 2
+    assert "name the files to write, such as" in capsys.readouterr().err
+
+
 def test_a_kill_loses_no_finished_chunk(world, tmp_path, monkeypatch):
     """After SIGKILL no process is left; the next run reuses finished chunks, with equal output."""
     source = tmp_path / "big.jsonl"
