@@ -195,7 +195,7 @@ class _Machine:
             raise ValueError("has a name that is not text")
         full_name = f"{module}.{name}"
         if not self._is_expected(full_name):
-            raise ValueError(f"asks for '{full_name[:200]}', which no such file needs")
+            raise ValueError(f"asks for {full_name[:200]!r}, which no such file needs")
         self.stack.append(Record(full_name))
 
     def call(self, _: None) -> None:

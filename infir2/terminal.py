@@ -21,6 +21,7 @@ _PLAIN_INTERVAL_SECONDS = 4.0  # before a `pulse`
 _PULSE_SECONDS = 5.0
 _START_SECONDS = 3.0  # importing torch; a mistake is to be answered by one line
 _MIN_BAR_BYTES = 2**28
+_MAX_ERROR_CHARACTERS = 2000
 
 
 class _Output:
@@ -120,8 +121,17 @@ def log(text: str, source: str = "infir2") -> None:
 
 
 def log_error(text: str, source: str = "infir2") -> None:
-    """Print `source: error: text` to stderr."""
-    log_text(f"{source}: error: {text}")
+    """Print `source: error: text` to stderr.
+
+    The text may quote a hostile file: control characters are escaped and a long text is cut.
+    """
+    log_text(f"{source}: error: {_printable(text)}")
+
+
+def _printable(text: str) -> str:
+    if len(text) > _MAX_ERROR_CHARACTERS:
+        text = f"{text[: _MAX_ERROR_CHARACTERS // 2]} ... {text[-_MAX_ERROR_CHARACTERS // 2 :]}"
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def log_text(text: str) -> None:

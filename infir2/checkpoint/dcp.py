@@ -230,7 +230,7 @@ class DcpTensors(Mapping[str, Tensor]):
         self.path = path
         self._entries = read_metadata(path, foreign)
         self.files = {piece.file for entry in self._entries.values() for piece in entry.pieces}
-        self._file_bytes = sum(file.stat().st_size for file in path.glob("*.distcp"))
+        self.num_file_bytes = sum(file.stat().st_size for file in path.glob("*.distcp"))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read_shard(name, unsharded(self._entry(name).shape))
@@ -254,7 +254,7 @@ class DcpTensors(Mapping[str, Tensor]):
     def read_shard(self, name: str, spec: ShardSpec) -> Tensor:
         """Read the rectangle `spec` of a tensor: [*spec.local_shape]; raises as `read_into`."""
         entry = self._entry(name)
-        if entry.num_bytes > self._file_bytes:
+        if entry.num_bytes > self.num_file_bytes:
             raise CheckpointError(
                 f"{self.path}: tensor '{name}' claims {entry.num_bytes} bytes, more than all its "
                 "files hold; it is refused."

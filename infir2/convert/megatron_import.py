@@ -5,6 +5,7 @@ optimizer are skipped. A torch distributed checkpoint whose keys are Hugging Fac
 prefix, is read too. `megatron_names` documents keys and layouts.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from infir2.convert.megatron_names import (
     ARGUMENTS,
     EMBEDDING,
     FIXED_ARGUMENTS,
+    FLOAT_ARGUMENTS,
     HEAD,
     HF_EMBEDDING,
     HF_HEAD,
@@ -30,11 +32,15 @@ from infir2.convert.megatron_names import (
 )
 from infir2.convert.weights import parameter_shapes, validated
 from infir2.errors import CheckpointError, ConfigError
+from infir2.files import read_regular
 from infir2.model import ModelConfig
 from infir2.model.safetensors_io import read_json, write_hf
 from infir2.parallel.shard_spec import unsharded
 from infir2.pickles import is_record
 from infir2.terminal import byte_progress
+
+MAX_TRACKER_BYTES = 100
+MAX_ARGUMENT = 2**31
 
 
 def import_megatron(src: str | Path, out: str | Path, like: str | Path | None = None) -> Path:
@@ -65,6 +71,7 @@ def import_megatron(src: str | Path, out: str | Path, like: str | Path | None = 
     config = read_json(like / "config.json") if like else config_from_arguments(checkpoint)
     tied = checkpoint.is_tied(bool(config.get("tie_word_embeddings")))
     config = config | {"tie_word_embeddings": tied}
+    _check_size(checkpoint, ModelConfig.from_hf(config))
     shapes = parameter_shapes(config)
     config = complete_config(config, checkpoint.dtype)
     total_numel = sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -79,8 +86,8 @@ def find_iteration(path: Path) -> Path:
     if (path / ".metadata").is_file():
         return path
     tracker = path / "latest_checkpointed_iteration.txt"
-    if tracker.is_file():
-        iteration = tracker.read_text().strip()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        iteration = read_regular(tracker, MAX_TRACKER_BYTES).decode("ascii").strip()
         name = f"iter_{int(iteration):07d}" if iteration.isdecimal() else "release"
         if (iteration.isdecimal() or iteration == "release") and (
             path / name / ".metadata"
@@ -90,6 +97,15 @@ def find_iteration(path: Path) -> Path:
         f"{path}: is not a Megatron torch_dist checkpoint"
         f" (no .metadata in it, nor in the iteration of {tracker.name})."
     )
+
+
+def _check_size(checkpoint: "MegatronCheckpoint", config: ModelConfig) -> None:
+    """Raise CheckpointError for a config that describes more values than the files have bytes."""
+    if config.num_parameters > checkpoint.num_file_bytes:
+        raise CheckpointError(
+            f"{checkpoint.path}: its config describes {config.num_parameters:,} values, more than"
+            f" its {checkpoint.num_file_bytes:,} bytes hold; name another directory with --like."
+        )
 
 
 class MegatronCheckpoint:
@@ -102,6 +118,7 @@ class MegatronCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._tensors = DcpTensors(path, foreign=True)
+        self.num_file_bytes = self._tensors.num_file_bytes
         self.shapes = {key: self._tensors.shape(key) for key in self._tensors}
         # Prefix of Hugging Face's names, such as "model."; None for Megatron's names.
         self.hf_prefix: str | None = None
@@ -161,13 +178,9 @@ def config_from_arguments(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
     Raises ConfigError for a missing argument, and for one that asks for what our decoder lacks.
     """
     arguments = checkpoint.arguments()
-    sizes: dict[str, Any] = {ours: arguments.get(theirs) for ours, theirs in ARGUMENTS.items()}
-    missing = [ARGUMENTS[ours] for ours, size in sizes.items() if size is None]
-    if missing:
-        raise ConfigError(
-            f"{checkpoint.path}: common.pt has no {missing[0]};"
-            " name a Hugging Face directory with --like."
-        )
+    sizes: dict[str, Any] = {
+        ours: _number(checkpoint, arguments, theirs) for ours, theirs in ARGUMENTS.items()
+    }
     for name, fixed in FIXED_ARGUMENTS.items():
         if arguments.get(name, fixed) not in (fixed, None):
             raise ConfigError(
@@ -175,17 +188,33 @@ def config_from_arguments(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
                 " name a Hugging Face directory with --like."
             )
     qk_norm, qkv_bias = bool(arguments.get("qk_layernorm")), bool(arguments.get("add_qkv_bias"))
-    grouped = arguments.get("group_query_attention")
+    grouped, positions = arguments.get("group_query_attention"), "max_position_embeddings"
     return ModelConfig(
         architecture="qwen3" if qk_norm else "qwen2" if qkv_bias else "llama",
         vocab_size=checkpoint.shapes[EMBEDDING][0],
-        num_kv_heads=arguments["num_query_groups"] if grouped else sizes["num_heads"],
+        num_kv_heads=(
+            _number(checkpoint, arguments, "num_query_groups") if grouped else sizes["num_heads"]
+        ),
         tie_embeddings=HEAD not in checkpoint.shapes,
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
-        max_positions=arguments.get("max_position_embeddings") or 32768,
+        max_positions=(
+            _number(checkpoint, arguments, positions) if arguments.get(positions) else 32768
+        ),
         **sizes | {"rope_theta": float(sizes["rope_theta"])},
     ).to_hf()
+
+
+def _number(checkpoint: MegatronCheckpoint, arguments: dict[str, Any], name: str) -> Any:
+    """A size, or one of the two arguments that are no integers."""
+    value: Any = arguments.get(name)
+    kinds = (int, float) if name in FLOAT_ARGUMENTS else (int,)
+    if type(value) not in kinds or not 0 < value <= MAX_ARGUMENT:
+        raise ConfigError(
+            f"{checkpoint.path}: common.pt has {'no' if value is None else 'an unusable'} {name};"
+            " name a Hugging Face directory with --like."
+        )
+    return value
 
 
 def _hf_tensors(

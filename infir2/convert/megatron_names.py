@@ -60,6 +60,7 @@ ARGUMENTS = {
     "rms_eps": "norm_epsilon",
     "rope_theta": "rotary_base",
 }
+FLOAT_ARGUMENTS = {"norm_epsilon", "rotary_base"}
 # Arguments of Megatron's that ModelConfig has no field for, with the only value that it implements.
 FIXED_ARGUMENTS = {
     "use_rope_scaling": False,

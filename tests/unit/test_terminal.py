@@ -49,3 +49,13 @@ print("hello", file=sys.stderr, flush=True)
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert sorted(result.stderr.splitlines()) == ["hello", "infir2: stopped"]
+
+
+def test_an_error_that_quotes_a_hostile_file_is_printable_and_short(capsys) -> None:
+    log_error("a\nb: \x1b[31mred\0\ud800 \u00e9")
+    assert capsys.readouterr().err == ("infir2: error: a\nb: \\x1b[31mred\\x00\\ud800 \u00e9\n")
+    log_error("begin " + "x" * 10**6 + " end")
+    error = capsys.readouterr().err
+    assert len(error) < 2100
+    assert error.startswith("infir2: error: begin x")
+    assert error.endswith("x end\n")
