@@ -7,9 +7,7 @@ one element. A relative path is relative to the working directory; in `extends`,
 """
 
 import difflib
-import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from infir2.config.keys import (
     section_class,
 )
 from infir2.config.rules import violations
+from infir2.config.toml import MAX_SHOWN, parse, read_chain, shown
 from infir2.errors import ConfigError
 
 R = TypeVar("R", bound=BaseModel)
@@ -118,7 +117,8 @@ class _Layers:
             self.origins[key] = origin
             value = {str(index): item for index, item in enumerate(value)}
         elif not isinstance(value, Mapping) or not all(
-            index.isdecimal() and isinstance(item, Mapping) for index, item in value.items()
+            re.fullmatch("[0-9]{1,9}", index) and isinstance(item, Mapping)
+            for index, item in value.items()
         ):
             raise ConfigError(
                 f"{self.location}: {key} is a list of tables, so write [[{key}]] and keys under "
@@ -184,7 +184,7 @@ def load(
     """
     layers = _Layers(recipe_class)
     for path in paths:
-        for file, table in _read_chain(Path(path)):
+        for file, table in read_chain(Path(path)):
             layers.merge(table, f"file:{file}")
     notes = _merge_environment(layers, environ or {})
     for option in overrides:
@@ -207,7 +207,7 @@ def sections_in(paths: Sequence[str | Path]) -> set[str]:
     Raises:
         ConfigError: a file is missing or is not valid TOML.
     """
-    return {name for path in paths for _, table in _read_chain(Path(path)) for name in table}
+    return {name for path in paths for _, table in read_chain(Path(path)) for name in table}
 
 
 def _merge_environment(layers: _Layers, environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -222,47 +222,12 @@ def _merge_environment(layers: _Layers, environ: Mapping[str, str]) -> tuple[str
     return tuple(notes)
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """Return (path, table) of each file that `path` extends, the base first, then of `path`."""
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: its extends lines form a circle; remove one of them.")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such recipe file; {_advice(path)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: this is not valid TOML: {error}.") from None
-    except IsADirectoryError:
-        raise ConfigError(
-            f"{path}: this is a directory; name a recipe, a .toml file (a model or a run is named "
-            f"by --model.path={path})."
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{path}: the recipe cannot be read: {error.strerror}.") from None
-    base = table.pop("extends", None)
-    if base is None:
-        return [(str(path), table)]
-    if not isinstance(base, str):
-        raise ConfigError(
-            f'{path}: extends must be the name of one file, such as extends = "base.toml".'
-        )
-    below = Path(os.path.normpath(path.parent / base))
-    return [*_read_chain(below, (*seen, path.resolve())), (str(path), table)]
-
-
-def _advice(path: Path) -> str:
-    """What to name instead of a recipe file that does not exist."""
-    recipes = [*path.parent.glob("*.toml"), *Path("recipes").glob("*/*.toml")]
-    near = difflib.get_close_matches(str(path), map(str, recipes), 1, 0.8)
-    return f"did you mean {near[0]}?" if near else "recipes are in recipes/."
-
-
 def _parse_text(annotation: Any, text: str) -> Any:
     """Parse text as a TOML value; text that is not TOML stays text, for the type check."""
     try:
-        table = tomllib.loads(f"value = {text}")
+        table = parse(f"value = {text}")
         value = table["value"] if len(table) == 1 else text
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text
     if is_text(annotation):
         return value if isinstance(value, str) else text
@@ -301,7 +266,7 @@ def _sentence(recipe_class: Recipe, key: str, error: Any) -> str:
     )
     if error["type"] in ("int_type", "float_type") and _has_unit(error["input"]):
         requirement += " without a unit"
-    return f"{key} {requirement}, not {error['input']!r}."
+    return f"{key} {requirement}, not {shown(error['input'])}."
 
 
 def _has_unit(value: Any) -> bool:
@@ -311,6 +276,7 @@ def _has_unit(value: Any) -> bool:
 
 def unknown_key(recipe_class: Recipe, key: str) -> str:
     """Return the sentence about a key that does not exist, with the nearest key that does."""
+    key = key if len(key) <= MAX_SHOWN else f"{key[:MAX_SHOWN]}…"
     section = key.split(".")[0]
     if section not in recipe_class.model_fields:
         known = list(recipe_class.model_fields)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infir2.checkpoint.reader import open_checkpoint
+from infir2.checkpoint.reader import Checkpoint, open_checkpoint
 from infir2.config.schema import Fp8Section
 from infir2.errors import CheckFailedError, CheckpointError
 from infir2.model import Decoder, ModelConfig
@@ -113,6 +113,16 @@ def validated(tensor: Tensor, shape: tuple[int, ...], label: str) -> Tensor:
     return tensor
 
 
+def tokenizer_directory(run: Checkpoint) -> Path:
+    """The tokenizer of a run; a relative path starts where the run did, or where we are.
+
+    The latter serves runs that were moved together with their tokenizer.
+    """
+    stored = run.value("tokenizer_dir", str)
+    start = Path(str(run.state.get("working_dir", "")), stored)
+    return start if start.is_dir() else Path(stored)
+
+
 def run_weights(path: Path) -> Weights:
     """The FP32 masters of a run's newest checkpoint, or of the checkpoint that `path` names."""
     checkpoint = open_checkpoint(path)
@@ -125,7 +135,7 @@ def run_weights(path: Path) -> Weights:
     shapes = parameter_shapes(state["model_config"])
     names = {name.removeprefix(PARAMETERS) for name in tensors if name.startswith(PARAMETERS)}
     _reject_unknown(checkpoint.path, names - set(shapes))
-    side_files = Path(state["tokenizer_dir"]) if state.get("tokenizer_dir") else None
+    side_files = tokenizer_directory(checkpoint) if state.get("tokenizer_dir") else None
     if side_files and not side_files.is_dir():
         raise CheckpointError(
             f"{checkpoint.path}: its tokenizer directory {side_files} is gone;"

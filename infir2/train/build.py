@@ -9,6 +9,7 @@ from infir2.checkpoint import open_checkpoint
 from infir2.checkpoint.fingerprint import is_run
 from infir2.config.paths import check_model_directory
 from infir2.config.schema import DataSection, Fp8Section, ModelSection, RunSection
+from infir2.convert.weights import tokenizer_directory
 from infir2.data import ChatTokenizer
 from infir2.errors import ConfigError
 from infir2.model import Decoder, ModelConfig
@@ -106,7 +107,7 @@ def open_tokenizer(
     written = model.template_date or today
     if model.path and is_run(Path(model.path)):
         run = open_checkpoint(model.path, sizes_only=True)
-        path = path if data.tokenizer else Path(run.value("tokenizer_dir", str))
+        path = path if data.tokenizer else tokenizer_directory(run)
         if not model.template_date and "template_date" in run.state:
             written = run.value("template_date", str)
     return ChatTokenizer(path, data.document_bos, written)

@@ -4,6 +4,7 @@ recipe -> Supervisor (run directory, newest checkpoint) -> tokenizer -> Loader (
 -> Decoder -> Trainer -> per step: batches -> Trainer.step -> Supervisor.finish_step
 """
 
+import os
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -89,6 +90,7 @@ def describe_model(
         "tokenizer_dir": str(tokenizer.directory),
         "tokenizer_fingerprint": tokenizer.fingerprint(),
         "template_date": tokenizer.today,
+        "working_dir": os.getcwd(),  # where a relative path of the tokenizer starts
         "fp8": supervisor.recipe.fp8.model_dump(),
     }
 

@@ -10,6 +10,8 @@ import pytest
 from stages import assert_same_state, begin, curve, lines, options, run
 
 from infir2.cli import main
+from infir2.config.schema import ModelSection
+from infir2.train.build import open_tokenizer
 
 
 def infir2(words: list[str], **variables: str) -> "subprocess.Popen[str]":
@@ -183,3 +185,24 @@ def test_a_resumed_run_reads_its_checkpoint_alone_and_not_the_model_it_began_wit
     run(options(world, tmp_path / "halved", "sft1", **values))
     assert_same_state(tmp_path / "halved", tmp_path / "whole")
     assert main(options(world, tmp_path / "new", "sft1", **values)) == 3, "a new run needs it"
+
+
+def test_a_run_with_relative_paths_is_exported_from_any_directory(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, other = tmp_path / "home", tmp_path / "other"
+    home.mkdir()
+    other.mkdir()
+    (home / "data").symlink_to(world)
+    monkeypatch.chdir(home)
+    values = {"schedule__total_steps": 1, "schedule__decay_steps": 0, "schedule__warmup_steps": 0}
+    run(options(Path("data"), Path("run"), "cpt", **values))
+    monkeypatch.chdir(other)
+    run(["export", "hf", "../home/run", "--to", "hf"])
+    exported = Path("hf/tokenizer.json").read_bytes()
+    assert exported == (world / "tokenizer/tokenizer.json").read_bytes()
+    tokenizer = open_tokenizer(ModelSection(path="../home/run"))
+    assert tokenizer.directory == home / "data/tokenizer"
+    home.rename(tmp_path / "moved")  # with its tokenizer
+    monkeypatch.chdir(tmp_path / "moved")
+    run(["export", "hf", "run", "--to", "hf"])
