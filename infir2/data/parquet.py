@@ -58,7 +58,7 @@ class ParquetConverter:
             process.stdin.flush()
             answer = json.loads(process.stdout.readline())
         except (OSError, ValueError):  # the process has ended
-            code = process.wait()
+            self._process, code = None, process.wait()
             cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             answer = {"error": f"Arrow ended with {cause}"}
         if "error" in answer:

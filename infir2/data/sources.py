@@ -176,10 +176,11 @@ def _open(path: Path, columns: Collection[str], converter: ParquetConverter) -> 
             return JsonRows(path)
         if name.endswith(".parquet"):
             return ParquetRows(path, columns, converter)
-        if is_indexed(path):
+        if is_indexed(path) or name.endswith((".idx", ".bin")):
             return IndexedDocuments(path)
         if name.endswith(".txt"):
             return TextFile(path)
+        require_regular(path)
     except OSError as error:
         raise _unreadable(path, error) from None
     raise DataError(

@@ -140,7 +140,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(read_regular(path, MAX_JSON_BYTES))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; give a Hugging Face model directory") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); copy the model again"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not readable JSON ({first_line(error)}); copy the model again"
         ) from error

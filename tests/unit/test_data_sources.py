@@ -14,7 +14,7 @@ import pytest
 
 from infir2.config.schema import DataSection, SourceSection
 from infir2.data import decompress, json_rows, load_prompts, parquet
-from infir2.data.indexed import write_index
+from infir2.data.indexed import is_indexed, write_index
 from infir2.data.rows import (
     Quarantine,
     open_source,
@@ -177,6 +177,27 @@ def test_unusable_files_are_named_in_one_sentence(
         open_source(SourceSection(path=str(tmp_path / name)), "documents")
     assert name in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "suffix", [".jsonl", ".json.gz", ".jsonl.zst", ".parquet", ".idx", ".txt", ""]
+)
+def test_only_regular_files_are_read(tmp_path: Path, suffix: str) -> None:
+    fifo, loop = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    os.mkfifo(fifo)
+    loop.symlink_to(loop)
+    zeros = tmp_path / "dir" / f"c{suffix or '.jsonl'}"
+    zeros.parent.mkdir()
+    zeros.symlink_to("/dev/zero")
+    for path in (fifo, loop, zeros, zeros.parent, tmp_path / "a\0b", tmp_path / ("n" * 300)):
+        with pytest.raises(DataError) as raised:
+            Source(path, {"text"})
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("path", [".", "", "..", "/"])
+def test_a_directory_is_no_prefix_of_tokens(tmp_path: Path, path: str) -> None:
+    assert not is_indexed(Path(path))
 
 
 def test_rows_without_messages_name_the_keys_to_set(tmp_path: Path) -> None:

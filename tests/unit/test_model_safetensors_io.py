@@ -1,6 +1,7 @@
 """Model directories: invalid files raise one-sentence errors; outputs are complete or absent."""
 
 import json
+import os
 import resource
 import struct
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from infir2.errors import CheckpointError, OutputExistsError
 from infir2.model import HfWeights, write_hf
-from infir2.model.safetensors_io import INDEX_FILE, SINGLE_FILE
+from infir2.model.safetensors_io import INDEX_FILE, SINGLE_FILE, read_json
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),
@@ -210,3 +211,13 @@ def test_a_failing_source_or_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no weights"):
         write_hf(tmp_path / "out", [], {})
     assert not list(tmp_path.iterdir())
+
+
+def test_only_a_regular_file_of_a_bounded_size_is_read_as_json(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "large").write_bytes(b"")
+    os.truncate(tmp_path / "large", 65 << 20)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "fifo", tmp_path / "large", tmp_path / "loop", Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_json(path)
