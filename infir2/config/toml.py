@@ -44,14 +44,14 @@ def read_chain(path: Path, seen: tuple[str, ...] = ()) -> list[tuple[str, dict[s
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.is_dir():
+            raise ConfigError(
+                f"{path}: this is a directory; name a recipe, a .toml file (a model or a run is "
+                f"named by --model.path={path})."
+            )
         return parse(read_regular(path, MAX_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{shown(path)}: there is no such recipe file; {_advice(path)}") from None
-    except IsADirectoryError:
-        raise ConfigError(
-            f"{path}: this is a directory; name a recipe, a .toml file (a model or a run is named "
-            f"by --model.path={path})."
-        ) from None
     except ValueError as error:
         raise ConfigError(f"{shown(path)}: this is not valid TOML: {error}.") from None
     except OSError as error:
