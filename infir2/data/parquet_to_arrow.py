@@ -100,13 +100,19 @@ def _plain(field: Any) -> Any:
 
 def _limit_cpu_seconds(seconds: float) -> None:
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used + seconds), resource.RLIM_INFINITY))
+    _limit(resource.RLIMIT_CPU, int(used + seconds))
+
+
+def _limit(kind: int, value: int) -> None:
+    """Set a limit, unless the user's own is lower."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_AS, MAX_MEMORY_BYTES)
     for line in sys.stdin:
         answer: dict[str, Any]
         try:
