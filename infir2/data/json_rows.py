@@ -6,6 +6,7 @@ decompressed into a temporary file. A row is parsed when it is read.
 
 import contextlib
 import json
+import mmap
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ class JsonRows:
                     self._bytes = np.memmap(file, dtype=np.uint8, mode="r")
         elif size:
             self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
-        self.num_bytes = len(self._bytes)
+        self.num_bytes, self._bytes_read = len(self._bytes), 0
         check_is_utf8(path, self._bytes[:4096].tobytes())
         self._spans = _find_rows(self._bytes)
         self.fields = self._first_fields()
@@ -79,6 +80,10 @@ class JsonRows:
         if end - start > MAX_ROW_BYTES:
             raise RowError("too_large", f"{end - start:,} bytes, more than {MAX_ROW_BYTES:,}")
         text = self._bytes[start:end].tobytes()
+        self._bytes_read += end - start
+        if self._bytes_read > MAX_ROW_BYTES:
+            _release(self._bytes)
+            self._bytes_read = 0
         if b"\0" in text:
             raise RowError("nul_byte", "a NUL byte in the row")
         try:
@@ -168,6 +173,7 @@ def _structure(data: np.ndarray, first: int) -> Iterator[tuple[np.ndarray, np.nd
         marks = marks[(np.searchsorted(quotes, marks) + in_string) % 2 == 0]
         depths = depth + np.cumsum(_DEPTH[chunk[marks]])
         yield marks + first, depths
+        _release(data)
         depth = int(depths[-1]) if len(marks) else depth
         first, in_string = end, (in_string + len(quotes)) % 2
 
@@ -219,6 +225,7 @@ def _line_breaks(data: np.ndarray) -> Iterator[np.ndarray]:
         if len(returns):  # \r ends a line, unless it is a part of \r\n
             alone = data[np.minimum(returns, len(data) - 1)] != ord("\n")
             breaks = np.sort(np.concatenate([breaks, returns[alone]]))
+        _release(data)
         if len(breaks):
             last = int(breaks[-1])
             yield breaks
@@ -232,3 +239,9 @@ def _blank_end(data: bytes | np.ndarray, start: int = 0, end: int | None = None)
     match = _BLANK.match(text, start, len(data) if end is None else end)
     assert match is not None  # it matches nothing, too
     return match.end()
+
+
+def _release(data: np.ndarray) -> None:
+    """Give back the pages of a memory map that were read; they would count as our memory."""
+    if isinstance(data.base, mmap.mmap):
+        data.base.madvise(mmap.MADV_DONTNEED)
