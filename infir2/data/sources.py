@@ -21,7 +21,7 @@ from infir2.files import open_regular, read_regular, require_regular
 JSON_SUFFIXES = tuple(
     end + packed for packed in (".gz", ".zst", "") for end in (".jsonl", ".ndjson", ".json")
 )
-SUFFIXES = (*JSON_SUFFIXES[:-1], ".parquet", ".idx")
+SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".idx")
 METADATA = re.compile(
     r"(dataset_infos?|dataset_dict|state|(.+_)?config|tokenizer|vocab|added_tokens"
     r"|special_tokens_map|.+\.index)\.json",
@@ -119,13 +119,11 @@ def _find_in_directory(directory: Path, columns: Collection[str]) -> list[Path]:
     found = [
         file
         for file in sorted(directory.rglob("*"))
-        if not _is_ignored(file.relative_to(directory)) and not file.is_dir()
+        if not _is_ignored(directory, file) and not file.is_dir()
     ]
-    # A .json or .txt file next to other data files is usually metadata, a license or a readme.
-    for suffixes in (SUFFIXES, (".json",), (".txt",) if "text" in columns else ()):
+    # A .txt file next to other data files is usually a license or a readme: skip it.
+    for suffixes in (SUFFIXES, (".txt",) if "text" in columns else ()):
         files = [file for file in found if file.name.lower().endswith(suffixes)]
-        if suffixes == (".json",):
-            files = [file for file in files if not METADATA.fullmatch(file.name)]
         if files:
             _check_read_once(directory, files)
             return files
@@ -135,10 +133,13 @@ def _find_in_directory(directory: Path, columns: Collection[str]) -> list[Path]:
     )
 
 
-def _is_ignored(file: Path) -> bool:
-    """Whether a file is hidden (as the "._" files of macOS are) or lists unusable rows."""
-    hidden = any(part.startswith(".") for part in file.parts)
-    return hidden or f".{file.name}".endswith(".quarantine.jsonl")
+def _is_ignored(directory: Path, file: Path) -> bool:
+    """Whether a file is hidden, as macOS's "._" files are, lists unusable rows or has no rows."""
+    hidden = any(part.startswith(".") for part in file.relative_to(directory).parts)
+    no_rows = METADATA.fullmatch(file.name) or (
+        file.name.endswith(".json") and file.with_suffix(".idx").exists()  # PREFIX.json
+    )
+    return hidden or bool(no_rows) or f".{file.name}".endswith(".quarantine.jsonl")
 
 
 def _check_read_once(directory: Path, files: list[Path]) -> None:
@@ -164,7 +165,7 @@ def _check_read_once(directory: Path, files: list[Path]) -> None:
 
 def _stem(file: Path) -> Path:
     """The path that two formats of the same rows have in common."""
-    suffix = next(end for end in (*SUFFIXES, ".json", ".txt") if file.name.lower().endswith(end))
+    suffix = next(end for end in (*SUFFIXES, ".txt") if file.name.lower().endswith(end))
     name = file.name[: -len(suffix)]
     return file.with_name(name.removesuffix("_text_document") if suffix == ".idx" else name)
 

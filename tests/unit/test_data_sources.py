@@ -230,10 +230,12 @@ def test_a_directory_is_read_once_and_as_meant(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes(line({"text": "a"}))
     (tmp_path / ".cache").mkdir()
-    hidden = ("._a.jsonl", "a.quarantine.jsonl", "quarantine.jsonl", ".cache/a.jsonl", "infos.json")
-    for name in hidden:
+    (tmp_path / "config.json").write_text('{"text": "of no row"}')
+    for name in ("._a.jsonl", "a.quarantine.jsonl", "quarantine.jsonl", ".cache/a.jsonl"):
         (tmp_path / name).write_bytes(b"\0\5\x16\7")
     assert len(Source(tmp_path, {"text"})) == 2
+    (tmp_path / "c.json").write_bytes(line([{"text": "b"}, {"text": "c"}]))
+    assert len(Source(tmp_path, {"text"})) == 4
 
 
 @pytest.mark.parametrize(
