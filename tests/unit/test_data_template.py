@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infir2.config.schema import DataSection, EvaluateSection, RlSection, SourceSection
+from infir2.cli import main
+from infir2.config.schema import (
+    DataSection,
+    EvaluateSection,
+    ModelSection,
+    RlSection,
+    SourceSection,
+)
 from infir2.data import ChatTokenizer, Loader, Prompt, load_prompts, load_tokenizer
 from infir2.data.template_check import check_chat_template
 from infir2.data.types import RowError
@@ -21,6 +28,7 @@ from infir2.engines.types import Completion
 from infir2.errors import ConfigError, DataError
 from infir2.evaluate.problems import encode_problem
 from infir2.rl.dynamic_sampling import GroupGenerator, PromptStream
+from infir2.train.build import open_tokenizer
 
 ASK = {"role": "user", "content": "What is 2+3?"}
 PLAIN = {"role": "assistant", "content": "5"}
@@ -239,6 +247,35 @@ def test_the_date_is_fixed(demo_dir: Path, tmp_path: Path) -> None:
     assert load_tokenizer(directory).today == datetime.date.today().isoformat()
     with pytest.raises(ConfigError, match=r"model\.template_date: soon is not a date"):
         load_tokenizer(directory, today="soon")
+
+
+def test_a_run_and_what_follows_it_keep_the_date_on_which_it_began(
+    demo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Day(datetime.date):
+        days = iter([datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)])
+
+        @classmethod
+        def today(cls) -> datetime.date:  # type: ignore[override]
+            return next(cls.days)
+
+    monkeypatch.setattr("infir2.train.loop.date", Day)
+    tokenizer = with_template(demo_dir, tmp_path / "t", DATED)
+    row = {"messages": [ASK, PLAIN]}
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(row)] * 4))
+    (tmp_path / "r.toml").write_text(
+        f'run.dir = "{tmp_path}/run"\nrun.threads = 1\ndata.tokenizer = "{tokenizer}"\n'
+        f'data.sources = [{{path = "{tmp_path}/a.jsonl"}}]\ndata.batch_samples = 2\n'
+        "data.sequence_tokens = 64\ndata.micro_batch_tokens = 64\nfp8.enabled = false\n"
+        "schedule.total_steps = 2\nschedule.learning_rate = 1e-3\n"
+        "model.shape = {hidden_size = 32, num_layers = 1, num_heads = 2, num_kv_heads = 1, "
+        "ffn_size = 32}\n"
+    )
+    for stop in (1, 2):
+        assert main(["sft", str(tmp_path / "r.toml"), f"--train.stop_after_step={stop}"]) == 0
+    assert open_tokenizer(ModelSection(path=str(tmp_path / "run"))).today == "2026-01-01"
+    dated = ModelSection(path=str(tmp_path / "run"), template_date="2024-07-26")
+    assert open_tokenizer(dated).today == "2024-07-26"
 
 
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
