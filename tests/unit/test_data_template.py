@@ -356,6 +356,20 @@ def test_a_row_on_which_the_template_fails_is_quarantined(demo_dir: Path, tmp_pa
     assert len(load_prompts(prompts, tokenizer=tokenizer)) == 3
 
 
+@pytest.mark.parametrize(("turns", "answers"), [("all", 2), ("last", 1)])
+def test_a_recipe_trains_all_turns_or_the_last(
+    demo_dir: Path, tmp_path: Path, turns: str, answers: int
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [ASK, PLAIN, ASK, PLAIN]}))
+    section = DataSection(
+        sources=(SourceSection(path=str(tmp_path / "a.jsonl")),),
+        batch_samples=1,
+        trained_turns=turns,  # type: ignore[arg-type]
+    )
+    (batch,) = Loader(section, "messages", load_tokenizer(demo_dir), 0).next_step()
+    assert batch.num_trained_tokens == 2 * answers  # "5" and the end of turn
+
+
 def problem(**changes: Any) -> Prompt:
     return Prompt(
         **({"id": "0/a:1", "messages": [ASK], "answer": "5", "difficulty": None} | changes),
