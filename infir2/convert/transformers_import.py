@@ -17,6 +17,7 @@ from torch import Tensor
 
 from infir2.convert.hf import SHARD_BYTES, complete_config, write_with_progress
 from infir2.convert.weights import hf_weights
+from infir2.data.tokenizer_files import check_tokenizer_files, library_errors
 from infir2.errors import CheckpointError, OutputExistsError, first_line
 from infir2.model import Decoder, ModelConfig
 from infir2.model.config import Architecture
@@ -83,12 +84,15 @@ def _load_with_transformers(src: Path) -> tuple[Any, Any]:
         directory, options = src.parent, {**_OFFLINE, "gguf_file": src.name}
     else:  # absurd sizes would keep transformers busy for ever
         _require_known_model(src, read_json(src / "config.json"))
+        if (src / "tokenizer.json").exists():
+            check_tokenizer_files(src)
     with _transformers_errors(src), _no_stdin():
         config = AutoConfig.from_pretrained(directory, **options)
     # refuse it before its weights are read, in BF16
     require_memory(2 * ModelConfig.from_hf(config.to_dict()).num_parameters)
     with _transformers_errors(src), _no_stdin():
-        tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+        with library_errors(src):
+            tokenizer = AutoTokenizer.from_pretrained(directory, **options)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **options)
     return model, tokenizer
 

@@ -10,7 +10,6 @@ encoded in one piece, as an inference engine does.
 
 import functools
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from infir2.config.data_sections import DocumentBos
 from infir2.data.rendering import PLACEHOLDER, Rendering, Turn, render
 from infir2.data.template import ChatTemplate
 from infir2.data.tokenizer import EOD_MARKERS, DocumentTokenizer
+from infir2.data.tokenizer_files import read_object
 from infir2.data.types import Message, RowError, Sample
 from infir2.errors import ConfigError, first_line
 
@@ -255,15 +255,9 @@ def _declared_ends(directory: Path) -> list[int]:
     """The `eos_token_id` of the model's files, each one or a list; [] without these files."""
     ends: list[int] = []
     for path in (directory / "generation_config.json", directory / "config.json"):
-        try:
-            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(
-                f"data.tokenizer: {path} is not readable ({first_line(error)}); copy it again."
-            ) from error
-        ends += [end for end in (eos if isinstance(eos, list) else [eos]) if isinstance(end, int)]
+        if path.exists():
+            eos = read_object(path).get("eos_token_id")
+            ends += [end for end in (eos if isinstance(eos, list) else [eos]) if type(end) is int]
     return ends
 
 

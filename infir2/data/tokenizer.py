@@ -17,7 +17,8 @@ from typing import Any
 
 from infir2.config.data_sections import DocumentBos
 from infir2.data.rendering import THINK_MARKERS
-from infir2.errors import ConfigError, first_line
+from infir2.data.tokenizer_files import check_tokenizer_files, library_errors
+from infir2.errors import ConfigError
 
 # Text whose tokens identify a tokenizer: digits, code, white space, accents, other scripts, emoji.
 FINGERPRINT_TEXT = (
@@ -78,14 +79,18 @@ class DocumentTokenizer:
         self._added = {
             entry["content"]: AddedToken(entry["id"], entry["lstrip"], entry["rstrip"])
             for entry in markers
-            if entry in control or not entry["single_word"]
+            if entry["content"] in self._special or not entry["single_word"]
         }
         self._control = _any_of(self._special)
-        specification["added_tokens"] = [entry | {"special": entry in control} for entry in added]
-        self._plain = Tokenizer.from_str(json.dumps(specification))
-        self._plain.encode_special_tokens = True  # as plain text
-        self.vocab_size: int = max(self._hf.get_vocab().values()) + 1
-        self._document_start = self._bos(document_bos)
+        specification["added_tokens"] = [
+            entry | {"special": entry["content"] in self._special} for entry in added
+        ]
+        with library_errors(directory):
+            self._plain = Tokenizer.from_str(json.dumps(specification))
+            self._plain.encode_special_tokens = True  # as plain text
+            self.vocab_size: int = max(self._hf.get_vocab().values()) + 1
+            self._document_start = self._bos(document_bos)
+            self._plain.encode(FINGERPRINT_TEXT)  # some files break only here
 
     def _bos(self, document_bos: DocumentBos) -> list[int]:
         """The tokens before each document: the BOS token, or none."""
@@ -210,14 +215,10 @@ def _load(directory: Path) -> tuple[Any, dict[str, Any]]:
                 f"data.tokenizer: {directory} has no {name}; "
                 "name a directory with both tokenizer files."
             )
-    try:
+    check_tokenizer_files(directory)
+    with library_errors(directory):
         hf: Any = PreTrainedTokenizerFast.from_pretrained(str(directory))
         return hf, json.loads(hf.backend_tokenizer.to_str())
-    except Exception as error:  # the library raises bare Exception for a broken file
-        raise ConfigError(
-            f"data.tokenizer: {directory} cannot be loaded ({first_line(error)}); "
-            "copy the files again."
-        ) from error
 
 
 def _any_of(words: Sequence[str] | dict[str, Any]) -> re.Pattern[str]:
