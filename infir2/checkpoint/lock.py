@@ -53,12 +53,11 @@ class RunLock:
             raise
         self._fd, self._claim = attempt.fd, attempt.claim
         self._pid = os.getpid()
-        self._users = 1
+        self._users = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._send_heartbeats, name="infir2-run-lock", daemon=True
         )
-        self._thread.start()
 
     @classmethod
     def acquire(cls, run_dir: Path, warn: Warn) -> "RunLock":
@@ -74,8 +73,11 @@ class RunLock:
             lock = _held.get((path, os.getpid()))
             if lock is None:
                 lock = _held[path, os.getpid()] = cls(path, warn, run_dir)
-            else:
-                lock._users += 1
+            lock._users += 1
+            is_new = lock._users == 1
+        # Without the guard: a starting thread may collect garbage, which releases other locks.
+        if is_new:
+            lock._thread.start()
         return lock
 
     def release(self) -> None:
@@ -92,7 +94,8 @@ class RunLock:
                 return
             _held.pop((self._path, os.getpid()), None)
         self._stop.set()
-        self._thread.join(timeout=1)
+        if threading.current_thread() is not self._thread:  # which may collect garbage too
+            self._thread.join(timeout=1)
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, 0)
             if self._path not in self._found and _is_file(self._fd, self._path):

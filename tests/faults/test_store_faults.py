@@ -390,6 +390,29 @@ def test_a_lock_is_released_while_the_same_thread_acquires_another(tmp_path, mon
     assert not (tmp_path / "a" / lock_module.LOCK).exists()
 
 
+@pytest.mark.timeout(30)
+def test_the_guard_is_free_while_the_thread_of_heartbeats_starts(tmp_path, monkeypatch):
+    """The new thread may collect garbage before it runs, and release the lock of another store."""
+    (tmp_path / "run").mkdir()
+    free, thread_class, guard = [], threading.Thread, lock_module._held_guard
+
+    def release_another() -> None:
+        free.append(guard.acquire(timeout=2))
+        if free[-1]:
+            guard.release()
+
+    class Starting(thread_class):
+        def start(self) -> None:
+            helper = thread_class(target=release_another)
+            helper.start()
+            helper.join()
+            super().start()
+
+    monkeypatch.setattr(lock_module.threading, "Thread", Starting)
+    lock_module.RunLock.acquire(tmp_path / "run", print).release()
+    assert free == [True]
+
+
 def test_heartbeats_of_another_host_are_respected_and_a_silent_host_is_taken_over(
     tmp_path, monkeypatch
 ):
