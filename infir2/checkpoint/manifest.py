@@ -151,9 +151,9 @@ def read_manifest(directory: Path) -> tuple[int, dict[str, FileEntry]]:
             f"{path}: is not a manifest ({type(error).__name__}); the file is damaged."
         ) from error
     for name in files:
-        if name != os.path.basename(name) or name in ("", ".", ".."):
+        if name != os.path.basename(name) or name in ("", ".", "..") or not name.isprintable():
             raise CheckpointCorruptError(
-                f"{path}: lists '{name}', which is not a file inside the checkpoint."
+                f"{path}: lists {name!r}, which is not a file inside the checkpoint."
             )
     return step, files
 

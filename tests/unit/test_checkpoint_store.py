@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from infir2.checkpoint import Store, dcp, open_checkpoint, reader
-from infir2.checkpoint.manifest import FileEntry, encode_manifest, read_manifest
+from infir2.checkpoint.manifest import FileEntry, encode_manifest, read_manifest, verify_directory
 from infir2.checkpoint.reader import published_steps, read_state
 from infir2.errors import CheckpointCorruptError, CheckpointError
 from infir2.parallel.shard_spec import ShardSpec, unsharded
@@ -337,3 +337,10 @@ def test_a_search_begins_again_when_the_run_publishes_and_removes_meanwhile(tmp_
 
     monkeypatch.setattr(reader, "load_checkpoint", load)
     assert open_checkpoint(tmp_path).step == 2
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "../a", ".."])
+def test_a_manifest_lists_only_names_that_a_file_can_have(tmp_path, name):
+    (tmp_path / "manifest.json").write_bytes(encode_manifest(1, {name: FileEntry(1, "0")}))
+    with pytest.raises(CheckpointCorruptError, match="is not a file inside the checkpoint"):
+        verify_directory(tmp_path)
