@@ -11,6 +11,7 @@ AnswerFormat = Literal["boxed", "answer_line"]
 MAX_ANSWER_CHARACTERS = 2000
 MAX_EXPONENT_DEPTH = 3
 MAX_FACTORIALS = 4
+MAX_UNBALANCED_SIZES = 3
 MAX_OUTER_BRACES = 4
 
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
@@ -24,7 +25,7 @@ _LETTER = re.compile(r"\(([A-Za-z])\)")
 # The space in "1, 234" stays: without it, this list is a number.
 _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])(?<!\d,)\s+|\s+(?![0-9A-Za-z])")
 _AROUND_POWER = re.compile(r" ?(?:\^|\*\*) ?")
-_SIZE_OR_SPACE = re.compile(r"\\(?:left|right)(?![A-Za-z])|(?<!\\)\\(?= )")
+_SIZE_OR_SPACE = re.compile(r"\\(?:left|right)\s*(?=[^\w\s])|(?<!\\)\\(?= )")
 _EQUAL_SPELLINGS = {
     "\\dfrac": "\\frac",
     "\\tfrac": "\\frac",
@@ -129,11 +130,13 @@ def exponent_depth(text: str) -> int:
 
 
 def too_hard(text: str) -> str:
-    """Why an answer is too expensive to parse ("" if it is not): length, powers, factorials."""
+    """Why an answer is too expensive to parse ("" if it is not): length, powers, sizes."""
     if len(text) > MAX_ANSWER_CHARACTERS:
         return f"answer of {len(text)} characters (at most {MAX_ANSWER_CHARACTERS})"
     if exponent_depth(text) > MAX_EXPONENT_DEPTH:
         return f"powers nested more than {MAX_EXPONENT_DEPTH} deep"
+    if abs(text.count("\\left") - text.count("\\right")) > MAX_UNBALANCED_SIZES:
+        return f"more than {MAX_UNBALANCED_SIZES} \\left without \\right"
     if text.count("!") > MAX_FACTORIALS:
         return f"more than {MAX_FACTORIALS} factorials"
     return ""

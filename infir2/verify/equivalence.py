@@ -23,6 +23,8 @@ from infir2.verify.forms import (
     Relation,
     Union,
     Words,
+    all_of,
+    any_of,
     as_union,
     is_name,
     parse,
@@ -74,6 +76,9 @@ def same(reference: Form, answer: Form) -> bool:
     """Whether two parsed answers agree."""
     if isinstance(reference, Equation) or isinstance(answer, Equation):
         return _same_equation(reference, answer)
+    for form, other in ((reference, answer), (answer, reference)):
+        if (conditions := _conditions(form)) and isinstance(as_union(other), Union):
+            return any(same(condition, as_union(other) or other) for condition in conditions)
     sets = as_union(reference), as_union(answer)
     points = isinstance(reference, Bracketed) and isinstance(answer, Bracketed)
     if sets[0] is not None and sets[1] is not None and not points:
@@ -92,6 +97,15 @@ def same(reference: Form, answer: Form) -> bool:
     if isinstance(reference, Based) and isinstance(answer, Quantity):
         return reference.digits == answer.text
     return type(reference) is type(answer) and _same_kind(reference, answer)
+
+
+def _conditions(form: Form) -> list[Form]:
+    """`x < 1, x > 3` as a union, and as what both conditions leave; empty for another list."""
+    items = list(form.items) if isinstance(form, Collection) and not form.braces else []
+    unions = [item for item in items if isinstance(item, Union)]
+    if len(unions) < len(items) or len({union.variable for union in unions}) != 1:
+        return []
+    return [any_of(unions), all_of(unions)]
 
 
 def _same_kind(reference: Any, answer: Any) -> bool:

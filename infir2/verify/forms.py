@@ -113,7 +113,7 @@ INFINITY = r"\infty"
 _NAME = r"(?:[A-Za-z]|\\[a-z]+)(?:_(?:\w|\{\w+\}))?'*"
 _LABEL = (
     rf"(?:{_NAME}|m?\\(?:angle|triangle|overline|vec) ?(?:[A-Za-z]{{1,4}}|\{{[A-Za-z]{{1,4}}\}})"
-    rf"|\|[A-Za-z]{{1,2}}\||[A-Za-z]+(?:\^\{{-1\}})?(?:\([^()=]*\))?|\\text\{{[^{{}}]*\}}|{_NAME}\([^()=]*\)"
+    rf"|\|(?:[A-Za-wz]|[A-Za-z]{{2}})\||[A-Za-z]+(?:\^\{{-1\}})?(?:\([^()=]*\))?|\\text\{{[^{{}}]*\}}|{_NAME}\([^()=]*\)"
     rf"|\\frac\{{[A-Za-z]+\}}\{{[A-Za-z]+\}}|\({_NAME}(?:, ?{_NAME})+\))"
 )
 MAX_NAME_CHARACTERS = 40
@@ -175,7 +175,7 @@ def _matrix(text: str) -> Form | None:
 
 def _alternatives(text: str) -> Form | None:
     """Conditions or values joined by "or" or "and"."""
-    for pattern, join in ((_OR, _any_of), (_AND, _all_of)):
+    for pattern, join in ((_OR, any_of), (_AND, all_of)):
         parts = [part for part in pattern.split(text) if part.strip()]
         if len(parts) > 1 and (pattern is _OR or not _WORDS.fullmatch(text)):
             forms = [parse(part) for part in parts]
@@ -185,12 +185,13 @@ def _alternatives(text: str) -> Form | None:
     return None
 
 
-def _any_of(conditions: list[Union]) -> Union:
+def any_of(conditions: list[Union]) -> Union:
+    """The union of conditions on one variable."""
     intervals = tuple(interval for condition in conditions for interval in condition.intervals)
     return Union(intervals, conditions[0].variable)
 
 
-def _all_of(conditions: list[Union]) -> Form:
+def all_of(conditions: list[Union]) -> Form:
     """Two half lines as one interval; anything harder stays a list of conditions."""
     intervals = [interval for condition in conditions for interval in condition.intervals]
     lows = [i for i in intervals if i.high == INFINITY]
@@ -327,9 +328,9 @@ def _list(text: str) -> Form | None:
 
 
 def _plus_minus(text: str) -> Form | None:
-    if text.count(r"\pm") != 1 or r"\mp" in text:
+    if text.count(r"\pm") + text.count(r"\mp") != 1:
         return None
-    return Collection((parse(text.replace(r"\pm", "+")), parse(text.replace(r"\pm", "-"))))
+    return Collection(tuple(parse(re.sub(r"\\(?:pm|mp)", sign, text)) for sign in "+-"))
 
 
 def _equation(text: str) -> Form | None:
@@ -344,7 +345,10 @@ def _equation(text: str) -> Form | None:
     left, *middle, right = (side.strip() for side in sides)
     if not middle and _VARIABLE.fullmatch(right) and not is_name(left):
         left, right = right, left  # 3 = x
-    return Equation(left, parse(right), right, tuple(middle))
+    form = parse(right)
+    if isinstance(form, Ratio) and left.count(":") == len(form.parts) - 1:  # x:y = 1:2
+        return form if all(map(is_name, map(str.strip, left.split(":")))) else None
+    return Equation(left, form, right, tuple(middle))
 
 
 def _ratio(text: str) -> Form | None:

@@ -28,8 +28,9 @@ _FRACTIONS = re.compile("[¼-¾⅐-⅞]")
 _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
+        (r"\\(?:text|mathrm)\s*\{\s*\^\\circ\s*\}", r"^\\circ "),
         (r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])", r"\\frac"),
-        (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
+        (r"\\(?:left|right)\s*(?:\.|(?=[^\w\s]))|\\[bB]igg?[lr]?(?![A-Za-z])\.?", ""),
         (r"\\(?:displaystyle|textstyle|limits|checkmark|small|large|Large)(?![A-Za-z])", ""),
         (r"\\(?:bf|rm|it|sf|tt)(?![A-Za-z])", ""),
         (r"\\(?:text)?color\{[^{}]*\}", ""),
@@ -62,6 +63,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"\\(?:mathrm|text|mathit)\s*\{([A-Za-fi-kn-rt-z])\}", r"\1"),  # 2\text{m} is in meters
         (r"\\mathrm\s+([A-Za-z])(?![A-Za-z])", r"\1"),
         (r"\\text\s*\{\s*(\\?\$|\^\\circ|\\pi)\s*\}", r"\1 "),
+        (r"\\text\s*\{\s*pi\s*\}", r"\\pi "),
         (r"\\(?:textbf|textit|textrm|textsf|textnormal|mbox|hbox|mathsf)(?![A-Za-z])", r"\\text"),
         (r"\\mathrm\{", r"\\text{"),
         (r"\\\(|\\\)|\\\[|\\\]", ""),

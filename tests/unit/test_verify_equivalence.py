@@ -329,6 +329,39 @@ a/b/c == \frac{a}{bc}
 5;6 != 5
 x\in\{5,6\} != 5
 x\approx 5 == 5
+x<-1, x>1 == (-\infty,-1)\cup(1,\infty)
+(-\infty,-1)\cup(1,\infty) == x<-1,x>1
+x>-1, x<1 == (-1,1)
+x>-1, x<1 != (-\infty,-1)\cup(1,\infty)
+x<-1, y>1 != (-\infty,-1)\cup(1,\infty)
+x>1, x<-1 != (-1,1)
+10\text{°} == 10
+10\text{°} == 10^\circ
+5\text{ pi} == 5\pi
+5\text{ pi} != 5
+3\mp\sqrt2 == 3\pm\sqrt2
+3\mp\sqrt2 != 3+\sqrt2
+x:y=1:2 == 1:2
+x:y=1:2 == \frac12
+x:y=1:2 != 2:1
+x:y=1:2:3 != 1:2
+|x|=6 != 6
+|x|=6 != x=6
+|z|=6 == 6
+|AB|=6 == 6
+7 8 ^^ != 8
+\left\left\left 8 != 8
+\left 8 \right != 8
+^^ 8 != 8
+7 + * 8 != 8
+} 8 != 8
+7 ? 8 != 8
+7 @ 8 != 8
+7; ; 8 != 8
+1 = = 8 != 8
+garbage ^ ^ \frac12 != \frac12
+7 8 ^^ \sqrt2 != \sqrt2
+x^^2 7 != 7
 """
 
 
