@@ -259,6 +259,11 @@ class RolloutSection(Section):
     max_running_requests: int = Field(
         128, gt=0, description="maximum concurrent requests of one engine"
     )
+    cache_gib: float = Field(
+        0.0,
+        ge=0,
+        description="most memory of an engine's KV cache, GiB (0: half of what is free at start)",
+    )
 
 
 class EvaluateSection(Section):

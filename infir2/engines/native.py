@@ -11,31 +11,58 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from infir2.config.schema import RolloutSection
+from infir2.engines.graph_runner import GraphRunner
+from infir2.engines.runner import ReferenceRunner, Runner
 from infir2.engines.scheduler import Scheduler
 from infir2.engines.types import Completion, Request
 from infir2.model import Decoder
 from infir2.model.hf_names import exported_fp8_weights, load_weights, weights_digest
+from infir2.model.memory import host_memory
+from infir2.numerics.kernels import usable
+
+CACHE_SHARE = 0.5  # of the free memory: the trainer or another engine may need the rest
 
 
 class NativeEngine:
     """A `RolloutEngine` that offers a digest: a `Scheduler` and the weights it generates with."""
 
-    def __init__(self, model: Decoder, max_running_requests: int, policy_version: int = 0) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        max_running_requests: int,
+        cache_gib: float = 0.0,
+        keep_cache: bool = False,
+    ) -> None:
+        """Generate with `model`.
+
+        Args:
+            model: in training it may be converted to FP8 or not; here it gets no gradients.
+            max_running_requests: more wait.
+            cache_gib: bound of the KV cache; 0 for CACHE_SHARE of the memory that is free now.
+            keep_cache: allocate all of it at the first request and keep it, as a server does;
+                otherwise it has the size that the requests need and is freed with the last.
+        """
         self.model = model.eval().requires_grad_(False)
-        self.policy_version, self.shared_by_ranks = policy_version, False
-        self._scheduler = Scheduler(self.model, max_running_requests)
+        self.policy_version, self.shared_by_ranks = 0, False
+        device = model.head_weight.device
+        cache_bytes = int(cache_gib * 2**30) or int(CACHE_SHARE * _free_bytes(device))
+        runner = open_runner(model, max_running_requests)
+        self._scheduler = Scheduler(
+            self.model, runner, max_running_requests, cache_bytes, keep_cache
+        )
 
     @classmethod
     def from_hf(
         cls,
         directory: Path,
-        max_running_requests: int,
+        section: RolloutSection,
         compute_dtype: torch.dtype,
         device: torch.device,
     ) -> "NativeEngine":
         """Load an exported Hugging Face directory, FP8 or BF16. Raises CheckpointError."""
         model = Decoder.from_hf(directory, compute_dtype=compute_dtype).to(device)
-        return cls(model, max_running_requests)
+        return cls(model, section.max_running_requests, section.cache_gib)
 
     @property
     def num_unfinished(self) -> int:
@@ -47,7 +74,7 @@ class NativeEngine:
         self._scheduler.submit(request)
 
     def step(self) -> list[Completion]:
-        """As `Engine`: one token for each running request."""
+        """As `Engine`: starts one token for each running request."""
         return self._scheduler.step(self.policy_version)
 
     def cancel(self, request_ids: Iterable[str]) -> None:
@@ -61,10 +88,23 @@ class NativeEngine:
     @torch.inference_mode()
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """As `WeightSink`."""
-        assert not self.num_unfinished, "finish or cancel all requests before new weights"
+        self._scheduler.forget_weights()
         load_weights(self.model, weights)
         self.policy_version = policy_version
 
     def weights_digest(self) -> dict[str, str]:
         """As `OffersDigest`."""
         return weights_digest(exported_fp8_weights(self.model))
+
+
+def open_runner(model: Decoder, num_slots: int) -> Runner:
+    """The runner of the model's device and dtype."""
+    if model.compute_dtype == torch.bfloat16 and usable(model.head_weight.device):
+        return GraphRunner(model, num_slots)
+    return ReferenceRunner(model, num_slots)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return host_memory()

@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from infir2.data import ChatTokenizer, load_tokenizer
 from infir2.engines.generate import generate_all
 from infir2.engines.http_api import call_json
 from infir2.engines.native import NativeEngine
 from infir2.engines.types import Completion, Request, SamplingParams
 from infir2.errors import CheckFailedError, ConfigError, first_line
+from infir2.model import Decoder
 
 KEY_VARIABLE = "INFIR2_ENGINE_KEY"
 NUM_PROBES, PROBE_TOKENS, NEW_TOKENS = 4, 24, 12
@@ -60,7 +59,7 @@ def _server_errors(base: str) -> Iterator[None]:
 
 
 def _reference_completions(hf_dir: Path, vocab_size: int) -> list[tuple[Request, Completion]]:
-    engine = NativeEngine.from_hf(hf_dir, NUM_PROBES, torch.bfloat16, torch.device("cpu"))
+    engine = NativeEngine(Decoder.from_hf(hf_dir), NUM_PROBES)
     params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, stop_ids=())
     requests = []
     for probe in range(1, NUM_PROBES + 1):

@@ -65,7 +65,7 @@ class EngineActor:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             directory = Path(self._section.model)
             self._engine = NativeEngine.from_hf(
-                directory, self._section.max_running_requests, self._compute_dtype, device
+                directory, self._section, self._compute_dtype, device
             )
         self._engine.cancel_all()
         if weights:

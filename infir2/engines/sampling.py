@@ -68,6 +68,41 @@ def sample(
     return chosen, logprobs.gather(1, chosen[:, None]).squeeze(1).float()
 
 
+def sample_on_device(
+    logits: Tensor, inverse_temperatures: Tensor, top_ps: Tensor, draws: Tensor, truncate: bool
+) -> tuple[Tensor, Tensor]:
+    """`sample` on a GPU, in FP32 and without waiting for it.
+
+    Args:
+        logits: FP32 [B, V].
+        inverse_temperatures: FP32 [B]; 0 is greedy.
+        top_ps: FP32 [B], read only if `truncate`.
+        draws: FP32 [B].
+        truncate: whether a top_p is below 1; sorting the tokens takes longer than all the rest.
+
+    Returns:
+        As `sample`; the log-probabilities have the bits of the trainer's on equal logits.
+    """
+    from infir2.numerics.kernels import api as kernels  # imports triton
+
+    token_ids, logprobs = kernels.sample_rows(
+        logits, inverse_temperatures, draws, draws.new_empty(0, dtype=torch.int64)
+    )
+    if not truncate:
+        return token_ids, logprobs
+    is_truncated = (top_ps < 1) & (inverse_temperatures > 0)
+    inverse = torch.where(is_truncated, inverse_temperatures, 1.0)
+    ordered, order = (logits * inverse[:, None]).softmax(-1).sort(descending=True, stable=True)
+    kept = ordered.cumsum(-1) - ordered < top_ps[:, None]
+    cumulative = torch.zeros_like(ordered).scatter_(1, order, ordered * kept).cumsum_(-1)
+    total = cumulative[:, -1]
+    # Below the total, or rounding could choose a token behind the last possible one.
+    target = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
+    drawn = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)
+    chosen = torch.where(is_truncated, drawn.clamp_max(logits.shape[1] - 1), token_ids)
+    return kernels.sample_rows(logits, inverse_temperatures, draws, chosen)
+
+
 def _keep_top_p(probabilities: Tensor, top_ps: np.ndarray) -> Tensor:
     """Zero the tokens outside of each row's smallest set with probability at least `top_ps`."""
     truncated = torch.from_numpy(np.flatnonzero(top_ps < 1)).to(probabilities.device)

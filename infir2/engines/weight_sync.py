@@ -44,7 +44,7 @@ def open_engine(
     else:
         device = parallel_model.layout.device
         directory = Path(section.model)
-        engine = NativeEngine.from_hf(directory, section.max_running_requests, dtype, device)
+        engine = NativeEngine.from_hf(directory, section, dtype, device)
     if policy_version > 0:
         return engine, publish(parallel_model, engine, policy_version)
     return engine, _prove_equal(parallel_model, weights_digest(parallel_model.exported()), engine)

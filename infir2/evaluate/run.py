@@ -62,7 +62,7 @@ def run_evaluation(loaded: Loaded[EvalRecipe]) -> Evaluation:
             return scores
         model = build_model(recipe.model, recipe.fp8, recipe.run, tokenizer.vocab_size)
         log(start_banner(model.config, recipe.fp8, device_of(recipe.run)), "eval")
-        engine = NativeEngine(model, recipe.rollout.max_running_requests)
+        engine = NativeEngine(model, recipe.rollout.max_running_requests, recipe.rollout.cache_gib)
         kept = resume_output(loaded, inputs)
         rows = _sample(recipe, engine, tokenizer, problems, kept)
         scores = summarize(problems, rows, recipe.evaluate.samples)

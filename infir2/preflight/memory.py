@@ -1,6 +1,10 @@
 """The estimate of one process's peak memory, against the memory of its device."""
 
+import torch
+
 from infir2.config.schema import RlRecipe, TrainRecipe
+from infir2.engines.kv_cache import page_bytes
+from infir2.engines.native import CACHE_SHARE
 from infir2.errors import ConfigError
 from infir2.model.memory import GIB, device_memory, host_memory
 from infir2.parallel.mesh import Sizes
@@ -21,8 +25,11 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> Findin
     Raises ConfigError if it does not. Too little host memory for background saves is a warning.
     """
     device = device_of(recipe.run)
-    parts = memory_parts(recipe, model, device.type, sizes)
-    total, available = sum(parts.values()), device_memory(device)
+    parts, available = memory_parts(recipe, model, device.type, sizes), device_memory(device)
+    total = sum(parts.values())
+    if total <= available:
+        parts |= _cache_part(recipe, model, available - total)
+        total = sum(parts.values())
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     passes, key = _longest_pass(recipe)
     detail = (
@@ -57,7 +64,7 @@ def memory_parts(
     working memory of a step.
     """
     if device == "cuda":
-        return gpu_ledger(model.config, recipe, sizes) | _engine_parts(recipe, model)
+        return gpu_ledger(model.config, recipe, sizes) | _engine_weights(recipe, model)
     num_shards = sizes.num_shards * sizes.tp if sizes else 1
     parts = {
         "weights and optimizer": CPU_BYTES_PER_PARAMETER * model.num_parameters // num_shards,
@@ -66,7 +73,7 @@ def memory_parts(
     if recipe.checkpoint.background:
         saved = CHECKPOINT_BYTES_PER_PARAMETER * model.num_parameters
         parts["copy for saving"] = saved // num_shards
-    return parts | {"interpreter": PROCESS_BYTES} | _engine_parts(recipe, model)
+    return parts | {"interpreter": PROCESS_BYTES} | _engine_weights(recipe, model)
 
 
 def _longest_pass(recipe: TrainRecipe) -> tuple[str, str]:
@@ -92,12 +99,26 @@ def _cpu_activations(recipe: TrainRecipe, model: ModelFacts) -> int:
     return tokens * (4 * saved_values + 8 * working_values) + 8 * logits
 
 
-def _engine_parts(recipe: TrainRecipe, model: ModelFacts) -> dict[str, int]:
-    """RL only: the native engine's weights and KV cache, in this process."""
+def _engine_weights(recipe: TrainRecipe, model: ModelFacts) -> dict[str, int]:
+    """RL only: the native engine's weights, in this process."""
+    return {"engine": 2 * model.num_parameters} if isinstance(recipe, RlRecipe) else {}
+
+
+def _cache_part(recipe: TrainRecipe, model: ModelFacts, free: int) -> dict[str, int]:
+    """RL only: the engine's KV cache, which adapts to the memory that is `free` beside the rest.
+
+    Raises ConfigError if not even one sequence fits.
+    """
     if not isinstance(recipe, RlRecipe):
         return {}
-    config, hp_bytes = model.config, 4 if recipe.model.compute_dtype == "float32" else 2
-    slot_tokens = recipe.rl.max_prompt_tokens + recipe.rl.max_response_tokens
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * hp_bytes
-    cache = recipe.rollout.max_running_requests * slot_tokens * token_bytes
-    return {"engine": 2 * model.num_parameters + cache}
+    dtype = torch.float32 if recipe.model.compute_dtype == "float32" else torch.bfloat16
+    tokens = recipe.rl.max_prompt_tokens + recipe.rl.max_response_tokens
+    sequence = page_bytes(model.config, tokens, dtype)
+    limit = int(recipe.rollout.cache_gib * GIB) or int(CACHE_SHARE * free)
+    if sequence > limit:
+        raise ConfigError(
+            f"one sequence of {tokens} tokens needs {sequence / GIB:.2f} GiB of KV cache, and the "
+            f"engine may use {limit / GIB:.2f} GiB; lower rl.max_response_tokens, raise "
+            "rollout.cache_gib, or free memory with model.recompute = 'full'."
+        )
+    return {"KV cache": min(limit, recipe.rollout.max_running_requests * sequence)}

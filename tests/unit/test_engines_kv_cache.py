@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from infir2.config.schema import ShapeSection
-from infir2.engines.kv_cache import KvCache, cached_hidden_states
+from infir2.engines.kv_cache import KvCache, NewTokens, cached_hidden_states
 from infir2.model import Decoder
 from infir2.model import padding as packing_module
 from infir2.numerics import convert_to_fp8
 
 LENGTHS = [5, 17, 3, 40, 1, 9]
-SLOTS = torch.tensor([9, 2, 5, 0, 7, 3])
+PAGE = 4
+PAGES = [[9, 2], [21, 5, 0, 14, 3], [7], [1, 20, 4, 19, 6, 18, 8, 17, 10, 16], [11], [15, 12, 13]]
 ARCHITECTURES = ["qwen2", "qwen3", "llama"]
 
 
@@ -31,8 +32,8 @@ def make_model(architecture: Literal["qwen2", "qwen3", "llama"], fp8: str) -> De
     return model if fp8 == "off" else convert_to_fp8(model, fp8)
 
 
-def poisoned_cache(model: Decoder, max_tokens: int = 64) -> KvCache:
-    cache = KvCache(model.config, num_slots=10, max_tokens=max_tokens)
+def poisoned_cache(model: Decoder) -> KvCache:
+    cache = KvCache(model.config, num_pages=22, page_size=PAGE)
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(float("nan"))
     return cache
@@ -60,16 +61,14 @@ def generate(model: Decoder, first: list[int], step: int) -> tuple[Tensor, Tenso
     while done != LENGTHS:
         active = [i for i, length in enumerate(LENGTHS) if done[i] < length]
         new = [min(sizes[i], LENGTHS[i] - done[i]) for i in active]
-        rows = torch.cat(
-            [
-                cu_seqlens[i] + torch.arange(done[i], done[i] + n)
-                for i, n in zip(active, new, strict=True)
-            ]
-        )
-        starts = torch.tensor([0, *new]).cumsum(0)
-        cached[rows] = cached_hidden_states(
-            model, cache, SLOTS[active], token_ids[rows], positions[rows], starts
-        )
+        starts = [int(cu_seqlens[i]) + done[i] for i in active]
+        rows = torch.cat([torch.arange(at, at + n) for at, n in zip(starts, new, strict=True)])
+        sequences = [
+            NewTokens(token_ids[at : at + n].tolist(), done[i], PAGES[i])
+            for i, at, n in zip(active, starts, new, strict=True)
+        ]
+        cached[rows], last = cached_hidden_states(model, cache, sequences)
+        assert last.tolist() == (torch.tensor(new).cumsum(0) - 1).tolist()
         for i, n in zip(active, new, strict=True):
             done[i] += n
         sizes = [step] * len(LENGTHS)
@@ -105,30 +104,43 @@ def test_a_token_does_not_depend_on_what_is_in_the_batch() -> None:
         assert torch.equal(single_process, packed[start:end])
 
 
-def test_a_slot_can_be_used_again() -> None:
+def test_pages_can_be_used_again() -> None:
     model = make_model("llama", "off")
-    cache, slot = poisoned_cache(model), torch.tensor([4])
-    token_ids, positions, _ = packed_stream([40])
-    cached_hidden_states(model, cache, slot, token_ids, positions, torch.tensor([0, 40]))
-    fresh = poisoned_cache(model)
+    cache = poisoned_cache(model)
+    token_ids, _, _ = packed_stream([40])
+    cached_hidden_states(model, cache, [NewTokens(token_ids.tolist(), 0, list(range(10)))])
     again = [
-        cached_hidden_states(model, c, slot, token_ids[:3], positions[:3], torch.tensor([0, 3]))
-        for c in (cache, fresh)
+        cached_hidden_states(model, c, [NewTokens(token_ids[:3].tolist(), 0, [4])])[0]
+        for c in (cache, poisoned_cache(model))
     ]
     assert torch.equal(*again)
 
 
+def test_a_sequence_reads_pages_that_another_one_of_the_pass_writes() -> None:
+    model = make_model("qwen3", "pow2")
+    token_ids = packed_stream([12])[0].tolist()
+    sequences = [NewTokens(token_ids, 0, [3, 1, 5]), NewTokens(token_ids[8:], 8, [3, 1, 2])]
+    hidden, last = cached_hidden_states(model, poisoned_cache(model), sequences)
+    assert torch.equal(hidden[8:12], hidden[12:])
+    assert last.tolist() == [11, 15]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model = make_model("llama", "off")
-    cache = KvCache(model.config, num_slots=2, max_tokens=4)
-    token_ids, cu_seqlens = torch.tensor([1, 2]), torch.tensor([0, 2])
+    cache = KvCache(model.config, num_pages=2, page_size=4)
     with pytest.raises(ValueError, match="position 4"):
-        cached_hidden_states(
-            model, cache, torch.tensor([0]), token_ids, torch.tensor([3, 4]), cu_seqlens
-        )
-    with pytest.raises(ValueError, match="slot 2"):
-        cached_hidden_states(
-            model, cache, torch.tensor([2]), token_ids, torch.tensor([0, 1]), cu_seqlens
-        )
+        cached_hidden_states(model, cache, [NewTokens([1, 2], 3, [0])])
+    with pytest.raises(ValueError, match="page 2"):
+        cached_hidden_states(model, cache, [NewTokens([1, 2], 3, [0, 2])])
     with pytest.raises(ValueError, match="cu_seqlens up to 3"):
-        model.hidden_states(token_ids, torch.tensor([0, 1]), torch.tensor([0, 3]))
+        model.hidden_states(torch.tensor([1, 2]), torch.tensor([0, 1]), torch.tensor([0, 3]))
+
+
+def test_a_growing_cache_keeps_its_content() -> None:
+    model = make_model("llama", "off")
+    token_ids = packed_stream([9])[0].tolist()
+    cache = KvCache(model.config, num_pages=3, page_size=4)
+    whole, _ = cached_hidden_states(model, cache, [NewTokens(token_ids, 0, [2, 0, 1])])
+    cache.grow(5)
+    again, _ = cached_hidden_states(model, cache, [NewTokens(token_ids[8:], 8, [2, 0, 4])])
+    assert torch.equal(again, whole[8:])

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import torch
 
 from infir2.cli import main
 from infir2.config.schema import ShapeSection
@@ -28,7 +27,7 @@ from infir2.model import Decoder, exported_weights, write_hf
 @contextmanager
 def serve(directory: Path, as_ids: bool):
     """An OpenAI-style server on loopback whose answers are our engine's."""
-    engine = NativeEngine.from_hf(directory, 4, torch.bfloat16, torch.device("cpu"))
+    engine = NativeEngine(Decoder.from_hf(directory), 4)
     tokenizer = load_tokenizer(directory)
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from infir2.config.schema import ShapeSection
-from infir2.engines import scheduler as scheduler_module
 from infir2.engines.generate import generate, generate_all, generate_groups
+from infir2.engines.kv_cache import page_bytes
 from infir2.engines.native import NativeEngine
+from infir2.engines.runner import ReferenceRunner
 from infir2.engines.scheduler import Scheduler
 from infir2.engines.types import Completion, Engine, OffersDigest, Request, SamplingParams
 from infir2.model import Decoder
@@ -31,6 +32,12 @@ def make_model() -> Decoder:
 @pytest.fixture(scope="module")
 def model() -> Decoder:
     return make_model()
+
+
+@pytest.fixture(params=[0, 1], ids=["waits", "one step ahead"])
+def passes_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also as on a GPU, where a step starts before the tokens of the one before are read."""
+    monkeypatch.setattr(ReferenceRunner, "passes_ahead", request.param)
 
 
 def request(number: int, params: SamplingParams = PARAMS, length: int = 0) -> Request:
@@ -70,6 +77,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.usefixtures("passes_ahead")
 @pytest.mark.parametrize("max_running", [1, 2, 4, 6])
 def test_each_request_has_its_own_parameters(model: Decoder, max_running: int) -> None:
     engine = NativeEngine(model, max_running)
@@ -97,6 +105,7 @@ def test_log_probabilities_are_those_of_a_packed_forward(model: Decoder) -> None
     assert np.array_equal(completion.rollout_logprobs, expected.numpy())
 
 
+@pytest.mark.usefixtures("passes_ahead")
 @pytest.mark.parametrize("max_running", [1, 3, 8])
 def test_late_requests_join_the_running_ones(model: Decoder, max_running: int) -> None:
     """Also one that is longer than any before it, for which the cache has to grow in use."""
@@ -124,19 +133,97 @@ def test_requests_are_admitted_first_come_first_served(model: Decoder) -> None:
 
 
 def test_prefill_is_split(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No forward pass has more prompt tokens than the bound, except for one longer prompt."""
-    monkeypatch.setattr(scheduler_module, "PREFILL_TOKENS", 40)
-    passes, real = [], scheduler_module.cached_hidden_states
-
-    def record(model, cache, slots, token_ids, *rest):  # type: ignore[no-untyped-def]
-        passes.append((len(slots), len(token_ids)))
-        return real(model, cache, slots, token_ids, *rest)
-
-    monkeypatch.setattr(scheduler_module, "cached_hidden_states", record)
+    """No pass computes more prompt tokens than the bound; a long prompt is computed in chunks."""
+    passes = record_prefill(monkeypatch, tokens=40)
     params = SamplingParams(1.0, 1, stop_ids=())
-    requests = [request(i, params, length) for i, length in enumerate((50, 20, 20, 20))]
-    generate_all(NativeEngine(model, 8), requests)
-    assert passes == [(1, 50), (2, 40), (1, 20)]
+    requests = [request(i, params, length) for i, length in enumerate((50, 20, 20, 20, 130))]
+    found = {c.id: c for c in generate_all(NativeEngine(model, 8), requests)}
+    assert passes == [[40], [40], [40], [10, 30], [20, 20], [20, 20]]
+    assert_same(found, alone(model, requests))
+
+
+def record_prefill(monkeypatch: pytest.MonkeyPatch, tokens: int = 4096) -> list[list[int]]:
+    """The number of new tokens of each sequence, for each prefill pass from now on."""
+    passes = list[list[int]]()
+    real = ReferenceRunner.prefill
+
+    def record(self, cache, new, sampled, how):  # type: ignore[no-untyped-def]
+        if any(len(each.token_ids) > 1 for each in new):
+            passes.append([len(each.token_ids) for each in new])
+        return real(self, cache, new, sampled, how)
+
+    monkeypatch.setattr(ReferenceRunner, "prefill_tokens", tokens)
+    monkeypatch.setattr(ReferenceRunner, "prefill", record)
+    return passes
+
+
+def cache_gib(model: Decoder, pages: int) -> float:
+    page = page_bytes(model.config, ReferenceRunner.page_size, model.compute_dtype)
+    return (pages + 0.5) * page / 2**30
+
+
+@pytest.mark.usefixtures("passes_ahead")
+@pytest.mark.parametrize("pages", [8, 9, 13])
+def test_preempted_requests_go_on_with_the_same_tokens(model: Decoder, pages: int) -> None:
+    """Memory for two or three sequences, six that run: they preempt one another all the time."""
+    params = SamplingParams(1.0, 60, stop_ids=())
+    requests = [request(i, params, length=5 + 10 * i) for i in range(6)]
+    preempted, real = [], Scheduler._preempt
+
+    def preempt(self, sequence):  # type: ignore[no-untyped-def]
+        preempted.append(sequence.request.id)
+        real(self, sequence)
+
+    engine = NativeEngine(model, 6, cache_gib(model, pages))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scheduler, "_preempt", preempt)
+        found = {completion.id: completion for completion in generate(engine, requests)}
+    assert_same(found, alone(model, requests))
+    assert preempted
+
+
+def test_samples_of_a_prompt_share_its_pages(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of the four full pages of 50 tokens stay when one token must be left over: 2 remain."""
+    passes = record_prefill(monkeypatch)
+    prompt = request(0, length=50).token_ids
+    requests = [Request(f"s{i}", prompt, PARAMS, key=i) for i in range(4)]
+    later = Request("later", [*prompt[:40], 1, 2, 3], PARAMS, key=9)
+    engine = NativeEngine(model, 8)
+    for each in requests:
+        engine.submit(each)
+    engine.step()
+    engine.submit(later)
+    found = run_to_end(engine)
+    assert passes == [[50, 2, 2, 2], [11]]
+    monkeypatch.undo()
+    assert_same(found, alone(model, [*requests, later]))
+
+
+def test_a_kept_cache_serves_the_next_turn_until_the_weights_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model()
+    passes = record_prefill(monkeypatch)
+    engine = NativeEngine(model, 2, cache_gib(model, 20), keep_cache=True)
+    turn = request(0, SamplingParams(1.0, 20, stop_ids=()), length=30)
+    answer = generate_all(engine, [turn])[0]
+    follow_up = Request("next", [*turn.token_ids, *answer.token_ids, 5], PARAMS, key=2)
+    first = generate_all(engine, [follow_up])[0]
+    assert passes == [[30], [51 - 48]]
+    engine.update_weights(list(exported_fp8_weights(model)), 1)
+    again = generate_all(engine, [follow_up])[0]
+    assert passes[2:] == [[51]]
+    assert first.token_ids == again.token_ids
+
+
+def test_a_request_that_the_cache_cannot_hold_is_refused(model: Decoder) -> None:
+    engine = NativeEngine(model, 4, cache_gib(model, 3))
+    with pytest.raises(ValueError, match=r"r0: 49 tokens need .* GiB of KV cache"):
+        engine.submit(request(0, SamplingParams(1.0, 9, stop_ids=()), length=40))
+    engine.submit(request(1, SamplingParams(1.0, 8, stop_ids=()), length=40))
+    assert len(run_to_end(engine)["r1"].token_ids) == 8
 
 
 def test_cancel_frees_slots_and_leaves_the_others_alone(model: Decoder) -> None:
@@ -156,30 +243,30 @@ def test_cancel_frees_slots_and_leaves_the_others_alone(model: Decoder) -> None:
 
 
 def test_the_cache_fits_the_requests_and_is_freed_with_the_last(model: Decoder) -> None:
-    """A closed batch: slots for as many as may run, each as long as the longest request needs."""
-    scheduler = Scheduler(model, max_running_requests=4)
-    requests = [request(i, PARAMS, length=5 + i) for i in range(9)]
+    """A closed batch: pages for as many as may run, each as long as the longest request needs."""
+    engine = NativeEngine(model, max_running_requests=4)
+    scheduler = engine._scheduler
+    requests = [request(i, PARAMS, length=25 + i) for i in range(9)]
     for each in requests:
         scheduler.submit(each)
     sizes = set()
     while scheduler.num_unfinished:
         scheduler.step(0)
         if cache := scheduler._cache:
-            sizes.add((cache.num_slots, cache.max_tokens))
-    assert sizes == {(4, 13 + PARAMS.max_tokens)}
+            sizes.add(cache.num_pages)
+    assert sizes == {4 * 3}, "45 tokens are three pages of 16"
     assert scheduler._cache is None
     scheduler.submit(requests[0])
     scheduler.step(0)
-    cache = scheduler._cache
-    assert cache is not None
-    assert (cache.num_slots, cache.max_tokens) == (1, 5 + PARAMS.max_tokens)
+    assert scheduler._cache is not None
+    assert scheduler._cache.num_pages == 3
     scheduler.cancel_all()
     assert scheduler._cache is None
     scheduler.submit(requests[1])
     scheduler.submit(request(20, SamplingParams(1.0, 10_000, stop_ids=())))
     scheduler.cancel(["r20"])
     scheduler.step(0)
-    assert scheduler._cache.max_tokens == 6 + PARAMS.max_tokens
+    assert scheduler._cache.num_pages == 3
 
 
 def test_requests_that_cannot_generate_are_refused(model: Decoder) -> None:

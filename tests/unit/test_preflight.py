@@ -1,6 +1,7 @@
 """`infir2 check`: what it finds before a run starts."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -346,6 +347,26 @@ def test_memory_is_that_of_the_longest_response(
     _, lines = check(capsys, *words, "--rl.max_response_tokens=900", "--rl.max_prompt_tokens=100")
     assert "in passes of up to 1,000 tokens" in lines["memory"]
     assert "data.micro_batch_tokens (256) is alone in its pass" in lines["memory"]
+
+
+def test_the_kv_cache_takes_what_the_requests_need_and_at_most_its_bound(
+    recipe: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["rl", recipe, f"--data.sources.0.path={world}/rl1.jsonl", "--rollout.model=/nowhere"]
+    words += ["--rl.max_response_tokens=156", "--rl.max_prompt_tokens=100"]
+
+    def cache(*options: str) -> float:
+        _, lines = check(capsys, *words, *options)
+        match = re.search(r"KV cache ([\d.]+)", lines["memory"])
+        assert match, lines["memory"]
+        return float(match[1])
+
+    many = cache("--rollout.max_running_requests=4000")
+    assert cache("--rollout.max_running_requests=2000") == pytest.approx(many / 2, abs=0.01)
+    assert cache("--rollout.max_running_requests=4000", "--rollout.cache_gib=0.05") == 0.05
+    code, lines = check(capsys, *words, "--rollout.cache_gib=0.00001")
+    assert code != 0
+    assert "one sequence of 256 tokens needs" in lines["memory"]
 
 
 def test_gpu_memory_has_one_name_for_gradients(recipe: Path) -> None:

@@ -17,6 +17,7 @@ from infir2.numerics.kernels.buffers import empty_tile_scales
 from infir2.numerics.kernels.norm import rms_norm as rms_norm
 from infir2.numerics.kernels.norm import rms_norm_backward as rms_norm_backward
 from infir2.numerics.kernels.rope import rope as rope
+from infir2.numerics.kernels.sampling import sample_rows as sample_rows
 from infir2.numerics.kernels.softmax import label_logprobs as label_logprobs
 from infir2.numerics.kernels.softmax import label_logprobs_backward as label_logprobs_backward
 from infir2.numerics.kernels.swiglu import swiglu_backward as swiglu_backward

@@ -14,15 +14,17 @@ from torch import Tensor
 from infir2.numerics.kernels.codec import round_to_bf16
 from infir2.numerics.kernels.custom_op import operator
 
-_CONFIG = {"WIDE": 4096, "num_warps": 8}
+CONFIG = {"WIDE": 4096, "num_warps": 8}
 
 
 @triton.jit
-def _forward_kernel(
-    logits_ptr, labels_ptr, logprob_ptr, normalizer_ptr, entropy_ptr, columns, inverse_temperature,
-    ENTROPY: tl.constexpr, WIDE: tl.constexpr,
+def log_sum_exp(
+    logits_ptr, row, columns, inverse_temperature, ENTROPY: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """(maximum, log-sum-exp, mean) of one row of logits * inverse_temperature.
+
+    The mean is over the softmax; 0 without ENTROPY.
+    """
     lane = tl.arange(0, WIDE)
     largest = tl.full((WIDE,), float("-inf"), tl.float32)
     total = tl.zeros((WIDE,), tl.float32)
@@ -46,7 +48,16 @@ def _forward_kernel(
     top = tl.max(largest, axis=0)
     shrink = tl.where(largest == float("-inf"), 0.0, tl.exp(largest - top))
     sum_exp = tl.sum(total * shrink, axis=0)
-    normalizer = top + tl.log(sum_exp)
+    return top, top + tl.log(sum_exp), tl.sum(weighted * shrink, axis=0) / sum_exp
+
+
+@triton.jit
+def _forward_kernel(
+    logits_ptr, labels_ptr, logprob_ptr, normalizer_ptr, entropy_ptr, columns, inverse_temperature,
+    ENTROPY: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    _, normalizer, mean = log_sum_exp(logits_ptr, row, columns, inverse_temperature, ENTROPY, WIDE)
     label = tl.load(labels_ptr + row)
     tl.store(normalizer_ptr + row, normalizer)
     tl.store(
@@ -54,7 +65,7 @@ def _forward_kernel(
         tl.load(logits_ptr + row * columns + label) * inverse_temperature - normalizer,
     )
     if ENTROPY:
-        tl.store(entropy_ptr + row, normalizer - tl.sum(weighted * shrink, axis=0) / sum_exp)
+        tl.store(entropy_ptr + row, normalizer - mean)
 
 
 @triton.jit
@@ -101,7 +112,7 @@ def label_logprobs(
             logits.shape[1],
             1.0 / temperature,
             ENTROPY=with_entropy,
-            **_CONFIG,
+            **CONFIG,
         )
     return logprobs, normalizer, entropy
 
@@ -126,9 +137,9 @@ def label_logprobs_backward(
     out = _fake_label_logprobs_backward(logits, labels, normalizer, grad, temperature)
     rows, columns = logits.shape
     if rows:
-        grid = (rows, triton.cdiv(columns, _CONFIG["WIDE"]))
+        grid = (rows, triton.cdiv(columns, CONFIG["WIDE"]))
         _backward_kernel[grid](
-            logits, labels, normalizer, grad, out, columns, 1.0 / temperature, **_CONFIG
+            logits, labels, normalizer, grad, out, columns, 1.0 / temperature, **CONFIG
         )
     return out
 

@@ -3,12 +3,14 @@
 from typing import Literal
 
 import kernel_cases as cases
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
 
 from infir2.config.schema import ShapeSection
+from infir2.engines.sampling import sample
 from infir2.model import Decoder
 from infir2.numerics import SavedActivations, convert_to_fp8, ops, token_logprobs
 from infir2.numerics import adamw_reference as adamw
@@ -16,7 +18,7 @@ from infir2.numerics.error import relative_error
 from infir2.numerics.formats import Fp8Tensor
 from infir2.numerics.kernels import adamw as adamw_kernels
 from infir2.numerics.kernels import api as operations
-from infir2.numerics.kernels import conversions, norm, rope, softmax, swiglu
+from infir2.numerics.kernels import conversions, norm, rope, sampling, softmax, swiglu
 from infir2.numerics.kernels import quantizers as matrix
 from infir2.numerics.kernels.api import quantize, swiglu_backward_quantize, transpose
 from infir2.numerics.quantize_reference import block_scale
@@ -285,8 +287,31 @@ def operator_calls() -> dict[str, tuple]:
         "swiglu backward quantize": (swiglu.swiglu_backward_quantize, (x, gate, up, True)),
         "rope": (rope.rope, (heads, heads, heads, None, angles, angles, True)),
         "log-probabilities": (softmax.label_logprobs, (logits, labels, 0.5, True)),
+        "sampling": (sampling.sample_rows, (logits, rstd, rstd, labels)),
         "gradient of logits": (softmax.label_logprobs_backward, (logits, labels, rstd, rstd, 0.5)),
     }
+
+
+@pytest.mark.parametrize("columns", [101, 9000])
+def test_sampling_draws_the_tokens_of_the_reference(columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    logits = 3 * torch.randn(24, columns, generator=torch.Generator().manual_seed(columns))
+    logits[:, ::7] = -torch.inf
+    temperatures, draws = rng.choice([0.0, 0.7, 1.0], 24), rng.random(24)
+    draws[:6] = [0.0, 0.0, 0.0, 1.0 - 2.0**-53, 1.0 - 2.0**-53, 1.0 - 2.0**-53]
+    expected, expected_logprobs = sample(logits, temperatures, np.ones(24), draws)
+    inverse = np.divide(1, temperatures, out=np.zeros(24), where=temperatures > 0)
+    options = torch.from_numpy(inverse).float(), torch.from_numpy(draws).float()
+    nothing = torch.empty(0, dtype=torch.int64)
+    found, logprobs = sampling.sample_rows(logits, *options, nothing)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(logprobs, expected_logprobs, atol=2e-5, rtol=1e-5)
+    _, given = sampling.sample_rows(logits, *options, expected)
+    assert torch.equal(given, logprobs)
+    for temperature in (0.7, 1.0):  # the bits of the trainer's kernel
+        rows = torch.from_numpy(temperatures == temperature)
+        trainer, _, _ = softmax.label_logprobs(logits[rows], found[rows], temperature, False)
+        assert torch.equal(logprobs[rows], trainer)
 
 
 @pytest.mark.parametrize("name", operator_calls())
