@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress
 
-_PLAIN_INTERVAL_SECONDS = 4.0  # before a `pulse`
+_PLAIN_INTERVAL_SECONDS = 3.0  # with steps of two seconds, before a `pulse`
 _PULSE_SECONDS = 5.0
 _START_SECONDS = 3.0  # importing torch; a mistake is to be answered by one line
 _MIN_BAR_BYTES = 2**28
@@ -149,7 +149,7 @@ def log_in_signal_handler(text: str, source: str = "infir2") -> None:
 
 
 class StepProgress:
-    """Progress of a run: a bar on a terminal, otherwise one plain line every 4 seconds.
+    """Progress of a run: a bar on a terminal, otherwise one plain line every 3 seconds.
 
     Both show the step, a text (loss, tokens/s) and the time left. `unit` is what is counted.
 

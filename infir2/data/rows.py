@@ -212,6 +212,8 @@ class Quarantine:
 def _listed_origins(path: Path) -> set[str]:
     """Return the origins in a quarantine file; remove a partial last line."""
     with disk_errors(f"{path}: cannot be used"):
+        if not path.exists():  # perhaps nor its directory: `append` will say what is wrong
+            return set()
         truncate_torn_line(path)
         rows = read_json_lines(path)
     return {row["origin"] for row in rows if isinstance(row.get("origin"), str)}
