@@ -30,6 +30,7 @@ from infir2.verify.forms import (
     parse,
 )
 from infir2.verify.notation import canonical
+from infir2.verify.units import same_unit
 from infir2.verify.values import close, is_integer, same_value, squeezed, values_of
 
 MAX_CHARACTERS = 20_000
@@ -128,7 +129,7 @@ def _same_kind(reference: Any, answer: Any) -> bool:
 
 
 def _same_quantity(reference: Quantity, answer: Quantity) -> bool:
-    if reference.unit and answer.unit and reference.unit != answer.unit:
+    if not same_unit(reference.unit, answer.unit):
         return False
     if reference.percent != answer.percent:  # 35 % is 0.35, or 35 if the question asks for percent
         part, other = (answer, reference) if answer.percent else (reference, answer)

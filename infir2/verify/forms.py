@@ -314,7 +314,10 @@ def _bracketed(text: str) -> Form | None:
         if point:
             return None
         return parse(text[1:-1].strip('"')) if text[1:-1].strip() else None
-    return Bracketed(text[0], text[-1], tuple(map(parse, items)))
+    forms = tuple(map(parse, items))
+    rows = tuple(f.items for f in forms if isinstance(f, Bracketed) and f.closing == "]")
+    is_matrix = text[-1] == "]" and len(rows) == len(forms)  # [[1, 2], [3, 4]]
+    return Matrix(rows) if is_matrix else Bracketed(text[0], text[-1], forms)
 
 
 def _list(text: str) -> Form | None:

@@ -70,6 +70,8 @@ def check_math_batch(
 def _decide_in_process(extracted: str | None, reference: str) -> Verdict | None:
     if extracted is None:
         return Verdict("no_answer")
+    if reference.strip().lower() == "nan":  # a missing label; it would equal its own spelling
+        return Verdict("wrong", extracted)
     if (
         len(extracted) <= 10 * len(reference) + 1000
         and (same := quick_decision(reference_text(reference), extracted)) is not None

@@ -18,7 +18,8 @@ _CHARACTERS = {
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "μ": r"\mu ",
     "φ": r"\varphi ", "ω": r"\omega ", "…": r"\ldots ", "、": ",", "。": ".", "，": ",",
     "；": ";", "：": ":", "（": "(", "）": ")", "【": "[", "】": "]", "£": r"\$", "€": r"\$",
-    "¥": r"\$", "￥": r"\$", "℃": r"^\circ ", "或": r"\text{ or }", "和": r"\text{ and }",
+    "¥": r"\$", "￥": r"\$", "℃": r"^\circ C", "℉": r"^\circ F", "º": r"^\circ ",
+    "˚": r"^\circ ", "⁄": "/", "或": r"\text{ or }", "和": r"\text{ and }",
     "与": r"\text{ and }", "∠": r"\angle ", "△": r"\triangle ", ROW: " ",
 }  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
@@ -29,7 +30,8 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\(?:text|mathrm)\s*\{\s*\^\\circ\s*\}", r"^\\circ "),
-        (r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:dfrac|tfrac|cfrac|nicefrac|sfrac)(?![A-Za-z])", r"\\frac"),
+        (rf"{ROW} ?\[[\d.]+ ?(?:pt|em|ex|mm|cm)\]", ROW),
         (r"\\(?:left|right)\s*(?:\.|(?=[^\w\s]))|\\[bB]igg?[lr]?(?![A-Za-z])\.?", ""),
         (r"\\(?:displaystyle|textstyle|limits|checkmark|small|large|Large)(?![A-Za-z])", ""),
         (r"\\(?:bf|rm|it|sf|tt)(?![A-Za-z])", ""),
@@ -49,7 +51,11 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"\\(?:neq|not\s*=)(?![A-Za-z])|!=", r"\\ne "),
         (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(?:dots|cdots|ldots|dotsc|dotsb)(?![A-Za-z])|\.\.\.+", r"\\ldots "),
-        (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])", r"^\\circ "),
+        (
+            r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])"
+            r"|(?<=\d)\^(?:\{o\}|o(?![A-Za-z]))",
+            r"^\\circ ",
+        ),
         (r"\\lbrace(?![A-Za-z])", r"\\{"),
         (r"\\rbrace(?![A-Za-z])", r"\\}"),
         (r"\\(?:lvert|rvert|vert)(?![A-Za-z])", "|"),
@@ -57,7 +63,20 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"\\(?:land|wedge)(?![A-Za-z])|\\&", r"\\text{ and }"),
         (r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }"),
         (r"(\\sqrt(?:\[\d+\])?) ?([0-9A-Za-z])", r"\1{\2}"),
+        (r"\\operatorname\*?\{([ei])\}", r"\1"),
         (r"\\operatorname\*?\{(\w+)\}", r"\\\1 "),
+        (r"\\text\{([0-9A-F]+)\}(?=_)", r"\1"),
+        (  # 1011 (base 2)
+            r"(?<=[0-9A-F)])[ _{]*\(?(?:\\text\{)?[ (]*base ?\}? ?(\d+|[a-z]+)[ )}]*$",
+            r"_{\1}",
+        ),
+        (r"\](?=[^,;])([^][(),;]+)[,;]([^][(),;]+)(?=[][])", r"(\1,\2"),  # ]1,2[
+        (r"([(\[][^][(),;]+[,;][^][(),;]+)\[", r"\1)"),
+        (r"百分之([\d.]+)", r"\1\\%"),
+        (r"^(\d+)分之(\d+)$", r"\\frac{\2}{\1}"),
+        (r"(?<=\d)万", r"\\times10^{4}"),
+        (r"(?<=\d)亿", r"\\times10^{8}"),
+        (r"^([\u4e00-\u9fff]*[值数积长率径角])[为是]:?", r"\\text{\1}="),
         (r"\\(?:mathbb|Bbb|mathbf)\s*\{?\s*R\s*\}?", r"\\mathbb{R}"),
         (r"(?<![\d)}])\\(?:mathrm|text|mathit)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
         (r"\\(?:mathrm|text|mathit)\s*\{([A-Za-fi-kn-rt-z])\}", r"\1"),  # 2\text{m} is in meters
@@ -87,7 +106,7 @@ _RADICAND = re.compile(r"\d+(?:\.\d+)?|[A-Za-z]|\\pi")
 _OVER = re.compile(r"\\over(?![A-Za-z])")
 _LEAD = re.compile(
     r"(?:####|(?:\\text\s*\{\s*)?(?:the\s+)?(?:final\s+)?answer\s*(?:is|:)\s*:?\s*\}?"
-    r"|答案\s*[:是为]*|\\(?:therefore|boxed)(?![A-Za-z]))\s*",
+    r"|答案\s*[:是为]*|故?选\s*:?(?=\s*\(?[A-Z]\b)|\\(?:therefore|boxed)(?![A-Za-z]))\s*",
     re.IGNORECASE,
 )
 _SIGN = re.compile(r"(?:\\approx(?![A-Za-z])|=(?!=)|\+(?=[\d\\.]))\s*")
@@ -104,6 +123,7 @@ def canonical(text: str) -> str:
     """
     text = _FRACTIONS.sub(_fraction, re.sub(r"[ \t\r\n\f\v]+", " ", text))
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda run: f"^{{{run[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = re.sub("(?:\\d[\u0304\u0305])+", _overline, text)
     text = re.sub("[₀-₉]+", lambda run: f"_{{{run[0].translate(_SUBSCRIPTS)}}}", text)
     text = "".join(_CHARACTERS.get(character, character) for character in text)
     thin = "\N{THIN SPACE}"
@@ -131,6 +151,10 @@ def _nesting(text: str) -> int:
 def _fraction(found: re.Match[str]) -> str:
     top, _, bottom = unicodedata.normalize("NFKC", found[0]).partition("⁄")
     return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def _overline(found: re.Match[str]) -> str:
+    return rf"\overline{{{re.sub(r'[^0-9]', '', found[0])}}}"
 
 
 def _trim(text: str) -> str:

@@ -20,6 +20,7 @@ _SYNONYMS = {
     "radian": "rad radian radians", "unit": "unit units", "person": "people persons 人",
     "piece": "piece pieces 个 只 本 件 块 张 条 枚 颗 支 种",
 }  # fmt: skip
+_SCALES = {"celsius": "C", "fahrenheit": "F"}
 _UNITS = {name: unit for unit, names in _SYNONYMS.items() for name in names.split()}
 _CHINESE = "|".join(
     sorted((name for name in _UNITS if ord(name[0]) > 0x2E80), key=len, reverse=True)
@@ -43,9 +44,10 @@ _TEXT_UNIT = re.compile(
 )
 _PLAIN_UNIT = re.compile(
     rf"(?P<value>[^A-Za-z]*\d|.*?\}})\s*"
-    rf"(?P<unit>(?:平方|立方)?(?:{_CHINESE})|[A-Za-z]++(?:[ /][A-Za-z]++){{0,4}}){_POWER}"
+    rf"(?P<unit>(?:平方|立方)?(?:{_CHINESE})(?:[/每](?:{_CHINESE}))?"
+    rf"|[A-Za-z]++(?:[ /][A-Za-z]++){{0,4}}){_POWER}"
 )
-_DEGREE = re.compile(r"(?P<value>.*?)\s*\^\\circ\s*(?:C|F)?")
+_DEGREE = re.compile(r"(?P<value>.*?)\s*\^\\circ\s*(?P<scale>[CF]?)")
 _PERCENT = re.compile(r"(?P<value>.*?)\s*\\?%")
 _MONEY = re.compile(r"(?P<sign>[+-]?)\s*\\?\$\s*(?P<value>[+-]?[\d.,].*)|(?P<before>.*\d)\s*\\\$")
 _ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
@@ -60,7 +62,7 @@ def split_unit(text: str) -> tuple[str, str]:
     if found := _PERCENT.fullmatch(text):
         return found["value"], "percent"
     if (found := _DEGREE.fullmatch(text)) and not _ANGLE.search(text):
-        return found["value"], "degree"
+        return found["value"], f"degree {found['scale']}".strip()
     if found := _TEXT_UNIT.fullmatch(text):
         words = _words(found["unit"])
         if words and r"\text" not in found["value"]:
@@ -75,11 +77,18 @@ def split_unit(text: str) -> tuple[str, str]:
     return text, ""
 
 
+def same_unit(reference: str, answer: str) -> bool:
+    """Whether two units are equal, or one is missing; degrees of no scale equal those of any."""
+    units = {reference, answer}
+    any_scale = "degree" in units and all(unit.startswith("degree") for unit in units)
+    return len(units) == 1 or "" in units or any_scale
+
+
 def _words(unit: str) -> list[str]:
     """Words of a unit; none if one of them may change the number, as in `3 million`."""
     for prefix in ("平方", "立方"):
         unit = unit.replace(prefix, prefix + " ")
-    words = re.sub(r"[.,]", " ", unit.replace("/", " per ")).split()
+    words = re.sub(r"[.,]", " ", re.sub("[/每]", " per ", unit)).split()
     # Short units have one spelling: m is a meter, M may be a million.
     words = [word.casefold() if len(word) > 2 else word for word in words]
     wrong = any(
@@ -93,6 +102,7 @@ def _unit_name(words: list[str], power: str | None) -> str:
     """One spelling of a unit: "square feet" and "ft^2" are "ft^2"."""
     if words[0] in _PREFIXES and len(words) > 1:
         power, words = _PREFIXES[words[0]], words[1:]
+    words = [_SCALES.get(word, word) for word in words]
     if words == ["mi", "per", "h"] or words == ["miles", "per", "hour"]:
         words = ["mph"]
     name = " ".join(_UNITS.get(word, word.removesuffix("s")) for word in words)

@@ -362,6 +362,56 @@ x:y=1:2:3 != 1:2
 garbage ^ ^ \frac12 != \frac12
 7 8 ^^ \sqrt2 != \sqrt2
 x^^2 7 != 7
+\left]1,3\right[ == (1,3)
+[1,3[ == [1,3)
+]1;3] == (1,3]
+]1,3[ != [1,3]
+]-\infty,1[\cup]2,\infty[ == (-\infty,1)\cup(2,\infty)
+选C == C
+故选：B == B
+选C != B
+最大值为5 == 5
+最大值为5 != 6
+最大值不是5 != 5
+百分之35 == 35\%
+3分之2 == \frac23
+3分之2 != \frac32
+3.5万 == 35000
+3.5万元 == 35000
+2亿 == 2\times10^8
+2万 != 200000
+0.3̅ == \frac13
+0.1̅6̅ == \frac{16}{99}
+0.3̅ != 0.3
+\text{3A}_{16} == 3A_{16}
+1101 (base 2) == 1101_2
+1101_{\text{base }2} == 1101_2
+1101\text{ (base }2) == 1101_2
+1101 (base 2) != 1101_3
+45º == 45^\circ
+45^o == 45^\circ
+45˚ != 46^\circ
+25^\circ\mathrm{C} == 25^\circ
+25^\circ C == 25\text{ degrees Celsius}
+25℃ == 25
+25^\circ\mathrm{C} != 25^\circ\mathrm{F}
+25℃ != 25℉
+25\text{ degrees Celsius} != 25^\circ F
+\begin{bmatrix}1&2\\[2pt]3&4\end{bmatrix} == \begin{pmatrix}1&2\\3&4\end{pmatrix}
+\begin{bmatrix}1&2\\[2pt]3&5\end{bmatrix} != \begin{pmatrix}1&2\\3&4\end{pmatrix}
+1⁄2 == 0.5
+\nicefrac{3}{4} == 0.75
+\sfrac34 != \frac43
+\operatorname{e}^2 == e^2
+\operatorname{e}^2 != e^3
+30公里/小时 == 30
+30千米每小时 == 30\text{ km/h}
+30公里/小时 != 30\text{ m/s}
+[[1,2],[3,4]] == \begin{pmatrix}1&2\\3&4\end{pmatrix}
+[[1,3],[2,4]] != \begin{pmatrix}1&2\\3&4\end{pmatrix}
+[[1,2],[3,4]] == [[1, 2], [3, 4]]
+[[1,2],[3,4]] != [[1,2],[3,5]]
+[1,2],[3,4] == [1,2],[3,4]
 """
 
 

@@ -87,6 +87,8 @@ def test_gsm8k_answers_in_other_spellings() -> None:
         ("\\frac{14}{4}", "\\frac{7}{2}", True),
         ("\\text{Tuesday}", "Monday", False),
         ("5,6", "5", False),
+        ("nan", "nan", False),
+        ("NaN", "NaN", False),
         ("", "5", False),
     ],
 )
