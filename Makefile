@@ -3,6 +3,7 @@
 # make lint          style and types
 # make test-gpu      tests of kernels and training on a Hopper GPU; PYTHON=... names a python with torch
 # make test-faults   30 kills at random moments (minutes)
+# make test-hostile  hostile files, answers and programs for every reader, and failing disks (minutes)
 # make test-cluster  real Ray and, as root with its packages, real SLURM
 # make clean         remove what make wrote, except runs/
 # make venv          install into .venv only
@@ -26,7 +27,7 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 -c constraints.txt
 PYTEST_OPTIONS ?=
 
-.PHONY: demo test test-gpu test-faults test-cluster lint venv clean help
+.PHONY: demo test test-gpu test-faults test-hostile test-cluster lint venv clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +44,9 @@ test-gpu:
 
 test-faults: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --kills 30 --to docs/results/faults.md
+
+test-hostile: $(VENV)/.installed-test
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/campaign.py --to docs/results/hostile.md
 
 test-cluster: $(VENV)/ray/.installed
 	INFIR2_CLUSTER=1 INFIR2_RAY_BIN=$(abspath $(VENV)/ray/bin) OMP_NUM_THREADS=1 \

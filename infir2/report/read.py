@@ -9,7 +9,6 @@ a train line are those of its own step.
 import json
 import math
 import os
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from infir2.config import toml
 from infir2.errors import DataError
 from infir2.evaluate.statistics import Evaluation
 from infir2.files import open_own, read_own
@@ -185,7 +185,7 @@ def read_run(run_dir: Path) -> Run:
     """Read one run directory."""
     notes: list[str] = []
     rows = _read_lines(run_dir / "metrics.jsonl", notes)
-    recipe_text, recipe = _read_file(run_dir / "recipe.toml", tomllib.loads, notes)
+    recipe_text, recipe = _read_file(run_dir / "recipe.toml", toml.parse, notes)
     samples = (
         _read_lines(run_dir / "samples.jsonl", notes)
         if os.path.lexists(run_dir / "samples.jsonl")

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from mutate_config import mutants
+from readers import small_models
 
 from infir2.cli import main
 from infir2.config.schema import ModelSection, ShapeSection
-from infir2.convert import export_fp8, selfcheck
+from infir2.convert import selfcheck
 from infir2.errors import ConfigError, UserError
-from infir2.model import Decoder, exported_weights, memory, write_hf
+from infir2.model import Decoder, memory
 from infir2.preflight.model import model_facts
 
 SECONDS = 20  # per verb, on a busy machine; usually 0.1
@@ -23,16 +24,7 @@ SECONDS = 20  # per verb, on a busy machine; usually 0.1
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model in BF16, in FP8, and with the weights in a pickle."""
-    root = tmp_path_factory.mktemp("models")
-    sizes = {"hidden_size": 128, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
-    decoder = Decoder.from_shape(ShapeSection(**sizes, ffn_size=128), vocab_size=32, seed=0)
-    write_hf(root / "bf16", exported_weights(decoder), decoder.config.to_hf())
-    export_fp8(root / "bf16", root / "fp8")
-    (root / "bin").mkdir()
-    shutil.copy(root / "bf16/config.json", root / "bin")
-    (root / "bin/pytorch_model.bin").write_bytes(b"x")
-    return root
+    return small_models(tmp_path_factory.mktemp("models"))
 
 
 def ends_in_a_sentence(

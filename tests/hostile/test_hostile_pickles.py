@@ -8,20 +8,15 @@ import tracemalloc
 
 import pytest
 from mutate_pickles import SNIPPETS, mutants
+from readers import PICKLED
 
 from infir2 import pickles
 from infir2.pickles import Record, read_pickle
 
-GOOD = {
-    "numbers": [1, 300, 70_000, 2**40, 1.5, True, None],
-    "text": ("a", "b" * 300, b"bytes"),
-    "nested": {"a": {"b": {}}, (1, "key"): [3, 4]},
-}
-
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 def test_plain_values_are_read(protocol):
-    assert read_pickle(pickle.dumps(GOOD, protocol)) == GOOD
+    assert read_pickle(pickle.dumps(PICKLED, protocol)) == PICKLED
 
 
 def test_a_set_is_read_as_a_list():
@@ -53,7 +48,7 @@ def test_an_ordered_dict_with_attributes_is_a_dict():
 @pytest.mark.parametrize("seed", range(3))
 def test_mutants_end_in_a_value_or_a_sentence(seed):
     tracemalloc.start()
-    for name, data in itertools.islice(mutants(pickle.dumps(GOOD), seed), 300):
+    for name, data in itertools.islice(mutants(pickle.dumps(PICKLED), seed), 300):
         started = time.perf_counter()
         tracemalloc.reset_peak()
         sentence = ""

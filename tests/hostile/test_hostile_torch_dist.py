@@ -8,23 +8,12 @@ import cases
 import pytest
 import torch
 from mutate_torch_dist import bombs, mutants
-
-from infir2.config.schema import ShapeSection
-from infir2.convert import export_megatron
-from infir2.model import Decoder, exported_weights, write_hf
+from readers import megatron_export
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with `hf`, a model, and `torch_dist`, its export."""
-    root = tmp_path_factory.mktemp("good")
-    shape = ShapeSection(
-        architecture="qwen2", hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=96
-    )
-    decoder = Decoder.from_shape(shape, vocab_size=50, seed=0)
-    write_hf(root / "hf", exported_weights(decoder), decoder.config.to_hf())
-    export_megatron(root / "hf", root / "torch_dist")
-    return root
+    return megatron_export(tmp_path_factory.mktemp("good"))
 
 
 @pytest.mark.parametrize("seed", range(2))

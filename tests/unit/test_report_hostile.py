@@ -135,6 +135,14 @@ def test_no_value_of_a_run_ends_the_report(tmp_path: Path, seed: int) -> None:
     write_report([root], tmp_path / "page.html")
 
 
+def test_a_recipe_that_no_run_reads_does_not_keep_the_report(tmp_path: Path) -> None:
+    """tomllib would need hours for this key."""
+    root = demo_recipe(tmp_path / "runs")
+    (root / "cpt" / "recipe.toml").write_text("a." * 60_000 + "b = 1")
+    page = write_report([root], tmp_path / "page.html").read_text()
+    assert "recipe.toml cannot be parsed (a key has more than 16 parts" in page
+
+
 @pytest.mark.parametrize("name", ["recipe.toml", "samples.jsonl", "environment.json"])
 def test_a_link_out_of_a_run_shows_nothing(tmp_path: Path, name: str) -> None:
     root = demo_recipe(tmp_path / "runs")
