@@ -1,5 +1,7 @@
 # docker build -t infir2 . && docker run --rm -it -v "$PWD/runs:/app/runs" infir2 demo
-FROM python:3.12-slim
+# To pin the base: --build-arg BASE=python:3.12-slim@sha256:...
+ARG BASE=python:3.12-slim
+FROM $BASE
 
 # Options of pip for installing torch, to choose another build of it (the README says when).
 ARG PIP_OPTIONS=""
