@@ -27,6 +27,7 @@ from infir2.cli import main
 from infir2.errors import UserError
 
 CASE_SECONDS, START_SECONDS = 20.0, 120.0
+GRACE_SECONDS = 5.0  # after which a case that does not end is killed
 CASE_BYTES = 2**29
 PROCESS_BYTES = 2**33  # beyond what the process needs without a case
 MAX_SENTENCE = 3000
@@ -153,7 +154,7 @@ def _lines(file: int) -> Iterator[dict[str, Any]]:
     while select.select([file], [], [], limit)[0] and (data := os.read(file, 1 << 16)):
         *lines, rest = (rest + data).split(b"\n")
         for said in map(json.loads, lines):
-            limit = CASE_SECONDS + 5 if "label" in said else START_SECONDS
+            limit = CASE_SECONDS + GRACE_SECONDS if "label" in said else START_SECONDS
             yield said
 
 

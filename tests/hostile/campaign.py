@@ -47,13 +47,13 @@ def run_file_faults(step: int) -> tuple[list[str], list[str]]:
     return done, failures
 
 
-def report(tallies: list[bounded.Tally], done: list[str], minutes: float) -> str:
-    """The results as Markdown."""
+def report(tallies: list[bounded.Tally], done: list[str], options: str, minutes: float) -> str:
+    """The results as Markdown; `options` are those of this run."""
     table = [
         "# Hostile files",
         "",
-        f"`make test-hostile`: {sum(tally.cases for tally in tallies)} cases and failing disks,"
-        f" seed {readers.SEED}, {minutes:.1f} minutes on {os.cpu_count()} processors.",
+        f"`make test-hostile` with `{options}`: {sum(tally.cases for tally in tallies)} cases and"
+        f" failing disks, seed {readers.SEED}, {minutes:.1f} minutes on {os.cpu_count()} processors.",
         "",
         f"A case fails if it ends in anything but a result or one sentence, takes more than"
         f" {bounded.CASE_SECONDS:.0f} s or",
@@ -97,7 +97,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="infir2-hostile-") as directory:
         tallies = run_readers(flags.cases, flags.only, Path(directory))
     done, failures = ([], []) if flags.only else run_file_faults(flags.step)
-    text = report(tallies, done, (time.monotonic() - began) / 60)
+    options = f"--cases {flags.cases} --step {flags.step}"
+    text = report(tallies, done, options, (time.monotonic() - began) / 60)
     print(text)
     if flags.to:
         flags.to.write_text(text, encoding="utf-8")

@@ -92,6 +92,7 @@ def test_indexed_tokens(tmp_path: Path) -> None:
         with bounded(case):
             documents = IndexedDocuments(path)
             assert sum(len(documents.read(n)["token_ids"]) for n in range(len(documents))) <= 16
+    path.unlink()
     good = write_tokens(tmp_path)
     about = b'{"tokenizer": "abc", "documents": 4, "tokens": 16, "source_bytes": 64}'
     for case, data in itertools.islice(mutate_json(about, 6), CASES):
