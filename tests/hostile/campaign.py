@@ -53,7 +53,8 @@ def report(tallies: list[bounded.Tally], done: list[str], options: str, minutes:
         "# Hostile files",
         "",
         f"`make test-hostile` with `{options}`: {sum(tally.cases for tally in tallies)} cases and"
-        f" failing disks, seed {readers.SEED}, {minutes:.1f} minutes on {os.cpu_count()} processors.",
+        f" failing disks, seed {readers.SEED},",
+        f"{minutes:.1f} minutes on {os.cpu_count()} processors.",
         "",
         f"A case fails if it ends in anything but a result or one sentence, takes more than"
         f" {bounded.CASE_SECONDS:.0f} s or",
