@@ -37,7 +37,6 @@ from infir2.errors import (
     Preempted,
     RankError,
     UserError,
-    system_error,
 )
 from infir2.faults import fault
 from infir2.files import disk_errors, write_atomically
@@ -343,14 +342,11 @@ class Supervisor:
                 shutdown_ranks()
 
     def _report_rank_error(self, error: BaseException | None, phase: str) -> None:
-        if error is None or system_error(error):
+        if error is None or isinstance(error, UserError | KeyboardInterrupt):
             return
-        if not isinstance(error, UserError | KeyboardInterrupt):
-            traceback.print_exception(error)
-            name = type(error).__name__
-            raise RankError(
-                f"rank {self.ranks.rank} failed in {phase}: {name}, see above"
-            ) from error
+        traceback.print_exception(error)
+        name = type(error).__name__
+        raise RankError(f"rank {self.ranks.rank} failed in {phase}: {name}, see above") from error
 
     def _write_description(self) -> None:
         """Write recipe.toml, with which the next start is compared, and environment.json."""

@@ -165,6 +165,10 @@ def confine(config: dict) -> None:
         install_filter(libc)
 
 
+def _uses_more_than(limit: int, own_network: bool) -> bool:
+    return memory.used_bytes(memory.family(os.getpid()), own_network, limit) > limit
+
+
 def _watch(child: int, config: dict) -> None:
     """Wait for the child, then write its exit code and what stopped it to `status`.
 
@@ -179,9 +183,11 @@ def _watch(child: int, config: dict) -> None:
         signaled = signal.sigtimedwait(_WATCHED_SIGNALS, WATCH_SECONDS)
         if signaled and signaled.si_signo == signal.SIGTERM:
             os.kill(child, signal.SIGKILL)
-        elif memory.used_bytes(processes := memory.family(os.getpid()), namespaces, limit) > limit:
+        elif all(_uses_more_than(limit, namespaces) for _ in range(3)):
+            # Three times: a process that ends leaves its share of common pages to others, which are
+            # then read a second time.
             stopped = "memory"
-            for process in processes:
+            for process in memory.family(os.getpid()):
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
     os.write(status, b"%d %s\n" % (os.waitstatus_to_exitcode(ended[1]), stopped.encode()))
