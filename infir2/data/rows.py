@@ -1,6 +1,7 @@
 """Parse rows into documents, conversations and prompts; count and list unusable rows."""
 
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -212,7 +213,7 @@ class Quarantine:
 def _listed_origins(path: Path) -> set[str]:
     """Return the origins in a quarantine file; remove a partial last line."""
     with disk_errors(f"{path}: cannot be used"):
-        if not path.exists():  # perhaps nor its directory: `append` will say what is wrong
+        if not os.path.lexists(path):  # nor its directory, perhaps: `append` says what is wrong
             return set()
         truncate_torn_line(path)
         rows = read_json_lines(path)
