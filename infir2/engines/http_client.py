@@ -1,0 +1,118 @@
+"""JSON over HTTP to one server, hundreds of requests at a time in one thread.
+
+A redirect would carry the key to another server, and a proxy would read it, so neither is followed.
+An answer is bounded in bytes; the caller limits the time.
+"""
+
+import ipaddress
+import json
+import urllib.parse
+from typing import Any
+
+import httpx2
+
+from infir2.engines.remote import BadAnswerError, EngineGoneError
+from infir2.errors import ConfigError, first_line
+
+MAX_ANSWER_BYTES = 2**26  # 32,768 tokens with their log-probabilities are 2 MB
+CONNECT_SECONDS = 10.0
+
+
+def check_url(key_name: str, url: str, api_key: str) -> None:
+    """Raise ConfigError for what is no server's address, and for one elsewhere without a key.
+
+    `key_name` is the recipe's key that has the URL.
+    """
+    try:
+        address = urllib.parse.urlsplit(url)
+        host, _ = address.hostname or "", address.port
+    except ValueError as error:
+        raise ConfigError(f"{key_name}: {url!r} is no URL ({first_line(error)}).") from error
+    if address.scheme not in ("http", "https") or not host or address.query or address.fragment:
+        raise ConfigError(f"{key_name}: {url!r} is not of the form http://HOST:PORT.")
+    if address.username or address.password:
+        raise ConfigError(
+            f"{key_name}: the URL of {host} has a key; set INFIR2_ENGINE_KEY instead."
+        )
+    if not api_key and not is_loopback(host):
+        raise ConfigError(
+            f"{key_name}: {url} is not on this machine and there is no key: start the server with "
+            "one and set INFIR2_ENGINE_KEY."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host name or address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class HttpClient:
+    """Sends JSON to one server, with a key that goes to that server only."""
+
+    def __init__(self, url: str, api_key: str = "") -> None:
+        self.url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx2.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+            trust_env=False,
+        )
+
+    async def get(self, route: str) -> Any:
+        """As `post`, for a GET request."""
+        return await self._call("GET", route, None)
+
+    async def post(self, route: str, body: Any) -> Any:
+        """What the server answers to a JSON body: JSON, or text if it says so, or None.
+
+        Raises EngineGoneError; BadAnswerError with reason "status" or "cut"; ConfigError for a
+        refused key.
+        """
+        return await self._call("POST", route, body)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def _call(self, method: str, route: str, body: Any) -> Any:
+        label = f"{self.url}{route}"
+        content = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} if content is not None else {}
+        try:
+            async with self._client.stream(
+                method, route, content=content, headers=headers
+            ) as response:
+                data = await self._read(response, label)
+        except (httpx2.RemoteProtocolError, httpx2.DecodingError) as error:
+            raise BadAnswerError("cut", f"{label}: {first_line(error)}") from error
+        except httpx2.TransportError as error:
+            raise EngineGoneError(f"{label}: {first_line(error)}") from error
+        is_text = response.headers.get("content-type", "").startswith("text/")
+        return _decode(response.status_code, data, label, is_text)
+
+    async def _read(self, response: httpx2.Response, label: str) -> bytes:
+        data = bytearray()
+        async for part in response.aiter_bytes():
+            data += part
+            if len(data) > MAX_ANSWER_BYTES:
+                raise BadAnswerError("cut", f"{label}: more than {MAX_ANSWER_BYTES:,} bytes")
+        return bytes(data)
+
+
+def _decode(status: int, data: bytes, label: str, is_text: bool) -> Any:
+    if status == 401:
+        raise ConfigError(f"{label}: the server refuses the key; set INFIR2_ENGINE_KEY to its own.")
+    if status != 200:
+        text = data[:300].decode(errors="replace").replace("\n", " ")
+        raise BadAnswerError("status", f"{label}: status {status} {text}", status)
+    if is_text or not data.strip():
+        return data.decode(errors="replace") or None
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadAnswerError("cut", f"{label}: no JSON ({first_line(error)})") from error
