@@ -37,7 +37,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         try:
             work.mkdir(parents=True)
             with contextlib.suppress(OSError):  # where there are no locks, leftovers stay
-                stack.callback(os.close, _lock(work))
+                stack.callback(os.close, lock_directory(work))
             yield work
             _apply_umask(work)
             _fsync_tree(work)
@@ -51,12 +51,13 @@ def remove_leftovers(target: Path) -> None:
     with contextlib.suppress(OSError):
         for path in list(target.parent.iterdir()):
             if path.name.startswith(f".{target.name}.") and _temporary_suffix() in path.name:
-                _remove_unlocked(path)
+                remove_unlocked(path)
 
 
-def _remove_unlocked(path: Path) -> None:
+def remove_unlocked(path: Path) -> None:
+    """Remove a directory that a killed process left; not one that a living process has locked."""
     with contextlib.suppress(OSError):
-        lock = _lock(path)
+        lock = lock_directory(path)
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
         log(f"removed {path}, left by an interrupted command.")
@@ -67,7 +68,7 @@ def _temporary_suffix() -> str:
     return f".tmp-{socket.gethostname()}-"
 
 
-def _lock(directory: Path) -> int:
+def lock_directory(directory: Path) -> int:
     """A descriptor that locks a directory until it is closed or its process dies.
 
     Raises OSError if another process has locked it, or if the file system has no locks.

@@ -8,12 +8,15 @@ same one later, may do better, and a UserError for what nobody can repair but th
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
 from infir2.engines.types import Completion, Request
+from infir2.model.hf_names import weights_digest
+from infir2.model.safetensors_io import HfWeights
 
 LOGPROB_ERROR = 1e-3  # a server's rounding may put a probability a little above 1
 
@@ -56,13 +59,16 @@ class PublishedWeights:
         directory: absolute; config.json, tokenizer, safetensors; FP8 pairs or BF16.
         policy_version: that of the weights.
         num_bytes: of the tensors.
-        digests: SHA-256 of each tensor by name, as `weights_digest`.
     """
 
     directory: Path
     policy_version: int
     num_bytes: int
-    digests: dict[str, str]
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each tensor's bytes by name, as `weights_digest`."""
+        return weights_digest(HfWeights(self.directory))
 
 
 @dataclass(frozen=True)

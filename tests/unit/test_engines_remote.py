@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine_servers import FakeServer, scripted_response
 
 from infir2.engines.http_client import check_url
@@ -20,6 +21,8 @@ from infir2.engines.remote import (
 )
 from infir2.engines.types import Completion, Request, SamplingParams
 from infir2.errors import ConfigError
+from infir2.model.hf_names import weights_digest
+from infir2.model.safetensors_io import write_hf
 
 PARAMS = SamplingParams(temperature=1.0, max_tokens=5, stop_ids=(96,))
 REQUEST = Request("0/p/1", [3, 5, 8], PARAMS, key=2**63 + 1)
@@ -111,14 +114,17 @@ def test_a_stop_token_at_the_last_place_stops() -> None:
     assert checked_completion(REQUEST, [1, 2, 3, 4, 5], [-1.0] * 5, 0).finish == "length"
 
 
-def test_weights_are_proved_by_their_digests() -> None:
+def test_weights_are_proved_by_their_digests(tmp_path: Path) -> None:
+    tensors = [("w", torch.ones(2, 3)), ("v", torch.zeros(1))]
+    write_hf(tmp_path / "1", tensors, {})
+    weights = PublishedWeights(tmp_path / "1", 1, 28)
     with FakeServer() as server:
-        weights = PublishedWeights(Path("/w/1"), 1, 10, dict(server.digest))
+        server.digest = weights_digest(tensors)
         ask(server, lambda client: client.update_weights(weights))
         ask(server, lambda client: client.prove_weights(weights))
         assert server.policy_version == 1
-        server.digest = {"w": "1" * 64}
-        with pytest.raises(WeightsDifferError, match="w is not the trainer's"):
+        server.digest["v"] = "1" * 64
+        with pytest.raises(WeightsDifferError, match="v is not the trainer's"):
             ask(server, lambda client: client.prove_weights(weights))
 
 
