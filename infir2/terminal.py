@@ -157,9 +157,9 @@ class StepProgress:
     """
 
     def __init__(self, name: str, total_steps: int, resumed_step: int, unit: str = "step") -> None:
-        self._name, self._total, self._resumed_step = name, total_steps, resumed_step
-        self._unit = unit
-        self._start = self._last_printed = time.monotonic()
+        self._name, self._total, self._unit = name, total_steps, unit
+        self._last_printed = time.monotonic()
+        self._first: tuple[int, float] | None = None  # step and time of the first update
         self._bar: Progress | None = None
         if sys.stderr.isatty() and not _output.quiet:
             self._bar = _step_bar()
@@ -175,14 +175,22 @@ class StepProgress:
             self._bar.update(self._task, completed=step, text=text)
             return
         now = time.monotonic()
+        self._first = self._first or (step, now)
         is_due = now - self._last_printed >= _PLAIN_INTERVAL_SECONDS or step == self._total
         if is_due and not _output.quiet:
             line = f"{self._name} {self._unit} {step}/{self._total} {text}"
-            if done := step - self._resumed_step:
-                seconds_per_step = (now - self._start) / done
-                line += f" left {_duration(seconds_per_step * (self._total - step))}"
+            line += self._time_left(step, now)
             log_text(line)
             self._last_printed = now
+
+    def _time_left(self, step: int, now: float) -> str:
+        """From the steps after the first one, which compiles kernels and fills caches."""
+        assert self._first is not None
+        first_step, first_time = self._first
+        if step == first_step:
+            return ""
+        seconds_per_step = (now - first_time) / (step - first_step)
+        return f" left {_duration(seconds_per_step * (self._total - step))}"
 
     def log(self, text: str) -> None:
         """Print a line of its own, above the bar if there is one."""

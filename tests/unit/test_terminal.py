@@ -31,6 +31,20 @@ def test_without_a_terminal_progress_prints_the_last_step_and_what_is_logged(
     assert lines == ["sft: resumed from [step-1]", "sft step 3/3 loss 1.50 left 0 s"]
 
 
+def test_the_time_left_does_not_count_the_first_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step compiles kernels: 613 minutes were announced for a run of two."""
+    now = [0.0]
+    monkeypatch.setattr("infir2.terminal.time.monotonic", lambda: now[0])
+    progress = StepProgress("cpt", total_steps=100, resumed_step=0)
+    for step, time in ((1, 60.0), (2, 61.0), (6, 65.0)):
+        now[0] = time
+        progress.update(step, "loss 2.00")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["cpt step 1/100 loss 2.00", "cpt step 6/100 loss 2.00 left 2 min"]
+
+
 def test_a_signal_handler_may_log_while_the_main_thread_prints() -> None:
     """A handler that used `print` would raise RuntimeError: reentrant call."""
     code = """
