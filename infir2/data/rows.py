@@ -24,9 +24,9 @@ from infir2.data.sources import Source
 from infir2.data.types import Message, RowError
 from infir2.errors import DataError
 from infir2.files import JsonLinesWriter, disk_errors, read_json_lines, truncate_torn_line
+from infir2.verify.answers import is_missing_label
 
 RowKind = Literal["documents", "messages", "prompts"]
-NOT_FINITE = ("nan", "inf", "infinity")  # what float, pandas and JSON write
 
 
 def open_source(section: SourceSection, kind: RowKind) -> Source:
@@ -159,8 +159,8 @@ def parse_prompt(
         raise RowError("bad_field", f"`{section.answer_field}` is neither text nor a number")
     if not str(answer).strip():
         raise RowError("empty", f"`{section.answer_field}` is empty")
-    if str(answer).strip().lower().lstrip("+-") in NOT_FINITE:
-        raise RowError("bad_field", f"`{section.answer_field}` is {answer}, not a finite number")
+    if is_missing_label(str(answer)):
+        raise RowError("bad_field", f"`{section.answer_field}` is {answer}, which is no answer")
     return _with_system(turns, system_prompt), str(answer), _difficulty(row)
 
 

@@ -14,6 +14,9 @@ MAX_FACTORIALS = 4
 MAX_UNBALANCED_SIZES = 3
 MAX_OUTER_BRACES = 4
 
+# How JSON, Python, pandas and spreadsheets write a value that is missing or overflowed.
+_NO_LABEL = ("", "nan", "null", "none", "nil", "inf", "infinity", "nat", "<na>", "n/a", "#n/a")
+
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # Matching escaped characters too keeps `\{` from counting as a brace.
@@ -109,6 +112,12 @@ def extract_answer(response: str, answer_format: AnswerFormat = "boxed") -> str 
 def reference_text(answer: str) -> str:
     r"""The text of a reference answer, which may be plain, in `$...$`, or inside `\boxed{}`."""
     return (last_boxed(answer) if _BOXED.search(answer) else None) or answer.strip()
+
+
+def is_missing_label(answer: str) -> bool:
+    """Whether a reference answer stands for a missing value, as `NaN`, `null` and `-inf` do."""
+    text = reference_text(answer).strip("$ .").removeprefix(r"\text{").removesuffix("}").strip()
+    return text.lower().lstrip("+-") in _NO_LABEL
 
 
 def exponent_depth(text: str) -> int:

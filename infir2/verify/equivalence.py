@@ -7,6 +7,7 @@ any time or memory, and the worker is killed. docs/answers.md has the rules.
 
 import re
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from infir2.verify.forms import (
@@ -30,11 +31,16 @@ from infir2.verify.forms import (
     parse,
 )
 from infir2.verify.notation import canonical
+from infir2.verify.numbers import braced_fractions
 from infir2.verify.units import same_unit
 from infir2.verify.values import close, is_integer, same_value, squeezed, values_of
 
 MAX_CHARACTERS = 20_000
 _CHOICE = re.compile(r"\(?\s*([A-Ja-j])\s*[).:]?(?:\s+.*)?")
+_CHOICES = re.compile(r"\(?[A-H]\)?(?:(?:[,; ]|\band\b|\\text\{ ?and ?\})*\(?[A-H](?![a-z])\)?)+")
+_MIXED = re.compile(
+    r"([+-]?\d+) ?(?:and|\\text\{ ?and ?\}) ?(?:(\d+)/(\d+)|\\frac\{(\d+)\}\{(\d+)\})(?![\d/])"
+)
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
@@ -56,7 +62,13 @@ def equivalent(reference: str, answer: str) -> bool:
             return False
         if re.fullmatch(r"\(?[A-J]\)?", reference):
             return _same_choice(reference, answer)
-        return squeezed(reference) == squeezed(answer) or same(parse(reference), parse(answer))
+        letters = _choices(reference)
+        if letters and letters == _choices(answer):
+            return True
+        return squeezed(reference) == squeezed(answer) or any(
+            same(parse(wanted), parse(given))
+            for wanted, given in product(_readings(reference), _readings(answer))
+        )
     except (ValueError, RecursionError):  # nested too deep
         return False
 
@@ -71,6 +83,21 @@ def _same_choice(reference: str, answer: str) -> bool:
     if " " in plain and not re.match(r"\(?[A-J]\s*[).:]", plain):
         return False
     return found[1].upper() == letter
+
+
+def _choices(text: str) -> list[str]:
+    """The letters of several choices, `ACD` or `A, C and D`; none for other text."""
+    letters = re.findall("[A-H]", text) if _CHOICES.fullmatch(text) else []
+    return letters if letters == sorted(set(letters)) else []
+
+
+def _readings(text: str) -> set[str]:
+    """The answer as it stands, and `3 and 1/7` as the mixed number, which may also be a list."""
+    found = _MIXED.match(braced_fractions(text))
+    top, bottom = (found[2] or found[4], found[3] or found[5]) if found else ("1", "1")
+    if found is None or int(top) >= int(bottom):
+        return {text}
+    return {text, rf"{found[1]}\frac{{{top}}}{{{bottom}}}{found.string[found.end() :]}"}
 
 
 def same(reference: Form, answer: Form) -> bool:
@@ -90,14 +117,23 @@ def same(reference: Form, answer: Form) -> bool:
         reference = reference.items[0]
     if isinstance(reference, Collection | Bracketed) or isinstance(answer, Collection | Bracketed):
         return _same_items(reference, answer)
-    if isinstance(reference, Quantity) and isinstance(answer, Ratio | Based):
-        reference, answer = answer, reference
-    if isinstance(reference, Ratio) and isinstance(answer, Quantity):
-        quotient = rf"\frac{{{reference.parts[0]}}}{{{reference.parts[1]}}}"
-        return len(reference.parts) == 2 and same_value(quotient, answer.text)
-    if isinstance(reference, Based) and isinstance(answer, Quantity):
-        return reference.digits == answer.text
-    return type(reference) is type(answer) and _same_kind(reference, answer)
+    return (
+        _same_unlike(reference, answer)
+        or _same_unlike(answer, reference)
+        or (type(reference) is type(answer) and _same_kind(reference, answer))
+    )
+
+
+def _same_unlike(form: Form, other: Form) -> bool:
+    """Whether a ratio, a time or digits in a base agree with an answer of another form."""
+    if isinstance(form, Ratio) and isinstance(other, Words):  # 18:30 is 6:30 p.m.
+        return ":".join(form.parts).zfill(len(other.text)) == other.text
+    if isinstance(form, Ratio) and isinstance(other, Quantity):
+        quotient = rf"\frac{{{form.parts[0]}}}{{{form.parts[1]}}}"
+        return len(form.parts) == 2 and same_value(quotient, other.text)
+    if isinstance(form, Based) and isinstance(other, Quantity):
+        return not form.prefixed and form.digits == other.text
+    return False
 
 
 def _conditions(form: Form) -> list[Form]:

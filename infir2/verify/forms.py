@@ -6,10 +6,12 @@ text, which `equivalence.py` compares.
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 
-from infir2.verify.notation import ROW, closing
+from infir2.verify.moments import moment
+from infir2.verify.notation import ROW, closing, split_top, without_braces
+from infir2.verify.numbers import exact_fraction
+from infir2.verify.numerals import digits_of_english
 from infir2.verify.units import split_unit
 
 
@@ -93,10 +95,11 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Based:
-    """Digits in a base: `1011_2`."""
+    """Digits in a base: `1011_2`, or with a prefix `0b1011`."""
 
     digits: str
     base: str
+    prefixed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,10 @@ _AND = re.compile(r",?\s*(?:\\text\{\s*,?\s*and\s*\}|\band\b)\s*")
 _WITHOUT = re.compile(r"\\mathbb\{R\} ?(?:\\(?:setminus|backslash) ?|-)\\\{([^,{}|]+)\\\}")
 _OR = re.compile(r",?\s*(?:\\text\{\s*,?\s*or\s*\}|\bor\b)\s*")
 _THOUSANDS = re.compile(r"(?:\\?\$ ?)?[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:\D.*)?")
-_BASED = re.compile(r"\(?([0-9A-F]+)\)?_(?:\{\(?(\d+)\)?\}|(\d+)|\{?(?:\\text\{)?([a-z]+)\}{0,2})")
-_BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7"}
-_BASES |= {"eight": "8", "nine": "9", "ten": "10", "twelve": "12", "sixteen": "16"}
+_BASED = re.compile(
+    r"\(?([0-9A-F]+|[a-f]*\d[\da-f]*)\)?_(?:\{\(?(\d+)\)?\}|(\d+)|\{?(?:\\text\{)?([a-z]+)\}{0,2})"
+)
+_PREFIXED = re.compile(r"0(?:[xX]([0-9A-Fa-f]+)|[bB]([01]+)|[oO]([0-7]+))")
 _RATIO = re.compile(r"[\d.\\a-z{} ]+(?::[\d.\\a-z{} ]+)+")
 _WORDS = re.compile(r"(?:\\text\{[^{}]*\}|[A-Za-z]{2,}+|[ ,.'-])++")
 
@@ -146,7 +150,7 @@ def is_name(text: str) -> bool:
 
 def parse(text: str) -> Form:
     """The structure of a `canonical` answer; a `Quantity` where nothing else fits."""
-    text = _without_braces(text.strip())
+    text = without_braces(text.strip())
     for rule in _RULES:
         form = rule(text)
         if form is not None:
@@ -331,9 +335,16 @@ def _list(text: str) -> Form | None:
 
 
 def _plus_minus(text: str) -> Form | None:
-    if text.count(r"\pm") + text.count(r"\mp") != 1:
+    """Both values; numbers are added, so that `1\\pm2` is `3, -1`."""
+    left, *right = re.split(r"\\(?:pm|mp)(?![A-Za-z])", text)
+    if len(right) != 1:
         return None
-    return Collection(tuple(parse(re.sub(r"\\(?:pm|mp)", sign, text)) for sign in "+-"))
+    name, equal, middle = left.rpartition("=")
+    numbers = exact_fraction(middle.strip() or "0"), exact_fraction(right[0])
+    if numbers[0] is None or numbers[1] is None:
+        return Collection(tuple(parse(f"{left}{sign}{right[0]}") for sign in "+-"))
+    values = numbers[0] + numbers[1], numbers[0] - numbers[1]
+    return Collection(tuple(parse(f"{name}{equal}{value}") for value in values))
 
 
 def _equation(text: str) -> Form | None:
@@ -355,46 +366,34 @@ def _equation(text: str) -> Form | None:
 
 
 def _ratio(text: str) -> Form | None:
-    return (
-        Ratio(tuple(part.strip() for part in text.split(":"))) if _RATIO.fullmatch(text) else None
-    )
+    return Ratio(tuple(map(str.strip, text.split(":")))) if _RATIO.fullmatch(text) else None
 
 
 def _based(text: str) -> Form | None:
+    if prefixed := _PREFIXED.fullmatch(text):
+        base = {"x": "16", "o": "8", "b": "2"}[text[1].lower()]
+        return Based(prefixed[prefixed.lastindex or 1].upper(), base, prefixed=True)
     found = _BASED.fullmatch(text)
-    base = (found[2] or found[3] or _BASES.get(found[4])) if found else None
-    return Based(found[1], base) if found and base else None
+    base = (found[2] or found[3] or digits_of_english(found[4]) or "") if found else ""
+    return Based(found[1].upper(), base) if found and base else None
+
+
+def _moment(text: str) -> Form | None:
+    return Words(spelling) if (spelling := moment(text)) else None
 
 
 def _words(text: str) -> Form | None:
-    product = re.fullmatch(r"[a-z]{2,3}", text) and text not in ("yes", "no")
-    if product or not _WORDS.fullmatch(text):
+    if not _WORDS.fullmatch(text):
         return None
     plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    if number := digits_of_english(plain):
+        return Quantity(number)
+    if re.fullmatch(r"[a-z]{2,3}", text) and text not in ("yes", "no"):
+        return None  # a product of variables
     return Words(" ".join(plain.casefold().split()).strip(" .,"))
 
 
 _RULES: tuple[Callable[[str], Form | None], ...] = (
-    _dotted, _matrix, _words, _alternatives, _set, _member, _inequality, _union, _reals_without,
-    _bracketed, _list, _plus_minus, _equation, _ratio, _based,
+    _dotted, _matrix, _moment, _words, _alternatives, _set, _member, _inequality, _union,
+    _reals_without, _bracketed, _list, _plus_minus, _equation, _ratio, _based,
 )  # fmt: skip
-
-
-def split_top(text: str, mark: str) -> list[str]:
-    """`text` cut at each `mark` outside of brackets; `[` may close with `)`, as in intervals."""
-    depth, cuts = 0, [-1]
-    for index, character in enumerate(text):
-        if character in "{([":
-            depth += 1
-        elif character in "})]":
-            depth -= 1
-        elif character == mark and depth == 0:
-            cuts.append(index)
-    cuts.append(len(text))
-    return [text[first + 1 : last] for first, last in pairwise(cuts)]
-
-
-def _without_braces(text: str) -> str:
-    while text.startswith("{") and closing(text, 1) == len(text) - 1:
-        text = text[1:-1].strip()
-    return text

@@ -9,6 +9,7 @@ from typing import cast
 from infir2.verify.answers import (
     AnswerFormat,
     extract_answer,
+    is_missing_label,
     quick_decision,
     reference_text,
     too_hard,
@@ -70,7 +71,7 @@ def check_math_batch(
 def _decide_in_process(extracted: str | None, reference: str) -> Verdict | None:
     if extracted is None:
         return Verdict("no_answer")
-    if reference.strip().lower() == "nan":  # a missing label; it would equal its own spelling
+    if is_missing_label(reference):  # it would equal its own spelling
         return Verdict("wrong", extracted)
     if (
         len(extracted) <= 10 * len(reference) + 1000

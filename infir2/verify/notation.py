@@ -5,6 +5,9 @@ r"""One notation for answers in Unicode, full-width and Chinese signs, LaTeX spe
 
 import re
 import unicodedata
+from itertools import pairwise
+
+from infir2.verify.numerals import digits_of_chinese, written_numbers
 
 ROW = "\ue000"  # stands for `\\` between the rows of a matrix
 MAX_NESTING = 40
@@ -20,7 +23,7 @@ _CHARACTERS = {
     "；": ";", "：": ":", "（": "(", "）": ")", "【": "[", "】": "]", "£": r"\$", "€": r"\$",
     "¥": r"\$", "￥": r"\$", "℃": r"^\circ C", "℉": r"^\circ F", "º": r"^\circ ",
     "˚": r"^\circ ", "⁄": "/", "或": r"\text{ or }", "和": r"\text{ and }",
-    "与": r"\text{ and }", "∠": r"\angle ", "△": r"\triangle ", ROW: " ",
+    "与": r"\text{ and }", "′": "'", "″": "''", "∠": r"\angle ", "△": r"\triangle ", ROW: " ",
 }  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
@@ -37,7 +40,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"\\(?:bf|rm|it|sf|tt)(?![A-Za-z])", ""),
         (r"\\(?:text)?color\{[^{}]*\}", ""),
         (
-            r"(?<=\d)(?:\\,|\\;|\\:|\\ |~|\\thinspace|\{,\}|\\!,|,\\!|[\u2009\u202f\u00a0'’])"
+            r"(?<=\d)(?:\\,|\\;|\\:|\\ |~|\\thinspace|\{,\}|\\!,|,\\!|[_\u2009\u202f\u00a0'’])"
             r"(?=\d{3}(?!\d))",
             "\N{THIN SPACE}",
         ),
@@ -61,6 +64,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"\\(?:lvert|rvert|vert)(?![A-Za-z])", "|"),
         (r"\\mid(?![A-Za-z])", "|"),
         (r"\\(?:land|wedge)(?![A-Za-z])|\\&", r"\\text{ and }"),
+        (r"\\lg(?![A-Za-z])", r"\\log_{10} "),
         (r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{ or }"),
         (r"(\\sqrt(?:\[\d+\])?) ?([0-9A-Za-z])", r"\1{\2}"),
         (r"\\operatorname\*?\{([ei])\}", r"\1"),
@@ -74,16 +78,21 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"([(\[][^][(),;]+[,;][^][(),;]+)\[", r"\1)"),
         (r"百分之([\d.]+)", r"\1\\%"),
         (r"^(\d+)分之(\d+)$", r"\\frac{\2}{\1}"),
+        (r"^(?:一?共|总共)有?(?=\d)", ""),
+        (r"(?<=\d)百", r"\\times10^{2}"),
+        (r"(?<=\d)千(?![米克瓦])", r"\\times10^{3}"),
         (r"(?<=\d)万", r"\\times10^{4}"),
         (r"(?<=\d)亿", r"\\times10^{8}"),
         (r"^([\u4e00-\u9fff]*[值数积长率径角])[为是]:?", r"\\text{\1}="),
-        (r"\\(?:mathbb|Bbb|mathbf)\s*\{?\s*R\s*\}?", r"\\mathbb{R}"),
+        (r"\\(?:mathbb|Bbb|mathbf)\s*\{?\s*([RZ])(?![A-Za-z])\s*\}?", r"\\mathbb{\1}"),
         (r"(?<![\d)}])\\(?:mathrm|text|mathit)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
         (r"\\(?:mathrm|text|mathit)\s*\{([A-Za-fi-kn-rt-z])\}", r"\1"),  # 2\text{m} is in meters
         (r"\\mathrm\s+([A-Za-z])(?![A-Za-z])", r"\1"),
         (r"\\text\s*\{\s*(\\?\$|\^\\circ|\\pi)\s*\}", r"\1 "),
         (r"\\text\s*\{\s*pi\s*\}", r"\\pi "),
         (r"\\(?:textbf|textit|textrm|textsf|textnormal|mbox|hbox|mathsf)(?![A-Za-z])", r"\\text"),
+        (r"(?<!\d)\\(?:text|mathrm)\s*\{\s*(\d[\d.,]*|0[xbo]\w+)\s*\}", r"\1"),
+        (r"\\(?:text|mathrm)\s*\{\s*(?=\\(?:frac|sqrt|boxed|mathbf)(?![A-Za-z]))", r"\\mathit{"),
         (r"\\mathrm\{", r"\\text{"),
         (r"\\\(|\\\)|\\\[|\\\]", ""),
         (r"\*\*(?=\s*[\d({a-z-])(?<=[\w)}]\*\*)", "^"),
@@ -103,10 +112,14 @@ _WRAPPER = re.compile(
 _ROOT = re.compile(r"(?:[√∛∜]|(?<![\\A-Za-z])(?:sqrt|cbrt))\s*")
 _INDEX = {"∛": "[3]", "∜": "[4]", "c": "[3]"}
 _RADICAND = re.compile(r"\d+(?:\.\d+)?|[A-Za-z]|\\pi")
-_OVER = re.compile(r"\\over(?![A-Za-z])")
+_OVER = re.compile(r"\\(over|choose)(?![A-Za-z])")
+_FOR_INTEGERS = re.compile(
+    r"(?<=\S),?\s*\(?\s*(?:\\text\{\s*(?:where|for|with)(?: all| any| some)?\s*\})?\s*([kmn])\s*"
+    r"\\in\s*(?:\\mathbb\{Z\}|\\text\{\s*integers?\s*\})\s*\)?$"
+)
 _LEAD = re.compile(
     r"(?:####|(?:\\text\s*\{\s*)?(?:the\s+)?(?:final\s+)?answer\s*(?:is|:)\s*:?\s*\}?"
-    r"|答案\s*[:是为]*|故?选\s*:?(?=\s*\(?[A-Z]\b)|\\(?:therefore|boxed)(?![A-Za-z]))\s*",
+    r"|答案\s*[:是为]*|等于|故?选\s*:?(?=\s*\(?[A-Z]\b)|\\(?:therefore|boxed)(?![A-Za-z]))\s*",
     re.IGNORECASE,
 )
 _SIGN = re.compile(r"(?:\\approx(?![A-Za-z])|=(?!=)|\+(?=[\d\\.]))\s*")
@@ -129,15 +142,27 @@ def canonical(text: str) -> str:
     thin = "\N{THIN SPACE}"
     text = thin.join(unicodedata.normalize("NFKC", part) for part in text.split(thin))
     text = text.replace(r"\\", ROW)
+    if r"\begin" not in text:  # no columns of a matrix
+        text = re.sub(r"\\?&", " and ", text)
     if _nesting(text) > MAX_NESTING:
         raise ValueError(f"brackets nested more than {MAX_NESTING} deep")
+    text = digits_of_chinese(text)
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
+    text = _for_integers(written_numbers(text))
     text = _quotients(_brace_roots(_unwrap(text)))
     text = _trim(re.sub(r"\s+", " ", text.replace(thin, "")).strip())
     if whole := _TEXT_WITHOUT_WORDS.fullmatch(text):
         return _trim(whole[1])
     return _NUMBER_IN_TEXT.sub(r"\1\\text{ \2}", text) if text.startswith(r"\text") else text
+
+
+def _for_integers(text: str) -> str:
+    r"""`2n\pi, n \in \mathbb{Z}` as `2k\pi`."""
+    found = _FOR_INTEGERS.search(text)
+    if found is None:
+        return text
+    return re.sub(rf"(?<![A-Za-z]){found[1]}(?![A-Za-z])", "k", text[: found.start()])
 
 
 def _nesting(text: str) -> int:
@@ -188,6 +213,27 @@ def closing(text: str, start: int) -> int | None:
     return None
 
 
+def split_top(text: str, mark: str) -> list[str]:
+    """`text` cut at each `mark` outside of brackets; `[` may close with `)`, as in intervals."""
+    depth, cuts = 0, [-1]
+    for index, character in enumerate(text):
+        if character in "{([":
+            depth += 1
+        elif character in "})]":
+            depth -= 1
+        elif character == mark and depth == 0:
+            cuts.append(index)
+    cuts.append(len(text))
+    return [text[first + 1 : last] for first, last in pairwise(cuts)]
+
+
+def without_braces(text: str) -> str:
+    """`text` without braces around all of it."""
+    while text.startswith("{") and closing(text, 1) == len(text) - 1:
+        text = text[1:-1].strip()
+    return text
+
+
 def _unwrap(text: str) -> str:
     r"""Drop font commands and keep their content: `\mathbf{\frac{1}{2}}` is `\frac{1}{2}`."""
     for _ in range(8):
@@ -219,7 +265,7 @@ def _brace_roots(text: str) -> str:
 
 
 def _quotients(text: str) -> str:
-    r"""`{a \over b}` as `\frac{a}{b}`."""
+    r"""`{a \over b}` as `\frac{a}{b}`, `{a \choose b}` as `\binom{a}{b}`."""
     for _ in range(8):
         found = _OVER.search(text)
         if found is None:
@@ -231,5 +277,6 @@ def _quotients(text: str) -> str:
         end = closing(text, found.end())
         end = len(text) if end is None else end
         top, bottom = text[start : found.start()].strip(), text[found.end() : end].strip()
-        text = rf"{text[:start]}\frac{{{top}}}{{{bottom}}}{text[end:]}"
+        command = r"\frac" if found[1] == "over" else r"\binom"
+        text = rf"{text[:start]}{command}{{{top}}}{{{bottom}}}{text[end:]}"
     return text

@@ -16,7 +16,7 @@ _SYNONYMS = {
     "lb": "lb lbs pound pounds", "oz": "oz ounce ounces", "s": "s sec second seconds secs 秒",
     "min": "min minute minutes mins 分钟", "h": "h hr hrs hour hours 小时", "day": "day days 天",
     "week": "week weeks 周", "month": "month months 个月", "year": "year years 年", "mph": "mph",
-    "l": "l liter liters litre litres 升", "ml": "ml milliliter milliliters 毫升",
+    "l": "l L liter liters litre litres 升", "ml": "ml mL milliliter milliliters 毫升",
     "radian": "rad radian radians", "unit": "unit units", "person": "people persons 人",
     "piece": "piece pieces 个 只 本 件 块 张 条 枚 颗 支 种",
 }  # fmt: skip
@@ -25,6 +25,7 @@ _UNITS = {name: unit for unit, names in _SYNONYMS.items() for name in names.spli
 _CHINESE = "|".join(
     sorted((name for name in _UNITS if ord(name[0]) > 0x2E80), key=len, reverse=True)
 )
+CHINESE_UNIT = rf"(?:平方|立方)?(?:{_CHINESE})"
 _PREFIXES = {"平方": "2", "立方": "3", "square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 # Words behind a number that make it another number, or another answer.
 _NUMBER_WORDS = """
@@ -44,7 +45,7 @@ _TEXT_UNIT = re.compile(
 )
 _PLAIN_UNIT = re.compile(
     rf"(?P<value>[^A-Za-z]*\d|.*?\}})\s*"
-    rf"(?P<unit>(?:平方|立方)?(?:{_CHINESE})(?:[/每](?:{_CHINESE}))?"
+    rf"(?P<unit>{CHINESE_UNIT}(?:[/每](?:{_CHINESE}))?"
     rf"|[A-Za-z]++(?:[ /][A-Za-z]++){{0,4}}){_POWER}"
 )
 _DEGREE = re.compile(r"(?P<value>.*?)\s*\^\\circ\s*(?P<scale>[CF]?)")

@@ -190,5 +190,11 @@ def test_values_that_are_not_finite_never_crash_and_never_score(value: float | s
         "5",
         None,
     )
-    with pytest.raises(RowError, match="not a finite number"):
+    with pytest.raises(RowError, match="which is no answer"):
+        parse_prompt({"prompt": "q", "label": value}, SECTION)
+
+
+@pytest.mark.parametrize("value", ["null", "None", " N/A ", "\\boxed{nan}"])
+def test_a_label_that_is_no_answer_is_refused(value: str) -> None:
+    with pytest.raises(RowError, match="which is no answer"):
         parse_prompt({"prompt": "q", "label": value}, SECTION)

@@ -412,6 +412,99 @@ x^^2 7 != 7
 [[1,2],[3,4]] == [[1, 2], [3, 4]]
 [[1,2],[3,4]] != [[1,2],[3,5]]
 [1,2],[3,4] == [1,2],[3,4]
+百分之三十五 == 35\%
+百分之三十五 == 0.35
+百分之三十五 != 35.5\%
+百分之十二点五 == \frac18
+百分之百 == 100\%
+二分之一 == \frac12
+三分之二 != \frac32
+零分之三 != 3
+一又二分之一 == 1.5
+一又二分之一 != \frac12
+千分之五 == 0.005
+一百零五 == 105
+一百五 != 105
+两万五千 == 25000
+六千零八 != 6080
+二〇二六 == 2026
+负二分之一 == -\frac12
+零点五 == 0.5
+十四 != 40
+十二厘米 == 12\text{ cm}
+三平方米 == 3\text{ m}^2
+最小值是四 == 4
+共有十二种 == 12
+等于九 == 9
+三角形 != 3
+第三象限 != 3
+5百 == 500
+1_000 == 1000
+12_345 == 12{,}345
+12_345 != 1234
+1_0 != 10
+3 and 1/7 == \frac{22}{7}
+3 \text{ and } \frac17 == 3\frac17
+3 and 1/7 == 3,\frac17
+3 and 8/7 != \frac{29}{7}
+2 and 3/4 != \frac34
+0x3A == 3A_{16}
+0xff == FF_{16}
+0x3A != 3B_{16}
+0b1101 == 1101_2
+0b1101 != 1101_3
+0o17 == 17_8
+0b10 != 10
+3f_{16} == 3F_{16}
+30^\circ 30' == 30.5^\circ
+30^\circ 30' != 30^\circ
+30^\circ 30' != 30.3^\circ
+12°45′ == 12.75°
+60^{\circ}30^{\prime} == 60.5^\circ
+60^\circ 20' 24'' == 60.34^\circ
+100度30分 == 100.5^\circ
+3 & 5 == 3,5
+3 \text{ & } 5 == 5,3
+3 & 5 != 3
+3 & 5 != 3,6
+1\mp2 == 3,-1
+x=1\pm2 == 3,-1
+1\pm2 != 1,2
+6:30\text{ a.m.} == 6:30 AM
+6:30\text{ a.m.} != 6:30\text{ p.m.}
+6:30 pm == 18:30
+6:30 pm != 6:30
+12 p.m. == noon
+July 4 == 4th of July
+July 4 != July 14
+July 4, 1976 == 4 July 1976
+July 4, 1976 != July 4
+3月5日 == March 5
+\text{twenty-four} == 24
+\text{three fourths} == \frac34
+\text{one hundred and five} == 105
+\text{negative two} == -2
+twenty-four != 42
+\text{two and three} != 23
+\text{half} != 2
+1.5\text{ million} == 1500000
+\$2 \text{ million dollars} == 2\times10^6
+1.5\text{ million} != 1500
+5\text{ hundredths} != 500
+\lg 5 == \log_{10} 5
+2k\pi (k \in \mathbb Z) == 2k\pi, k\in\mathbb{Z}
+n\pi, n\in\mathbb{Z} == k\pi
+\frac{\pi}{6}+k\pi, k\in\mathbb{Z} != \frac{\pi}{6}+2k\pi
+2n, n\in\mathbb{N} != 2n, n\in\mathbb{Z}
+A, C and D == ACD
+AC != ACD
+A, C != C
+\dfrac{\text{3}}{4} == \frac34
+\mathrm{\frac{2}{3}} == \frac23
+\text{\textbf{12}} == 12
+{8 \choose 2} == \binom82
+250\ \text{mL} == 250\text{ milliliters}
+250\ \text{mL} != 250\text{ L}
 """
 
 
@@ -455,6 +548,14 @@ def test_collected_pairs() -> None:
         "x,",
         "(",
         "1 or ",
+        "一",
+        "百分之",
+        "1^\\circ 1'",
+        "1 and ",
+        "AB",
+        "one ",
+        "k\\in ",
+        "1 \\text{ ",
     ],
 )
 def test_hostile_answers_take_linear_time(part: str) -> None:

@@ -87,13 +87,21 @@ def test_gsm8k_answers_in_other_spellings() -> None:
         ("\\frac{14}{4}", "\\frac{7}{2}", True),
         ("\\text{Tuesday}", "Monday", False),
         ("5,6", "5", False),
-        ("nan", "nan", False),
-        ("NaN", "NaN", False),
+        ("\\infty", "\\infty", True),
+        ("\\text{None of them}", "None of them", True),
         ("", "5", False),
     ],
 )
 def test_equivalence_and_its_limits(answer: str, reference: str, correct: bool) -> None:
     assert check_math(boxed(answer), reference, seconds=20).correct is correct
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["nan", "NaN", "inf", "-Infinity", "null", "None", "N/A", "$nan$", "\\boxed{None}", " "],
+)
+def test_a_label_that_is_no_answer_never_scores(label: str) -> None:
+    assert check_math(boxed(label), label).reason in ("wrong", "no_answer")
 
 
 def test_reasons_tell_what_happened() -> None:
