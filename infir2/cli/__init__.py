@@ -47,6 +47,7 @@ VERBS = {
         "launch",
         "cpt, sft, rl or eval on many processes and nodes: launch torchrun|ray|slurm -- VERB ...",
     ),
+    "serve": Verb("serve", "serve", "serve a model by OpenAI's API: serve MODEL"),
     "check": Verb("preflight", "check", "check everything a recipe needs, and train nothing"),
     "export": Verb(
         "convert", "export", "write weights for other software: export hf|fp8|megatron SRC --to DIR"

@@ -19,6 +19,7 @@ from infir2.engines.types import Completion, Request
 from infir2.model import Decoder
 from infir2.model.hf_names import exported_fp8_weights, load_weights, weights_digest
 from infir2.model.memory import host_memory
+from infir2.numerics import Fp8Linear
 from infir2.numerics.kernels import usable
 
 CACHE_SHARE = 0.5  # of the free memory: the trainer or another engine may need the rest
@@ -45,6 +46,7 @@ class NativeEngine:
         """
         self.model = model.eval().requires_grad_(False)
         self.policy_version, self.shared_by_ranks = 0, False
+        self.max_running_requests = max_running_requests
         device = model.head_weight.device
         cache_bytes = int(cache_gib * 2**30) or int(CACHE_SHARE * _free_bytes(device))
         runner = open_runner(model, max_running_requests)
@@ -63,6 +65,18 @@ class NativeEngine:
         """Load an exported Hugging Face directory, FP8 or BF16. Raises CheckpointError."""
         model = Decoder.from_hf(directory, compute_dtype=compute_dtype).to(device)
         return cls(model, section.max_running_requests, section.cache_gib)
+
+    @property
+    def scale_format(self) -> str | None:
+        """That of the model's FP8 layers; None without such layers."""
+        layers = (each for each in self.model.modules() if isinstance(each, Fp8Linear))
+        first = next(layers, None)
+        return None if first is None else first.scale_format
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that fit the KV cache, those of all running requests together."""
+        return self._scheduler.cache_tokens
 
     @property
     def num_unfinished(self) -> int:

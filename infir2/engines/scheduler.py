@@ -119,6 +119,11 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self._unfinished_ids)
 
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the cache holds when it has its full size."""
+        return self._max_pages * self._runner.page_size
+
     def submit(self, request: Request) -> None:
         """As `Engine.submit`; also ValueError for a request that the cache cannot hold."""
         check_request(request, self._unfinished_ids)

@@ -129,6 +129,7 @@ LIGHT = (
     "infir2.cli.preflight",
     "infir2.preflight.checks",
     "infir2.cli.launch",
+    "infir2.cli.serve",
 )
 
 

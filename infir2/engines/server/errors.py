@@ -1,0 +1,83 @@
+"""Errors as OpenAI's API writes them: {"error": {"message", "type", "param", "code"}}."""
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from infir2.engines.server.driver import CanceledError, QueueFullError, WrongVersionError
+
+RETRY_SECONDS = 1
+_CLIENT_CLOSED = 499  # nobody reads the answer
+
+
+class ApiError(Exception):
+    """An answer other than 200.
+
+    Example: `ApiError(400, "n is 200; it must be at most 128", param="n")`.
+    """
+
+    def __init__(self, status: int, message: str, code: str = "", param: str = "") -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the response was complete."""
+
+
+def json_response(content: Any, status: int = 200, **headers: str) -> Response:
+    """`content` as JSON. Floats read back with the same bits; not finite ones raise ValueError."""
+    body = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Response(body, status, headers, media_type="application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """The answer to a request that failed."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    content = {
+        "message": str(error),
+        "type": kind,
+        "param": error.param or None,
+        "code": error.code or None,
+    }
+    headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
+    if error.status == 401:
+        headers = {"WWW-Authenticate": "Bearer"}
+    return json_response({"error": content}, error.status, **headers)
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    match error:
+        case ApiError():
+            return error
+        case QueueFullError():
+            return ApiError(503, "the queue is full; try again later", "queue_full")
+        case CanceledError():
+            return ApiError(503, str(error), "canceled")
+        case WrongVersionError():
+            return ApiError(409, str(error), "policy_version")
+        case RequestValidationError():
+            first = error.errors()[0]
+            path = ".".join(str(part) for part in first["loc"] if part != "body")
+            return ApiError(400, f"{path or 'the body'}: {first['msg']}", param=path)
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail))
+        case ClientGoneError():
+            return ApiError(_CLIENT_CLOSED, "the client has gone")
+        case _:
+            raise error
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error of the app in OpenAI's form."""
+
+    async def answer(_request: Request, error: Exception) -> Response:
+        return error_response(_as_api_error(error))
+
+    kinds = (ApiError, QueueFullError, CanceledError, WrongVersionError, ClientGoneError)
+    for kind in (*kinds, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer)

@@ -1,0 +1,105 @@
+"""Our own server in this process, with a tiny model, and plain requests to it."""
+
+import contextlib
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from infir2.config.schema import ShapeSection
+from infir2.convert import export_fp8, selfcheck
+from infir2.data import load_tokenizer
+from infir2.engines.native import NativeEngine
+from infir2.engines.server.app import build_app
+from infir2.engines.server.driver import EngineDriver
+from infir2.engines.server.served import Served
+from infir2.model import Decoder, exported_weights, write_hf
+
+KEY = "sk-test"
+SHAPE = ShapeSection(
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    ffn_size=136,
+    max_positions=512,
+)
+
+
+def write_model(directory: Path, tokenizer: Path, seed: int = 3, fp8: bool = True) -> Path:
+    """A model of random weights as a Hugging Face directory, FP8 or BF16."""
+    model = Decoder.from_shape(SHAPE, load_tokenizer(tokenizer).vocab_size, seed=seed)
+    bf16 = directory / f"bf16-{seed}"
+    if not bf16.exists():
+        write_hf(bf16, exported_weights(model), model.config.to_hf(), tokenizer)
+    if not fp8:
+        return bf16
+    target = directory / f"fp8-{seed}"
+    small, selfcheck.SMALL_MODEL_PARAMETERS = selfcheck.SMALL_MODEL_PARAMETERS, 0
+    try:
+        export_fp8(bf16, target, "pow2")
+    finally:
+        selfcheck.SMALL_MODEL_PARAMETERS = small
+    return target
+
+
+class OwnServer:
+    """`infir2 serve` without its command line."""
+
+    def __init__(self, directory: Path, max_running: int = 8, max_requests: int = 64) -> None:
+        model = Decoder.from_hf(directory)
+        self.engine = NativeEngine(model, max_running, cache_gib=0.01, keep_cache=True)
+        self.driver = EngineDriver(lambda: self.engine, max_requests)
+        config = model.config
+        self.served = Served(
+            "tiny", load_tokenizer(directory), config.max_positions, config.vocab_size, self.driver
+        )
+
+    @contextlib.contextmanager
+    def run(self, key: str = KEY, **options: Any) -> Iterator["OwnServer"]:
+        app = build_app(self.served, key, **options)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1
+            )
+        )
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not (server.started and self.driver.is_ready):
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        self.url, self.key = f"http://127.0.0.1:{port}", key
+        try:
+            yield self
+        finally:
+            server.should_exit = True
+            thread.join()
+
+    def call(self, path: str, body: Any = None, key: str | None = None) -> tuple[int, Any]:
+        """Status and JSON of a GET request, or of a POST request with a body."""
+        headers = {"Content-Type": "application/json"}
+        if key != "":
+            headers["Authorization"] = f"Bearer {key or self.key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def wait_until_idle(self, seconds: float = 1.0) -> float:
+        """Seconds until no request was left; fails after `seconds`."""
+        start = time.monotonic()
+        while self.driver.num_requests or self.engine.num_unfinished:
+            assert time.monotonic() < start + seconds, "a request still runs"
+            time.sleep(0.005)
+        return time.monotonic() - start
