@@ -31,6 +31,7 @@ class Infir2Client:
         with reading_answer(self.url):
             return ServerInfo(
                 release="infir2",
+                model=str(answer.get("model") or ""),
                 scale_format=answer.get("scale_format") or "none",
                 max_positions=answer.get("max_positions"),
                 max_running_requests=answer.get("max_running_requests"),

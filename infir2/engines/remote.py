@@ -77,6 +77,7 @@ class ServerInfo:
 
     Attributes:
         release: name and version, such as "sglang 0.5.12.post1".
+        model: path or name of the model that it was started with.
         scale_format: of its FP8 weights, "pow2" or "fp32"; "none" for weights that are not FP8.
         max_positions: longest prompt with response, tokens.
         max_running_requests: as many it generates at a time.
@@ -84,6 +85,7 @@ class ServerInfo:
     """
 
     release: str
+    model: str = ""
     scale_format: str | None = None
     max_positions: int | None = None
     max_running_requests: int | None = None

@@ -1,0 +1,168 @@
+"""Client of an SGLang server, releases 0.5.12 to 0.5.23, by its native routes.
+
+Without SGLANG_RETURN_ORIGINAL_LOGPROB its `output_token_logprobs` are the logarithm of the softmax
+at the sampling temperature, before top-p (`layers/sampler.py`): our `rollout_logprobs`. No route
+that unpickles what it receives is used (`/update_weights_from_tensor`).
+"""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from infir2.engines.http_client import HttpClient
+from infir2.engines.remote import (
+    BadAnswerError,
+    EngineError,
+    PublishedWeights,
+    ServerInfo,
+    WeightsDifferError,
+    checked_completion,
+    reading_answer,
+)
+from infir2.engines.sglang_checksum import differing
+from infir2.engines.types import Completion, Request
+from infir2.errors import ConfigError
+
+ROUTES = {
+    *("/generate", "/health_generate", "/server_info", "/abort_request", "/flush_cache"),
+    *("/update_weights_from_disk", "/weights_checker"),
+}
+OLDEST_RELEASE = "0.5.12"
+RESERVED_TOKENS = 4  # a request may have so many more than `max_req_input_len` (tp_worker.py)
+
+
+class SglangClient:
+    """An `EngineClient`."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        self._http = HttpClient(url, api_key)
+        self.url = self._http.url
+        self._server_ids: dict[str, str] = {}  # of the requests in flight, by our id
+
+    async def info(self) -> ServerInfo:
+        """As `EngineClient`."""
+        answer = await self._http.get("/server_info")
+        with reading_answer(self.url):
+            release, state = str(answer["version"]), answer["internal_states"][0]
+            running = state.get("effective_max_running_requests_per_dp")
+            info = ServerInfo(
+                release=f"sglang {release}",
+                model=str(answer["model_path"]),
+                max_positions=int(answer["max_req_input_len"]) + RESERVED_TOKENS,
+                max_running_requests=running or answer.get("max_running_requests"),
+            )
+        await self._check_routes(release)
+        return info
+
+    async def check_health(self) -> None:
+        """As `EngineClient`: the route answers once a token was generated."""
+        await self._http.get("/health_generate")
+
+    async def generate(self, request: Request, policy_version: int) -> Completion:
+        """As `EngineClient`."""
+        # An aborted request keeps its id for seconds: each attempt has one of its own.
+        server_id = f"{request.id}#{secrets.token_hex(4)}"
+        self._server_ids[request.id] = server_id
+        body = {
+            "rid": server_id,
+            "input_ids": list(request.token_ids),
+            "sampling_params": _sampling_params(request),
+            "return_logprob": True,
+        }
+        try:
+            answer = await self._http.post("/generate", body)
+        except EngineError:
+            del self._server_ids[request.id]
+            raise
+        del self._server_ids[request.id]  # after a cancellation `cancel` needs it
+        with reading_answer(self.url):
+            meta, token_ids = answer["meta_info"], [int(token) for token in answer["output_ids"]]
+            pairs = [(entry[0], entry[1]) for entry in meta["output_token_logprobs"]]
+            version, reason = meta["weight_version"], meta["finish_reason"]
+        if version != str(policy_version):
+            raise BadAnswerError("version", f"{self.url} answers with weights {version!r}")
+        if isinstance(reason, dict) and reason.get("type") == "abort":
+            raise BadAnswerError("aborted", f"{self.url} aborted request {request.id}: {reason}")
+        if [token for _, token in pairs] != token_ids:
+            raise BadAnswerError("logprobs", f"{self.url}: log-probabilities of other tokens")
+        return checked_completion(request, token_ids, [p for p, _ in pairs], policy_version)
+
+    async def cancel(self, request_ids: Sequence[str]) -> None:
+        """As `EngineClient`."""
+        server_ids = [self._server_ids.pop(request_id, "") for request_id in request_ids]
+        aborts = (self._http.post("/abort_request", {"rid": each}) for each in server_ids if each)
+        await asyncio.gather(*aborts)
+
+    async def update_weights(self, weights: PublishedWeights) -> None:
+        """As `EngineClient`: from the directory, which the server reads itself."""
+        body = {
+            "model_path": str(weights.directory),
+            "weight_version": str(weights.policy_version),
+            "abort_all_requests": True,
+            "flush_cache": True,
+        }
+        await self._succeed("/update_weights_from_disk", body)
+        await self._http.post("/flush_cache", {})
+
+    async def prove_weights(self, weights: PublishedWeights) -> None:
+        """As `EngineClient`: the checksum of every parameter on every rank."""
+        answer = await self._succeed("/weights_checker", {"action": "checksum"})
+        with reading_answer(self.url):
+            ranks = [
+                (place["tp_rank"], place["tp_size"], rank["checksums"])
+                for rank in answer["ranks"]
+                if (place := rank["parallelism_info"]).get("role", "target") == "target"
+            ]
+            size = max(size for _, size, _ in ranks)
+            if {rank for rank, _, _ in ranks} != set(range(size)):
+                raise WeightsDifferError(f"{self.url}: not every rank told its checksums")
+        for tp_rank, tp_size, held in ranks:
+            names = await asyncio.to_thread(differing, held, weights.directory, tp_rank, tp_size)
+            if names:
+                raise WeightsDifferError(
+                    f"{self.url}: {names[0]} and {len(names) - 1} more are not the trainer's "
+                    f"(rank {tp_rank} of {tp_size})"
+                )
+
+    async def close(self) -> None:
+        """As `EngineClient`."""
+        await self._http.close()
+
+    async def _succeed(self, route: str, body: dict[str, Any]) -> Any:
+        """POST to a route that answers {"success": ..., "message": ...}."""
+        answer = await self._http.post(route, body)
+        with reading_answer(self.url):
+            if answer["success"]:
+                return answer
+            message = str(answer["message"])
+        raise EngineError("refused", f"{self.url}{route}: {message[:300]}")
+
+    async def _check_routes(self, release: str) -> None:
+        try:
+            paths = (await self._http.get("/openapi.json"))["paths"]
+        except (EngineError, LookupError, TypeError) as error:
+            if isinstance(error, EngineError) and error.reason != "status":
+                raise
+            return  # DISABLE_OPENAPI_DOC; a route that is missing shows itself when it is used
+        if missing := ROUTES - set(paths):
+            raise ConfigError(
+                f"{self.url}: SGLang {release} has no route {', '.join(sorted(missing))}; install "
+                f"SGLang {OLDEST_RELEASE} or newer."
+            )
+
+
+def _sampling_params(request: Request) -> dict[str, Any]:
+    """SGLang's parameters; every one that could change the distribution is named."""
+    params = request.params
+    return {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": -1,
+        "min_p": 0.0,
+        "max_new_tokens": params.max_tokens,
+        "stop_token_ids": list(params.stop_ids),
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+    }
