@@ -174,3 +174,23 @@ def scripted_response(
     while len(token_ids) < max_tokens and not (token_ids and token_ids[-1] in stop_ids):
         token_ids.append((sum(prompt) * 31 + 7 * len(token_ids)) % 97)
     return token_ids, [-0.25 - token / 128 for token in token_ids]
+
+
+def main() -> None:
+    """A server in a process of its own, with a child that leaves its session, as SGLang's do.
+
+    Arguments: port, file with the key. The first line of its log names the pid of the child.
+    """
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    key = Path(sys.argv[2]).read_text(encoding="utf-8").strip()
+    child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    print(f"child {child.pid}", flush=True)
+    server = FakeServer(api_key=key, port=int(sys.argv[1]))
+    server._stopped.wait()
+
+
+if __name__ == "__main__":
+    main()
