@@ -12,7 +12,6 @@ key, so the result is that of an uninterrupted evaluation.
 """
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -138,7 +137,7 @@ def resume_output(loaded: Loaded[EvalRecipe], inputs: dict[str, str]) -> list[Ro
     directory = Path(loaded.recipe.run.dir)
     try:
         if _read_inputs(directory):
-            keep_json_lines(directory / SAMPLES, lambda row: "sample" in row)
+            keep_json_lines(directory / SAMPLES, lambda row: "tokens" in row)
             return read_json_lines(directory / SAMPLES)
         (directory / SAMPLES).unlink(missing_ok=True)  # nobody knows of which evaluation
         environment = json.dumps(describe_environment(), indent=1).encode() + b"\n"
@@ -168,8 +167,8 @@ class SamplesWriter(JsonLinesWriter):
 
 
 def scores_as_json(scores: Evaluation) -> dict[str, Any]:
-    """The scores as metrics.jsonl has them: null for the infinite interval of one problem."""
-    return {name: _finite(value) for name, value in asdict(scores).items()}
+    """The scores as metrics.jsonl has them."""
+    return asdict(scores)
 
 
 def write_results(directory: Path, scores: Evaluation, rows: list[Row]) -> None:
@@ -190,8 +189,8 @@ def write_results(directory: Path, scores: Evaluation, rows: list[Row]) -> None:
 def finished_scores(directory: Path) -> Evaluation | None:
     """The scores of a finished evaluation; None if it is not finished."""
     for row in read_json_lines(directory / METRICS):
-        values = {name: row[name] for name in Evaluation.__dataclass_fields__}
-        return Evaluation(**values | {"interval": values["interval"] or math.inf})
+        if Evaluation.__dataclass_fields__.keys() <= row.keys():
+            return Evaluation(**{name: row[name] for name in Evaluation.__dataclass_fields__})
     return None
 
 
@@ -208,8 +207,3 @@ def _belongs_to_an_evaluation(name: str) -> bool:
 def _read_inputs(directory: Path) -> dict[str, Any]:
     """What `resume_output` wrote to inputs.json; {} if the evaluation has not begun."""
     return next(iter(read_json_lines(directory / INPUTS)), {})
-
-
-def _finite(value: Any) -> Any:
-    """None for a number that JSON does not have, such as the infinite interval of one problem."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

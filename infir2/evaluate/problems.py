@@ -9,7 +9,14 @@ from infir2.data.types import RowError
 from infir2.engines.generate import generate_batches, group_requests
 from infir2.engines.types import Completion, Engine, Request, SamplingParams
 from infir2.errors import DataError
-from infir2.evaluate.statistics import Evaluation, average_at_k, by_difficulty, mean_pass_at_k
+from infir2.evaluate.statistics import (
+    Evaluation,
+    average_at_k,
+    by_difficulty,
+    majority_at_k,
+    mean_pass_at_k,
+    tokens_mean_and_p95,
+)
 from infir2.faults import fault
 from infir2.model import ModelConfig
 from infir2.train.plan import check_positions
@@ -90,7 +97,8 @@ def answer_problems(
 
     Returns:
         A row per response, in order of the problems: problem (id), sample (0 to samples - 1),
-        prompt, response, answer, reward (0 or 1), truncated.
+        prompt, response, answer (the reference), extracted (the response's own, "" without one),
+        reward (0 or 1), tokens, truncated.
     """
     requests = response_requests(engine, tokenizer, problems, section, seed)
     owners = [problem for problem in problems for _ in range(section.samples)]
@@ -123,7 +131,9 @@ def _checked_rows(
             "prompt": problem.messages[-1]["content"],
             "response": text,
             "answer": problem.answer,
+            "extracted": "" if verdict.reason == "no_answer" else verdict.answer,
             "reward": float(verdict.correct),
+            "tokens": len(completion.token_ids),
             "truncated": completion.finish == "length",
         }
         for (completion, problem), text, verdict in zip(batch, texts, verdicts, strict=True)
@@ -132,17 +142,32 @@ def _checked_rows(
 
 def summarize(problems: Sequence[Prompt], rows: Sequence[Row], k: int) -> Evaluation:
     """Scores of the rows of `answer_problems`, k for each problem, in any order."""
-    rewards: dict[str, list[float]] = {problem.id: [] for problem in problems}
+    by_id: dict[str, list[Row]] = {problem.id: [] for problem in problems}
     for row in rows:
-        rewards[row["problem"]].append(row["reward"])
-    by_problem = list(rewards.values())
-    average = average_at_k(by_problem)
+        by_id[row["problem"]].append(row)
+    rewards = [[row["reward"] for row in own] for own in by_id.values()]
+    votes = [
+        majority_at_k([(row["extracted"], row["reward"] > 0) for row in own])
+        for own in by_id.values()
+    ]
+    average = average_at_k(rewards)
+    tokens_mean, tokens_p95 = tokens_mean_and_p95([row["tokens"] for row in rows])
     return Evaluation(
         avg_at_k=average.mean,
-        interval=average.interval,
+        low=average.low,
+        high=average.high,
         k=k,
-        pass_at_k=mean_pass_at_k(by_problem, k),
+        pass_at_k=mean_pass_at_k(rewards, k),
+        majority_at_k=sum(votes) / len(votes),
         num_problems=len(problems),
-        truncated_fraction=sum(row["truncated"] for row in rows) / len(rows),
-        by_difficulty=by_difficulty(by_problem, [problem.difficulty for problem in problems]),
+        truncated_fraction=_fraction([row["truncated"] for row in rows]),
+        empty_fraction=_fraction([not row["response"].strip() for row in rows]),
+        answerless_fraction=_fraction([not row["extracted"] for row in rows]),
+        response_tokens_mean=tokens_mean,
+        response_tokens_p95=tokens_p95,
+        by_difficulty=by_difficulty(rewards, [problem.difficulty for problem in problems]),
     )
+
+
+def _fraction(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags)

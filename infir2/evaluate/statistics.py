@@ -1,79 +1,123 @@
 """Scores with their uncertainty: pure functions of plain numbers.
 
-A benchmark is a few dozen problems, each answered k times. Answers to one problem resemble each
-other, so the problem, not the answer, is the unit of sampling: every interval is clustered by
-problem (Miller 2024, arXiv 2411.00640).
+A benchmark is a few dozen questions, each answered k times. Answers to one question resemble each
+other, so the question, not the answer, is the unit of sampling: every interval is clustered by
+question (Miller 2024, arXiv 2411.00640). It is a studentised bootstrap: on hard sets of 30
+questions 1.96 standard errors cover the truth in far fewer than 95 % of draws.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-NORMAL_95 = 1.959963984540054
+_NORMAL_95 = 1.959963984540054
+_RESAMPLES = 2000
+_BATCH_CELLS = 1 << 21  # resampled questions at one time: 16 MiB
+# Of one question: what 30 questions that were all wrong do not say about the next one. Chosen by
+# simulation for 94 to 97 % coverage at 30 questions with accuracies from 0.03 to 0.97.
+_UNSEEN = 0.06
 
 
 class Estimate(NamedTuple):
-    """A mean with the half-width of its 95 % confidence interval: `mean` +- `interval`."""
+    """A mean with the ends of its 95 % confidence interval."""
 
     mean: float
-    interval: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one evaluation, as fractions of 1.
+    """Scores of one evaluation, as fractions of 1, and lengths of responses in tokens.
 
-    `interval` is the half-width of the 95 % confidence interval of avg@k, clustered by problem.
+    `low` and `high` are the ends of the 95 % confidence interval of avg@k, clustered by problem. A
+    response is truncated if it reached its token limit, answerless if it has no answer to compare.
     """
 
     avg_at_k: float
-    interval: float
+    low: float
+    high: float
     k: int
     pass_at_k: float
+    majority_at_k: float
     num_problems: int
     truncated_fraction: float
+    empty_fraction: float
+    answerless_fraction: float
+    response_tokens_mean: float
+    response_tokens_p95: float
     by_difficulty: dict[str, float]
 
     def describe(self) -> str:
         """One line for people.
 
-        Example: "avg@4 0.412 +- 0.031, pass@4 0.700 on 300 problems, 1.2 % truncated".
+        Example: "avg@4 0.412 (95 %: 0.381 to 0.446), pass@4 0.700, majority@4 0.480 on 300
+        problems, 1.2 % truncated, 0.4 % without answer, 812 tokens".
         """
         return (
-            f"avg@{self.k} {self.avg_at_k:.3f} +- {self.interval:.3f}, "
-            f"pass@{self.k} {self.pass_at_k:.3f} on {self.num_problems} problems, "
-            f"{100 * self.truncated_fraction:.1f} % truncated"
+            f"avg@{self.k} {self.avg_at_k:.3f} (95 %: {self.low:.3f} to {self.high:.3f}), "
+            f"pass@{self.k} {self.pass_at_k:.3f}, majority@{self.k} {self.majority_at_k:.3f} "
+            f"on {self.num_problems} problems, {100 * self.truncated_fraction:.1f} % truncated, "
+            f"{100 * self.answerless_fraction:.1f} % without answer, "
+            f"{self.response_tokens_mean:,.0f} tokens"
         )
 
 
-def clustered_mean(problem_means: Sequence[float]) -> Estimate:
-    """The mean of per-problem means m_i in [0, 1] and its half-width 1.96 * s / sqrt(n).
+def clustered_mean(question_means: Sequence[float]) -> Estimate:
+    """The mean of per-question means in [0, 1] with its studentised bootstrap interval.
 
-    s = sqrt(sum (m_i - mean)^2 / (n - 1)). All 0 or all 1 is not certainty: the half-width is then
-    Wilson's bound z^2 / (n + z^2). The interval of one problem is infinite. Raises ValueError for
-    an empty list.
+    The bootstrapped quantity is t = (mean - mu) / sqrt(phi * mu * (1 - mu) / n): the variance of a
+    proportion at mu, times the measured share phi of it that lies between questions. So the
+    interval stays in [0, 1], and it is never narrower than Wilson's with that phi, which it is for
+    0 of n. The interval of one question is [0, 1]. Raises ValueError for an empty
+    list and for values outside [0, 1].
     """
-    values = np.asarray(problem_means, dtype=np.float64)
-    if values.size == 0:
-        raise ValueError("no problems to score: the list of problems is empty")
-    mean, n = float(values.mean()), values.size
+    values = _checked(question_means)
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError("scores have to be between 0 and 1")
+    n, mean = values.size, math.fsum(values) / values.size
     if n == 1:
-        interval = math.inf
-    elif mean in (0.0, 1.0):
-        interval = NORMAL_95**2 / (n + NORMAL_95**2)
-    else:
-        interval = float(NORMAL_95 * values.std(ddof=1) / math.sqrt(n))
-    return Estimate(mean, interval)
+        return Estimate(mean, 0.0, 1.0)
+    phi = float(_between_share(n, mean, (values**2).mean()))
+    lower, upper = -_student_95(n), _student_95(n)
+    if 0 < mean < 1:
+        means, squares = _resampled(values, values**2)
+        t = (means - mean) / np.sqrt(_between_share(n, means, squares) * mean * (1 - mean) / n)
+        lower, upper = _at_least_student(t, n)
+    return Estimate(
+        mean, _score_bound(mean, upper, -1, phi, n), _score_bound(mean, lower, 1, phi, n)
+    )
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """Mean of second - first over the same questions, with its studentised bootstrap interval.
+
+    Both have one mean in [0, 1] per question, in the same order. The interval of one question is
+    [-1, 1]. Raises ValueError for lists of different length and for empty ones.
+    """
+    if len(first) != len(second):
+        raise ValueError("a paired comparison needs the same questions on both sides")
+    values = _checked(np.subtract(second, first))
+    n, mean = values.size, math.fsum(values) / values.size
+    if n == 1:
+        return Estimate(mean, -1.0, 1.0)
+    means, squares = _resampled(values, values**2)
+    error = math.sqrt(_difference_variance(n, mean, (values**2).mean()))
+    t = (means - mean) / np.sqrt(_difference_variance(n, means, squares))
+    lower, upper = _at_least_student(t, n)
+    return Estimate(mean, max(-1.0, mean - upper * error), min(1.0, mean - lower * error))
 
 
 def average_at_k(scores: Sequence[Sequence[float]]) -> Estimate:
-    """avg@k: the mean over problems of the mean score of a problem's samples.
+    """avg@k: the mean over questions of the mean score of a question's samples.
 
-    `scores` has one list of k scores per problem. All problems have the same weight, whatever their
-    number of samples. Example: [[1, 0], [1, 1]] -> 0.75 +- 0.49.
+    `scores` has one list of k scores per question. All questions have the same weight, whatever
+    their number of samples. Example: the mean of [[1, 0], [1, 1]] is 0.75.
     """
     return clustered_mean([_mean(samples) for samples in scores])
 
@@ -98,10 +142,45 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def mean_pass_at_k(scores: Sequence[Sequence[float]], k: int) -> float:
-    """pass@k averaged over problems. A sample is correct when its score is greater than 0."""
+    """pass@k averaged over questions. A sample is correct when its score is greater than 0."""
     return _mean(
         [pass_at_k(len(samples), sum(score > 0 for score in samples), k) for samples in scores]
     )
+
+
+def majority_at_k(samples: Sequence[tuple[str, bool]]) -> float:
+    """Whether the most frequent of a question's answers is correct, from (answer, is correct).
+
+    All correct answers are one answer, whatever their spelling. A sample without an answer ("") has
+    no vote. Among equally frequent answers one is drawn: the result is the chance of the correct.
+    Example: [("1/2", True), ("0.5", True), ("3", False), ("3", False)] -> 0.5.
+    """
+    votes = Counter(True if correct else answer for answer, correct in samples if answer or correct)
+    most = max(votes.values(), default=0)
+    return (votes[True] == most) / list(votes.values()).count(most) if most else 0.0
+
+
+def known_and_bounds(scores: Sequence[Sequence[float | None]]) -> Estimate:
+    """The mean of the known scores, and what it is with all missing ones wrong or all right.
+
+    None stands for a missing score. Questions have the same weight; one without a known score does
+    not count for the mean, which is NaN without any. Example: [[1, None], [0, 0]] -> (0.5, 0.25,
+    0.5). Raises ValueError for a question without samples.
+    """
+    known = [[score for score in samples if score is not None] for samples in scores]
+    means = [_mean(samples) for samples in known if samples]
+    low, high = (
+        _mean([_mean([s if s is not None else fill for s in samples]) for samples in scores])
+        for fill in (0.0, 1.0)
+    )
+    return Estimate(_mean(means) if means else math.nan, low, high)
+
+
+def tokens_mean_and_p95(tokens: Sequence[int]) -> tuple[float, float]:
+    """Mean and 95th percentile (linear between neighbours); NaN for an empty list."""
+    if not tokens:
+        return math.nan, math.nan
+    return float(np.mean(tokens)), float(np.percentile(tokens, 95))
 
 
 def by_difficulty(
@@ -114,7 +193,7 @@ def by_difficulty(
         for level in levels
     }
     return {
-        "unknown" if level is None else str(level): average_at_k(own).mean
+        "unknown" if level is None else str(level): _mean([_mean(samples) for samples in own])
         for level, own in by_level.items()
     }
 
@@ -123,3 +202,69 @@ def _mean(values: Sequence[float] | Sequence[bool]) -> float:
     if not values:
         raise ValueError("a problem without samples has no score: drop it, or count it as wrong")
     return math.fsum(values) / len(values)
+
+
+def _checked(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise ValueError("no problems to score: the list of problems is empty")
+    return array
+
+
+def _between_share(n: int, mean: np.ndarray | float, square: np.ndarray | float) -> np.ndarray:
+    """Variance between questions as a share of mean * (1 - mean), its largest possible value."""
+    mean = np.asarray(mean)
+    between = np.maximum(square - mean * mean, 0.0)
+    return (n * between + _UNSEEN) / (n * mean * (1 - mean) + _UNSEEN)
+
+
+def _difference_variance(
+    n: int, mean: np.ndarray | float, square: np.ndarray | float
+) -> np.ndarray:
+    return (n * np.maximum(square - np.square(mean), 0.0) + _UNSEEN) / (n * (n - 1))
+
+
+def _student_95(n: int) -> float:
+    """The 97.5 % quantile of Student's t with n - 1 degrees of freedom, to 1 % from n = 8 on."""
+    return _NORMAL_95 + (_NORMAL_95**3 + _NORMAL_95) / (4 * (n - 1))
+
+
+def _at_least_student(t: np.ndarray, n: int) -> tuple[float, float]:
+    """The 2.5 and 97.5 % quantiles, but never closer to 0 than Student's.
+
+    A set of questions that are nearly all wrong has too few different resamples.
+    """
+    lower, upper = np.quantile(t, (0.025, 0.975))
+    return min(float(lower), -_student_95(n)), max(float(upper), _student_95(n))
+
+
+def _score_bound(mean: float, t: float, side: int, phi: float, n: int) -> float:
+    """The mu on one side (-1 or 1) of the mean with |mean - mu| = |t| sqrt(phi mu (1 - mu) / n)."""
+    a = t * t * phi / n
+    root = math.sqrt(a * (mean * (1 - mean) + a / 4))
+    return min(1.0, max(0.0, (mean + a / 2 + side * root) / (1 + a)))
+
+
+def _resampled(*columns: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Means of each column over resamples of its n values, the same resamples for all columns."""
+    counts = _counts(columns[0].size) if columns[0].size * _RESAMPLES <= _BATCH_CELLS else None
+    table = np.stack(columns, axis=1)
+    if counts is not None:
+        return tuple((counts @ table).T / len(table))
+    generator = np.random.default_rng(0)
+    rows = max(1, _BATCH_CELLS // len(table))
+    parts = [
+        _draw(generator, len(table), min(rows, _RESAMPLES - start)) @ table
+        for start in range(0, _RESAMPLES, rows)
+    ]
+    return tuple(np.concatenate(parts).T / len(table))
+
+
+@lru_cache(maxsize=4)
+def _counts(n: int) -> np.ndarray:
+    return _draw(np.random.default_rng(0), n, _RESAMPLES)
+
+
+def _draw(generator: np.random.Generator, n: int, rows: int) -> np.ndarray:
+    """How often each of n questions is drawn, [rows, n]."""
+    return generator.multinomial(n, np.full(n, 1 / n), size=rows).astype(np.float64)

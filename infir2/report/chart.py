@@ -26,7 +26,7 @@ LOG_RATIO = 8  # an auto axis is logarithmic if the maximum is this many times t
 class Series:
     """One line: integer steps x [n] and values y float64 [n], NaN for a gap.
 
-    `color` is an index into the palette of style.css; `half_width` [n] is that of an interval.
+    `color` is an index into the palette of style.css; `low` and `high` [n] are ends of intervals.
     """
 
     label: str
@@ -34,7 +34,8 @@ class Series:
     y: np.ndarray
     color: int = 0
     style: Literal["line", "dashed", "faint", "points"] = "line"
-    half_width: np.ndarray | None = None
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
 
     @property
     def finite(self) -> np.ndarray:
@@ -43,9 +44,9 @@ class Series:
     @property
     def reach(self) -> np.ndarray:
         """Finite values and the ends of their intervals."""
-        if self.half_width is None:
+        if self.low is None or self.high is None:
             return self.finite
-        ends = np.concatenate([self.y, self.y - self.half_width, self.y + self.half_width])
+        ends = np.concatenate([self.y, self.low, self.high])
         return ends[np.isfinite(ends)]
 
 
@@ -213,10 +214,10 @@ def _path(series: Series, x_axis: Axis, y_axis: Axis, points: int) -> str:
     )
     if series.style in ("line", "dashed") and len(x) <= MARKED_POINTS:
         svg += f'<path class="small points c{series.color}" d="{dots}"/>'
-    if series.half_width is not None and len(x) == len(series.x):
+    if series.low is not None and series.high is not None and len(x) == len(series.x):
         low, high = (
-            y_axis.positions(np.clip(y + sign * series.half_width, y_axis.low, y_axis.high))
-            for sign in (-1, 1)
+            y_axis.positions(np.clip(end, y_axis.low, y_axis.high))
+            for end in (series.low, series.high)
         )
         bars = "".join(
             f"M{px[i]:.1f} {low[i]:.1f}V{high[i]:.1f}"

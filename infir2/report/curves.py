@@ -214,7 +214,9 @@ def _rl_charts(run: Run) -> list[Chart]:
         ("mismatch_kl", "KL"), ("mismatch_mean", "mean"), ("mismatch_max", "max"), raw=False
     )
     scores = run.evaluations
-    average = Series("avg@k", scores.steps, scores["avg_at_k"], 0, half_width=scores["interval"])
+    average = Series(
+        "avg@k", scores.steps, scores["avg_at_k"], low=scores["low"], high=scores["high"]
+    )
     return [
         Chart("Reward", lines(("reward", "reward")), "mean of a step", from_zero=True),
         Chart(

@@ -182,7 +182,7 @@ def _accuracy(rows: Sequence[StageRow]) -> str:
     axis = '<div class="axis"><span>0</span><span>50</span><span>100 %</span></div>'
     return (
         f"{keys}{html_table((HEADINGS[0], axis, *HEADINGS[1:]), body)}"
-        '<p class="note">± is the half-width of a 95 % interval. '
+        '<p class="note">± is half the length of the 95 % interval that the bar shows. '
         "A change in bold is larger than its interval.</p>"
         f"{_difficulty(rows)}"
     )
@@ -190,8 +190,7 @@ def _accuracy(rows: Sequence[StageRow]) -> str:
 
 def interval_plot(evaluation: Evaluation) -> str:
     """A table cell that plots avg@k, its interval and pass@k from 0 to 100 %."""
-    signs = np.array([-1, 1])
-    low, high = np.clip(evaluation.avg_at_k + signs * evaluation.interval, 0, 1)
+    low, high = np.clip((evaluation.low, evaluation.high), 0, 1)
     marks = (
         ("bar", low, high - low),
         ("ring", evaluation.pass_at_k, 0),

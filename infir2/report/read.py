@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,9 @@ class Run:
             return None
         row = self.evaluations.rows[-1]
         rates: Row = {
-            name: number(row.get(name))
-            for name in ("avg_at_k", "interval", "pass_at_k", "truncated_fraction")
+            each.name: number(row.get(each.name))
+            for each in fields(Evaluation)
+            if each.type is float
         }
         counts: Row = {
             name: int(np.nan_to_num(number(row.get(name)))) for name in ("k", "num_problems")

@@ -79,7 +79,9 @@ def stage_rows(runs: Sequence[Run]) -> list[StageRow]:
         assert evaluation is not None
         base = _compared_row(trained[order], trained, rows) if order >= 0 else None
         change = evaluation.avg_at_k - base.evaluation.avg_at_k if base else math.nan
-        interval = math.hypot(evaluation.interval, base.evaluation.interval) if base else math.nan
+        interval = (
+            math.hypot(half_width(evaluation), half_width(base.evaluation)) if base else math.nan
+        )
         rows.append(
             StageRow(stage, run.path, evaluation, change, interval, base.stage if base else "")
         )
@@ -111,9 +113,14 @@ def _compared_row(run: Run, trained: Sequence[Run], rows: Sequence[StageRow]) ->
 
 def accuracy_text(evaluation: Evaluation) -> str:
     """'61.2 ± 3.9 %'."""
-    if not math.isfinite(evaluation.interval):
+    if not math.isfinite(half_width(evaluation)):
         return percent(evaluation.avg_at_k)
-    return f"{100 * evaluation.avg_at_k:.1f} ± {100 * evaluation.interval:.1f} %"
+    return f"{100 * evaluation.avg_at_k:.1f} ± {100 * half_width(evaluation):.1f} %"
+
+
+def half_width(evaluation: Evaluation) -> float:
+    """Half the length of the interval of avg@k, which need not have avg@k in its middle."""
+    return (evaluation.high - evaluation.low) / 2
 
 
 def render_stage_table(rows: Sequence[StageRow]) -> RichTable:

@@ -186,7 +186,8 @@ def evaluation(
         "kind": "evaluation",
         "step": step,
         "avg_at_k": accuracy,
-        "interval": half,
+        "low": max(0.0, accuracy - half),
+        "high": min(1.0, accuracy + half),
         "k": k,
         "pass_at_k": min(1.0, accuracy + 0.15),
     }

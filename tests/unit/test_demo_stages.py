@@ -70,7 +70,7 @@ def test_the_readme_block_repeats_the_demo_exactly(monkeypatch: pytest.MonkeyPat
 def test_the_table_of_stages_as_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    scores = Evaluation(0.5, math.inf, 4, 0.75, 1, 0.0, {})
+    scores = Evaluation(0.5, 0.0, 1.0, 4, 0.75, 0.5, 1, 0.0, 0.0, 0.0, 9.0, 12.0, {})
     row = StageRow("sft1", tmp_path / "sft1", scores, math.nan, math.nan, "")
     echo = Stage("data", ())
     monkeypatch.setattr(Stage, "command", property(lambda _: ["echo", "of a stage"]))
@@ -83,7 +83,8 @@ def test_the_table_of_stages_as_json(
     assert result["report"] == str(tmp_path / "report.html")
     (stage,) = result["stages"]
     assert (stage["stage"], stage["avg_at_k"], stage["k"]) == ("sft1", 0.5, 4)
-    assert stage["interval"] is stage["change"] is stage["change_interval"] is None
+    assert (stage["low"], stage["high"]) == (0.0, 1.0)
+    assert stage["change"] is stage["change_interval"] is None
     assert "of a stage" in output.err
 
 

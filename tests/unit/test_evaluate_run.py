@@ -72,7 +72,10 @@ def test_the_scores_are_written_and_a_finished_evaluation_is_not_overwritten(
     assert (line["step"], line["k"], line["num_problems"]) == (1, 2, 2)
     rows = (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()
     assert len(rows) == 4
-    assert {"step", "problem", "prompt", "response", "reward"} <= json.loads(rows[0]).keys()
+    own = {"problem", "prompt", "response", "answer", "extracted", "reward", "tokens", "truncated"}
+    assert {"step", *own} <= json.loads(rows[0]).keys()
+    assert 0 <= line["low"] <= line["avg_at_k"] <= line["high"] <= 1
+    assert line["response_tokens_mean"] <= line["response_tokens_p95"] <= 4
     before = content(tmp_path / "eval")
     assert {"recipe.toml", "environment.json", "inputs.json"} < before.keys()
     monkeypatch.setattr(

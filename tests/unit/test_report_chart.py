@@ -138,10 +138,14 @@ def test_a_figure_escapes_names_and_has_a_legend_and_a_table() -> None:
     assert 'role="img" aria-label="a &quot;&lt;i&gt;&quot; chart: ' in html
 
 
+def scores(mean: float, low: float, high: float, best: float) -> Evaluation:
+    return Evaluation(mean, low, high, 8, best, mean, 20, 0.0, 0.0, 0.0, 10.0, 20.0, {})
+
+
 def test_intervals_are_cut_at_the_ends_of_the_scale() -> None:
     html = [
-        interval_plot(Evaluation(*values, 20, 0.0, {}))
-        for values in ((0.01, 0.05, 8, math.nan), (0.99, 0.05, 8, 1.0))
+        interval_plot(scores(*values))
+        for values in ((0.01, -0.04, 0.06, math.nan), (0.99, 0.94, 1e100, 1.0))
     ]
     bars = [
         tuple(map(float, re.findall(r"[\d.]+(?=%)", bar)))
@@ -149,7 +153,7 @@ def test_intervals_are_cut_at_the_ends_of_the_scale() -> None:
     ]
     assert bars == [(0.0, 6.0), (94.0, 6.0)]
     assert [cell.count('class="ring"') for cell in html] == [0, 1]
-    unknown = interval_plot(Evaluation(math.nan, math.nan, 0, math.nan, 0, math.nan, {}))
+    unknown = interval_plot(scores(math.nan, math.nan, math.nan, math.nan))
     assert unknown.count("<i") == 0
 
 
