@@ -1,19 +1,23 @@
-"""Verb eval."""
+"""Verb eval: an evaluation of a recipe, and what reads evaluations (compare)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from infir2.cli.arguments import load_recipe, recipe_help, split_json, wants_help
+from infir2.cli.arguments import JSON, Parser, load_recipe, recipe_help, split_json, wants_help
 from infir2.config.schema import EvalRecipe
 from infir2.terminal import print_json, print_result
 
 _DESCRIPTION = (
-    "Samples answers to held-out problems and reports avg@k and pass@k with intervals. The same "
-    "command, run again, continues an interrupted evaluation."
+    "Samples answers to held-out problems and reports avg@k, pass@k and majority@k with intervals. "
+    "The same command, run again, continues an interrupted evaluation. "
+    "`infir2 eval compare A B` compares two evaluations of the same problems."
 )
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """infir2 eval RECIPE.toml ..."""
+    """infir2 eval RECIPE.toml ... | compare A B"""
+    if arguments and arguments[0] in _COMMANDS:
+        return _COMMANDS[arguments[0]](arguments[1:])
     if wants_help(arguments):
         print_result(recipe_help(EvalRecipe, "eval", _DESCRIPTION))
         return
@@ -25,3 +29,27 @@ def evaluate(arguments: Sequence[str]) -> None:
     scores = run_evaluation(loaded)
     if as_json:
         print_json(scores_as_json(scores))
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    """infir2 eval compare A B"""
+    parser = Parser(
+        prog="infir2 eval compare",
+        description="The difference of two evaluations over the questions that both asked, with "
+        "its paired bootstrap interval. Different settings are refused.",
+    )
+    parser.add_argument("first", type=Path, metavar="A", help="run.dir of an evaluation")
+    parser.add_argument("second", type=Path, metavar="B", help="run.dir of another one")
+    parser.add_argument(JSON, action="store_true", help="print the numbers as JSON")
+    options = parser.parse_args(arguments)
+    from infir2.evaluate.compare import compare
+
+    found = compare(options.first, options.second)
+    if options.json:
+        print_json([each.as_json() for each in found])
+        return
+    for each in found:
+        print_result(each.describe(str(options.first), str(options.second)))
+
+
+_COMMANDS = {"compare": _compare}
