@@ -1,14 +1,23 @@
 """Run programs against tests. Programs run in jails; the parent process decides the verdict."""
 
+import importlib.util
 import os
 import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from infir2.verify.compare import same_output, same_value, unhashed
+from infir2.verify.compare import (
+    contest_value,
+    same_contest_output,
+    same_contest_value,
+    same_output,
+    same_value,
+    unhashed,
+)
 from infir2.verify.plain import encode
 from infir2.verify.sandbox import Cell, JailBrokenError, JailError, Limits
 from infir2.verify.verdict import Reason, Verdict
@@ -27,13 +36,19 @@ import bisect, collections, copy, functools, heapq, itertools
 import math, operator, random, re, string, sys
 """
 
+Rules = Literal["infir2", "live_code_bench"]
+# Of one byte in JSON: a control character is written as \u0007.
+_JSON_BYTES = 6
 outcomes: Counter[Reason] = Counter()
 _outcomes_lock = threading.Lock()
 _run_slots = threading.BoundedSemaphore(max(2, os.cpu_count() or 1))
 
 
 def run_code(
-    program: str, tests: Sequence[dict[str, Any]], limits: Limits | None = None
+    program: str,
+    tests: Sequence[dict[str, Any]],
+    limits: Limits | None = None,
+    rules: Rules = "infir2",
 ) -> Verdict:
     """Run a Python program (standard library only); "ok" if all tests pass, else the first failure.
 
@@ -51,6 +66,10 @@ def run_code(
     never equal a plain value, and a list that a function changed is updated if it returned None.
     Expected outputs and asserts never enter the program's jail.
 
+    With `rules` "live_code_bench" the program has numpy too, tests are all of the first or all of
+    the second form, and the verdict is that of LiveCodeBench's runner (contest.py): one process
+    runs all tests, SystemExit is a normal end, `==` compares results, exact decimals output.
+
     `limits.seconds` bounds each test, `limits.total_seconds` all of them. A broken jail is retried
     once and then gets the reason "jail_error". Outcomes are counted in `outcomes`.
 
@@ -61,10 +80,11 @@ def run_code(
     _check_tests(tests)
     limits = limits or Limits()
     start = time.monotonic()
+    kind = _Run if rules == "infir2" else _ContestRun
     with _run_slots:
-        reason, detail = _Run(program, tests, limits).attempt()
+        reason, detail = kind(program, tests, limits).attempt()
         if reason == "jail_error":
-            reason, detail = _Run(program, tests, limits).attempt()
+            reason, detail = kind(program, tests, limits).attempt()
     with _outcomes_lock:
         outcomes[reason] += 1
         failures, total = outcomes["jail_error"], outcomes.total()
@@ -97,16 +117,19 @@ class _Run:
 
     def attempt(self) -> tuple[Reason, str]:
         """The first failure, or ("ok", "")."""
-        calls = [test for test in self.tests if "fn_name" in test]
         try:
-            for index, test in enumerate(self.tests):
-                if "fn_name" not in test:
-                    reason, detail = self._input(test) if "input" in test else self._asserts(test)
-                    if reason != "ok":
-                        return reason, f"test {index}: {detail}"
-            return self._calls(calls) if calls else ("ok", "")
+            return self._attempt()
         except JailBrokenError as error:
             return "jail_error", str(error)
+
+    def _attempt(self) -> tuple[Reason, str]:
+        calls = [test for test in self.tests if "fn_name" in test]
+        for index, test in enumerate(self.tests):
+            if "fn_name" not in test:
+                reason, detail = self._input(test) if "input" in test else self._asserts(test)
+                if reason != "ok":
+                    return reason, f"test {index}: {detail}"
+        return self._calls(calls) if calls else ("ok", "")
 
     def _deadline(self) -> float:
         return min(time.monotonic() + self.limits.seconds, self.total_deadline)
@@ -172,6 +195,62 @@ class _Run:
                 if reply["outcome"] == "ended":
                     return _ended(solution, reply["detail"])
         return reply["outcome"], reply["detail"]
+
+
+class _ContestRun(_Run):
+    """One program against its tests, by LiveCodeBench's rules."""
+
+    def _attempt(self) -> tuple[Reason, str]:
+        if len({test.get("fn_name", "") for test in self.tests}) > 1:
+            raise ValueError("the tests of a contest's program are all of one kind")
+        with Cell(self.limits, packages=_numpy()) as cell:
+            largest = max(len(str(test.get("output", ""))) for test in self.tests)
+            cell.channel.max_bytes += 2 * _JSON_BYTES * largest
+            request = {"program": self.program, "packages": [cell.package_folder]}
+            cell.send({"mode": "contest", "function": self.tests[0].get("fn_name", "")} | request)
+            reply = cell.channel.receive(self._deadline())
+            if reply == {}:
+                return "timeout", "the time limit expired while the program was loading"
+            if reply is None or "loaded" not in reply:
+                return _failed(cell, reply, "the program ended while it was loading")
+            for index, test in enumerate(self.tests):
+                reason, detail = self._test(cell, test)
+                if reason != "ok":
+                    return reason, f"test {index}: {detail}"
+        return "ok", ""
+
+    def _test(self, cell: Cell, test: dict[str, Any]) -> tuple[Reason, str]:
+        key = secrets.token_hex(8)
+        if "fn_name" in test:
+            cell.send({"id": key, "args": encode(list(test["args"]))})
+        else:
+            cell.send({"id": key, "input": str(test["input"])})
+        reply = cell.channel.receive(self._deadline())
+        if reply == {}:
+            return "timeout", "the time limit expired"
+        if reply is None or reply.get("id") != key or not reply.keys() & {"output", "value"}:
+            return _failed(cell, reply, "the program ended, or sent an unexpected message")
+        try:
+            same = (
+                same_contest_value(contest_value(reply["value"]), test["expected"])
+                if "fn_name" in test
+                else same_contest_output(str(reply["output"]), str(test["output"]))
+            )
+        except (ValueError, RecursionError, KeyError) as error:
+            return "wrong", str(error)
+        return ("ok", "") if same else ("wrong", "the result differs")
+
+
+def _numpy() -> list[Path]:
+    """The directories of numpy, which contest programs may import; [] where it is not installed."""
+    spec = importlib.util.find_spec("numpy")
+    folders = [Path(each) for each in (spec and spec.submodule_search_locations) or ()][:1]
+    libraries = [each.with_name("numpy.libs") for each in folders]
+    return [*folders, *(each for each in libraries if each.is_dir())]
+
+
+def _failed(cell: Cell, reply: dict[str, Any] | None, detail: str) -> tuple[Reason, str]:
+    return _reported_error(reply) if reply and "error" in reply else _ended(cell, detail)
 
 
 def _ended(cell: Cell, detail: str) -> tuple[Reason, str]:

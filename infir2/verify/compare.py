@@ -101,6 +101,60 @@ def _spelling(key: Any) -> Any:
     return key
 
 
+def contest_value(data: Any) -> Any:
+    """The value that a program returned under LiveCodeBench's rules; a tuple becomes a list."""
+    value = decode(data, _foreign, {"set": Members, "frozenset": Members, "dict": Pairs})
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _foreign(kind: str, content: Any) -> Any:
+    if kind == "plain" and isinstance(content, bool | int | float | str):
+        return content
+    if kind == "attributed":
+        return decode(content[0], _foreign, {"dict": Pairs})
+    if kind == "standard" and content[1] in ("Counter", "OrderedDict"):
+        return decode(content[2], _foreign, {"dict": Pairs})
+    return object()  # equals no JSON
+
+
+def same_contest_value(value: Any, expected: Any) -> bool:
+    """Python's `==` with a value of JSON: True is 1, floats exact, an inner tuple is no list."""
+    if isinstance(expected, list):
+        return (
+            type(value) is list
+            and len(value) == len(expected)
+            and all(map(same_contest_value, value, expected))
+        )
+    if isinstance(expected, dict):
+        return (
+            isinstance(value, Pairs)
+            and len(value) == len(expected)
+            and all(
+                isinstance(key, str) and key in expected and same_contest_value(item, expected[key])
+                for key, item in value
+            )
+        )
+    return bool(value == expected)
+
+
+def same_contest_output(output: str, expected: str) -> bool:
+    """Equality of stripped lines, or of all their words as exact decimal numbers."""
+    lines, wanted = (
+        [line.strip() for line in text.strip().split("\n")] for text in (output, expected)
+    )
+    return len(lines) == len(wanted) and all(
+        line == other or _decimals(line) == _decimals(other) is not None
+        for line, other in zip(lines, wanted, strict=True)
+    )
+
+
+def _decimals(line: str) -> list[Decimal] | None:
+    try:
+        return [Decimal(word) for word in line.split()]
+    except InvalidOperation:
+        return None
+
+
 def same_output(output: str, expected: str) -> bool:
     """Equality of printed text, ignoring trailing space and blank last lines; numbers by value."""
     lines, expected_lines = (

@@ -14,6 +14,7 @@ import json
 import socket
 import sys
 
+from infir2.verify.contest import judge_contest
 from infir2.verify.examiner import examine
 from infir2.verify.serve import load_and_serve, run, send
 from infir2.verify.walls import confine
@@ -43,5 +44,7 @@ def main() -> None:
         _script(channel, request["program"])
     elif request["mode"] == "serve":
         load_and_serve(channel, requests, request["program"], request["prelude"])
+    elif request["mode"] == "contest":
+        judge_contest(channel, requests, request)
     else:
         examine(channel, socket.socket(fileno=config["peer"]), request)

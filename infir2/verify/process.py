@@ -18,7 +18,7 @@ class Channel:
     """JSON objects over a socket, one per line, from an untrusted peer."""
 
     def __init__(self, end: socket.socket) -> None:
-        self.socket = end
+        self.socket, self.max_bytes = end, MAX_MESSAGE_BYTES
         self._received = bytearray()
 
     def send(self, message: dict[str, Any], seconds: float) -> None:
@@ -43,7 +43,7 @@ class Channel:
             except OSError:
                 return None
             self._received += chunk
-            if not chunk or len(self._received) > MAX_MESSAGE_BYTES:
+            if not chunk or len(self._received) > self.max_bytes:
                 return None
             complete = b"\n" in chunk
             if left < 0 and not complete:  # a slow stream of bytes must not extend the deadline

@@ -19,13 +19,14 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from infir2.errors import ConfigError
-from infir2.verify import examiner, jail, memory, plain, remote, serve, syscalls, walls
+from infir2.verify import contest, examiner, jail, memory, plain, remote, serve, syscalls, walls
 from infir2.verify.process import Channel, kill_tree
 
 START_SECONDS = 30.0
@@ -37,7 +38,7 @@ def _boot_text() -> str:
     texts = [("infir2", ""), ("infir2.verify", "")]
     texts += [
         (module.__name__, Path(str(module.__file__)).read_text())
-        for module in (plain, serve, remote, examiner, syscalls, memory, walls, jail)
+        for module in (plain, serve, remote, examiner, contest, syscalls, memory, walls, jail)
     ]
     return f"""
 import sys, types
@@ -119,12 +120,17 @@ class Cell:
     """A context manager of one jailed interpreter for one request.
 
     Leaving it kills and reaps every process inside. The program reads `stdin`; the process inside
-    inherits the socket `peer`, by which an examiner calls the program. Raises JailError if this
-    machine cannot create a jail of that level, JailBrokenError if this one did not start.
+    inherits the socket `peer`, by which an examiner calls the program. Directories of installed
+    `packages` are mounted read-only in `package_folder`. Raises JailError if this machine cannot
+    create a jail of that level, JailBrokenError if this one did not start.
     """
 
     def __init__(
-        self, limits: Limits, stdin: bytes = b"", peer: socket.socket | None = None
+        self,
+        limits: Limits,
+        stdin: bytes = b"",
+        peer: socket.socket | None = None,
+        packages: Sequence[Path] = (),
     ) -> None:
         if sys.platform != "linux":
             raise JailError("programs can be checked on Linux only: jails need its namespaces")
@@ -135,7 +141,7 @@ class Cell:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.limits = limits
+        self.limits, self._packages = limits, packages
         self._exit: tuple[int, bool] | None = None  # code, and whether memory was the reason
         try:
             with ExitStack() as parent_side, ExitStack() as child_side:
@@ -194,10 +200,18 @@ class Cell:
             "cpu_seconds": math.ceil(self.limits.total_seconds) + 1,
             "libraries": mounted,
             "hidden": packages,
+            "packages": list(map(str, self._packages)),
             "control": control,
             "status": status,
             "peer": peer,
         }
+
+    @property
+    def package_folder(self) -> str:
+        """Where the program finds `packages`."""
+        if self.limits.level == "namespaces":
+            return walls.PACKAGES
+        return str(self._packages[0].parent) if self._packages else ""
 
     def _await_ready(self) -> None:
         reply = self.channel.receive(time.monotonic() + START_SECONDS)

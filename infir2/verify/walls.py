@@ -22,6 +22,7 @@ _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
     0x20000000,
     0x40000000,
 )
+PACKAGES = "/packages"
 _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _DETACH = 2
 WATCH_SECONDS = 0.02  # between two readings of the jail's memory
@@ -71,7 +72,7 @@ def _bind(libc: ctypes.CDLL, source: str, target: str, flags: int) -> None:
 
 
 def _build_root(
-    libc: ctypes.CDLL, libraries: list[str], hidden: list[str], file_bytes: int
+    libc: ctypes.CDLL, libraries: list[str], hidden: list[str], packages: list[str], file_bytes: int
 ) -> None:
     """Change to a root of read-only libraries, /dev/null, /dev/urandom and a tmpfs at /tmp."""
     _call(libc, "mount", None, "/", None, _REC | _PRIVATE, None)
@@ -82,6 +83,9 @@ def _build_root(
         _bind(libc, path, base + path, _RDONLY | _NOSUID | _NODEV)
     for path in hidden:
         _call(libc, "mount", "tmpfs", base + path, "tmpfs", _RDONLY | _NOSUID | _NODEV, "size=4k")
+    for path in packages:
+        target = f"{base}{PACKAGES}/{os.path.basename(path)}"
+        _bind(libc, path, target, _RDONLY | _NOSUID | _NODEV)
     for folder in (base + "/dev", base + "/tmp", top + "/old"):
         os.makedirs(folder, exist_ok=True)
     for device in ("/dev/null", "/dev/urandom"):
@@ -157,7 +161,9 @@ def confine(config: dict) -> None:
         file.write("1000")
     if namespaces:
         leave_session_keyring(libc)
-        _build_root(libc, config["libraries"], config["hidden"], config["file_bytes"])
+        _build_root(
+            libc, *(config[key] for key in ("libraries", "hidden", "packages", "file_bytes"))
+        )
         _drop_privileges(libc, user)
         libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of credentials clears it
     _set_limits(config)
