@@ -214,9 +214,8 @@ def _rl_charts(run: Run) -> list[Chart]:
         ("mismatch_kl", "KL"), ("mismatch_mean", "mean"), ("mismatch_max", "max"), raw=False
     )
     scores = run.evaluations
-    average = Series(
-        "avg@k", scores.steps, scores["avg_at_k"], low=scores["low"], high=scores["high"]
-    )
+    ends = (scores["low"], scores["high"])
+    average = Series("avg@k", scores.steps, scores["avg_at_k"], 0, "line", *ends)
     return [
         Chart("Reward", lines(("reward", "reward")), "mean of a step", from_zero=True),
         Chart(
