@@ -11,7 +11,7 @@ as much as one pass without them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from infir2.engines.paged_attention_cuda import (
     reads_pages,
     to_device,
 )
-from infir2.engines.runner import Decode, Sampled, SamplingRows
-from infir2.engines.sampling import sample_on_device
+from infir2.engines.runner import Decode, Sampled, SamplingRows, pair_top
+from infir2.engines.sampling import most_likely, sample_on_device
+from infir2.engines.types import MAX_TOP_LOGPROBS, TopLogprobs
 from infir2.model import Decoder
 from infir2.numerics import head_logits
 
@@ -41,7 +42,7 @@ class GraphRunner:
         self._model, self._device = model, model.head_weight.device
         # One slot more, for the rows of padding.
         self._newest = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)
-        self._graphs: dict[tuple[int, int, bool], _DecodeGraph] = {}
+        self._graphs: dict[tuple[int, int, _Extras], _DecodeGraph] = {}
         self._memory: Any = None  # shared by the graphs: one runs at a time
 
     def prefill(
@@ -58,10 +59,10 @@ class GraphRunner:
         )
         last = stream.cu_seqlens[1:][list(sampled)] - 1
         slots = to_device(np.array(how.slots, dtype=np.int64), self._device)
-        options, truncate = _options(how)
+        options, extras = _options(how)
         rows = hidden[to_device(last, self._device)]
         return _Copied(
-            self._sample(rows, slots, to_device(options, self._device), truncate), len(last)
+            self._sample(rows, slots, to_device(options, self._device), extras), len(last)
         )
 
     def decode(self, cache: KvCache, new: Sequence[Decode], how: SamplingRows) -> Sampled:
@@ -72,7 +73,7 @@ class GraphRunner:
         for row, each in zip(indices, new, strict=False):
             row[:2] = each.slot, each.position
             row[2 : 2 + len(each.pages)] = each.pages
-        options, truncate = _options(how, batch)
+        options, extras = _options(how, batch)
         inputs = to_device(indices, self._device), to_device(options, self._device)
         if not reads_pages():
             token_ids = self._newest[inputs[0][: len(new), 0].long()].tolist()
@@ -81,10 +82,10 @@ class GraphRunner:
                 for token_id, each in zip(token_ids, new, strict=True)
             ]
             return self.prefill(cache, tokens, range(len(new)), how)
-        key = (batch, width, truncate)
+        key = (batch, width, extras)
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = self._capture(cache, indices, options, truncate)
+            graph = self._graphs[key] = self._capture(cache, indices, options, extras)
         graph.indices.copy_(inputs[0])
         graph.options.copy_(inputs[1])
         graph.graph.replay()
@@ -97,7 +98,7 @@ class GraphRunner:
         self._graphs, self._memory = {}, None
 
     def _decode_pass(
-        self, cache: KvCache, indices: Tensor, options: Tensor, truncate: bool
+        self, cache: KvCache, indices: Tensor, options: Tensor, extras: "_Extras"
     ) -> Tensor:
         """One decode pass, without waiting for the GPU. Returns as `_sample`."""
         batch, size = indices.shape[0], cache.page_size
@@ -114,21 +115,27 @@ class GraphRunner:
             max_new=1,
         )
         hidden = self._model.hidden_states(self._newest[slots], positions, bounds, context)
-        return self._sample(hidden, slots, options, truncate)
+        return self._sample(hidden, slots, options, extras)
 
-    def _sample(self, hidden: Tensor, slots: Tensor, options: Tensor, truncate: bool) -> Tensor:
+    def _sample(self, hidden: Tensor, slots: Tensor, options: Tensor, extras: "_Extras") -> Tensor:
         """Sample after each state [n, D] and remember the tokens.
 
-        Returns int32 [2, n]: token ids, and the bits of their FP32 log-probabilities.
+        Returns int32 [2, n]: token ids, and the bits of their FP32 log-probabilities. With the most
+        likely tokens [2 + 2 k, n]: then their ids, then their log-probabilities.
         """
         logits = head_logits(hidden, self._model.head_weight)
         inverse, top_ps, draws = options.unbind()
-        token_ids, logprobs = sample_on_device(logits, inverse, top_ps, draws, truncate)
+        token_ids, logprobs = sample_on_device(logits, inverse, top_ps, draws, extras.truncate)
         self._newest.index_copy_(0, slots, token_ids)
-        return torch.stack([token_ids.int(), logprobs.view(torch.int32)])
+        output = torch.stack([token_ids.int(), logprobs.view(torch.int32)])
+        if not extras.top:
+            return output
+        temperatures = torch.where(inverse == 0, 1.0, 1 / inverse)
+        top_ids, values = most_likely(logits, temperatures, MAX_TOP_LOGPROBS)
+        return torch.cat([output, top_ids.int().T, values.view(torch.int32).T])
 
     def _capture(
-        self, cache: KvCache, indices: np.ndarray, options: np.ndarray, truncate: bool
+        self, cache: KvCache, indices: np.ndarray, options: np.ndarray, extras: "_Extras"
     ) -> "_DecodeGraph":
         static = (
             torch.from_numpy(indices).to(self._device),
@@ -141,13 +148,25 @@ class GraphRunner:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles kernels, measures GEMMs, fills caches
-                self._decode_pass(cache, *static, truncate)
+                self._decode_pass(cache, *static, extras)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            output = self._decode_pass(cache, *static, truncate)
+            output = self._decode_pass(cache, *static, extras)
         self._memory = graph.pool()
         return _DecodeGraph(graph, *static, output)
+
+
+class _Extras(NamedTuple):
+    """What a pass does only if a request asks for it: graphs with and without are different ones.
+
+    Attributes:
+        truncate: a top_p is below 1.
+        top: report the most likely tokens.
+    """
+
+    truncate: bool
+    top: bool
 
 
 @dataclass(frozen=True)
@@ -175,14 +194,24 @@ class _Copied:
         self._done = torch.cuda.Event()
         self._done.record()
 
-    def wait(self) -> tuple[list[int], list[float]]:
+    def wait(self) -> tuple[list[int], list[float], list[TopLogprobs]]:
         """As `Sampled`."""
         self._done.synchronize()
-        return self._host[0].tolist(), self._host[1].view(torch.float32).tolist()
+        return unpack_sampled(self._host)
 
 
-def _options(how: SamplingRows, batch: int = 0) -> tuple[np.ndarray, bool]:
-    """1 / temperature (0: greedy), top_p and draw of each sequence, float32 [3, n]; any top_p < 1?
+def unpack_sampled(output: Tensor) -> tuple[list[int], list[float], list[TopLogprobs]]:
+    """What `GraphRunner._sample` returns, on the host."""
+    count = len(output) // 2 - 1
+    logprobs = output.view(torch.float32)
+    top: list[TopLogprobs] = [[] for _ in range(output.shape[1])]
+    if count:
+        top = pair_top(output[2 : 2 + count].T, logprobs[2 + count :].T)
+    return output[0].tolist(), logprobs[1].tolist(), top
+
+
+def _options(how: SamplingRows, batch: int = 0) -> tuple[np.ndarray, _Extras]:
+    """1 / temperature (0: greedy), top_p and draw of each sequence, float32 [3, n].
 
     With `batch`, padded to that many columns.
     """
@@ -191,7 +220,7 @@ def _options(how: SamplingRows, batch: int = 0) -> tuple[np.ndarray, bool]:
     greedy = how.temperatures == 0
     inverse = np.where(greedy, 0.0, 1.0 / np.where(greedy, 1.0, how.temperatures))
     options[:, :count] = inverse, how.top_ps, how.draws
-    return options, bool((how.top_ps < 1).any())
+    return options, _Extras(bool((how.top_ps < 1).any()), how.num_top > 0)
 
 
 def _batch_size(count: int) -> int:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from infir2.config.schema import RolloutSection
 from infir2.engines.graph_runner import GraphRunner
+from infir2.engines.response_text import Decode
 from infir2.engines.runner import ReferenceRunner, Runner
 from infir2.engines.scheduler import Scheduler
-from infir2.engines.types import Completion, Request
+from infir2.engines.types import Completion, Request, Tokens
 from infir2.model import Decoder
 from infir2.model.hf_names import exported_fp8_weights, load_weights, weights_digest
 from infir2.model.memory import host_memory
@@ -34,6 +35,7 @@ class NativeEngine:
         max_running_requests: int,
         cache_gib: float = 0.0,
         keep_cache: bool = False,
+        decode: Decode | None = None,
     ) -> None:
         """Generate with `model`.
 
@@ -43,6 +45,7 @@ class NativeEngine:
             cache_gib: bound of the KV cache; 0 for CACHE_SHARE of the memory that is free now.
             keep_cache: allocate all of it at the first request and keep it, as a server does;
                 otherwise it has the size that the requests need and is freed with the last.
+            decode: text of token ids, for requests with stop texts.
         """
         self.model = model.eval().requires_grad_(False)
         self.policy_version, self.shared_by_ranks = 0, False
@@ -51,7 +54,7 @@ class NativeEngine:
         cache_bytes = int(cache_gib * 2**30) or int(CACHE_SHARE * _free_bytes(device))
         runner = open_runner(model, max_running_requests)
         self._scheduler = Scheduler(
-            self.model, runner, max_running_requests, cache_bytes, keep_cache
+            self.model, runner, max_running_requests, cache_bytes, keep_cache, decode
         )
 
     @classmethod
@@ -90,6 +93,10 @@ class NativeEngine:
     def step(self) -> list[Completion]:
         """As `Engine`: starts one token for each running request."""
         return self._scheduler.step(self.policy_version)
+
+    def response_from(self, request_id: str, start: int) -> Tokens:
+        """As `OffersProgress`."""
+        return self._scheduler.response_from(request_id, start)
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """As `Engine`."""

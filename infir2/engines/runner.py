@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from infir2.engines.kv_cache import KvCache, NewTokens, cached_hidden_states
-from infir2.engines.sampling import sample
+from infir2.engines.sampling import most_likely, sample
+from infir2.engines.types import TopLogprobs
 from infir2.model import Decoder
 from infir2.numerics import head_logits
 
@@ -25,12 +28,14 @@ class SamplingRows:
         temperatures: 0 is greedy.
         top_ps: probability mass to sample from.
         draws: uniform numbers in [0, 1).
+        num_top: most likely tokens to report beside each token; 0 for none.
     """
 
     slots: Sequence[int]
     temperatures: np.ndarray
     top_ps: np.ndarray
     draws: np.ndarray
+    num_top: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class Decode:
 class Sampled(Protocol):
     """The tokens of one pass."""
 
-    def wait(self) -> tuple[list[int], list[float]]:
-        """Token ids and their log-probabilities, one per sampled sequence."""
+    def wait(self) -> tuple[list[int], list[float], list[TopLogprobs]]:
+        """Per sampled sequence: token id, its log-probability, and the `num_top` most likely."""
         ...
 
 
@@ -88,9 +93,26 @@ class Runner(Protocol):
 class _Known:
     token_ids: list[int]
     logprobs: list[float]
+    top: list[TopLogprobs]
 
-    def wait(self) -> tuple[list[int], list[float]]:
-        return self.token_ids, self.logprobs
+    def wait(self) -> tuple[list[int], list[float], list[TopLogprobs]]:
+        return self.token_ids, self.logprobs, self.top
+
+
+def _top(logits: Tensor, how: SamplingRows) -> list[TopLogprobs]:
+    if not how.num_top:
+        return [[] for _ in how.slots]
+    temperatures = np.where(how.temperatures == 0, 1.0, how.temperatures)
+    token_ids, logprobs = most_likely(
+        logits.double(), torch.from_numpy(temperatures).to(logits.device), how.num_top
+    )
+    return pair_top(token_ids, logprobs)
+
+
+def pair_top(token_ids: Tensor, logprobs: Tensor) -> list[TopLogprobs]:
+    """What two tensors [n, k] on the host say of each sequence."""
+    rows = zip(token_ids.tolist(), logprobs.tolist(), strict=True)
+    return [list(zip(*row, strict=True)) for row in rows]
 
 
 class ReferenceRunner:
@@ -108,12 +130,12 @@ class ReferenceRunner:
         """As `Runner`."""
         hidden, last = cached_hidden_states(self._model, cache, new)
         if not sampled:
-            return _Known([], [])
+            return _Known([], [], [])
         rows = hidden[last[list(sampled)]]
         logits = head_logits(rows, self._model.head_weight)
         token_ids, logprobs = sample(logits, how.temperatures, how.top_ps, how.draws)
         self._newest[list(how.slots)] = token_ids.cpu().numpy()
-        return _Known(token_ids.tolist(), logprobs.tolist())
+        return _Known(token_ids.tolist(), logprobs.tolist(), _top(logits, how))
 
     def decode(self, cache: KvCache, new: Sequence[Decode], how: SamplingRows) -> Sampled:
         """As `Runner`."""

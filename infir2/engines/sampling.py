@@ -103,6 +103,22 @@ def sample_on_device(
     return kernels.sample_rows(logits, inverse_temperatures, draws, chosen)
 
 
+def most_likely(logits: Tensor, temperatures: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The most likely tokens of each row and their log-probabilities at its temperature.
+
+    Args:
+        logits: [B, V]; their dtype is that of the sums.
+        temperatures: of the same dtype, [B]; none is 0.
+        count: tokens per row.
+
+    Returns:
+        Token ids int64 [B, min(count, V)] and FP32 log-probabilities, the most likely first.
+    """
+    logprobs = (logits / temperatures[:, None]).log_softmax(-1)
+    values, token_ids = logprobs.topk(min(count, logits.shape[1]))
+    return token_ids, values.float()
+
+
 def _keep_top_p(probabilities: Tensor, top_ps: np.ndarray) -> Tensor:
     """Zero the tokens outside of each row's smallest set with probability at least `top_ps`."""
     truncated = torch.from_numpy(np.flatnonzero(top_ps < 1)).to(probabilities.device)

@@ -26,9 +26,11 @@ import torch
 
 from infir2.engines.kv_cache import KvCache, NewTokens, page_bytes
 from infir2.engines.pages import PagePool
+from infir2.engines.response_text import Decode as DecodeText
+from infir2.engines.response_text import ResponseText
 from infir2.engines.runner import Decode, Runner, Sampled, SamplingRows
 from infir2.engines.sampling import uniforms
-from infir2.engines.types import Completion, Request, check_request
+from infir2.engines.types import Completion, Request, Tokens, TopLogprobs, check_request
 from infir2.model import Decoder
 
 
@@ -38,8 +40,10 @@ class Running:
 
     Attributes:
         request: what to generate.
+        text: of the response, if the request has stop texts.
         token_ids: the response, as far as the host knows it.
         logprobs: one per token.
+        top_logprobs: one per token if the request asks for them.
         slot: index of the sequence in the runner; -1 while it waits.
         pages: of the cache.
         num_cached: tokens whose keys are in the cache, or will be after the passes that started.
@@ -47,8 +51,10 @@ class Running:
     """
 
     request: Request
+    text: ResponseText | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
@@ -61,11 +67,22 @@ class Running:
 
     @property
     def stopped(self) -> bool:
+        if self.text is not None and self.text.stopped:
+            return True
         return self.token_ids[-1:] != [] and self.token_ids[-1] in self.request.params.stop_ids
 
     @property
     def finished(self) -> bool:
         return self.stopped or len(self.token_ids) >= self.request.params.max_tokens
+
+    def append(self, token_id: int, logprob: float, top: TopLogprobs) -> None:
+        """Add a token that was sampled."""
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+        if count := self.request.params.top_logprobs:
+            self.top_logprobs.append(top[:count])
+        if self.text is not None:
+            self.text.add(token_id)
 
     def completion(self, policy_version: int) -> Completion:
         return Completion(
@@ -74,6 +91,7 @@ class Running:
             np.array(self.logprobs, dtype=np.float32),
             "stop" if self.stopped else "length",
             policy_version,
+            self.top_logprobs,
         )
 
 
@@ -99,8 +117,9 @@ class Scheduler:
         max_running_requests: int,
         cache_bytes: int,
         keep_cache: bool = False,
+        decode: DecodeText | None = None,
     ) -> None:
-        self._model, self._runner = model, runner
+        self._model, self._runner, self._decode = model, runner, decode
         self._max_running, self._keep_cache = max_running_requests, keep_cache
         one_page = page_bytes(model.config, runner.page_size, model.compute_dtype)
         self._max_pages = cache_bytes // one_page
@@ -108,7 +127,7 @@ class Scheduler:
         self._waiting: deque[Running] = deque()
         self._prefilling: list[Running] = []  # at most one: a prompt that is computed in chunks
         self._running: list[Running] = []  # in the order of their admission
-        self._unfinished_ids: set[str] = set()
+        self._unfinished: dict[str, Running] = {}
         self._free_slots = list(range(max_running_requests))
         self._started: deque[list[_Started]] = deque()  # per step
         self._cache: KvCache | None = None
@@ -117,7 +136,7 @@ class Scheduler:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._unfinished_ids)
+        return len(self._unfinished)
 
     @property
     def cache_tokens(self) -> int:
@@ -126,15 +145,20 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """As `Engine.submit`; also ValueError for a request that the cache cannot hold."""
-        check_request(request, self._unfinished_ids)
+        check_request(request, self._unfinished)
         if (needed := self._pool.pages_for(request.max_total_tokens)) > self._max_pages:
             raise ValueError(
                 f"request {request.id}: {request.max_total_tokens} tokens need "
                 f"{needed * self._page_bytes / 2**30:.2f} GiB of KV cache, and the engine has "
                 f"{self._cache_bytes / 2**30:.2f} GiB; allow fewer tokens or a larger cache"
             )
-        self._unfinished_ids.add(request.id)
-        self._waiting.append(Running(request))
+        text, stop_texts = None, request.params.stop_texts
+        if stop_texts:
+            if self._decode is None:
+                raise ValueError(f"request {request.id}: an engine without tokenizer stops at ids")
+            text = ResponseText(self._decode, stop_texts)
+        self._unfinished[request.id] = Running(request, text)
+        self._waiting.append(self._unfinished[request.id])
         self._longest = max(self._longest, request.max_total_tokens)
 
     @torch.inference_mode()
@@ -143,7 +167,7 @@ class Scheduler:
 
         `policy_version` is recorded in the completions.
         """
-        if not self._unfinished_ids:
+        if not self._unfinished:
             return []
         cache = self._reserve_cache()
         finished = self._make_room()
@@ -154,19 +178,25 @@ class Scheduler:
         self._release({sequence.request.id for sequence in finished})
         return [sequence.completion(policy_version) for sequence in finished]
 
+    def response_from(self, request_id: str, start: int) -> Tokens:
+        """As `OffersProgress`."""
+        each = self._unfinished[request_id]
+        return Tokens(each.token_ids[start:], each.logprobs[start:], each.top_logprobs[start:])
+
     def cancel(self, request_ids: Collection[str]) -> None:
         """As `Engine.cancel`; frees the slots and pages of running requests."""
-        canceled = self._unfinished_ids.intersection(request_ids)
+        canceled = self._unfinished.keys() & set(request_ids)
         if canceled:
             self._waiting = deque(s for s in self._waiting if s.request.id not in canceled)
             for sequence in [*self._prefilling, *self._running]:
                 if sequence.request.id in canceled:
                     self._retire(sequence)
             self._release(canceled)
-            self._longest = max((s.request.max_total_tokens for s in self._all()), default=0)
+            left = self._unfinished.values()
+            self._longest = max((s.request.max_total_tokens for s in left), default=0)
 
     def cancel_all(self) -> None:
-        self.cancel(set(self._unfinished_ids))
+        self.cancel(set(self._unfinished))
 
     def forget_weights(self) -> None:
         """Call when the weights change, with no request unfinished: cached keys are void."""
@@ -174,9 +204,6 @@ class Scheduler:
         self._started.clear()
         self._pool.forget_all()
         self._runner.reset()
-
-    def _all(self) -> list[Running]:
-        return [*self._waiting, *self._prefilling, *self._running]
 
     # Memory
 
@@ -234,8 +261,9 @@ class Scheduler:
 
     def _release(self, ids: Collection[str]) -> None:
         """Forget requests; with the last one the cache goes."""
-        self._unfinished_ids.difference_update(ids)
-        if not self._unfinished_ids:
+        for name in ids:
+            del self._unfinished[name]
+        if not self._unfinished:
             self._longest = 0
             if not self._keep_cache:
                 self._started.clear()
@@ -304,11 +332,10 @@ class Scheduler:
         while len(self._started) > passes_ahead:
             for started in self._started.popleft():
                 values = zip(started.sequences, *started.sampled.wait(), strict=True)
-                for sequence, token_id, logprob in values:
+                for sequence, token_id, logprob, top in values:
                     if sequence.slot < 0:
                         continue  # canceled, or finished in an earlier pass
-                    sequence.token_ids.append(token_id)
-                    sequence.logprobs.append(logprob)
+                    sequence.append(token_id, logprob, top)
                     if sequence.finished:
                         self._pool.index(sequence.pages, sequence.known_tokens[:-1])
                         self._retire(sequence)
@@ -330,4 +357,5 @@ def _sampling_rows(sequences: Sequence[Running]) -> SamplingRows:
         np.array([each.temperature for each in params], dtype=np.float64),
         np.array([each.top_p for each in params], dtype=np.float64),
         uniforms(keys, counters),
+        max((each.top_logprobs for each in params), default=0),
     )

@@ -11,6 +11,9 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
+MAX_TOP_LOGPROBS = 20
+TopLogprobs = list[tuple[int, float]]  # token ids and log-probabilities, the most likely first
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -23,12 +26,18 @@ class SamplingParams:
         max_tokens: the response ends after this many tokens, at least 1.
         stop_ids: the response ends with the first of these tokens, which belongs to it.
         top_p: sample from the smallest set of tokens with at least this probability; 1 keeps all.
+        stop_texts: the response ends with the first token that completes one of them. It belongs to
+            the response; the text before the stop text is what a client sees (`ResponseText`).
+        top_logprobs: report as many of the most likely tokens at each position, at most
+            MAX_TOP_LOGPROBS.
     """
 
     temperature: float
     max_tokens: int
     stop_ids: tuple[int, ...]
     top_p: float = 1.0
+    stop_texts: tuple[str, ...] = ()
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,8 +74,10 @@ class Completion:
         token_ids: the response, with the stop token if there was one.
         rollout_logprobs: float32 [len(token_ids)], log-probability of each token at the sampling
             temperature (greedy: at temperature 1), before top-p truncation.
-        finish: "stop" after a stop token, "length" after `max_tokens`.
+        finish: "stop" after a stop token or a stop text, "length" after `max_tokens`.
         policy_version: version of the weights that generated it.
+        top_logprobs: per token, the most likely ones at its position with their log-probabilities;
+            empty unless the request asks for them.
     """
 
     id: str
@@ -74,6 +85,7 @@ class Completion:
     rollout_logprobs: np.ndarray
     finish: Literal["stop", "length"]
     policy_version: int
+    top_logprobs: Sequence[TopLogprobs] = ()
 
 
 class Engine(Protocol):
@@ -127,6 +139,28 @@ class RolloutEngine(Engine, WeightSink, Protocol):
     """What RL needs of an engine."""
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A part of a response: its tokens, and what `Completion` says of each.
+
+    Attributes:
+        token_ids, top_logprobs: as in `Completion`.
+        logprobs: one per token, float32 values.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    top_logprobs: Sequence[TopLogprobs] = ()
+
+
+class OffersProgress(Protocol):
+    """An engine that shows responses while they are generated, for a server's streams."""
+
+    def response_from(self, request_id: str, start: int) -> Tokens:
+        """The tokens of an unfinished request's response from number `start` on."""
+        ...
+
+
 @runtime_checkable
 class OffersDigest(Protocol):
     """An engine that can prove which weights it holds."""
@@ -142,6 +176,10 @@ def check_request(request: Request, unfinished_ids: Collection[str]) -> None:
         problem = "the prompt has no tokens"
     elif request.params.max_tokens < 1:
         problem = f"max_tokens is {request.params.max_tokens}; it must be at least 1"
+    elif not 0 <= request.params.top_logprobs <= MAX_TOP_LOGPROBS:
+        problem = f"top_logprobs must be 0 to {MAX_TOP_LOGPROBS}"
+    elif "" in request.params.stop_texts:
+        problem = "a stop text is empty"
     elif request.id in unfinished_ids:
         problem = "a request of this id is not finished; choose another id"
     else:

@@ -1,7 +1,8 @@
 """Continuous batching: requests join and leave at any time, and a response depends on its request
 only."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from infir2.config.schema import ShapeSection
 from infir2.engines.generate import generate, generate_all, generate_groups
+from infir2.engines.graph_runner import unpack_sampled
 from infir2.engines.kv_cache import page_bytes
 from infir2.engines.native import NativeEngine
 from infir2.engines.runner import ReferenceRunner
@@ -103,6 +105,103 @@ def test_log_probabilities_are_those_of_a_packed_forward(model: Decoder) -> None
         first = len(each.token_ids)
         expected, _ = token_logprobs(hidden[first - 1 :], model.head_weight, stream[first:])
     assert np.array_equal(completion.rollout_logprobs, expected.numpy())
+
+
+def letters(token_ids: Sequence[int]) -> str:
+    return "".join(chr(ord("a") + token_id % 4) for token_id in token_ids)
+
+
+@pytest.mark.usefixtures("passes_ahead")
+@pytest.mark.parametrize("max_running", [1, 5])
+def test_a_response_ends_with_the_token_that_completes_a_stop_text(
+    model: Decoder, max_running: int
+) -> None:
+    stops = [("bd",), ("aaaaaaaa", "cab"), ("d",), ("zz",), ("ab", "abc")]
+    plain = [request(i, SamplingParams(1.0, 40, stop_ids=(3,))) for i in range(len(stops))]
+    expected = alone(model, plain)
+    requests = [
+        replace(each, params=replace(each.params, stop_texts=stop))
+        for each, stop in zip(plain, stops, strict=True)
+    ]
+    engine = NativeEngine(model, max_running, decode=letters)
+    num_stopped = 0
+    for completion in generate_all(engine, requests):
+        whole, texts = expected[completion.id], stops[int(completion.id[1:])]
+        ends = [
+            n + 1
+            for n in range(len(whole.token_ids))
+            if any(letters(whole.token_ids[: n + 1]).endswith(text) for text in texts)
+        ]
+        length = min(ends, default=len(whole.token_ids))
+        assert completion.token_ids == whole.token_ids[:length]
+        assert np.array_equal(completion.rollout_logprobs, whole.rollout_logprobs[:length])
+        assert completion.finish == ("stop" if ends else whole.finish)
+        num_stopped += bool(ends)
+    assert 0 < num_stopped < len(stops)
+
+
+def test_stop_texts_need_a_tokenizer(model: Decoder) -> None:
+    each = request(0, SamplingParams(1.0, 4, stop_ids=(), stop_texts=("a",)))
+    with pytest.raises(ValueError, match="without tokenizer"):
+        NativeEngine(model, 1).submit(each)
+    empty = replace(each, params=replace(each.params, stop_texts=("a", "")))
+    with pytest.raises(ValueError, match="stop text is empty"):
+        NativeEngine(model, 1, decode=letters).submit(empty)
+
+
+@pytest.mark.usefixtures("passes_ahead")
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_most_likely_tokens(model: Decoder, temperature: float) -> None:
+    """Beside each token, whatever the others of the batch ask for; no token changes by it."""
+    params = SamplingParams(temperature, 9, stop_ids=(), top_logprobs=5)
+    asking = [request(20, params), request(21, replace(params, top_logprobs=20))]
+    plain = [replace(each, params=replace(each.params, top_logprobs=0)) for each in asking]
+    expected = alone(model, [*plain, *MIXED])
+    found = {c.id: c for c in generate(NativeEngine(model, 4), [*asking, *MIXED])}
+    assert_same(found, expected)
+    assert all(found[each.id].top_logprobs == [] for each in MIXED)
+    for each in asking:
+        completion = found[each.id]
+        stream = torch.tensor([*each.token_ids, *completion.token_ids])
+        logits = model(stream, torch.arange(len(stream)), torch.tensor([0, len(stream)]))
+        logprobs = (logits.double() / (temperature or 1.0)).log_softmax(-1)
+        rows = logprobs[len(each.token_ids) - 1 : -1]
+        assert len(completion.top_logprobs) == len(completion.token_ids)
+        for row, top in zip(rows, completion.top_logprobs, strict=True):
+            values, token_ids = row.topk(each.params.top_logprobs)
+            assert top == list(zip(token_ids.tolist(), values.float().tolist(), strict=True))
+
+
+def test_the_most_likely_tokens_of_a_gpu_are_unpacked() -> None:
+    top_ids = torch.tensor([[4, 9, 1], [2, 8, 7]])  # of two sequences
+    values = torch.tensor([[-0.5, -1.0, -2.0], [-0.25, -3.0, -4.0]])
+    sampled = torch.stack([torch.tensor([9, 2]), values[:, 1].view(torch.int32)]).int()
+    packed = torch.cat([sampled, top_ids.int().T, values.view(torch.int32).T])
+    assert unpack_sampled(sampled) == ([9, 2], [-1.0, -3.0], [[], []])
+    assert unpack_sampled(packed) == (
+        [9, 2],
+        [-1.0, -3.0],
+        [[(4, -0.5), (9, -1.0), (1, -2.0)], [(2, -0.25), (8, -3.0), (7, -4.0)]],
+    )
+
+
+@pytest.mark.usefixtures("passes_ahead")
+def test_responses_are_seen_while_they_grow(model: Decoder) -> None:
+    requests = [request(i, SamplingParams(1.0, 12, stop_ids=(), top_logprobs=2)) for i in range(3)]
+    engine, seen = NativeEngine(model, 2), {each.id: list[int]() for each in requests}
+    for each in requests:
+        engine.submit(each)
+    num_early, completions = 0, dict[str, Completion]()
+    while engine.num_unfinished:
+        completions |= {completion.id: completion for completion in engine.step()}
+        for name in seen.keys() - completions.keys():
+            tokens = engine.response_from(name, len(seen[name]))
+            assert len(tokens.logprobs) == len(tokens.top_logprobs) == len(tokens.token_ids)
+            num_early += len(tokens.token_ids)
+            seen[name] += tokens.token_ids
+    assert num_early >= 3 * 10
+    for name, completion in completions.items():
+        assert seen[name] == completion.token_ids[: len(seen[name])]
 
 
 @pytest.mark.usefixtures("passes_ahead")
