@@ -1,4 +1,4 @@
-"""Verb eval: an evaluation of a recipe, and what reads evaluations (compare)."""
+"""Verb eval: an evaluation of a recipe; compare and contamination read what there is."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +10,13 @@ from infir2.terminal import print_json, print_result
 _DESCRIPTION = (
     "Samples answers to held-out problems and reports avg@k, pass@k and majority@k with intervals. "
     "The same command, run again, continues an interrupted evaluation. "
-    "`infir2 eval compare A B` compares two evaluations of the same problems."
+    "`infir2 eval compare A B` compares two evaluations of the same problems; "
+    "`infir2 eval contamination --train SOURCE... --data DIR` looks for questions in training data."
 )
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """infir2 eval RECIPE.toml ... | compare A B"""
+    """infir2 eval RECIPE.toml ... | compare A B | contamination --train SOURCE... --data DIR"""
     if arguments and arguments[0] in _COMMANDS:
         return _COMMANDS[arguments[0]](arguments[1:])
     if wants_help(arguments):
@@ -52,4 +53,25 @@ def _compare(arguments: Sequence[str]) -> None:
         print_result(each.describe(str(options.first), str(options.second)))
 
 
-_COMMANDS = {"compare": _compare}
+def _contamination(arguments: Sequence[str]) -> None:
+    """infir2 eval contamination --train SOURCE... --data DIR"""
+    parser = Parser(
+        prog="infir2 eval contamination",
+        description="Lists the questions that share sequences of 13 words with training data.",
+    )
+    parser.add_argument(
+        "--train", type=Path, nargs="+", required=True, help="files or directories of training rows"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="file or directory of questions")
+    parser.add_argument(JSON, action="store_true", help="print what was found as JSON")
+    options = parser.parse_args(arguments)
+    from infir2.evaluate.contamination import find_contamination
+
+    found = find_contamination(options.train, options.data)
+    if options.json:
+        print_json(found.as_json())
+    else:
+        print_result(found.describe())
+
+
+_COMMANDS = {"compare": _compare, "contamination": _contamination}

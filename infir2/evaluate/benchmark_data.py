@@ -80,6 +80,14 @@ def find_files(benchmark: Benchmark, data: Path, alone: bool = False) -> list[Pa
     raise DataError(f"--data: {data} does not exist; {parent} has {there}.")
 
 
+def find_data_files(data: Path) -> list[Path]:
+    """All data files at or below a path, whatever their names. Raises DataError without one."""
+    found = _data_files(data) if data.exists() else []
+    if not found:
+        raise DataError(f"--data: {data} does not exist, or has no data files.")
+    return found
+
+
 def _find_in_directory(benchmark: Benchmark, data: Path, alone: bool) -> list[Path]:
     for word in benchmark.words:
         named = sorted(each for each in data.iterdir() if plain_word(_stem(each)) == word)
@@ -167,7 +175,7 @@ def _rows(benchmark: Benchmark, files: Sequence[Path]) -> Iterator[Row]:
     """The converted rows of all files, each question once. Raises DataError."""
     seen: dict[str, tuple[str, Row]] = {}
     for file in files:
-        for origin, row in _read(file):
+        for origin, row in read_rows(file):
             try:
                 converted = benchmark.convert(row)
             except RowError as error:
@@ -189,7 +197,7 @@ def _plain_answer(row: Row) -> str:
     return answer.lstrip("0") or "0" if answer.isdigit() else answer
 
 
-def _read(file: Path) -> Iterator[tuple[str, Row]]:
+def read_rows(file: Path) -> Iterator[tuple[str, Row]]:
     """("file:line", row) of each row. Raises DataError."""
     if file.name.lower().endswith(".csv"):
         yield from _read_csv(file)
