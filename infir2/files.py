@@ -26,9 +26,11 @@ from infir2.errors import (
     CheckpointError,
     RunMovedError,
     disk_reason,
+    first_line,
 )
 from infir2.terminal import log
 
+MAX_JSON_BYTES = 64 << 20
 _FILE_TYPES = {
     stat.S_IFREG: "a file",
     stat.S_IFLNK: "a symbolic link",
@@ -74,6 +76,24 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, _too_large(max_bytes), str(path))
     return data
+
+
+def read_json_object(path: Path, error_of: Callable[[str], Exception]) -> dict[str, Any]:
+    """A JSON object of at most MAX_JSON_BYTES.
+
+    Raises what `error_of` makes of a problem such as "config.json is missing".
+    """
+    try:
+        content = json.loads(read_regular(path, MAX_JSON_BYTES))
+    except FileNotFoundError as error:
+        raise error_of(f"{path} is missing") from error
+    except OSError as error:
+        raise error_of(f"{path} cannot be read ({disk_reason(error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise error_of(f"{path} is not JSON ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise error_of(f"{path} must hold a JSON object")
+    return content
 
 
 def _too_large(max_bytes: int) -> str:

@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from stages import end_leftovers, make_world
 
+from infir2.demo.tokenizer import write_tokenizer
+from infir2.demo.world import build_vocabulary, every_phrase
+
 # setuptools replaces distutils and asserts that nobody has imported the standard library's before:
 # import it first, because megatron-core does so late (through torch.utils.cpp_extension).
 with contextlib.suppress(ImportError):
@@ -27,3 +30,11 @@ def no_leftovers() -> Iterator[None]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small version of the demo's data: tokenizer and data of every stage."""
     return make_world(tmp_path_factory.mktemp("world") / "world")
+
+
+@pytest.fixture(scope="session")
+def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's tokenizer alone; a test that changes it copies it first."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory, build_vocabulary(every_phrase()))
+    return directory

@@ -15,7 +15,7 @@ def is_run(path: Path) -> bool:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a checkpoint's manifest, or of the files of a Hugging Face directory.
+    """SHA-256 of a checkpoint's manifest, of the files of a Hugging Face directory, or of a file.
 
     A run directory stands for its newest good checkpoint. Of a large file only its size and 16
     evenly spaced pieces are read: training changes all weights, so it changes every piece of them.
@@ -25,7 +25,7 @@ def fingerprint(path: Path) -> str:
         manifest = open_checkpoint(path, sizes_only=True).path / MANIFEST
         return hashlib.sha256(manifest.read_bytes()).hexdigest()
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir() if path.is_dir() else ()):
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.is_file() and not file.name.startswith("."):
             digest.update(f"{file.name} {file.stat().st_size} ".encode())
             digest.update(_pieces(file))

@@ -199,8 +199,8 @@ def _usage() -> str:
         f"{verbs}\n\n"
         "infir2 VERB --help describes a verb's arguments; "
         "infir2 --version prints the versions of the libraries.\n"
-        "--quiet leaves results and errors only; --json prints the results of check, demo and eval "
-        "as JSON."
+        "--quiet leaves results and errors only; --json prints the results of check, demo, eval "
+        "and report as JSON."
     )
 
 

@@ -1,13 +1,13 @@
 """Verbs between formats: export, import, verify-weights, tokenize."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from infir2.cli.arguments import Parser
-from infir2.cli.outputs import contents, write_once
+from infir2.cli.outputs import write_once
 from infir2.config.data_sections import DocumentBos
 from infir2.config.paths import check_model_directory
 from infir2.errors import CheckpointError, ConfigError
@@ -102,17 +102,21 @@ def _export_parser() -> Parser:
 def import_(arguments: Sequence[str]) -> None:
     """infir2 import hf|fp8|megatron SRC --to DIR"""
     options = _import_parser().parse_args(arguments)
+    from infir2.checkpoint.fingerprint import fingerprint
     from infir2.convert import import_fp8, import_hf, import_megatron
+    from infir2.convert.megatron_import import find_iteration
 
-    source = options.source
+    source, like = options.source, options.like if options.kind == "megatron" else None
     with _explained("", source):
-        if options.kind == "hf":
-            import_hf(source, options.to)
-        elif options.kind == "fp8":
-            import_fp8(source, options.to)
-        else:
-            source = import_megatron(source, options.to, options.like)
-    print_result(f"{options.to}: converted from {source}, {contents(options.to)}.")
+        if options.kind == "megatron":
+            source = find_iteration(source)
+        converters: dict[str, Callable[..., object]] = {
+            "hf": import_hf, "fp8": import_fp8, "megatron": partial(import_megatron, like=like)
+        }  # fmt: skip
+        convert = converters[options.kind]
+        made_by = {"command": "import", "kind": options.kind, "source": fingerprint(source)}
+        made_by |= {"like": fingerprint(like)} if like else {}
+        write_once(options.to, made_by, lambda: convert(source, options.to), str(source))
 
 
 def _import_parser() -> Parser:

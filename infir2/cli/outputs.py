@@ -12,8 +12,10 @@ from infir2.terminal import print_result
 RECORD = "infir2.json"
 
 
-def write_once(target: Path, made_by: dict[str, Any], write: Callable[[], object]) -> None:
-    """Call `write`, which creates `target`, and print what it wrote.
+def write_once(
+    target: Path, made_by: dict[str, Any], write: Callable[[], object], origin: str = ""
+) -> None:
+    """Call `write`, which creates `target`, and print what it wrote, and from which `origin`.
 
     `made_by` names the command and fingerprints its inputs; it is stored in the directory. If
     `target` has the same record, nothing is written and its content is printed. Raises
@@ -32,7 +34,8 @@ def write_once(target: Path, made_by: dict[str, Any], write: Callable[[], object
         return
     with disk_errors(f"{target / RECORD}: cannot be written"):
         write_atomically(target / RECORD, json.dumps(made_by).encode() + b"\n")
-    print_result(f"{target}: {contents(target)}.")
+    converted = f"converted from {origin}, " if origin else ""
+    print_result(f"{target}: {converted}{contents(target)}.")
 
 
 def contents(directory: Path) -> str:

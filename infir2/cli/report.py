@@ -5,7 +5,7 @@ from pathlib import Path
 
 from infir2.cli.arguments import Parser
 from infir2.errors import ConfigError, disk_reason
-from infir2.terminal import print_result
+from infir2.terminal import print_json, print_result
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -28,16 +28,22 @@ def report(arguments: Sequence[str]) -> None:
         help="page to write, or a directory for report.html (default RUN_DIR/report.html, "
         "several runs: report.html)",
     )
+    parser.add_argument("--json", action="store_true", help="print the table of stages as JSON")
     options = parser.parse_args(arguments)
     default = options.runs[0] / "report.html" if len(options.runs) == 1 else Path("report.html")
     page = options.to or default
-    from infir2.report import write_report
+    from infir2.report import stage_table, write_report
 
     if page.is_dir():
         page /= "report.html"
     try:
-        print_result(str(write_report(options.runs, page)))
+        write_report(options.runs, page)
     except OSError as error:
         raise ConfigError(
             f"--to {page}: the page cannot be written ({disk_reason(error)}); name another file."
         ) from error
+    if options.json:
+        stages = [row.as_json() for row in stage_table(options.runs)]
+        print_json({"report": str(page.resolve()), "stages": stages})
+    else:
+        print_result(str(page))

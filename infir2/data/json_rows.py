@@ -29,6 +29,7 @@ _DEPTH = np.zeros(256, np.int64)  # byte -> change of the depth
 _DEPTH[list(b"[{")], _DEPTH[list(b"]}")] = 1, -1
 _IS_INDENT = np.isin(np.arange(256), list(b" \t\xef"))
 _IS_MARK = np.isin(np.arange(256), list(b"[]{},"))
+_UTF32 = re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|(?:\0{3}[\t\n\r -~]){2}|(?:[\t\n\r -~]\0{3}){2}")
 _UTF16 = re.compile(rb"\xff\xfe|\xfe\xff|(?:\0[\t\n\r -~]){2}|(?:[\t\n\r -~]\0){2}")
 _BINARY = re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd|BZh|\xfd7zXZ\0|PK\x03\x04|PAR1|.*\0", re.DOTALL)
 
@@ -105,11 +106,13 @@ class JsonRows:
 
 
 def check_is_utf8(path: Path, head: bytes) -> None:
-    """Raise DataError if a file of text begins as UTF-16 or as binary data."""
-    if _UTF16.match(head):
-        raise DataError(
-            f"{path} is UTF-16 text: convert it to UTF-8, such as with iconv -f UTF-16 -t UTF-8."
-        )
+    """Raise DataError if a file of text begins as UTF-16, UTF-32 or as binary data."""
+    for pattern, name in ((_UTF32, "UTF-32"), (_UTF16, "UTF-16")):
+        if pattern.match(head):
+            raise DataError(
+                f"{path} is {name} text: convert it to UTF-8, such as with iconv -f {name} -t "
+                "UTF-8."
+            )
     text = head[_blank_end(head) :]
     if not text.startswith(b"{") and _BINARY.match(text):
         raise DataError(

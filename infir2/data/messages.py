@@ -124,10 +124,32 @@ def _message(message: dict[str, Any]) -> Message | None:
         raise RowError("bad_role", f"role {role!r} is not one of {', '.join(ROLES)}")
     _check_supported(message, role)
     content = message.get(content_key)
+    if isinstance(content, list):
+        content = _joined_parts(content, content_key)
+        message = message | {content_key: content}
     if role == "system" and (content is None or (isinstance(content, str) and not content.strip())):
         return None
     thought = _thought_fields(message, role)
-    return {"role": role, **_with_thought(text(message, content_key), thought)}
+    return {
+        "role": role,
+        **_with_thought(text(message, content_key), thought),
+    }
+
+
+def _joined_parts(parts: list[Any], key: str) -> str:
+    """Return the text of a content's parts, joined without a separator.
+
+    Raises:
+        RowError: a part is no text, such as an image.
+    """
+    texts = []
+    for part in parts:
+        kind = part.get("type") or "text" if isinstance(part, dict) else type(part).__name__
+        value = part.get("text") if isinstance(part, dict) else None
+        if not isinstance(value, str) or kind not in ("text", "input_text", "output_text"):
+            raise RowError("bad_field", f"`{key}` has a part of type {kind!r}, which is no text")
+        texts.append(value)
+    return "".join(texts)
 
 
 def _check_supported(message: dict[str, Any], role: str) -> None:

@@ -6,15 +6,13 @@ calls impossible is a panic, whose exception is not an `Exception`.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infir2.errors import ConfigError, UserError, disk_reason, first_line
-from infir2.files import read_regular
+from infir2.errors import ConfigError, UserError, first_line
+from infir2.files import read_json_object
 
-MAX_BYTES = 64 * 2**20
 MAX_ID = 2**24  # the largest vocabularies have 2^18 tokens
 MAX_PADDING = 2**20
 MAX_ADDED = 10_000
@@ -57,19 +55,9 @@ def library_errors(directory: Path) -> Iterator[None]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object of at most 64 MiB. Raises ConfigError naming the file."""
-    try:
-        content = json.loads(read_regular(path, MAX_BYTES))
-    except OSError as error:
-        raise ConfigError(
-            f"data.tokenizer: {path} cannot be read ({disk_reason(error)})."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"data.tokenizer: {path} is not JSON ({first_line(error)}); copy the files again."
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"data.tokenizer: {path} must hold a JSON object; copy the files again.")
-    return content
+    return read_json_object(
+        path, lambda problem: ConfigError(f"data.tokenizer: {problem}; copy the files again.")
+    )
 
 
 def _is_id(value: object) -> bool:

@@ -6,7 +6,6 @@ stage that is done is skipped and one that was interrupted resumes, so the demo 
 run again.
 """
 
-import math
 import subprocess
 import sys
 import time
@@ -14,11 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from infir2.errors import ConfigError, UserError, disk_reason
-from infir2.evaluate.output import scores_as_json
-from infir2.report import StageRow, render_stage_table, stage_table, write_report
+from infir2.report import render_stage_table, stage_table, write_report
 from infir2.terminal import print_heading, print_json, print_renderable, print_result, pulse
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -101,7 +98,7 @@ def run_demo(directory: Path, seed: int, as_json: bool = False) -> None:
     page = write_report(runs, directory / "report.html")
     if as_json:
         print_json(
-            {"report": str(page.resolve()), "stages": list(map(_as_json, stage_table(runs)))}
+            {"report": str(page.resolve()), "stages": [row.as_json() for row in stage_table(runs)]}
         )
         return
     print_renderable(render_stage_table(stage_table(runs)))
@@ -122,14 +119,6 @@ def _run_stages(directory: Path, seed: int, stdout: int | None) -> None:
         print_heading("waiting for the comparisons")
         with pulse("waiting for the comparisons"):
             side_stages.wait()
-
-
-def _as_json(row: StageRow) -> dict[str, Any]:
-    values = scores_as_json(row.evaluation) | {"stage": row.stage, "run": str(row.run)}
-    for name in ("change", "change_interval"):
-        value = getattr(row, name)
-        values[name] = value if math.isfinite(value) else None
-    return values | {"compared_with": row.compared_with}
 
 
 @contextmanager

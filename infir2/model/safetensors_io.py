@@ -20,7 +20,7 @@ from torch import Tensor
 
 from infir2.directories import new_directory
 from infir2.errors import CheckpointError, first_line
-from infir2.files import read_regular
+from infir2.files import read_json_object
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SCALES_FILE = "fp8_scales.st"  # safetensors; no engine loads a file of this suffix as weights
@@ -34,7 +34,6 @@ TOKENIZER_FILES = (
     "*.model",
 )
 SIDE_FILES = (*TOKENIZER_FILES, "chat_template*", "generation_config.json")
-MAX_JSON_BYTES = 64 * 2**20
 
 
 class HfWeights:
@@ -136,21 +135,10 @@ class HfWeights:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of at most 64 MiB. Raises CheckpointError naming the file."""
-    try:
-        raw = json.loads(read_regular(path, MAX_JSON_BYTES))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; give a Hugging Face model directory") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}); copy the model again"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not readable JSON ({first_line(error)}); copy the model again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; copy the model again")
-    return raw
+    return read_json_object(
+        path,
+        lambda problem: CheckpointError(f"{problem}; name a complete Hugging Face model directory"),
+    )
 
 
 def write_hf(

@@ -218,6 +218,7 @@ def _rl_charts(run: Run) -> list[Chart]:
     average = Series("avg@k", scores.steps, scores["avg_at_k"], 0, "line", *ends)
     return [
         Chart("Reward", lines(("reward", "reward")), "mean of a step", from_zero=True),
+        Chart("Accuracy", lines(("accuracy", "accuracy")), percent=True, from_zero=True),
         Chart(
             "Evaluation in the loop",
             (average, Series("pass@k", scores.steps, scores["pass_at_k"], 2)),
@@ -227,10 +228,7 @@ def _rl_charts(run: Run) -> list[Chart]:
             "Response length", lines(("response_tokens", "length")), "tokens, mean", from_zero=True
         ),
         Chart(
-            "Truncated responses",
-            lines(("truncated_fraction", "truncated")),
-            percent=True,
-            from_zero=True,
+            "Truncated", lines(("truncated_fraction", "truncated")), percent=True, from_zero=True
         ),
         Chart("Entropy", lines(("entropy", "entropy")), "nats per token", from_zero=True),
         Chart("Clipped and capped", capped, "of tokens", percent=True, from_zero=True),

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -56,6 +57,16 @@ class StageRow:
             str(result.k or "–"),
             str(result.num_problems or "–"),
         ]
+
+    def as_json(self) -> dict[str, Any]:
+        """The row for `json.dumps`, which has no NaN or infinity: null stands for them."""
+        values = asdict(self.evaluation) | {
+            "change": self.change, "change_interval": self.change_interval
+        }  # fmt: skip
+        return {"stage": self.stage, "run": str(self.run), "compared_with": self.compared_with} | {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
 
 
 def stage_table(run_dirs: Iterable[Path]) -> list[StageRow]:

@@ -38,6 +38,8 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
     rl, seed, last_step = recipe.rl, recipe.run.seed, last_step_of(recipe, recipe.schedule)
     evaluation = InLoopEvaluation(recipe)
     with Supervisor(loaded, "rl") as supervisor:
+        if _has_nothing_left(supervisor, evaluation, last_step):
+            return
         tokenizer = open_run_tokenizer(supervisor)
         check_rollout_model(recipe.rollout.model)
         quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
@@ -78,6 +80,14 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
                 if evaluation.is_due(step):
                     pipeline.sync_weights(step)
                     evaluation.run(engine, tokenizer, step, supervisor)
+
+
+def _has_nothing_left(supervisor: Supervisor, evaluation: InLoopEvaluation, last_step: int) -> bool:
+    """Whether the run is finished, which needs neither model nor engine."""
+    step = supervisor.saved_step
+    if step < last_step or (evaluation.is_due(step) and not _is_evaluated(supervisor, step)):
+        return False
+    return supervisor.is_finished(last_step)
 
 
 def _is_evaluated(supervisor: Supervisor, step: int) -> bool:

@@ -189,15 +189,21 @@ class Supervisor:
         self.log.start_progress(total_steps, finished)
         trainer.pending_signal = lambda: self.stop.received
         self.heartbeat("the first step")
-        if self.checkpoint and finished >= total_steps:
-            self.log.message(
-                f"{self.dir} is finished: step {finished} of {total_steps} is saved. To train "
-                "again, name another run.dir."
-            )
-        elif self.checkpoint:
+        if self.checkpoint and not self.is_finished(total_steps):
             self.log.message(f"resumed from {self.checkpoint.path} (step {finished})")
         self.saver.attach(trainer)
         return finished
+
+    def is_finished(self, total_steps: int) -> bool:
+        """Whether the last step is saved already, which is then said."""
+        finished = self.checkpoint.step if self.checkpoint else 0
+        if self.checkpoint is None or finished < total_steps:
+            return False
+        self.log.message(
+            f"{self.dir} is finished: step {finished} of {total_steps} is saved. To train "
+            "again, name another run.dir."
+        )
+        return True
 
     def begin_steps(self) -> None:
         """Describe the run in its directory: nothing refuses the command anymore."""

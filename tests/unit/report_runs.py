@@ -153,6 +153,7 @@ def rl_rows(steps: int, low: float, high: float, seed: int) -> list[dict[str, An
         }
         row |= {
             "reward": reward,
+            "accuracy": min(1.0, max(0.0, reward)),
             "response_tokens": 60 + 45 * done + 4 * noise.normal(),
             "truncated_fraction": max(0.0, 0.12 - 0.1 * done),
         }

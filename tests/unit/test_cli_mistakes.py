@@ -1,6 +1,7 @@
 """What a mistake on the command line gets: an exit code and one sentence that says what to do."""
 
 import http.server
+import json
 import os
 import socket
 import subprocess
@@ -205,6 +206,33 @@ def test_a_repeated_export_says_that_it_is_done(
     capsys.readouterr()
     assert main(["export", "hf", str(tmp_path / "other"), *command[3:]]) == 2
     assert "another command or another input made it" in capsys.readouterr().err
+
+
+def test_a_repeated_import_says_that_it_is_done(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["import", "hf", str(place / "hf"), "--to", str(tmp_path / "o")]
+    assert main(command) == 0
+    assert f"{tmp_path / 'o'}: converted from {place / 'hf'}, " in capsys.readouterr().out
+    assert main(command) == 0
+    assert "o is there already, written by this command: " in capsys.readouterr().out
+    assert main(["import", "fp8", *command[2:]]) == 2
+    assert "another command or another input made it" in capsys.readouterr().err
+
+
+def test_a_report_prints_its_stages_as_json(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = {"kind": "evaluation", "step": 1, "avg_at_k": 0.5, "interval": None, "k": 4}
+    (tmp_path / "eval-x").mkdir()
+    (tmp_path / "eval-x" / "metrics.jsonl").write_text(json.dumps(evaluation) + "\n")
+    page = tmp_path / "page.html"
+    runs = [str(place / "run"), str(tmp_path / "eval-x")]
+    assert main(["report", *runs, "--to", str(page), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["report"] == str(page)
+    (stage,) = result["stages"]
+    assert (stage["stage"], stage["avg_at_k"], stage["interval"]) == ("x", 0.5, None)
 
 
 def test_a_finished_run_says_that_it_is_finished(

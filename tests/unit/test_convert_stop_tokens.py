@@ -12,16 +12,7 @@ from infir2.checkpoint import Store
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.convert import export_fp8, export_hf
 from infir2.data import load_tokenizer
-from infir2.demo.tokenizer import write_tokenizer
-from infir2.demo.world import build_vocabulary, every_phrase
 from infir2.model import Decoder
-
-
-@pytest.fixture(scope="module")
-def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(directory, build_vocabulary(every_phrase()))
-    return directory
 
 
 def ids_of(directory: Path) -> dict[str, int]:

@@ -10,8 +10,6 @@ import pytest
 from infir2.data import ChatTokenizer, load_tokenizer
 from infir2.data.template_check import check_chat_template
 from infir2.data.types import RowError
-from infir2.demo.tokenizer import write_tokenizer
-from infir2.demo.world import build_vocabulary, every_phrase
 from infir2.errors import ConfigError
 
 REAL = Path(__file__).parents[2] / "../shared/data/tokenizers"
@@ -37,13 +35,6 @@ DROPS_REASONING = (
     "message['content'].split('</think>')[-1] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(directory, build_vocabulary(every_phrase()))
-    return directory
 
 
 @pytest.fixture(scope="module", params=["demo", "qwen2.5", "qwen3"])

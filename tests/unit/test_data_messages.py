@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infir2.config.schema import SourceSection
-from infir2.data.messages import with_reasoning
+from infir2.data.messages import messages, with_reasoning
 from infir2.data.rows import open_source, parse_conversation, parse_prompt
 from infir2.data.types import RowError
 
@@ -198,3 +198,21 @@ def test_values_that_are_not_finite_never_crash_and_never_score(value: float | s
 def test_a_label_that_is_no_answer_is_refused(value: str) -> None:
     with pytest.raises(RowError, match="which is no answer"):
         parse_prompt({"prompt": "q", "label": value}, SECTION)
+
+
+def test_text_parts_are_joined_and_other_parts_are_refused_by_name() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": " b"}, {"text": "c"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "e"}]}
+    assert [turn["content"] for turn in messages(row, "messages")] == ["a bc", "e"]
+    for part, kind in (
+        ({"type": "image_url", "image_url": {"url": "x"}}, "image_url"),
+        ({"type": "image", "text": "x"}, "image"),
+        ({"type": "text", "text": None}, "text"),
+        ("x", "str"),
+    ):
+        row["messages"][0]["content"] = [*parts, part]  # type: ignore[index]
+        with pytest.raises(RowError, match=f"`content` has a part of type '{kind}'"):
+            messages(row, "messages")
+    row["messages"][0]["content"] = []  # type: ignore[index]
+    with pytest.raises(RowError, match="empty"):
+        messages(row, "messages")

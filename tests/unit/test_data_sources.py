@@ -162,6 +162,8 @@ def test_files_of_each_kind_give_the_same_rows(tmp_path: Path) -> None:
         ("utf16.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16 text: convert it to UTF-8"),
         ("utf16.txt", "text".encode("utf-16"), "is UTF-16 text: convert it to UTF-8"),
         ("marked.json", '[{"text": "a"}]'.encode("utf-16-be"), "is UTF-16 text"),
+        ("utf32.jsonl", '{"text": "a"}'.encode("utf-32"), "is UTF-32 text.*iconv -f UTF-32"),
+        ("marked.txt", "text".encode("utf-32-be"), "is UTF-32 text"),
         ("binary.ndjson", pack_zstd(b'{"text": "a"}'), "must be named .jsonl.gz or .jsonl.zst"),
         ("cut.jsonl.zst", pack_zstd(b'{"text": "a"}\n' * 99)[:-3], "not a complete zstd file"),
         ("plain.jsonl.zst", b'{"text": "a"}\n', "not a complete zstd file"),

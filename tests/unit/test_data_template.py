@@ -22,8 +22,6 @@ from infir2.config.schema import (
 from infir2.data import ChatTokenizer, Loader, Prompt, load_prompts, load_tokenizer
 from infir2.data.template_check import check_chat_template
 from infir2.data.types import RowError
-from infir2.demo.tokenizer import write_tokenizer
-from infir2.demo.world import build_vocabulary, every_phrase
 from infir2.engines.types import Completion
 from infir2.errors import ConfigError, DataError
 from infir2.evaluate.problems import encode_problem
@@ -89,13 +87,6 @@ DATED = (
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(directory, build_vocabulary(every_phrase()))
-    return directory
 
 
 def with_template(demo_dir: Path, to: Path, template: str, **configuration: Any) -> Path:

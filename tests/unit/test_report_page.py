@@ -79,6 +79,7 @@ def test_the_page_of_a_recipe(recipe: Path, tmp_path: Path) -> None:
         assert heading in page.headings
     for heading in (
         "Reward",
+        "Accuracy",
         "Entropy",
         "Rollout against trainer",
         "Groups",

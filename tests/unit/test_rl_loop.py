@@ -102,6 +102,8 @@ def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
     assert calls == [0, 1, 2, 3]
     monkeypatch.setattr(infir2.rl.pipeline.RolloutPipeline, "_collect", real)
     run(words(world, start, tmp_path / "b"))
+    monkeypatch.setattr(infir2.rl.loop, "make_trainer", die)  # a finished run needs no model
+    run(words(world, start, tmp_path / "b"))
     names = (
         "loss",
         "reward",
