@@ -12,6 +12,7 @@ from infir2.report.read import Run, Table
 from infir2.report.text import counted, percent
 
 FP8, BF16, VALIDATION = 0, 1, 2  # colors
+STEP_PARTS = ("generate", "update", "publish", "wait")  # the longest of an RL step
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def _rl_charts(run: Run) -> list[Chart]:
         ),
         Chart(
             "Time of a step",
-            lines(("seconds", "all"), ("rollout_seconds", "rollout")),
+            lines(("seconds", "all"), *((f"{part}_seconds", part) for part in STEP_PARTS)),
             "seconds",
             from_zero=True,
         ),

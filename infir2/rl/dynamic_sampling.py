@@ -5,6 +5,7 @@ right and wrong responses, within a budget.
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ class GroupGenerator:
         self._engine, self._tokenizer, self._rl, self._seed = engine, tokenizer, rl, seed
         self._journal, self._ranks = journal, ranks
         self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-verify")
+        self._generate_seconds = self._verify_seconds = 0.0
 
     def generate(
         self,
@@ -134,6 +136,16 @@ class GroupGenerator:
             groups |= {group.name: group for group in part}
         return [groups[each.name] for each in drawn]
 
+    def take_seconds(self) -> dict[str, float]:
+        """Since the last call: how long the engine has generated (generate_seconds), and how long
+        this rank has waited for the checks after that (verify_seconds)."""
+        seconds = {
+            "generate_seconds": self._generate_seconds,
+            "verify_seconds": self._verify_seconds,
+        }
+        self._generate_seconds = self._verify_seconds = 0.0
+        return seconds
+
     def _recorded(self, drawn: Sequence[DrawnPrompt], digest: str) -> dict[str, Group]:
         """Groups of these prompts and weights that the journal holds, by name."""
         found = {}
@@ -149,15 +161,20 @@ class GroupGenerator:
         stop_ids = self._tokenizer.eos_token_ids
         params = SamplingParams(self._rl.temperature, self._rl.max_response_tokens, stop_ids)
         checked: dict[int, Future[list[Response]]] = {}
+        start = time.monotonic()
         for index, completions in generate_groups(
             self._engine, prompts, self._rl.group_size, params, self._seed, check
         ):
             key = self._journal_key(drawn[index], digest)
             checked[index] = self._checker.submit(self._finish, key, completions, drawn[index])
-        return [
+        generated = time.monotonic()
+        groups = [
             Group(drawn[i].name, drawn[i].prompt, drawn[i].token_ids, responses.result())
             for i, responses in checked.items()
         ]
+        self._generate_seconds += generated - start
+        self._verify_seconds += time.monotonic() - generated
+        return groups
 
     def _finish(
         self, key: str, completions: list[Completion], drawn: DrawnPrompt

@@ -104,7 +104,6 @@ def _one_step(
     """Rollouts and policy update. Returns (line of metrics.jsonl, result, rollouts)."""
     start = time.monotonic()
     rollouts = pipeline.next_rollouts(step)
-    rollout_seconds = time.monotonic() - start
     rate = learning_rate(recipe.schedule, step)
     result, mismatch = update_policy(recipe, supervisor.trainer, rollouts.trained, rate)
     seconds = time.monotonic() - start
@@ -115,7 +114,7 @@ def _one_step(
         "trained_tokens": result.trained_tokens,
         **_rollout_metrics(rollouts, step, seconds),
         "seconds": seconds,
-        "rollout_seconds": rollout_seconds,
+        **pipeline.seconds,
         "skipped": result.skipped,
         "nonfinite_blocks": result.nonfinite_blocks,
         "policy_version": step,

@@ -6,6 +6,7 @@ responses are exactly one version older than the newest; it receives version n w
 """
 
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -37,6 +38,9 @@ class RolloutPipeline:
 
     Attributes:
         state: what a checkpoint of the current step stores.
+        seconds: what the current step's rollouts took, by metric: generate_seconds and
+            verify_seconds, which an asynchronous run spends while it trains; publish_seconds;
+            wait_seconds, the rest of `next_rollouts`.
     """
 
     def __init__(
@@ -51,6 +55,8 @@ class RolloutPipeline:
     ) -> None:
         """`weights_digest` is that of the weights that `engine` holds."""
         self.state: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self._publish_seconds = 0.0
         self._rl, self._prompts, self._generator, self._journal = rl, prompts, generator, journal
         self._engine, self._digest = engine, weights_digest
         self._supervisor = supervisor
@@ -67,8 +73,11 @@ class RolloutPipeline:
 
     def next_rollouts(self, step: int) -> Rollouts:
         """The rollouts of a step; afterwards the next step's may begin. Every rank calls this."""
+        start = time.monotonic()
         self.sync_weights(step - 1)
+        was_ahead = self._ahead is not None
         rollouts, self._ahead = self._ahead or self._sample(step), None
+        self._split(time.monotonic() - start, was_ahead)
         self.state = {"cursor": self._prompts.cursor}
         if self._rl.asynchronous and step < self._last_step:
             self.state["ahead"] = self._digest
@@ -84,8 +93,10 @@ class RolloutPipeline:
             self._ahead = self._supervisor.all_gather_results(self._wait_for_ahead)[0]
             self._is_sampling_ahead = False
         if self._engine.policy_version != policy_version:
+            start = time.monotonic()
             parallel_model = self._supervisor.trainer.parallel_model
             self._digest = publish(parallel_model, self._engine, policy_version)
+            self._publish_seconds += time.monotonic() - start
 
     def __enter__(self) -> "RolloutPipeline":
         return self
@@ -94,6 +105,13 @@ class RolloutPipeline:
         """Cancel what is being sampled; finished groups are in the journal."""
         self._canceled.set()
         self._thread.shutdown()
+
+    def _split(self, seconds: float, was_ahead: bool) -> None:
+        sampled = self._generator.take_seconds()
+        self.seconds = sampled | {"publish_seconds": self._publish_seconds}
+        here = self._publish_seconds + (0.0 if was_ahead else sum(sampled.values()))
+        self.seconds["wait_seconds"] = max(0.0, seconds - here)
+        self._publish_seconds = 0.0
 
     def _sample(self, step: int) -> Rollouts:
         self._journal.open(step, self._supervisor.saved_step)

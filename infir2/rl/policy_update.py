@@ -1,5 +1,6 @@
 """The update of the policy from one step's groups: pack, score with the trainer, compare, step."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,14 +23,15 @@ def update_policy(
     trainer_logprobs are those of the policy before the first of these steps.
 
     Returns:
-        The combined result of the optimizer steps, and `mismatch_metrics`.
+        The combined result of the optimizer steps; `mismatch_metrics`, and the seconds of scoring
+        (logprobs_seconds) and of the optimizer steps (update_seconds).
 
     Raises:
         CheckFailedError: the engine's log-probabilities are too far from the trainer's.
     """
     if not groups:
         return combine([]), {}
-    rl, layout = recipe.rl, trainer.parallel_model.layout
+    rl, layout, start = recipe.rl, trainer.parallel_model.layout, time.monotonic()
     mini_batches = []
     for part in split_evenly(groups, rl.mini_batches):
         samples = [s for group in part for s in training_samples(group, rl.normalize_by_std)]
@@ -37,6 +39,7 @@ def update_policy(
         packed = pack_sequences(samples, budget, layout.data_rank, layout.sizes.num_data)
         mini_batches.append([add_trainer_logprobs(trainer, b, rl.temperature) for b in packed])
     mismatch = mismatch_metrics([b for batches in mini_batches for b in batches], layout.ranks)
+    scored = time.monotonic()
     if mismatch["mismatch_kl"] > rl.max_mismatch_kl:
         advice = "check that both use the same weights, scale format and temperature"
         if rl.asynchronous:
@@ -48,7 +51,8 @@ def update_policy(
         )
     loss = PolicyLoss(rl.clip_low, rl.clip_high, rl.tis_cap)
     results = [trainer.step(b, loss, rate, temperature=rl.temperature) for b in mini_batches]
-    return combine(results), mismatch
+    seconds = {"logprobs_seconds": scored - start, "update_seconds": time.monotonic() - scored}
+    return combine(results), mismatch | seconds
 
 
 def split_evenly(groups: Sequence[Group], count: int) -> list[Sequence[Group]]:

@@ -32,6 +32,8 @@ from infir2.rl.groups import Group, Response
 from infir2.rl.journal import Journal
 from infir2.rl.policy_update import split_evenly
 
+STEP_PARTS = ("generate", "verify", "logprobs", "update", "publish", "wait")
+
 
 def reward_even_lengths(completions, texts, answers, rl):  # type: ignore[no-untyped-def]
     """A reward that an untrained model earns in half of its answers."""
@@ -75,6 +77,11 @@ def test_the_engine_is_the_trainer_and_the_policy_moves(
     assert all(line["trained_tokens"] > 0 and line["gradient_norm"] > 0 for line in trained)
     assert sum(line["tis_capped_fraction"] for line in trained) == 0
     assert (tmp_path / "rl" / "samples.jsonl").read_text().count("\n") >= 4
+    for line in trained:  # a step's time has no other part worth a name
+        parts = sum(line[f"{part}_seconds"] for part in STEP_PARTS)
+        assert line["seconds"] - 0.5 <= parts <= line["seconds"]
+    assert all(line["generate_seconds"] > 0 for line in trained)
+    assert trained[0]["publish_seconds"] == 0 < trained[1]["publish_seconds"]
 
 
 def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
@@ -213,6 +220,10 @@ def test_asynchronous_samples_the_next_step_while_one_trains(
         min(line["mismatch_mean"] for line in trained[1:]) > 1e-4
     )  # the policy has moved: importance weights see it
     assert_each_step_once(tmp_path / "rl", 4)
+    for line in trained[1:]:  # what is sampled ahead is no part of the step
+        here = sum(line[f"{part}_seconds"] for part in STEP_PARTS[2:])
+        assert line["generate_seconds"] > 0
+        assert line["seconds"] - 0.5 <= here <= line["seconds"]
 
 
 def test_responses_longer_than_a_forward_pass_are_trained(
