@@ -1,0 +1,281 @@
+"""The gateway between evalscope and the engines: seeds, faults, restarts, and kill -9."""
+
+import http.client
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from scripted_server import Script, serving
+
+from infir2.engines.http_client import HttpClient
+from infir2.evaluate.gateway import Gateway, Task
+from infir2.evaluate.journal import ANSWERS, Journal
+from infir2.evaluate.upstream import Engine, Patience, Upstream
+
+QUICK = Patience(
+    request_seconds=30, bad_answers=3, outage_seconds=20, first_wait_seconds=0.02,
+    longest_wait_seconds=0.1,
+)  # fmt: skip
+
+
+@contextmanager
+def open_gateway(
+    directory: Path, urls: Sequence[str], patience: Patience = QUICK, begin: str = ""
+) -> Iterator[Gateway]:
+    journal = Journal(directory)
+    upstream = Upstream([Engine(url, "tiny", HttpClient(url, "secret")) for url in urls], patience)
+    tasks = {"aime24": Task(samples=4, seed=1, begin=begin)}
+    with Gateway(tasks, journal, upstream) as gateway:
+        yield gateway
+    journal.close()
+
+
+def post(gateway: Gateway, body: dict[str, Any], key: str = "") -> tuple[int, dict[str, Any]]:
+    address = urlsplit(gateway.url("aime24"))
+    connection = http.client.HTTPConnection("127.0.0.1", address.port or 0, timeout=60)
+    headers = {"Authorization": f"Bearer {key or gateway.key}"}
+    connection.request("POST", f"{address.path}/chat/completions", json.dumps(body), headers)
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return response.status, answer
+
+
+def ask(gateway: Gateway, question: str = "q", **more: Any) -> tuple[int, str]:
+    """(status, text or message)."""
+    messages = [{"role": "user", "content": question}]
+    status, answer = post(gateway, {"model": "m", "messages": messages, "temperature": 0.6} | more)
+    if status == 200:
+        return status, answer["choices"][0]["message"]["content"]
+    return status, answer["error"]["message"]
+
+
+def test_each_sample_has_a_seed_of_its_own_and_is_kept(tmp_path: Path) -> None:
+    script = Script()
+    with serving(script) as server, open_gateway(tmp_path, [server.url]) as gateway:
+        texts = [ask(gateway, seed=7, stream=False, n=1)[1] for _ in range(4)]
+        assert ask(gateway)[0] == 400, "evalscope asks no prompt more than k times"
+    assert len(set(texts)) == 4
+    seeds = {request["seed"] for request in script.requests}
+    assert len(seeds) == 4
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert all(request["model"] == "tiny" for request in script.requests)
+    assert not any(request.keys() & {"stream", "n"} for request in script.requests)
+    assert script.keys == {"Bearer secret"}
+    rows = [json.loads(line) for line in (tmp_path / ANSWERS).read_text().splitlines()]
+    assert [row["sample"] for row in rows] == [0, 1, 2, 3]
+    assert {row["seed"] for row in rows} == seeds
+
+
+def test_after_a_restart_answers_come_from_the_disk(tmp_path: Path) -> None:
+    script = Script()
+    with serving(script) as server:
+        with open_gateway(tmp_path, [server.url]) as gateway:
+            before = [ask(gateway)[1] for _ in range(3)]
+        with (tmp_path / ANSWERS).open("ab") as file:
+            file.write(b'{"benchmark": "aime24", "prompt": "torn')
+        with open_gateway(tmp_path, [server.url]) as gateway:
+            after = [ask(gateway)[1] for _ in range(4)]
+    assert after[:3] == before
+    assert len(script.requests) == 4
+    lines = (tmp_path / ANSWERS).read_text().splitlines()
+    assert [json.loads(line)["sample"] for line in lines] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("fault", "counted"),
+    [
+        ("500", "500"), ("429", "429"), ("503", "503"), ("drop", "gone"), ("cut", "cut"),
+        ("html", "cut"), ("nochoices", "cut"), ("empty", "empty"), ("null", "empty"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_asked_again(tmp_path: Path, fault: str, counted: str) -> None:
+    script = Script(faults={1: fault})
+    with serving(script) as server, open_gateway(tmp_path, [server.url]) as gateway:
+        assert ask(gateway)[0] == 200
+        assert sum(gateway.upstream.faults.values()) == 1
+        found = next(iter(gateway.upstream.faults))
+    assert found == counted or {found, counted} == {"gone", "cut"}
+    assert len(script.requests) == 2
+    assert json.loads((tmp_path / ANSWERS).read_text())["attempts"] == 2
+
+
+def test_a_request_that_hangs_is_asked_again(tmp_path: Path) -> None:
+    patience = replace(QUICK, request_seconds=1.0, bad_answers=9)
+    script = Script(faults={1: "hang"})
+    with serving(script) as server, open_gateway(tmp_path, [server.url], patience) as gateway:
+        assert ask(gateway)[0] == 200
+        assert gateway.upstream.faults["timeout"] >= 1
+
+
+def test_a_model_that_says_nothing_has_said_nothing(tmp_path: Path) -> None:
+    script = Script(always="empty")
+    with serving(script) as server, open_gateway(tmp_path, [server.url]) as gateway:
+        assert ask(gateway) == (200, "")
+    assert len(script.requests) == QUICK.bad_answers
+    assert json.loads((tmp_path / ANSWERS).read_text())["attempts"] == QUICK.bad_answers
+
+
+def test_an_answer_that_never_comes_is_missing_and_the_next_run_asks_it(tmp_path: Path) -> None:
+    script = Script(always="html")
+    with serving(script) as server:
+        with open_gateway(tmp_path, [server.url]) as gateway:
+            status, message = ask(gateway)
+            assert (status, "no answer: cut: " in message) == (400, True)
+            (reason,) = gateway.missing.values()
+            assert "no JSON" in reason or "without a choice" in reason
+        assert (tmp_path / ANSWERS).read_text() == ""
+        script.always = ""
+        with open_gateway(tmp_path, [server.url]) as gateway:
+            assert ask(gateway)[0] == 200
+
+
+def test_a_repeated_request_after_a_missing_answer_takes_no_other_samples_place(
+    tmp_path: Path,
+) -> None:
+    script = Script(faults={1: "400"})
+    with serving(script) as server, open_gateway(tmp_path, [server.url]) as gateway:
+        assert ask(gateway)[0] == 400
+        assert [ask(gateway)[0] for _ in range(3)] == [200] * 3
+        assert [ask(gateway)[0] for _ in range(2)] == [400] * 2
+        assert len(gateway.missing) == 1
+    assert len(script.requests) == 4
+
+
+def test_a_prompt_beyond_the_context_is_counted_once(tmp_path: Path) -> None:
+    script = Script(always="context")
+    with serving(script) as server:
+        for _ in range(2):
+            with open_gateway(tmp_path, [server.url]) as gateway:
+                status, message = ask(gateway)
+                assert (status, "maximum context length" in message) == (400, True)
+                assert gateway.missing == {}
+    (row,) = (json.loads(line) for line in (tmp_path / ANSWERS).read_text().splitlines())
+    assert row["refused"]["reason"] == "beyond_context"
+    assert len(script.requests) == 1
+
+
+def test_the_assistants_turn_begins_as_the_recipe_says(tmp_path: Path) -> None:
+    script = Script(answer=lambda body: {"content": "so\n</think>\n5"})
+    with serving(script) as server, open_gateway(tmp_path, [server.url], begin="<think>\n") as g:
+        assert ask(g) == (200, "<think>\nso\n</think>\n5")
+        script.answer = lambda body: {"content": "5", "reasoning_content": "so"}
+        assert ask(g) == (200, "<think>\nso\n</think>\n5")
+        script.answer = lambda body: {"content": "<think>\nso</think>5"}
+        assert ask(g) == (200, "<think>\nso</think>5")
+    request = script.requests[0]
+    assert request["messages"][-1] == {"role": "assistant", "content": "<think>\n"}
+    assert request["continue_final_message"] is True
+    assert request["add_generation_prompt"] is False
+
+
+def test_requests_are_spread_over_the_engines_that_answer(tmp_path: Path) -> None:
+    scripts = [Script(latency=0.05), Script(latency=0.05), Script()]
+    with ExitStack() as stack:
+        urls = [stack.enter_context(serving(script)).url for script in scripts[:2]]
+        with serving(scripts[2]) as ended:
+            urls.append(ended.url)
+        gateway = stack.enter_context(open_gateway(tmp_path, urls))
+        with ThreadPoolExecutor(8) as threads:
+            found = threads.map(lambda i: ask(gateway, f"q{i % 10}")[0], range(40))
+            assert list(found) == [200] * 40
+    counts = [len(script.requests) for script in scripts[:2]]
+    assert sum(counts) == 40
+    assert min(counts) >= 12
+    assert max(script.most_running for script in scripts) >= 2
+
+
+def test_an_engine_that_died_and_came_back_on_another_port_is_used(tmp_path: Path) -> None:
+    script = Script()
+    with ExitStack() as stack:
+        with serving(script) as server:
+            gateway = stack.enter_context(open_gateway(tmp_path, [server.url]))
+            assert ask(gateway)[0] == 200
+        threads = stack.enter_context(ThreadPoolExecutor(1))
+        waiting = threads.submit(ask, gateway)
+        time.sleep(0.2)
+        assert not waiting.done()
+        server = stack.enter_context(serving(script))
+        gateway.replace_engine(0, server.url, "secret")
+        assert waiting.result()[0] == 200
+        assert gateway.upstream.faults["gone"] >= 1
+
+
+def test_without_any_engine_the_known_answers_stay(tmp_path: Path) -> None:
+    patience = Patience(outage_seconds=0.2, first_wait_seconds=0.05)
+    with serving(Script()) as server, open_gateway(tmp_path, [server.url], patience) as gateway:
+        assert ask(gateway)[0] == 200
+        url = server.url
+    with open_gateway(tmp_path, [url], patience) as gateway:
+        assert [ask(gateway)[0] for _ in range(3)] == [200, 400, 400]
+        assert all(reason.startswith("gone: ") for reason in gateway.missing.values())
+
+
+def test_a_refused_key_ends_everything_and_a_wrong_one_of_a_client_nothing(tmp_path: Path) -> None:
+    script = Script(always="401")
+    with serving(script) as server, open_gateway(tmp_path, [server.url]) as gateway:
+        body = {"messages": [{"role": "user", "content": "q"}]}
+        assert post(gateway, body, key="wrong")[0] == 403
+        assert ask(gateway)[0] == ask(gateway)[0] == 400
+        assert "refuses the key" in str(gateway.failure)
+    assert len(script.requests) == 1
+
+
+def ask_everything(directory: Path, url: str) -> None:
+    """All samples of 12 prompts, 6 at a time, as evalscope asks them."""
+    os.setsid()
+    with open_gateway(directory, [url]) as gateway, ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda i: ask(gateway, f"q{i % 12}"), range(48)))
+
+
+def answered(directory: Path) -> dict[int, str]:
+    """The text of each seed in the journal; a torn line is none."""
+    path = directory / ANSWERS
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {row["seed"]: row["response"]["choices"][0]["message"]["content"] for row in rows}
+
+
+def test_twenty_kills_cost_only_what_was_in_flight(tmp_path: Path) -> None:
+    script, kills, lost = Script(latency=0.03), 0, 0
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["infir2.evaluate.gateway"])
+    draw = random.Random(0)
+    with serving(script) as server:
+        for _ in range(60):
+            process = context.Process(target=ask_everything, args=(tmp_path, server.url))
+            known, first = answered(tmp_path), len(script.requests)
+            process.start()
+            while process.is_alive() and len(script.requests) < first + draw.randrange(1, 5):
+                time.sleep(0.002)
+            if kills < 20 and process.is_alive():
+                assert process.pid is not None
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+            process.join()
+            while server.running:  # requests that were on their way
+                time.sleep(0.01)
+            time.sleep(0.1)
+            asked = [request["seed"] for request in script.requests[first:]]
+            assert not set(asked) & known.keys(), "an answer on the disk was asked for again"
+            assert len(set(asked)) == len(asked)
+            new = len(answered(tmp_path)) - len(known)
+            assert 0 <= len(asked) - new <= 6, "answers and those in flight"
+            lost += len(asked) - new
+            if process.exitcode == 0:
+                break
+    assert kills >= 8
+    assert process.exitcode == 0
+    assert len(answered(tmp_path)) == 48
+    assert len(script.requests) == 48 + lost
