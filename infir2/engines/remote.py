@@ -52,6 +52,19 @@ class WeightsDifferError(EngineError):
 
 
 @dataclass(frozen=True)
+class WeightProbe:
+    """A fixed prompt with what the trainer computes of it.
+
+    Attributes:
+        token_ids: the prompt, n tokens.
+        logprobs: float32 [n - 1], log-probability of each token but the first, at temperature 1.
+    """
+
+    token_ids: list[int]
+    logprobs: np.ndarray
+
+
+@dataclass(frozen=True)
 class PublishedWeights:
     """One version of the trainer's weights as a Hugging Face directory on this machine.
 
@@ -59,11 +72,13 @@ class PublishedWeights:
         directory: absolute; config.json, tokenizer, safetensors; FP8 pairs or BF16.
         policy_version: that of the weights.
         num_bytes: of the tensors.
+        probe: with these weights; for servers that do not show what they hold.
     """
 
     directory: Path
     policy_version: int
     num_bytes: int
+    probe: WeightProbe | None = None
 
     @cached_property
     def digests(self) -> dict[str, str]:
