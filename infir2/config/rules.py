@@ -13,6 +13,7 @@ from infir2.config.schema import (
     EvalRecipe,
     ModelSection,
     RlRecipe,
+    RolloutSection,
     ScheduleSection,
     ShapeSection,
     TrainRecipe,
@@ -232,6 +233,45 @@ def _rl(recipe: RlRecipe) -> list[Rule]:
             f"({rl.overlong_buffer_tokens}) must not exceed rl.max_response_tokens "
             f"({rl.max_response_tokens}).",
         ),
+        *_rollout(recipe.rollout),
+    ]
+
+
+def _rollout(rollout: RolloutSection) -> list[Rule]:
+    engine, default = rollout.engine, RolloutSection()
+    is_exact = engine in ("native", "infir2")
+    of_our_servers = ("engines", "tensor_parallel", "python", "memory_fraction", "server_options")
+    changed = [name for name in of_our_servers if getattr(rollout, name) != getattr(default, name)]
+    return [
+        (
+            engine == "native" and bool(rollout.urls),
+            "rollout.urls",
+            "names servers; say what they are: rollout.engine = infir2, sglang or vllm.",
+        ),
+        (
+            bool(changed) and (engine == "native" or bool(rollout.urls)),
+            f"rollout.{changed[0] if changed else ''}",
+            "is for servers that infir2 starts: set rollout.engine and leave rollout.urls empty, "
+            "or remove it.",
+        ),
+        (
+            is_exact and rollout.kv_cache_dtype != "auto",
+            "rollout.kv_cache_dtype",
+            f"= {rollout.kv_cache_dtype} would change the log-probabilities of rollout.engine = "
+            f"{engine}, which are the trainer's; remove it, or choose sglang or vllm.",
+        ),
+        (
+            engine == "infir2" and (rollout.tensor_parallel > 1 or rollout.memory_fraction > 0),
+            "rollout.engine",
+            "= infir2 has neither rollout.tensor_parallel nor rollout.memory_fraction; remove them "
+            "(rollout.cache_gib bounds its cache).",
+        ),
+        (
+            engine in ("sglang", "vllm") and not rollout.urls and not rollout.python,
+            "rollout.python",
+            f"is missing; name the Python interpreter of the environment that has {engine}, whose "
+            "packages are not infir2's (docs/engines.md).",
+        ),
     ]
 
 
@@ -251,6 +291,11 @@ def _evaluation(recipe: EvalRecipe) -> list[Rule]:
             bool(recipe.rollout.model),
             "rollout.model",
             "is for RL; an evaluation scores model.path.",
+        ),
+        (
+            recipe.rollout.engine != "native" or bool(recipe.rollout.urls),
+            "rollout.engine",
+            "is for RL; an evaluation uses the native engine.",
         ),
         (
             not recipe.evaluate.problems,

@@ -262,7 +262,41 @@ class RolloutSection(Section):
     cache_gib: float = Field(
         0.0,
         ge=0,
-        description="most memory of an engine's KV cache, GiB (0: half of what is free at start)",
+        description="most memory of an engine's KV cache, GiB (0: half of what is free at start); "
+        "of SGLang and vLLM see rollout.memory_fraction",
+    )
+    engine: Literal["native", "infir2", "sglang", "vllm"] = Field(
+        "native",
+        description="what generates. native: this process, or the engines of infir2 launch ray; "
+        "infir2 (infir2 serve), sglang, vllm: servers; see docs/engines.md",
+    )
+    urls: tuple[str, ...] = Field(
+        (),
+        description="servers that run already, such as http://127.0.0.1:30000 (INFIR2_ENGINE_KEY "
+        "is their key); empty: start rollout.engines of them",
+    )
+    engines: int = Field(1, ge=1, description="servers to start")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of one server (SGLang, vLLM)")
+    python: str = Field(
+        "",
+        description="Python interpreter of the servers' environment, such as "
+        "sglang-env/bin/python (empty: this one)",
+    )
+    memory_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="fraction of a GPU's memory that a server may take (0: its own default); "
+        "with the trainer on the same GPU both must fit",
+    )
+    server_options: tuple[str, ...] = Field(
+        (), description="further command-line options of the servers: ['--attention-backend=fa3']"
+    )
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = Field(
+        "auto", description="dtype of the servers' KV cache; auto is that of the activations"
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="how often a server that died or hangs is started again"
     )
 
 

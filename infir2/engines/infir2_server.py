@@ -4,8 +4,10 @@ Such a server generates with the native engine, from the key of each request, so
 responses and log-probabilities are those of the trainer's process to the last bit.
 """
 
+import sys
 from collections.abc import Sequence
 
+from infir2.config.schema import RolloutSection
 from infir2.engines.http_client import HttpClient
 from infir2.engines.remote import (
     BadAnswerError,
@@ -15,6 +17,7 @@ from infir2.engines.remote import (
     checked_completion,
     reading_answer,
 )
+from infir2.engines.server_process import Place, ServerCommand, write_private
 from infir2.engines.types import Completion, Request
 
 
@@ -89,3 +92,16 @@ class Infir2Client:
     async def close(self) -> None:
         """As `EngineClient`."""
         await self._http.close()
+
+
+def infir2_command(rollout: RolloutSection, place: Place) -> ServerCommand:
+    """How to start `infir2 serve`."""
+    key_file = place.directory / "key"
+    write_private(key_file, place.api_key)
+    arguments = [
+        *(rollout.python or sys.executable, "-m", "infir2", "serve", rollout.model),
+        *("--host", "127.0.0.1", "--port", str(place.port), "--api-key-file", str(key_file)),
+        *("--max-running-requests", str(rollout.max_running_requests)),
+        *("--cache-gib", str(rollout.cache_gib), "--weight-updates"),
+    ]
+    return ServerCommand([*arguments, *rollout.server_options], keeps_packages=True)

@@ -61,8 +61,10 @@ class EnginePool:
         return len(self._unfinished_ids)
 
     def submit(self, request: Request) -> None:
-        """As `Engine`."""
+        """As `Engine`; stop texts and the most likely tokens are not among what servers do."""
         check_request(request, self._unfinished_ids)
+        if request.params.stop_texts or request.params.top_logprobs:
+            raise ValueError(f"request {request.id}: a pool has no stop texts and no top_logprobs")
         self._unfinished_ids.add(request.id)
         self._loop.call_soon_threadsafe(self._working().add, request)
 
@@ -211,7 +213,8 @@ class _Dispatcher:
         """Stop everything."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
         closing = asyncio.gather(*(m.close() for m in self._members), return_exceptions=True)
         await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from infir2.engines.remote import (
+    BadAnswerError,
     EngineClient,
     EngineError,
     EngineHost,
@@ -192,12 +193,19 @@ class PoolMember:
             await asyncio.gather(health, published, return_exceptions=True)
 
     async def _check_health(self, client: EngineClient) -> None:
+        """Ask whenever nothing has finished for a while. Raises EngineError for a long silence."""
         silence = self._pool.limits.silence_seconds
         pause = min(HEALTH_SECONDS, silence / 2)
         while True:
             await asyncio.sleep(pause)
-            if time.monotonic() - self._last_sign > pause:
+            if time.monotonic() - self._last_sign <= pause:
+                continue
+            try:
                 await within(silence, client.check_health())
+                self._last_sign = time.monotonic()
+            except BadAnswerError:  # it answers, and may be compiling kernels
+                if time.monotonic() - self._last_sign > silence:
+                    raise
 
     async def _generate(self, request: Request, policy_version: int) -> None:
         limits, tokens = self._pool.limits, request.params.max_tokens
@@ -250,6 +258,8 @@ class PoolMember:
 async def within(seconds: float, work: Coroutine[Any, Any, Value]) -> Value:
     """The result of `work`; raises EngineError "hang" when it takes longer."""
     try:
-        return await asyncio.wait_for(work, seconds)
+        # wait_for of Python 3.11 may lose a cancellation that arrives with the result.
+        async with asyncio.timeout(seconds):
+            return await work
     except TimeoutError as error:
         raise EngineError("hang", f"no answer within {seconds:g} s") from error

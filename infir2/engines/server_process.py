@@ -125,7 +125,8 @@ class ServerProcess:
         while True:
             self._require_running()
             try:
-                return await asyncio.wait_for(client.check_health(), HEALTH_SECONDS)
+                async with asyncio.timeout(HEALTH_SECONDS):
+                    return await client.check_health()
             except (EngineGoneError, BadAnswerError, TimeoutError):
                 await asyncio.sleep(POLL_SECONDS)
 
@@ -210,7 +211,8 @@ class RunningServer:
 
     async def _is_ready(self, client: EngineClient) -> bool:
         try:
-            await asyncio.wait_for(client.check_health(), HEALTH_SECONDS)
+            async with asyncio.timeout(HEALTH_SECONDS):
+                await client.check_health()
         except EngineGoneError as error:
             if not self._was_ready:
                 raise ConfigError(
@@ -220,6 +222,14 @@ class RunningServer:
         except (BadAnswerError, TimeoutError):
             return False
         return True
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only this user can read."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _environment(keeps_packages: bool) -> dict[str, str]:

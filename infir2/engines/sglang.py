@@ -6,10 +6,13 @@ that unpickles what it receives is used (`/update_weights_from_tensor`).
 """
 
 import asyncio
+import json
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from infir2.config.schema import RolloutSection
 from infir2.engines.http_client import HttpClient
 from infir2.engines.remote import (
     BadAnswerError,
@@ -20,15 +23,18 @@ from infir2.engines.remote import (
     checked_completion,
     reading_answer,
 )
+from infir2.engines.server_process import Place, ServerCommand, write_private
 from infir2.engines.sglang_checksum import differing
 from infir2.engines.types import Completion, Request
 from infir2.errors import ConfigError
+from infir2.model.safetensors_io import read_json
 
 ROUTES = {
     *("/generate", "/health_generate", "/server_info", "/abort_request", "/flush_cache"),
     *("/update_weights_from_disk", "/weights_checker"),
 }
 OLDEST_RELEASE = "0.5.12"
+SPARE_POSITIONS = 8  # SGLang cuts a response short that would fill its context
 RESERVED_TOKENS = 4  # a request may have so many more than `max_req_input_len` (tp_worker.py)
 
 
@@ -166,3 +172,28 @@ def _sampling_params(request: Request) -> dict[str, Any]:
         "presence_penalty": 0.0,
         "repetition_penalty": 1.0,
     }
+
+
+def sglang_command(rollout: RolloutSection, place: Place) -> ServerCommand:
+    """How to start SGLang; the key is in a file, because it has no other option than arguments."""
+    options = place.directory / "options.yaml"
+    write_private(options, json.dumps({"api-key": place.api_key}))  # JSON is YAML
+    max_positions = int(read_json(Path(rollout.model) / "config.json")["max_position_embeddings"])
+    arguments = [
+        *(rollout.python, "-m", "sglang.launch_server", "--config", str(options)),
+        *("--model-path", str(Path(rollout.model).resolve()), "--skip-tokenizer-init"),
+        *("--host", "127.0.0.1", "--port", str(place.port)),
+        *("--tp-size", str(rollout.tensor_parallel)),
+        *("--max-running-requests", str(rollout.max_running_requests)),
+        *("--context-length", str(max_positions + SPARE_POSITIONS)),
+        *("--kv-cache-dtype", rollout.kv_cache_dtype),
+    ]
+    if rollout.memory_fraction:
+        arguments += ["--mem-fraction-static", str(rollout.memory_fraction)]
+    variables = {
+        "HF_HUB_OFFLINE": "1",
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+        "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
+        "SGLANG_RETURN_ORIGINAL_LOGPROB": "0",
+    }
+    return ServerCommand([*arguments, *rollout.server_options], variables)

@@ -170,6 +170,15 @@ class OffersDigest(Protocol):
         ...
 
 
+@runtime_checkable
+class OffersMetrics(Protocol):
+    """An engine that counts what happens in it."""
+
+    def metrics(self) -> dict[str, float]:
+        """What has happened since the last call, by name; {} but on rank 0."""
+        ...
+
+
 def check_request(request: Request, unfinished_ids: Collection[str]) -> None:
     """Raise the ValueError of `Engine.submit`."""
     if not request.token_ids:

@@ -1,5 +1,6 @@
 """Weights from the trainer to the rollout engine, and the proof that both hold the same bytes."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from infir2.config.paths import check_model_directory
 from infir2.config.schema import RlRecipe
 from infir2.engines.native import NativeEngine
 from infir2.engines.ray import RayEngines
+from infir2.engines.servers import open_pool
 from infir2.engines.types import OffersDigest, RolloutEngine
 from infir2.errors import CheckFailedError, ConfigError
 from infir2.launch.ray import ENGINES_VARIABLE
@@ -19,16 +21,18 @@ from infir2.model.hf_names import weights_digest
 from infir2.parallel.parallel_model import ParallelModel
 
 
+@contextlib.contextmanager
 def open_engine(
     recipe: RlRecipe, parallel_model: ParallelModel, policy_version: int
-) -> tuple[RolloutEngine, str]:
-    """Open `rollout.model`: this rank's own engine, or the engines that `infir2 launch` reserved.
+) -> Iterator[tuple[RolloutEngine, str]]:
+    """Open `rollout.model`: this rank's own engine, the engines that `infir2 launch` reserved, or
+    servers, which end with the block.
 
     The engine's weights are compared with the trainer's before anything is generated. A resumed run
     (`policy_version` > 0) publishes the trainer's weights first, because the exported files are
-    older.
+    older; servers always get them.
 
-    Returns:
+    Yields:
         The engine, and one digest of the weights it holds.
 
     Raises:
@@ -36,7 +40,14 @@ def open_engine(
         CheckFailedError: a weight differs; the message names the first one.
     """
     remote = bool(os.environ.get(ENGINES_VARIABLE))
-    _check_recipe(recipe, parallel_model, remote)
+    uses_servers = recipe.rollout.engine != "native"
+    _check_recipe(recipe, parallel_model, remote or uses_servers)
+    if uses_servers:
+        with contextlib.closing(
+            open_pool(recipe, parallel_model.ranks, Path(recipe.run.dir))
+        ) as pool:
+            yield pool, publish(parallel_model, pool, policy_version)
+        return
     section, dtype = recipe.rollout, parallel_model.model.compute_dtype
     engine: RolloutEngine
     if remote:
@@ -46,8 +57,10 @@ def open_engine(
         directory = Path(section.model)
         engine = NativeEngine.from_hf(directory, section, dtype, device)
     if policy_version > 0:
-        return engine, publish(parallel_model, engine, policy_version)
-    return engine, _prove_equal(parallel_model, weights_digest(parallel_model.exported()), engine)
+        yield engine, publish(parallel_model, engine, policy_version)
+    else:
+        digests = weights_digest(parallel_model.exported())
+        yield engine, _prove_equal(parallel_model, digests, engine)
 
 
 def check_rollout_model(path: str) -> None:

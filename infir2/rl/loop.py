@@ -11,6 +11,7 @@ How the data flows through a step:
 """
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from infir2.config.load import Loaded
@@ -37,7 +38,7 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
     recipe = loaded.recipe
     rl, seed, last_step = recipe.rl, recipe.run.seed, last_step_of(recipe, recipe.schedule)
     evaluation = InLoopEvaluation(recipe)
-    with Supervisor(loaded, "rl") as supervisor:
+    with Supervisor(loaded, "rl") as supervisor, ExitStack() as exit_stack:
         if _has_nothing_left(supervisor, evaluation, last_step):
             return
         tokenizer = open_run_tokenizer(supervisor)
@@ -57,7 +58,9 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         trainer = make_trainer(supervisor, tokenizer.vocab_size)
         finished = supervisor.start(trainer, last_step)
         begin_phase("loading the engine")
-        engine, digest = open_engine(recipe, trainer.parallel_model, policy_version=finished)
+        engine, digest = exit_stack.enter_context(
+            open_engine(recipe, trainer.parallel_model, policy_version=finished)
+        )
         supervisor.begin_steps()
         journal = Journal(supervisor.dir, supervisor.ranks, supervisor.store.check_in_place)
         generator = GroupGenerator(engine, tokenizer, rl, seed, journal, supervisor.ranks)
@@ -119,7 +122,7 @@ def _one_step(
         "nonfinite_blocks": result.nonfinite_blocks,
         "policy_version": step,
     }
-    return metrics | mismatch | result.metrics, result, rollouts
+    return metrics | mismatch | result.metrics | pipeline.engine_metrics(), result, rollouts
 
 
 def _rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, float]:

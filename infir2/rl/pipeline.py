@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from infir2.config.schema import RlSection
-from infir2.engines.types import RolloutEngine
+from infir2.engines.types import OffersMetrics, RolloutEngine
 from infir2.engines.weight_sync import publish
 from infir2.errors import Interrupted
 from infir2.rl.dynamic_sampling import (
@@ -97,6 +97,10 @@ class RolloutPipeline:
             parallel_model = self._supervisor.trainer.parallel_model
             self._digest = publish(parallel_model, self._engine, policy_version)
             self._publish_seconds += time.monotonic() - start
+
+    def engine_metrics(self) -> dict[str, float]:
+        """What the engine counted since the last step; {} for one that counts nothing."""
+        return self._engine.metrics() if isinstance(self._engine, OffersMetrics) else {}
 
     def __enter__(self) -> "RolloutPipeline":
         return self

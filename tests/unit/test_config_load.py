@@ -342,6 +342,12 @@ def test_cpt_rejects_a_batch_of_samples(recipe: str) -> None:
         ("--data.batch_sequences=4", "data.batch_sequences is not used by RL"),
         ("--data.validation_sources.0.path=v.jsonl", "data.validation_sources is not used by RL"),
         ("--train.epochs=1", "train.epochs is not used by RL"),
+        ("--rollout.urls=['http://127.0.0.1:1']", "rollout.urls names servers"),
+        ("--rollout.engines=2", "rollout.engines is for servers that infir2 starts"),
+        ("--rollout.server_options=['--x']", "rollout.server_options is for servers"),
+        ("--rollout.kv_cache_dtype=fp8_e4m3", "rollout.kv_cache_dtype = fp8_e4m3 would change"),
+        ("--rollout.engine=sglang", "rollout.python is missing"),
+        ("--rollout.engine=VLLM", "rollout.engine"),
     ],
 )
 def test_combinations_of_rl(recipe: str, option: str, key: str) -> None:
