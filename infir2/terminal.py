@@ -46,7 +46,10 @@ def set_quiet(quiet: bool) -> None:
 
 
 def begin_phase(phase: str) -> None:
-    """Name what the command does now, for the lines of `pulse`. Example: "loading the model"."""
+    """Name what the command does now, for the lines of `pulse`; "" to be silent.
+
+    Example: "loading the model".
+    """
     if phase != _output.phase:
         _output.phase, _output.phase_start = phase, time.monotonic()
 
@@ -76,7 +79,7 @@ def _pulse(stop: threading.Event) -> None:
         wait = _output.newest + _PULSE_SECONDS - now
         if wait <= 0:
             wait = _PULSE_SECONDS
-            if not _output.quiet and not _output.num_bars:
+            if _output.phase and not _output.quiet and not _output.num_bars:
                 seconds = now - _output.phase_start
                 # The main thread may hold the lock of sys.stderr, or fork at this moment.
                 log_in_signal_handler(f"{_output.phase}, {seconds:.0f} s so far")

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from infir2.config.schema import ShapeSection
 from infir2.convert import export_fp8, selfcheck
 from infir2.data import load_tokenizer
 from infir2.engines.native import NativeEngine
 from infir2.engines.server.app import build_app
 from infir2.engines.server.driver import EngineDriver
+from infir2.engines.server.run import Server
 from infir2.engines.server.served import Served
 from infir2.model import Decoder, exported_weights, write_hf
 
@@ -55,21 +54,20 @@ class OwnServer:
 
     def __init__(self, directory: Path, max_running: int = 8, max_requests: int = 64) -> None:
         model = Decoder.from_hf(directory)
-        self.engine = NativeEngine(model, max_running, cache_gib=0.01, keep_cache=True)
+        tokenizer = load_tokenizer(directory)
+        self.engine = NativeEngine(
+            model, max_running, cache_gib=0.01, keep_cache=True, decode=tokenizer.decode
+        )
         self.driver = EngineDriver(lambda: self.engine, max_requests)
         config = model.config
         self.served = Served(
-            "tiny", load_tokenizer(directory), config.max_positions, config.vocab_size, self.driver
+            "tiny", tokenizer, config.max_positions, config.vocab_size, self.driver
         )
 
     @contextlib.contextmanager
     def run(self, key: str = KEY, **options: Any) -> Iterator["OwnServer"]:
         app = build_app(self.served, key, **options)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1
-            )
-        )
+        server = Server(self.driver, app)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not (server.started and self.driver.is_ready):

@@ -18,6 +18,7 @@ def serve(arguments: Sequence[str]) -> None:
         raise ConfigError(
             f"infir2 serve needs {error.name}, which is not installed: pip install 'infir2[serve]'."
         ) from error
+    del options["engine"]
     run_server(ServerOptions(**options))
 
 
@@ -29,26 +30,33 @@ def _parser() -> Parser:
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help="Hugging Face directory, FP8 or BF16"
     )
+    _add_address(parser)
+    _add_engine(parser)
+    return parser
+
+
+def _add_address(parser: Parser) -> None:
+    """Where the server is, and who may use it."""
     parser.add_argument("--host", default="127.0.0.1", help="address (default 127.0.0.1)")
+    parser.add_argument("--port", type=port_number, default=8000, help="0: any (default 8000)")
+    name_help = "name of the model (default: the directory's)"
+    parser.add_argument("--served-name", default="", metavar="NAME", help=name_help)
+    key_help = "requires its content as the clients' key; needed where --host is not loopback"
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=key_help)
+    origin_help = "pages of this origin may use the server from a browser; may be repeated"
     parser.add_argument(
-        "--port", type=port_number, default=8000, help="0: any free one (default 8000)"
+        "--allow-origin", action="append", default=[], metavar="ORIGIN", help=origin_help
     )
-    parser.add_argument(
-        "--served-name", default="", metavar="NAME", help="name of the model (default: directory's)"
-    )
-    parser.add_argument(
-        "--api-key-file",
-        type=Path,
-        metavar="FILE",
-        help="requires its content as the clients' key; needed where --host is not loopback",
-    )
-    parser.add_argument(
-        "--cache-gib",
-        type=float,
-        default=0.0,
-        metavar="GIB",
-        help="memory of the KV cache (default: half of a GPU's free memory, 1 GiB on a CPU)",
-    )
+    updates_help = "lets a trainer with the key send new weights; see docs/engines.md"
+    parser.add_argument("--weight-updates", action="store_true", help=updates_help)
+
+
+def _add_engine(parser: Parser) -> None:
+    """What generates, and how much at a time."""
+    engine_help = "what generates (default native)"
+    parser.add_argument("--engine", choices=("native",), default="native", help=engine_help)
+    cache_help = "memory of the KV cache (default: half of a GPU's free memory, 1 GiB on a CPU)"
+    parser.add_argument("--cache-gib", type=gibibytes, default=0.0, metavar="GIB", help=cache_help)
     for name, default in (("running", 64), ("waiting", 512)):
         parser.add_argument(
             f"--max-{name}-requests",
@@ -57,12 +65,12 @@ def _parser() -> Parser:
             metavar="N",
             help=f"most {name} requests (default {default})",
         )
-    parser.add_argument(
-        "--weight-updates",
-        action="store_true",
-        help="lets a trainer with the key send new weights; see docs/serving.md",
-    )
-    return parser
+
+
+def gibibytes(text: str) -> float:
+    if not 0 < float(text) < 2**20:
+        raise ValueError
+    return float(text)
 
 
 def port_number(text: str) -> int:

@@ -142,6 +142,12 @@ class ChatTokenizer(DocumentTokenizer):
         """Return the tokens of trusted text, such as a response prefix: markers become special."""
         return self._tokens(Rendering(text, []))
 
+    def encode_raw_prompt(self, text: str) -> list[int]:
+        """Return the tokens of a prompt that somebody rendered: BOS as before a document, unless
+        the text has it, and markers as special tokens."""
+        token_ids, start = self.encode_with_special_tokens(text), self._document_start
+        return token_ids if token_ids[: len(start)] == start else [*start, *token_ids]
+
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = False
     ) -> list[int]:

@@ -187,6 +187,10 @@ class DocumentTokenizer:
             skip_special_tokens=False,
         )
 
+    def token_text(self, token_id: int) -> str:
+        """The text of one token, special or not; U+FFFD for a part of a character."""
+        return self._hf.decode([token_id], skip_special_tokens=False)
+
     def _without_special(self, text: str, token_ids: list[int]) -> list[int]:
         """Return `token_ids` of `text`, or an encoding of `text` that has no control token."""
         if self._special_ids.isdisjoint(token_ids):

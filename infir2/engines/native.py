@@ -82,6 +82,16 @@ class NativeEngine:
         return self._scheduler.cache_tokens
 
     @property
+    def used_cache_tokens(self) -> int:
+        """As many of `cache_tokens` belong to running requests, in whole pages."""
+        return self._scheduler.used_cache_tokens
+
+    @property
+    def num_running(self) -> int:
+        """Unfinished requests that do not wait."""
+        return self._scheduler.num_running
+
+    @property
     def num_unfinished(self) -> int:
         """As `Engine`."""
         return self._scheduler.num_unfinished

@@ -78,12 +78,18 @@ class ResponseText:
         if starts:
             self.stopped, self._held = True, ""
             return text[: min(starts)]
-        num_held = max((_overlap(text, stop) for stop in self._stop_texts), default=0)
+        num_held = max((overlap(text, stop) for stop in self._stop_texts), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
 
-def _overlap(text: str, stop: str) -> int:
+def whole_text(decode: Decode, token_ids: Sequence[int], stop_texts: Sequence[str] = ()) -> str:
+    """The text of a response that has ended with the first stop text, if it has one."""
+    text = decode(token_ids)
+    return text[: min((text.find(stop) for stop in stop_texts if stop in text), default=None)]
+
+
+def overlap(text: str, stop: str) -> int:
     """Characters at the end of `text` with which `stop` begins."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(stop[:length])), 0)

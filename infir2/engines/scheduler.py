@@ -139,6 +139,16 @@ class Scheduler:
         return len(self._unfinished)
 
     @property
+    def num_running(self) -> int:
+        """Requests that have a slot; the other unfinished ones wait."""
+        return len(self._running) + len(self._prefilling)
+
+    @property
+    def used_cache_tokens(self) -> int:
+        """Tokens of the pages that running requests use."""
+        return (self._pool.num_pages - self._pool.num_free) * self._runner.page_size
+
+    @property
     def cache_tokens(self) -> int:
         """Tokens that the cache holds when it has its full size."""
         return self._max_pages * self._runner.page_size

@@ -90,7 +90,7 @@ def test_another_version_and_bad_requests_are_refused(server: OwnServer) -> None
         ({"token_ids": [5, 10**6]}, 400, "token 1000000"),
         ({"token_ids": [5, -1]}, 400, "token -1"),
         ({"max_tokens": 0}, 400, "max_tokens"),
-        ({"max_tokens": 510}, 400, "512 positions"),
+        ({"max_tokens": 510}, 400, "512 tokens"),
         ({"temperature": -1}, 400, "temperature"),
         ({"temperature": float("nan")}, 400, "temperature"),
         ({"top_p": 0}, 400, "top_p"),

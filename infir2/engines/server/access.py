@@ -1,5 +1,6 @@
 """Who may use a server, and how large a request may be."""
 
+import re
 import secrets
 from collections.abc import Collection
 
@@ -10,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from infir2.engines.server.errors import ApiError, error_response
 
 MAX_BODY_BYTES = 2**24
+_PORT = re.compile(r":[0-9]*$")
 OPEN_PATHS = ("/health",)
 
 
@@ -35,7 +37,7 @@ class Access:
             await self._app(scope, _bounded(receive), send)
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
-        host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
+        host = _PORT.sub("", headers.get("host", ""))
         if self._hosts and host not in self._hosts:
             return ApiError(403, "without a key, the server answers to its loopback address only")
         scheme, _, key = headers.get("authorization", "").partition(" ")

@@ -1,8 +1,8 @@
 """Work that ends when the client goes away."""
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from fastapi import Request
 
@@ -11,7 +11,7 @@ from infir2.engines.server.errors import ClientGoneError
 T = TypeVar("T")
 
 
-async def while_connected(http: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(http: Request, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the client closes the connection.
 
     The body of `http` must have been read. Raises ClientGoneError.

@@ -9,15 +9,18 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from infir2.engines.generate import generate_all
 from infir2.engines.native import NativeEngine
-from infir2.engines.types import Completion, Request, SamplingParams
+from infir2.engines.types import Completion, Request, SamplingParams, Tokens
 
 T = TypeVar("T")
+Event = Completion | Tokens | Exception
 _WARM_UP = Request("warm-up", [0], SamplingParams(0.0, max_tokens=1, stop_ids=()), key=0)
 
 
@@ -33,42 +36,41 @@ class WrongVersionError(Exception):
     """A request names another version of the weights than the engine's."""
 
 
-@dataclass(frozen=True)
-class _Result:
-    """What a future of the event loop receives."""
+@dataclass
+class _Waiter:
+    """Who waits for a request.
 
-    future: "asyncio.Future[Any]"
-    value: Any = None
-    error: Exception | None = None
+    Attributes:
+        events: receives (number, event), in the event loop.
+        number: of the request among those that share `events`.
+        streams: whether it receives tokens as they come.
+        num_prompt: tokens of the prompt.
+        num_sent: tokens that were sent.
+    """
 
-    def set(self) -> None:
-        if self.future.done():  # the caller has gone
-            return
-        if self.error is None:
-            self.future.set_result(self.value)
-        else:
-            self.future.set_exception(self.error)
-
-
-def _set_all(results: list[_Result]) -> None:
-    for result in results:
-        result.set()
+    events: "asyncio.Queue[tuple[int, Any]]"
+    number: int
+    streams: bool
+    num_prompt: int
+    num_sent: int = 0
 
 
 class EngineDriver:
     """Opens an engine in a thread of its own and generates with it.
 
-    All methods are called in the event loop, but for `cancel_all` and what is marked as the
-    thread's.
+    All methods are called in the event loop, but for those marked as the thread's.
 
     Args:
         open_engine: loads the model; runs in the thread.
-        max_requests: unfinished requests, above which `complete` raises QueueFullError.
+        max_requests: unfinished requests, above which `generate` raises QueueFullError.
         on_end: called in the thread when it ends, whether by `close` or by an error.
 
     Attributes:
         is_ready: the engine has generated a token.
         failure: the error that ended the thread.
+        num_requests: unfinished requests.
+        cache_tokens: those of the engine, once it is ready.
+        counts: of what was done since the start, by name.
     """
 
     def __init__(
@@ -78,13 +80,15 @@ class EngineDriver:
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.is_ready, self.failure = False, None  # type: bool, BaseException | None
-        self.num_requests = 0
+        self.num_requests, self.counts = 0, Counter[str]()
+        self.cache_tokens = 0
         self._open_engine, self._max_requests, self._on_end = open_engine, max_requests, on_end
         self._commands = queue.SimpleQueue[Callable[[], None]]()
-        self._waiting: dict[str, asyncio.Future[Completion]] = {}  # the thread's
-        self._results: list[_Result] = []  # the thread's, until the step ends
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="infir2-engine", daemon=True)
+        # The thread's.
+        self._waiters: dict[str, _Waiter] = {}
+        self._results: list[tuple[_Waiter, Any]] = []  # until the step ends
 
     def start(self) -> None:
         """Start the thread; it answers to the running event loop."""
@@ -98,38 +102,63 @@ class EngineDriver:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    async def complete(self, request: Request, policy_version: int | None = None) -> Completion:
-        """Generate a response; when the caller is cancelled, so is the request.
+    async def generate(
+        self, requests: Sequence[Request], streams: bool = False, policy_version: int | None = None
+    ) -> AsyncIterator[tuple[int, Completion | Tokens]]:
+        """Yield (number of a request, its completion), with `streams` also its tokens before.
 
-        Raises QueueFullError, CanceledError, ValueError as `Engine.submit`, and WrongVersionError
-        unless `policy_version` is None or the engine's.
+        Closing the iterator, or cancelling who waits for it, cancels the requests. Raises
+        QueueFullError, CanceledError, ValueError as `Engine.submit`, and WrongVersionError unless
+        `policy_version` is None or the engine's.
         """
-        if self.num_requests >= self._max_requests:
+        if self.num_requests + len(requests) > self._max_requests:
             raise QueueFullError
-        future: asyncio.Future[Completion] = self._loop.create_future()
-        self.num_requests += 1
-        self._commands.put(lambda: self._submit(request, policy_version, future))
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        unfinished = {request.id for request in requests}
+        self.num_requests += len(requests)
+        for number, request in enumerate(requests):
+            waiter = _Waiter(events, number, streams, len(request.token_ids))
+            self._commands.put(partial(self._submit, request, policy_version, waiter))
         try:
-            return await future
+            while unfinished:
+                number, event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, Completion):
+                    unfinished.remove(event.id)
+                yield number, event
         finally:
-            self.num_requests -= 1
-            if future.cancelled():
-                self._commands.put(lambda: self._cancel([request.id]))
+            self.num_requests -= len(requests)
+            if unfinished:
+                self.cancel(unfinished)
+
+    async def complete(self, request: Request, policy_version: int | None = None) -> Completion:
+        """The response to one request. Raises as `generate`."""
+        async with contextlib.aclosing(
+            self.generate([request], policy_version=policy_version)  # type: ignore[type-var]
+        ) as events:
+            async for _, event in events:
+                assert isinstance(event, Completion)
+                return event
+        raise AssertionError
 
     async def call(self, function: Callable[[NativeEngine], T]) -> T:
         """The result of `function`, called in the thread between two steps."""
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._commands.put(lambda: self._call(function, future))
-        return await future
+        waiter = _Waiter(asyncio.Queue(), 0, False, 0)
+        self._commands.put(lambda: self._call(function, waiter))
+        _, result = await waiter.events.get()
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def cancel(self, request_ids: Iterable[str]) -> None:
-        """Drop unfinished requests: their `complete` raises CanceledError."""
+        """Drop unfinished requests: who waits for them receives CanceledError."""
         ids = list(request_ids)
         self._commands.put(lambda: self._cancel(ids))
 
     def cancel_all(self) -> None:
-        """`cancel` of all requests; for a function that `call` runs."""
-        self._cancel(list(self._waiting))
+        """`cancel` of all requests, for a function that `call` runs: the thread's."""
+        self._cancel(list(self._waiters))
 
     # In the thread
 
@@ -137,6 +166,7 @@ class EngineDriver:
         try:
             self._engine = self._open_engine()
             generate_all(self._engine, [_WARM_UP])
+            self.cache_tokens = self._engine.cache_tokens
             self.is_ready = True
             while not self._closing:
                 self._turn()
@@ -144,8 +174,8 @@ class EngineDriver:
             self.failure = error
         finally:
             self.is_ready, self._closing = False, True
-            for future in self._waiting.values():
-                self._results.append(_Result(future, error=CanceledError("the server stops")))
+            end = CanceledError("the server stops")
+            self._results += [(waiter, end) for waiter in self._waiters.values()]
             self._send()
             self._on_end()
 
@@ -156,18 +186,29 @@ class EngineDriver:
         while not self._commands.empty():
             self._commands.get()()
         for completion in self._engine.step():
-            self._results.append(_Result(self._waiting.pop(completion.id), completion))
+            waiter = self._waiters.pop(completion.id)
+            self._count(completion, waiter)
+            self._results.append((waiter, completion))
+        for name, waiter in self._waiters.items():
+            if waiter.streams:
+                tokens = self._engine.response_from(name, waiter.num_sent)
+                if tokens.token_ids:
+                    waiter.num_sent += len(tokens.token_ids)
+                    self._results.append((waiter, tokens))
         self._send()
+
+    def _count(self, completion: Completion, waiter: _Waiter) -> None:
+        self.counts[f"finished_{completion.finish}"] += 1
+        self.counts["prompt_tokens"] += waiter.num_prompt
+        self.counts["generated_tokens"] += len(completion.token_ids)
 
     def _send(self) -> None:
         results, self._results = self._results, []
         if results:
             with contextlib.suppress(RuntimeError):  # the event loop has ended
-                self._loop.call_soon_threadsafe(_set_all, results)
+                self._loop.call_soon_threadsafe(_put_all, results)
 
-    def _submit(
-        self, request: Request, version: int | None, future: "asyncio.Future[Completion]"
-    ) -> None:
+    def _submit(self, request: Request, version: int | None, waiter: _Waiter) -> None:
         current = self._engine.policy_version
         try:
             if version not in (None, current):
@@ -176,19 +217,25 @@ class EngineDriver:
                 )
             self._engine.submit(request)
         except (ValueError, WrongVersionError) as error:
-            self._results.append(_Result(future, error=error))
+            self._results.append((waiter, error))
         else:
-            self._waiting[request.id] = future
+            self._waiters[request.id] = waiter
 
     def _cancel(self, request_ids: Iterable[str]) -> None:
-        ids = [name for name in request_ids if name in self._waiting]
+        ids = [name for name in request_ids if name in self._waiters]
         self._engine.cancel(ids)
+        self.counts["canceled"] += len(ids)
         for name in ids:
             error = CanceledError(f"request {name} was canceled; send it again")
-            self._results.append(_Result(self._waiting.pop(name), error=error))
+            self._results.append((self._waiters.pop(name), error))
 
-    def _call(self, function: Callable[[NativeEngine], T], future: "asyncio.Future[T]") -> None:
+    def _call(self, function: Callable[[NativeEngine], Any], waiter: _Waiter) -> None:
         try:
-            self._results.append(_Result(future, function(self._engine)))
+            self._results.append((waiter, function(self._engine)))
         except Exception as error:
-            self._results.append(_Result(future, error=error))
+            self._results.append((waiter, error))
+
+
+def _put_all(results: list[tuple[_Waiter, Any]]) -> None:
+    for waiter, event in results:
+        waiter.events.put_nowait((waiter.number, event))

@@ -35,22 +35,27 @@ def json_response(content: Any, status: int = 200, **headers: str) -> Response:
     return Response(body, status, headers, media_type="application/json")
 
 
-def error_response(error: ApiError) -> Response:
-    """The answer to a request that failed."""
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
+def error_content(error: ApiError) -> dict[str, Any]:
+    """The body of the answer to a request that failed."""
     content = {
         "message": str(error),
-        "type": kind,
+        "type": "invalid_request_error" if error.status < 500 else "server_error",
         "param": error.param or None,
         "code": error.code or None,
     }
+    return {"error": content}
+
+
+def error_response(error: ApiError) -> Response:
+    """The answer to a request that failed."""
     headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
     if error.status == 401:
         headers = {"WWW-Authenticate": "Bearer"}
-    return json_response({"error": content}, error.status, **headers)
+    return json_response(error_content(error), error.status, **headers)
 
 
-def _as_api_error(error: Exception) -> ApiError:
+def as_api_error(error: Exception) -> ApiError:
+    """What an error says to a client; one that is none of a request's is raised."""
     match error:
         case ApiError():
             return error
@@ -61,9 +66,10 @@ def _as_api_error(error: Exception) -> ApiError:
         case WrongVersionError():
             return ApiError(409, str(error), "policy_version")
         case RequestValidationError():
-            first = error.errors()[0]
-            path = ".".join(str(part) for part in first["loc"] if part != "body")
-            return ApiError(400, f"{path or 'the body'}: {first['msg']}", param=path)
+            # Of a union, the alternative that came farthest.
+            worst = max(error.errors(), key=lambda each: len(each["loc"]))
+            path = ".".join(filter(_is_field, map(str, worst["loc"])))
+            return ApiError(400, f"{path or 'the body'}: {worst['msg']}", param=path)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
         case ClientGoneError():
@@ -72,11 +78,16 @@ def _as_api_error(error: Exception) -> ApiError:
             raise error
 
 
+def _is_field(part: str) -> bool:
+    """Whether a part of a validation error's location is a name or an index, not a type."""
+    return part not in ("body", "str") and "[" not in part
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of the app in OpenAI's form."""
 
     async def answer(_request: Request, error: Exception) -> Response:
-        return error_response(_as_api_error(error))
+        return error_response(as_api_error(error))
 
     kinds = (ApiError, QueueFullError, CanceledError, WrongVersionError, ClientGoneError)
     for kind in (*kinds, RequestValidationError, HTTPException):

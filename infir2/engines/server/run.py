@@ -4,11 +4,13 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from infir2.checkpoint.fingerprint import is_run
 from infir2.config.paths import check_model_directory
@@ -24,7 +26,7 @@ from infir2.model import Decoder, ModelConfig
 from infir2.model.safetensors_io import read_json
 from infir2.terminal import begin_phase, log
 
-DRAIN_SECONDS = 1  # for responses in progress, after SIGTERM
+DRAIN_SECONDS = 2  # for responses in progress, after SIGTERM
 CPU_CACHE_GIB = 1.0
 MAX_KEY_BYTES = 4096
 
@@ -42,6 +44,7 @@ class ServerOptions:
     max_running_requests: int = 64
     max_waiting_requests: int = 512
     weight_updates: bool = False
+    allow_origin: Sequence[str] = ()
 
 
 def run_server(options: ServerOptions) -> None:
@@ -57,20 +60,17 @@ def run_server(options: ServerOptions) -> None:
     begin_phase("loading the tokenizer")
     tokenizer = load_tokenizer(options.model)
     _check_vocabulary(options.model, tokenizer, config)
+    tokenizer.eos_token_ids  # noqa: B018 - renders the template, which takes a second
     name = options.served_name or options.model.resolve().name
     driver = EngineDriver(
-        lambda: _open_engine(options, _address(listening), name),
+        lambda: _open_engine(options, tokenizer, f"{name} at {_address(listening)}/v1"),
         options.max_running_requests + options.max_waiting_requests,
         on_end=lambda: setattr(server, "should_exit", True),
     )
     served = Served(name, tokenizer, config.max_positions, config.vocab_size, driver)
-    hosts = () if key else ("127.0.0.1", "localhost", "[::1]")
-    app = build_app(served, key, hosts, options.weight_updates)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
-        )
-    )
+    hosts = () if key else ("127.0.0.1", "localhost", "[::1]", options.host)
+    app = build_app(served, key, hosts, options.weight_updates, options.allow_origin)
+    server = Server(driver, app)
     _run(server, listening, driver)
 
 
@@ -82,6 +82,28 @@ def check_model(path: Path) -> None:
             f"MODEL: {path} is a run directory, and the engine loads an export: infir2 export fp8 "
             f"{path} --to DIR, then name DIR."
         )
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which at its end cancels what the engine still generates."""
+
+    def __init__(self, driver: EngineDriver, app: FastAPI, port: int = 0) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                port=port,
+                log_config=None,
+                access_log=False,
+                ws="none",
+                timeout_graceful_shutdown=DRAIN_SECONDS,
+            )
+        )
+        self._driver = driver
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what is unfinished with 503, then close the connections."""
+        self._driver.close(0)
+        await super().shutdown(sockets)
 
 
 def _run(server: uvicorn.Server, listening: socket.socket, driver: EngineDriver) -> None:
@@ -99,14 +121,24 @@ def _run(server: uvicorn.Server, listening: socket.socket, driver: EngineDriver)
         os._exit(0)
 
 
-def _open_engine(options: ServerOptions, address: str, name: str) -> NativeEngine:
+def _open_engine(options: ServerOptions, tokenizer: ChatTokenizer, what: str) -> NativeEngine:
     begin_phase("loading the model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Decoder.from_hf(options.model).to(device)
     cache_gib = options.cache_gib or (CPU_CACHE_GIB if device.type == "cpu" else 0.0)
-    engine = NativeEngine(model, options.max_running_requests, cache_gib, keep_cache=True)
-    begin_phase("serving")
-    log(f"{name} at {address}/v1, {engine.cache_tokens:,} tokens of KV cache", "serve")
+    engine = NativeEngine(
+        model,
+        options.max_running_requests,
+        cache_gib,
+        keep_cache=True,
+        decode=tokenizer.decode,
+    )
+    if not engine.cache_tokens:
+        raise ConfigError(
+            f"--cache-gib {cache_gib:g} holds no token of this model; allow more memory."
+        )
+    begin_phase("")
+    log(f"{what}, {engine.cache_tokens:,} tokens of KV cache", "serve")
     return engine
 
 

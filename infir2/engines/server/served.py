@@ -1,5 +1,6 @@
 """What a server serves."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import time
 
@@ -15,10 +16,11 @@ class Served:
     Attributes:
         name: by which clients ask for it.
         tokenizer: that of the model.
-        max_positions: tokens of a prompt and its response, at most.
+        max_positions: that the model was made for.
         vocab_size: rows of the model's embedding.
         driver: of its engine.
         created: Unix time.
+        tokenizer_thread: renders templates and tokenizes.
     """
 
     name: str
@@ -27,8 +29,20 @@ class Served:
     vocab_size: int
     driver: EngineDriver
     created: int = field(default_factory=lambda: int(time()))
+    tokenizer_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of a prompt and its response, at most: the model's positions, or the cache."""
+        return min(self.max_positions, self.driver.cache_tokens)
 
     def require_ready(self) -> None:
         """Raise ApiError 503 until the engine has generated a token."""
         if not self.driver.is_ready:
             raise ApiError(503, "the model is being loaded; try again", "not_ready")
+
+    def require_model(self, name: str | None) -> None:
+        """Raise ApiError 404 for another model than this one."""
+        if name not in (None, self.name):
+            message = f"The model `{name}` does not exist; this server has `{self.name}`"
+            raise ApiError(404, message, "model_not_found", "model")
