@@ -32,6 +32,7 @@ SAFE_KEYS = (
     "checkpoint",
     "parallel",
     "rl.max_mismatch_kl",
+    "rl.max_mismatch_prob_error",
     "rl.evaluate_every",
     "rollout",
     "evaluate",

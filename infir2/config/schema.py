@@ -244,6 +244,12 @@ class RlSection(Section):
     max_mismatch_kl: float = Field(
         0.05, gt=0, description="stop when the mean KL between rollout and trainer exceeds this"
     )
+    max_mismatch_prob_error: float = Field(
+        1.5,
+        gt=1,
+        description="stop when the mean of exp(|log-probability difference|) between rollout and "
+        "trainer exceeds this",
+    )
     asynchronous: bool = Field(
         False,
         description="sample step n + 1 while step n trains, from weights one version older",

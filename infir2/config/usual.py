@@ -24,6 +24,7 @@ USUAL = {
     "rl.temperature": (0.3, 2),
     "rl.overlong_penalty": (0, 2),
     "rl.max_mismatch_kl": (1e-4, 1),
+    "rl.max_mismatch_prob_error": (1.001, 10),
     "evaluate.temperature": (0, 2),
 }
 

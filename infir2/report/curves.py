@@ -212,7 +212,11 @@ def _rl_charts(run: Run) -> list[Chart]:
 
     capped = lines(("clip_fraction", "clip"), ("tis_capped_fraction", "TIS"))
     mismatch = lines(
-        ("mismatch_kl", "KL"), ("mismatch_mean", "mean"), ("mismatch_max", "max"), raw=False
+        ("mismatch_kl", "KL"),
+        ("mismatch_mean", "mean"),
+        ("mismatch_p999", "99.9 %"),
+        ("mismatch_max", "max"),
+        raw=False,
     )
     scores = run.evaluations
     ends = (scores["low"], scores["high"])

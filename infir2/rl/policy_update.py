@@ -8,9 +8,8 @@ import torch
 
 from infir2.config.schema import RlRecipe
 from infir2.data import Batch, pack_sequences
-from infir2.errors import CheckFailedError
-from infir2.parallel.ranks import Ranks
 from infir2.rl.groups import Group, training_samples
+from infir2.rl.mismatch import check_mismatch, mismatch_metrics
 from infir2.rl.policy_loss import PolicyLoss
 from infir2.train.trainer import StepResult, Trainer
 
@@ -40,15 +39,7 @@ def update_policy(
         mini_batches.append([add_trainer_logprobs(trainer, b, rl.temperature) for b in packed])
     mismatch = mismatch_metrics([b for batches in mini_batches for b in batches], layout.ranks)
     scored = time.monotonic()
-    if mismatch["mismatch_kl"] > rl.max_mismatch_kl:
-        advice = "check that both use the same weights, scale format and temperature"
-        if rl.asynchronous:
-            advice += ", or lower the learning rate: the engine's weights are one version older"
-        raise CheckFailedError(
-            "the rollout engine's log-probabilities are not the trainer's: KL "
-            f"{mismatch['mismatch_kl']:.4f} exceeds rl.max_mismatch_kl = {rl.max_mismatch_kl}; "
-            f"{advice}"
-        )
+    check_mismatch(mismatch, rl)
     loss = PolicyLoss(rl.clip_low, rl.clip_high, rl.tis_cap)
     results = [trainer.step(b, loss, rate, temperature=rl.temperature) for b in mini_batches]
     seconds = {"logprobs_seconds": scored - start, "update_seconds": time.monotonic() - scored}
@@ -76,27 +67,6 @@ def add_trainer_logprobs(trainer: Trainer, batch: Batch, temperature: float) -> 
     values.index_copy_(0, scores.inputs["index"], scores.logprobs)
     logprobs = trainer.parallel_model.all_reduce_over_batch(values).cpu()
     return replace(batch, token_inputs={**batch.token_inputs, "trainer_logprobs": logprobs})
-
-
-def mismatch_metrics(batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]:
-    """How far the trainer's log-probabilities are from the engine's, for the same tokens.
-
-    mismatch_kl is the k3 estimate of KL(rollout || trainer), a mean over the tokens of all ranks;
-    mismatch_mean and mismatch_max are of |difference|.
-    """
-    differences = [
-        (b.token_inputs["trainer_logprobs"] - b.token_inputs["rollout_logprobs"])[b.loss_mask]
-        for b in batches
-    ]
-    x = torch.cat(differences).double()
-    sums = (x.exp() - 1 - x).sum().item(), x.abs().sum().item(), len(x)
-    kl_sums, abs_sums, counts = zip(*ranks.all_gather(sums), strict=True)
-    maxima = ranks.all_gather(x.abs().max().item() if len(x) else 0.0)
-    return {
-        "mismatch_kl": sum(kl_sums) / sum(counts),
-        "mismatch_mean": sum(abs_sums) / sum(counts),
-        "mismatch_max": max(maxima),
-    }
 
 
 def combine(results: Sequence[StepResult]) -> StepResult:

@@ -1,0 +1,93 @@
+"""How far the trainer's log-probabilities are from the engine's, for the same tokens and weights.
+
+An engine that computes as the trainer does gives 0 everywhere. Otherwise the policy that sampled is
+not the one that is trained, and the importance weights of the loss have to make up for it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from infir2.config.schema import RlSection
+from infir2.data import Batch
+from infir2.errors import CheckFailedError
+from infir2.parallel.ranks import Ranks
+
+TAIL = 1e-3  # the share of tokens above mismatch_p999
+
+
+def mismatch_metrics(batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]:
+    """Metrics of x = trainer_logprobs - rollout_logprobs over the trained tokens of all ranks.
+
+    mismatch_equal: share of tokens with x = 0, the same bits.
+    mismatch_k1, mismatch_kl: estimates k1 and k3 of KL(rollout || trainer), means of -x and of
+        exp(x) - 1 - x (http://joschu.net/blog/kl-approx.html); k3 is never negative.
+    mismatch_mean, mismatch_p999, mismatch_max: mean, 99.9th percentile and maximum of |x|.
+    mismatch_prob_error: mean of exp(|x|), the token_mult_prob_error of NeMo RL; 1 if all are equal.
+    mismatch_sequence: the largest |mean of x| of a response, whose exponential is the geometric
+        mean of its tokens' probability ratios.
+    """
+    differences = [_differences(batch) for batch in batches]
+    x = torch.cat(differences)
+    size = x.abs()
+    sums = (
+        float(len(x)),
+        (x == 0).sum().item(),
+        -x.sum().item(),
+        (x.exp() - 1 - x).sum().item(),
+        size.sum().item(),
+        size.exp().sum().item(),
+    )
+    count, *totals = (sum(values) for values in zip(*ranks.all_gather(sums), strict=True))
+    equal, k1, k3, mean, prob_error = (total / max(1.0, count) for total in totals)
+    tail = size.topk(min(len(size), max(1, math.ceil(TAIL * count)))).values.tolist()
+    tails = sorted((value for part in ranks.all_gather(tail) for value in part), reverse=True)
+    per_sequence = map(_largest_mean, batches, differences)
+    return {
+        "mismatch_equal": equal,
+        "mismatch_k1": k1,
+        "mismatch_kl": k3,
+        "mismatch_mean": mean,
+        "mismatch_p999": tails[max(1, math.ceil(TAIL * count)) - 1] if tails else 0.0,
+        "mismatch_max": tails[0] if tails else 0.0,
+        "mismatch_prob_error": prob_error,
+        "mismatch_sequence": max(ranks.all_gather(max(per_sequence, default=0.0))),
+    }
+
+
+def check_mismatch(metrics: dict[str, float], rl: RlSection) -> None:
+    """Raise CheckFailedError if rollout and trainer are too far apart to train on."""
+    limits = {
+        "mismatch_kl": ("KL", "rl.max_mismatch_kl", rl.max_mismatch_kl),
+        "mismatch_prob_error": (
+            "mean probability ratio",
+            "rl.max_mismatch_prob_error",
+            rl.max_mismatch_prob_error,
+        ),
+    }
+    advice = "check that both use the same weights, scale format and temperature"
+    if rl.asynchronous:
+        advice += ", or lower the learning rate: the engine's weights are one version older"
+    for name, (words, key, limit) in limits.items():
+        if not metrics[name] <= limit:
+            raise CheckFailedError(
+                f"the rollout engine's log-probabilities are not the trainer's: {words} "
+                f"{metrics[name]:.4f} exceeds {key} = {limit}; {advice}"
+            )
+
+
+def _differences(batch: Batch) -> Tensor:
+    """float64 [trained tokens of the batch]."""
+    inputs = batch.token_inputs
+    return (inputs["trainer_logprobs"] - inputs["rollout_logprobs"])[batch.loss_mask].double()
+
+
+def _largest_mean(batch: Batch, differences: Tensor) -> float:
+    """The largest |mean| of a sequence's differences."""
+    positions = batch.loss_mask.nonzero()[:, 0]
+    sequence = torch.bucketize(positions, batch.cu_seqlens[1:].long(), right=True)
+    sums = torch.bincount(sequence, weights=differences)
+    counts = torch.bincount(sequence).clamp(min=1)
+    return float((sums / counts).abs().max()) if len(sums) else 0.0
