@@ -1,7 +1,16 @@
 """How far the trainer's log-probabilities are from the engine's, for the same tokens and weights.
 
 An engine that computes as the trainer does gives 0 everywhere. Otherwise the policy that sampled is
-not the one that is trained, and the importance weights of the loss have to make up for it.
+not the one that is trained, and the importance weights of the loss have to make up for it. With
+x = trainer_logprobs - rollout_logprobs of the trained tokens:
+
+mismatch_equal: share of tokens with x = 0, the same bits.
+mismatch_k1, mismatch_kl: estimates k1 and k3 of KL(rollout || trainer), means of -x and of
+    exp(x) - 1 - x (joschu.net/blog/kl-approx.html); k3 is never negative.
+mismatch_mean, mismatch_p999, mismatch_max: mean, 99.9th percentile and maximum of |x|.
+mismatch_prob_error: mean of exp(|x|), the token_mult_prob_error of NeMo RL; 1 if all are equal.
+mismatch_sequence: the largest |mean of x| of a response, whose exponential is the geometric mean of
+    its tokens' probability ratios.
 """
 
 import math
@@ -19,42 +28,34 @@ TAIL = 1e-3  # the share of tokens above mismatch_p999
 
 
 def mismatch_metrics(batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]:
-    """Metrics of x = trainer_logprobs - rollout_logprobs over the trained tokens of all ranks.
-
-    mismatch_equal: share of tokens with x = 0, the same bits.
-    mismatch_k1, mismatch_kl: estimates k1 and k3 of KL(rollout || trainer), means of -x and of
-        exp(x) - 1 - x (http://joschu.net/blog/kl-approx.html); k3 is never negative.
-    mismatch_mean, mismatch_p999, mismatch_max: mean, 99.9th percentile and maximum of |x|.
-    mismatch_prob_error: mean of exp(|x|), the token_mult_prob_error of NeMo RL; 1 if all are equal.
-    mismatch_sequence: the largest |mean of x| of a response, whose exponential is the geometric
-        mean of its tokens' probability ratios.
-    """
+    """The metrics at the top of this file, over the trained tokens of all ranks."""
     differences = [_differences(batch) for batch in batches]
     x = torch.cat(differences)
-    size = x.abs()
-    sums = (
-        float(len(x)),
-        (x == 0).sum().item(),
-        -x.sum().item(),
-        (x.exp() - 1 - x).sum().item(),
-        size.sum().item(),
-        size.exp().sum().item(),
-    )
-    count, *totals = (sum(values) for values in zip(*ranks.all_gather(sums), strict=True))
-    equal, k1, k3, mean, prob_error = (total / max(1.0, count) for total in totals)
-    tail = size.topk(min(len(size), max(1, math.ceil(TAIL * count)))).values.tolist()
-    tails = sorted((value for part in ranks.all_gather(tail) for value in part), reverse=True)
-    per_sequence = map(_largest_mean, batches, differences)
-    return {
-        "mismatch_equal": equal,
-        "mismatch_k1": k1,
-        "mismatch_kl": k3,
-        "mismatch_mean": mean,
-        "mismatch_p999": tails[max(1, math.ceil(TAIL * count)) - 1] if tails else 0.0,
-        "mismatch_max": tails[0] if tails else 0.0,
-        "mismatch_prob_error": prob_error,
-        "mismatch_sequence": max(ranks.all_gather(max(per_sequence, default=0.0))),
+    means, count = _means(x, ranks)
+    num_tail = max(1, math.ceil(TAIL * count))
+    largest = x.abs().topk(min(len(x), num_tail)).values.tolist()
+    tail = sorted((value for part in ranks.all_gather(largest) for value in part), reverse=True)
+    per_sequence = max(map(_largest_mean, batches, differences), default=0.0)
+    return means | {
+        "mismatch_p999": tail[num_tail - 1] if tail else 0.0,
+        "mismatch_max": tail[0] if tail else 0.0,
+        "mismatch_sequence": max(ranks.all_gather(per_sequence)),
     }
+
+
+def _means(x: Tensor, ranks: Ranks) -> tuple[dict[str, float], float]:
+    """Means over the tokens of all ranks, and how many tokens these are."""
+    values = {
+        "mismatch_equal": x == 0,
+        "mismatch_k1": -x,
+        "mismatch_kl": x.exp() - 1 - x,
+        "mismatch_mean": x.abs(),
+        "mismatch_prob_error": x.abs().exp(),
+    }
+    sums = [float(len(x)), *(value.sum().item() for value in values.values())]
+    count, *totals = (sum(parts) for parts in zip(*ranks.all_gather(sums), strict=True))
+    means = (total / max(1.0, count) for total in totals)
+    return dict(zip(values, means, strict=True)), count
 
 
 def check_mismatch(metrics: dict[str, float], rl: RlSection) -> None:
