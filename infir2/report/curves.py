@@ -13,6 +13,7 @@ from infir2.report.text import counted, percent
 
 FP8, BF16, VALIDATION = 0, 1, 2  # colors
 STEP_PARTS = ("generate", "update", "publish", "wait")  # the longest of an RL step
+MISMATCH = (("kl", "KL"), ("mean", "mean"), ("p999", "99.9 %"), ("max", "max"))
 
 
 @dataclass(frozen=True)
@@ -211,13 +212,7 @@ def _rl_charts(run: Run) -> list[Chart]:
         )
 
     capped = lines(("clip_fraction", "clip"), ("tis_capped_fraction", "TIS"))
-    mismatch = lines(
-        ("mismatch_kl", "KL"),
-        ("mismatch_mean", "mean"),
-        ("mismatch_p999", "99.9 %"),
-        ("mismatch_max", "max"),
-        raw=False,
-    )
+    mismatch = lines(*((f"mismatch_{name}", label) for name, label in MISMATCH), raw=False)
     scores = run.evaluations
     ends = (scores["low"], scores["high"])
     average = Series("avg@k", scores.steps, scores["avg_at_k"], 0, "line", *ends)
