@@ -112,8 +112,8 @@ class EnginePool:
         self._ranks.broadcast_from_rank0(lambda: self._sync(published))
         self.policy_version = policy_version
         self._publish_metrics = {
-            "publish_seconds": time.monotonic() - begun,
             "publish_write_seconds": written - begun,
+            "publish_load_seconds": time.monotonic() - written,
             "publish_bytes": float(published.num_bytes if published else 0),
         }
 

@@ -67,4 +67,4 @@ def test_one_server_killed_and_one_stopped_in_a_batch(
     trained = lines(tmp_path / "b", "train")
     assert max(line["mismatch_max"] for line in trained) <= 1e-4
     assert sum(line["engine_restarts"] for line in trained) == 2
-    assert all(line["publish_bytes"] > 0 and line["publish_seconds"] > 0 for line in trained)
+    assert all(line["publish_bytes"] > 0 and line["publish_load_seconds"] > 0 for line in trained)
