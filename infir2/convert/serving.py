@@ -6,15 +6,19 @@ columns have to fill them too. transformers derives the block size from the shap
 which is right only for sizes that are multiples of 128.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from fnmatch import filter as matching
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from infir2.config.schema import Fp8Section
 from infir2.convert.weights import BLOCK, meta_decoder
+from infir2.errors import ConfigError
+from infir2.model.safetensors_io import read_json
 from infir2.numerics import Fp8Linear
 
 _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -59,6 +63,18 @@ def unservable_sentence(names: list[str], patterns: list[str]) -> str:
         f" {', '.join(patterns)}; the parts of a merged layer (q, k, v; gate, up) must all be FP8,"
         " with rows and columns that are multiples of 128."
     )
+
+
+def require_servable(key: str, directory: Path, fp8: Fp8Section) -> None:
+    """Raise ConfigError if these servers refuse layers of `directory`, the value of `key`."""
+    config = read_json(directory / "config.json")
+    if refused := unservable_layers(config, fp8):
+        patterns = as_patterns(config, fp8, refused)
+        raise ConfigError(
+            f"{key}: {directory}: {unservable_sentence(refused, patterns)} Export it with "
+            f"--servable, and train with fp8.skip_modules = "
+            f"{json.dumps([*fp8.skip_modules, *patterns])}."
+        )
 
 
 def _is_servable(module: nn.Module) -> bool:

@@ -11,12 +11,13 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from infir2.engines.pool_member import PoolLimits, PoolMember
-from infir2.engines.remote import EngineError, EngineHost, PublishedWeights
+from infir2.engines.remote import EngineError, EngineHost, PublishedWeights, WeightProbe
 from infir2.engines.types import Completion, Request, check_request
 from infir2.engines.weight_directory import WeightDirectory
 from infir2.errors import RankError, first_line
@@ -28,7 +29,12 @@ CLOSE_SECONDS = 10.0
 
 
 class EnginePool:
-    """A `RolloutEngine` over servers. Every rank has this object; rank 0's works."""
+    """A `RolloutEngine` over servers. Every rank has this object; rank 0's works.
+
+    Attributes:
+        probe: what the trainer computes with the weights of the next `update_weights`; servers that
+            cannot show their weights are compared with it.
+    """
 
     def __init__(
         self,
@@ -42,6 +48,7 @@ class EnginePool:
         `hosts` is empty and `directory` None on every rank but 0.
         """
         self.policy_version, self.shared_by_ranks = 0, True
+        self.probe: WeightProbe | None = None
         self._ranks, self._directory = ranks, directory
         self._unfinished_ids: set[str] = set()
         self._finished: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
@@ -101,7 +108,9 @@ class EnginePool:
 
         def write() -> PublishedWeights | None:
             try:
-                return self._directory.publish(stream, policy_version) if self._directory else None
+                if self._directory is None:
+                    return None
+                return replace(self._directory.publish(stream, policy_version), probe=self.probe)
             finally:
                 for _ in stream:  # the ranks gather every weight together
                     pass

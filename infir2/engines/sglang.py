@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from infir2.config.schema import RolloutSection
 from infir2.engines.http_client import HttpClient
 from infir2.engines.remote import (
@@ -19,6 +21,7 @@ from infir2.engines.remote import (
     EngineError,
     PublishedWeights,
     ServerInfo,
+    WeightProbe,
     WeightsDifferError,
     checked_completion,
     reading_answer,
@@ -35,6 +38,9 @@ ROUTES = {
 }
 OLDEST_RELEASE = "0.5.12"
 SPARE_POSITIONS = 8  # SGLang cuts a response short that would fill its context
+MAX_PROBE_DIFFERENCE = 0.5  # mean |difference| of log-probabilities; wrong weights have several
+COLD = 0.02  # a temperature at which the likeliest token is nearly certain
+_ONE_GREEDY_TOKEN: dict[str, Any] = {"max_new_tokens": 1, "temperature": 0.0}
 RESERVED_TOKENS = 4  # a request may have so many more than `max_req_input_len` (tp_worker.py)
 
 
@@ -59,6 +65,7 @@ class SglangClient:
                 max_running_requests=running or answer.get("max_running_requests"),
             )
         await self._check_routes(release)
+        await self._check_temperature()
         return info
 
     async def check_health(self) -> None:
@@ -130,10 +137,54 @@ class SglangClient:
                     f"{self.url}: {names[0]} and {len(names) - 1} more are not the trainer's "
                     f"(rank {tp_rank} of {tp_size})"
                 )
+        if weights.probe is not None:
+            await self._check_probe(weights.probe)
 
     async def close(self) -> None:
         """As `EngineClient`."""
         await self._http.close()
+
+    async def _check_probe(self, probe: WeightProbe) -> None:
+        """The cache was emptied, and a fixed prompt has the trainer's log-probabilities."""
+        body = {"input_ids": probe.token_ids, "sampling_params": _ONE_GREEDY_TOKEN}
+        first = await self._http.post("/generate", body)
+        answer = await self._http.post(
+            "/generate", body | {"return_logprob": True, "logprob_start_len": 0}
+        )
+        with reading_answer(self.url):
+            num_cached = int(first["meta_info"]["cached_tokens"])
+            entries = answer["meta_info"]["input_token_logprobs"][1:]
+            logprobs = np.array([entry[0] for entry in entries], dtype=np.float32)
+            difference = float(np.abs(logprobs - probe.logprobs).mean())
+        if num_cached:
+            raise WeightsDifferError(f"{self.url}: its cache still has {num_cached} old tokens")
+        if not difference <= MAX_PROBE_DIFFERENCE:
+            raise WeightsDifferError(
+                f"{self.url}: the log-probabilities of a fixed prompt differ by {difference:.3g} "
+                f"on average from the trainer's (at most {MAX_PROBE_DIFFERENCE})"
+            )
+
+    async def _check_temperature(self) -> None:
+        """Raise ConfigError if the log-probabilities are those before the temperature."""
+        for prompt in ([1], [2, 3], [5, 7, 11], [13, 4, 6, 8]):
+            plain_token, plain = await self._first_token(prompt, 0.0)
+            cold_token, cold = await self._first_token(prompt, COLD)
+            if plain_token != cold_token or plain > -0.1:
+                continue  # says nothing: near 1 both are 0
+            if cold > plain / 2:
+                return  # at a low temperature the likeliest token is nearly certain
+            raise ConfigError(
+                f"{self.url}: its log-probabilities are those before the temperature; start SGLang "
+                "without SGLANG_RETURN_ORIGINAL_LOGPROB."
+            )
+
+    async def _first_token(self, prompt: list[int], temperature: float) -> tuple[int, float]:
+        params = _ONE_GREEDY_TOKEN | {"temperature": temperature}
+        body = {"input_ids": prompt, "sampling_params": params, "return_logprob": True}
+        answer = await self._http.post("/generate", body)
+        with reading_answer(self.url):
+            logprob, token = answer["meta_info"]["output_token_logprobs"][0][:2]
+            return int(token), float(logprob)
 
     async def _succeed(self, route: str, body: dict[str, Any]) -> Any:
         """POST to a route that answers {"success": ..., "message": ...}."""

@@ -12,9 +12,11 @@ from infir2.checkpoint.fingerprint import is_run
 from infir2.config.paths import check_model_directory
 from infir2.config.schema import RlRecipe
 from infir2.engines.native import NativeEngine
+from infir2.engines.pool import EnginePool
 from infir2.engines.ray import RayEngines
 from infir2.engines.servers import open_pool
 from infir2.engines.types import OffersDigest, RolloutEngine
+from infir2.engines.weight_probe import trainer_probe
 from infir2.errors import CheckFailedError, ConfigError
 from infir2.launch.ray import ENGINES_VARIABLE
 from infir2.model.hf_names import weights_digest
@@ -90,6 +92,8 @@ def publish(parallel_model: ParallelModel, engine: RolloutEngine, policy_version
             digests.update(weights_digest([(name, tensor)]))
             yield name, tensor
 
+    if isinstance(engine, EnginePool):
+        engine.probe = trainer_probe(parallel_model)
     engine.update_weights(exported_with_digests(), policy_version)
     return _prove_equal(parallel_model, digests, engine)
 

@@ -9,7 +9,12 @@ from infir2.checkpoint import open_checkpoint
 from infir2.checkpoint.fingerprint import is_run
 from infir2.config.paths import check_model_directory
 from infir2.config.schema import EvalRecipe, ModelSection, RlRecipe, TrainRecipe
-from infir2.convert.serving import as_patterns, unservable_layers, unservable_sentence
+from infir2.convert.serving import (
+    as_patterns,
+    require_servable,
+    unservable_layers,
+    unservable_sentence,
+)
 from infir2.convert.weights import PARAMETERS, file_scale_format, parameter_shapes
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import HfWeights, ModelConfig
@@ -94,7 +99,7 @@ def check_lengths(
 
 
 def check_engine(recipe: RlRecipe, model: ModelFacts) -> Finding:
-    """The native engine's FP8 directory has the trainer's shapes and scale format.
+    """The engine's FP8 directory has the trainer's shapes and scale format, and servers take it.
 
     The bytes themselves are compared when the run starts. Raises ConfigError.
     """
@@ -115,6 +120,8 @@ def check_engine(recipe: RlRecipe, model: ModelFacts) -> Finding:
             f"rollout.model: {path} has {scale_format} scales, "
             f"and fp8.scale_format is {recipe.fp8.scale_format}."
         )
+    if recipe.rollout.engine in ("sglang", "vllm"):
+        require_servable("rollout.model", path, recipe.fp8)
     num_fp8 = sum(name.endswith(SCALE_SUFFIX) for name in HfWeights(path).names())
     return Finding("engine", "ok", f"{path}: {num_fp8} FP8 weights, shapes as the trainer's")
 

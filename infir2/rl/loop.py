@@ -12,10 +12,12 @@ How the data flows through a step:
 
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from infir2.config.load import Loaded
 from infir2.config.schema import RlRecipe
+from infir2.convert.serving import require_servable
 from infir2.data import load_prompts
 from infir2.engines.weight_sync import check_rollout_model, open_engine
 from infir2.rl.dynamic_sampling import GroupGenerator, PromptStream, Rollouts
@@ -42,7 +44,7 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         if _has_nothing_left(supervisor, evaluation, last_step):
             return
         tokenizer = open_run_tokenizer(supervisor)
-        check_rollout_model(recipe.rollout.model)
+        _check_rollout_model(recipe)
         quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
         begin_phase("reading the prompts")
         rows = load_prompts(recipe.data, quarantine, tokenizer)
@@ -83,6 +85,13 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
                 if evaluation.is_due(step):
                     pipeline.sync_weights(step)
                     evaluation.run(engine, tokenizer, step, supervisor)
+
+
+def _check_rollout_model(recipe: RlRecipe) -> None:
+    """Raises ConfigError unless the engine can load `rollout.model`."""
+    check_rollout_model(recipe.rollout.model)
+    if recipe.rollout.engine in ("sglang", "vllm"):
+        require_servable("rollout.model", Path(recipe.rollout.model), recipe.fp8)
 
 
 def _has_nothing_left(supervisor: Supervisor, evaluation: InLoopEvaluation, last_step: int) -> bool:

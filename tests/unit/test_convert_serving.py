@@ -10,7 +10,7 @@ from test_convert_export import make_run, read, skip_logits  # noqa: F401 (fixtu
 from infir2.cli import main
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.convert import export_fp8, export_hf, verify_weights
-from infir2.convert.serving import unservable_layers
+from infir2.convert.serving import require_servable, unservable_layers
 from infir2.errors import ConfigError
 from infir2.model import Decoder
 
@@ -109,3 +109,10 @@ def test_a_run_is_exported_with_its_own_settings(tmp_path, make_run):  # noqa: F
     config = json.loads((tmp_path / "other/config.json").read_text())
     assert config["quantization_config"]["scale_fmt"] == "ue8m0"
     assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
+
+
+def test_a_directory_that_servers_refuse_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(decoder().config.to_hf()))
+    with pytest.raises(ConfigError, match="--servable, and train with"):
+        require_servable("rollout.model", tmp_path, Fp8Section())
+    require_servable("rollout.model", tmp_path, Fp8Section(enabled=False))

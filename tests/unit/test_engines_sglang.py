@@ -1,23 +1,29 @@
 """SGLang's client: its routes and values, and checksums as SGLang's own kernels compute them."""
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_servers import FakeServer, Status, scripted_response
 from safetensors.torch import load_file
 
-from infir2.config.schema import ShapeSection
+from infir2.config.schema import RolloutSection, ShapeSection
 from infir2.engines.remote import (
     BadAnswerError,
     EngineError,
     PublishedWeights,
+    WeightProbe,
     WeightsDifferError,
 )
-from infir2.engines.sglang import ROUTES, SglangClient
+from infir2.engines.server_process import Place
+from infir2.engines.sglang import ROUTES, SglangClient, sglang_command
 from infir2.engines.sglang_checksum import checksums, tensor_hash
 from infir2.engines.types import Completion, Request, SamplingParams
 from infir2.errors import ConfigError
@@ -38,17 +44,24 @@ class FakeSglang(FakeServer):
     paths = ROUTES
     checksums: Any = None
     refusal = ""
+    ignores_temperature = False
+    cached_tokens = 0
+    prompt_logprob = -2.0
 
     def read_request(self, body: Any) -> tuple[list[int], int, list[int]]:
         params = body["sampling_params"]
-        return body["input_ids"], params["max_new_tokens"], params["stop_token_ids"]
+        return body["input_ids"], params["max_new_tokens"], params.get("stop_token_ids", [])
 
     def format_answer(
         self, body: Any, token_ids: list[int], logprobs: list[float], policy_version: int
     ) -> Any:
+        if body["sampling_params"]["temperature"] == 0.02 and not self.ignores_temperature:
+            logprobs = [-0.001] * len(logprobs)
         pairs = [[p, token, None] for p, token in zip(logprobs, token_ids, strict=False)]
+        prompt = [[self.prompt_logprob, token, None] for token in body["input_ids"]]
         reason = {"type": "abort" if self.aborts else "length", "length": len(token_ids)}
         meta = {"weight_version": str(policy_version), "finish_reason": reason}
+        meta |= {"cached_tokens": self.cached_tokens, "input_token_logprobs": prompt}
         return {"output_ids": token_ids, "meta_info": meta | {"output_token_logprobs": pairs}}
 
     def call(self, route: str, body: Any) -> Any:
@@ -155,6 +168,45 @@ def test_what_the_server_is() -> None:
         server.paths = ROUTES - {"/weights_checker"}
         with pytest.raises(ConfigError, match="has no route /weights_checker; install"):
             ask(server, lambda client: client.info())
+
+
+def test_log_probabilities_before_the_temperature_are_refused() -> None:
+    with FakeSglang() as server:
+        server.ignores_temperature = True
+        with pytest.raises(ConfigError, match="SGLANG_RETURN_ORIGINAL_LOGPROB"):
+            ask(server, lambda client: client.info())
+
+
+def test_a_probe_finds_an_old_cache_and_other_weights(exported: PublishedWeights) -> None:
+    probe = WeightProbe([4, 5, 6], np.array([-2.1, -1.9], dtype=np.float32))
+    weights = replace(exported, probe=probe)
+    with FakeSglang() as server:
+        server.checksums = [dict(checksums(exported.directory, 0, 1))]
+        ask(server, lambda client: client.prove_weights(weights))
+        server.cached_tokens = 2
+        with pytest.raises(WeightsDifferError, match="cache still has 2 old tokens"):
+            ask(server, lambda client: client.prove_weights(weights))
+        server.cached_tokens, server.prompt_logprob = 0, -4.0
+        with pytest.raises(WeightsDifferError, match="differ by 2 on average"):
+            ask(server, lambda client: client.prove_weights(weights))
+
+
+def test_the_command_line_has_no_key(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 4096}')
+    rollout = RolloutSection(
+        **{"model": str(tmp_path), "engine": "sglang", "python": "/env/bin/python"},
+        **{"memory_fraction": 0.4, "server_options": ("--x", "1"), "kv_cache_dtype": "fp8_e4m3"},
+    )
+    command = sglang_command(rollout, Place(31000, "s3cret", tmp_path))
+    assert "s3cret" not in " ".join(command.arguments)
+    assert command.arguments[:3] == ["/env/bin/python", "-m", "sglang.launch_server"]
+    assert command.arguments[-2:] == ["--x", "1"]
+    pairs = dict(pairwise(command.arguments))
+    assert (pairs["--host"], pairs["--port"]) == ("127.0.0.1", "31000")
+    assert (pairs["--mem-fraction-static"], pairs["--kv-cache-dtype"]) == ("0.4", "fp8_e4m3")
+    options = Path(pairs["--config"])
+    assert json.loads(options.read_text()) == {"api-key": "s3cret"}
+    assert options.stat().st_mode & 0o077 == 0
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,71 @@
+"""Which servers a recipe may use: what is refused before the first rollout, and which GPUs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infir2.config.schema import RlRecipe
+from infir2.engines.remote import ServerInfo
+from infir2.engines.servers import check_info, gpus_of
+from infir2.errors import ConfigError
+
+CONFIG = {
+    **{"architectures": ["Qwen2ForCausalLM"], "vocab_size": 320, "hidden_size": 128},
+    **{"max_position_embeddings": 4096, "quantization_config": {"scale_fmt": "ue8m0"}},
+}
+
+
+def recipe(directory: Path, **values: Any) -> RlRecipe:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "tokenizer.json").write_text("{}")
+    rollout = {"model": str(directory), "engine": "sglang", "python": "p"}
+    sections = {"rollout": rollout | values, "schedule": {"learning_rate": 1e-4}}
+    return RlRecipe.model_validate(sections | {"rl": {"max_response_tokens": 1000}})
+
+
+@pytest.mark.parametrize(
+    ("info", "problem"),
+    [
+        (ServerInfo("r", max_positions=2000), "accepts 2000 tokens, and the run needs 3048"),
+        (ServerInfo("r", scale_format="fp32"), "has fp32 scales, and the trainer pow2"),
+        (ServerInfo("r", tokenizer_sha256="0" * 64), "another tokenizer"),
+    ],
+)
+def test_another_server_than_the_run_needs(tmp_path: Path, info: ServerInfo, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        check_info("the engine at X", info, recipe(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hidden_size": 256}, "its hidden_size is 256, and that of .* is 128"),
+        ({"quantization_config": None}, "has none scales, and .* has pow2"),
+        ({"quantization_config": {"scale_fmt": "float"}}, "has fp32 scales"),
+    ],
+)
+def test_a_server_of_another_model(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(ConfigError, match=problem):
+        check_info("engine 1", ServerInfo("r", model=str(theirs)), recipe(tmp_path / "ours"))
+    (theirs / "config.json").write_text(json.dumps(CONFIG))
+    check_info("engine 1", ServerInfo("r", model=str(theirs)), recipe(tmp_path / "ours"))
+
+
+def test_gpus_are_those_that_the_ranks_leave_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert [gpus_of(i, 2, 1) for i in range(2)] == [["6"], ["7"]]
+    assert gpus_of(0, 1, 2) == ["6", "7"]
+    assert [gpus_of(i, 4, 1) for i in range(4)] == [["4"], ["5"], ["6"], ["7"]]
+    assert [gpus_of(i, 2, 2) for i in range(2)] == [["4", "5"], ["6", "7"]]
+    with pytest.raises(ConfigError, match="needs more GPUs than the 4"):
+        gpus_of(0, 1, 8)
