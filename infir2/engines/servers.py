@@ -24,6 +24,8 @@ from infir2.engines.server_process import (
     ServerProcess,
 )
 from infir2.engines.sglang import SglangClient, sglang_command
+from infir2.engines.vllm import VllmClient
+from infir2.engines.vllm_command import vllm_command
 from infir2.engines.weight_directory import WeightDirectory
 from infir2.errors import ConfigError
 from infir2.model.safetensors_io import read_json
@@ -55,6 +57,7 @@ class ServerKind:
 KINDS = {
     "infir2": ServerKind(Infir2Client, infir2_command),
     "sglang": ServerKind(SglangClient, sglang_command),
+    "vllm": ServerKind(VllmClient, vllm_command),
 }
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from engine_servers import FakeServer, Status, scripted_response
 
-from infir2.config.schema import ShapeSection
+from infir2.config.schema import RolloutSection, ShapeSection
+from infir2.engines.inside_vllm.infir2_require_key import RequireKey
 from infir2.engines.remote import (
     BadAnswerError,
     EngineError,
@@ -19,9 +20,11 @@ from infir2.engines.remote import (
     WeightProbe,
     WeightsDifferError,
 )
+from infir2.engines.server_process import Place
 from infir2.engines.sglang_checksum import fused_parameters
 from infir2.engines.types import Completion, Request, SamplingParams
 from infir2.engines.vllm import VllmClient
+from infir2.engines.vllm_command import vllm_command
 from infir2.engines.vllm_proof import MAX_PROBE_DIFFERENCE
 from infir2.engines.weight_probe import trainer_probe
 from infir2.errors import ConfigError
@@ -320,3 +323,56 @@ def test_the_probe_finds_other_log_probabilities(versions: list[PublishedWeights
                 await prove(client, moved)
 
         ask(server, run)
+
+
+def test_the_command_shows_no_key_and_opens_every_route_that_is_used(
+    versions: list[PublishedWeights],
+) -> None:
+    rollout = RolloutSection(
+        engine="vllm",
+        python="/env/bin/python",
+        model=str(versions[0].directory),
+        cache_gib=2.6,
+        server_options=("--max-model-len=64",),
+    )
+    command = vllm_command(rollout, Place(8123, "the-key", Path("/nowhere")))
+    assert "the-key" not in " ".join(command.arguments) + str(command.variables)
+    assert command.secrets == {"VLLM_API_KEY": "the-key"}
+    assert command.arguments[-1] == "--max-model-len=64"
+    assert {"--enable-scale-out", "--enable-prompt-tokens-details"} <= set(command.arguments)
+    assert command.variables["VLLM_SERVER_DEV_MODE"] == "1"
+    assert command.variables["VLLM_CPU_KVCACHE_SPACE"] == "3"
+
+
+def test_fp8_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    rollout = RolloutSection(engine="vllm", python="/env/bin/python", model=str(tmp_path))
+    with pytest.raises(ConfigError, match="is FP8, which vLLM does not compute on a CPU"):
+        vllm_command(rollout, Place(8123, "k", tmp_path))
+
+
+def test_the_middleware_asks_for_the_key_on_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    reached: list[str] = []
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        reached.append(scope["path"])
+
+    async def call(path: str, key: bytes, kind: str = "http") -> list[Any]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": kind, "path": path, "headers": [(b"authorization", key)]}
+        await RequireKey(app)(scope, send, send)
+        return sent
+
+    for path in ("/collective_rpc", "/health", "/metrics", "/v1/models"):
+        assert asyncio.run(call(path, b"Bearer other"))[0]["status"] == 401
+    assert asyncio.run(call("/v1/realtime", b"Bearer k", "websocket"))[0]["code"] == 1008
+    assert reached == []
+    asyncio.run(call("/collective_rpc", b"Bearer k"))
+    asyncio.run(call("startup", b"", "lifespan"))
+    assert reached == ["/collective_rpc", "startup"]

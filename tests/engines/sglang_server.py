@@ -1,0 +1,175 @@
+"""SGLang's own HTTP server and tokenizer manager on a CPU, with a scripted scheduler behind them.
+
+Runs in SGLang's environment with the arguments of `sglang.launch_server`. Route names, field names,
+request models, keys and the form of answers are SGLang's; so are the checksums of weights, whose
+Triton kernels run in the interpreter. Only what the GPU would compute is scripted: a response
+follows from the prompt (`scripted_response` of tests/engine_servers.py).
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import stand_ins
+
+stand_ins.install()
+
+import torch  # noqa: E402
+import zmq  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from sglang.srt.layers import multimodal  # noqa: E402
+from sglang.srt.managers import io_struct  # noqa: E402
+from sglang.srt.utils import weight_checker  # noqa: E402
+
+FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+SECONDS_PER_TOKEN = 0.02
+torch.cuda.synchronize = lambda *_: None
+weight_checker.tensor_hash = multimodal.gpu_tensor_hash  # its asserts of a GPU are off (-O)
+
+
+class ScriptedScheduler:
+    """Answers what SGLang's tokenizer manager sends; SGLANG_SCRIPT may name a fault."""
+
+    def __init__(self, ports: Any, model: str) -> None:
+        context = zmq.Context()
+        self._receive = context.socket(zmq.PULL)
+        self._receive.connect(ports.scheduler_input_ipc_name)
+        self._send = context.socket(zmq.PUSH)
+        self._send.connect(ports.tokenizer_ipc_name)
+        self._fault = os.environ.get("SGLANG_SCRIPT", "")
+        self._running: dict[str, tuple[Any, float]] = {}
+        self._weights = load(Path(model))
+
+    def run(self) -> None:
+        while True:
+            if self._receive.poll(10):
+                self._handle(self._receive.recv_pyobj())
+            for rid, (request, begun) in list(self._running.items()):
+                self._advance(rid, request, time.monotonic() - begun)
+
+    def _handle(self, message: Any) -> None:
+        kind = type(message).__name__
+        if kind == "TokenizedGenerateReqInput":
+            self._running[message.rid] = message, time.monotonic()
+        elif kind == "AbortReq":
+            for rid in [r for r in self._running if message.abort_all or r.startswith(message.rid)]:
+                request = self._running.pop(rid)[0]
+                self._answer(request, [], {"type": "abort", "message": "Abort in waiting queue"})
+        elif kind == "UpdateWeightFromDiskReqInput":
+            self._send.send_pyobj(self._update(message))
+        elif kind == "CheckWeightsReqInput":
+            payload = checker(self._weights).handle(message.action)
+            self._send.send_pyobj(io_struct.CheckWeightsReqOutput(True, "Success.", payload))
+        elif kind == "FlushCacheReqInput":
+            self._send.send_pyobj(io_struct.FlushCacheReqOutput(success=not self._running))
+        elif kind == "GetInternalStateReq":
+            state = {"effective_max_running_requests_per_dp": 7}
+            self._send.send_pyobj(io_struct.GetInternalStateReqOutput(internal_state=state))
+
+    def _update(self, message: Any) -> Any:
+        try:
+            if self._fault != "stale":
+                self._weights = load(Path(message.model_path))
+        except Exception as error:
+            return io_struct.UpdateWeightFromDiskReqOutput(False, f"Failed: {error}")
+        return io_struct.UpdateWeightFromDiskReqOutput(True, "Succeeded to update model weights.")
+
+    def _advance(self, rid: str, request: Any, seconds: float) -> None:
+        params = request.sampling_params
+        tokens = response(list(request.input_ids), params)
+        if seconds < SECONDS_PER_TOKEN * len(tokens):
+            return
+        del self._running[rid]
+        stopped = tokens[-1] in (params.stop_token_ids or ())
+        reason = {"type": "stop", "matched": tokens[-1]}
+        self._answer(
+            request, tokens, reason if stopped else {"type": "length", "length": len(tokens)}
+        )
+
+    def _answer(self, request: Any, tokens: list[int], reason: dict[str, Any]) -> None:
+        logprobs = [-0.25 - token / 128 for token in tokens]
+        values = {
+            "rids": [request.rid],
+            "finished_reasons": [reason],
+            "output_ids": [tokens],
+            "decode_ids": [tokens],
+            "decoded_texts": [""],
+            "prompt_tokens": [len(request.input_ids)],
+            "completion_tokens": [len(tokens)],
+            "output_token_logprobs_val": [logprobs],
+            "output_token_logprobs_idx": [tokens],
+        }
+        fields = dataclasses.fields(io_struct.BatchTokenIDOutput)
+        required = {f.name: [0] for f in fields if f.default is f.default_factory}
+        for name in required:
+            if "logprobs" in name or "entropy" in name:
+                required[name] = [[]]
+        nothing = ("output_hidden_states", "routed_experts", "indexer_topk")
+        required |= {name: None for name in nothing if name in required}
+        self._send.send_pyobj(io_struct.BatchTokenIDOutput(**(required | values)))
+
+
+def response(prompt: list[int], params: Any) -> list[int]:
+    stops = set(params.stop_token_ids or ())
+    tokens: list[int] = []
+    while len(tokens) < params.max_new_tokens and not (tokens and tokens[-1] in stops):
+        tokens.append((sum(prompt) * 31 + 7 * len(tokens)) % 97)
+    return tokens
+
+
+def load(directory: Path) -> torch.nn.Module:
+    """The weights with SGLang's names: q, k, v and gate, up are one parameter each."""
+    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            *prefix, layer, leaf = name.split(".")
+            place = ORDER.index(layer) if layer in ORDER else 0
+            fused = ".".join((*prefix, FUSED.get(layer, layer), leaf))
+            parts.setdefault(fused, []).append((place, tensor))
+    model = torch.nn.Module()
+    for name, found in parts.items():
+        tensor = torch.cat([t for _, t in sorted(found, key=lambda pair: pair[0])])
+        if name.startswith("model.embed_tokens"):
+            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % 64))
+        add(model, name.split("."), tensor)
+    return model
+
+
+def add(module: torch.nn.Module, path: list[str], tensor: torch.Tensor) -> None:
+    for name in path[:-1]:
+        if name not in dict(module.named_children()):
+            module.add_module(name, torch.nn.Module())
+        module = module.get_submodule(name)
+    module.register_parameter(path[-1], torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def checker(model: torch.nn.Module) -> Any:
+    ranks = {"tp_rank": 0, "tp_size": 1, "dp_rank": 0, "dp_size": 1, "pp_rank": 0, "pp_size": 1}
+    return weight_checker.WeightChecker(types.SimpleNamespace(model=model, **ranks))
+
+
+def run_scheduler(server_args: Any, port_args: Any, *rest: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    scheduler = ScriptedScheduler(port_args, server_args.model_path)
+    length = server_args.context_length or 256
+    info = {"status": "ready", "max_total_num_tokens": 65536, "max_req_input_len": length - 6}
+    rest[-1].send(info)
+    scheduler.run()
+
+
+def main() -> None:
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.server_args import prepare_server_args
+
+    launch_server(prepare_server_args(sys.argv[1:]), run_scheduler_process_func=run_scheduler)
+
+
+if __name__ == "__main__":
+    main()
