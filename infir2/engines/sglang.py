@@ -219,6 +219,7 @@ def _sampling_params(request: Request) -> dict[str, Any]:
         "min_p": 0.0,
         "max_new_tokens": params.max_tokens,
         "stop_token_ids": list(params.stop_ids),
+        "ignore_eos": not params.stop_ids,  # it would ignore the stop ids too
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,
         "repetition_penalty": 1.0,

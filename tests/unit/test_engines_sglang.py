@@ -115,7 +115,7 @@ def test_a_request_names_everything_that_changes_the_distribution() -> None:
     assert body["sampling_params"] == {
         **{"temperature": 0.7, "top_p": 0.9, "top_k": -1, "min_p": 0.0, "max_new_tokens": 5},
         **{"stop_token_ids": [96], "frequency_penalty": 0.0, "presence_penalty": 0.0},
-        "repetition_penalty": 1.0,
+        **{"repetition_penalty": 1.0, "ignore_eos": False},
     }
 
 
