@@ -4,21 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infir2.cli.arguments import JSON, Parser, load_recipe, recipe_help, split_json, wants_help
+from infir2.cli.benchmarks import run_benchmarks
 from infir2.config.schema import EvalRecipe
 from infir2.terminal import print_json, print_result
 
-_DESCRIPTION = (
-    "Samples answers to held-out problems and reports avg@k, pass@k and majority@k with intervals. "
-    "The same command, run again, continues an interrupted evaluation. "
-    "`infir2 eval compare A B` compares two evaluations of the same problems; "
-    "`infir2 eval contamination --train SOURCE... --data DIR` looks for questions in training data."
-)
+_DESCRIPTION = """\
+Samples answers to held-out problems and reports avg@k, pass@k and majority@k with intervals. The
+same command, run again, continues an interrupted evaluation.
+
+infir2 eval URL --benchmarks NAMES --data DIR --run.dir DIR: evalscope's benchmarks against servers;
+infir2 eval compare A B: the difference of two evaluations;
+infir2 eval contamination --train SOURCE... --data DIR: looks for questions in training data.
+Each of them has a --help of its own."""
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """infir2 eval RECIPE.toml ... | compare A B | contamination --train SOURCE... --data DIR"""
+    """infir2 eval RECIPE.toml ... | URL --benchmarks ... | compare A B | contamination ..."""
     if arguments and arguments[0] in _COMMANDS:
         return _COMMANDS[arguments[0]](arguments[1:])
+    if any(word.partition("=")[0] in ("--benchmarks", "--setup") for word in arguments):
+        return run_benchmarks(arguments)
     if wants_help(arguments):
         print_result(recipe_help(EvalRecipe, "eval", _DESCRIPTION))
         return

@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -33,6 +33,7 @@ class Benchmark:
         key: the column that tells questions apart.
         file: where evalscope looks in its directory.
         prefer: words of paths to choose among several configurations of one data set.
+        arguments: more of evalscope's dataset_args.
         max_tokens, samples: of docs/recipe.md, section 3.
     """
 
@@ -42,6 +43,7 @@ class Benchmark:
     key: str
     file: str = "test.jsonl"
     prefer: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     max_tokens: int = 31_000
     samples: int = 1
 
@@ -197,6 +199,8 @@ def _date(row: Row) -> datetime:
     return date.replace(tzinfo=None)
 
 
+_DEFAULT = {"subset_list": ["default"]}
+_ZERO_SHOT = {"few_shot_num": 0}
 BENCHMARKS = {
     each.name: each
     for each in (
@@ -218,13 +222,28 @@ BENCHMARKS = {
             convert=_live_code_bench,
             key="question_content",
             file="test.parquet",
+            arguments=_DEFAULT,
             max_tokens=27_000,
             samples=8,
         ),
         Benchmark("math_500", ("math500",), _math_500, "problem"),
         Benchmark("amc", ("amc",), _amc, "problem"),
-        Benchmark("gsm8k", ("gsm8k",), _gsm8k, "question", prefer=("main",)),
-        Benchmark("humaneval", ("humaneval",), _humaneval, "prompt"),
-        Benchmark("mbpp", ("mbpp",), _mbpp, "text", prefer=("full",)),
+        Benchmark(
+            name="gsm8k",
+            words=("gsm8k",),
+            convert=_gsm8k,
+            key="question",
+            prefer=("main",),
+            arguments=_DEFAULT | _ZERO_SHOT,
+        ),
+        Benchmark("humaneval", ("humaneval",), _humaneval, "prompt", arguments=_DEFAULT),
+        Benchmark(
+            name="mbpp",
+            words=("mbpp",),
+            convert=_mbpp,
+            key="text",
+            prefer=("full",),
+            arguments=_DEFAULT | _ZERO_SHOT,
+        ),
     )
 }

@@ -1,5 +1,6 @@
 """`infir2 eval compare`: the difference of two evaluations over the questions that both asked."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,14 +10,18 @@ from typing import Any
 
 from infir2.config.load import load
 from infir2.config.schema import EvalRecipe
-from infir2.errors import ConfigError, DataError, disk_reason
+from infir2.errors import ConfigError, DataError, disk_reason, first_line
 from infir2.evaluate.statistics import paired_difference
-from infir2.files import read_json_lines
+from infir2.files import read_json_lines, read_own
 
-RECIPE, SAMPLES = "recipe.toml", "samples.jsonl"  # of output.py, which needs torch
+# Of output.py and benchmark_run.py, which need torch.
+RECIPE, SAMPLES, RESULT = "recipe.toml", "samples.jsonl", "result.json"
+MAX_RESULT_BYTES = 1 << 33
 Scores = dict[str, list[float]]  # question -> the scores of its known answers
 # Which problems were asked is read from the answers: only common ones are compared.
 _FREE_KEYS = ("problems", "max_problems")
+_FREE_SETTINGS = ("model", "seed", "benchmarks")
+_FREE_OF_BENCHMARK = ("data_sha256", "questions")
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ def read_evaluated(directory: Path) -> Evaluated:
     Raises DataError if the directory is none, or has no answer yet.
     """
     try:
+        if (directory / RESULT).exists():
+            return _read_benchmarks(directory)
         rows = [row for row in read_json_lines(directory / SAMPLES) if "sample" in row]
         is_evaluation = (directory / RECIPE).exists()
     except OSError as error:
@@ -118,6 +125,28 @@ def read_evaluated(directory: Path) -> Evaluated:
     settings = recipe.evaluate.model_dump(exclude=set(_FREE_KEYS))
     named = {f"evaluate.{key}": value for key, value in settings.items()}
     return Evaluated(directory, named, {"problems": _scores_by_question(rows)})
+
+
+def _read_benchmarks(directory: Path) -> Evaluated:
+    """A run of benchmarks. Raises OSError, DataError."""
+    try:
+        result = json.loads(read_own(directory / RESULT, MAX_RESULT_BYTES))
+        settings = {
+            key: value
+            for key, value in result["settings"].items()
+            if key not in _FREE_SETTINGS and key.rpartition(".")[2] not in _FREE_OF_BENCHMARK
+        }
+        scores = {
+            name: {
+                question["prompt"]: [float(sample["score"]) for sample in question["samples"]]
+                for question in questions
+                if question["samples"]
+            }
+            for name, questions in result["questions"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{directory / RESULT} is damaged ({first_line(error)}).") from error
+    return Evaluated(directory, settings, scores)
 
 
 def _scores_by_question(rows: Sequence[Mapping[str, Any]]) -> Scores:
@@ -135,16 +164,24 @@ def _scores_by_question(rows: Sequence[Mapping[str, Any]]) -> Scores:
 
 
 def _check_settings(a: Evaluated, b: Evaluated) -> None:
+    common = {name for name in a.scores if name in b.scores}
+    keys = a.settings.keys() | b.settings.keys()
     different = [
         f"{key} ({a.settings.get(key)!r} and {b.settings.get(key)!r})"
-        for key in sorted(a.settings.keys() | b.settings.keys())
-        if a.settings.get(key) != b.settings.get(key)
+        for key in sorted(keys)
+        if a.settings.get(key) != b.settings.get(key) and _matters(key, common)
     ]
     if different:
         raise ConfigError(
             f"{a.directory} and {b.directory} were made with different settings, so their scores "
             f"do not compare: {', '.join(different)}; evaluate both with the same settings."
         )
+
+
+def _matters(key: str, common: set[str]) -> bool:
+    """Whether a setting decides what is compared: one of a benchmark decides its answers only."""
+    benchmark, dot, _ = key.rpartition(".")
+    return not dot or benchmark in common or benchmark == "evaluate"
 
 
 def _compared(name: str, a: Scores, b: Scores) -> Comparison:

@@ -25,6 +25,8 @@ from infir2.evaluate.journal import Journal, Key, Row
 from infir2.evaluate.upstream import NoAnswerError, Upstream, response_text
 
 MAX_BODY_BYTES = 1 << 26
+# A status that neither evalscope nor its client repeats, and that is not scored as a wrong answer.
+NO_ANSWER = 410
 # What does not change what is asked, or what the gateway decides.
 _IGNORED = ("model", "stream", "stream_options", "n", "seed", "user")
 
@@ -48,14 +50,16 @@ class Task:
 class Gateway:
     """Answers evalscope's requests from the journal or from the engines.
 
-    `on_answer` is called with each new row of the journal. `failure` is an error of the user or the
-    disk, after which every request is refused. `missing` says why samples have no answer.
+    `judge` says whether a program passes. `on_answer` is called with each new row of the journal.
+    `failure` is an error of the user or the disk, after which every request is refused. `missing`
+    says why samples have no answer.
     """
 
     tasks: Mapping[str, Task]
     journal: Journal
     upstream: Upstream
     on_answer: Callable[[Row], None] = lambda row: None
+    judge: Callable[[dict[str, Any]], bool] | None = None
     failure: UserError | None = None
     missing: dict[Key, str] = field(default_factory=dict)
     key: str = field(default_factory=lambda: secrets.token_urlsafe(32))
@@ -83,6 +87,10 @@ class Gateway:
         """The base URL of a benchmark's requests, for OpenAI's clients."""
         return f"http://127.0.0.1:{self._server.server_port}/{benchmark}/v1"
 
+    def judge_url(self, benchmark: str) -> str:
+        """Where evalscope's driver asks for verdicts about programs."""
+        return f"http://127.0.0.1:{self._server.server_port}/{benchmark}/judge"
+
     def replace_engine(self, number: int, url: str, api_key: str = "") -> None:
         """An engine has come back at another address."""
         self._loop.call_soon_threadsafe(self.upstream.replace, number, url, api_key)
@@ -97,13 +105,13 @@ class Gateway:
         task = self.tasks[benchmark]
         key = self._take(benchmark, _fingerprint(body), task.samples)
         if key is None:
-            return 400, _error("every sample of this prompt was asked for"), None
+            return NO_ANSWER, _error("every sample of this prompt was asked for"), None
         row = self.journal.get(key) or self._new(key, task, body)
         if row is None:
             self.release(key)
-            return 400, _error(f"no answer: {self.missing.get(key, self.failure)}"), None
+            return NO_ANSWER, _error(f"no answer: {self.missing.get(key, self.failure)}"), None
         if "refused" in row:
-            return 400, _error(row["refused"]["message"]), None
+            return NO_ANSWER, _error(row["refused"]["message"]), None
         return 200, _passed_on(row["response"], task.begin), key
 
     def release(self, key: Key) -> None:
@@ -226,12 +234,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(403, _error("the key or the length is missing"))
             return
         body = _json_object(self.rfile.read(int(length)))
+        if route == "judge" and gateway.judge is not None and body is not None:
+            return self._judge(gateway.judge, body)
         if benchmark not in gateway.tasks or route != "v1/chat/completions" or body is None:
             self._reply(404, _error("there is no such route, or the body is not a JSON object"))
             return
         status, answer, sample = gateway.answer(benchmark, body)
         if not self._reply(status, answer) and sample is not None:
             gateway.release(sample)
+
+    def _judge(self, judge: Callable[[dict[str, Any]], bool], body: dict[str, Any]) -> None:
+        try:
+            self._reply(200, {"passes": judge(body)})
+        except Exception as error:
+            self._reply(500, _error(f"no verdict: {type(error).__name__}: {error}"))
 
     def _is_allowed(self) -> bool:
         given = self.headers.get("Authorization", "").encode()

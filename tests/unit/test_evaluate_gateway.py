@@ -65,7 +65,7 @@ def test_each_sample_has_a_seed_of_its_own_and_is_kept(tmp_path: Path) -> None:
     script = Script()
     with serving(script) as server, open_gateway(tmp_path, [server.url]) as gateway:
         texts = [ask(gateway, seed=7, stream=False, n=1)[1] for _ in range(4)]
-        assert ask(gateway)[0] == 400, "evalscope asks no prompt more than k times"
+        assert ask(gateway)[0] == 410, "evalscope asks no prompt more than k times"
     assert len(set(texts)) == 4
     seeds = {request["seed"] for request in script.requests}
     assert len(seeds) == 4
@@ -132,7 +132,7 @@ def test_an_answer_that_never_comes_is_missing_and_the_next_run_asks_it(tmp_path
     with serving(script) as server:
         with open_gateway(tmp_path, [server.url]) as gateway:
             status, message = ask(gateway)
-            assert (status, "no answer: cut: " in message) == (400, True)
+            assert (status, "no answer: cut: " in message) == (410, True)
             (reason,) = gateway.missing.values()
             assert "no JSON" in reason or "without a choice" in reason
         assert (tmp_path / ANSWERS).read_text() == ""
@@ -146,9 +146,9 @@ def test_a_repeated_request_after_a_missing_answer_takes_no_other_samples_place(
 ) -> None:
     script = Script(faults={1: "400"})
     with serving(script) as server, open_gateway(tmp_path, [server.url]) as gateway:
-        assert ask(gateway)[0] == 400
+        assert ask(gateway)[0] == 410
         assert [ask(gateway)[0] for _ in range(3)] == [200] * 3
-        assert [ask(gateway)[0] for _ in range(2)] == [400] * 2
+        assert [ask(gateway)[0] for _ in range(2)] == [410] * 2
         assert len(gateway.missing) == 1
     assert len(script.requests) == 4
 
@@ -159,7 +159,7 @@ def test_a_prompt_beyond_the_context_is_counted_once(tmp_path: Path) -> None:
         for _ in range(2):
             with open_gateway(tmp_path, [server.url]) as gateway:
                 status, message = ask(gateway)
-                assert (status, "maximum context length" in message) == (400, True)
+                assert (status, "maximum context length" in message) == (410, True)
                 assert gateway.missing == {}
     (row,) = (json.loads(line) for line in (tmp_path / ANSWERS).read_text().splitlines())
     assert row["refused"]["reason"] == "beyond_context"
@@ -218,7 +218,7 @@ def test_without_any_engine_the_known_answers_stay(tmp_path: Path) -> None:
         assert ask(gateway)[0] == 200
         url = server.url
     with open_gateway(tmp_path, [url], patience) as gateway:
-        assert [ask(gateway)[0] for _ in range(3)] == [200, 400, 400]
+        assert [ask(gateway)[0] for _ in range(3)] == [200, 410, 410]
         assert all(reason.startswith("gone: ") for reason in gateway.missing.values())
 
 
@@ -227,7 +227,7 @@ def test_a_refused_key_ends_everything_and_a_wrong_one_of_a_client_nothing(tmp_p
     with serving(script) as server, open_gateway(tmp_path, [server.url]) as gateway:
         body = {"messages": [{"role": "user", "content": "q"}]}
         assert post(gateway, body, key="wrong")[0] == 403
-        assert ask(gateway)[0] == ask(gateway)[0] == 400
+        assert ask(gateway)[0] == ask(gateway)[0] == 410
         assert "refuses the key" in str(gateway.failure)
     assert len(script.requests) == 1
 

@@ -1,0 +1,374 @@
+"""`infir2 eval MODEL|URL --benchmarks ...`: evalscope's benchmarks against any engine.
+
+The directory of a run, `run.dir`:
+
+    settings.json       everything that decides the answers; a run goes on with the same ones only
+    environment.json    software and machine
+    answers.jsonl       every answer of an engine, synced one by one (journal.py)
+    data/               the questions, in evalscope's layouts
+    evalscope/          evalscope's own files and its output, evalscope.log
+    result.json         scores with intervals and every question; result.html is for people
+"""
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from infir2.checkpoint.environment import describe_environment
+from infir2.checkpoint.lock import LOCK, RunLock
+from infir2.engines.http_client import HttpClient, check_url
+from infir2.engines.remote import EngineError
+from infir2.errors import CheckFailedError, ConfigError, OutputExistsError
+from infir2.evaluate import evalscope
+from infir2.evaluate.benchmark_data import Copied, Window, copy_benchmark
+from infir2.evaluate.benchmark_page import result_page
+from infir2.evaluate.benchmark_result import (
+    BenchmarkResult,
+    Question,
+    gather_questions,
+    score_benchmark,
+)
+from infir2.evaluate.benchmarks import Benchmark
+from infir2.evaluate.gateway import Gateway, Task
+from infir2.evaluate.journal import ANSWERS, Journal, Row
+from infir2.evaluate.judge import CodeJudge
+from infir2.evaluate.upstream import Engine, Patience, Upstream
+from infir2.files import disk_errors, encode_json_line, read_own, write_atomically
+from infir2.terminal import StepProgress, begin_phase, log, log_text
+
+SETTINGS, RESULT, PAGE = "settings.json", "result.json", "result.html"
+# The questions with their answers, how many are beyond the context, evalscope's score.
+Found = tuple[list[Question], int, float | None]
+OWN_FILES = (SETTINGS, RESULT, PAGE, ANSWERS, "environment.json", "data", "evalscope")
+SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
+THINK = "<think>\n"
+LIVE_CODE_BENCH_WINDOW = (datetime(2024, 8, 1), datetime(2025, 2, 1))  # v5; its last moment too
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What `infir2 eval --benchmarks` is told.
+
+    Attributes:
+        urls: of the engines, each ending with /v1.
+        model: its name there; empty: the only one that the first engine has.
+        benchmarks: to run, in this order.
+        data: the user's file or directory with their questions.
+        run_dir: of the results.
+        samples, max_tokens: per question and response; 0: those of docs/recipe.md.
+        parallel: requests at one time.
+        seed: every sample's own seed is drawn from it.
+        api_key: of the engines.
+    """
+
+    urls: tuple[str, ...]
+    benchmarks: tuple[Benchmark, ...]
+    data: Path
+    run_dir: Path
+    model: str = ""
+    samples: int = 0
+    max_tokens: int = 0
+    temperature: float = 0.65
+    top_p: float = 0.95
+    parallel: int = 64
+    seed: int = 0
+    api_key: str = ""
+    patience: Patience = field(default_factory=Patience)
+
+    def samples_of(self, benchmark: Benchmark) -> int:
+        return self.samples or benchmark.samples
+
+    def max_tokens_of(self, benchmark: Benchmark) -> int:
+        return self.max_tokens or benchmark.max_tokens
+
+
+def run_benchmarks(options: BenchmarkOptions) -> list[BenchmarkResult]:
+    """Run the benchmarks and write result.json and result.html; what was answered is kept.
+
+    Everything that can refuse the command does so before the first request for an answer. Raises
+    DataError for the questions; ConfigError for evalscope, the engines and a directory with other
+    settings; OutputExistsError for a directory of something else; CheckFailedError if evalscope
+    fails.
+    """
+    environment = evalscope.environment_directory()
+    evalscope.require(environment)
+    _check_directory(options.run_dir)
+    begin_phase("asking the engines for their models")
+    model = asyncio.run(_find_model(options))
+    lock = RunLock.acquire(options.run_dir, log)
+    try:
+        begin_phase("reading the questions")
+        copied = [_copy(options, benchmark) for benchmark in options.benchmarks]
+        _settle(options, model, copied)
+        with _open_gateway(options, model, copied) as gateway:
+            seconds = _run_evalscope(environment, options, copied, gateway)
+            _check_verdicts(gateway)
+            found = [_gather(options, each, gateway) for each in copied]
+        results = [_score(options, *each, seconds) for each in zip(copied, found, strict=True)]
+        _write(options.run_dir, results, found, dict(gateway.upstream.faults))
+    finally:
+        lock.release()
+    for result in results:
+        log_text(result.describe())
+        if not result.agrees:
+            log(f"{result.name}: evalscope's own report says {result.evalscope_score}", "eval")
+    return results
+
+
+async def _find_model(options: BenchmarkOptions) -> str:
+    """The model's name at the engines. Raises ConfigError."""
+    model = options.model
+    for url in options.urls:
+        check_url("URL", url, options.api_key)
+        client = HttpClient(url, options.api_key)
+        try:
+            answer = await asyncio.wait_for(client.get("/models"), 30)
+            names = [str(each["id"]) for each in answer["data"]]
+        except (EngineError, TimeoutError) as error:
+            raise ConfigError(f"URL: no engine answers at {url} ({error}); start it.") from error
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"URL: {url}/models is not the list of an OpenAI API.") from error
+        finally:
+            await client.close()
+        if not model and len(names) == 1:
+            model = names[0]
+        if model not in names:
+            there = ", ".join(names) or "none"
+            wanted = f"no model {model!r}" if model else "several models or none"
+            raise ConfigError(f"URL: {url} has {wanted} (it has {there}): name one by --model.")
+    return model
+
+
+def _check_directory(directory: Path) -> None:
+    """Raise OutputExistsError for a directory with anything but a run of benchmarks."""
+    if not directory.exists():
+        return
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else {"no directory"}
+    foreign = sorted(name for name in names if not name.startswith((LOCK, *OWN_FILES)))
+    if foreign or (names - {LOCK} and SETTINGS not in names):
+        raise OutputExistsError(
+            f"--run.dir: {directory} exists and has no run of benchmarks "
+            f"({', '.join(foreign or sorted(names))[:80]}); name another one, nothing was written."
+        )
+
+
+def _copy(options: BenchmarkOptions, benchmark: Benchmark) -> Copied:
+    to = options.run_dir / "data" / benchmark.name
+    shutil.rmtree(to, ignore_errors=True)
+    alone = len(options.benchmarks) == 1
+    return copy_benchmark(benchmark, options.data, to, _window(benchmark), alone)
+
+
+def _window(benchmark: Benchmark) -> Window | None:
+    return LIVE_CODE_BENCH_WINDOW if benchmark.name == "live_code_bench" else None
+
+
+def _settings(options: BenchmarkOptions, model: str, copied: Sequence[Copied]) -> dict[str, Any]:
+    """What decides the answers, one key each."""
+    settings: dict[str, Any] = {
+        "model": model,
+        "evalscope": evalscope.VERSION,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "seed": options.seed,
+        "benchmarks": [each.benchmark.name for each in copied],
+    }
+    for each in copied:
+        name, window = each.benchmark.name, _window(each.benchmark)
+        settings |= {
+            f"{name}.samples": options.samples_of(each.benchmark),
+            f"{name}.max_tokens": options.max_tokens_of(each.benchmark),
+            f"{name}.questions": len(each.questions),
+            f"{name}.data_sha256": each.fingerprint,
+            f"{name}.prompts": _prompts(each.benchmark),
+        }
+        if window:
+            settings[f"{name}.window"] = [moment.isoformat() for moment in window]
+    return settings
+
+
+def _settle(options: BenchmarkOptions, model: str, copied: Sequence[Copied]) -> None:
+    """Write the settings, or compare them with those of the run that is there."""
+    settings = _settings(options, model, copied)
+    path = options.run_dir / SETTINGS
+    with disk_errors(f"{options.run_dir}: cannot be written"):
+        if not path.exists():
+            environment = json.dumps(describe_environment(), indent=1).encode() + b"\n"
+            write_atomically(options.run_dir / "environment.json", environment)
+            write_atomically(path, json.dumps(settings, indent=1).encode() + b"\n")
+            return
+        old = json.loads(read_own(path))
+    for key in sorted(old.keys() | settings.keys()):
+        if old.get(key) != settings.get(key):
+            raise ConfigError(
+                f"--run.dir: {options.run_dir} has a run with {key} = {old.get(key)!r}, and now it "
+                f"is {settings.get(key)!r}; restore the value, or name another directory."
+            )
+
+
+def _prompts(benchmark: Benchmark) -> dict[str, Any]:
+    """What replaces evalscope's own prompts: AIME's template would repeat the system prompt."""
+    if not benchmark.name.startswith("aime"):
+        return {}
+    return {"system_prompt": SYSTEM_PROMPT, "prompt_template": "{question}", "begin": THINK}
+
+
+@contextmanager
+def _open_gateway(
+    options: BenchmarkOptions, model: str, copied: Sequence[Copied]
+) -> Iterator[Gateway]:
+    tasks = {
+        each.benchmark.name: Task(
+            options.samples_of(each.benchmark),
+            options.seed,
+            _prompts(each.benchmark).get("begin", ""),
+        )
+        for each in copied
+    }
+    total = sum(tasks[each.benchmark.name].samples * len(each.questions) for each in copied)
+    problems = [e.directory / e.benchmark.file for e in copied if e.benchmark.file.endswith("quet")]
+    engines = [Engine(url, model, HttpClient(url, options.api_key)) for url in options.urls]
+    journal = Journal(options.run_dir)
+    progress = _Progress(total, journal)
+    judge = CodeJudge(*problems)
+    upstream = Upstream(engines, options.patience)
+    try:
+        with Gateway(tasks, journal, upstream, progress.add, judge) as gateway:
+            yield gateway
+    finally:
+        progress.close()
+        journal.close()
+
+
+class _Progress:
+    """How many answers there are, how fast they come, and the time left."""
+
+    def __init__(self, total: int, journal: Journal) -> None:
+        self._known, self._tokens, self._start = len(journal), 0, time.monotonic()
+        self._bar = StepProgress("eval", total, self._known, unit="answer")
+        if self._known:
+            self._bar.log(f"resumed after {self._known} of {total} answers")
+
+    def add(self, row: Row) -> None:
+        usage = (row.get("response") or {}).get("usage") or {}
+        self._known += 1
+        self._tokens += usage.get("completion_tokens") or 0
+        rate = self._tokens / max(1e-3, time.monotonic() - self._start)
+        self._bar.update(self._known, f"{rate:,.0f} tokens/s")
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _run_evalscope(
+    environment: Path, options: BenchmarkOptions, copied: Sequence[Copied], gateway: Gateway
+) -> dict[str, float]:
+    """Seconds of each benchmark."""
+    folder, seconds = options.run_dir / "evalscope", {}
+    folder.mkdir(exist_ok=True)
+    for each in copied:
+        name, start = each.benchmark.name, time.monotonic()
+        begin_phase(f"evalscope runs {name}")
+        shutil.rmtree(folder / name, ignore_errors=True)
+        task = {"url": gateway.url(name), "judge_url": gateway.judge_url(name), "key": gateway.key}
+        config = _task_config(options, each, folder / name)
+        evalscope.run(environment, [task | {"config": config}], folder / "evalscope.log")
+        if gateway.failure is not None:
+            raise gateway.failure
+        seconds[name] = time.monotonic() - start
+    return seconds
+
+
+def _task_config(options: BenchmarkOptions, each: Copied, work_dir: Path) -> dict[str, Any]:
+    """Keyword arguments of evalscope's TaskConfig."""
+    benchmark = each.benchmark
+    prompts = {key: text for key, text in _prompts(benchmark).items() if key != "begin"}
+    arguments: dict[str, Any] = {
+        "local_path": str(each.directory.resolve()),
+        "filters": {"remove_until": "</think>"},
+        **benchmark.arguments,
+        **prompts,
+    }
+    if window := _window(benchmark):
+        start, end = (f"{moment:%Y-%m-%d}" for moment in window)
+        arguments["extra_params"] = {"start_date": start, "end_date": end}
+    return {
+        "model": "model",
+        "eval_type": "openai_api",
+        "datasets": [benchmark.name],
+        "dataset_args": {benchmark.name: arguments},
+        "repeats": options.samples_of(benchmark),
+        "eval_batch_size": options.parallel,
+        "work_dir": str(work_dir.resolve()),
+        "no_timestamp": True,
+        "ignore_errors": True,  # of missing answers, which the result counts
+        "judge": {"strategy": "rule"},
+        "generation_config": {
+            "max_tokens": options.max_tokens_of(benchmark),
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "retries": 1,
+            "timeout": 10_000_000,  # the gateway has its own limits
+        },
+    }
+
+
+def _check_verdicts(gateway: Gateway) -> None:
+    """Raise CheckFailedError if a jail failed: evalscope counts such a program as wrong."""
+    assert isinstance(gateway.judge, CodeJudge)
+    if failures := gateway.judge.failures:
+        raise CheckFailedError(
+            f"{len(failures)} programs have no verdict (the last: {failures[-1]}); repair this "
+            "machine's jails and run the same command again, the answers are kept."
+        )
+
+
+def _gather(options: BenchmarkOptions, each: Copied, gateway: Gateway) -> Found:
+    work_dir = options.run_dir / "evalscope" / each.benchmark.name
+    samples = evalscope.read_samples(work_dir, options.samples_of(each.benchmark))
+    own = (row for row in gateway.journal.rows() if row["benchmark"] == each.benchmark.name)
+    beyond = sum("refused" in row for row in own)
+    return gather_questions(each.questions, samples), beyond, evalscope.reported_score(work_dir)
+
+
+def _score(
+    options: BenchmarkOptions,
+    each: Copied,
+    found: Found,
+    seconds: Mapping[str, float],
+) -> BenchmarkResult:
+    questions, beyond, score = found
+    k = options.samples_of(each.benchmark)
+    taken = seconds[each.benchmark.name]
+    return score_benchmark(each.benchmark, questions, k, beyond, taken, score)
+
+
+def _write(
+    directory: Path,
+    results: Sequence[BenchmarkResult],
+    found: Sequence[Found],
+    faults: Mapping[str, int],
+) -> None:
+    settings = json.loads(read_own(directory / SETTINGS))
+    result = {
+        "settings": settings,
+        "complete": all(each.is_complete for each in results),
+        "retried": faults,
+        "benchmarks": {each.name: each.as_json() for each in results},
+        "questions": {
+            each.name: [asdict(question) for question in questions]
+            for each, (questions, *_) in zip(results, found, strict=True)
+        },
+    }
+    page = result_page(settings, results, [questions for questions, *_ in found])
+    with disk_errors(f"{directory}: the results cannot be written"):
+        write_atomically(directory / RESULT, encode_json_line(result))
+        write_atomically(directory / PAGE, page.encode("utf-8", "backslashreplace"))
+    log(f"results are in {directory / RESULT} and {directory / PAGE}", "eval")

@@ -1,0 +1,221 @@
+"""`infir2 eval URL --benchmarks`: results, what is missing, restarts, refusals; real evalscope."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fake_evalscope
+import pytest
+from scripted_server import Script, serving
+
+from infir2.cli import main
+from infir2.evaluate import benchmark_run, evalscope
+from infir2.evaluate.upstream import Patience
+
+FIXTURES = Path(__file__).parents[2] / "../shared/fixtures/eval"
+QUESTIONS = [("How much is $2+3$?", "5"), ("How much is $7-7$?", "0"), ("How much is $2^5$?", "32")]
+QUICK = Patience(bad_answers=2, outage_seconds=0.3, first_wait_seconds=0.01)
+
+
+def answer(body: dict[str, Any]) -> dict[str, Any]:
+    """Right for half of the seeds, and for no seed of the last question."""
+    question = next(m["content"] for m in body["messages"] if m["role"] == "user")
+    right = dict(QUESTIONS).get(question, "?")
+    if body["seed"] % 2 or right == "32":
+        right = "1"
+    return {"content": f"so\n</think>\n\\boxed{{{right}}}"}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data/aime24.jsonl"
+    path.parent.mkdir()
+    rows = [{"problem": question, "answer": int(value)} for question, value in QUESTIONS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """evalscope's place is taken, and nothing is waited for."""
+    monkeypatch.setattr(evalscope, "run", fake_evalscope.run)
+    monkeypatch.setattr(evalscope, "require", lambda _: None)
+    real = benchmark_run.BenchmarkOptions
+
+    def options(**values: Any) -> benchmark_run.BenchmarkOptions:
+        return real(**values, patience=QUICK)
+
+    monkeypatch.setattr(benchmark_run, "BenchmarkOptions", options)
+
+
+def command(url: str, data: Path, run: Path, *more: str) -> list[str]:
+    words = ["eval", url, "--benchmarks", "aime24", "--data", str(data), "--run.dir", str(run)]
+    return [*words, "--samples", "8", *more]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_writes_scores_and_every_question(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, run = Script(answer=answer), tmp_path / "run"
+    with serving(script) as server:
+        assert main(command(server.url, data, run, "--json")) == 0
+        (scores,) = json.loads(capsys.readouterr().out)
+        assert main(command(server.url, data, run)) == 0
+    assert len(script.requests) == 24, "nothing was asked twice"
+    assert script.requests[0]["max_tokens"] == 31_000
+    roles = [message["role"] for message in script.requests[0]["messages"]]
+    assert roles == ["system", "user", "assistant"]
+    result = json.loads((run / "result.json").read_text())
+    questions = result["questions"]["aime24"]
+    assert [question["prompt"] for question in questions] == [text for text, _ in QUESTIONS]
+    recount = [sample["score"] for question in questions for sample in question["samples"]]
+    assert len(recount) == 24
+    assert scores["mean"] == pytest.approx(sum(recount) / 24)
+    assert scores["evalscope_score"] == pytest.approx(scores["mean"], abs=5e-5)
+    assert 0 < scores["low"] < scores["mean"] < scores["high"] < 1
+    assert scores["all_wrong"] == scores["all_right"] == pytest.approx(scores["mean"])
+    assert scores["pass_at_k"]["1"] == pytest.approx(scores["mean"])
+    assert scores["pass_at_k"]["8"] == pytest.approx(2 / 3)
+    assert (scores["missing"], scores["truncated_fraction"], result["complete"]) == (0, 0.0, True)
+    page = (run / "result.html").read_text()
+    assert page.index("question 3") < page.index("question 1")
+    assert "<script" not in page
+    assert all(
+        json.loads((run / name).read_text()) for name in ("settings.json", "environment.json")
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_missing_answers_are_neither_wrong_nor_dropped_and_come_with_the_next_run(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, run = Script(answer=answer, faults=dict.fromkeys(range(4, 100), "html")), tmp_path / "r"
+    with serving(script) as server:
+        assert main(command(server.url, data, run, "--parallel", "1")) == 1
+        error = capsys.readouterr().err
+        assert "21 of 24 answers are missing: " in error
+        assert "21 answers are missing; the same command asks for them again" in error
+        first = json.loads((run / "result.json").read_text())
+        scores = first["benchmarks"]["aime24"]
+        assert (scores["known"], first["complete"], scores["majority_at_k"]) == (3, False, None)
+        assert scores["all_wrong"] <= 3 / 24 < 21 / 24 <= scores["all_right"]
+        assert first["retried"]["cut"] >= 21
+        before = len(script.requests)
+        script.faults.clear()
+        assert main(command(server.url, data, run, "--parallel", "1")) == 0
+        assert len(script.requests) == before + 21
+    assert json.loads((run / "result.json").read_text())["complete"] is True
+
+
+@pytest.mark.usefixtures("quick")
+def test_prompts_beyond_the_context_are_counted_and_a_run_with_them_ends(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(Script(answer=answer, always="context")) as server:
+        assert main(command(server.url, data, tmp_path / "run", "--json")) == 0
+    output = capsys.readouterr()
+    (scores,) = json.loads(output.out)
+    assert (scores["mean"], scores["beyond_context"], scores["missing"]) == (None, 24, 24)
+    assert "no answer is known of 3 questions" in output.err
+
+
+@pytest.mark.usefixtures("quick")
+def test_two_runs_compare_and_other_settings_do_not_mix(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(Script(answer=answer)) as server:
+        assert main(command(server.url, data, tmp_path / "a")) == 0
+        assert main(command(server.url, data, tmp_path / "b", "--seed", "5")) == 0
+        assert main(command(server.url, data, tmp_path / "c", "--temperature", "1.0")) == 0
+        capsys.readouterr()
+        for option, said in (
+            (["--samples", "4"], "has a run with aime24.samples = 8, and now it is 4;"),
+            (["--seed", "1"], "has a run with seed = 0, and now it is 1;"),
+        ):
+            assert main(command(server.url, data, tmp_path / "a", *option)) == 2
+            assert said in capsys.readouterr().err
+    assert main(["eval", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "aime24: no difference is shown" in capsys.readouterr().out
+    assert main(["eval", "compare", str(tmp_path / "a"), str(tmp_path / "c")]) == 2
+    assert "do not compare: temperature (0.65 and 1.0)" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_cannot_run_is_refused_before_anything_is_asked(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script(models=("one", "two"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").touch()
+    with serving(script) as server:
+        base = command(server.url, data, tmp_path / "run")
+        for words, code, said in (
+            ([*base, "--benchmarks", "gpqa"], 2, "did you mean gpqa_diamond?"),
+            (base, 2, "(it has one, two): name one by --model"),
+            ([*base, "--model", "three"], 2, "has no model 'three' (it has one, two)"),
+            ([*base, "--model", "one", "--data", str(tmp_path / "no")], 4, "no does not exist"),
+            (
+                [*base, "--model", "one", "--run.dir", str(tmp_path / "other")],
+                2, "exists and has no run of benchmarks (thesis.tex)",
+            ),
+            (command("http://127.0.0.1:1/v1", data, tmp_path / "run"), 2, "no engine answers at"),
+            (command("models/base", data, tmp_path / "run"), 2, "'models/base' is no URL"),
+            (["eval", server.url, "--benchmarks", "aime24"], 2, "needs --data"),
+        ):  # fmt: skip
+            assert main(words) == code, words
+            error = capsys.readouterr().err
+            assert said in error
+    assert script.requests == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_or_other_evalscope_is_refused(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFIR2_EVALSCOPE", str(tmp_path / "none"))
+    words = command("http://127.0.0.1:1/v1", data, tmp_path / "run")
+    assert main(words) == 2
+    assert "evalscope is not in" in capsys.readouterr().err
+    python = tmp_path / "old/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 0.17.1\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("INFIR2_EVALSCOPE", str(tmp_path / "old"))
+    for case in (words, ["eval", "--setup"]):
+        assert main(case) == 2
+        assert "has evalscope 0.17.1, and 1.14.1 is needed" in capsys.readouterr().err
+    monkeypatch.setenv("INFIR2_EVALSCOPE", str(data.parent))
+    assert main(["eval", "--setup"]) == 2
+    assert "exists and is no environment" in capsys.readouterr().err
+
+
+REAL = evalscope.environment_directory() / "bin/python"
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="evalscope is not installed: infir2 eval --setup")
+@pytest.mark.skipif(not FIXTURES.exists(), reason="the benchmark-shaped fixtures are not here")
+def test_real_evalscope_gives_the_scores_that_the_result_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = json.loads((FIXTURES / "rules.json").read_text())
+    turns: dict[str, int] = {}
+
+    def scripted(body: dict[str, Any]) -> dict[str, Any]:
+        asked = [m["content"] for m in body["messages"] if m["role"] == "user"][-1]
+        turns[asked] = turns.get(asked, -1) + 1
+        answers = next(rule["answers"] for rule in rules if rule["match"] in asked)
+        return {"content": answers[turns[asked] % len(answers)]}
+
+    names = "aime25,gpqa_diamond,live_code_bench"
+    words = ["--benchmarks", names, "--data", str(FIXTURES), "--run.dir", str(tmp_path / "run")]
+    with serving(Script(answer=scripted)) as server:
+        assert main(["eval", server.url, *words, "--samples", "4", "--json"]) == 0
+    scores = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert (scores["aime25"]["mean"], scores["live_code_bench"]["mean"]) == (0.5, 0.5)
+    questions = json.loads((tmp_path / "run/result.json").read_text())["questions"]
+    for name, each in scores.items():
+        recount = [s["score"] for question in questions[name] for s in question["samples"]]
+        assert each["mean"] == pytest.approx(sum(recount) / len(recount))
+        assert each["evalscope_score"] == pytest.approx(each["mean"], abs=5e-5)
+        assert each["missing"] == 0
