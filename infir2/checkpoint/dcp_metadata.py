@@ -19,6 +19,8 @@ from infir2.errors import CheckpointError
 from infir2.files import require_regular
 from infir2.pickles import Record, is_record
 
+MAX_COMPARED = 1_000_000  # pairs of pieces of one tensor
+
 
 @dataclass(frozen=True)
 class StoredPiece:
@@ -29,6 +31,11 @@ class StoredPiece:
     file: str
     start: int
     length: int
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The offset behind the last value, in each dimension."""
+        return tuple(map(sum, zip(self.offset, self.shape, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,30 @@ def _tensor(
             raise ValueError("a chunk in it lies outside its tensor")
         if (name, offset) in stored:
             pieces[offset] = StoredPiece(offset, sizes, *stored[name, offset])
+    _check_disjoint(pieces)
     return StoredTensor(shape, _dtype(entry.get("properties")), tuple(pieces.values()))
+
+
+def _check_disjoint(pieces: dict[tuple[int, ...], StoredPiece]) -> None:
+    """Raise ValueError for two pieces that share values: others might then be in no piece.
+
+    A piece is compared with those before it that reach its first row.
+    """
+    reaching: list[StoredPiece] = []
+    num_compared = 0
+    for piece in (pieces[offset] for offset in sorted(pieces)):
+        if not piece.shape or not math.prod(piece.shape):
+            continue
+        reaching = [each for each in reaching if each.ends[0] > piece.offset[0]]
+        num_compared += len(reaching)
+        if num_compared > MAX_COMPARED:
+            raise ValueError(f"more than {MAX_COMPARED:,} pairs of its pieces share rows")
+        for each in reaching:
+            if all(map(int.__lt__, piece.offset, each.ends)) and all(
+                map(int.__lt__, each.offset, piece.ends)
+            ):
+                raise ValueError("two pieces of a tensor overlap")
+        reaching.append(piece)
 
 
 def _dtype(properties: Any) -> torch.dtype:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from infir2.data.types import MAX_ROW_BYTES, RowError
+from infir2.data.types import MAX_ROW_BYTES, MAX_ROW_VALUES, RowError
 from infir2.errors import DataError, first_line
 from infir2.files import require_regular
 
@@ -119,6 +119,8 @@ class ParquetRows:
         row = self._batches.get_batch(batch).slice(index - first, 1)
         if row.nbytes > MAX_ROW_BYTES:
             raise RowError("too_large", f"{row.nbytes:,} bytes, more than {MAX_ROW_BYTES:,}")
+        if (num_values := sum(map(_num_values, row.columns))) > MAX_ROW_VALUES:
+            raise RowError("too_large", f"{num_values:,} values, more than {MAX_ROW_VALUES:,}")
         self._bytes_read += row.nbytes
         if self._bytes_read > RELEASE_BYTES:  # pages that were read would count as our memory
             self._map.madvise(mmap.MADV_DONTNEED)
@@ -129,3 +131,11 @@ class ParquetRows:
             raise RowError("bad_utf8", "a string of the row is not UTF-8") from None
         except (ArithmeticError, LookupError, ValueError) as error:
             raise RowError("bad_field", f"not a value of Python: {first_line(error)}") from None
+
+
+def _num_values(array: Any) -> int:
+    """Values of an Arrow array, with those in its lists and structs: a boolean takes only a bit."""
+    if not array.type.num_fields:
+        return len(array)
+    inner = array.flatten()
+    return len(array) + sum(map(_num_values, inner if isinstance(inner, list) else [inner]))

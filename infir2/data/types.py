@@ -9,6 +9,7 @@ from torch import Tensor
 
 Message = dict[str, str]  # {"role": "user", "content": "2+3=?"}
 MAX_ROW_BYTES = 1 << 26
+MAX_ROW_VALUES = 1 << 22  # each becomes an object of Python
 
 
 class RowError(Exception):

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import dataclasses
 import io
 import itertools
 import pickle
@@ -31,6 +32,7 @@ def mutants(good: Files, seed: int) -> Iterator[tuple[str, Files]]:
     """
     generator = random.Random(seed)
     chosen = [*_arguments(good), *_commons(good), *_indexes(good), *bombs(good), *_trackers(good)]
+    chosen += overlaps(good)
     generator.shuffle(chosen)
     yield from chosen
     indexes = mutate_pickles.mutants(good[".metadata"], seed)
@@ -192,6 +194,28 @@ def bombs(good: Files) -> Iterator[tuple[str, Files]]:
                 info.relative_path = shard
         files = {".metadata": pickle.dumps(metadata), shard: good[shard] + data}
         yield f"piece-{label}", good | files
+
+
+def overlaps(good: Files) -> Iterator[tuple[str, Files]]:
+    """Two pieces that hold as many values as their tensor, but share some and leave others out."""
+    shard = next(name for name in good if name.endswith(".distcp"))
+    name = "embedding.word_embeddings.weight"
+    for gap in (1, 2):
+        metadata = pickle.loads(good[".metadata"])
+        tensor = metadata.state_dict_metadata[name]
+        index = next(key for key in metadata.storage_data if key.fqn == name)
+        chunk, info, data = tensor.chunks[0], metadata.storage_data.pop(index), good[shard]
+        half = torch.Size((tensor.size[0] // 2, *tensor.size[1:]))
+        piece = _saved(torch.zeros(half, dtype=tensor.properties.dtype))
+        tensor.chunks = []
+        for offset in (0, half[0] - gap):
+            offsets = torch.Size((offset, *index.offset[1:]))
+            tensor.chunks.append(dataclasses.replace(chunk, offsets=offsets, sizes=half))
+            metadata.storage_data[dataclasses.replace(index, offset=offsets)] = dataclasses.replace(
+                info, offset=len(data), length=len(piece), relative_path=shard
+            )
+            data += piece
+        yield f"overlap-{gap}", good | {".metadata": pickle.dumps(metadata), shard: data}
 
 
 def _trackers(good: Files) -> Iterator[tuple[str, Files]]:

@@ -22,6 +22,7 @@ from infir2.config.schema import RlRecipe
 from infir2.data.indexed import IndexedDocuments
 from infir2.data.json_rows import JsonRows
 from infir2.data.parquet import ParquetConverter, ParquetRows
+from infir2.data.types import RowError
 from infir2.errors import ConfigError, DataError
 
 CASES = int(os.environ.get("INFIR2_HOSTILE_CASES", "150"))
@@ -73,6 +74,19 @@ def test_compressed_files(suffix: str, tmp_path: Path) -> None:
         path.write_bytes(data)
         with bounded(case):
             read_all(JsonRows(path))
+
+
+def test_a_row_of_many_values_is_unusable(tmp_path: Path) -> None:
+    """A boolean takes a bit of a file, and an object in Python."""
+    values = pa.repeat(True, 5_000_000)
+    flags = pa.ListArray.from_arrays([0, len(values) - 1, len(values)], values)
+    table = pa.table({"text": ["a", "b"], "flags": flags})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with ParquetConverter() as converter:
+        source = ParquetRows(tmp_path / "rows.parquet", {"text", "flags"}, converter)
+    with pytest.raises(RowError, match="values, more than"):
+        source.read(0)
+    assert source.read(1) == {"text": "b", "flags": [True]}
 
 
 def test_parquet(tmp_path: Path) -> None:

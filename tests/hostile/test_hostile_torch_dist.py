@@ -7,7 +7,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from mutate_torch_dist import bombs, mutants
+from mutate_torch_dist import bombs, mutants, overlaps
 from readers import megatron_export
 
 
@@ -52,11 +52,11 @@ def test_a_billion_layers_are_refused_at_once(tmp_path, good, capsys):
     assert cases.check_command(command, capsys, "device") == 2
 
 
-def test_a_tensor_that_unpacks_to_more_than_its_file_is_refused(tmp_path, good, capsys):
+def test_pieces_that_unpack_to_more_than_their_file_or_overlap_are_refused(tmp_path, good, capsys):
     files = {path.name: path.read_bytes() for path in (good / "torch_dist/release").iterdir()}
     (tmp_path / "source").mkdir()
     command = ["import", "megatron", str(tmp_path / "source"), "--to", str(tmp_path / "out")]
-    for label, mutant in bombs(files):
+    for label, mutant in (*bombs(files), *overlaps(files)):
         for file, data in mutant.items():
             (tmp_path / "source" / file).write_bytes(data)
         assert cases.check_command(command, capsys, label) == 3
