@@ -6,6 +6,7 @@ An answer is bounded in bytes; the caller limits the time.
 
 import ipaddress
 import json
+import ssl
 import urllib.parse
 from typing import Any
 
@@ -54,14 +55,11 @@ class HttpClient:
 
     def __init__(self, url: str, api_key: str = "") -> None:
         self.url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx2.AsyncClient(
-            base_url=self.url,
-            headers=headers,
-            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=False,
-        )
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        is_tls = self.url.startswith("https:")
+        self._verify: ssl.SSLContext | bool = httpx2.create_ssl_context() if is_tls else False
+        # One connection each: a client's own pool looks at all its connections for each request.
+        self._idle: list[httpx2.AsyncClient] = []
 
     async def get(self, route: str) -> Any:
         """As `post`, for a GET request."""
@@ -77,23 +75,34 @@ class HttpClient:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        while self._idle:
+            await self._idle.pop().aclose()
 
     async def _call(self, method: str, route: str, body: Any) -> Any:
         label = f"{self.url}{route}"
         content = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if content is not None else {}
+        client = self._idle.pop() if self._idle else self._open()
         try:
-            async with self._client.stream(
-                method, route, content=content, headers=headers
-            ) as response:
+            async with client.stream(method, route, content=content, headers=headers) as response:
                 data = await self._read(response, label)
         except (httpx2.RemoteProtocolError, httpx2.DecodingError) as error:
             raise BadAnswerError("cut", f"{label}: {first_line(error)}") from error
         except httpx2.TransportError as error:
             raise EngineGoneError(f"{label}: {first_line(error)}") from error
+        finally:
+            self._idle.append(client)
         is_text = response.headers.get("content-type", "").startswith("text/")
         return _decode(response.status_code, data, label, is_text)
+
+    def _open(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(
+            base_url=self.url,
+            headers=self._headers,
+            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
+            trust_env=False,
+            verify=self._verify,
+        )
 
     async def _read(self, response: httpx2.Response, label: str) -> bytes:
         data = bytearray()
