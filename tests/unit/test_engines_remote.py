@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine_servers import FakeServer, scripted_response
 
-from infir2.engines.http_client import check_url
+from infir2.engines.http_client import HttpClient, check_url
 from infir2.engines.infir2_server import Infir2Client
 from infir2.engines.remote import (
     BadAnswerError,
@@ -156,3 +156,21 @@ def test_addresses_that_are_allowed() -> None:
     for url in ("http://127.0.0.1:1", "http://localhost:30000/", "http://[::1]:30000"):
         check_url("rollout.urls", url, "")
     check_url("rollout.urls", "https://engines.example.com", "key")
+
+
+def test_a_sentence_without_a_content_type_is_text() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\nCache flushed.")
+        writer.close()
+
+    async def run() -> Any:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        client = HttpClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        try:
+            return await client.post("/flush_cache", {})
+        finally:
+            await client.close()
+            server.close()
+
+    assert asyncio.run(asyncio.wait_for(run(), 20)) == "Cache flushed."
