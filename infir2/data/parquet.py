@@ -135,7 +135,14 @@ class ParquetRows:
 
 def _num_values(array: Any) -> int:
     """Values of an Arrow array, with those in its lists and structs: a boolean takes only a bit."""
-    if not array.type.num_fields:
+    import pyarrow as pa
+
+    if pa.types.is_map(array.type):
+        offsets = array.offsets
+        pairs = slice(offsets[0].as_py(), offsets[-1].as_py())
+        inner = [array.keys[pairs], array.items[pairs]]
+    elif array.type.num_fields:
+        inner = array.flatten()
+    else:
         return len(array)
-    inner = array.flatten()
     return len(array) + sum(map(_num_values, inner if isinstance(inner, list) else [inner]))
