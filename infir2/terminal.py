@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -96,6 +96,36 @@ def print_result(text: str) -> None:
     _print(text, sys.stdout)
 
 
+def print_part(text: str, dim: bool = False) -> None:
+    """Print a part of a line to stdout, without a newline.
+
+    A `dim` part, such as a thought, goes to stderr unless stdout is a terminal. The text may be a
+    model's: on a terminal, control characters are escaped.
+    """
+    is_terminal = sys.stdout.isatty()
+    stream = sys.stderr if dim and not is_terminal else sys.stdout
+    if stream.isatty():
+        text = _without_controls(text)
+    stream.write(f"\033[2m{text}\033[0m" if dim and is_terminal else text)
+    stream.flush()
+
+
+def read_line(prompt: str) -> str | None:
+    """The next line of stdin; on a terminal after a prompt, with editing. None at the end.
+
+    Ctrl-C, too, is the end.
+    """
+    try:
+        if not sys.stdin.isatty():
+            return sys.stdin.readline() or None
+        with suppress(ImportError):
+            import readline  # noqa: F401 - `input` then edits and remembers lines
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        print_part("\n")
+        return None
+
+
 def print_json(value: Any) -> None:
     """Print the result of a command to stdout as one JSON document."""
     print_result(json.dumps(value, indent=1, ensure_ascii=False))
@@ -134,6 +164,10 @@ def log_error(text: str, source: str = "infir2") -> None:
 def _printable(text: str) -> str:
     if len(text) > _MAX_ERROR_CHARACTERS:
         text = f"{text[: _MAX_ERROR_CHARACTERS // 2]} ... {text[-_MAX_ERROR_CHARACTERS // 2 :]}"
+    return _without_controls(text)
+
+
+def _without_controls(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 

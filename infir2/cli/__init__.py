@@ -48,6 +48,7 @@ VERBS = {
         "cpt, sft, rl or eval on many processes and nodes: launch torchrun|ray|slurm -- VERB ...",
     ),
     "serve": Verb("serve", "serve", "serve a model by OpenAI's API: serve MODEL"),
+    "chat": Verb("chat", "chat", "talk to a model: chat MODEL, or --url of a server"),
     "check": Verb("preflight", "check", "check everything a recipe needs, and train nothing"),
     "export": Verb(
         "convert", "export", "write weights for other software: export hf|fp8|megatron SRC --to DIR"
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _pulse(verb: list[str]) -> AbstractContextManager[None]:
     """Rank 0 says what it does whenever it has been silent; the demo's stages do so themselves."""
-    if verb in ([], ["demo"], ["launch"]) or os.environ.get("RANK", "0") != "0":
+    if verb in ([], ["chat"], ["demo"], ["launch"]) or os.environ.get("RANK", "0") != "0":
         return nullcontext()
     return pulse(f"{verb[0]} is starting")
 

@@ -147,7 +147,7 @@ class ServerProcess:
         keys = self._directory / f"{self._stem}.key"
         keys.mkdir(mode=0o700, exist_ok=True)
         keys.chmod(0o700)
-        return Place(_free_port(), secrets.token_urlsafe(32), keys)
+        return Place(free_port(), secrets.token_urlsafe(32), keys)
 
     def _spawn(self, command: ServerCommand) -> "subprocess.Popen[bytes]":
         guarded = [sys.executable, "-I", "-S", str(GUARD), *command.arguments]
@@ -241,7 +241,8 @@ def _environment(keeps_packages: bool) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +115,8 @@ def _run(server: uvicorn.Server, listening: socket.socket, driver: EngineDriver)
     if driver.failure is not None:
         raise driver.failure
     log("the server has stopped.", "serve")
-    if not driver.close(0):  # a step of a large model on a CPU takes longer than SIGTERM allows
-        sys.stdout.flush()
-        os._exit(0)
+    # Python's own end takes seconds with torch on a busy machine, and waits for a step in progress.
+    os._exit(0)
 
 
 def _open_engine(options: ServerOptions, tokenizer: ChatTokenizer, what: str) -> NativeEngine:

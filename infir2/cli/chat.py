@@ -1,0 +1,43 @@
+"""Verb chat."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from infir2.cli.arguments import Parser
+
+_SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
+
+
+def chat(arguments: Sequence[str]) -> None:
+    """infir2 chat MODEL | --url URL"""
+    options = _parser().parse_args(arguments)
+    from infir2.engines.chat import ChatOptions, run_chat
+
+    values = {name: getattr(options, name) for name in _SAMPLING}
+    sampling = {name: value for name, value in values.items() if value is not None}
+    run_chat(ChatOptions(options.model, options.url, options.system, sampling))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="infir2 chat",
+        description=(
+            "Talks to a model: each line of the input is a message. /reset begins a new "
+            "conversation, /quit or Ctrl-C ends, Ctrl-C during a response stops that."
+        ),
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        metavar="MODEL",
+        help="Hugging Face directory, for which a server is started",
+    )
+    url_help = "a running server instead; its key is INFIR2_ENGINE_KEY"
+    parser.add_argument("--url", default="", metavar="URL", help=url_help)
+    parser.add_argument("--system", default="", metavar="TEXT", help="system message")
+    parser.add_argument("--temperature", type=float, default=0.6, help="default 0.6; 0: greedy")
+    parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
+    parser.add_argument("--max-tokens", type=int, help="of a response (default: the context)")
+    parser.add_argument("--seed", type=int, help="makes responses repeatable")
+    return parser

@@ -1,0 +1,238 @@
+"""`infir2 chat`: a conversation with a server of OpenAI's API, ours or another one.
+
+Ctrl-C stops a response, and the server stops generating it; a second one, or one without a
+response, ends the chat. What was answered until then stays in the conversation. Thoughts are shown
+and not sent again, as the templates of reasoning models expect.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from infir2.engines.http_client import check_url
+from infir2.engines.probe import KEY_VARIABLE
+from infir2.engines.server_process import GUARD, free_port, write_private
+from infir2.errors import ConfigError, UserError, first_line
+from infir2.terminal import log, log_error, print_part, read_line
+
+CONNECT_SECONDS, POLL_SECONDS = 10.0, 0.2
+
+
+class ServerEndedError(UserError):
+    """The server of a chat ended; `exit_code` is its own."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+class RefusedError(Exception):
+    """The server refuses a request; the text is its sentence."""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What `infir2 chat` is told; `sampling` are fields of a request."""
+
+    model: Path | None
+    url: str
+    system: str
+    sampling: dict[str, Any]
+
+
+def run_chat(options: ChatOptions) -> None:
+    """Talk until the end of the input, /quit or Ctrl-C.
+
+    Raises ConfigError for options that do not go together, a wrong URL or a refused key, and
+    ServerEndedError.
+    """
+    if bool(options.url) == (options.model is not None):
+        raise ConfigError("infir2 chat needs MODEL, or --url of a running server, and not both.")
+    with contextlib.ExitStack() as stack:
+        if options.model is not None:
+            url, key = stack.enter_context(own_server(options.model))
+        else:
+            url, key = options.url, os.environ.get(KEY_VARIABLE, "")
+            check_url("--url", url, key)
+        client = stack.enter_context(ChatClient(url, key))
+        log(f"{client.model}; /reset begins anew, /quit ends, Ctrl-C stops a response.", "chat")
+        Conversation(client, options.system, options.sampling).run()
+
+
+class ChatClient:
+    """Sends conversations to one server. Its key goes to no other, and not through a proxy."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
+        self._http = httpx2.Client(headers=headers, timeout=timeout, trust_env=False)
+        self.model = self._first_model()
+
+    def __enter__(self) -> "ChatClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def stream(
+        self, messages: list[dict[str, str]], sampling: dict[str, Any]
+    ) -> Iterator[tuple[str, str]]:
+        """Yield (thought, answer), the next pieces of a response; closing it ends the request.
+
+        Raises RefusedError and ServerEndedError.
+        """
+        body = {"model": self.model, "messages": messages, "stream": True} | sampling
+        try:
+            with self._http.stream("POST", f"{self._base}/chat/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    answer.read()
+                    raise RefusedError(_sentence(answer))
+                for line in answer.iter_lines():
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        yield _pieces(json.loads(line.removeprefix("data: ")))
+        except (httpx2.TransportError, ValueError) as error:
+            raise ServerEndedError(f"{self._base}: {first_line(error)}; start it again.") from error
+
+    def _first_model(self) -> str:
+        try:
+            answer = self._http.get(f"{self._base}/models")
+            if answer.status_code == 401:
+                raise ConfigError(f"{self._base} refuses the key; set {KEY_VARIABLE} to its own.")
+            return str(answer.json()["data"][0]["id"])
+        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+            raise ConfigError(
+                f"--url: {self._base} is no server of OpenAI's API ({first_line(error)})."
+            ) from error
+
+
+def _pieces(chunk: Any) -> tuple[str, str]:
+    if "error" in chunk:
+        raise RefusedError(str(chunk["error"].get("message")))
+    delta = chunk["choices"][0].get("delta", {}) if chunk.get("choices") else {}
+    return delta.get("reasoning_content") or "", delta.get("content") or ""
+
+
+def _sentence(answer: httpx2.Response) -> str:
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"status {answer.status_code}"
+
+
+@dataclass
+class Conversation:
+    """Reads messages and prints answers.
+
+    Attributes:
+        client: of the server.
+        system: the system message; "" for none.
+        sampling: fields of each request.
+        messages: those so far, the system message left out.
+    """
+
+    client: ChatClient
+    system: str
+    sampling: dict[str, Any]
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Until the end of the input, /quit or Ctrl-C."""
+        while (line := read_line("> ")) is not None:
+            match line.strip():
+                case "":
+                    continue
+                case "/quit":
+                    return
+                case "/reset":
+                    self.messages = []
+                    log("a new conversation.", "chat")
+                case text:
+                    self._ask({"role": "user", "content": text})
+
+    def _ask(self, message: dict[str, str]) -> None:
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        pieces = self.client.stream([*first, *self.messages, message], self.sampling)
+        answer, shown = "", _Shown()
+        try:
+            with contextlib.closing(pieces):  # type: ignore[type-var]
+                for thought, text in pieces:
+                    shown.add(thought, text)
+                    answer += text
+        except RefusedError as error:
+            log_error(str(error), "chat")
+            return
+        except KeyboardInterrupt:
+            log(" stopped.", "chat")
+        shown.end()
+        self.messages += [message, {"role": "assistant", "content": answer}]
+
+
+class _Shown:
+    """Prints a thought apart from the answer."""
+
+    def __init__(self) -> None:
+        self._thinks = False
+
+    def add(self, thought: str, text: str) -> None:
+        if thought:
+            print_part(thought, dim=True)
+            self._thinks = True
+        if text:
+            if self._thinks:
+                print_part("\n\n", dim=True)
+                self._thinks = False
+            print_part(text)
+
+    def end(self) -> None:
+        if self._thinks:
+            print_part("\n", dim=True)
+        print_part("\n")
+
+
+@contextlib.contextmanager
+def own_server(model: Path) -> Iterator[tuple[str, str]]:
+    """URL and key of a server of ours, which ends with this process, however that happens.
+
+    Raises ServerEndedError with the exit code of a server that does not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="infir2-chat-") as directory:
+        key, port = secrets.token_urlsafe(32), free_port()
+        key_file = Path(directory, "key")
+        write_private(key_file, key)
+        command = [sys.executable, "-m", "infir2", "serve", str(model), "--port", str(port)]
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(GUARD), *command, "--api-key-file", str(key_file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_ready(process, url)
+            yield url, key
+        finally:
+            process.stdin.close()
+            process.wait()
+
+
+def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
+    with httpx2.Client(trust_env=False) as http:
+        while (code := process.poll()) is None:
+            with contextlib.suppress(httpx2.TransportError):
+                if http.get(f"{url}/health").status_code == 200:
+                    return
+            time.sleep(POLL_SECONDS)
+    raise ServerEndedError("the server did not start; its message is above.", code or 1)
