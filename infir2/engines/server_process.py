@@ -6,6 +6,7 @@ happens to this process.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -29,6 +30,8 @@ from infir2.files import disk_errors
 GUARD = Path(__file__).with_name("process_guard.py")
 POLL_SECONDS, HEALTH_SECONDS, END_SECONDS = 0.5, 30.0, 30.0
 LOG_LINES = 12
+# SGLang adds 10,000 for a port of its own; Linux gives ports above 32,767 to any connection.
+PORTS = range(20000, 32768)
 # A server is no rank of this run, and the trainer's packages are not its own.
 _OWN_PREFIXES = ("INFIR2_", "TORCHELASTIC_", "RAY_", "GROUP_", "ROLE_", "LOCAL_")
 _OWN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME")
@@ -242,11 +245,12 @@ def _environment(keeps_packages: bool) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of loopback, one of PORTS, that nobody uses now."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _last_lines(path: Path) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from engine_servers import FakeServer
 from stages import gone
 
+from infir2.engines import server_process
 from infir2.engines.infir2_server import Infir2Client
 from infir2.engines.process_guard import descendants
 from infir2.engines.remote import EngineClient, ServerInfo
@@ -89,6 +91,23 @@ def test_what_it_ran_is_recorded_without_secrets(host: ServerProcess, tmp_path: 
         assert "s3cret" not in (directory / name).read_text()
     assert stat.S_IMODE((directory / "engine-1.key").stat().st_mode) == 0o700
     assert stat.S_IMODE((directory / "engine-1.log").stat().st_mode) == 0o600
+
+
+def test_its_port_leaves_room_for_those_that_sglang_derives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SGLang ends when its port + 10,000 is none; a port that is taken is not chosen."""
+    taken, ports = socket.socket(), []
+
+    def choose(candidates: range) -> int:
+        assert max(candidates) + 10_000 < 65_536
+        return ports.pop()
+
+    with taken:
+        taken.bind(("127.0.0.1", 0))
+        ports = [23_456, taken.getsockname()[1]]
+        monkeypatch.setattr("infir2.engines.server_process.secrets.choice", choose)
+        assert server_process.free_port() == 23_456
 
 
 def test_one_that_ends_while_it_starts_says_why(tmp_path: Path) -> None:
