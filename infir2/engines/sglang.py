@@ -245,6 +245,8 @@ def sglang_command(rollout: RolloutSection, place: Place) -> ServerCommand:
     variables = {
         "HF_HUB_OFFLINE": "1",
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+        # Otherwise the port plus 10,000, and no start above port 55,535; nothing listens there.
+        "SGLANG_GRPC_PORT": "1",
         "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
         "SGLANG_RETURN_ORIGINAL_LOGPROB": "0",
     }

@@ -201,6 +201,7 @@ def test_the_command_line_has_no_key(tmp_path: Path) -> None:
     assert "s3cret" not in " ".join(command.arguments)
     assert command.arguments[:3] == ["/env/bin/python", "-m", "sglang.launch_server"]
     assert command.arguments[-2:] == ["--x", "1"]
+    assert command.variables["SGLANG_GRPC_PORT"] == "1"  # valid whatever the port is
     pairs = dict(pairwise(command.arguments))
     assert (pairs["--host"], pairs["--port"]) == ("127.0.0.1", "31000")
     assert (pairs["--mem-fraction-static"], pairs["--kv-cache-dtype"]) == ("0.4", "fp8_e4m3")
