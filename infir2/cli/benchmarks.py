@@ -4,41 +4,34 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from infir2.cli.arguments import JSON, Parser
 from infir2.errors import CheckFailedError, ConfigError
 from infir2.terminal import print_json, print_result
 
+if TYPE_CHECKING:
+    from infir2.evaluate.benchmark_options import BenchmarkOptions
+
 KEY_VARIABLE = "INFIR2_ENGINE_KEY"
 
 
 def run_benchmarks(arguments: Sequence[str]) -> None:
-    """infir2 eval URL[,URL...] --benchmarks NAMES --data DIR --run.dir DIR | --setup"""
+    """infir2 eval MODEL|URL[,URL...] --benchmarks NAMES --data DIR --run.dir DIR | --setup"""
     options = _parser().parse_args(arguments)
     from infir2.evaluate import evalscope
 
     if options.setup:
         print_result(evalscope.set_up(evalscope.environment_directory()))
         return
-    for name in ("urls", "benchmarks", "data", "run_dir"):
+    for name in ("target", "benchmarks", "data", "run_dir"):
         if not getattr(options, name):
-            word = {"urls": "a URL", "run_dir": "--run.dir"}.get(name, f"--{name}")
+            word = {"target": "a MODEL or URL", "run_dir": "--run.dir"}.get(name, f"--{name}")
             raise ConfigError(f"infir2 eval --benchmarks needs {word}; see `... --help`.")
-    from infir2.evaluate import benchmark_run
-    from infir2.evaluate.benchmarks import find_benchmark
+    from infir2.evaluate.benchmark_run import run_benchmarks as run
 
-    values = vars(options)
-    as_json = values.pop("json")
-    del values["setup"]
-    names = dict.fromkeys(name.strip() for name in values.pop("benchmarks").split(","))
-    results = benchmark_run.run_benchmarks(
-        benchmark_run.BenchmarkOptions(
-            **values | {"urls": tuple(map(_base_url, options.urls.split(",")))},
-            benchmarks=tuple(map(find_benchmark, names)),
-            api_key=os.environ.get(KEY_VARIABLE, ""),
-        )
-    )
-    if as_json:
+    results = run(_options(vars(options)))
+    if options.json:
         print_json([result.as_json() for result in results])
     if missing := sum(result.missing for result in results if not result.is_complete):
         raise CheckFailedError(
@@ -46,22 +39,49 @@ def run_benchmarks(arguments: Sequence[str]) -> None:
         )
 
 
+def _options(values: dict[str, Any]) -> "BenchmarkOptions":
+    from infir2.evaluate.benchmark_options import BenchmarkOptions
+    from infir2.evaluate.benchmarks import find_benchmark
+    from infir2.evaluate.engine_start import EngineOptions
+
+    target = values["target"]
+    is_url = "://" in target
+    names = dict.fromkeys(name.strip() for name in values["benchmarks"].split(","))
+    same = ("data", "run_dir", "model", "samples", "max_tokens", "seed", "temperature", "top_p")
+    engine = EngineOptions(
+        kind=values["engine"],
+        number=values["engines"],
+        **{name: values[name] for name in ("tensor_parallel", "python", "memory_fraction")},
+        parallel=values["parallel"],
+    )
+    return BenchmarkOptions(
+        urls=tuple(map(_base_url, target.split(","))) if is_url else (),
+        model_directory=None if is_url else Path(target),
+        benchmarks=tuple(map(find_benchmark, names)),
+        api_key=os.environ.get(KEY_VARIABLE, ""),
+        engine=engine,
+        parallel=values["parallel"],
+        **{name: values[name] for name in same},
+    )
+
+
 def _base_url(url: str) -> str:
     """The address that OpenAI's clients call base URL."""
     url = url.strip().rstrip("/")
-    if "://" not in url:
-        raise ConfigError(f"{url!r} is no URL of an engine: write http://HOST:PORT/v1.")
     return url if url.endswith("/v1") else f"{url}/v1"
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="infir2 eval",
-        description="Runs evalscope's benchmarks against servers of OpenAI's API. Every answer is "
-        "kept: the same command, run again, asks only for what is missing. Exit code 0: complete, "
-        f"1: answers are missing. The servers' key is read from {KEY_VARIABLE}.",
+        description="Runs evalscope's benchmarks against servers of OpenAI's API, or against "
+        "engines that it starts for a model. Every answer is kept: the same command, run again, "
+        "asks only for what is missing. Exit code 0: complete, 1: answers are missing. The key of "
+        f"servers is read from {KEY_VARIABLE}.",
     )
-    parser.add_argument("urls", nargs="?", metavar="URL[,URL...]", help="servers with one model")
+    parser.add_argument(
+        "target", nargs="?", metavar="MODEL|URL[,URL...]", help="directory to serve, or servers"
+    )
     parser.add_argument("--setup", action="store_true", help="install evalscope, and nothing else")
     parser.add_argument(
         "--benchmarks", metavar="NAMES", nargs="?", help="such as aime24,gpqa_diamond"
@@ -81,6 +101,20 @@ def _parser() -> Parser:
     parser.add_argument("--top-p", type=float, default=0.95, help="(default 0.95)")
     parser.add_argument(
         "--parallel", type=_count, default=64, metavar="N", help="requests at one time (default 64)"
+    )
+    parser.add_argument(
+        "--engine", choices=("native", "sglang", "vllm"), default="native", help="of a MODEL"
+    )
+    for name, meaning in (
+        ("--engines", "servers to start for a MODEL (default 1)"),
+        ("--tensor-parallel", "GPUs of one of them (default 1)"),
+    ):
+        parser.add_argument(name, type=_count, default=1, metavar="N", help=meaning)
+    parser.add_argument(
+        "--python", default="", metavar="FILE", help="interpreter of SGLang's or vLLM's environment"
+    )
+    parser.add_argument(
+        "--memory-fraction", type=float, default=0.0, help="of a GPU for each (default: its own)"
     )
     parser.add_argument(JSON, action="store_true", help="print the scores as JSON")
     return parser

@@ -102,6 +102,8 @@ def infir2_command(rollout: RolloutSection, place: Place) -> ServerCommand:
         *(rollout.python or sys.executable, "-m", "infir2", "serve", rollout.model),
         *("--host", "127.0.0.1", "--port", str(place.port), "--api-key-file", str(key_file)),
         *("--max-running-requests", str(rollout.max_running_requests)),
-        *("--cache-gib", str(rollout.cache_gib), "--weight-updates"),
+        "--weight-updates",
     ]
+    if rollout.cache_gib:
+        arguments += ["--cache-gib", str(rollout.cache_gib)]
     return ServerCommand([*arguments, *rollout.server_options], keeps_packages=True)

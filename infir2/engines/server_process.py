@@ -112,6 +112,11 @@ class ServerProcess:
         self._was_ready = True
         return client
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is not running: it ended, was killed, or was never started."""
+        return self._process is None or self._process.poll() is not None
+
     def kill(self) -> None:
         """As `EngineHost`."""
         process, self._process = self._process, None

@@ -59,6 +59,8 @@ def copy_benchmark(
     else:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (to / benchmark.file).write_text(text, encoding="utf-8")
+    if benchmark.card:
+        (to / "README.md").write_text(benchmark.card)
     questions = tuple(row[benchmark.key] for row in rows)
     return Copied(benchmark, to, questions, tuple(files), digest.hexdigest())
 

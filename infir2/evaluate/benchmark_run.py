@@ -10,24 +10,23 @@ The directory of a run, `run.dir`:
     result.json         scores with intervals and every question; result.html is for people
 """
 
-import asyncio
 import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from infir2.checkpoint.environment import describe_environment
 from infir2.checkpoint.lock import LOCK, RunLock
-from infir2.engines.http_client import HttpClient, check_url
-from infir2.engines.remote import EngineError
+from infir2.engines.http_client import HttpClient
 from infir2.errors import CheckFailedError, ConfigError, OutputExistsError
 from infir2.evaluate import evalscope
 from infir2.evaluate.benchmark_data import Copied, Window, copy_benchmark
+from infir2.evaluate.benchmark_options import BenchmarkOptions, identify_model
 from infir2.evaluate.benchmark_page import result_page
 from infir2.evaluate.benchmark_result import (
     BenchmarkResult,
@@ -36,57 +35,21 @@ from infir2.evaluate.benchmark_result import (
     score_benchmark,
 )
 from infir2.evaluate.benchmarks import Benchmark
+from infir2.evaluate.engine_start import StartedEngine
 from infir2.evaluate.gateway import Gateway, Task
 from infir2.evaluate.journal import ANSWERS, Journal, Row
 from infir2.evaluate.judge import CodeJudge
-from infir2.evaluate.upstream import Engine, Patience, Upstream
+from infir2.evaluate.upstream import Engine, Upstream
 from infir2.files import disk_errors, encode_json_line, read_own, write_atomically
 from infir2.terminal import StepProgress, begin_phase, log, log_text
 
 SETTINGS, RESULT, PAGE = "settings.json", "result.json", "result.html"
 # The questions with their answers, how many are beyond the context, evalscope's score.
 Found = tuple[list[Question], int, float | None]
-OWN_FILES = (SETTINGS, RESULT, PAGE, ANSWERS, "environment.json", "data", "evalscope")
+OWN_FILES = (SETTINGS, RESULT, PAGE, ANSWERS, "environment.json", "data", "evalscope", "engines")
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 THINK = "<think>\n"
 LIVE_CODE_BENCH_WINDOW = (datetime(2024, 8, 1), datetime(2025, 2, 1))  # v5; its last moment too
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """What `infir2 eval --benchmarks` is told.
-
-    Attributes:
-        urls: of the engines, each ending with /v1.
-        model: its name there; empty: the only one that the first engine has.
-        benchmarks: to run, in this order.
-        data: the user's file or directory with their questions.
-        run_dir: of the results.
-        samples, max_tokens: per question and response; 0: those of docs/recipe.md.
-        parallel: requests at one time.
-        seed: every sample's own seed is drawn from it.
-        api_key: of the engines.
-    """
-
-    urls: tuple[str, ...]
-    benchmarks: tuple[Benchmark, ...]
-    data: Path
-    run_dir: Path
-    model: str = ""
-    samples: int = 0
-    max_tokens: int = 0
-    temperature: float = 0.65
-    top_p: float = 0.95
-    parallel: int = 64
-    seed: int = 0
-    api_key: str = ""
-    patience: Patience = field(default_factory=Patience)
-
-    def samples_of(self, benchmark: Benchmark) -> int:
-        return self.samples or benchmark.samples
-
-    def max_tokens_of(self, benchmark: Benchmark) -> int:
-        return self.max_tokens or benchmark.max_tokens
 
 
 def run_benchmarks(options: BenchmarkOptions) -> list[BenchmarkResult]:
@@ -100,8 +63,7 @@ def run_benchmarks(options: BenchmarkOptions) -> list[BenchmarkResult]:
     environment = evalscope.environment_directory()
     evalscope.require(environment)
     _check_directory(options.run_dir)
-    begin_phase("asking the engines for their models")
-    model = asyncio.run(_find_model(options))
+    model = identify_model(options)
     lock = RunLock.acquire(options.run_dir, log)
     try:
         begin_phase("reading the questions")
@@ -120,30 +82,6 @@ def run_benchmarks(options: BenchmarkOptions) -> list[BenchmarkResult]:
         if not result.agrees:
             log(f"{result.name}: evalscope's own report says {result.evalscope_score}", "eval")
     return results
-
-
-async def _find_model(options: BenchmarkOptions) -> str:
-    """The model's name at the engines. Raises ConfigError."""
-    model = options.model
-    for url in options.urls:
-        check_url("URL", url, options.api_key)
-        client = HttpClient(url, options.api_key)
-        try:
-            answer = await asyncio.wait_for(client.get("/models"), 30)
-            names = [str(each["id"]) for each in answer["data"]]
-        except (EngineError, TimeoutError) as error:
-            raise ConfigError(f"URL: no engine answers at {url} ({error}); start it.") from error
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"URL: {url}/models is not the list of an OpenAI API.") from error
-        finally:
-            await client.close()
-        if not model and len(names) == 1:
-            model = names[0]
-        if model not in names:
-            there = ", ".join(names) or "none"
-            wanted = f"no model {model!r}" if model else "several models or none"
-            raise ConfigError(f"URL: {url} has {wanted} (it has {there}): name one by --model.")
-    return model
 
 
 def _check_directory(directory: Path) -> None:
@@ -174,6 +112,7 @@ def _settings(options: BenchmarkOptions, model: str, copied: Sequence[Copied]) -
     """What decides the answers, one key each."""
     settings: dict[str, Any] = {
         "model": model,
+        "engine": "url" if options.model_directory is None else options.engine.kind,
         "evalscope": evalscope.VERSION,
         "temperature": options.temperature,
         "top_p": options.top_p,
@@ -234,17 +173,34 @@ def _open_gateway(
     }
     total = sum(tasks[each.benchmark.name].samples * len(each.questions) for each in copied)
     problems = [e.directory / e.benchmark.file for e in copied if e.benchmark.file.endswith("quet")]
-    engines = [Engine(url, model, HttpClient(url, options.api_key)) for url in options.urls]
     journal = Journal(options.run_dir)
     progress = _Progress(total, journal)
     judge = CodeJudge(*problems)
-    upstream = Upstream(engines, options.patience)
+    upstream = Upstream([], options.patience)
+    started = _engines(options)
     try:
         with Gateway(tasks, journal, upstream, progress.add, judge) as gateway:
+            begin_phase("starting the engines")
+            gateway.open_engines(
+                [Engine(url, model, HttpClient(url, options.api_key)) for url in options.urls],
+                started,
+            )
             yield gateway
     finally:
+        for engine in started:
+            engine.kill()
         progress.close()
         journal.close()
+
+
+def _engines(options: BenchmarkOptions) -> list[StartedEngine]:
+    if options.model_directory is None:
+        return []
+    directory = options.run_dir / "engines"
+    return [
+        StartedEngine(options.model_directory, options.engine, index, directory)
+        for index in range(options.engine.number)
+    ]
 
 
 class _Progress:

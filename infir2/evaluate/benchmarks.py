@@ -34,6 +34,7 @@ class Benchmark:
         file: where evalscope looks in its directory.
         prefer: words of paths to choose among several configurations of one data set.
         arguments: more of evalscope's dataset_args.
+        card: README.md of the directory, which names splits that no file name can.
         max_tokens, samples: of docs/recipe.md, section 3.
     """
 
@@ -44,6 +45,7 @@ class Benchmark:
     file: str = "test.jsonl"
     prefer: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    card: str = ""
     max_tokens: int = 31_000
     samples: int = 1
 
@@ -199,6 +201,15 @@ def _date(row: Row) -> datetime:
     return date.replace(tzinfo=None)
 
 
+_AMC_CARD = """\
+---
+configs:
+- config_name: default
+  data_files:
+  - split: amc
+    path: amc.jsonl
+---
+"""
 _DEFAULT = {"subset_list": ["default"]}
 _ZERO_SHOT = {"few_shot_num": 0}
 BENCHMARKS = {
@@ -227,7 +238,15 @@ BENCHMARKS = {
             samples=8,
         ),
         Benchmark("math_500", ("math500",), _math_500, "problem"),
-        Benchmark("amc", ("amc",), _amc, "problem"),
+        Benchmark(
+            name="amc",
+            words=("amc",),
+            convert=_amc,
+            key="problem",
+            file="amc.jsonl",
+            arguments={"subset_list": ["amc"]},
+            card=_AMC_CARD,
+        ),
         Benchmark(
             name="gsm8k",
             words=("gsm8k",),

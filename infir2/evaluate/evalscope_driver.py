@@ -5,15 +5,21 @@ and `key` of the gateway. So the key is in no command line. This file imports no
 which is not installed there. Code that a model wrote never runs here: the gateway has jails.
 """
 
+import ctypes
 import hashlib
 import json
+import signal
 import sys
 import urllib.request
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1
+
 
 def main() -> None:
     """Run the tasks of the job on stdin, one after the other."""
+    # Without the gateway it has nothing to do, and nobody would end it.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     job = json.loads(sys.stdin.readline())
     from evalscope import TaskConfig, run_task
 

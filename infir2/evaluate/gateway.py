@@ -14,17 +14,25 @@ import hashlib
 import json
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from infir2.engines.http_client import HttpClient
 from infir2.errors import UserError
 from infir2.evaluate.journal import Journal, Key, Row
-from infir2.evaluate.upstream import NoAnswerError, Upstream, response_text
+from infir2.evaluate.upstream import (
+    Engine,
+    NoAnswerError,
+    Restarts,
+    Upstream,
+    response_text,
+)
 
 MAX_BODY_BYTES = 1 << 26
+MAX_RESTARTS = 3  # of an engine of ours that ended
 # A status that neither evalscope nor its client repeats, and that is not scored as a wrong answer.
 NO_ANSWER = 410
 # What does not change what is asked, or what the gateway decides.
@@ -90,6 +98,22 @@ class Gateway:
     def judge_url(self, benchmark: str) -> str:
         """Where evalscope's driver asks for verdicts about programs."""
         return f"http://127.0.0.1:{self._server.server_port}/{benchmark}/judge"
+
+    def open_engines(self, running: Sequence[Engine], started: Sequence[Restarts]) -> None:
+        """Ask these engines, of which `started` are started first; blocks until all are ready.
+
+        Raises ConfigError for one that ends while it starts.
+        """
+
+        async def start(process: Restarts) -> Engine:
+            url, api_key = await process.start()
+            return Engine(url, "model", HttpClient(url, api_key), process, MAX_RESTARTS)
+
+        async def start_all() -> list[Engine]:
+            return [*running, *await asyncio.gather(*map(start, started))]
+
+        call = asyncio.run_coroutine_threadsafe(start_all(), self._loop)
+        self.upstream.engines = call.result()
 
     def replace_engine(self, number: int, url: str, api_key: str = "") -> None:
         """An engine has come back at another address."""

@@ -1,15 +1,17 @@
 """One answer from any of several engines, whatever fails: what is retried, where, and how long."""
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from infir2.engines.http_client import HttpClient
-from infir2.engines.remote import BadAnswerError, EngineGoneError
+from infir2.engines.remote import BadAnswerError, EngineError, EngineGoneError
 
+LONGEST_SLEEP_SECONDS = 1.0  # an engine may be replaced meanwhile
 FULL = (408, 425, 429)  # like 5xx: the same request may succeed later
 CONTEXT = ("context length", "context_length", "maximum context", "max_model_len", "too long")
 
@@ -43,13 +45,26 @@ class Patience:
     longest_wait_seconds: float = 30.0
 
 
+class Restarts(Protocol):
+    """A server of ours, which is started again when it has ended."""
+
+    @property
+    def has_ended(self) -> bool: ...
+
+    async def start(self) -> tuple[str, str]:
+        """(base URL, key) once it generates. Raises EngineError, ConfigError."""
+        ...
+
+
 @dataclass
 class Engine:
-    """A server of OpenAI's API: `url` ends with /v1."""
+    """A server of OpenAI's API: `url` ends with /v1. `process` is ours, or None."""
 
     url: str
     model: str
     client: HttpClient
+    process: Restarts | None = None
+    restarts_left: int = 0
     running: int = 0
     failures: int = 0  # since its last answer
     not_before: float = 0.0  # of the monotonic clock
@@ -79,7 +94,8 @@ class Upstream:
     def replace(self, number: int, url: str, api_key: str = "") -> None:
         """An engine has come back at another address."""
         old = self.engines[number]
-        self.engines[number] = Engine(url, old.model, HttpClient(url, api_key))
+        client = HttpClient(url, api_key)
+        self.engines[number] = Engine(url, old.model, client, old.process, old.restarts_left)
 
     async def answer(self, body: dict[str, Any]) -> Answer:
         """The first usable answer. An empty one counts after `bad_answers` attempts.
@@ -110,7 +126,8 @@ class Upstream:
             if ready:
                 return min(ready, key=lambda each: each.running)
             trial.check_outage(now)
-            await asyncio.sleep(max(0.001, min(each.not_before for each in self.engines) - now))
+            soonest = min(each.not_before for each in self.engines) - now
+            await asyncio.sleep(min(max(0.001, soonest), LONGEST_SLEEP_SECONDS))
 
     async def _ask(
         self, engine: Engine, body: dict[str, Any]
@@ -148,11 +165,32 @@ class Upstream:
         """An engine that is gone or full rests; other faults are the answer's."""
         if fault in ("empty", "cut", "timeout"):
             return
+        if fault == "gone":
+            await self._restart(engine)
         engine.failures += 1
         patience = self.patience
         wait = patience.first_wait_seconds * 2 ** min(engine.failures - 1, 20)
         wait = min(wait, patience.longest_wait_seconds) * random.uniform(0.8, 1.2)
         engine.not_before = max(engine.not_before, time.monotonic() + wait)
+
+    async def _restart(self, engine: Engine) -> None:
+        """Start a server of ours again if it has ended; requests of others go on meanwhile."""
+        process = engine.process
+        if process is None or not process.has_ended or engine not in self.engines:
+            return
+        number = self.engines.index(engine)
+        engine.process = None  # whoever else finds it gone does not start it too
+        engine.not_before = math.inf
+        if not engine.restarts_left:
+            return
+        self.faults["restart"] += 1
+        try:
+            url, api_key = await process.start()
+        except EngineError:
+            engine.not_before = time.monotonic() + self.patience.longest_wait_seconds
+            url, api_key = engine.url, ""
+        engine.process, engine.restarts_left = process, engine.restarts_left - 1
+        self.replace(number, url, api_key)
 
 
 @dataclass

@@ -1,16 +1,23 @@
 """`infir2 eval URL --benchmarks`: results, what is missing, restarts, refusals; real evalscope."""
 
 import json
+import shutil
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fake_evalscope
 import pytest
 from scripted_server import Script, serving
+from stages import SHAPE
 
 from infir2.cli import main
-from infir2.evaluate import benchmark_run, evalscope
+from infir2.config.schema import ShapeSection
+from infir2.data import load_tokenizer
+from infir2.evaluate import benchmark_options, evalscope
 from infir2.evaluate.upstream import Patience
+from infir2.model import Decoder, exported_weights, write_hf
 
 FIXTURES = Path(__file__).parents[2] / "../shared/fixtures/eval"
 QUESTIONS = [("How much is $2+3$?", "5"), ("How much is $7-7$?", "0"), ("How much is $2^5$?", "32")]
@@ -40,12 +47,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """evalscope's place is taken, and nothing is waited for."""
     monkeypatch.setattr(evalscope, "run", fake_evalscope.run)
     monkeypatch.setattr(evalscope, "require", lambda _: None)
-    real = benchmark_run.BenchmarkOptions
+    real = benchmark_options.BenchmarkOptions
 
-    def options(**values: Any) -> benchmark_run.BenchmarkOptions:
+    def options(**values: Any) -> benchmark_options.BenchmarkOptions:
         return real(**values, patience=QUICK)
 
-    monkeypatch.setattr(benchmark_run, "BenchmarkOptions", options)
+    monkeypatch.setattr(benchmark_options, "BenchmarkOptions", options)
 
 
 def command(url: str, data: Path, run: Path, *more: str) -> list[str]:
@@ -160,13 +167,70 @@ def test_what_cannot_run_is_refused_before_anything_is_asked(
                 2, "exists and has no run of benchmarks (thesis.tex)",
             ),
             (command("http://127.0.0.1:1/v1", data, tmp_path / "run"), 2, "no engine answers at"),
-            (command("models/base", data, tmp_path / "run"), 2, "'models/base' is no URL"),
+            (command("models/base", data, tmp_path / "run"), 2, "models/base does not exist"),
             (["eval", server.url, "--benchmarks", "aime24"], 2, "needs --data"),
         ):  # fmt: skip
             assert main(words) == code, words
             error = capsys.readouterr().err
             assert said in error
     assert script.requests == []
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def model_dir(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = world / "tokenizer"
+    vocab_size = load_tokenizer(tokenizer).vocab_size
+    decoder = Decoder.from_shape(ShapeSection(**SHAPE), vocab_size, seed=1)
+    directory = tmp_path_factory.mktemp("model") / "hf"
+    write_hf(directory, exported_weights(decoder), decoder.config.to_hf(), tokenizer)
+    return directory
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_engine_is_started_for_a_model_and_ends_with_the_run(
+    tmp_path: Path, data: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = command(str(model_dir), data, run, "--max-tokens", "3")
+    assert main([*words, "--json", "--samples", "2"]) == 0
+    (scores,) = json.loads(capsys.readouterr().out)
+    assert (scores["known"], scores["missing"], scores["truncated_fraction"]) == (6, 0, 1.0)
+    recorded = json.loads((run / "engines/engine-1.json").read_text())
+    assert recorded["command"][3] == "serve"
+    rows = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    texts = {json.dumps(row["response"]["choices"][0]["message"]) for row in rows}
+    assert len(texts) > 1, "each sample has its own seed"
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", urlsplit(rows[0]["engine"]).port or 0), 5)
+    key = (run / "engines/engine-1.key/key").read_text()
+    assert key not in json.dumps(recorded)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_model_that_no_engine_can_serve_is_refused_before_one_starts(
+    tmp_path: Path, data: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = shutil.copytree(model_dir, tmp_path / "plain")
+    config = json.loads((plain / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(config))
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    for words, said in (
+        (command(str(plain), data, tmp_path / "run"), "has no chat_template in"),
+        (
+            command(str(model_dir), data, tmp_path / "run", "--engine", "sglang"),
+            "--engine sglang needs --python",
+        ),
+        (
+            command(str(model_dir), data, tmp_path / "run", "--engine", "vllm", "--python", "no"),
+            "such as vllm-env/bin/python; no does not exist.",
+        ),
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
 
 

@@ -81,7 +81,7 @@ def problem(number: int, date: str, private: Any, function: str = "") -> dict[st
 
 def copied(name: str, data: Path, to: Path, **more: Any) -> list[dict[str, Any]]:
     result = copy_benchmark(find_benchmark(name), data, to, **more)
-    (file,) = (path for path in to.rglob("*") if path.is_file())
+    (file,) = (path for path in to.rglob("*") if path.is_file() and path.name != "README.md")
     if file.suffix == ".parquet":
         rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
     else:

@@ -19,6 +19,7 @@ import pytest
 from scripted_server import Script, serving
 
 from infir2.engines.http_client import HttpClient
+from infir2.engines.remote import EngineGoneError
 from infir2.evaluate.gateway import Gateway, Task
 from infir2.evaluate.journal import ANSWERS, Journal
 from infir2.evaluate.upstream import Engine, Patience, Upstream
@@ -210,6 +211,45 @@ def test_an_engine_that_died_and_came_back_on_another_port_is_used(tmp_path: Pat
         gateway.replace_engine(0, server.url, "secret")
         assert waiting.result()[0] == 200
         assert gateway.upstream.faults["gone"] >= 1
+
+
+class Process:
+    """A server of ours that ends as soon as it is ready, `lives` times; then it stays, or not."""
+
+    has_ended = True
+
+    def __init__(self, stack: ExitStack, lives: int, last: Script | None = None) -> None:
+        self.stack, self.lives, self.last = stack, lives, last
+
+    async def start(self) -> tuple[str, str]:
+        self.lives -= 1
+        if self.lives < 0 and self.last is None:
+            raise EngineGoneError("it does not start")
+        server = serving(self.last or Script())
+        if self.lives < 0:
+            return self.stack.enter_context(server).url, "secret"
+        with server as ended:
+            return ended.url, "secret"
+
+
+def test_an_engine_of_ours_that_ended_is_started_again(tmp_path: Path) -> None:
+    script = Script()
+    with ExitStack() as stack:
+        gateway = stack.enter_context(open_gateway(tmp_path, []))
+        gateway.open_engines([], [Process(stack, 2, script)])
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(lambda _: ask(gateway)[0], range(4))) == [200] * 4
+        assert gateway.upstream.faults["restart"] == 2
+    assert len(script.requests) == 4
+
+
+def test_an_engine_of_ours_that_does_not_start_is_given_up(tmp_path: Path) -> None:
+    patience = replace(QUICK, outage_seconds=0.5)
+    with ExitStack() as stack:
+        gateway = stack.enter_context(open_gateway(tmp_path, [], patience))
+        gateway.open_engines([], [Process(stack, 1)])
+        assert ask(gateway)[0] == 410
+        assert 1 <= gateway.upstream.faults["restart"] <= 3
 
 
 def test_without_any_engine_the_known_answers_stay(tmp_path: Path) -> None:

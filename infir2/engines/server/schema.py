@@ -32,7 +32,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
-    "add_generation_prompt": (True,),
     "chat_template_kwargs": ({},),
 }
 # They say who asks, or how an answer is stored and billed.
@@ -129,6 +128,7 @@ class ChatBody(_Body):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
     @property
     def wants_logprobs(self) -> bool:
@@ -144,6 +144,9 @@ class ChatBody(_Body):
 
     def check(self) -> None:
         super().check()
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            message = "add_generation_prompt = false is supported with continue_final_message only"
+            raise ApiError(400, message, "unsupported", "add_generation_prompt")
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs = true", param="top_logprobs")
         if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
