@@ -15,6 +15,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from infir2.convert.gguf_header import check_gguf_header
 from infir2.convert.hf import SHARD_BYTES, complete_config, write_with_progress
 from infir2.convert.weights import hf_weights
 from infir2.data.tokenizer_files import check_tokenizer_files, library_errors
@@ -81,6 +82,7 @@ def _load_with_transformers(src: Path) -> tuple[Any, Any]:
     directory, options = src, dict[str, Any](_OFFLINE)
     if src.suffix == ".gguf":
         _require_gguf_packages(src)
+        check_gguf_header(src)
         directory, options = src.parent, {**_OFFLINE, "gguf_file": src.name}
     else:  # absurd sizes would keep transformers busy for ever
         _require_known_model(src, read_json(src / "config.json"))
@@ -108,7 +110,14 @@ def _require_known_model(src: Path, raw: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _transformers_errors(src: Path) -> Iterator[None]:
-    """Whatever transformers raises as a CheckpointError: any line of it can meet bad files."""
+    """Whatever transformers raises as a CheckpointError: any line of it can meet bad files.
+
+    Its warnings, such as for settings that a GGUF file lacks, are not shown.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     except ImportError as error:
@@ -117,6 +126,8 @@ def _transformers_errors(src: Path) -> Iterator[None]:
         ) from error
     except Exception as error:
         raise CheckpointError(f"{src}: transformers cannot load it: {first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _require_gguf_packages(src: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import mutate_config
+import mutate_gguf
 import mutate_pickles
 import mutate_programs
 import mutate_safetensors
@@ -228,6 +229,16 @@ def megatron_export(root: Path) -> Path:
     return root
 
 
+def _gguf(directory: Path) -> Cases:
+    path, out = directory / "m.gguf", directory / "out"
+
+    def read() -> None:
+        with nothing_else_below(directory, out):
+            run_command(["import", "hf", str(path), "--to", str(out)])
+
+    return files_of(path, mutate_gguf.mutants(mutate_gguf.good_gguf(), SEED), read)
+
+
 def _torch_dist(directory: Path) -> Cases:
     good = megatron_export(directory / "good")
     files = {path.name: path.read_bytes() for path in (good / "torch_dist/release").iterdir()}
@@ -369,6 +380,7 @@ READERS = (
     Reader("`config.json`, BF16", _config("bf16", ("export", "fp8"))),
     Reader("`config.json`, FP8", _config("fp8", ("import", "fp8"))),
     Reader("weights (safetensors)", _safetensors),
+    Reader("weights (GGUF)", _gguf),
     Reader("Megatron checkpoint", _torch_dist),
     Reader("checkpoint of a run, index", _checkpoint),
     Reader("pickle", _pickles),
