@@ -5,14 +5,16 @@
 
 Each client sends its requests one after the other, plain ones of 24 random tokens, whose responses
 have --tokens tokens. The engine in process gets the same requests at once and runs as many at a
-time. With --leave, as many of 2 x N clients go away at a random moment, half of them streaming; the
-rest must receive the tokens that they receive alone.
+time, both with one thread. On a busy machine the ratio of the CPU seconds says more than that of
+the tokens/s: the clients need a processor of their own. With --leave N, half of 2 N clients go away
+at a random moment, half of these streaming; the rest must receive what they receive alone.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import socket
 import statistics
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import torch
 
 from infir2.engines.generate import generate
 from infir2.engines.native import NativeEngine
@@ -58,12 +61,15 @@ def in_process(engine: NativeEngine, requests: list[dict[str, Any]]) -> float:
 
 
 @contextlib.contextmanager
-def served(model: Path, clients: int) -> Iterator[str]:
-    """The URL of a server in a process of its own."""
+def served(model: Path, clients: int) -> Iterator[tuple[str, int]]:
+    """URL and process id of a server."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     options = ["--port", str(port), "--max-running-requests", str(clients)]
-    process = subprocess.Popen([sys.executable, "-m", "infir2", "serve", str(model), *options])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "infir2", "serve", str(model), *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -71,7 +77,7 @@ def served(model: Path, clients: int) -> Iterator[str]:
                 urllib.request.urlopen(f"{url}/health")
                 break
             time.sleep(0.2)
-        yield url
+        yield url, process.pid
     finally:
         process.terminate()
         process.wait()
@@ -96,6 +102,29 @@ def over_http(url: str, requests: list[dict[str, Any]], clients: int) -> float:
             return tokens / (time.perf_counter() - start)
 
     return asyncio.run(all_clients())
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of all threads of a process."""
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
+
+def compare(
+    engine: NativeEngine, url: str, pid: int, requests: list[dict[str, Any]], clients: int
+) -> dict[str, float]:
+    """One round: tokens/s and CPU seconds of the engine in this process and of the server."""
+    start = time.process_time()
+    rate = in_process(engine, requests)
+    own = time.process_time() - start
+    before = cpu_seconds(pid)
+    served_rate = over_http(url, requests, clients)
+    return {
+        "in_process_tokens_per_second": round(rate),
+        "served_tokens_per_second": round(served_rate),
+        "in_process_cpu_seconds": round(own, 2),
+        "served_cpu_seconds": round(cpu_seconds(pid) - before, 2),
+    }
 
 
 def leaving(url: str, requests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -149,6 +178,13 @@ def unfinished(url: str) -> float:
     return sum(float(line.split()[1]) for line in lines if line.startswith(names))
 
 
+def median_ratio(rounds: list[dict[str, float]], what: str) -> float:
+    """Of served to in process, over the rounds."""
+    return round(
+        statistics.median(r[f"served_{what}"] / r[f"in_process_{what}"] for r in rounds), 3
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
@@ -158,23 +194,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--leave", type=int, default=0)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     model = Decoder.from_hf(options.model)
     vocabulary = model.config.vocab_size
-    with served(options.model, options.clients) as url:
+    with served(options.model, options.clients) as (url, pid):
         if options.leave:
             requests = bodies(2 * options.leave, options.tokens, vocabulary)
             result: dict[str, Any] = leaving(url, requests)
         else:
             requests = bodies(options.clients * options.requests, options.tokens, vocabulary)
             engine = NativeEngine(model, options.clients, cache_gib=0.5)
-            rates = [
-                (in_process(engine, requests), over_http(url, requests, options.clients))
-                for _ in range(ROUNDS)
-            ]
+            rounds = [compare(engine, url, pid, requests, options.clients) for _ in range(ROUNDS)]
             result = {
-                "in_process_tokens_per_second": [round(a) for a, _ in rates],
-                "served_tokens_per_second": [round(b) for _, b in rates],
-                "ratio": round(statistics.median(b / a for a, b in rates), 3),
+                "rounds": rounds,
+                "ratio_of_tokens_per_second": median_ratio(rounds, "tokens_per_second"),
+                "ratio_of_cpu_seconds": median_ratio(rounds, "cpu_seconds"),
             }
     result["parameters"] = model.config.num_parameters
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -439,6 +439,16 @@ def test_many_clients_half_of_which_leave(server: OwnServer, client: openai.Open
     server.wait_until_idle(seconds=1)
 
 
+def test_the_example_of_the_documentation(
+    server: OwnServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    program = text.partition("```python\n")[2].partition("```")[0]
+    program = program.replace("http://127.0.0.1:8000", server.url).replace("rl2-fp8", "tiny")
+    exec(program.replace('"none"', repr(KEY)), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_browsers(model: Path) -> None:
     """Only pages of named origins, and without a key only the loopback address."""
     with OwnServer(model).run(key="", hosts=("127.0.0.1",), origins=["https://a.example"]) as own:
