@@ -3,21 +3,26 @@ steps."""
 
 from dataclasses import asdict
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from infir2.config.schema import RlRecipe
 from infir2.data import ChatTokenizer
 from infir2.engines.generate import items_of_rank
 from infir2.engines.types import Engine
+from infir2.errors import disk_reason
 from infir2.evaluate.problems import (
     answer_problems,
     check_response_positions,
     load_problems,
     summarize,
 )
+from infir2.files import encode_json_line, make_own_directory, write_atomically
 from infir2.model import ModelConfig
 from infir2.train.plan import last_step_of
 from infir2.train.supervisor import Supervisor
+
+EVALUATIONS = "evaluations"
 
 
 class InLoopEvaluation:
@@ -50,6 +55,19 @@ class InLoopEvaluation:
         parts: list[list[dict[str, Any]]] = supervisor.all_gather_results(
             lambda check: answer_problems(engine, tokenizer, problems, section, seed, check)
         )
-        scores = summarize(self._problems, list(chain.from_iterable(parts)), section.samples)
+        rows = list(chain.from_iterable(parts))
+        scores = summarize(self._problems, rows, section.samples)
+        if supervisor.ranks.is_rank0:
+            self._keep(step, rows, supervisor)
         supervisor.log.write("evaluation", step, **asdict(scores))
         supervisor.log.message(f"step {step}: {scores.describe()}")
+
+    def _keep(self, step: int, rows: list[dict[str, Any]], supervisor: Supervisor) -> None:
+        """Write every response to `run.dir`/evaluations; a disk that refuses stops no training."""
+        path = Path(self._recipe.run.dir) / EVALUATIONS / f"step-{step}.jsonl"
+        try:
+            make_own_directory(path.parent)
+            write_atomically(path, b"".join(encode_json_line({"step": step} | row) for row in rows))
+        except OSError as error:
+            reason = disk_reason(error)
+            supervisor.log.message(f"{path} cannot be written ({reason}); the scores are kept")

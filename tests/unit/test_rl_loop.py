@@ -84,6 +84,24 @@ def test_the_engine_is_the_trainer_and_the_policy_moves(
     assert trained[0]["publish_seconds"] == 0 < trained[1]["publish_seconds"]
 
 
+def test_an_evaluation_in_the_loop_keeps_every_answer(
+    world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
+    problems = {"evaluate__problems__0__path": world / "heldout.jsonl", "rl__evaluate_every": 1}
+    limits = {"evaluate__max_problems": 3, "evaluate__max_response_tokens": 4}
+    few = {"schedule__total_steps": 2, "checkpoint__save_every": 2}
+    run(words(world, start, tmp_path / "rl", **problems, **limits, **few))
+    evaluations = lines(tmp_path / "rl", "evaluation")
+    assert [scores["step"] for scores in evaluations] == [1, 2]
+    for scores in evaluations:
+        kept = tmp_path / "rl" / "evaluations" / f"step-{scores['step']}.jsonl"
+        rows = [json.loads(line) for line in kept.read_text().splitlines()]
+        assert len(rows) == 3 * scores["k"]
+        assert sum(row["reward"] for row in rows) / len(rows) == pytest.approx(scores["avg_at_k"])
+        assert scores["low"] <= scores["avg_at_k"] <= scores["high"]
+
+
 def test_a_killed_run_repeats_its_rollouts_and_ends_the_same(
     world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -214,6 +214,7 @@ def test_a_template_that_opens_a_thought(model: Path, tmp_path: Path) -> None:
         assert message["reasoning_content"]
         begun = {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n5"}
         body = options | {"messages": [*QUESTION, begun], "continue_final_message": True}
+        body |= {"add_generation_prompt": False}  # which vLLM requires
         message = server.call("/v1/chat/completions", body)[1]["choices"][0]["message"]
         assert message["content"]
         assert "reasoning_content" not in message
@@ -306,6 +307,7 @@ BAD: tuple[tuple[dict[str, Any], int, str, str], ...] = (
     ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
     ({"frobnicate": 1}, 400, "frobnicate", "not supported"),
     ({"continue_final_message": True}, 400, "continue_final_message", "assistant"),
+    ({"add_generation_prompt": False}, 400, "add_generation_prompt", "continue_final_message"),
 )
 
 
