@@ -34,6 +34,8 @@ def vllm_command(rollout: RolloutSection, place: Place) -> ServerCommand:
     arguments += ["--kv-cache-dtype", rollout.kv_cache_dtype]
     if rollout.memory_fraction:
         arguments += ["--gpu-memory-utilization", str(rollout.memory_fraction)]
+    if on_cpu:
+        arguments += ["--enforce-eager"]  # compiling takes minutes
     return ServerCommand(
         [*arguments, *rollout.server_options],
         _environment(rollout, on_cpu),

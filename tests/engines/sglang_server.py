@@ -7,11 +7,11 @@ follows from the prompt (`scripted_response` of tests/engine_servers.py).
 """
 
 import dataclasses
-import os
 import signal
 import sys
 import time
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,15 @@ FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 SECONDS_PER_TOKEN = 0.02
 torch.cuda.synchronize = lambda *_: None
-weight_checker.tensor_hash = multimodal.gpu_tensor_hash  # its asserts of a GPU are off (-O)
+# Its asserts of a GPU are off (-O). Larger blocks give the same hash in fewer interpreted steps.
+weight_checker.tensor_hash = partial(multimodal.gpu_tensor_hash, block_words=8192, reduce_chunk=16)
 
 
 class ScriptedScheduler:
-    """Answers what SGLang's tokenizer manager sends; SGLANG_SCRIPT may name a fault."""
+    """Answers what SGLang's tokenizer manager sends.
+
+    A reload of a directory named "stale" does nothing, as a server that skipped it.
+    """
 
     def __init__(self, ports: Any, model: str) -> None:
         context = zmq.Context()
@@ -43,8 +47,8 @@ class ScriptedScheduler:
         self._receive.connect(ports.scheduler_input_ipc_name)
         self._send = context.socket(zmq.PUSH)
         self._send.connect(ports.tokenizer_ipc_name)
-        self._fault = os.environ.get("SGLANG_SCRIPT", "")
         self._running: dict[str, tuple[Any, float]] = {}
+        self._cached: set[tuple[int, ...]] = set()
         self._weights = load(Path(model))
 
     def run(self) -> None:
@@ -68,14 +72,15 @@ class ScriptedScheduler:
             payload = checker(self._weights).handle(message.action)
             self._send.send_pyobj(io_struct.CheckWeightsReqOutput(True, "Success.", payload))
         elif kind == "FlushCacheReqInput":
+            self._cached.clear()
             self._send.send_pyobj(io_struct.FlushCacheReqOutput(success=not self._running))
         elif kind == "GetInternalStateReq":
-            state = {"effective_max_running_requests_per_dp": 7}
+            state = {"effective_max_running_requests_per_dp": 7, "running": len(self._running)}
             self._send.send_pyobj(io_struct.GetInternalStateReqOutput(internal_state=state))
 
     def _update(self, message: Any) -> Any:
         try:
-            if self._fault != "stale":
+            if Path(message.model_path).name != "stale":
                 self._weights = load(Path(message.model_path))
         except Exception as error:
             return io_struct.UpdateWeightFromDiskReqOutput(False, f"Failed: {error}")
@@ -94,26 +99,41 @@ class ScriptedScheduler:
         )
 
     def _answer(self, request: Any, tokens: list[int], reason: dict[str, Any]) -> None:
-        logprobs = [-0.25 - token / 128 for token in tokens]
+        prompt = tuple(request.input_ids)
+        # SGLang turns temperature 0 into top_k 1 at temperature 1.
+        scale = min(1.0, request.sampling_params.temperature)
         values = {
             "rids": [request.rid],
             "finished_reasons": [reason],
             "output_ids": [tokens],
             "decode_ids": [tokens],
             "decoded_texts": [""],
-            "prompt_tokens": [len(request.input_ids)],
+            "prompt_tokens": [len(prompt)],
             "completion_tokens": [len(tokens)],
-            "output_token_logprobs_val": [logprobs],
+            "cached_tokens": [len(prompt) - 1 if prompt in self._cached else 0],
+            "output_token_logprobs_val": [[logprob(token) * scale for token in tokens]],
             "output_token_logprobs_idx": [tokens],
         }
-        fields = dataclasses.fields(io_struct.BatchTokenIDOutput)
-        required = {f.name: [0] for f in fields if f.default is f.default_factory}
-        for name in required:
-            if "logprobs" in name or "entropy" in name:
-                required[name] = [[]]
-        nothing = ("output_hidden_states", "routed_experts", "indexer_topk")
-        required |= {name: None for name in nothing if name in required}
-        self._send.send_pyobj(io_struct.BatchTokenIDOutput(**(required | values)))
+        if request.return_logprob and request.logprob_start_len == 0:
+            values["input_token_logprobs_val"] = [[None, *map(logprob, prompt[1:])]]
+            values["input_token_logprobs_idx"] = [list(prompt)]
+        self._cached.add(prompt)
+        self._send.send_pyobj(io_struct.BatchTokenIDOutput(**(unused_fields() | values)))
+
+
+def unused_fields() -> dict[str, Any]:
+    """A value for every field of an answer that has no default."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(io_struct.BatchTokenIDOutput):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            is_list = "logprobs" in field.name or "entropy" in field.name
+            values[field.name] = [[]] if is_list else [0]
+    nothing = ("output_hidden_states", "routed_experts", "indexer_topk")
+    return values | {name: None for name in nothing if name in values}
+
+
+def logprob(token: int) -> float:
+    return -0.25 - token / 128
 
 
 def response(prompt: list[int], params: Any) -> list[int]:

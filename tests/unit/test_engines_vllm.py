@@ -42,7 +42,8 @@ class FakeVllm(FakeServer):
     Attributes:
         broken: what does not work as it should: "scale_out", "dev_mode", "raw", "extension",
             "details" (a flag is missing), "reload" (fails), "stale" (reload does nothing),
-            "cache" (is not reset), "held" (the cache cannot be reset), "head" (stays).
+            "cache" (is not reset), "held" (the cache cannot be reset), "head" (stays), "fp8" (its
+            layers have no digests).
         served: the directory whose weights it computes with.
     """
 
@@ -127,6 +128,9 @@ class FakeVllm(FakeServer):
         digests["lm_head.weight"] = digests["model.embed_tokens.weight"]
         if self.broken == "head":
             digests["lm_head.weight"] = "0" * 64
+        if self.broken == "fp8":
+            layers = {name for name in digests if name.endswith("_proj.weight")}
+            digests |= dict.fromkeys(layers, "quantized")
         return {"tp_rank": 0, "tp_size": 1, "digests": digests}
 
 
@@ -256,6 +260,8 @@ def test_each_version_is_loaded_and_proved(versions: list[PublishedWeights]) -> 
     with FakeVllm() as server:
         publish(server, versions)
         assert (server.label, server.paused) == ("2", False)
+        server.broken = "fp8"
+        publish(server, versions)
     routes = [route for route in server.routes_called() if route != "/collective_rpc"][:4]
     assert routes == [
         "/pause?mode=abort",

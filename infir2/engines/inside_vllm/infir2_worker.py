@@ -29,7 +29,7 @@ class Infir2Worker:
             method.process_weights_after_loading(head)
 
     def infir2_digests(self) -> dict[str, Any]:
-        """SHA-256 of every weight that this rank computes with; FP8 layers are left out.
+        """SHA-256 of every weight that this rank computes with; of a quantized layer, "quantized".
 
         A linear layer's weight is what it makes of the identity matrix, in whatever form it is
         stored: exact, because each sum has one term that is not 0.
@@ -52,6 +52,8 @@ def _digests(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield f"{name}.weight", _sha256([weight.t() if weight.dim() == 2 else weight])
         elif type(method).__name__.startswith("Unquantized"):
             yield f"{name}.weight", _sha256(_columns(module, method))
+        else:
+            yield f"{name}.weight", "quantized"
 
 
 def _columns(module: Any, method: Any) -> Iterator[Tensor]:
