@@ -97,15 +97,13 @@ class _Job:
         tokens: list[np.ndarray] = []
         errors: list[tuple[int, str, str]] = []
         for start in range(chunk.first, chunk.last, _BATCH_ROWS):
-            texts = []
+            texts: dict[int, str] = {}
             for row in range(start, min(start + _BATCH_ROWS, chunk.last)):
                 try:
-                    texts.append(parse_document(source.read(row), section))
+                    texts[row] = parse_document(source.read(row), section)
                 except RowError as error:
                     errors.append((row, error.reason, str(error)))
-            tokens += [
-                np.asarray(ids, dtype=self.dtype) for ids in self.tokenizer.encode_documents(texts)
-            ]
+            tokens += [np.asarray(ids, dtype=self.dtype) for ids in self._encode(texts, errors)]
         file = io.BytesIO()
         np.savez(
             file,
@@ -114,6 +112,19 @@ class _Job:
             errors=np.asarray(json.dumps(errors)),
         )
         write_atomically(chunk.part, file.getvalue())
+
+    def _encode(self, texts: dict[int, str], errors: list[tuple[int, str, str]]) -> list[list[int]]:
+        """The tokens of texts by row; appends to `errors` rows on which the library fails."""
+        try:
+            return self.tokenizer.encode_documents(list(texts.values()))
+        except RowError:
+            tokens = []
+            for row, text in texts.items():  # which of them it is
+                try:
+                    tokens.append(self.tokenizer.encode_document(text))
+                except RowError as error:
+                    errors.append((row, error.reason, str(error)))
+            return tokens
 
 
 _job: _Job  # set before the workers are forked

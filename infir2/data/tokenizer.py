@@ -17,7 +17,7 @@ from typing import Any
 
 from infir2.config.data_sections import DocumentBos
 from infir2.data.rendering import THINK_MARKERS
-from infir2.data.tokenizer_files import check_tokenizer_files, library_errors
+from infir2.data.tokenizer_files import check_tokenizer_files, library_errors, panics_are_row_errors
 from infir2.errors import ConfigError
 
 # Text whose tokens identify a tokenizer: digits, code, white space, accents, other scripts, emoji.
@@ -158,8 +158,14 @@ class DocumentTokenizer:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the tokens of plain text; it never yields a control token."""
-        return self._without_special(text, self._plain.encode(text, add_special_tokens=False).ids)
+        """Return the tokens of plain text; it never yields a control token.
+
+        Raises:
+            RowError: the library fails on this text.
+        """
+        with panics_are_row_errors():
+            token_ids = self._plain.encode(text, add_special_tokens=False).ids
+        return self._without_special(text, token_ids)
 
     def encode_document(self, text: str) -> list[int]:
         """Return the tokens of a document, from BOS (see `document_bos`) to end of document."""
@@ -168,9 +174,11 @@ class DocumentTokenizer:
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `encode_document` of each text, faster than one by one.
 
-        The library uses several threads unless TOKENIZERS_PARALLELISM=false.
+        The library uses several threads unless TOKENIZERS_PARALLELISM=false. Raises RowError as
+        `encode_document` does, without telling for which text.
         """
-        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        with panics_are_row_errors():
+            encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         return [
             [
                 *self._document_start,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from infir2.data.types import RowError
 from infir2.errors import ConfigError, UserError, first_line
 from infir2.files import read_json_object
 
@@ -51,6 +52,18 @@ def library_errors(directory: Path) -> Iterator[None]:
             f"data.tokenizer: {directory} cannot be loaded ({first_line(error)}); "
             "copy the files again."
         ) from error
+
+
+@contextlib.contextmanager
+def panics_are_row_errors() -> Iterator[None]:
+    """A panic of the library as RowError: a regular expression may give up on one text only."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        detail = f"the tokenizer gives up on the text ({first_line(error)})"
+        raise RowError("tokenizer_failed", detail) from None
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from mutate_tokenizer import mutants
 
+from infir2.cli import main
+from infir2.data import load_tokenizer
+from infir2.data.types import RowError
 from infir2.demo.tokenizer import write_tokenizer
 from infir2.demo.world import build_vocabulary, every_phrase
 
@@ -62,3 +65,29 @@ def test_mutants_of_a_tokenizer_end_in_a_tokenizer_or_a_sentence(tmp_path: Path,
         assert len(said[label]) < 1000, label
     for label in REFUSED:
         assert said[label].startswith("data.tokenizer: "), label
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_regular_expression_that_gives_up_makes_one_row_unusable(
+    demo_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The library panics after ten million steps back, here on 40 letters and no others."""
+    shutil.copytree(demo_dir, tmp_path / "t")
+    path = tmp_path / "t/tokenizer.json"
+    content = json.loads(path.read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    pattern["invert"] = False
+    parts = [part for part in (pattern, content["pre_tokenizer"]) if part]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    path.write_text(json.dumps(content))
+    texts = ["2", "a" * 40 + "!", "3"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = ["tokenize", str(rows), "--tokenizer", str(tmp_path / "t"), "--workers=1"]
+    command += ["--out", str(tmp_path / "out"), "--max-quarantined-fraction=0.5"]
+    assert main(command) == 0
+    assert "in 2 documents, 1 rows left out" in capfd.readouterr().out
+    (line,) = (tmp_path / "out.quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "tokenizer_failed"
+    with pytest.raises(RowError, match="gives up on the text"):
+        load_tokenizer(tmp_path / "t").encode_document(texts[1])
