@@ -1,5 +1,6 @@
 """Asynchronous RL that is killed, stopped or loses its journal: each step is done exactly once."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from stages import (
     curve,
     guessing,
     make_guessing_start,
+    of_today,
     options,
     run,
 )
@@ -53,17 +55,16 @@ def undisturbed(world: Path, start: Path, tmp_path_factory: pytest.TempPathFacto
     return directory
 
 
-@pytest.mark.parametrize("save_every", [1, 2])
-@pytest.mark.parametrize(
-    "faults",
-    [
-        "rollout.group:2",
-        "rollout.group:6",
-        "rollout.group:11",
-        "save.before_rename:2",
-        "save.after_rename:1",
-    ],
+KILLS = (
+    "rollout.group:2",
+    "rollout.group:6",
+    "rollout.group:11",
+    "save.before_rename:2",
+    "save.after_rename:1",
 )
+
+
+@pytest.mark.parametrize(("faults", "save_every"), of_today(itertools.product(KILLS, (1, 2)), 4))
 def test_killed_anywhere(
     world: Path, start: Path, tmp_path: Path, faults: str, save_every: int
 ) -> None:
