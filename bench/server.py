@@ -34,12 +34,12 @@ from infir2.engines.native import NativeEngine
 from infir2.engines.types import Request, SamplingParams
 from infir2.model import Decoder
 
-PROMPT_TOKENS, ROUNDS = 24, 3
+PROMPT_TOKENS, ROUNDS = 24, 5
 
 
-def bodies(count: int, tokens: int, vocabulary: int) -> list[dict[str, Any]]:
-    """Requests of /v1/completions, by token ids."""
-    rng = random.Random(1)
+def bodies(count: int, tokens: int, vocabulary: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Requests of /v1/completions by token ids; those of another seed share no prefix with them."""
+    rng = random.Random(seed)
     return [
         {
             "prompt": [rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)],
@@ -202,9 +202,12 @@ def main() -> None:
             requests = bodies(2 * options.leave, options.tokens, vocabulary)
             result: dict[str, Any] = leaving(url, requests)
         else:
-            requests = bodies(options.clients * options.requests, options.tokens, vocabulary)
+            count = options.clients * options.requests
             engine = NativeEngine(model, options.clients, cache_gib=0.5)
-            rounds = [compare(engine, url, pid, requests, options.clients) for _ in range(ROUNDS)]
+            rounds = []
+            for seed in range(ROUNDS):
+                requests = bodies(count, options.tokens, vocabulary, seed)
+                rounds.append(compare(engine, url, pid, requests, options.clients))
             result = {
                 "rounds": rounds,
                 "ratio_of_tokens_per_second": median_ratio(rounds, "tokens_per_second"),

@@ -345,6 +345,23 @@ def test_the_codes_that_clients_read(server: OwnServer, client: openai.OpenAI) -
     assert server.call("/v1/models", {})[0] == 405
 
 
+def test_text_that_is_no_unicode(server: OwnServer) -> None:
+    """Half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    half = "\ud800"
+    bodies: tuple[dict[str, Any], ...] = (
+        {"messages": [{"role": "user", "content": half}]},
+        {"messages": QUESTION, "stop": half},
+        {"messages": QUESTION, "model": half},
+        {"messages": QUESTION, half: 1},
+        {"messages": [{"role": half, "content": "a"}]},
+    )
+    for body in bodies:
+        status, answer = server.call("/v1/chat/completions", body)
+        assert status in (400, 404), body
+        assert answer["error"]["message"]
+    assert server.call("/v1/completions", {"prompt": half})[0] == 400
+
+
 def test_neutral_values_are_accepted(server: OwnServer) -> None:
     neutral = {
         "frequency_penalty": 0,

@@ -1,6 +1,5 @@
 """Answers of OpenAI's API, in one piece or as a stream of server-sent events."""
 
-import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -16,7 +15,13 @@ from infir2.engines.server.checks import check_tokens
 from infir2.engines.server.choices import ChatForm, Choice, CompletionForm, Piece
 from infir2.engines.server.connection import while_connected
 from infir2.engines.server.driver import CanceledError
-from infir2.engines.server.errors import ApiError, as_api_error, error_content, json_response
+from infir2.engines.server.errors import (
+    ApiError,
+    as_api_error,
+    error_content,
+    json_bytes,
+    json_response,
+)
 from infir2.engines.server.prompts import Prompt
 from infir2.engines.server.schema import ChatBody, CompletionBody
 from infir2.engines.server.served import Served
@@ -162,5 +167,4 @@ class Answer:
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+    return b"data: " + json_bytes(content) + b"\n\n"

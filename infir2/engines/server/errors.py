@@ -31,8 +31,13 @@ class ClientGoneError(Exception):
 
 def json_response(content: Any, status: int = 200, **headers: str) -> Response:
     """`content` as JSON. Floats read back with the same bits; not finite ones raise ValueError."""
-    body = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Response(body, status, headers, media_type="application/json")
+    return Response(json_bytes(content), status, headers, media_type="application/json")
+
+
+def json_bytes(content: Any) -> bytes:
+    """JSON in UTF-8. Half of a surrogate pair, which a request may have, becomes "?"."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")
 
 
 def error_content(error: ApiError) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def error_response(error: ApiError) -> Response:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What an error says to a client; one that is none of a request's is raised."""
+    """What an error says to a client."""
     match error:
         case ApiError():
             return error
@@ -75,12 +80,12 @@ def as_api_error(error: Exception) -> ApiError:
         case ClientGoneError():
             return ApiError(_CLIENT_CLOSED, "the client has gone")
         case _:
-            raise error
+            return ApiError(500, "internal error; the server's log has it")
 
 
 def _is_field(part: str) -> bool:
     """Whether a part of a validation error's location is a name or an index, not a type."""
-    return part not in ("body", "str") and "[" not in part
+    return part not in ("body", "str") and "[" not in part and "(" not in part
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -90,5 +95,5 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_response(as_api_error(error))
 
     kinds = (ApiError, QueueFullError, CanceledError, WrongVersionError, ClientGoneError)
-    for kind in (*kinds, RequestValidationError, HTTPException):
+    for kind in (*kinds, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from infir2.engines.server.errors import ApiError
 from infir2.engines.types import MAX_TOP_LOGPROBS
@@ -41,6 +41,18 @@ _WITHOUT_EFFECT = (
 )
 
 
+def _encodable(text: str) -> str:
+    """Half of a surrogate pair, which JSON can spell, is no text: ValueError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it is not valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
 class StreamOptions(BaseModel):
     """`include_usage`: a last chunk counts the tokens."""
 
@@ -60,7 +72,7 @@ class _Body(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -102,15 +114,15 @@ class TextPart(BaseModel):
     """A part of a message; other kinds of parts are not supported."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
     """A message of a conversation; `reasoning_content` is an assistant's thought."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
-    reasoning_content: str | None = None
+    content: Text | list[TextPart] | None = None
+    reasoning_content: Text | None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @property
@@ -156,7 +168,7 @@ class ChatBody(_Body):
 class CompletionBody(_Body):
     """POST /v1/completions: `prompt` is text or token ids, one prompt or a list of them."""
 
-    prompt: str | Annotated[list[str] | list[int] | list[list[int]], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text] | list[int] | list[list[int]], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @property
