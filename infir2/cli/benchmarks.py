@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from infir2.cli.arguments import JSON, Parser
 from infir2.errors import CheckFailedError, ConfigError
-from infir2.terminal import print_json, print_result
+from infir2.terminal import begin_phase, print_json, print_result
 
 if TYPE_CHECKING:
     from infir2.evaluate.benchmark_options import BenchmarkOptions
@@ -22,6 +22,7 @@ def run_benchmarks(arguments: Sequence[str]) -> None:
     from infir2.evaluate import evalscope
 
     if options.setup:
+        begin_phase("installing evalscope")
         print_result(evalscope.set_up(evalscope.environment_directory()))
         return
     for name in ("target", "benchmarks", "data", "run_dir"):
