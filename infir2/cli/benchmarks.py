@@ -1,12 +1,13 @@
 """Verb eval with --benchmarks: evalscope's benchmarks against engines."""
 
-import argparse
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infir2.cli.arguments import JSON, Parser
+from infir2.cli.serve import positive_integer
 from infir2.errors import CheckFailedError, ConfigError
 from infir2.terminal import begin_phase, print_json, print_result
 
@@ -98,10 +99,14 @@ def _parser() -> Parser:
         ("--seed", "of all samples (default 0)"),
     ):
         parser.add_argument(name, type=_count, default=0, metavar="N", help=meaning)
-    parser.add_argument("--temperature", type=float, default=0.65, help="(default 0.65)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="(default 0.95)")
+    parser.add_argument("--temperature", type=_temperature, default=0.65, help="(default 0.65)")
+    parser.add_argument("--top-p", type=_fraction, default=0.95, help="(default 0.95)")
     parser.add_argument(
-        "--parallel", type=_count, default=64, metavar="N", help="requests at one time (default 64)"
+        "--parallel",
+        type=positive_integer,
+        default=64,
+        metavar="N",
+        help="requests at one time (default 64)",
     )
     parser.add_argument(
         "--engine", choices=("native", "sglang", "vllm"), default="native", help="of a MODEL"
@@ -110,18 +115,33 @@ def _parser() -> Parser:
         ("--engines", "servers to start for a MODEL (default 1)"),
         ("--tensor-parallel", "GPUs of one of them (default 1)"),
     ):
-        parser.add_argument(name, type=_count, default=1, metavar="N", help=meaning)
+        parser.add_argument(name, type=positive_integer, default=1, metavar="N", help=meaning)
     parser.add_argument(
         "--python", default="", metavar="FILE", help="interpreter of SGLang's or vLLM's environment"
     )
     parser.add_argument(
-        "--memory-fraction", type=float, default=0.0, help="of a GPU for each (default: its own)"
+        "--memory-fraction",
+        type=_fraction,
+        default=0.0,
+        help="of a GPU for each (default: its own)",
     )
     parser.add_argument(JSON, action="store_true", help="print the scores as JSON")
     return parser
 
 
+def _temperature(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def _fraction(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+        raise ValueError
     return int(text)

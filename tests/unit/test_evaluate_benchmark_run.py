@@ -169,6 +169,10 @@ def test_what_cannot_run_is_refused_before_anything_is_asked(
             (command("http://127.0.0.1:1/v1", data, tmp_path / "run"), 2, "no engine answers at"),
             (command("models/base", data, tmp_path / "run"), 2, "models/base does not exist"),
             (["eval", server.url, "--benchmarks", "aime24"], 2, "needs --data"),
+            ([*base, "--top-p", "1.5"], 2, "--top-p"),
+            ([*base, "--temperature", "nan"], 2, "--temperature"),
+            ([*base, "--parallel", "0"], 2, "--parallel"),
+            ([*base, "--samples", "-1"], 2, "--samples"),
         ):  # fmt: skip
             assert main(words) == code, words
             error = capsys.readouterr().err
