@@ -108,6 +108,13 @@ def _parser() -> Parser:
         metavar="N",
         help="requests at one time (default 64)",
     )
+    _add_engine_options(parser)
+    parser.add_argument(JSON, action="store_true", help="print the scores as JSON")
+    return parser
+
+
+def _add_engine_options(parser: Parser) -> None:
+    """Those of a MODEL."""
     parser.add_argument(
         "--engine", choices=("native", "sglang", "vllm"), default="native", help="of a MODEL"
     )
@@ -125,8 +132,6 @@ def _parser() -> Parser:
         default=0.0,
         help="of a GPU for each (default: its own)",
     )
-    parser.add_argument(JSON, action="store_true", help="print the scores as JSON")
-    return parser
 
 
 def _temperature(text: str) -> float:
