@@ -153,10 +153,13 @@ class FakeServer:
             return self.stop()
         if fault == "slow":
             time.sleep(0.3)
-        data = json.dumps(self._generation(body, fault)).encode()
+        data = self.encode_answer(body, fault)
         return handler.send(200, data, cut=len(data) // 2 if fault == "cut" else 0)
 
-    def _generation(self, body: Any, fault: str) -> Any:
+    def encode_answer(self, body: Any, fault: str) -> bytes:
+        return json.dumps(self.answer_request(body, fault)).encode()
+
+    def answer_request(self, body: Any, fault: str) -> Any:
         token_ids, logprobs = scripted_response(*self.read_request(body))
         if fault == "fewer_logprobs":
             logprobs = logprobs[:-1]

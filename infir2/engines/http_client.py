@@ -4,10 +4,12 @@ A redirect would carry the key to another server, and a proxy would read it, so 
 An answer is bounded in bytes; the caller limits the time.
 """
 
+import contextlib
 import ipaddress
 import json
 import ssl
 import urllib.parse
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
@@ -78,23 +80,52 @@ class HttpClient:
         while self._idle:
             await self._idle.pop().aclose()
 
+    async def events(self, route: str, body: Any) -> AsyncIterator[Any]:
+        """The JSON of each server-sent event, until `[DONE]`, in answer to a JSON body.
+
+        Raises as `post`. MAX_ANSWER_BYTES bounds one event.
+        """
+        async with self._stream("POST", route, body) as response:
+            label = f"{self.url}{route}"
+            if response.status_code != 200:
+                _decode(response.status_code, await self._read(response, label), label, True)
+            pending, is_done = bytearray(), False
+            async for part in response.aiter_bytes():
+                pending += part
+                *lines, rest = pending.split(b"\n")
+                pending = bytearray(rest)
+                for line in lines:
+                    data = line.removeprefix(b"data:").strip()
+                    is_done |= data == b"[DONE]"
+                    if data and not is_done:  # reading to the end keeps the connection
+                        yield _decode(200, bytes(data), label, False)
+                if len(pending) > MAX_ANSWER_BYTES:
+                    raise BadAnswerError("cut", f"{label}: more than {MAX_ANSWER_BYTES:,} bytes")
+
     async def _call(self, method: str, route: str, body: Any) -> Any:
+        label = f"{self.url}{route}"
+        async with self._stream(method, route, body) as response:
+            data = await self._read(response, label)
+        # SGLang's /flush_cache answers a sentence without any content type.
+        is_text = "json" not in response.headers.get("content-type", "")
+        return _decode(response.status_code, data, label, is_text)
+
+    @contextlib.asynccontextmanager
+    async def _stream(self, method: str, route: str, body: Any) -> AsyncIterator[httpx2.Response]:
+        """An answer whose body is still to be read; errors of the connection are ours."""
         label = f"{self.url}{route}"
         content = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if content is not None else {}
         client = self._idle.pop() if self._idle else self._open()
         try:
             async with client.stream(method, route, content=content, headers=headers) as response:
-                data = await self._read(response, label)
+                yield response
         except (httpx2.RemoteProtocolError, httpx2.DecodingError) as error:
             raise BadAnswerError("cut", f"{label}: {first_line(error)}") from error
         except httpx2.TransportError as error:
             raise EngineGoneError(f"{label}: {first_line(error)}") from error
         finally:
             self._idle.append(client)
-        # SGLang's /flush_cache answers a sentence without any content type.
-        is_text = "json" not in response.headers.get("content-type", "")
-        return _decode(response.status_code, data, label, is_text)
 
     def _open(self) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(

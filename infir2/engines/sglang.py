@@ -27,6 +27,7 @@ from infir2.engines.remote import (
     reading_answer,
 )
 from infir2.engines.server_process import Place, ServerCommand, write_private
+from infir2.engines.sglang_batches import SglangBatches
 from infir2.engines.sglang_checksum import differing
 from infir2.engines.types import Completion, Request
 from infir2.errors import ConfigError
@@ -50,6 +51,7 @@ class SglangClient:
     def __init__(self, url: str, api_key: str) -> None:
         self._http = HttpClient(url, api_key)
         self.url = self._http.url
+        self._batches = SglangBatches(self._http)
         self._server_ids: dict[str, str] = {}  # of the requests in flight, by our id
 
     async def info(self) -> ServerInfo:
@@ -64,6 +66,11 @@ class SglangClient:
                 max_positions=int(answer["max_req_input_len"]) + RESERVED_TOKENS,
                 max_running_requests=running or answer.get("max_running_requests"),
             )
+        if answer.get("incremental_streaming_output"):
+            raise ConfigError(
+                f"{self.url}: its streams have parts of a response; start SGLang without "
+                "--incremental-streaming-output."
+            )
         await self._check_routes(release)
         await self._check_temperature()
         return info
@@ -77,14 +84,9 @@ class SglangClient:
         # An aborted request keeps its id for seconds: each attempt has one of its own.
         server_id = f"{request.id}#{secrets.token_hex(4)}"
         self._server_ids[request.id] = server_id
-        body = {
-            "rid": server_id,
-            "input_ids": list(request.token_ids),
-            "sampling_params": _sampling_params(request),
-            "return_logprob": True,
-        }
+        params = _sampling_params(request)
         try:
-            answer = await self._http.post("/generate", body)
+            answer = await self._batches.generate(server_id, list(request.token_ids), params)
         except EngineError:
             del self._server_ids[request.id]
             raise
@@ -142,6 +144,7 @@ class SglangClient:
 
     async def close(self) -> None:
         """As `EngineClient`."""
+        await self._batches.close()
         await self._http.close()
 
     async def _check_probe(self, probe: WeightProbe) -> None:

@@ -64,6 +64,22 @@ class FakeSglang(FakeServer):
         meta |= {"cached_tokens": self.cached_tokens, "input_token_logprobs": prompt}
         return {"output_ids": token_ids, "meta_info": meta | {"output_token_logprobs": pairs}}
 
+    def encode_answer(self, body: Any, fault: str) -> bytes:
+        """A batch is a stream: of each request its first token, then, in reverse order, its end."""
+        if not body.get("stream"):
+            return super().encode_answer(body, fault)
+        names = ("rid", "input_ids", "sampling_params")
+        events = []
+        for values in zip(*(body[name] for name in names), strict=True):
+            one = dict(zip(names, values, strict=True))
+            answer = self.answer_request(one, fault)
+            answer["meta_info"]["id"] = one["rid"]
+            first = {"output_ids": answer["output_ids"][:1]}
+            first["meta_info"] = answer["meta_info"] | {"finish_reason": None}
+            events = [first, *events, answer]
+        text = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+        return f"{text}data: [DONE]\n\n".encode()
+
     def call(self, route: str, body: Any) -> Any:
         if route == "/openapi.json":
             return {"paths": {path: {} for path in self.paths}}
@@ -110,13 +126,30 @@ def test_a_request_names_everything_that_changes_the_distribution() -> None:
     assert completion.token_ids == scripted_response([3, 5, 8], 5, [96])[0]
     assert completion.rollout_logprobs.tolist() == scripted_response([3, 5, 8], 5, [96])[1]
     body = server.calls[-1][1]
-    assert body["rid"].startswith("0/p/1#")
+    assert body["rid"][0].startswith("0/p/1#")
     assert body["return_logprob"] is True
-    assert body["sampling_params"] == {
+    assert body["sampling_params"][0] | {"stream_interval": 0} == {
         **{"temperature": 0.7, "top_p": 0.9, "top_k": -1, "min_p": 0.0, "max_new_tokens": 5},
         **{"stop_token_ids": [96], "frequency_penalty": 0.0, "presence_penalty": 0.0},
-        **{"repetition_penalty": 1.0, "ignore_eos": False},
+        **{"repetition_penalty": 1.0, "ignore_eos": False, "stream_interval": 0},
     }
+
+
+@pytest.mark.parametrize("faults", [[], ["500"]])
+def test_requests_that_come_together_share_a_connection(faults: list[str]) -> None:
+    """A batch that is refused is sent one by one: only the request to blame fails."""
+    requests = [Request(f"r{n}", [n, 7], PARAMS, key=n) for n in range(40)]
+
+    async def all_of(client: SglangClient) -> list[Completion]:
+        return await asyncio.gather(*(client.generate(each, 0) for each in requests))
+
+    with FakeSglang(faults) as server:
+        completions = ask(server, all_of)
+        calls = len(server.calls)
+    assert [each.id for each in completions] == [each.id for each in requests]
+    for request, completion in zip(requests, completions, strict=True):
+        assert completion.token_ids == scripted_response(list(request.token_ids), 5, [96])[0]
+    assert calls in ([2] if not faults else [2 + 32, 2 + 8])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +186,7 @@ def test_cancel_ends_the_request_under_the_id_that_the_server_knows() -> None:
 
     with FakeSglang(["hang"]) as server:
         ask(server, start_and_cancel)
-    started = server.calls[0][1]["rid"]
+    started = server.calls[0][1]["rid"][0]
     assert [body for route, body in server.calls if route == "/abort_request"] == [{"rid": started}]
 
 
