@@ -88,9 +88,9 @@ class SglangClient:
         try:
             answer = await self._batches.generate(server_id, list(request.token_ids), params)
         except EngineError:
-            del self._server_ids[request.id]
+            self._server_ids.pop(request.id, None)
             raise
-        del self._server_ids[request.id]  # after a cancellation `cancel` needs it
+        self._server_ids.pop(request.id, None)  # after a cancellation `cancel` needs it
         with reading_answer(self.url):
             meta, token_ids = answer["meta_info"], [int(token) for token in answer["output_ids"]]
             pairs = [(entry[0], entry[1]) for entry in meta["output_token_logprobs"]]
