@@ -62,6 +62,9 @@ class ScriptedScheduler:
         kind = type(message).__name__
         if kind == "TokenizedGenerateReqInput":
             self._running[message.rid] = message, time.monotonic()
+        elif kind == "BatchTokenizedGenerateReqInput":
+            for request in message:
+                self._handle(request)
         elif kind == "AbortReq":
             for rid in [r for r in self._running if message.abort_all or r.startswith(message.rid)]:
                 request = self._running.pop(rid)[0]
