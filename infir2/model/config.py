@@ -318,8 +318,10 @@ def _rope_of(raw: Mapping[str, Any], key: str) -> tuple[float, dict[str, float] 
         return theta, None
     if kind != "llama3":
         raise CheckpointError(
-            f"config.json: {key}.rope_type = {_shown(kind)} is not supported; "
-            "use 'default' or 'llama3'"
+            f"config.json: {key}.rope_type = {_shown(kind)} is not supported, only 'default' and "
+            "'llama3' are. If it only lengthens the context of a model trained without it, "
+            f"as YaRN does for Qwen, remove {key} and set max_position_embeddings to the positions "
+            "of that training"
         )
     return theta, {name: _number(scaling, name, where=f"{key}.") for name in _LLAMA3_KEYS}
 

@@ -99,7 +99,10 @@ def test_a_config_survives_writing_and_reading(architecture: str) -> None:
         ({"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type = 'linear' is not supported.*remove rope_scaling and set",
+        ),
         (
             {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e6}},
             "rope_parameters.rope_type = 'longrope'",
