@@ -101,7 +101,12 @@ def _cpu_activations(recipe: TrainRecipe, model: ModelFacts) -> int:
 
 def _engine_weights(recipe: TrainRecipe, model: ModelFacts) -> dict[str, int]:
     """RL only: the native engine's weights, in this process."""
-    return {"engine": 2 * model.num_parameters} if isinstance(recipe, RlRecipe) else {}
+    return {"engine": 2 * model.num_parameters} if _generates_here(recipe) else {}
+
+
+def _generates_here(recipe: TrainRecipe) -> bool:
+    """Whether the engine is in this process; a server has memory of its own."""
+    return isinstance(recipe, RlRecipe) and recipe.rollout.engine == "native"
 
 
 def _cache_part(recipe: TrainRecipe, model: ModelFacts, free: int) -> dict[str, int]:
@@ -109,7 +114,7 @@ def _cache_part(recipe: TrainRecipe, model: ModelFacts, free: int) -> dict[str, 
 
     Raises ConfigError if not even one sequence fits.
     """
-    if not isinstance(recipe, RlRecipe):
+    if not isinstance(recipe, RlRecipe) or not _generates_here(recipe):
         return {}
     dtype = torch.float32 if recipe.model.compute_dtype == "float32" else torch.bfloat16
     tokens = recipe.rl.max_prompt_tokens + recipe.rl.max_response_tokens

@@ -367,6 +367,8 @@ def test_the_kv_cache_takes_what_the_requests_need_and_at_most_its_bound(
     code, lines = check(capsys, *words, "--rollout.cache_gib=0.00001")
     assert code != 0
     assert "one sequence of 256 tokens needs" in lines["memory"]
+    _, lines = check(capsys, *words, "--rollout.cache_gib=0.00001", "--rollout.engine=infir2")
+    assert "KV cache" not in lines["memory"], "a server has memory of its own"
 
 
 def test_gpu_memory_has_one_name_for_gradients(recipe: Path) -> None:
