@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ask, running
+from real_servers import ask, running
 from safetensors.torch import load_file, save_file
 from stages import begin, guessing, lines, options
 
