@@ -150,7 +150,10 @@ def response(prompt: list[int], params: Any) -> list[int]:
 def load(directory: Path) -> torch.nn.Module:
     """The weights with SGLang's names: q, k, v and gate, up are one parameter each."""
     parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"{directory} has no weights")
+    for path in paths:
         for name, tensor in load_file(path).items():
             *prefix, layer, leaf = name.split(".")
             place = ORDER.index(layer) if layer in ORDER else 0
