@@ -22,6 +22,11 @@ class Status(Exception):
     """Answer with this status."""
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # with the usual 5 the kernel breaks connections that come together
+
+
 class FakeServer:
     """Answers on a free port of 127.0.0.1 until `stop`. A response depends on its prompt only.
 
@@ -43,8 +48,7 @@ class FakeServer:
         self.hold.set()
         self._connections: set[socket.socket] = set()
         self._stopped = threading.Event()
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", port), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
