@@ -110,13 +110,14 @@ def import_(arguments: Sequence[str]) -> None:
     with _explained("", source):
         if options.kind == "megatron":
             source = find_iteration(source)
-        converters: dict[str, Callable[..., object]] = {
-            "hf": import_hf, "fp8": import_fp8, "megatron": partial(import_megatron, like=like)
-        }  # fmt: skip
-        convert = converters[options.kind]
+        converters: dict[str, Callable[[], object]] = {
+            "hf": lambda: import_hf(source, options.to),
+            "fp8": lambda: import_fp8(source, options.to),
+            "megatron": lambda: import_megatron(source, options.to, like),
+        }
         made_by = {"command": "import", "kind": options.kind, "source": fingerprint(source)}
         made_by |= {"like": fingerprint(like)} if like else {}
-        write_once(options.to, made_by, lambda: convert(source, options.to), str(source))
+        write_once(options.to, made_by, converters[options.kind], str(source))
 
 
 def _import_parser() -> Parser:
