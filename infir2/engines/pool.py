@@ -236,7 +236,8 @@ class _Dispatcher:
     def retry(self, request: Request, member: PoolMember, error: EngineError) -> None:
         self.count(f"retries_{error.reason}")
         failed_at = self._failed_at.setdefault(request.id, [])
-        failed_at.append(member)
+        if error.reason != "gone":  # the request has no part in that; restarts are bounded
+            failed_at.append(member)
         if len(failed_at) >= self.limits.max_attempts:
             self._fail(
                 RankError(
