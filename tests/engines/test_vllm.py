@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ import pytest
 import torch
 from real_servers import ask, running
 from safetensors.torch import load_file, save_file
-from stages import begin, guessing, lines, options
+from stages import begin, gone, guessing, lines, options
 
 from infir2.config.schema import RolloutSection
 from infir2.convert import import_hf
 from infir2.engines.http_client import HttpClient
+from infir2.engines.process_guard import descendants
 from infir2.engines.remote import (
     BadAnswerError,
     EngineError,
@@ -345,7 +345,8 @@ def test_rl_through_vllm_survives_kill_9(
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    kill_servers(str(start / "hf"))
+    started = descendants(process.pid)  # the guard, the server, and what the server started
+    os.kill(server_of(started), signal.SIGKILL)
     _, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     steps = lines(run_dir, "train")
@@ -354,23 +355,13 @@ def test_rl_through_vllm_survives_kill_9(
     compared = [step for step in steps if "mismatch_kl" in step]
     assert len(compared) > 10
     assert max(step["mismatch_kl"] for step in compared) < 1e-3
-    assert not servers(str(start / "hf"))
+    assert gone(started)
 
 
-def servers(model: str) -> list[int]:
-    """Processes of vLLM's server with this model."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            words = path.read_bytes().decode(errors="replace").split("\0")
-            if "vllm.entrypoints.openai.api_server" in words and model in words:
-                found.append(int(path.parent.name))
-    return found
-
-
-def kill_servers(model: str) -> None:
-    found = servers(model)
-    assert found
-    for pid in found:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+def server_of(pids: list[int]) -> int:
+    """The process of vLLM's HTTP server, whose command line its guard has too."""
+    for pid in pids:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        if "vllm.entrypoints.openai.api_server" in words and "process_guard" not in words:
+            return pid
+    raise AssertionError("no server runs")
