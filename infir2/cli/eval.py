@@ -6,13 +6,14 @@ from pathlib import Path
 from infir2.cli.arguments import JSON, Parser, load_recipe, recipe_help, split_json, wants_help
 from infir2.cli.benchmarks import run_benchmarks
 from infir2.config.schema import EvalRecipe
+from infir2.errors import ConfigError
 from infir2.terminal import print_json, print_result
 
 _DESCRIPTION = """\
 Samples answers to held-out problems and reports avg@k, pass@k and majority@k with intervals. The
 same command, run again, continues an interrupted evaluation.
 
-infir2 eval URL --benchmarks NAMES --data DIR --run.dir DIR: evalscope's benchmarks against servers;
+infir2 eval MODEL|URL --benchmarks NAMES --data DIR --run.dir DIR: evalscope's benchmarks;
 infir2 eval compare A B: the difference of two evaluations;
 infir2 eval contamination --train SOURCE... --data DIR: looks for questions in training data.
 Each of them has a --help of its own."""
@@ -27,6 +28,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     if wants_help(arguments):
         print_result(recipe_help(EvalRecipe, "eval", _DESCRIPTION))
         return
+    _check_target(arguments)
     as_json, arguments = split_json(arguments)
     loaded = load_recipe(EvalRecipe, arguments, "eval")
     from infir2.evaluate.output import scores_as_json
@@ -35,6 +37,16 @@ def evaluate(arguments: Sequence[str]) -> None:
     scores = run_evaluation(loaded)
     if as_json:
         print_json(scores_as_json(scores))
+
+
+def _check_target(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for a model or URL, which benchmarks are for."""
+    first = arguments[0] if arguments else ""
+    if first.startswith(("http://", "https://")) or Path(first, "config.json").is_file():
+        raise ConfigError(
+            f"{first}: is no recipe; infir2 eval {first} --benchmarks NAMES --data DIR runs "
+            "benchmarks, infir2 eval RECIPE.toml --model.path=DIR your own problems."
+        )
 
 
 def _compare(arguments: Sequence[str]) -> None:

@@ -78,6 +78,8 @@ MISTAKES = [
     ("eval {demo}/eval.toml --run.dir=e --model.path=Qwen/Q", 2, "hf download Qwen/Q --local-dir"),
     ("eval {demo}/eval.toml --run.dir=e --model.path=empty", 2, "is not a run directory and has"),
     ("eval run --run.dir=e", 2, "run: this is a directory; name a recipe, a .toml file (a model"),
+    ("eval hf --run.dir=e", 2, "hf: is no recipe; infir2 eval hf --benchmarks NAMES --data DIR"),
+    ("eval http://127.0.0.1:1/v1", 2, "is no recipe; infir2 eval http://127.0.0.1:1/v1 --bench"),
     ("eval {demo}/eval.toml --accept-changes", 2, "--accept-changes is not an option of infir2 ev"),
     # conversions
     ("export HF run --to o", 2, "did you mean hf?"),
