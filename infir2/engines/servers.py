@@ -1,6 +1,7 @@
 """The servers of `[rollout]` as one pool: what each kind is, and what it must be to be used."""
 
 import os
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from infir2.config.schema import RlRecipe, RolloutSection
-from infir2.engines.http_client import check_url
+from infir2.engines.http_client import check_url, is_loopback
 from infir2.engines.infir2_server import Infir2Client, infir2_command
 from infir2.engines.pool import EnginePool
 from infir2.engines.pool_member import PoolLimits
@@ -28,8 +29,10 @@ from infir2.engines.vllm import VllmClient
 from infir2.engines.vllm_command import vllm_command
 from infir2.engines.weight_directory import WeightDirectory
 from infir2.errors import ConfigError
+from infir2.files import disk_errors
 from infir2.model.safetensors_io import read_json
 from infir2.parallel.ranks import Ranks
+from infir2.terminal import log
 
 QUEUE_FACTOR = 1.25  # requests at a server per request that it runs, so that no free slot waits
 TIMEOUT_FRACTION = 0.8  # of the time after which the other ranks give up
@@ -78,11 +81,25 @@ def open_pool(recipe: RlRecipe, ranks: Ranks, run_dir: Path) -> EnginePool:
         if not ranks.is_rank0:
             return [], None
         _check_scale_format(recipe)
-        directory = WeightDirectory(Path(rollout.model), run_dir / "weights")
-        return _hosts(recipe, run_dir / "engines"), directory
+        return _hosts(recipe, run_dir / "engines"), weight_directory(rollout, run_dir / "weights")
 
     hosts, directory = ranks.raise_together(open_on_rank0)
     return EnginePool(hosts, limits, directory, ranks)
+
+
+def weight_directory(rollout: RolloutSection, fallback: Path) -> WeightDirectory:
+    """In shared memory, or in `fallback` if a server runs elsewhere: that may be a shared disk."""
+    hosts = [urllib.parse.urlsplit(url).hostname or "" for url in rollout.urls]
+    if all(map(is_loopback, hosts)):
+        return WeightDirectory(Path(rollout.model), fallback)
+    log(
+        f"the servers read the weights from {fallback.resolve()}: on other machines they must see "
+        "it under this path",
+        "rl",
+    )
+    with disk_errors(f"{fallback}: cannot hold the published weights"):
+        fallback.mkdir(parents=True, exist_ok=True)
+    return WeightDirectory(Path(rollout.model), fallback, shared_memory=fallback)
 
 
 def _hosts(recipe: RlRecipe, directory: Path) -> list[EngineHost]:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from infir2.config.schema import RlRecipe
 from infir2.engines.remote import ServerInfo
-from infir2.engines.servers import check_info, gpus_of
+from infir2.engines.servers import check_info, gpus_of, weight_directory
 from infir2.errors import ConfigError
 
 CONFIG = {
@@ -56,6 +57,22 @@ def test_a_server_of_another_model(tmp_path: Path, change: dict[str, Any], probl
         check_info("engine 1", ServerInfo("r", model=str(theirs)), recipe(tmp_path / "ours"))
     (theirs / "config.json").write_text(json.dumps(CONFIG))
     check_info("engine 1", ServerInfo("r", model=str(theirs)), recipe(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize(
+    ("url", "is_elsewhere"), [("http://127.0.0.1:1", False), ("http://10.0.0.7:1", True)]
+)
+def test_a_server_on_another_machine_gets_the_weights_in_the_run_directory(
+    tmp_path: Path, url: str, is_elsewhere: bool
+) -> None:
+    """Shared memory is this machine's; run.dir may be on a disk that both see."""
+    ours, run = tmp_path / "ours", tmp_path / "run"
+    rollout = recipe(ours, urls=(url,), python="").rollout
+    save_file({"w": torch.ones(1)}, ours / "model.safetensors")
+    weights = weight_directory(rollout, run / "weights")
+    published = weights.publish([("w", torch.ones(1))], 1)
+    assert published.directory.is_relative_to(run / "weights") == is_elsewhere
+    weights.close()
 
 
 def test_gpus_are_those_that_the_ranks_leave_free(monkeypatch: pytest.MonkeyPatch) -> None:
