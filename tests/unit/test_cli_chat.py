@@ -16,6 +16,7 @@ from own_server import KEY, OwnServer, write_model
 
 from infir2.cli import main
 from infir2.engines.probe import KEY_VARIABLE
+from infir2.engines.types import Completion
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +122,15 @@ def test_a_server_of_its_own(model: Path, tmp_path: Path) -> None:
     assert "the server did not start" in refusal
 
 
-def test_ctrl_c_on_a_terminal(server: OwnServer, url: str) -> None:
+def test_ctrl_c_on_a_terminal(server: OwnServer, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first stops the response, and the server; the second ends the chat."""
+    step = server.engine.step
+
+    def slow_step() -> list[Completion]:
+        time.sleep(0.1)  # or the response is over before the chat hears of Ctrl-C
+        return step()
+
+    monkeypatch.setattr(server.engine, "step", slow_step)
     command = [sys.executable, "-m", "infir2", "chat", "--url", url, "--seed=3"]
     pid, terminal = pty.fork()
     if not pid:

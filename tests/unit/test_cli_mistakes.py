@@ -225,7 +225,7 @@ def test_a_repeated_import_says_that_it_is_done(
 def test_a_report_prints_its_stages_as_json(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluation = {"kind": "evaluation", "step": 1, "avg_at_k": 0.5, "interval": None, "k": 4}
+    evaluation = {"kind": "evaluation", "step": 1, "avg_at_k": 0.5, "low": 0.4, "high": None}
     (tmp_path / "eval-x").mkdir()
     (tmp_path / "eval-x" / "metrics.jsonl").write_text(json.dumps(evaluation) + "\n")
     page = tmp_path / "page.html"
@@ -234,7 +234,7 @@ def test_a_report_prints_its_stages_as_json(
     result = json.loads(capsys.readouterr().out)
     assert result["report"] == str(page)
     (stage,) = result["stages"]
-    assert (stage["stage"], stage["avg_at_k"], stage["interval"]) == ("x", 0.5, None)
+    assert [stage[name] for name in ("stage", "avg_at_k", "low", "high")] == ["x", 0.5, 0.4, None]
 
 
 def test_a_finished_run_says_that_it_is_finished(
