@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -134,6 +135,7 @@ def test_ctrl_c_on_a_terminal(server: OwnServer, url: str, monkeypatch: pytest.M
     command = [sys.executable, "-m", "infir2", "chat", "--url", url, "--seed=3"]
     pid, terminal = pty.fork()
     if not pid:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
         os.execv(sys.executable, command)
     shown = read_until(terminal, "> ")
     os.write(terminal, b"Compute 2 + 3\n")
