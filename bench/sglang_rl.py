@@ -29,7 +29,8 @@ SHAPE = {"hidden_size": 512, "num_layers": 12, "num_heads": 8, "num_kv_heads": 2
 WATCHED = (
     *("reward", "accuracy", "mismatch_kl", "mismatch_mean", "publish_seconds", "publish_bytes"),
     *("publish_write_seconds", "engine_restarts", "engines_serving", "tokens_per_second"),
-    *("seconds", "rollout_seconds"),
+    *("seconds", "generate_seconds", "verify_seconds", "logprobs_seconds", "update_seconds"),
+    "wait_seconds",
 )
 
 

@@ -4,6 +4,7 @@
 `generate_route`, `read_request`, `format_answer` and `call`.
 """
 
+import asyncio
 import contextlib
 import http.server
 import json
@@ -12,10 +13,18 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 FAULTS = ("500", "hang", "cut", "fewer_logprobs", "not_finite", "old_version", "die", "slow")
+
+BAD_ANSWERS = (  # a fault, and the reason of the EngineError that it becomes
+    ("500", "status"),
+    ("cut", "cut"),
+    ("fewer_logprobs", "logprobs"),
+    ("not_finite", "not_finite"),
+    ("old_version", "version"),
+)
 
 
 class Status(Exception):
@@ -181,6 +190,23 @@ def scripted_response(
     while len(token_ids) < max_tokens and not (token_ids and token_ids[-1] in stop_ids):
         token_ids.append((sum(prompt) * 31 + 7 * len(token_ids)) % 97)
     return token_ids, [-0.25 - token / 128 for token in token_ids]
+
+
+def ask(
+    open_client: Callable[[str, str], Any],
+    server: FakeServer,
+    do: Callable[[Any], Coroutine[Any, Any, Any]],
+) -> Any:
+    """What `do` returns of a client of the server, which is then closed."""
+
+    async def run() -> Any:
+        client = open_client(server.url, server.api_key)
+        try:
+            return await do(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(asyncio.wait_for(run(), 20))
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """Clients of servers: what is an answer, what is none, and where a key may go."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import engine_servers
 import numpy as np
 import pytest
 import torch
@@ -28,15 +29,7 @@ PARAMS = SamplingParams(temperature=1.0, max_tokens=5, stop_ids=(96,))
 REQUEST = Request("0/p/1", [3, 5, 8], PARAMS, key=2**63 + 1)
 
 
-def ask(server: FakeServer, do: Callable[[Infir2Client], Coroutine[Any, Any, Any]]) -> Any:
-    async def run() -> Any:
-        client = Infir2Client(server.url, server.api_key)
-        try:
-            return await do(client)
-        finally:
-            await client.close()
-
-    return asyncio.run(asyncio.wait_for(run(), 20))
+ask = partial(engine_servers.ask, Infir2Client)
 
 
 def generate(server: FakeServer, policy_version: int = 0) -> Completion:
@@ -60,11 +53,7 @@ def test_a_request_arrives_whole_and_its_completion_comes_back() -> None:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("500", "status"),
-        ("cut", "cut"),
-        ("fewer_logprobs", "logprobs"),
-        ("not_finite", "not_finite"),
-        ("old_version", "version"),
+        *engine_servers.BAD_ANSWERS,
         ("die", "cut"),
     ],
 )

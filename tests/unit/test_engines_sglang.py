@@ -2,12 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import engine_servers
 import numpy as np
 import pytest
 import torch
@@ -104,15 +105,7 @@ class FakeSglang(FakeServer):
         raise Status(404)
 
 
-def ask(server: FakeServer, do: Callable[[SglangClient], Coroutine[Any, Any, Any]]) -> Any:
-    async def run() -> Any:
-        client = SglangClient(server.url, server.api_key)
-        try:
-            return await do(client)
-        finally:
-            await client.close()
-
-    return asyncio.run(asyncio.wait_for(run(), 20))
+ask = partial(engine_servers.ask, SglangClient)
 
 
 def generate(server: FakeServer, policy_version: int = 0) -> Completion:
@@ -154,13 +147,7 @@ def test_requests_that_come_together_share_a_connection(faults: list[str]) -> No
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [
-        ("500", "status"),
-        ("cut", "cut"),
-        ("fewer_logprobs", "logprobs"),
-        ("not_finite", "not_finite"),
-        ("old_version", "version"),
-    ],
+    engine_servers.BAD_ANSWERS,
 )
 def test_bad_answers(fault: str, reason: str) -> None:
     with FakeSglang([fault]) as server, pytest.raises(EngineError) as caught:

@@ -2,10 +2,12 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import engine_servers
 import numpy as np
 import pytest
 import torch
@@ -139,15 +141,7 @@ def sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(rows.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def ask(server: FakeServer, do: Callable[[VllmClient], Coroutine[Any, Any, Any]]) -> Any:
-    async def run() -> Any:
-        client = VllmClient(server.url, server.api_key)
-        try:
-            return await do(client)
-        finally:
-            await client.close()
-
-    return asyncio.run(asyncio.wait_for(run(), 20))
+ask = partial(engine_servers.ask, VllmClient)
 
 
 def generate(server: FakeServer, request: Request = REQUEST) -> Completion:
@@ -174,11 +168,7 @@ def test_a_request_arrives_whole_and_its_completion_comes_back() -> None:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("500", "status"),
-        ("cut", "cut"),
-        ("fewer_logprobs", "logprobs"),
-        ("not_finite", "not_finite"),
-        ("old_version", "version"),
+        *engine_servers.BAD_ANSWERS,
         ("die", "cut"),
     ],
 )

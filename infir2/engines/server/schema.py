@@ -1,5 +1,6 @@
 """Bodies of requests to OpenAI's API: what is supported, and what may be there without effect."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -61,7 +62,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Body(BaseModel):
+class _Body(BaseModel, ABC):
     """Fields that both routes have; absent and null mean the same."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
@@ -84,13 +85,14 @@ class _Body(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    @abstractmethod
     def wants_logprobs(self) -> bool:
-        raise NotImplementedError
+        """Whether to report log-probabilities."""
 
     @property
+    @abstractmethod
     def num_top(self) -> int:
         """Most likely tokens to report at each position."""
-        raise NotImplementedError
 
     @property
     def most_tokens(self) -> int | None:
