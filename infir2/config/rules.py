@@ -267,6 +267,11 @@ def _rollout(rollout: RolloutSection) -> list[Rule]:
             "(rollout.cache_gib bounds its cache).",
         ),
         (
+            rollout.weight_transfer == "nccl" and engine != "sglang",
+            "rollout.weight_transfer",
+            f"= nccl is for rollout.engine = sglang, and rollout.engine is {engine}; remove it.",
+        ),
+        (
             engine in ("sglang", "vllm") and not rollout.urls and not rollout.python,
             "rollout.python",
             f"is missing; name the Python interpreter of the environment that has {engine}, whose "

@@ -301,6 +301,11 @@ class RolloutSection(Section):
     kv_cache_dtype: Literal["auto", "fp8_e4m3"] = Field(
         "auto", description="dtype of the servers' KV cache; auto is that of the activations"
     )
+    weight_transfer: Literal["directory", "nccl"] = Field(
+        "directory",
+        description="how servers get new weights. directory: files in shared memory; nccl: "
+        "broadcast from the trainer's GPU to servers on other GPUs (SGLang)",
+    )
     max_restarts: int = Field(
         3, ge=0, description="how often a server that died or hangs is started again"
     )

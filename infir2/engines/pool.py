@@ -17,9 +17,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from infir2.engines.pool_member import PoolLimits, PoolMember
-from infir2.engines.remote import EngineError, EngineHost, PublishedWeights, WeightProbe
+from infir2.engines.remote import (
+    EngineError,
+    EngineHost,
+    PublishedWeights,
+    WeightProbe,
+    WeightPublisher,
+)
 from infir2.engines.types import Completion, Request, check_request
-from infir2.engines.weight_directory import WeightDirectory
 from infir2.errors import RankError, first_line
 from infir2.parallel.ranks import Ranks
 
@@ -40,16 +45,16 @@ class EnginePool:
         self,
         hosts: Sequence[EngineHost],
         limits: PoolLimits,
-        directory: WeightDirectory | None,
+        publisher: WeightPublisher | None,
         ranks: Ranks,
     ) -> None:
         """Start the engines; they serve after the first `update_weights`.
 
-        `hosts` is empty and `directory` None on every rank but 0.
+        `hosts` is empty and `publisher` None on every rank but 0.
         """
         self.policy_version, self.shared_by_ranks = 0, True
         self.probe: WeightProbe | None = None
-        self._ranks, self._directory = ranks, directory
+        self._ranks, self._publisher = ranks, publisher
         self._unfinished_ids: set[str] = set()
         self._finished: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
         self._publish_metrics: dict[str, float] = {}
@@ -99,7 +104,7 @@ class EnginePool:
             self._wait(self._working().cancel(canceled))
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
-        """As `WeightSink`: write them, let every engine load and prove them.
+        """As `WeightSink`: keep them, let every engine load and prove them.
 
         Engines that are being started again get them later. Raises RankError, CheckFailedError.
         """
@@ -108,9 +113,9 @@ class EnginePool:
 
         def write() -> PublishedWeights | None:
             try:
-                if self._directory is None:
+                if self._publisher is None:
                     return None
-                return replace(self._directory.publish(stream, policy_version), probe=self.probe)
+                return replace(self._publisher.publish(stream, policy_version), probe=self.probe)
             finally:
                 for _ in stream:  # the ranks gather every weight together
                     pass
@@ -120,11 +125,10 @@ class EnginePool:
         written = time.monotonic()
         self._ranks.broadcast_from_rank0(lambda: self._sync(published))
         self.policy_version = policy_version
-        self._publish_metrics = {
-            "publish_write_seconds": written - begun,
-            "publish_load_seconds": time.monotonic() - written,
-            "publish_bytes": float(published.num_bytes if published else 0),
-        }
+        if published is not None:
+            parts = {"write": written - begun} | published.seconds
+            self._publish_metrics = {f"publish_{part}_seconds": parts[part] for part in parts}
+            self._publish_metrics["publish_bytes"] = float(published.num_bytes)
 
     def metrics(self) -> dict[str, float]:
         """What has happened since the last call, and the newest publish; {} but on rank 0."""
@@ -137,14 +141,14 @@ class EnginePool:
         if self._dispatcher is not None:
             self._wait(self._dispatcher.close())
             self._loop.call_soon_threadsafe(self._loop.stop)
-        if self._directory is not None:
-            self._directory.close()
+        if self._publisher is not None:
+            self._publisher.close()
 
     def _sync(self, published: PublishedWeights | None) -> None:
         assert published is not None
-        assert self._directory is not None
+        assert self._publisher is not None
         self._wait(self._working().sync(published))
-        self._directory.remove_before(published)
+        self._publisher.remove_before(published)
 
     def _working(self) -> "_Dispatcher":
         assert self._dispatcher is not None, "only rank 0 has engines"

@@ -162,10 +162,14 @@ class PoolMember:
         seconds = self._pool.limits.start_seconds
         self._enter("draining")
         for is_last in (False, True):
+            begun = time.monotonic()
             await within(seconds, client.update_weights(weights))
+            weights.took("load", time.monotonic() - begun)
             self._enter("synced")
             try:
+                begun = time.monotonic()
                 await within(seconds, client.prove_weights(weights))
+                weights.took("proof", time.monotonic() - begun)
                 break
             except WeightsDifferError as error:
                 self._pool.count("weights_sent_again")

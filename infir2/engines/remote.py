@@ -6,15 +6,17 @@ same one later, may do better, and a UserError for what nobody can repair but th
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from infir2.engines.types import Completion, Request
+from infir2.engines.weight_buckets import WeightBuckets
 from infir2.model.hf_names import weights_digest
 from infir2.model.safetensors_io import HfWeights
 
@@ -64,26 +66,57 @@ class WeightProbe:
     logprobs: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PublishedWeights:
-    """One version of the trainer's weights as a Hugging Face directory on this machine.
+    """One version of the trainer's weights: a Hugging Face directory, or tensors to broadcast.
 
     Attributes:
         directory: absolute; config.json, tokenizer, safetensors; FP8 pairs or BF16.
         policy_version: that of the weights.
         num_bytes: of the tensors.
         probe: with these weights; for servers that do not show what they hold.
+        buckets: the weights if they are not those of `directory`, which then has another version's.
+        seconds: what the slowest engine needed, by part: "transfer", "load", "proof".
     """
 
     directory: Path
     policy_version: int
     num_bytes: int
     probe: WeightProbe | None = None
+    buckets: WeightBuckets | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def took(self, part: str, seconds: float) -> None:
+        """Note how long a part took at one engine."""
+        self.seconds[part] = max(seconds, self.seconds.get(part, 0.0))
+
+    @property
+    def tensors(self) -> HfWeights | WeightBuckets:
+        """The weights by name."""
+        return self.buckets or HfWeights(self.directory)
 
     @cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 of each tensor's bytes by name, as `weights_digest`."""
         return weights_digest(HfWeights(self.directory))
+
+
+class WeightPublisher(Protocol):
+    """Where a new version of the trainer's weights is kept for the servers."""
+
+    def publish(
+        self, weights: Iterable[tuple[str, Tensor]], policy_version: int
+    ) -> PublishedWeights:
+        """Keep a version. Raises CheckFailedError unless it has the tensors of `rollout.model`."""
+        ...
+
+    def remove_before(self, weights: PublishedWeights) -> None:
+        """Remove all versions but this one."""
+        ...
+
+    def close(self) -> None:
+        """Remove everything."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from infir2.engines.infir2_server import Infir2Client, infir2_command
 from infir2.engines.pool import EnginePool
 from infir2.engines.pool_member import PoolLimits
 from infir2.engines.probe import KEY_VARIABLE
-from infir2.engines.remote import EngineHost, ServerInfo
+from infir2.engines.remote import EngineHost, ServerInfo, WeightPublisher
 from infir2.engines.server_process import (
     OpenClient,
     Place,
@@ -28,6 +28,7 @@ from infir2.engines.sglang import SglangClient, sglang_command
 from infir2.engines.vllm import VllmClient
 from infir2.engines.vllm_command import vllm_command
 from infir2.engines.weight_directory import WeightDirectory
+from infir2.engines.weight_memory import WeightMemory
 from infir2.errors import ConfigError
 from infir2.files import disk_errors
 from infir2.model.safetensors_io import read_json
@@ -64,11 +65,11 @@ KINDS = {
 }
 
 
-def open_pool(recipe: RlRecipe, ranks: Ranks, run_dir: Path) -> EnginePool:
+def open_pool(recipe: RlRecipe, ranks: Ranks, device: torch.device, run_dir: Path) -> EnginePool:
     """Start the servers of a recipe, or connect to them; every rank calls this.
 
-    They serve after the first `update_weights`. Raises ConfigError for what the recipe or a server
-    that runs already has wrong.
+    `device` is the trainer's. They serve after the first `update_weights`. Raises ConfigError for
+    what the recipe or a server that runs already has wrong.
     """
     rollout, timeout = recipe.rollout, TIMEOUT_FRACTION * recipe.parallel.timeout_seconds
     limits = PoolLimits(
@@ -77,14 +78,33 @@ def open_pool(recipe: RlRecipe, ranks: Ranks, run_dir: Path) -> EnginePool:
         start_seconds=timeout,
     )
 
-    def open_on_rank0() -> tuple[list[EngineHost], WeightDirectory | None]:
+    def open_on_rank0() -> tuple[list[EngineHost], WeightPublisher | None]:
         if not ranks.is_rank0:
             return [], None
         _check_scale_format(recipe)
-        return _hosts(recipe, run_dir / "engines"), weight_directory(rollout, run_dir / "weights")
+        publisher: WeightPublisher
+        if rollout.weight_transfer == "nccl":
+            require_own_gpus(rollout, device)
+            publisher = WeightMemory(Path(rollout.model), device)
+        else:
+            publisher = weight_directory(rollout, run_dir / "weights")
+        return _hosts(recipe, run_dir / "engines"), publisher
 
-    hosts, directory = ranks.raise_together(open_on_rank0)
-    return EnginePool(hosts, limits, directory, ranks)
+    hosts, publisher = ranks.raise_together(open_on_rank0)
+    return EnginePool(hosts, limits, publisher, ranks)
+
+
+def require_own_gpus(rollout: RolloutSection, device: torch.device) -> None:
+    """Raise ConfigError if a server would share a GPU with the trainer, which NCCL refuses."""
+    if rollout.urls or device.type != "cuda":
+        return
+    needed, ranks = rollout.engines * rollout.tensor_parallel, _num_local_ranks()
+    if torch.cuda.device_count() - ranks < needed:
+        raise ConfigError(
+            f"rollout.weight_transfer = nccl needs {needed} GPUs for the servers beside those of "
+            f"the trainer's {ranks}, and here are {torch.cuda.device_count()}: set "
+            "rollout.weight_transfer = directory, or use fewer ranks or servers."
+        )
 
 
 def weight_directory(rollout: RolloutSection, fallback: Path) -> WeightDirectory:
@@ -156,10 +176,14 @@ def gpus_of(index: int, num_engines: int, size: int) -> list[str]:
             f"rollout.tensor_parallel = {size} needs more GPUs than the {count} here."
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    names, ranks = visible.split(","), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    names, ranks = visible.split(","), _num_local_ranks()
     free = names[ranks:] if len(names) - ranks >= num_engines * size else names
     start = index * size % (len(free) - len(free) % size)
     return free[start : start + size]
+
+
+def _num_local_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def check_info(name: str, info: ServerInfo, recipe: RlRecipe) -> None:

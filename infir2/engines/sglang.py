@@ -1,8 +1,7 @@
 """Client of an SGLang server, releases 0.5.12 to 0.5.23, by its native routes.
 
 Without SGLANG_RETURN_ORIGINAL_LOGPROB its `output_token_logprobs` are the logarithm of the softmax
-at the sampling temperature, before top-p (`layers/sampler.py`): our `rollout_logprobs`. No route
-that unpickles what it receives is used (`/update_weights_from_tensor`).
+at the sampling temperature, before top-p (`layers/sampler.py`): our `rollout_logprobs`.
 """
 
 import asyncio
@@ -29,6 +28,7 @@ from infir2.engines.remote import (
 from infir2.engines.server_process import Place, ServerCommand, write_private
 from infir2.engines.sglang_batches import SglangBatches
 from infir2.engines.sglang_checksum import differing
+from infir2.engines.sglang_weights import SglangWeights
 from infir2.engines.types import Completion, Request
 from infir2.errors import ConfigError
 from infir2.model.safetensors_io import read_json
@@ -52,6 +52,7 @@ class SglangClient:
         self._http = HttpClient(url, api_key)
         self.url = self._http.url
         self._batches = SglangBatches(self._http)
+        self._weights = SglangWeights(self._http)
         self._server_ids: dict[str, str] = {}  # of the requests in flight, by our id
 
     async def info(self) -> ServerInfo:
@@ -110,19 +111,12 @@ class SglangClient:
         await asyncio.gather(*aborts)
 
     async def update_weights(self, weights: PublishedWeights) -> None:
-        """As `EngineClient`: from the directory, which the server reads itself."""
-        body = {
-            "model_path": str(weights.directory),
-            "weight_version": str(weights.policy_version),
-            "abort_all_requests": True,
-            "flush_cache": True,
-        }
-        await self._succeed("/update_weights_from_disk", body)
-        await self._http.post("/flush_cache", {})
+        """As `EngineClient`: see `sglang_weights`."""
+        await self._weights.update(weights)
 
     async def prove_weights(self, weights: PublishedWeights) -> None:
         """As `EngineClient`: the checksum of every parameter on every rank."""
-        answer = await self._succeed("/weights_checker", {"action": "checksum"})
+        answer = await self._weights.succeed("/weights_checker", {"action": "checksum"})
         with reading_answer(self.url):
             ranks = [
                 (place["tp_rank"], place["tp_size"], rank["checksums"])
@@ -133,7 +127,7 @@ class SglangClient:
             if {rank for rank, _, _ in ranks} != set(range(size)):
                 raise WeightsDifferError(f"{self.url}: not every rank told its checksums")
         for tp_rank, tp_size, held in ranks:
-            names = await asyncio.to_thread(differing, held, weights.directory, tp_rank, tp_size)
+            names = await asyncio.to_thread(differing, held, weights, tp_rank, tp_size)
             if names:
                 raise WeightsDifferError(
                     f"{self.url}: {names[0]} and {len(names) - 1} more are not the trainer's "
@@ -145,6 +139,7 @@ class SglangClient:
     async def close(self) -> None:
         """As `EngineClient`."""
         await self._batches.close()
+        await self._weights.close()
         await self._http.close()
 
     async def _check_probe(self, probe: WeightProbe) -> None:
@@ -188,15 +183,6 @@ class SglangClient:
         with reading_answer(self.url):
             logprob, token = answer["meta_info"]["output_token_logprobs"][0][:2]
             return int(token), float(logprob)
-
-    async def _succeed(self, route: str, body: dict[str, Any]) -> Any:
-        """POST to a route that answers {"success": ..., "message": ...}."""
-        answer = await self._http.post(route, body)
-        with reading_answer(self.url):
-            if answer["success"]:
-                return answer
-            message = str(answer["message"])
-        raise EngineError("refused", f"{self.url}{route}: {message[:300]}")
 
     async def _check_routes(self, release: str) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The checksums of SGLang's `/weights_checker`, computed from our own files.
+"""The checksums of SGLang's `/weights_checker`, computed from our own weights.
 
 SGLang (0.5.12 to 0.5.23, `utils/weight_checker.py`) hashes every parameter of its model. FP8
 weights are dequantized to BF16 first; that is exact for power-of-two scales, so equal hashes then
@@ -7,14 +7,16 @@ the rows of the embedding are padded with zeros. The hash (`gpu_tensor_hash`) su
 words of tiles, then the tiles.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
-from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from infir2.engines.remote import PublishedWeights
+from infir2.engines.weight_buckets import WeightBuckets
 from infir2.model.hf_names import SCALE_SUFFIX
 from infir2.model.safetensors_io import HfWeights, read_json
 from infir2.numerics import Fp8Tensor, dequantize
@@ -35,20 +37,33 @@ _FUSED = {
 _SPLIT_COLUMNS = ("o_proj", "down_proj")
 
 
-@lru_cache(maxsize=4)
-def checksums(directory: Path, tp_rank: int, tp_size: int) -> Mapping[str, str]:
-    """The checksum of each parameter of a rank of SGLang that has loaded `directory`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parameters = fused_parameters(directory, tp_rank, tp_size, torch.device(device))
-    return {name: tensor_hash(make()) for name, make in parameters.items()}
+_CACHE: "WeakKeyDictionary[PublishedWeights, dict[tuple[int, int], Mapping[str, str]]]" = (
+    WeakKeyDictionary()
+)
+_LOCK = threading.Lock()  # the servers of a pool are proved at once, by the same checksums
 
 
-def differing(held: Mapping[str, str], directory: Path, tp_rank: int, tp_size: int) -> list[str]:
-    """Names of the parameters that a rank does not hold as `directory` has them.
+def checksums(weights: PublishedWeights, tp_rank: int, tp_size: int) -> Mapping[str, str]:
+    """The checksum of each parameter of a rank of SGLang that has loaded `weights`."""
+    with _LOCK:
+        known = _CACHE.setdefault(weights, {})
+        if (tp_rank, tp_size) not in known:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            parameters = fused_parameters(weights, tp_rank, tp_size, device)
+            known[tp_rank, tp_size] = {
+                name: tensor_hash(make()) for name, make in parameters.items()
+            }
+        return known[tp_rank, tp_size]
+
+
+def differing(
+    held: Mapping[str, str], weights: PublishedWeights, tp_rank: int, tp_size: int
+) -> list[str]:
+    """Names of the parameters that a rank does not hold as `weights` has them.
 
     `held` is what the rank answers; names of it that are neither weight nor bias do not count.
     """
-    expected = checksums(directory, tp_rank, tp_size)
+    expected = checksums(weights, tp_rank, tp_size)
     names = {name for name in held if name.endswith((".weight", ".bias"))} | expected.keys()
     if held.get("lm_head.weight") == held.get("model.embed_tokens.weight"):
         names.discard("lm_head.weight" if "lm_head.weight" not in expected else "")
@@ -56,13 +71,13 @@ def differing(held: Mapping[str, str], directory: Path, tp_rank: int, tp_size: i
 
 
 def fused_parameters(
-    directory: Path, tp_rank: int, tp_size: int, device: torch.device
+    weights: PublishedWeights, tp_rank: int, tp_size: int, device: torch.device
 ) -> dict[str, Callable[[], Tensor]]:
     """SGLang's parameters by name, each as a function that reads and computes it on `device`."""
-    files, config = HfWeights(directory), read_json(directory / "config.json")
+    tensors, config = weights.tensors, read_json(weights.directory / "config.json")
     kv_parts = min(tp_size, int(config.get("num_key_value_heads") or tp_size))
     parts: dict[str, dict[int, Callable[[], Tensor]]] = {}
-    for name in files.names():
+    for name in tensors.names():
         if name.endswith(SCALE_SUFFIX):
             continue
         *prefix, layer, leaf = name.split(".")
@@ -71,7 +86,7 @@ def fused_parameters(
         num_parts = kv_parts if layer in ("k_proj", "v_proj") else tp_size
 
         def part(name: str = name, layer: str = layer, num_parts: int = num_parts) -> Tensor:
-            tensor = _read_bf16(files, name, device)
+            tensor = _read_bf16(tensors, name, device)
             return _shard(tensor, layer, tp_rank * num_parts // tp_size, num_parts)
 
         fused, place = _FUSED.get(layer, (layer, 0))
@@ -83,11 +98,11 @@ def _concatenation(parts: dict[int, Callable[[], Tensor]]) -> Callable[[], Tenso
     return lambda: torch.cat([parts[place]() for place in sorted(parts)])
 
 
-def _read_bf16(files: HfWeights, name: str, device: torch.device) -> Tensor:
-    tensor = files.read(name).to(device)
+def _read_bf16(tensors: HfWeights | WeightBuckets, name: str, device: torch.device) -> Tensor:
+    tensor = tensors.read(name).to(device)
     if tensor.dtype != torch.float8_e4m3fn:
         return tensor
-    scale = files.read(name + SCALE_SUFFIX).to(device)
+    scale = tensors.read(name + SCALE_SUFFIX).to(device)
     return dequantize(Fp8Tensor(tensor, scale, (128, 128), "fp32"), torch.float32).bfloat16()
 
 

@@ -11,7 +11,6 @@
 import asyncio
 import hashlib
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,23 +45,23 @@ class WeightProof:
             held = str(answer["weight_version"])
         if held != str(weights.policy_version):
             raise self._differ(f"its weights are version {held}, not {weights.policy_version}")
-        await self._check_digests(weights.directory)
+        await self._check_digests(weights)
         if weights.probe is not None:
             await self._check_probe(weights.probe)
 
-    async def _check_digests(self, directory: Path) -> None:
+    async def _check_digests(self, weights: PublishedWeights) -> None:
         answer = await self._http.post("/collective_rpc", {"method": "infir2_digests"})
         with reading_answer(self._http.url):
             ranks = [
                 (rank["tp_rank"], rank["tp_size"], rank["digests"]) for rank in answer["results"]
             ]
         for tp_rank, tp_size, held in ranks:
-            expected = await asyncio.to_thread(_digests, directory, tp_rank, tp_size)
+            expected = await asyncio.to_thread(_digests, weights, tp_rank, tp_size)
             names = sorted(n for n in expected if held.get(n) not in (expected[n], "quantized"))
             if names:
                 raise self._differ(
-                    f"{names[0]} and {len(names) - 1} more are not those of {directory} (rank "
-                    f"{tp_rank} of {tp_size})"
+                    f"{names[0]} and {len(names) - 1} more are not those of "
+                    f"{weights.directory} (rank {tp_rank} of {tp_size})"
                 )
 
     async def _check_probe(self, probe: WeightProbe) -> None:
@@ -107,9 +106,9 @@ def _moved(before: np.ndarray, after: np.ndarray) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _digests(directory: Path, tp_rank: int, tp_size: int) -> dict[str, str]:
-    """As `Infir2Worker.infir2_digests` of a rank that holds the weights of `directory`."""
-    parameters = fused_parameters(directory, tp_rank, tp_size, torch.device("cpu"))
+def _digests(weights: PublishedWeights, tp_rank: int, tp_size: int) -> dict[str, str]:
+    """As `Infir2Worker.infir2_digests` of a rank that holds `weights`."""
+    parameters = fused_parameters(weights, tp_rank, tp_size, torch.device("cpu"))
     digests = {name: _sha256(make()) for name, make in parameters.items()}
     digests.setdefault("lm_head.weight", digests["model.embed_tokens.weight"])
     return digests

@@ -24,6 +24,26 @@ SHARD_BYTES = 2**30  # the writer holds one shard in memory, beside what it has 
 NUM_VERSIONS = 2  # the newest, and the one before while it is replaced
 
 
+class ExpectedNames:
+    """The names of the tensors of `rollout.model`, which every published version must have."""
+
+    def __init__(self, model: Path) -> None:
+        self._names = set(HfWeights(model).names())
+        self._is_tied = bool(read_json(model / "config.json").get("tie_word_embeddings"))
+
+    def check(self, names: set[str]) -> None:
+        """Raise CheckFailedError for a tensor too few or too many."""
+        expected = self._names
+        if self._is_tied and "lm_head.weight" not in names:
+            expected = expected - {"lm_head.weight"}  # some exports have this second copy
+        if different := names ^ expected:
+            raise CheckFailedError(
+                f"{min(different)} is missing on one side, in the trainer or in rollout.model: "
+                "export the trainer's starting weights again (infir2 export hf, infir2 export fp8) "
+                "with the same fp8.scale_format and fp8.skip_modules"
+            )
+
+
 class WeightDirectory:
     """Publishes one version after another, each in a directory of its own.
 
@@ -37,7 +57,7 @@ class WeightDirectory:
         """
         self._model = model
         self._config = read_json(model / "config.json")
-        self._names = set(HfWeights(model).names())
+        self._expected = ExpectedNames(model)
         self._path = _make_root(shared_memory, fallback, _num_bytes(model))
         self._lock = lock_directory(self._path)
 
@@ -57,12 +77,7 @@ class WeightDirectory:
 
         directory = self._path / f"version-{policy_version}-{secrets.token_hex(2)}"
         write_hf(directory, counted(), self._config, self._model, SHARD_BYTES)
-        if different := names ^ (self._names - self._redundant(names)):
-            raise CheckFailedError(
-                f"{min(different)} is missing on one side, in the trainer or in rollout.model: "
-                "export the trainer's starting weights again (infir2 export hf, infir2 export fp8) "
-                "with the same fp8.scale_format and fp8.skip_modules"
-            )
+        self._expected.check(names)
         return PublishedWeights(directory, policy_version, num_bytes)
 
     def remove_before(self, weights: PublishedWeights) -> None:
@@ -75,11 +90,6 @@ class WeightDirectory:
         """Remove everything."""
         shutil.rmtree(self._path, ignore_errors=True)
         os.close(self._lock)
-
-    def _redundant(self, names: set[str]) -> set[str]:
-        """The second copy of a tied embedding, which some exports have."""
-        is_tied = self._config.get("tie_word_embeddings") and "lm_head.weight" not in names
-        return {"lm_head.weight"} if is_tied else set()
 
 
 def _make_root(shared_memory: Path, fallback: Path, num_bytes: int) -> Path:

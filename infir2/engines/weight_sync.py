@@ -45,9 +45,8 @@ def open_engine(
     uses_servers = recipe.rollout.engine != "native"
     _check_recipe(recipe, parallel_model, remote or uses_servers)
     if uses_servers:
-        with contextlib.closing(
-            open_pool(recipe, parallel_model.ranks, Path(recipe.run.dir))
-        ) as pool:
+        device, run_dir = parallel_model.layout.device, Path(recipe.run.dir)
+        with contextlib.closing(open_pool(recipe, parallel_model.ranks, device, run_dir)) as pool:
             yield pool, publish(parallel_model, pool, policy_version)
         return
     section, dtype = recipe.rollout, parallel_model.model.compute_dtype

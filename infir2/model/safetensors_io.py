@@ -189,7 +189,7 @@ def _write_shards(work: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_b
                 raise CheckpointError(
                     f"tensor {name} occurs twice; every weight must have its own name"
                 )
-            _check_finite(name, tensor)
+            check_finite(name, tensor)
             total += tensor.numel() * tensor.element_size()
         seen |= shard.keys()
         save_file(shard, work / f"shard-{len(shards)}", metadata={"format": "pt"})
@@ -223,7 +223,8 @@ def _shards(
         yield shard
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError for a value that is not finite."""
     if tensor.dtype == torch.float8_e4m3fn:
         finite = not has_nan_code(tensor)
     else:

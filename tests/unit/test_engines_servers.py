@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from infir2.config.schema import RlRecipe
+from infir2.config.schema import RlRecipe, RolloutSection
 from infir2.engines.remote import ServerInfo
-from infir2.engines.servers import check_info, gpus_of, weight_directory
+from infir2.engines.servers import check_info, gpus_of, require_own_gpus, weight_directory
 from infir2.errors import ConfigError
 
 CONFIG = {
@@ -86,3 +86,13 @@ def test_gpus_are_those_that_the_ranks_leave_free(monkeypatch: pytest.MonkeyPatc
     assert [gpus_of(i, 2, 2) for i in range(2)] == [["4", "5"], ["6", "7"]]
     with pytest.raises(ConfigError, match="needs more GPUs than the 4"):
         gpus_of(0, 1, 8)
+
+
+def test_nccl_needs_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    rollout = RolloutSection(engine="sglang", weight_transfer="nccl", engines=2)
+    require_own_gpus(rollout, torch.device("cuda"))
+    require_own_gpus(rollout.model_copy(update={"engines": 9}), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="needs 4 GPUs for the servers beside those of the train"):
+        require_own_gpus(rollout.model_copy(update={"tensor_parallel": 2}), torch.device("cuda"))

@@ -201,7 +201,7 @@ def test_a_probe_finds_an_old_cache_and_other_weights(exported: PublishedWeights
     probe = WeightProbe([4, 5, 6], np.array([-2.1, -1.9], dtype=np.float32))
     weights = replace(exported, probe=probe)
     with FakeSglang() as server:
-        server.checksums = [dict(checksums(exported.directory, 0, 1))]
+        server.checksums = [dict(checksums(exported, 0, 1))]
         ask(server, lambda client: client.prove_weights(weights))
         server.cached_tokens = 2
         with pytest.raises(WeightsDifferError, match="cache still has 2 old tokens"):
@@ -273,7 +273,7 @@ def sglang_parameters(directory: Path) -> dict[str, torch.Tensor]:
 
 def test_the_checksums_are_those_of_sglang_s_fused_parameters(exported: PublishedWeights) -> None:
     expected = {n: tensor_hash(t) for n, t in sglang_parameters(exported.directory).items()}
-    assert dict(checksums(exported.directory, 0, 1)) == expected
+    assert dict(checksums(exported, 0, 1)) == expected
 
 
 def test_the_hash_is_that_of_sglang_s_kernels() -> None:
@@ -285,7 +285,7 @@ def test_the_hash_is_that_of_sglang_s_kernels() -> None:
 
 def test_tensor_parallel_ranks_hold_parts(exported: PublishedWeights) -> None:
     whole = sglang_parameters(exported.directory)
-    ranks = [dict(checksums(exported.directory, rank, 2)) for rank in range(2)]
+    ranks = [dict(checksums(exported, rank, 2)) for rank in range(2)]
     layer = "model.layers.0."
     for rank in range(2):
         q, k, v = whole[f"{layer}self_attn.qkv_proj.weight"].split((256, 128, 128))
@@ -299,15 +299,15 @@ def test_tensor_parallel_ranks_hold_parts(exported: PublishedWeights) -> None:
 def test_an_update_names_its_version_and_is_proved(exported: PublishedWeights) -> None:
     def held() -> dict[str, str]:
         extra = {"model.layers.0.self_attn.attn.k_scale": "0" * 16}
-        return dict(checksums(exported.directory, 0, 1)) | extra
+        return dict(checksums(exported, 0, 1)) | extra
 
     with FakeSglang() as server:
         server.checksums = [held()]
         ask(server, lambda client: client.update_weights(exported))
         ask(server, lambda client: client.prove_weights(exported))
         assert generate(server, policy_version=4).policy_version == 4
-        assert server.routes_called()[:2] == ["/update_weights_from_disk", "/flush_cache"]
-        assert server.calls[0][1]["model_path"] == str(exported.directory)
+        assert server.routes_called()[1:3] == ["/update_weights_from_disk", "/flush_cache"]
+        assert server.calls[1][1]["model_path"] == str(exported.directory)
         server.checksums[0]["model.norm.weight"] = "1" * 16
         with pytest.raises(WeightsDifferError, match="norm"):
             ask(server, lambda client: client.prove_weights(exported))

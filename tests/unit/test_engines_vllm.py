@@ -125,7 +125,9 @@ class FakeVllm(FakeServer):
             if self.broken != "stale":
                 self.loaded = Path(body["kwargs"]["directory"])
             return None
-        parameters = fused_parameters(self.loaded, 0, 1, torch.device("cpu"))
+        parameters = fused_parameters(
+            PublishedWeights(self.loaded, 0, 0), 0, 1, torch.device("cpu")
+        )
         digests = {name: sha256(make()) for name, make in parameters.items()}
         digests["lm_head.weight"] = digests["model.embed_tokens.weight"]
         if self.broken == "head":
