@@ -6,6 +6,10 @@
 train: a model of 36 M parameters whose sizes SGLang takes, by the demo's recipe (CPT, SFT, export).
 rl: RL through SGLang with publishing every step; in the middle of step 3 the server is killed.
 native: the same RL with the engine in process, for its log-probability differences.
+directory, nccl: RL through an SGLang on a GPU of its own (two GPUs), published either way.
+nccl-kill: as nccl, and the server is killed in step 3.
+shape: bench/publish.py, the seconds of a publish at the 1.5B shape (two GPUs).
+One command for two GPUs: --phases train,directory,nccl,nccl-kill,shape --steps 8.
 bench/servers.py has the speed of the client.
 """
 
@@ -25,13 +29,23 @@ from typing import Any
 from infir2.engines.process_guard import descendants
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "demo"
+PARTS = ("write", "transfer", "load", "proof")
 SHAPE = {"hidden_size": 512, "num_layers": 12, "num_heads": 8, "num_kv_heads": 2, "ffn_size": 1536}
 WATCHED = (
     *("reward", "accuracy", "mismatch_kl", "mismatch_mean", "publish_seconds", "publish_bytes"),
-    *("publish_write_seconds", "engine_restarts", "engines_serving", "tokens_per_second"),
+    *("publish_write_seconds", "publish_transfer_seconds", "publish_load_seconds"),
+    *("publish_proof_seconds", "engine_restarts", "engines_serving", "tokens_per_second"),
     *("seconds", "generate_seconds", "verify_seconds", "logprobs_seconds", "update_seconds"),
     "wait_seconds",
 )
+# The recipe's keys of each way of running, and whether a server is killed in step 3.
+PHASES: dict[str, tuple[list[str], bool]] = {
+    "rl": (["--rollout.engine=sglang"], True),
+    "native": ([], False),
+    "directory": (["--rollout.engine=sglang"], False),
+    "nccl": (["--rollout.engine=sglang", "--rollout.weight_transfer=nccl"], False),
+    "nccl-kill": (["--rollout.engine=sglang", "--rollout.weight_transfer=nccl"], True),
+}
 
 
 def command(*words: object) -> list[str]:
@@ -80,22 +94,23 @@ def kill_a_server_in_step(run_dir: Path, step: int, killed: list[int]) -> None:
                 return
 
 
-def rl(options: argparse.Namespace, work: Path, engine: str, name: str) -> dict[str, Any]:
+def rl(options: argparse.Namespace, work: Path, name: str) -> dict[str, Any]:
     world, run_dir, killed = work / "world", work / name, list[int]()
+    (keys, kills) = PHASES[name]
     words: list[object] = [
         *("rl", RECIPES / "rl1.toml", f"--run.dir={run_dir}", "--rollout.max_running_requests=256"),
         *(f"--data.tokenizer={world / 'tokenizer'}", f"--data.sources.0.path={world}/rl1.jsonl"),
         *(f"--model.path={work / 'sft2'}", f"--rollout.model={work / 'sft2-fp8'}"),
         *(f"--schedule.total_steps={options.steps}", "--checkpoint.save_every=100"),
-        *("--schedule.learning_rate=5e-5", *shlex.split(options.rl_options)),
+        *("--schedule.learning_rate=5e-5", *keys, *shlex.split(options.rl_options)),
     ]
-    if engine == "sglang":
+    if keys:
         words += [
-            *("--rollout.engine=sglang", f"--rollout.python={options.python}"),
-            *(f"--rollout.engines={options.engines}",),
-            *(f"--rollout.memory_fraction={options.memory_fraction}",),
-            *(f"--rollout.server_options={json.dumps(options.server_options)}",),
+            *(f"--rollout.python={options.python}", f"--rollout.engines={options.engines}"),
+            f"--rollout.memory_fraction={options.memory_fraction}",
+            f"--rollout.server_options={json.dumps(options.server_options)}",
         ]
+    if kills:
         watcher = threading.Thread(
             target=kill_a_server_in_step, args=(run_dir, 3, killed), daemon=True
         )
@@ -105,7 +120,27 @@ def rl(options: argparse.Namespace, work: Path, engine: str, name: str) -> dict[
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line.get("kind") == "train"]
     table = [{key: line[key] for key in ("step", *WATCHED) if key in line} for line in steps]
+    print_publishes(name, table)
     return {"seconds": time.monotonic() - begun, "killed": killed, "steps": table}
+
+
+def print_publishes(name: str, steps: Sequence[dict[str, Any]]) -> None:
+    print(f"{name:>10} {'MB':>8} {'publish':>8}" + "".join(f"{part:>10}" for part in PARTS))
+    for step in steps:
+        seconds = "".join(f"{step.get(f'publish_{part}_seconds', 0.0):10.3f}" for part in PARTS)
+        megabytes = step.get("publish_bytes", 0.0) / 1e6
+        print(f"{step['step']:>10} {megabytes:8.1f} {step['publish_seconds']:8.3f}{seconds}")
+    sys.stdout.flush()
+
+
+def shape(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    out = work / "publish.json"
+    script = str(Path(__file__).with_name("publish.py"))
+    words = [sys.executable, script, f"--python={options.python}"]
+    words += [f"--out={out}", *(f"--option={option}" for option in options.server_options)]
+    subprocess.run(words, check=True)
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -125,8 +160,7 @@ def main(arguments: Sequence[str]) -> None:
         if phase == "train":
             train(work)
         else:
-            engine = {"rl": "sglang", "native": "native"}[phase]
-            result[phase] = rl(options, work, engine, phase)
+            result[phase] = shape(options, work) if phase == "shape" else rl(options, work, phase)
         options.out.write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
 
