@@ -10,14 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
+from token_apis import APPS
+
 from infir2.config.schema import ShapeSection
 from infir2.convert import export_fp8, selfcheck
 from infir2.data import load_tokenizer
 from infir2.engines.native import NativeEngine
+from infir2.engines.remote_engine import RemoteEngine
 from infir2.engines.server.app import build_app
 from infir2.engines.server.driver import EngineDriver
 from infir2.engines.server.run import Server
 from infir2.engines.server.served import Served
+from infir2.engines.server_process import RunningServer
+from infir2.engines.streams import SglangStreams, VllmStreams
 from infir2.model import Decoder, exported_weights, write_hf
 
 KEY = "sk-test"
@@ -50,36 +56,44 @@ def write_model(directory: Path, tokenizer: Path, seed: int = 3, fp8: bool = Tru
 
 
 class OwnServer:
-    """`infir2 serve` without its command line."""
+    """`infir2 serve` without its command line.
 
-    def __init__(self, directory: Path, max_running: int = 8, max_requests: int = 64) -> None:
+    Attributes:
+        engine: what generates; with `kind` "sglang" or "vllm" behind that server's routes.
+    """
+
+    def __init__(
+        self, directory: Path, max_running: int = 8, max_requests: int = 64, kind: str = "native"
+    ) -> None:
         model = Decoder.from_hf(directory)
         tokenizer = load_tokenizer(directory)
         self.engine = NativeEngine(
             model, max_running, cache_gib=0.01, keep_cache=True, decode=tokenizer.decode
         )
-        self.driver = EngineDriver(lambda: self.engine, max_requests)
-        config = model.config
+        self.kind, self.back_url, config = kind, "", model.config
+        self._max_positions, self._max_running = config.max_positions, max_running
+        open_engine = (lambda: self.engine) if kind == "native" else self._open_remote
+        self._decode = tokenizer.decode
+        self.driver: EngineDriver[Any] = EngineDriver(open_engine, max_requests)
         self.served = Served(
             "tiny", tokenizer, config.max_positions, config.vocab_size, self.driver
         )
 
     @contextlib.contextmanager
     def run(self, key: str = KEY, **options: Any) -> Iterator["OwnServer"]:
-        app = build_app(self.served, key, **options)
-        server = Server(self.driver, app)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        while not (server.started and self.driver.is_ready):
-            assert thread.is_alive()
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        self.url, self.key = f"http://127.0.0.1:{port}", key
-        try:
+        with contextlib.ExitStack() as stack:
+            if self.kind != "native":
+                driver = EngineDriver(lambda: self.engine, 1024)
+                back = APPS[self.kind](driver, KEY, self._max_positions)
+                self.back_url = stack.enter_context(listening(back, driver))
+            app = build_app(self.served, key, **options)
+            self.url, self.key = stack.enter_context(listening(app, self.driver)), key
             yield self
-        finally:
-            server.should_exit = True
-            thread.join()
+
+    def _open_remote(self) -> RemoteEngine:
+        streams = {"sglang": SglangStreams, "vllm": VllmStreams}[self.kind]
+        host = RunningServer(self.back_url, KEY, streams, lambda *_: None, 0)
+        return RemoteEngine(host, self._decode, self._max_running)
 
     def call(self, path: str, body: Any = None, key: str | None = None) -> tuple[int, Any]:
         """Status and JSON of a GET request, or of a POST request with a body."""
@@ -101,3 +115,19 @@ class OwnServer:
             assert time.monotonic() < start + seconds, "a request still runs"
             time.sleep(0.005)
         return time.monotonic() - start
+
+
+@contextlib.contextmanager
+def listening(app: FastAPI, driver: EngineDriver[Any]) -> Iterator[str]:
+    """The URL of an app whose engine is ready."""
+    server = Server(driver, app)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not (server.started and driver.is_ready):
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infir2.cli.arguments import JSON, Parser
-from infir2.cli.serve import positive_integer
+from infir2.cli.engine_options import (
+    add_engine_options,
+    fraction,
+    positive_integer,
+    take_engine_options,
+)
 from infir2.errors import CheckFailedError, ConfigError
 from infir2.terminal import begin_phase, print_json, print_result
 
@@ -44,25 +49,20 @@ def run_benchmarks(arguments: Sequence[str]) -> None:
 def _options(values: dict[str, Any]) -> "BenchmarkOptions":
     from infir2.evaluate.benchmark_options import BenchmarkOptions
     from infir2.evaluate.benchmarks import find_benchmark
-    from infir2.evaluate.engine_start import EngineOptions
 
     target = values["target"]
     is_url = "://" in target
     names = dict.fromkeys(name.strip() for name in values["benchmarks"].split(","))
-    same = ("data", "run_dir", "model", "samples", "max_tokens", "seed", "temperature", "top_p")
-    engine = EngineOptions(
-        kind=values["engine"],
-        number=values["engines"],
-        **{name: values[name] for name in ("tensor_parallel", "python", "memory_fraction")},
-        parallel=values["parallel"],
+    same = (
+        *("data", "run_dir", "model", "engines", "parallel"),
+        *("samples", "max_tokens", "seed", "temperature", "top_p"),
     )
     return BenchmarkOptions(
         urls=tuple(map(_base_url, target.split(","))) if is_url else (),
         model_directory=None if is_url else Path(target),
         benchmarks=tuple(map(find_benchmark, names)),
         api_key=os.environ.get(KEY_VARIABLE, ""),
-        engine=engine,
-        parallel=values["parallel"],
+        engine=take_engine_options(values),
         **{name: values[name] for name in same},
     )
 
@@ -100,7 +100,7 @@ def _parser() -> Parser:
     ):
         parser.add_argument(name, type=_count, default=0, metavar="N", help=meaning)
     parser.add_argument("--temperature", type=_temperature, default=0.65, help="(default 0.65)")
-    parser.add_argument("--top-p", type=_fraction, default=0.95, help="(default 0.95)")
+    parser.add_argument("--top-p", type=fraction, default=0.95, help="(default 0.95)")
     parser.add_argument(
         "--parallel",
         type=positive_integer,
@@ -108,40 +108,17 @@ def _parser() -> Parser:
         metavar="N",
         help="requests at one time (default 64)",
     )
-    _add_engine_options(parser)
+    engines_help = "servers to start for a MODEL (default 1)"
+    parser.add_argument(
+        "--engines", type=positive_integer, default=1, metavar="N", help=engines_help
+    )
+    add_engine_options(parser)
     parser.add_argument(JSON, action="store_true", help="print the scores as JSON")
     return parser
 
 
-def _add_engine_options(parser: Parser) -> None:
-    """Those of a MODEL."""
-    parser.add_argument(
-        "--engine", choices=("native", "sglang", "vllm"), default="native", help="of a MODEL"
-    )
-    for name, meaning in (
-        ("--engines", "servers to start for a MODEL (default 1)"),
-        ("--tensor-parallel", "GPUs of one of them (default 1)"),
-    ):
-        parser.add_argument(name, type=positive_integer, default=1, metavar="N", help=meaning)
-    parser.add_argument(
-        "--python", default="", metavar="FILE", help="interpreter of SGLang's or vLLM's environment"
-    )
-    parser.add_argument(
-        "--memory-fraction",
-        type=_fraction,
-        default=0.0,
-        help="of a GPU for each (default: its own)",
-    )
-
-
 def _temperature(text: str) -> float:
     if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
-def _fraction(text: str) -> float:
-    if not 0 < float(text) <= 1:
         raise ValueError
     return float(text)
 

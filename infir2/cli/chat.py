@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
+from infir2.cli.engine_options import add_engine_options, take_engine_options
 
 _SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 
@@ -11,11 +12,12 @@ _SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 def chat(arguments: Sequence[str]) -> None:
     """infir2 chat MODEL | --url URL"""
     options = _parser().parse_args(arguments)
+    engine = take_engine_options(vars(options))
     from infir2.engines.chat import ChatOptions, run_chat
 
     values = {name: getattr(options, name) for name in _SAMPLING}
     sampling = {name: value for name, value in values.items() if value is not None}
-    run_chat(ChatOptions(options.model, options.url, options.system, sampling))
+    run_chat(ChatOptions(options.model, options.url, options.system, sampling, engine))
 
 
 def _parser() -> Parser:
@@ -40,4 +42,5 @@ def _parser() -> Parser:
     parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
     parser.add_argument("--max-tokens", type=int, help="of a response (default: the context)")
     parser.add_argument("--seed", type=int, help="makes responses repeatable")
+    add_engine_options(parser)
     return parser

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
+from infir2.cli.engine_options import add_engine_options, positive_integer, take_engine_options
 from infir2.errors import ConfigError
 
 
@@ -11,15 +12,20 @@ def serve(arguments: Sequence[str]) -> None:
     """infir2 serve MODEL [--port N] ..."""
     options = vars(_parser().parse_args(arguments))
     try:
-        from infir2.engines.server.run import ServerOptions, run_server
+        from infir2.convert.serving import require_loadable
+        from infir2.engines.server.opening import ServerOptions
+        from infir2.engines.server.run import run_server
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn"):
             raise
         raise ConfigError(
             f"infir2 serve needs {error.name}, which is not installed: pip install 'infir2[serve]'."
         ) from error
-    del options["engine"]
-    run_server(ServerOptions(**options))
+    checked = ServerOptions(engine=take_engine_options(options), **options)
+    checked.check()
+    if checked.engine.engine != "native":
+        require_loadable("MODEL", checked.model)
+    run_server(checked)
 
 
 def _parser() -> Parser:
@@ -53,9 +59,13 @@ def _add_address(parser: Parser) -> None:
 
 def _add_engine(parser: Parser) -> None:
     """What generates, and how much at a time."""
-    engine_help = "what generates (default native)"
-    parser.add_argument("--engine", choices=("native",), default="native", help=engine_help)
-    cache_help = "memory of the KV cache (default: half of a GPU's free memory, 1 GiB on a CPU)"
+    add_engine_options(parser)
+    directory_help = "for SGLang's or vLLM's log and command line (default: a temporary one)"
+    parser.add_argument("--engine-dir", type=Path, metavar="DIR", help=directory_help)
+    cache_help = (
+        "memory of the native engine's KV cache (default: half of a GPU's free memory, 1 GiB on a "
+        "CPU); on a CPU also of vLLM's"
+    )
     parser.add_argument("--cache-gib", type=gibibytes, default=0.0, metavar="GIB", help=cache_help)
     for name, default in (("running", 64), ("waiting", 512)):
         parser.add_argument(
@@ -75,11 +85,5 @@ def gibibytes(text: str) -> float:
 
 def port_number(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
-        raise ValueError
-    return int(text)
-
-
-def positive_integer(text: str) -> int:
-    if not text.isdecimal() or not int(text):
         raise ValueError
     return int(text)

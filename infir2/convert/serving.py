@@ -18,7 +18,8 @@ from torch import nn
 from infir2.config.schema import Fp8Section
 from infir2.convert.weights import BLOCK, meta_decoder
 from infir2.errors import ConfigError
-from infir2.model.safetensors_io import read_json
+from infir2.model.hf_names import SCALE_SUFFIX
+from infir2.model.safetensors_io import HfWeights, read_json
 from infir2.numerics import Fp8Linear
 
 _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -75,6 +76,23 @@ def require_servable(key: str, directory: Path, fp8: Fp8Section) -> None:
             f"--servable, and train with fp8.skip_modules = "
             f"{json.dumps([*fp8.skip_modules, *patterns])}."
         )
+
+
+def require_loadable(key: str, directory: Path) -> None:
+    """Raise ConfigError if SGLang and vLLM refuse FP8 layers of `directory`, the value of `key`."""
+    weights = HfWeights(directory)
+    scaled = {n.removesuffix(SCALE_SUFFIX) for n in weights.names() if n.endswith(SCALE_SUFFIX)}
+    for weight in sorted(scaled):
+        layer = weight.removesuffix(".weight")
+        parts = [f"{part}.weight" for part in _merged_with(layer)]
+        shape = weights.shape(weight)
+        if shape[0] % BLOCK[0] or shape[1] % BLOCK[1] or not scaled.issuperset(parts):
+            raise ConfigError(
+                f"{key}: {directory}: SGLang and vLLM refuse its layer {layer} of {shape[0]} x "
+                f"{shape[1]} in FP8: the parts of a merged layer (q, k, v; gate, up) must all be "
+                "FP8, with rows and columns that are multiples of 128. Export it with infir2 "
+                "export fp8 --servable, or use --engine native."
+            )
 
 
 def _is_servable(module: nn.Module) -> bool:

@@ -5,14 +5,11 @@ response, ends the chat. What was answered until then stays in the conversation.
 and not sent again, as the templates of reasoning models expect.
 """
 
+import asyncio
 import contextlib
 import json
 import os
-import secrets
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,21 +17,20 @@ from typing import Any
 
 import httpx2
 
+from infir2.engines.engine_options import EngineOptions, ServeClient, serve_host
 from infir2.engines.http_client import check_url
 from infir2.engines.probe import KEY_VARIABLE
-from infir2.engines.server_process import GUARD, free_port, write_private
+from infir2.engines.server_process import ServerProcess
 from infir2.errors import ConfigError, UserError, first_line
 from infir2.terminal import log, log_error, print_part, read_line
 
-CONNECT_SECONDS, POLL_SECONDS = 10.0, 0.2
+CONNECT_SECONDS = 10.0
 
 
 class ServerEndedError(UserError):
-    """The server of a chat ended; `exit_code` is its own."""
+    """The server of a chat ended."""
 
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = code
+    exit_code = 1
 
 
 class RefusedError(Exception):
@@ -43,12 +39,13 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What `infir2 chat` is told; `sampling` are fields of a request."""
+    """What `infir2 chat` is told; `sampling` are fields of a request, `engine` is MODEL's."""
 
     model: Path | None
     url: str
     system: str
     sampling: dict[str, Any]
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 def run_chat(options: ChatOptions) -> None:
@@ -61,7 +58,7 @@ def run_chat(options: ChatOptions) -> None:
         raise ConfigError("infir2 chat needs MODEL, or --url of a running server, and not both.")
     with contextlib.ExitStack() as stack:
         if options.model is not None:
-            url, key = stack.enter_context(own_server(options.model))
+            url, key = stack.enter_context(own_server(options.model, options.engine))
         else:
             url, key = options.url, os.environ.get(KEY_VARIABLE, "")
             check_url("--url", url, key)
@@ -202,37 +199,26 @@ class _Shown:
 
 
 @contextlib.contextmanager
-def own_server(model: Path) -> Iterator[tuple[str, str]]:
+def own_server(model: Path, options: EngineOptions) -> Iterator[tuple[str, str]]:
     """URL and key of a server of ours, which ends with this process, however that happens.
 
-    Raises ServerEndedError with the exit code of a server that does not start.
+    Raises ConfigError with the exit code of a server that does not start.
     """
+    addresses: list[tuple[str, str]] = []
+
+    def open_client(url: str, key: str) -> ServeClient:
+        addresses.append((url, key))
+        return ServeClient(url, key)
+
+    async def start(host: ServerProcess) -> None:
+        await (await host.start()).close()
+
     with tempfile.TemporaryDirectory(prefix="infir2-chat-") as directory:
-        key, port = secrets.token_urlsafe(32), free_port()
-        key_file = Path(directory, "key")
-        write_private(key_file, key)
-        command = [sys.executable, "-m", "infir2", "serve", str(model), "--port", str(port)]
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(GUARD), *command, "--api-key-file", str(key_file)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
+        host = serve_host(
+            "the server", model, options, Path(directory), open_client=open_client, shows_log=True
         )
-        assert process.stdin is not None
         try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_until_ready(process, url)
-            yield url, key
+            asyncio.run(start(host))
+            yield addresses[-1]
         finally:
-            process.stdin.close()
-            process.wait()
-
-
-def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
-    with httpx2.Client(trust_env=False) as http:
-        while (code := process.poll()) is None:
-            with contextlib.suppress(httpx2.TransportError):
-                if http.get(f"{url}/health").status_code == 200:
-                    return
-            time.sleep(POLL_SECONDS)
-    raise ServerEndedError("the server did not start; its message is above.", code or 1)
+            host.kill()

@@ -9,7 +9,7 @@ import ipaddress
 import json
 import ssl
 import urllib.parse
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import httpx2
@@ -80,7 +80,7 @@ class HttpClient:
         while self._idle:
             await self._idle.pop().aclose()
 
-    async def events(self, route: str, body: Any) -> AsyncIterator[Any]:
+    async def events(self, route: str, body: Any) -> AsyncGenerator[Any, None]:
         """The JSON of each server-sent event, until `[DONE]`, in answer to a JSON body.
 
         Raises as `post`. MAX_ANSWER_BYTES bounds one event.

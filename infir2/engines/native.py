@@ -82,14 +82,17 @@ class NativeEngine:
         return self._scheduler.cache_tokens
 
     @property
-    def used_cache_tokens(self) -> int:
-        """As many of `cache_tokens` belong to running requests, in whole pages."""
-        return self._scheduler.used_cache_tokens
+    def max_request_tokens(self) -> int:
+        """As `ServedEngine`."""
+        return self.cache_tokens
 
-    @property
-    def num_running(self) -> int:
-        """Unfinished requests that do not wait."""
-        return self._scheduler.num_running
+    def gauges(self) -> dict[str, int]:
+        """As `ServedEngine`."""
+        return {
+            "requests_running": self._scheduler.num_running,
+            "cache_tokens": self.cache_tokens,
+            "cache_tokens_used": self._scheduler.used_cache_tokens,
+        }
 
     @property
     def num_unfinished(self) -> int:

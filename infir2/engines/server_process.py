@@ -83,12 +83,16 @@ class ServerProcess:
         check_info: CheckInfo,
         directory: Path,
         max_restarts: int,
+        shows_log: bool = False,
     ) -> None:
-        """`directory` is `run.dir`/engines; `name`, with spaces replaced, names its files."""
+        """`directory`, of a run `run.dir`/engines, has its files; `name` without spaces names them.
+
+        With `shows_log` its messages go to this process' stderr instead of its log.
+        """
         self.name, self.max_restarts = name, max_restarts
         self._command, self._open_client, self._check_info = command, open_client, check_info
         self._directory = directory
-        self._stem = name.replace(" ", "-")
+        self._stem, self._shows_log = name.replace(" ", "-"), shows_log
         self._process: subprocess.Popen[bytes] | None = None
         self._was_ready = False
 
@@ -138,17 +142,26 @@ class ServerProcess:
             except (EngineGoneError, BadAnswerError, TimeoutError):
                 await asyncio.sleep(POLL_SECONDS)
 
-    def _require_running(self) -> None:
-        assert self._process is not None
-        code = self._process.poll()
+    def how_it_ended(self) -> str:
+        """The sentence about a server that has ended; "" while it runs."""
+        code = None if self._process is None else self._process.poll()
         if code is None:
-            return
+            return ""
+        if self._shows_log:
+            return f"{self.name} did not start; its message is above."
+        when = "" if self._was_ready else " while it started"
         lines = "\n".join(_last_lines(self._log))
-        message = (
-            f"{self.name} ended while it started (code {code}); its log {self._log} ends with:\n"
-            f"{lines}"
-        )
-        raise EngineError("start", message) if self._was_ready else ConfigError(message)
+        return f"{self.name} ended{when} (code {code}); its log {self._log} ends with:\n{lines}"
+
+    def _require_running(self) -> None:
+        if not (message := self.how_it_ended()):
+            return
+        if self._was_ready:
+            raise EngineError("start", message)
+        error = ConfigError(message)
+        if self._shows_log and self._process is not None:  # a command of ours
+            error.exit_code = self._process.returncode
+        raise error
 
     def _make_place(self) -> Place:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -160,8 +173,9 @@ class ServerProcess:
     def _spawn(self, command: ServerCommand) -> "subprocess.Popen[bytes]":
         guarded = [sys.executable, "-I", "-S", str(GUARD), *command.arguments]
         environment = _environment(command.keeps_packages)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         # SGLang's log has all its options, with the key: nobody else may read it.
-        log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        log = os.dup(2) if self._shows_log else os.open(self._log, flags, 0o600)
         try:
             return subprocess.Popen(
                 guarded,
@@ -216,6 +230,10 @@ class RunningServer:
 
     def kill(self) -> None:
         """As `EngineHost`: it is not ours to end."""
+
+    def how_it_ended(self) -> str:
+        """As `ServerProcess`: it may come back."""
+        return ""
 
     async def _is_ready(self, client: EngineClient) -> bool:
         try:

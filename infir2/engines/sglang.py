@@ -48,6 +48,8 @@ RESERVED_TOKENS = 4  # a request may have so many more than `max_req_input_len` 
 class SglangClient:
     """An `EngineClient`."""
 
+    incremental = False  # whether a stream's events have what is new, or all until then
+
     def __init__(self, url: str, api_key: str) -> None:
         self._http = HttpClient(url, api_key)
         self.url = self._http.url
@@ -67,7 +69,7 @@ class SglangClient:
                 max_positions=int(answer["max_req_input_len"]) + RESERVED_TOKENS,
                 max_running_requests=running or answer.get("max_running_requests"),
             )
-        if answer.get("incremental_streaming_output"):
+        if answer.get("incremental_streaming_output") and not self.incremental:
             raise ConfigError(
                 f"{self.url}: its streams have parts of a response; start SGLang without "
                 "--incremental-streaming-output."
@@ -85,7 +87,7 @@ class SglangClient:
         # An aborted request keeps its id for seconds: each attempt has one of its own.
         server_id = f"{request.id}#{secrets.token_hex(4)}"
         self._server_ids[request.id] = server_id
-        params = _sampling_params(request)
+        params = sampling_params(request)
         try:
             answer = await self._batches.generate(server_id, list(request.token_ids), params)
         except EngineError:
@@ -198,7 +200,7 @@ class SglangClient:
             )
 
 
-def _sampling_params(request: Request) -> dict[str, Any]:
+def sampling_params(request: Request) -> dict[str, Any]:
     """SGLang's parameters; every one that could change the distribution is named."""
     params = request.params
     return {

@@ -52,12 +52,14 @@ class Request:
         params: how to sample.
         key: 64-bit seed of the request's randomness. With the same weights, prompt and params the
             response depends on nothing else: neither on the batch nor on when the request arrived.
+        streams: the response is read with `OffersProgress` while it is generated.
     """
 
     id: str
     token_ids: Sequence[int]
     params: SamplingParams
     key: int
+    streams: bool = False
 
     @property
     def max_total_tokens(self) -> int:
@@ -86,6 +88,14 @@ class Completion:
     finish: Literal["stop", "length"]
     policy_version: int
     top_logprobs: Sequence[TopLogprobs] = ()
+
+
+class RequestFailedError(Exception):
+    """An engine could not answer the request `id`; another attempt may succeed."""
+
+    def __init__(self, request_id: str, message: str) -> None:
+        super().__init__(message)
+        self.id = request_id
 
 
 class Engine(Protocol):
@@ -158,6 +168,19 @@ class OffersProgress(Protocol):
 
     def response_from(self, request_id: str, start: int) -> Tokens:
         """The tokens of an unfinished request's response from number `start` on."""
+        ...
+
+
+class ServedEngine(Engine, OffersProgress, Protocol):
+    """What a server needs of an engine. `step` may raise RequestFailedError; the others go on."""
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Longest prompt with its response, as far as the engine bounds it."""
+        ...
+
+    def gauges(self) -> dict[str, int]:
+        """What it does now, by name: "requests_running", and what else it knows."""
         ...
 
 

@@ -85,20 +85,12 @@ class VllmClient:
 
     async def generate(self, request: Request, policy_version: int) -> Completion:
         """As `EngineClient`. With top_p below 1, the log-probabilities are those after it."""
-        params = request.params
-        if params.temperature > MAX_TEMPERATURE:
+        if request.params.temperature > MAX_TEMPERATURE:
             raise ConfigError(
-                f"temperature {params.temperature:g}: vLLM samples at {MAX_TEMPERATURE:g} at most."
+                f"temperature {request.params.temperature:g}: vLLM samples at "
+                f"{MAX_TEMPERATURE:g} at most."
             )
-        sampling = {
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "max_tokens": params.max_tokens,
-            "stop_token_ids": list(params.stop_ids),
-            "ignore_eos": True,  # only the stop ids of the request end it
-            "seed": request.key >> 1,  # 63 bits; -1 would be no seed
-        }
-        version = str(policy_version)
+        sampling, version = sampling_params(request), str(policy_version)
         choice = await self._generate(request.id, request.token_ids, sampling, version)
         with reading_answer(self.url):
             token_ids = list(choice["token_ids"])
@@ -187,7 +179,7 @@ class VllmClient:
         body = {
             "request_id": request_id,
             "token_ids": list(token_ids),
-            "sampling_params": sampling | {"logprobs": 0, "detokenize": False},
+            "sampling_params": {"logprobs": 0, "detokenize": False} | sampling,
         }
         try:
             answer = await self._http.post(GENERATE, body | ({"cache_salt": salt} if salt else {}))
@@ -200,3 +192,16 @@ class VllmClient:
         with reading_answer(self.url):
             choice: dict[str, Any] = answer["choices"][0]
             return choice
+
+
+def sampling_params(request: Request) -> dict[str, Any]:
+    """vLLM's parameters for a request, whose stop ids alone end it before its length."""
+    params = request.params
+    return {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "max_tokens": params.max_tokens,
+        "stop_token_ids": list(params.stop_ids),
+        "ignore_eos": True,
+        "seed": request.key >> 1,  # 63 bits; -1 would be no seed
+    }

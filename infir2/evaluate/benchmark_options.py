@@ -8,11 +8,11 @@ from infir2.checkpoint.fingerprint import fingerprint, is_run
 from infir2.config.paths import check_model_directory
 from infir2.data import load_tokenizer
 from infir2.data.types import RowError
+from infir2.engines.engine_options import EngineOptions
 from infir2.engines.http_client import HttpClient, check_url
 from infir2.engines.remote import EngineError
 from infir2.errors import ConfigError
 from infir2.evaluate.benchmarks import Benchmark
-from infir2.evaluate.engine_start import EngineOptions
 from infir2.evaluate.upstream import Patience
 from infir2.terminal import begin_phase
 
@@ -47,6 +47,7 @@ class BenchmarkOptions:
     api_key: str = ""
     model_directory: Path | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
+    engines: int = 1
     patience: Patience = field(default_factory=Patience)
 
     def samples_of(self, benchmark: Benchmark) -> int:
@@ -61,7 +62,7 @@ def identify_model(options: BenchmarkOptions) -> str:
     if options.model_directory is None:
         begin_phase("asking the engines for their models")
         return asyncio.run(_find_model(options))
-    options.engine.check()
+    options.engine.check(options.model_directory)
     _check_model(options.model_directory)
     begin_phase("reading the model's files")
     return fingerprint(options.model_directory)

@@ -112,7 +112,7 @@ def _settings(options: BenchmarkOptions, model: str, copied: Sequence[Copied]) -
     """What decides the answers, one key each."""
     settings: dict[str, Any] = {
         "model": model,
-        "engine": "url" if options.model_directory is None else options.engine.kind,
+        "engine": "url" if options.model_directory is None else options.engine.engine,
         "evalscope": evalscope.VERSION,
         "temperature": options.temperature,
         "top_p": options.top_p,
@@ -198,8 +198,15 @@ def _engines(options: BenchmarkOptions) -> list[StartedEngine]:
         return []
     directory = options.run_dir / "engines"
     return [
-        StartedEngine(options.model_directory, options.engine, index, directory)
-        for index in range(options.engine.number)
+        StartedEngine(
+            options.model_directory,
+            options.engine,
+            index,
+            options.engines,
+            options.parallel,
+            directory,
+        )
+        for index in range(options.engines)
     ]
 
 

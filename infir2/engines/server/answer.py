@@ -25,7 +25,13 @@ from infir2.engines.server.errors import (
 from infir2.engines.server.prompts import Prompt
 from infir2.engines.server.schema import ChatBody, CompletionBody
 from infir2.engines.server.served import Served
-from infir2.engines.types import Completion, Request, SamplingParams, Tokens
+from infir2.engines.types import (
+    Completion,
+    Request,
+    RequestFailedError,
+    SamplingParams,
+    Tokens,
+)
 
 Events = AsyncIterator[tuple[int, Completion | Tokens]]
 _GREEDY_BELOW = 1e-5  # where FP32 cannot divide by the temperature
@@ -59,7 +65,7 @@ class Answer:
 
     async def respond(self, http: HttpRequest) -> Response:
         """Generate and answer. Raises ApiError, and what the driver's `generate` raises."""
-        events = self.served.driver.generate(self._requests, streams=bool(self.body.stream))
+        events = self.served.driver.generate(self._requests)
         try:
             if self.body.stream:
                 return await self._stream(http, events)
@@ -83,7 +89,7 @@ class Answer:
         key = secrets.randbits(64)
         if body.seed is not None:
             key = sampling_key(body.seed, "", index % self._n, 0)
-        request = Request(f"{self.id}/{index}", token_ids, params, key)
+        request = Request(f"{self.id}/{index}", token_ids, params, key, bool(body.stream))
         check_tokens(self.served, request, self.form.param)
         return request
 
@@ -117,7 +123,7 @@ class Answer:
                         yield _event(chunk | extra)
             if usage:
                 yield _event(self._envelope(self.form.chunk, []) | {"usage": self._usage()})
-        except (CanceledError, ApiError) as error:
+        except (CanceledError, RequestFailedError, ApiError) as error:
             yield _event(error_content(as_api_error(error)))
         yield b"data: [DONE]\n\n"
 

@@ -13,14 +13,22 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from infir2.engines.generate import generate_all
-from infir2.engines.native import NativeEngine
-from infir2.engines.types import Completion, Request, SamplingParams, Tokens
+from infir2.engines.types import (
+    Completion,
+    Request,
+    RequestFailedError,
+    SamplingParams,
+    ServedEngine,
+    Tokens,
+)
 
 T = TypeVar("T")
+E = TypeVar("E", bound=ServedEngine)
 Event = Completion | Tokens | Exception
+IDLE_SECONDS = 1.0  # then an engine may say that it has ended
 _WARM_UP = Request("warm-up", [0], SamplingParams(0.0, max_tokens=1, stop_ids=()), key=0)
 
 
@@ -43,19 +51,17 @@ class _Waiter:
     Attributes:
         events: receives (number, event), in the event loop.
         number: of the request among those that share `events`.
-        streams: whether it receives tokens as they come.
-        num_prompt: tokens of the prompt.
+        request: what is generated.
         num_sent: tokens that were sent.
     """
 
     events: "asyncio.Queue[tuple[int, Any]]"
     number: int
-    streams: bool
-    num_prompt: int
+    request: Request
     num_sent: int = 0
 
 
-class EngineDriver:
+class EngineDriver(Generic[E]):
     """Opens an engine in a thread of its own and generates with it.
 
     All methods are called in the event loop, but for those marked as the thread's.
@@ -69,19 +75,19 @@ class EngineDriver:
         is_ready: the engine has generated a token.
         failure: the error that ended the thread.
         num_requests: unfinished requests.
-        cache_tokens: those of the engine, once it is ready.
+        max_request_tokens: that of the engine, once it is ready.
         counts: of what was done since the start, by name.
     """
 
     def __init__(
         self,
-        open_engine: Callable[[], NativeEngine],
+        open_engine: Callable[[], E],
         max_requests: int,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.is_ready, self.failure = False, None  # type: bool, BaseException | None
         self.num_requests, self.counts = 0, Counter[str]()
-        self.cache_tokens = 0
+        self.max_request_tokens = 0
         self._open_engine, self._max_requests, self._on_end = open_engine, max_requests, on_end
         self._commands = queue.SimpleQueue[Callable[[], None]]()
         self._closing = False
@@ -103,13 +109,13 @@ class EngineDriver:
         return not self._thread.is_alive()
 
     async def generate(
-        self, requests: Sequence[Request], streams: bool = False, policy_version: int | None = None
+        self, requests: Sequence[Request], policy_version: int | None = None
     ) -> AsyncIterator[tuple[int, Completion | Tokens]]:
-        """Yield (number of a request, its completion), with `streams` also its tokens before.
+        """Yield (number of a request, its completion); before, the tokens of one that streams.
 
         Closing the iterator, or cancelling who waits for it, cancels the requests. Raises
-        QueueFullError, CanceledError, ValueError as `Engine.submit`, and WrongVersionError unless
-        `policy_version` is None or the engine's.
+        QueueFullError, CanceledError, RequestFailedError, ValueError as `Engine.submit`, and
+        WrongVersionError unless `policy_version` is None or the engine's.
         """
         if self.num_requests + len(requests) > self._max_requests:
             raise QueueFullError
@@ -117,8 +123,8 @@ class EngineDriver:
         unfinished = {request.id for request in requests}
         self.num_requests += len(requests)
         for number, request in enumerate(requests):
-            waiter = _Waiter(events, number, streams, len(request.token_ids))
-            self._commands.put(partial(self._submit, request, policy_version, waiter))
+            waiter = _Waiter(events, number, request)
+            self._commands.put(partial(self._submit, waiter, policy_version))
         try:
             while unfinished:
                 number, event = await events.get()
@@ -135,16 +141,16 @@ class EngineDriver:
     async def complete(self, request: Request, policy_version: int | None = None) -> Completion:
         """The response to one request. Raises as `generate`."""
         async with contextlib.aclosing(
-            self.generate([request], policy_version=policy_version)  # type: ignore[type-var]
+            self.generate([request], policy_version)  # type: ignore[type-var]
         ) as events:
             async for _, event in events:
                 assert isinstance(event, Completion)
                 return event
         raise AssertionError
 
-    async def call(self, function: Callable[[NativeEngine], T]) -> T:
+    async def call(self, function: Callable[[E], T]) -> T:
         """The result of `function`, called in the thread between two steps."""
-        waiter = _Waiter(asyncio.Queue(), 0, False, 0)
+        waiter = _Waiter(asyncio.Queue(), 0, _WARM_UP)
         self._commands.put(lambda: self._call(function, waiter))
         _, result = await waiter.events.get()
         if isinstance(result, Exception):
@@ -166,7 +172,7 @@ class EngineDriver:
         try:
             self._engine = self._open_engine()
             generate_all(self._engine, [_WARM_UP])
-            self.cache_tokens = self._engine.cache_tokens
+            self.max_request_tokens = self._engine.max_request_tokens
             self.is_ready = True
             while not self._closing:
                 self._turn()
@@ -180,17 +186,21 @@ class EngineDriver:
             self._on_end()
 
     def _turn(self) -> None:
-        """Run the commands that wait, then one step; without requests, wait for a command."""
+        """Run the commands that wait, then one step; without requests, wait for a command first."""
         if not self._engine.num_unfinished:
-            self._commands.get()()
+            with contextlib.suppress(queue.Empty):
+                self._commands.get(timeout=IDLE_SECONDS)()
         while not self._commands.empty():
             self._commands.get()()
-        for completion in self._engine.step():
-            waiter = self._waiters.pop(completion.id)
-            self._count(completion, waiter)
-            self._results.append((waiter, completion))
+        try:
+            for completion in self._engine.step():
+                waiter = self._waiters.pop(completion.id)
+                self._count(completion, waiter)
+                self._results.append((waiter, completion))
+        except RequestFailedError as error:
+            self._results.append((self._waiters.pop(error.id), error))
         for name, waiter in self._waiters.items():
-            if waiter.streams:
+            if waiter.request.streams:
                 tokens = self._engine.response_from(name, waiter.num_sent)
                 if tokens.token_ids:
                     waiter.num_sent += len(tokens.token_ids)
@@ -199,7 +209,7 @@ class EngineDriver:
 
     def _count(self, completion: Completion, waiter: _Waiter) -> None:
         self.counts[f"finished_{completion.finish}"] += 1
-        self.counts["prompt_tokens"] += waiter.num_prompt
+        self.counts["prompt_tokens"] += len(waiter.request.token_ids)
         self.counts["generated_tokens"] += len(completion.token_ids)
 
     def _send(self) -> None:
@@ -208,8 +218,8 @@ class EngineDriver:
             with contextlib.suppress(RuntimeError):  # the event loop has ended
                 self._loop.call_soon_threadsafe(_put_all, results)
 
-    def _submit(self, request: Request, version: int | None, waiter: _Waiter) -> None:
-        current = self._engine.policy_version
+    def _submit(self, waiter: _Waiter, version: int | None) -> None:
+        current, request = self._engine.policy_version, waiter.request
         try:
             if version not in (None, current):
                 raise WrongVersionError(
@@ -229,7 +239,7 @@ class EngineDriver:
             error = CanceledError(f"request {name} was canceled; send it again")
             self._results.append((self._waiters.pop(name), error))
 
-    def _call(self, function: Callable[[NativeEngine], Any], waiter: _Waiter) -> None:
+    def _call(self, function: Callable[[E], Any], waiter: _Waiter) -> None:
         try:
             self._results.append((waiter, function(self._engine)))
         except Exception as error:

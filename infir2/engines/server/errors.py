@@ -9,6 +9,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from infir2.engines.server.driver import CanceledError, QueueFullError, WrongVersionError
+from infir2.engines.types import RequestFailedError
 
 RETRY_SECONDS = 1
 _CLIENT_CLOSED = 499  # nobody reads the answer
@@ -68,6 +69,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, "the queue is full; try again later", "queue_full")
         case CanceledError():
             return ApiError(503, str(error), "canceled")
+        case RequestFailedError():
+            return ApiError(503, f"the engine failed ({error}); send it again", "engine_failed")
         case WrongVersionError():
             return ApiError(409, str(error), "policy_version")
         case RequestValidationError():
@@ -94,6 +97,6 @@ def add_error_handlers(app: FastAPI) -> None:
     async def answer(_request: Request, error: Exception) -> Response:
         return error_response(as_api_error(error))
 
-    kinds = (ApiError, QueueFullError, CanceledError, WrongVersionError, ClientGoneError)
-    for kind in (*kinds, RequestValidationError, HTTPException, Exception):
+    kinds = (ApiError, QueueFullError, CanceledError, RequestFailedError, WrongVersionError)
+    for kind in (*kinds, ClientGoneError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

@@ -5,13 +5,24 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from infir2.engines.native import NativeEngine
 from infir2.engines.server.answer import Answer
 from infir2.engines.server.choices import ChatForm, CompletionForm
 from infir2.engines.server.errors import json_response
 from infir2.engines.server.prompts import chat_prompt, completion_prompts
 from infir2.engines.server.schema import ChatBody, CompletionBody
 from infir2.engines.server.served import Served
+from infir2.engines.types import ServedEngine
+
+_METRICS = {
+    "prompt_tokens_total": "tokens of answered prompts",
+    "generated_tokens_total": "generated tokens",
+    "requests_running": "requests that have a slot",
+    "requests_waiting": "queued requests",
+    "cache_tokens": "tokens that fit the KV cache",
+    "cache_tokens_used": "tokens of pages in use",
+    "policy_version": "version of the weights",
+}
+_COUNTERS = ("prompt_tokens_total", "generated_tokens_total")
 
 
 def openai_routes(served: Served) -> APIRouter:
@@ -66,22 +77,18 @@ def _model(served: Served) -> dict[str, Any]:
     }
 
 
-def _metrics(served: Served, engine: NativeEngine) -> str:
+def _metrics(served: Served, engine: ServedEngine) -> str:
     """Prometheus' text format."""
-    counts = served.driver.counts
-    running = engine.num_running
-    values = (
-        ("prompt_tokens_total", "counter", "tokens of answered prompts", counts["prompt_tokens"]),
-        ("generated_tokens_total", "counter", "generated tokens", counts["generated_tokens"]),
-        ("requests_running", "gauge", "requests that have a slot", running),
-        ("requests_waiting", "gauge", "queued requests", engine.num_unfinished - running),
-        ("cache_tokens", "gauge", "tokens that fit the KV cache", engine.cache_tokens),
-        ("cache_tokens_used", "gauge", "tokens of pages in use", engine.used_cache_tokens),
-        ("policy_version", "gauge", "version of the weights", engine.policy_version),
-    )
+    counts, values = served.driver.counts, engine.gauges()
+    values["requests_waiting"] = engine.num_unfinished - values["requests_running"]
+    values["policy_version"] = engine.policy_version
+    values |= {name: counts[name.removesuffix("_total")] for name in _COUNTERS}
     lines = [
-        f"# HELP infir2_{name} {text}\n# TYPE infir2_{name} {kind}\ninfir2_{name} {value}"
-        for name, kind, text, value in values
+        f"# HELP infir2_{name} {text}\n"
+        f"# TYPE infir2_{name} {'counter' if name in _COUNTERS else 'gauge'}\n"
+        f"infir2_{name} {values[name]}"
+        for name, text in _METRICS.items()
+        if name in values
     ]
     name = "infir2_requests_total"
     lines.append(f"# HELP {name} responses by how they ended\n# TYPE {name} counter")

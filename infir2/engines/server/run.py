@@ -3,57 +3,36 @@
 import os
 import signal
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 import uvicorn
 from fastapi import FastAPI
 
-from infir2.checkpoint.fingerprint import is_run
-from infir2.config.paths import check_model_directory
 from infir2.data import ChatTokenizer, load_tokenizer
 from infir2.engines.http_client import is_loopback
-from infir2.engines.native import NativeEngine
 from infir2.engines.server.app import build_app
 from infir2.engines.server.driver import EngineDriver
+from infir2.engines.server.opening import Opening, ServerOptions, engine_opening
 from infir2.engines.server.served import Served
+from infir2.engines.types import ServedEngine
 from infir2.errors import ConfigError, disk_reason
 from infir2.files import read_regular
-from infir2.model import Decoder, ModelConfig
+from infir2.model import ModelConfig
 from infir2.model.safetensors_io import read_json
 from infir2.terminal import begin_phase, log
 
 DRAIN_SECONDS = 2  # for responses in progress, after SIGTERM
-CPU_CACHE_GIB = 1.0
 MAX_KEY_BYTES = 4096
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """What `infir2 serve` is told; the names are those of its options."""
-
-    model: Path
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_name: str = ""
-    api_key_file: Path | None = None
-    cache_gib: float = 0.0
-    max_running_requests: int = 64
-    max_waiting_requests: int = 512
-    weight_updates: bool = False
-    allow_origin: Sequence[str] = ()
-
-
 def run_server(options: ServerOptions) -> None:
-    """Serve a Hugging Face directory until SIGTERM or Ctrl-C.
+    """Serve a Hugging Face directory until SIGTERM or Ctrl-C; `options.check` was called.
 
-    Raises ConfigError for options that do not go together, a port in use or a file that is none of
-    a model's; the errors of loading the model; and what ended the engine.
+    Raises ConfigError for a missing key, a port in use or a file that is none of a model's; the
+    errors of loading the model; and what ended the engine.
     """
     key = _read_key(options)
-    check_model(options.model)
     listening = _bind(options.host, options.port)
     config = ModelConfig.from_hf(read_json(options.model / "config.json"))
     begin_phase("loading the tokenizer")
@@ -61,8 +40,9 @@ def run_server(options: ServerOptions) -> None:
     _check_vocabulary(options.model, tokenizer, config)
     tokenizer.eos_token_ids  # noqa: B018 - renders the template, which takes a second
     name = options.served_name or options.model.resolve().name
+    opening = engine_opening(options, tokenizer, f"{name} at {_address(listening)}/v1")
     driver = EngineDriver(
-        lambda: _open_engine(options, tokenizer, f"{name} at {_address(listening)}/v1"),
+        opening.open,
         options.max_running_requests + options.max_waiting_requests,
         on_end=lambda: setattr(server, "should_exit", True),
     )
@@ -70,23 +50,13 @@ def run_server(options: ServerOptions) -> None:
     hosts = () if key else ("127.0.0.1", "localhost", "[::1]", options.host)
     app = build_app(served, key, hosts, options.weight_updates, options.allow_origin)
     server = Server(driver, app)
-    _run(server, listening, driver)
-
-
-def check_model(path: Path) -> None:
-    """Raise ConfigError unless `path` is a Hugging Face directory."""
-    check_model_directory("MODEL", str(path))
-    if is_run(path):
-        raise ConfigError(
-            f"MODEL: {path} is a run directory, and the engine loads an export: infir2 export fp8 "
-            f"{path} --to DIR, then name DIR."
-        )
+    _run(server, listening, driver, opening)
 
 
 class Server(uvicorn.Server):
     """uvicorn, which at its end cancels what the engine still generates."""
 
-    def __init__(self, driver: EngineDriver, app: FastAPI, port: int = 0) -> None:
+    def __init__(self, driver: EngineDriver[Any], app: FastAPI, port: int = 0) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -105,39 +75,24 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _run(server: uvicorn.Server, listening: socket.socket, driver: EngineDriver) -> None:
+def _run(
+    server: uvicorn.Server,
+    listening: socket.socket,
+    driver: EngineDriver[ServedEngine],
+    opening: Opening,
+) -> None:
     # uvicorn raises the signal that ended it once more; SIGTERM is how a server ends.
     previous = signal.signal(signal.SIGTERM, lambda _number, _frame: None)
     try:
         server.run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, previous)
+        opening.close()
     if driver.failure is not None:
         raise driver.failure
     log("the server has stopped.", "serve")
     # Python's own end takes seconds with torch on a busy machine, and waits for a step in progress.
     os._exit(0)
-
-
-def _open_engine(options: ServerOptions, tokenizer: ChatTokenizer, what: str) -> NativeEngine:
-    begin_phase("loading the model")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Decoder.from_hf(options.model).to(device)
-    cache_gib = options.cache_gib or (CPU_CACHE_GIB if device.type == "cpu" else 0.0)
-    engine = NativeEngine(
-        model,
-        options.max_running_requests,
-        cache_gib,
-        keep_cache=True,
-        decode=tokenizer.decode,
-    )
-    if not engine.cache_tokens:
-        raise ConfigError(
-            f"--cache-gib {cache_gib:g} holds no token of this model; allow more memory."
-        )
-    begin_phase("")
-    log(f"{what}, {engine.cache_tokens:,} tokens of KV cache", "serve")
-    return engine
 
 
 def _read_key(options: ServerOptions) -> str:

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import time
+from typing import Any
 
 from infir2.data import ChatTokenizer
 from infir2.engines.server.driver import EngineDriver
@@ -27,14 +28,14 @@ class Served:
     tokenizer: ChatTokenizer
     max_positions: int
     vocab_size: int
-    driver: EngineDriver
+    driver: EngineDriver[Any]
     created: int = field(default_factory=lambda: int(time()))
     tokenizer_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     @property
     def context_tokens(self) -> int:
-        """Tokens of a prompt and its response, at most: the model's positions, or the cache."""
-        return min(self.max_positions, self.driver.cache_tokens)
+        """Tokens of a prompt and its response, at most: the model's positions, or the engine's."""
+        return min(self.max_positions, self.driver.max_request_tokens)
 
     def require_ready(self) -> None:
         """Raise ApiError 503 until the engine has generated a token."""

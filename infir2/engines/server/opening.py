@@ -1,0 +1,113 @@
+"""Which engine a server gets: the native one, or SGLang or vLLM in a process that we start."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from infir2.checkpoint.fingerprint import is_run
+from infir2.config.paths import check_model_directory
+from infir2.data import ChatTokenizer
+from infir2.engines.engine_options import EngineOptions, remote_host
+from infir2.engines.native import NativeEngine
+from infir2.engines.remote_engine import RemoteEngine
+from infir2.engines.types import ServedEngine
+from infir2.errors import ConfigError
+from infir2.model import Decoder
+from infir2.terminal import begin_phase, log
+
+CPU_CACHE_GIB = 1.0
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What `infir2 serve` is told; the names are those of its options."""
+
+    model: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_name: str = ""
+    api_key_file: Path | None = None
+    cache_gib: float = 0.0
+    max_running_requests: int = 64
+    max_waiting_requests: int = 512
+    weight_updates: bool = False
+    allow_origin: Sequence[str] = ()
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    engine_dir: Path | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError for a directory that is no model's, or options that do not fit."""
+        check_model_directory("MODEL", str(self.model))
+        if is_run(self.model):
+            raise ConfigError(
+                f"MODEL: {self.model} is a run directory, and the engine loads an export: infir2 "
+                f"export fp8 {self.model} --to DIR, then name DIR."
+            )
+        self.engine.check(self.model)
+        kind = self.engine.engine
+        if kind != "native" and self.weight_updates:
+            raise ConfigError(f"--weight-updates is for --engine native, not {kind}; leave it out.")
+        if self.cache_gib and (kind == "sglang" or (kind == "vllm" and torch.cuda.is_available())):
+            raise ConfigError(f"--cache-gib is not for {kind}; name --memory-fraction instead.")
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How an engine is opened, in the thread that drives it, and how it is ended."""
+
+    open: Callable[[], ServedEngine]
+    close: Callable[[], None] = lambda: None
+
+
+def engine_opening(options: ServerOptions, tokenizer: ChatTokenizer, what: str) -> Opening:
+    """`what` is served, for the message when it is."""
+    if options.engine.engine == "native":
+        return Opening(lambda: _open_native(options, tokenizer, what))
+    return _remote_opening(options, tokenizer, what)
+
+
+def _open_native(options: ServerOptions, tokenizer: ChatTokenizer, what: str) -> NativeEngine:
+    begin_phase("loading the model")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = Decoder.from_hf(options.model).to(device)
+    cache_gib = options.cache_gib or (CPU_CACHE_GIB if device.type == "cpu" else 0.0)
+    engine = NativeEngine(
+        model,
+        options.max_running_requests,
+        cache_gib,
+        keep_cache=True,
+        decode=tokenizer.decode,
+    )
+    if not engine.cache_tokens:
+        raise ConfigError(
+            f"--cache-gib {cache_gib:g} holds no token of this model; allow more memory."
+        )
+    begin_phase("")
+    log(f"{what}, {engine.cache_tokens:,} tokens of KV cache", "serve")
+    return engine
+
+
+def _remote_opening(options: ServerOptions, tokenizer: ChatTokenizer, what: str) -> Opening:
+    directory = options.engine_dir or Path(tempfile.mkdtemp(prefix="infir2-serve-"))
+    host = remote_host(
+        options.model, options.engine, options.max_running_requests, options.cache_gib, directory
+    )
+
+    def open_engine() -> RemoteEngine:
+        begin_phase(f"starting {options.engine.engine}; its log is in {directory}")
+        engine = RemoteEngine(host, tokenizer.decode, options.max_running_requests)
+        begin_phase("")
+        log(f"{what}, by {engine.info.release}", "serve")
+        return engine
+
+    def close() -> None:
+        ended = host.has_ended
+        host.kill()
+        if options.engine_dir is None and not ended:  # else its log tells why
+            shutil.rmtree(directory, ignore_errors=True)
+
+    return Opening(open_engine, close)
