@@ -7,6 +7,7 @@ same one later, may do better, and a UserError for what nobody can repair but th
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from infir2.engines.weight_buckets import WeightBuckets
 from infir2.model.hf_names import weights_digest
 from infir2.model.safetensors_io import HfWeights
 
+NUM_HASHERS = 4
 LOGPROB_ERROR = 1e-3  # a server's rounding may put a probability a little above 1
 
 
@@ -98,7 +100,13 @@ class PublishedWeights:
     @cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 of each tensor's bytes by name, as `weights_digest`."""
-        return weights_digest(HfWeights(self.directory))
+        files = HfWeights(self.directory)
+        found: dict[str, str] = {}
+        with ThreadPoolExecutor(NUM_HASHERS) as hashers:  # hashlib releases Python's lock
+            names = files.names()
+            for each in hashers.map(lambda n: weights_digest([(n, files.read(n))]), names):
+                found |= each
+        return found
 
 
 class WeightPublisher(Protocol):

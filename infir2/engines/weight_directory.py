@@ -20,7 +20,7 @@ from infir2.model.safetensors_io import HfWeights, read_json, write_hf
 from infir2.terminal import log
 
 SHARED_MEMORY = Path("/dev/shm")
-SHARD_BYTES = 2**30  # the writer holds one shard in memory, beside what it has written
+SHARD_BYTES, NUM_WRITERS = 2**28, 4  # so many shards are in memory, beside what is written
 NUM_VERSIONS = 2  # the newest, and the one before while it is replaced
 
 
@@ -76,7 +76,14 @@ class WeightDirectory:
                 yield name, tensor
 
         directory = self._path / f"version-{policy_version}-{secrets.token_hex(2)}"
-        write_hf(directory, counted(), self._config, self._model, SHARD_BYTES)
+        write_hf(
+            directory,
+            counted(),
+            self._config,
+            self._model,
+            SHARD_BYTES,
+            num_writers=NUM_WRITERS,
+        )
         self._expected.check(names)
         return PublishedWeights(directory, policy_version, num_bytes)
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from infir2.checkpoint.fingerprint import is_run
@@ -85,16 +86,31 @@ def publish(parallel_model: ParallelModel, engine: RolloutEngine, policy_version
     CheckFailedError as `open_engine`.
     """
     digests: dict[str, str] = {}
+    is_pool = isinstance(engine, EnginePool)
 
     def exported_with_digests() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in parallel_model.exported():
-            digests.update(weights_digest([(name, tensor)]))
+            if is_pool and tensor.is_cuda:
+                digests[name] = _sum_of_bits(tensor)
+            else:
+                digests.update(weights_digest([(name, tensor)]))
             yield name, tensor
 
     if isinstance(engine, EnginePool):
         engine.probe = trainer_probe(parallel_model)
     engine.update_weights(exported_with_digests(), policy_version)
     return _prove_equal(parallel_model, digests, engine)
+
+
+def _sum_of_bits(tensor: Tensor) -> str:
+    """Tells versions of a GPU's weights apart for the journal, without copying them to the host.
+
+    Servers prove theirs by what they have loaded; SHA-256 takes longer than all else.
+    """
+    raw = tensor.contiguous().view(-1).view(torch.uint8)
+    is_aligned = len(raw) % 4 == 0 and raw.storage_offset() % 4 == 0
+    words = raw.view(torch.int32) if is_aligned else raw
+    return str(int(words.sum(dtype=torch.int64)))
 
 
 def _check_recipe(recipe: RlRecipe, parallel_model: ParallelModel, remote: bool) -> None:

@@ -30,6 +30,18 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 SECONDS_PER_TOKEN = 0.02
+# Messages that ModelRunner answers: its method, and the message's fields that are its arguments.
+RUNNER_METHODS = {
+    "InitWeightsUpdateGroupReqInput": (
+        "init_weights_update_group",
+        ("master_address", "master_port", "rank_offset", "world_size", "group_name", "backend"),
+    ),
+    "DestroyWeightsUpdateGroupReqInput": ("destroy_weights_update_group", ("group_name",)),
+    "UpdateWeightsFromDistributedReqInput": (
+        "update_weights_from_distributed",
+        ("names", "dtypes", "shapes", "group_name", "load_format"),
+    ),
+}
 torch.cuda.synchronize = lambda *_: None
 # Its asserts of a GPU are off (-O). Larger blocks give the same hash in fewer interpreted steps.
 weight_checker.tensor_hash = partial(multimodal.gpu_tensor_hash, block_words=8192, reduce_chunk=16)
@@ -49,7 +61,9 @@ class ScriptedScheduler:
         self._send.connect(ports.tokenizer_ipc_name)
         self._running: dict[str, tuple[Any, float]] = {}
         self._cached: set[tuple[int, ...]] = set()
-        self._weights = load(Path(model))
+        self._tensors = read(Path(model))
+        self._weights = fuse(self._tensors)
+        self._runner: Any = None
 
     def run(self) -> None:
         while True:
@@ -74,6 +88,8 @@ class ScriptedScheduler:
         elif kind == "CheckWeightsReqInput":
             payload = checker(self._weights).handle(message.action)
             self._send.send_pyobj(io_struct.CheckWeightsReqOutput(True, "Success.", payload))
+        elif kind in RUNNER_METHODS:
+            self._send.send_pyobj(self._run_for_broadcast(message, *RUNNER_METHODS[kind]))
         elif kind == "FlushCacheReqInput":
             self._cached.clear()
             self._send.send_pyobj(io_struct.FlushCacheReqOutput(success=not self._running))
@@ -84,10 +100,32 @@ class ScriptedScheduler:
     def _update(self, message: Any) -> Any:
         try:
             if Path(message.model_path).name != "stale":
-                self._weights = load(Path(message.model_path))
+                self._tensors = read(Path(message.model_path))
+                self._weights = fuse(self._tensors)
         except Exception as error:
             return io_struct.UpdateWeightFromDiskReqOutput(False, f"Failed: {error}")
         return io_struct.UpdateWeightFromDiskReqOutput(True, "Succeeded to update model weights.")
+
+    def _run_for_broadcast(self, message: Any, method: str, names: tuple[str, ...]) -> Any:
+        """What SGLang's own ModelRunner does with a group and with what it receives."""
+        from sglang.srt.model_executor.model_runner import ModelRunner
+
+        if self._runner is None:
+            self._runner = types.SimpleNamespace(
+                tp_rank=0, device="cpu", _model_update_group={}, model=self
+            )
+            bucketed = "_update_bucketed_weights_from_distributed"
+            setattr(self._runner, bucketed, partial(getattr(ModelRunner, bucketed), self._runner))
+        arguments = {name: getattr(message, name) for name in names}
+        success, text = getattr(ModelRunner, method)(self._runner, **arguments)
+        if success and getattr(message, "flush_cache", False):
+            self._cached.clear()
+        return getattr(io_struct, type(message).__name__.replace("Input", "Output"))(success, text)
+
+    def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        """As the model's."""
+        self._tensors |= {name: tensor.clone() for name, tensor in weights}
+        self._weights = fuse(self._tensors)
 
     def _advance(self, rid: str, request: Any, seconds: float) -> None:
         params = request.sampling_params
@@ -147,18 +185,22 @@ def response(prompt: list[int], params: Any) -> list[int]:
     return tokens
 
 
-def load(directory: Path) -> torch.nn.Module:
-    """The weights with SGLang's names: q, k, v and gate, up are one parameter each."""
-    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+def read(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a directory by name."""
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"{directory} has no weights")
-    for path in paths:
-        for name, tensor in load_file(path).items():
-            *prefix, layer, leaf = name.split(".")
-            place = ORDER.index(layer) if layer in ORDER else 0
-            fused = ".".join((*prefix, FUSED.get(layer, layer), leaf))
-            parts.setdefault(fused, []).append((place, tensor))
+    return {name: tensor for path in paths for name, tensor in load_file(path).items()}
+
+
+def fuse(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The weights with SGLang's names: q, k, v and gate, up are one parameter each."""
+    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for name, tensor in tensors.items():
+        *prefix, layer, leaf = name.split(".")
+        place = ORDER.index(layer) if layer in ORDER else 0
+        fused = ".".join((*prefix, FUSED.get(layer, layer), leaf))
+        parts.setdefault(fused, []).append((place, tensor))
     model = torch.nn.Module()
     for name, found in parts.items():
         tensor = torch.cat([t for _, t in sorted(found, key=lambda pair: pair[0])])

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine_servers import scripted_response
 from real_servers import ask, running
 from safetensors.torch import load_file, save_file
 
+import infir2.engines.weight_buckets
 from infir2.config.schema import RolloutSection
 from infir2.engines.http_client import HttpClient
 from infir2.engines.remote import (
@@ -24,7 +26,9 @@ from infir2.engines.remote import (
 from infir2.engines.server_process import Place, ServerCommand
 from infir2.engines.sglang import SglangClient, sglang_command
 from infir2.engines.types import Request, SamplingParams
+from infir2.engines.weight_memory import WeightMemory
 from infir2.errors import ConfigError
+from infir2.model.safetensors_io import HfWeights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
@@ -140,6 +144,29 @@ def test_a_reload_that_did_nothing_is_found(client: SglangClient, start: Path, o
             await publish(client, PublishedWeights(stale, 6, 0))
 
     ask(client, run)
+
+
+def test_a_broadcast_is_loaded_and_proved(
+    client: SglangClient, start: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group and what is received are SGLang's own code, over gloo."""
+    monkeypatch.setattr(infir2.engines.weight_buckets, "BUCKET_BYTES", 100_000)
+    memory = WeightMemory(start / "hf", torch.device("cpu"))
+    versions = [
+        memory.publish(HfWeights(path), 20 + i) for i, path in enumerate((other, start / "hf"))
+    ]
+    assert versions[0].buckets is not None
+    assert len(versions[0].buckets.buckets) > 2
+
+    async def run(client: SglangClient) -> Any:
+        for weights in versions:
+            await publish(client, weights)
+        with pytest.raises(WeightsDifferError, match=r"model.norm.weight and 0 more"):
+            await client.prove_weights(versions[0])
+        return await client.generate(REQUEST, 21)
+
+    assert ask(client, run).policy_version == 21
+    assert set(versions[0].seconds) == {"transfer"}
 
 
 def test_a_directory_that_is_not_there(client: SglangClient, tmp_path: Path) -> None:

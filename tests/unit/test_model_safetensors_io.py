@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infir2.errors import CheckpointError, OutputExistsError
 from infir2.model import HfWeights, write_hf
-from infir2.model.safetensors_io import INDEX_FILE, SINGLE_FILE, read_json
+from infir2.model.safetensors_io import INDEX_FILE, SINGLE_FILE, has_nan_code, read_json
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),
@@ -141,6 +141,29 @@ def test_writing_holds_one_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 
     write_hf(tmp_path / "out", tensors(), {}, max_shard_bytes=400)
     assert on_disk_when_asked == [0, 0, 1, 2]
+
+
+def test_several_writers_write_the_same_files(tmp_path: Path) -> None:
+    tensors = [(f"t{i}", torch.full((64,), float(i))) for i in range(20)]
+    for writers in (1, 4):
+        write_hf(tmp_path / str(writers), iter(tensors), {}, None, 600, num_writers=writers)
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len(names) > 9
+    for name in names:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 4096, 1_100_003])
+def test_every_nan_code_is_found(size: int) -> None:
+    finite = torch.arange(size, dtype=torch.int64).remainder(254).add(1).to(torch.uint8)
+    finite[(finite & 0x7F) == 0x7F] = 0x7E  # the largest value
+    assert not has_nan_code(finite.view(torch.float8_e4m3fn))
+    for position in {0, size // 2, size - 1}:
+        for code in (0x7F, 0xFF):
+            codes = finite.clone()
+            codes[position] = code
+            assert has_nan_code(codes.view(torch.float8_e4m3fn))
+            assert has_nan_code(codes[position:].view(torch.float8_e4m3fn))
 
 
 def test_side_files_come_along(tmp_path: Path) -> None:
