@@ -19,7 +19,10 @@ import torch
 
 from infir2.checkpoint import open_checkpoint
 from infir2.cli import main
+from infir2.config.schema import ShapeSection
+from infir2.data import load_tokenizer
 from infir2.demo.world import DemoWorld, make_demo_world
+from infir2.model import Decoder, exported_weights, write_hf
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "demo"
 SHAPE = {
@@ -182,6 +185,16 @@ def assert_each_step_once(run_dir: Path, steps: int) -> None:
     assert checkpoint.step == steps
     assert updates == {sum(not line["skipped"] for line in trained)}
     assert checkpoint.state["cursor"] == sum(line["groups_sampled"] for line in trained)
+
+
+def make_model(world: Path, directory: Path) -> Path:
+    """A Hugging Face directory with random weights and the demo's tokenizer and template."""
+    tokenizer = world / "tokenizer"
+    decoder = Decoder.from_shape(
+        ShapeSection(**SHAPE), load_tokenizer(tokenizer).vocab_size, seed=1
+    )
+    write_hf(directory, exported_weights(decoder), decoder.config.to_hf(), tokenizer)
+    return directory
 
 
 def make_rl_start(world: Path, directory: Path, **values: Any) -> Path:

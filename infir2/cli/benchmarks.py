@@ -38,7 +38,7 @@ def run_benchmarks(arguments: Sequence[str]) -> None:
     from infir2.evaluate.benchmark_run import run_benchmarks as run
 
     results = run(_options(vars(options)))
-    if options.json:
+    if options.json and results:
         print_json([result.as_json() for result in results])
     if missing := sum(result.missing for result in results if not result.is_complete):
         raise CheckFailedError(
@@ -54,7 +54,7 @@ def _options(values: dict[str, Any]) -> "BenchmarkOptions":
     is_url = "://" in target
     names = dict.fromkeys(name.strip() for name in values["benchmarks"].split(","))
     same = (
-        *("data", "run_dir", "model", "engines", "parallel"),
+        *("data", "run_dir", "model", "engines", "parallel", "port"),
         *("samples", "max_tokens", "seed", "temperature", "top_p"),
     )
     return BenchmarkOptions(
@@ -92,11 +92,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--run.dir", dest="run_dir", type=Path, metavar="DIR", help="of the results"
     )
-    parser.add_argument("--model", default="", help="its name at the servers, if they have several")
+    parser.add_argument("--model", default="", metavar="NAME", help="its name at the servers")
     for name, meaning in (
         ("--samples", "answers per question (default: docs/recipe.md, section 3)"),
         ("--max-tokens", "of a response (default: docs/recipe.md, section 3)"),
         ("--seed", "of all samples (default 0)"),
+        ("--port", "of loopback, of the first engine (default: a free one)"),
     ):
         parser.add_argument(name, type=_count, default=0, metavar="N", help=meaning)
     parser.add_argument("--temperature", type=_temperature, default=0.65, help="(default 0.65)")

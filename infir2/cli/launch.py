@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from infir2.cli.arguments import RECIPE_CLASSES, Parser, split_recipe_arguments
 from infir2.config.env_vars import variables_of
@@ -21,6 +22,7 @@ from infir2.launch.torchrun import (
     default_endpoint,
     default_ranks,
     run_torchrun,
+    runs_benchmarks,
     torchrun_command,
 )
 from infir2.terminal import log, print_result
@@ -89,6 +91,8 @@ def _split_command(arguments: Sequence[str]) -> tuple[Sequence[str], list[str]]:
 def _check_order(own: list[str], command: list[str]) -> None:
     """Raise ConfigError if an option of launch stands after `--`, among those of the verb."""
     actions = {name: action for action in _parser()._actions for name in action.option_strings}
+    if runs_benchmarks(command):
+        del actions["--engines"]  # those of the evaluation
     for index, argument in enumerate(command):
         name, equals, _ = argument.partition("=")
         if name in actions and name not in ("-h", "--help"):
@@ -107,15 +111,24 @@ def _size(kind: str, layout: Layout) -> str:
 
 
 def _layout(options: argparse.Namespace, command: list[str]) -> Layout:
+    is_evaluation = command[:1] == ["eval"]
     if options.ranks_per_node is None:
-        is_evaluation = command[:1] == ["eval"]
         if options.kind != "torchrun" and not is_evaluation:
             raise ConfigError(
                 f"infir2 launch {options.kind} cannot count the GPUs of other machines: "
                 "set --gpus-per-node M."
             )
         options.ranks_per_node = 1 if is_evaluation else default_ranks()
-    layout = Layout(**{field.name: getattr(options, field.name) for field in fields(Layout)})
+    if options.in_job:
+        options.nodes = slurm.nodes_of_job()
+    values: dict[str, Any] = {
+        field.name: getattr(options, field.name)
+        for field in fields(Layout)
+        if hasattr(options, field.name)
+    }
+    if runs_benchmarks(command):  # the engines of its one process use the GPUs
+        values |= {"ranks_per_node": 1, "gpus_per_rank": options.ranks_per_node}
+    layout = Layout(**values)
     check_command(command, layout)
     if layout.engines and (options.kind, command[0]) != ("ray", "rl"):
         raise ConfigError(
@@ -133,15 +146,22 @@ def _launcher(
         variables = list(variables_of(RECIPE_CLASSES[command[0]]))
         run = partial(ray.run_ray, layout, command, variables)
         return ray.description(layout, command), run
+    if not runs_benchmarks(command):
+        _check_recipes(command)
+    if options.kind == "slurm":
+        script = slurm.batch_script(layout, command, options.sbatch).rstrip()
+        if options.in_job:
+            return script, partial(slurm.run_in_job, script)
+        return script, partial(slurm.submit, script, wait=not options.no_wait)
+    return shlex.join(torchrun_command(layout, command)), partial(run_torchrun, layout, command)
+
+
+def _check_recipes(command: list[str]) -> None:
     for path in split_recipe_arguments(command[1:], command[0])[0]:
         if not Path(path).exists():
             raise ConfigError(
                 f"{path}: no such recipe; paths are relative to the current directory."
             )
-    if options.kind == "slurm":
-        script = slurm.batch_script(layout, command, options.sbatch).rstrip()
-        return script, partial(slurm.submit, script, wait=not options.no_wait)
-    return shlex.join(torchrun_command(layout, command)), partial(run_torchrun, layout, command)
 
 
 def _parser() -> Parser:
@@ -164,6 +184,9 @@ def _parser() -> Parser:
         default=[],
         metavar="OPTION",
         help="slurm: a further option, --sbatch=--partition=gpu",
+    )
+    parser.add_argument(
+        "--in-job", action="store_true", help="slurm: run in this job, on all its nodes"
     )
     parser.add_argument("--no-wait", action="store_true", help="slurm: exit once the job is queued")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")

@@ -120,6 +120,7 @@ def serve_host(
     variables: dict[str, str] | None = None,
     open_client: Callable[[str, str], EngineClient] = ServeClient,
     shows_log: bool = False,
+    port: int = 0,
 ) -> ServerProcess:
     """An `infir2 serve` of `model` in a process of its own; arguments as `ServerProcess`."""
 
@@ -131,6 +132,4 @@ def serve_host(
         words += [*options.arguments(), *serve_options]
         return ServerCommand(words, variables or {}, keeps_packages=True)
 
-    return ServerProcess(
-        name, command, open_client, lambda *_: None, directory, max_restarts=3, shows_log=shows_log
-    )
+    return ServerProcess(name, command, open_client, lambda *_: None, directory, 3, shows_log, port)

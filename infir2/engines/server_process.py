@@ -84,14 +84,16 @@ class ServerProcess:
         directory: Path,
         max_restarts: int,
         shows_log: bool = False,
+        port: int = 0,
     ) -> None:
         """`directory`, of a run `run.dir`/engines, has its files; `name` without spaces names them.
 
-        With `shows_log` its messages go to this process' stderr instead of its log.
+        With `shows_log` its messages go to this process' stderr instead of its log. `port` is of
+        loopback; 0: a free one.
         """
         self.name, self.max_restarts = name, max_restarts
         self._command, self._open_client, self._check_info = command, open_client, check_info
-        self._directory = directory
+        self._directory, self._port = directory, port
         self._stem, self._shows_log = name.replace(" ", "-"), shows_log
         self._process: subprocess.Popen[bytes] | None = None
         self._was_ready = False
@@ -168,7 +170,7 @@ class ServerProcess:
         keys = self._directory / f"{self._stem}.key"
         keys.mkdir(mode=0o700, exist_ok=True)
         keys.chmod(0o700)
-        return Place(free_port(), secrets.token_urlsafe(32), keys)
+        return Place(self._port or free_port(), secrets.token_urlsafe(32), keys)
 
     def _spawn(self, command: ServerCommand) -> "subprocess.Popen[bytes]":
         guarded = [sys.executable, "-I", "-S", str(GUARD), *command.arguments]

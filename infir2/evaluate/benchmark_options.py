@@ -13,6 +13,7 @@ from infir2.engines.http_client import HttpClient, check_url
 from infir2.engines.remote import EngineError
 from infir2.errors import ConfigError
 from infir2.evaluate.benchmarks import Benchmark
+from infir2.evaluate.engine_start import check_port
 from infir2.evaluate.upstream import Patience
 from infir2.terminal import begin_phase
 
@@ -29,6 +30,8 @@ class BenchmarkOptions:
         run_dir: of the results.
         samples, max_tokens: per question and response; 0: those of docs/recipe.md.
         parallel: requests at one time.
+        engines: to start on each node.
+        port: of loopback, of the first engine; 0: a free one.
         seed: every sample's own seed is drawn from it.
         api_key: of the engines.
     """
@@ -48,6 +51,7 @@ class BenchmarkOptions:
     model_directory: Path | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
     engines: int = 1
+    port: int = 0
     patience: Patience = field(default_factory=Patience)
 
     def samples_of(self, benchmark: Benchmark) -> int:
@@ -63,6 +67,8 @@ def identify_model(options: BenchmarkOptions) -> str:
         begin_phase("asking the engines for their models")
         return asyncio.run(_find_model(options))
     options.engine.check(options.model_directory)
+    if options.port:
+        check_port(options.port)
     _check_model(options.model_directory)
     begin_phase("reading the model's files")
     return fingerprint(options.model_directory)

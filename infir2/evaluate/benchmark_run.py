@@ -35,11 +35,12 @@ from infir2.evaluate.benchmark_result import (
     score_benchmark,
 )
 from infir2.evaluate.benchmarks import Benchmark
-from infir2.evaluate.engine_start import StartedEngine
+from infir2.evaluate.engine_start import SERVED_NAME, StartedEngine
 from infir2.evaluate.gateway import Gateway, Task
 from infir2.evaluate.journal import ANSWERS, Journal, Row
 from infir2.evaluate.judge import CodeJudge
-from infir2.evaluate.upstream import Engine, Upstream
+from infir2.evaluate.nodes import NodeEngine, end_nodes, forget_nodes, serve_node, this_node
+from infir2.evaluate.upstream import Engine, Restarts, Upstream
 from infir2.files import disk_errors, encode_json_line, read_own, write_atomically
 from infir2.terminal import StepProgress, begin_phase, log, log_text
 
@@ -58,8 +59,11 @@ def run_benchmarks(options: BenchmarkOptions) -> list[BenchmarkResult]:
     Everything that can refuse the command does so before the first request for an answer. Raises
     DataError for the questions; ConfigError for evalscope, the engines and a directory with other
     settings; OutputExistsError for a directory of something else; CheckFailedError if evalscope
-    fails.
+    fails. On several nodes only rank 0 has results; the others serve it.
     """
+    if this_node().rank:
+        serve_node(_engines(options), this_node(), options.run_dir)
+        return []
     environment = evalscope.environment_directory()
     evalscope.require(environment)
     _check_directory(options.run_dir)
@@ -177,26 +181,32 @@ def _open_gateway(
     progress = _Progress(total, journal)
     judge = CodeJudge(*problems)
     upstream = Upstream([], options.patience)
-    started = _engines(options)
+    directory, own = options.run_dir / "engines", _engines(options)
+    forget_nodes(directory)
+    others = (NodeEngine(directory, *each) for each in _engines_elsewhere(options))
+    started: list[Restarts] = [*own, *others]
     try:
         with Gateway(tasks, journal, upstream, progress.add, judge) as gateway:
             begin_phase("starting the engines")
             gateway.open_engines(
                 [Engine(url, model, HttpClient(url, options.api_key)) for url in options.urls],
                 started,
+                options.model or SERVED_NAME,
             )
             yield gateway
     finally:
-        for engine in started:
+        for engine in own:
             engine.kill()
+        end_nodes(directory)
         progress.close()
         journal.close()
 
 
 def _engines(options: BenchmarkOptions) -> list[StartedEngine]:
+    """Those of this node."""
     if options.model_directory is None:
         return []
-    directory = options.run_dir / "engines"
+    node = this_node().rank
     return [
         StartedEngine(
             options.model_directory,
@@ -204,10 +214,21 @@ def _engines(options: BenchmarkOptions) -> list[StartedEngine]:
             index,
             options.engines,
             options.parallel,
-            directory,
+            options.run_dir / "engines",
+            served_name=options.model or SERVED_NAME,
+            port=0 if node or index else options.port,
+            node=node,
         )
         for index in range(options.engines)
     ]
+
+
+def _engines_elsewhere(options: BenchmarkOptions) -> list[tuple[int, int]]:
+    """Rank and number of each engine of another node. Raises ConfigError for URLs."""
+    nodes = this_node().number
+    if options.model_directory is None and nodes > 1:
+        raise ConfigError("URL: several nodes are for a MODEL; launch with --nodes 1.")
+    return [(rank, index) for rank in range(1, nodes) for index in range(options.engines)]
 
 
 class _Progress:

@@ -75,6 +75,7 @@ class Gateway:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._taken: set[Key] = set()
+        self._watches: list[asyncio.Task[None]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._server = _Server(self)
@@ -88,6 +89,7 @@ class Gateway:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+        asyncio.run_coroutine_threadsafe(self._end_watches(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -99,21 +101,31 @@ class Gateway:
         """Where evalscope's driver asks for verdicts about programs."""
         return f"http://127.0.0.1:{self._server.server_port}/{benchmark}/judge"
 
-    def open_engines(self, running: Sequence[Engine], started: Sequence[Restarts]) -> None:
+    def open_engines(
+        self, running: Sequence[Engine], started: Sequence[Restarts], name: str = "model"
+    ) -> None:
         """Ask these engines, of which `started` are started first; blocks until all are ready.
 
+        `name` is the model's at those that are started.
         Raises ConfigError for one that ends while it starts.
         """
 
         async def start(process: Restarts) -> Engine:
             url, api_key = await process.start()
-            return Engine(url, "model", HttpClient(url, api_key), process, MAX_RESTARTS)
+            return Engine(url, name, HttpClient(url, api_key), process, MAX_RESTARTS)
 
         async def start_all() -> list[Engine]:
-            return [*running, *await asyncio.gather(*map(start, started))]
+            engines = [*running, *await asyncio.gather(*map(start, started))]
+            self._watches = [asyncio.create_task(process.watch()) for process in started]
+            return engines
 
         call = asyncio.run_coroutine_threadsafe(start_all(), self._loop)
         self.upstream.engines = call.result()
+
+    async def _end_watches(self) -> None:
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
 
     def replace_engine(self, number: int, url: str, api_key: str = "") -> None:
         """An engine has come back at another address."""

@@ -55,6 +55,10 @@ class Restarts(Protocol):
         """(base URL, key) once it generates. Raises EngineError, ConfigError."""
         ...
 
+    async def watch(self) -> None:
+        """End it whenever it hangs, until this is cancelled."""
+        ...
+
 
 @dataclass
 class Engine:

@@ -105,7 +105,7 @@ def placement(layout: Layout) -> list[tuple[list[dict[str, float]], str]]:
 
     def bundle(num_processes: int) -> dict[str, float]:
         cpus = {"CPU": layout.cpus_per_rank * num_processes}
-        return cpus if layout.cpu else cpus | {"GPU": float(num_processes)}
+        return cpus if layout.cpu else cpus | {"GPU": float(layout.gpus_per_rank * num_processes)}
 
     strategy = "STRICT_SPREAD" if layout.nodes > 1 else "STRICT_PACK"
     groups = [([bundle(layout.ranks_per_node)] * layout.nodes, strategy)]

@@ -51,12 +51,13 @@ def batch_script(layout: Layout, command: Sequence[str], options: Sequence[str] 
 
 def _sbatch_options(layout: Layout, verb: str) -> list[str]:
     cores = max(1, round(layout.cpus_per_rank * layout.ranks_per_node))
+    gpus = layout.gpus_per_rank * layout.ranks_per_node
     return [
         f"--job-name=infir2-{verb}",
         f"--nodes={layout.nodes}",
         "--ntasks-per-node=1",
         f"--cpus-per-task={cores}",
-        *([] if layout.cpu else [f"--gpus-per-node={layout.ranks_per_node}"]),
+        *([] if layout.cpu else [f"--gpus-per-node={gpus}"]),
         "--requeue",
         f"--signal=TERM@{SAVE_SECONDS}",
         "--open-mode=append",
@@ -76,6 +77,19 @@ def _node_command(layout: Layout) -> str:
     endpoint = '"$head:$((20000 + SLURM_JOB_ID % 20000))"'
     rendezvous = f' --endpoint {endpoint} --run-id "$SLURM_JOB_ID"' if layout.nodes > 1 else ""
     return shlex.join(command) + rendezvous
+
+
+def run_in_job(script: str) -> int:
+    """Run the script in the job of this process instead; does not return."""
+    os.execvp("bash", ["bash", "-c", script])
+
+
+def nodes_of_job() -> int:
+    """How many nodes the job of this process has. Raises ConfigError outside of one."""
+    number = os.environ.get("SLURM_JOB_NUM_NODES", "")
+    if not number.isdecimal() or "SLURM_JOB_ID" not in os.environ:
+        raise ConfigError("--in-job is for a command inside a job of SLURM: submit it by sbatch.")
+    return int(number)
 
 
 def submit(script: str, wait: bool) -> int:

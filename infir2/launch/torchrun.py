@@ -46,6 +46,7 @@ class Layout:
     Attributes:
         cpu: Request no GPUs.
         cpus_per_rank: Cores to request of SLURM or Ray.
+        gpus_per_rank: GPUs to request of SLURM or Ray.
         engines: Rollout engines in processes of their own (Ray).
         max_restarts: Restarts of all ranks after one died.
         endpoint: HOST:PORT of the rendezvous of several nodes.
@@ -57,6 +58,7 @@ class Layout:
     ranks_per_node: int = 1
     cpu: bool = False
     cpus_per_rank: float = 1.0
+    gpus_per_rank: int = 1
     engines: int = 0
     max_restarts: int = 3
     endpoint: str = ""
@@ -150,10 +152,18 @@ def check_command(command: Sequence[str], layout: Layout) -> None:
             f"infir2 launch needs a verb after --: one of {', '.join(VERBS)}{found}, and its "
             "arguments."
         )
-    if command[0] == "eval" and layout.nodes * layout.ranks_per_node > 1:
+    is_recipe = command[0] == "eval" and not runs_benchmarks(command)
+    if is_recipe and layout.nodes * layout.ranks_per_node > 1:
         raise ConfigError(
-            "infir2 eval runs in one process: launch it with --nodes 1 --gpus-per-node 1."
+            "infir2 eval RECIPE runs in one process: launch it with --nodes 1 --gpus-per-node 1."
         )
+
+
+def runs_benchmarks(command: Sequence[str]) -> bool:
+    """Whether it is `infir2 eval MODEL|URL --benchmarks`: one process on each node."""
+    return command[:1] == ["eval"] and any(
+        word.partition("=")[0] == "--benchmarks" for word in command
+    )
 
 
 def torchrun_command(

@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from evaluations import assert_each_answer_once, evalscope_environment, write_questions
 from stages import (
     assert_each_step_once,
     assert_same_state,
     curve,
     guessing,
     make_guessing_start,
+    make_model,
     options,
     run,
 )
@@ -365,3 +367,30 @@ def test_ray_job_submit_runs_a_recipe_and_a_wrong_one_is_said(
     assert "did you mean run.seed" in result.stdout + result.stderr
     assert [step for step, _ in curve(tmp_path / "run", "loss")] == [1, 2, 3, 4, 5]
     close(tmp_path / "rl", undisturbed_rl)
+
+
+def test_a_benchmark_uses_the_engines_of_two_nodes_and_goes_on_after_a_stop(
+    world: Path, tmp_path: Path
+) -> None:
+    make_model(world, tmp_path / "model")
+    write_questions(tmp_path / "data")
+    script = f"""
+    export INFIR2_EVALSCOPE={evalscope_environment(tmp_path)}
+    {shlex.quote(str(RAY))} start --address=$RAY_ADDRESS --node-ip-address=127.0.0.1 \
+      --num-cpus=1 --disable-usage-stats
+    start() {{
+      {LAUNCH} 1 --nodes 2 -- eval model --benchmarks aime24 --data data --run.dir run \
+        --samples 8 --max-tokens 300 --parallel 4
+    }}
+    start & waiting=$!
+    until [ "$(cat run/answers.jsonl 2>/dev/null | wc -l)" -gt 3 ] || ! kill -0 $waiting
+    do sleep 0.2; done
+    kill -TERM $(pgrep -P $waiting -f 'launch ray' || echo $waiting)
+    wait $waiting; echo "code $?"
+    start; echo "code $?"
+    """
+    result = on_ray(script, tmp_path)
+    said = result.stdout + result.stderr
+    assert [word.split()[0] for word in result.stdout.split("code ")[1:]] == ["75", "0"], said
+    assert "of 24 answers" in said
+    assert len(assert_each_answer_once(tmp_path / "run", 24)) == 4, said

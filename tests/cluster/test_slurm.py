@@ -4,6 +4,7 @@ Needs root, unshare and the distribution's SLURM (Debian: apt-get install slurm-
 `make test-cluster`.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -12,7 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from stages import RECIPES, assert_same_state, curve, lines, options, run
+from evaluations import EVALSCOPE, assert_each_answer_once, evalscope_environment, write_questions
+from stages import RECIPES, assert_same_state, curve, lines, make_model, options, run
 
 NODES = Path(__file__).parent / "slurm_nodes.sh"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
@@ -176,3 +178,81 @@ def test_ranks_of_two_nodes_meet_and_the_worst_code_comes_back(world: Path, tmp_
     )
     assert [step for step, _ in curve(tmp_path / "run", "loss")] == [1, 2, 3, 4]
     assert "did you mean run.seed" in log
+
+
+@pytest.fixture
+def evaluation(world: Path, tmp_path: Path) -> str:
+    """Shell: the variables of eval/*.sh, and `eval` beside the submitted script."""
+    make_model(world, tmp_path / "model")
+    write_questions(tmp_path / "data")
+    (tmp_path / "eval").symlink_to(Path(__file__).resolve().parents[2] / "eval")
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin/infir2"
+    tool.write_text(f'#!/bin/sh\nexec {INFIR2} "$@"\n')
+    tool.chmod(0o755)
+    return f"""
+    export PATH={tmp_path}/bin:$PATH INFIR2_EVALSCOPE={evalscope_environment(tmp_path)}
+    export MODEL_PATH=model DATASET_LOCAL=data EVAL_WORK_DIR=out ENGINE=native GENERATED_NUM=8
+    answers() {{ cat out/$1/answers.jsonl 2>/dev/null | wc -l; }}
+    """
+
+
+def test_a_benchmark_uses_the_engines_of_two_nodes_and_goes_on_after_a_requeue(
+    evaluation: str, tmp_path: Path
+) -> None:
+    """`sbatch --nodes=2 eval/aime24_eval.sh`, preempted in the middle."""
+    script = f"""{evaluation}
+    export MAX_NEW_TOKENS=300 EVAL_BATCH=4
+    sbatch --nodes=2 --wait eval/aime24_eval.sh & waiting=$!
+    until [ "$(answers aime24)" -gt 3 ] || ! kill -0 $waiting; do sleep 0.2; done
+    job=$(squeue -h -o %i)
+    scancel --signal=TERM "$job"
+    {REQUEUED}
+    echo "kept $(answers aime24)"
+    wait $waiting; echo "code $?"
+    pgrep -f 'infir2 [s]erve' || echo "no engine is left"
+    """
+    result = on_slurm(script, tmp_path)
+    log = "".join(path.read_text() for path in tmp_path.glob("infir2-aime24-*.log"))
+    said = result.stdout + result.stderr + log
+    assert "code 0" in result.stdout, said
+    assert "the worst rank ended with code 75" in log
+    assert "no engine is left" in result.stdout
+    kept = int(result.stdout.split("kept ")[1].split()[0])
+    assert 3 < kept < 24, said
+    assert f"resumed after {kept} of 24 answers" in log
+    engines = assert_each_answer_once(tmp_path / "out/aime24", 24)
+    assert len(engines) == 4, "two nodes, before and after"
+    assert not list(tmp_path.glob(".infir2-ranks-*"))
+
+
+@pytest.mark.skipif(not EVALSCOPE, reason="needs evalscope: infir2 eval --setup")
+def test_its_siblings_run_by_sbatch_too(evaluation: str, tmp_path: Path) -> None:
+    names = {
+        "aime25": "aime25", "gpqa": "gpqa_diamond", "livecodebenchv5": "live_code_bench"
+    }  # fmt: skip
+    script = f"{evaluation}\nexport MAX_NEW_TOKENS=5 GENERATED_NUM=2\n" + "\n".join(
+        f'sbatch --wait eval/{name}_eval.sh; echo "code $?"' for name in names
+    )
+    result = on_slurm(script, tmp_path)
+    log = "".join(path.read_text() for path in tmp_path.glob("infir2-*.log"))
+    said = result.stdout + result.stderr + log
+    assert [text.split()[0] for text in result.stdout.split("code ")[1:]] == ["0"] * 3, said
+    for name in names.values():
+        assert json.loads((tmp_path / "out" / name / "result.json").read_text())["complete"]
+
+
+def test_launch_slurm_starts_benchmarks_and_a_refused_one_ends_on_all_nodes(
+    evaluation: str, tmp_path: Path
+) -> None:
+    launch = f"{INFIR2} launch slurm --cpu --nodes 2 -- eval model --benchmarks aime24"
+    script = f"""{evaluation}
+    {launch} --data data --run.dir run --samples 2 --max-tokens 5; echo "code $?"
+    {launch} --data none --run.dir other --samples 2; echo "code $?"
+    """
+    result = on_slurm(script, tmp_path)
+    log = "".join(path.read_text() for path in sorted(tmp_path.glob("infir2-eval-*.log")))
+    said = result.stdout + result.stderr + log
+    assert [text.split()[0] for text in result.stdout.split("code ")[1:]] == ["0", "4"], said
+    assert len(assert_each_answer_once(tmp_path / "run", 6)) == 2, said
+    assert "none does not exist" in log

@@ -1,8 +1,13 @@
 """`infir2 eval URL --benchmarks`: results, what is missing, restarts, refusals; real evalscope."""
 
 import json
+import os
 import shutil
+import signal
 import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,14 +15,12 @@ from urllib.parse import urlsplit
 import fake_evalscope
 import pytest
 from scripted_server import Script, serving
-from stages import SHAPE
+from stages import make_model
 
 from infir2.cli import main
-from infir2.config.schema import ShapeSection
-from infir2.data import load_tokenizer
-from infir2.evaluate import benchmark_options, evalscope
+from infir2.engines.process_guard import descendants
+from infir2.evaluate import benchmark_options, engine_start, evalscope
 from infir2.evaluate.upstream import Patience
-from infir2.model import Decoder, exported_weights, write_hf
 
 FIXTURES = Path(__file__).parents[2] / "../shared/fixtures/eval"
 QUESTIONS = [("How much is $2+3$?", "5"), ("How much is $7-7$?", "0"), ("How much is $2^5$?", "32")]
@@ -183,12 +186,7 @@ def test_what_cannot_run_is_refused_before_anything_is_asked(
 
 @pytest.fixture(scope="module")
 def model_dir(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = world / "tokenizer"
-    vocab_size = load_tokenizer(tokenizer).vocab_size
-    decoder = Decoder.from_shape(ShapeSection(**SHAPE), vocab_size, seed=1)
-    directory = tmp_path_factory.mktemp("model") / "hf"
-    write_hf(directory, exported_weights(decoder), decoder.config.to_hf(), tokenizer)
-    return directory
+    return make_model(world, tmp_path_factory.mktemp("model") / "hf")
 
 
 @pytest.mark.usefixtures("quick")
@@ -209,6 +207,49 @@ def test_an_engine_is_started_for_a_model_and_ends_with_the_run(
         socket.create_connection(("127.0.0.1", urlsplit(rows[0]["engine"]).port or 0), 5)
     key = (run / "engines/engine-1.key/key").read_text()
     assert key not in json.dumps(recorded)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_engine_that_hangs_is_started_again(
+    tmp_path: Path, data: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_start, "HANG_SECONDS", 4.0)
+    monkeypatch.setattr(sys.modules[__name__], "QUICK", Patience(first_wait_seconds=0.1))
+    run = tmp_path / "run"
+
+    def stop() -> None:
+        while not (run / "answers.jsonl").exists() or not (run / "answers.jsonl").read_text():
+            time.sleep(0.05)
+        for pid in descendants(os.getpid()):
+            if b"\0infir2\0serve\0" in Path(f"/proc/{pid}/cmdline").read_bytes()[:200]:
+                os.kill(pid, signal.SIGSTOP)
+
+    with ThreadPoolExecutor(1) as threads:
+        stopping = threads.submit(stop)
+        words = command(str(model_dir), data, run, "--max-tokens", "3", "--parallel", "1")
+        assert main([*words, "--samples", "4"]) == 0
+        stopping.result()
+    result = json.loads((run / "result.json").read_text())
+    assert (result["complete"], result["retried"]["restart"]) == (True, 1)
+    engines = {json.loads(line)["engine"] for line in (run / "answers.jsonl").open()}
+    assert len(engines) == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_port_in_use_is_refused_and_a_free_one_is_used(
+    tmp_path: Path, data: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        words = command(str(model_dir), data, tmp_path / "run", "--port", port, "--model", "tiny")
+        assert main(words) == 2
+        assert f"--port: {port} is used on this machine" in capsys.readouterr().err
+    assert main([*words, "--samples", "1", "--max-tokens", "3"]) == 0
+    row = json.loads((tmp_path / "run/answers.jsonl").read_text().splitlines()[0])
+    assert row["engine"] == f"http://127.0.0.1:{port}/v1"
+    assert row["response"]["model"] == "tiny"
 
 
 @pytest.mark.usefixtures("quick")

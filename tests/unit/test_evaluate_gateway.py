@@ -231,6 +231,9 @@ class Process:
         with server as ended:
             return ended.url, "secret"
 
+    async def watch(self) -> None:
+        """It ends, and does not hang."""
+
 
 def test_an_engine_of_ours_that_ended_is_started_again(tmp_path: Path) -> None:
     script = Script()

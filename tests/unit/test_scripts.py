@@ -1,13 +1,10 @@
 """The reference's scripts work with its paths and environment variables, and stay thin."""
 
-import http.server
 import json
 import os
 import shlex
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,46 +33,36 @@ STAGES = {
     "scripts/RL/InfiR2_RL_FP8_7B_stage2_4node.sh": ("rl", "qwen2.5-7b/rl2.toml", 4),
 }
 EVALS = {
-    "eval/aime24_eval.sh": ("aime24", 31000, "32"),
-    "eval/aime25_eval.sh": ("aime25", 31000, "32"),
-    "eval/gpqa_eval.sh": ("gpqa_diamond", 26000, "8"),
-    "eval/livecodebenchv5_eval.sh": ("live_code_bench", 27000, "8"),
+    "eval/aime24_eval.sh": ("aime24", "32"),
+    "eval/aime25_eval.sh": ("aime25", "32"),
+    "eval/gpqa_eval.sh": ("gpqa_diamond", "32"),
+    "eval/livecodebenchv5_eval.sh": ("live_code_bench", "8"),
 }
 EVALS |= {f"scripts/{path}": values for path, values in EVALS.items()}
 
 
 @pytest.fixture
 def variables(tmp_path: Path) -> dict[str, str]:
-    """A clean environment.
-
-    Its `infir2` is this checkout's, and its `evalscope` prints its arguments.
-    """
+    """A clean environment, whose `infir2` is this checkout's."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "infir2").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m infir2 "$@"\n')
-    show = "import json, sys; print(json.dumps(sys.argv[1:]))"
-    (tools / "evalscope").write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(show)} "$@"\n'
-    )
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
+    put(tools / "infir2", f'exec {shlex.quote(sys.executable)} -m infir2 "$@"')
+    put(tools / "python3", "exit 1")  # it has no SGLang
     return {"PATH": f"{tools}:/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
-def port() -> Iterator[str]:
-    class Server(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
+def asked(variables: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The same for evaluations: its `infir2` prints its arguments and whether it has a key."""
+    show = "import json, os, sys; print(json.dumps([*sys.argv[1:], os.environ[sys.argv[0]]]))"
+    show = show.replace("sys.argv[0]", "'INFIR2_ENGINE_KEY'")
+    put(tmp_path / "bin/infir2", f'exec {shlex.quote(sys.executable)} -c "{show}" "$@"')
+    return variables | {"MODEL_PATH": "/models/a b", "DATASET_LOCAL": "/data/d"}
 
-        def log_message(self, *_: object) -> None:
-            pass
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield str(server.server_port)
-    server.shutdown()
+def put(tool: Path, text: str) -> None:
+    tool.write_text(f"#!/bin/sh\n{text}\n")
+    tool.chmod(0o755)
 
 
 def script(
@@ -90,7 +77,7 @@ def test_every_script_is_thin_executable_and_tested() -> None:
     assert {str(path.relative_to(ROOT)) for path in SCRIPTS} == {
         *STAGES,
         *EVALS,
-        "eval/run_evalscope.sh",
+        "eval/run_benchmark.sh",
     }
     for path in SCRIPTS:
         assert len(path.read_text().splitlines()) <= 15, path
@@ -120,139 +107,108 @@ def test_a_stage_starts_its_recipe_on_its_nodes(
     assert "#SBATCH --gpus-per-node=4" in slurm.stdout
 
 
+def words_of(text: str) -> tuple[dict[str, str], str]:
+    """(what an evaluation is told, its key) from what the `infir2` of `asked` printed."""
+    *words, key = json.loads(text)
+    first = words.index("eval")
+    given = dict(zip(words[first + 2 :: 2], words[first + 3 :: 2], strict=True))
+    return given | {"model": words[first + 1], "before": " ".join(words[:first])}, key
+
+
 @pytest.mark.parametrize("path", EVALS)
-def test_an_evaluation_asks_the_users_server(
-    path: str, variables: dict[str, str], port: str, tmp_path: Path
-) -> None:
-    dataset, max_tokens, samples = EVALS[path]
-    result = script(
-        path,
-        variables
-        | {
-            "API_PORT": port,
-            "SERVED_NAME": "x",
-            "DATASET_LOCAL": "/data/d",
-            "EVAL_WORK_DIR": "out",
-        },
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
-    said = json.loads(result.stdout)
-    given = dict(zip(said[1::2], said[2::2], strict=True))
-    assert (given["--datasets"], given["--repeats"], given["--model"], given["--work-dir"]) == (
-        dataset,
-        samples,
-        "x",
-        "out",
-    )
-    assert given["--api-url"] == f"http://127.0.0.1:{port}/v1"
-    assert json.loads(given["--generation-config"]) == {
-        "max_tokens": max_tokens,
-        "temperature": 0.65,
-        "top_p": 0.95,
+def test_an_evaluation_has_the_references_defaults(path: str, asked: dict[str, str]) -> None:
+    name, batch = EVALS[path]
+    given, key = words_of(script(path, asked).stdout)
+    assert given == {
+        "model": "/models/a b",
+        "before": "",
+        "--benchmarks": name,
+        "--data": "/data/d",
+        "--run.dir": f"runs/eval/{name}",
+        "--model": "a b",
+        "--parallel": batch,
+        "--samples": "0",  # those of docs/recipe.md
+        "--max-tokens": "0",
+        "--temperature": "0.65",
+        "--top-p": "0.95",
+        "--engine": "native",
+        "--python": "",
+        "--engines": "1",
+        "--tensor-parallel": "1",
+        "--port": "8801",
     }
-    arguments = json.loads(given["--dataset-args"])[dataset]
-    assert arguments["local_path"] == "/data/d"
-    assert arguments["filters"] == {"remove_until": "</think>"}
-    if dataset.startswith("aime"):
-        assert (
-            arguments["system_prompt"]
-            == r"Please reason step by step, and put your final answer within \boxed{}."
-        )
-    if dataset == "live_code_bench":
-        assert arguments["extra_params"] == {"start_date": "2024-08-01", "end_date": "2025-02-01"}
+    assert key == ""
+
+
+def test_variables_change_an_evaluation(asked: dict[str, str], tmp_path: Path) -> None:
+    words = {
+        "MODEL_PATH": "http://127.0.0.1:5/v1",
+        "SERVED_NAME": "x",
+        "EVAL_WORK_DIR": "out",
+        "MAX_NEW_TOKENS": "100",
+        "GENERATED_NUM": "2",
+        "TEMPERATURE": "0.1",
+        "TOP_P": "0.5",
+        "EVAL_BATCH": "7",
+        "API_PORT": "9",
+        "TP_SIZE": "4",
+        "API_KEY": "secret",
+        "ENGINES": "2",
+    }
+    put(tmp_path / "bin/python3", "echo /sglang/bin/python3")
+    result = script("eval/aime24_eval.sh", asked | words, "--seed", "5")
+    given, key = words_of(result.stdout)
+    assert key == "secret"
+    wanted = {
+        **{"model": "http://127.0.0.1:5/v1", "--model": "x", "--run.dir": "out/aime24"},
+        **{"--max-tokens": "100", "--samples": "2", "--temperature": "0.1", "--top-p": "0.5"},
+        **{"--parallel": "7", "--port": "9", "--tensor-parallel": "4", "--engines": "2"},
+        **{"--engine": "sglang", "--python": "/sglang/bin/python3", "--seed": "5"},
+    }
+    assert given | wanted == given
 
 
 @pytest.mark.parametrize("path", EVALS)
-def test_a_dry_run_needs_neither_evalscope_nor_a_server_and_can_be_pasted(
-    path: str, variables: dict[str, str], tmp_path: Path
-) -> None:
-    dataset, max_tokens, _ = EVALS[path]
-    dry = script(
-        path,
-        variables
-        | {"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "EVAL_WORK_DIR": "a b", "API_PORT": "1"},
-        cwd=tmp_path,
-    )
+def test_a_job_runs_on_all_its_nodes_and_is_queued_again(path: str, asked: dict[str, str]) -> None:
+    lines = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#SBATCH")]
+    said = " ".join(lines)
+    for option in ("--ntasks-per-node=1", "--requeue", "--signal=TERM@300", "--open-mode=append"):
+        assert option in said
+    given, _ = words_of(script(path, asked | {"SLURM_JOB_ID": "7"}).stdout)
+    assert given["before"] == "launch slurm --in-job --"
+
+
+@pytest.mark.parametrize("path", EVALS)
+def test_a_dry_run_can_be_pasted_and_shows_no_key(path: str, asked: dict[str, str]) -> None:
+    keyed = asked | {"API_KEY": "secret"}
+    dry = script(path, keyed | {"DRY_RUN": "1"})
     assert dry.returncode == 0, dry.stderr
-    pasted = subprocess.run(
-        ["bash", "-c", dry.stdout], env=variables, capture_output=True, text=True
-    )
-    given = json.loads(pasted.stdout)
-    assert given[given.index("--work-dir") + 1] == "a b"
-    assert json.loads(given[given.index("--generation-config") + 1])["max_tokens"] == max_tokens
-    assert dataset in json.loads(given[given.index("--dataset-args") + 1])
+    assert "secret" not in dry.stdout
+    pasted = subprocess.run(["bash", "-c", dry.stdout], env=keyed, capture_output=True, text=True)
+    assert words_of(pasted.stdout) == words_of(script(path, keyed).stdout)
 
 
 @pytest.mark.parametrize("path", ["eval/gpqa_eval.sh", "scripts/eval/gpqa_eval.sh"])
 def test_a_script_finds_its_neighbor_inside_a_job(
-    path: str, variables: dict[str, str], tmp_path: Path
+    path: str, asked: dict[str, str], tmp_path: Path
 ) -> None:
     """Started by its path in a job that was submitted elsewhere; and the copy that sbatch runs."""
     inside = script(
         path,
-        variables | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(tmp_path)},
+        asked | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(tmp_path)},
         cwd=tmp_path,
     )
     assert inside.returncode == 0, inside.stderr
     copy = tmp_path / "slurm_script"
     copy.write_text((ROOT / path).read_text())
     copied = script(
-        str(copy), variables | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(ROOT)}, cwd=tmp_path
+        str(copy), asked | {"DRY_RUN": "1", "SLURM_SUBMIT_DIR": str(ROOT)}, cwd=tmp_path
     )
     assert copied.stdout == inside.stdout != ""
 
 
-def test_environment_variables_change_an_evaluation(variables: dict[str, str], port: str) -> None:
-    words = {
-        "MAX_NEW_TOKENS": "100",
-        "GENERATED_NUM": "2",
-        "TEMPERATURE": "0.1",
-        "TOP_P": "0.5",
-        "EVAL_BATCH": "7",
-        "API_PORT": port,
-    }
-    given = json.loads(script("eval/aime24_eval.sh", variables | words).stdout)
-    assert json.loads(given[given.index("--generation-config") + 1]) == {
-        "max_tokens": 100,
-        "temperature": 0.1,
-        "top_p": 0.5,
-    }
-    assert (given[given.index("--repeats") + 1], given[given.index("--eval-batch-size") + 1]) == (
-        "2",
-        "7",
-    )
-    assert "local_path" not in given[given.index("--dataset-args") + 1]
-
-
-def test_a_missing_program_or_server_is_reported_in_one_sentence(variables: dict[str, str]) -> None:
-    absent = script("eval/gpqa_eval.sh", variables | {"API_PORT": "1", "MODEL_PATH": "/models/m"})
-    assert absent.returncode == 2
-    assert "no server answers at http://127.0.0.1:1/v1: serve /models/m" in absent.stderr
-    without = script("eval/gpqa_eval.sh", variables | {"PATH": "/usr/bin:/bin"})
-    assert without.returncode == 2
-    assert "evalscope is not installed" in without.stderr
-
-
-def test_a_key_is_in_no_argument_and_in_no_output(
-    variables: dict[str, str], tmp_path: Path
-) -> None:
-    """Of evalscope, of curl and of the printed command, which still passes the key on."""
-    for tool in ("evalscope", "curl"):
-        (tmp_path / "bin" / tool).write_text(
-            f'#!/bin/sh\necho "$0 $*" >> {tmp_path}/seen\n'
-            f"[ {tool} = curl ] && cat >> {tmp_path}/header\n"
-            f'echo "$EVALSCOPE_API_KEY" >> {tmp_path}/{tool}-key\n'
-        )
-        (tmp_path / "bin" / tool).chmod(0o755)
-    keyed = variables | {"API_KEY": "secret"}
-    run = script("eval/aime24_eval.sh", keyed)
-    dry = script("eval/aime24_eval.sh", keyed | {"DRY_RUN": "1"})
-    assert (run.returncode, dry.returncode) == (0, 0)
-    pasted = subprocess.run(["bash", "-c", dry.stdout], env=keyed, capture_output=True, text=True)
-    assert pasted.returncode == 0
-    assert (tmp_path / "seen").read_text().count("evalscope") == 2
-    for text in (run.stdout, run.stderr, dry.stdout, (tmp_path / "seen").read_text()):
-        assert "secret" not in text
-    assert (tmp_path / "header").read_text() == "Authorization: Bearer secret\n"
-    assert (tmp_path / "evalscope-key").read_text() == "secret\nsecret\n"
+def test_an_evaluation_without_a_model_or_questions_says_so(asked: dict[str, str]) -> None:
+    for name in ("MODEL_PATH", "DATASET_LOCAL"):
+        result = script("eval/gpqa_eval.sh", asked | {name: ""})
+        assert result.returncode == 2
+        assert "set MODEL_PATH to a model or a URL, DATASET_LOCAL" in result.stderr
