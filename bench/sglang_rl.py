@@ -8,8 +8,9 @@ rl: RL through SGLang with publishing every step; in the middle of step 3 the se
 native: the same RL with the engine in process, for its log-probability differences.
 directory, nccl: RL through an SGLang on a GPU of its own (two GPUs), published either way.
 nccl-kill: as nccl, and the server is killed in step 3.
+sleep: RL on one GPU with the trainer, to which the server gives its memory while it trains.
 shape: bench/publish.py, the seconds of a publish at the 1.5B shape (two GPUs).
-One command for two GPUs: --phases train,directory,nccl,nccl-kill,shape --steps 8.
+One command for two GPUs: --phases train,directory,nccl,nccl-kill,sleep,shape --steps 8.
 bench/servers.py has the speed of the client.
 """
 
@@ -36,7 +37,7 @@ WATCHED = (
     *("publish_write_seconds", "publish_transfer_seconds", "publish_load_seconds"),
     *("publish_proof_seconds", "engine_restarts", "engines_serving", "tokens_per_second"),
     *("seconds", "generate_seconds", "verify_seconds", "logprobs_seconds", "update_seconds"),
-    "wait_seconds",
+    *("wait_seconds", "sleep_freed_bytes"),
 )
 # The recipe's keys of each way of running, and whether a server is killed in step 3.
 PHASES: dict[str, tuple[list[str], bool]] = {
@@ -44,6 +45,7 @@ PHASES: dict[str, tuple[list[str], bool]] = {
     "native": ([], False),
     "directory": (["--rollout.engine=sglang"], False),
     "nccl": (["--rollout.engine=sglang", "--rollout.weight_transfer=nccl"], False),
+    "sleep": (["--rollout.engine=sglang", "--rollout.sleep=true"], False),
     "nccl-kill": (["--rollout.engine=sglang", "--rollout.weight_transfer=nccl"], True),
 }
 
@@ -52,9 +54,9 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "infir2", *map(str, words)]
 
 
-def run(*words: object) -> None:
+def run(*words: object, **environment: str) -> None:
     print("+ infir2", *words, flush=True)
-    subprocess.run(command(*words), check=True)
+    subprocess.run(command(*words), check=True, env=os.environ | environment)
 
 
 def train(work: Path) -> None:
@@ -116,7 +118,7 @@ def rl(options: argparse.Namespace, work: Path, name: str) -> dict[str, Any]:
         )
         watcher.start()
     begun = time.monotonic()
-    run(*words)
+    run(*words, **({"CUDA_VISIBLE_DEVICES": "0"} if name == "sleep" else {}))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line.get("kind") == "train"]
     table = [{key: line[key] for key in ("step", *WATCHED) if key in line} for line in steps]

@@ -233,7 +233,14 @@ def _rl(recipe: RlRecipe) -> list[Rule]:
             f"({rl.overlong_buffer_tokens}) must not exceed rl.max_response_tokens "
             f"({rl.max_response_tokens}).",
         ),
+        (
+            recipe.rollout.sleep and rl.asynchronous,
+            "rollout.sleep",
+            "frees the servers' memory while the trainer works, when rl.asynchronous samples; "
+            "remove one of them.",
+        ),
         *_rollout(recipe.rollout),
+        *_weights_of_servers(recipe.rollout),
     ]
 
 
@@ -267,15 +274,32 @@ def _rollout(rollout: RolloutSection) -> list[Rule]:
             "(rollout.cache_gib bounds its cache).",
         ),
         (
+            engine in ("sglang", "vllm") and not rollout.urls and not rollout.python,
+            "rollout.python",
+            f"is missing; name the Python interpreter of the environment that has {engine}, whose "
+            "packages are not infir2's (docs/engines.md).",
+        ),
+    ]
+
+
+def _weights_of_servers(rollout: RolloutSection) -> list[Rule]:
+    engine = rollout.engine
+    return [
+        (
             rollout.weight_transfer == "nccl" and engine != "sglang",
             "rollout.weight_transfer",
             f"= nccl is for rollout.engine = sglang, and rollout.engine is {engine}; remove it.",
         ),
         (
-            engine in ("sglang", "vllm") and not rollout.urls and not rollout.python,
-            "rollout.python",
-            f"is missing; name the Python interpreter of the environment that has {engine}, whose "
-            "packages are not infir2's (docs/engines.md).",
+            rollout.sleep and (engine not in ("sglang", "vllm") or bool(rollout.urls)),
+            "rollout.sleep",
+            "is for SGLang and vLLM servers that infir2 starts beside the trainer; remove it.",
+        ),
+        (
+            rollout.sleep and rollout.weight_transfer == "nccl",
+            "rollout.sleep",
+            "is for servers on the trainer's GPUs, and rollout.weight_transfer = nccl for servers "
+            "on others; remove one of them.",
         ),
     ]
 

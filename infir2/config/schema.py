@@ -306,6 +306,11 @@ class RolloutSection(Section):
         description="how servers get new weights. directory: files in shared memory; nccl: "
         "broadcast from the trainer's GPU to servers on other GPUs (SGLang)",
     )
+    sleep: bool = Field(
+        False,
+        description="servers give their GPU memory to the trainer while it trains, and wake up for "
+        "new weights (SGLang, vLLM on the trainer's GPUs)",
+    )
     max_restarts: int = Field(
         3, ge=0, description="how often a server that died or hangs is started again"
     )

@@ -14,6 +14,7 @@ from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from infir2.engines.pool_member import PoolLimits, PoolMember
@@ -47,10 +48,12 @@ class EnginePool:
         limits: PoolLimits,
         publisher: WeightPublisher | None,
         ranks: Ranks,
+        may_sleep: bool = False,
     ) -> None:
         """Start the engines; they serve after the first `update_weights`.
 
-        `hosts` is empty and `publisher` None on every rank but 0.
+        Without `may_sleep`, `sleep` does nothing. `hosts` is empty and `publisher` None on every
+        rank but 0.
         """
         self.policy_version, self.shared_by_ranks = 0, True
         self.probe: WeightProbe | None = None
@@ -58,6 +61,7 @@ class EnginePool:
         self._unfinished_ids: set[str] = set()
         self._finished: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
         self._publish_metrics: dict[str, float] = {}
+        self._may_sleep, self._is_asleep, self._freed_bytes = may_sleep, False, 0.0
         self._loop = asyncio.new_event_loop()
         self._dispatcher: _Dispatcher | None = None
         if ranks.is_rank0:
@@ -120,21 +124,32 @@ class EnginePool:
                 for _ in stream:  # the ranks gather every weight together
                     pass
 
+        if self._is_asleep:
+            _empty_cache()  # the engines take the memory back
+        self._is_asleep = False
         begun = time.monotonic()
         published = self._ranks.raise_together(write)
         written = time.monotonic()
         self._ranks.broadcast_from_rank0(lambda: self._sync(published))
         self.policy_version = policy_version
         if published is not None:
-            parts = {"write": written - begun} | published.seconds
-            self._publish_metrics = {f"publish_{part}_seconds": parts[part] for part in parts}
-            self._publish_metrics["publish_bytes"] = float(published.num_bytes)
+            self._publish_metrics = published.metrics(written - begun)
+
+    def sleep(self) -> None:
+        """As `CanSleep`: the servers leave their GPUs to the trainer."""
+        assert not self.num_unfinished, "finish or cancel all requests before the engines sleep"
+        if not self._may_sleep:
+            return
+        before = _free_bytes()
+        self._ranks.broadcast_from_rank0(lambda: self._wait(self._working().sleep()))
+        self._is_asleep, self._freed_bytes = True, max(0.0, _free_bytes() - before)
 
     def metrics(self) -> dict[str, float]:
         """What has happened since the last call, and the newest publish; {} but on rank 0."""
         if self._dispatcher is None:
             return {}
-        return self._publish_metrics | self._wait(self._dispatcher.metrics())
+        slept = {"sleep_freed_bytes": self._freed_bytes} if self._freed_bytes else {}
+        return self._publish_metrics | slept | self._wait(self._dispatcher.metrics())
 
     def close(self) -> None:
         """Stop the engines that were started, and remove the published weights."""
@@ -156,6 +171,16 @@ class EnginePool:
 
     def _wait(self, work: Coroutine[Any, Any, Value]) -> Value:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _free_bytes() -> float:
+    """Free memory of this rank's GPU, as its driver sees it."""
+    return float(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0.0
 
 
 async def _open_dispatcher(
@@ -214,10 +239,14 @@ class _Dispatcher:
             self._changes.clear()
             await self._changes.wait()
 
+    async def sleep(self) -> None:
+        """Let every engine that serves give up its GPU memory."""
+        await asyncio.gather(*(member.sleep() for member in self._members))
+
     async def metrics(self) -> dict[str, float]:
         """Events since the last call."""
         counts, self._counts = self._counts, Counter()
-        serving = sum(member.serves(self.weights) for member in self._members)
+        serving = sum(member.holds(self.weights) for member in self._members)
         values = {"engines_serving": serving, "engine_restarts": counts.pop("restarts", 0)}
         named = {f"engine_{event}": number for event, number in sorted(counts.items())}
         return {name: float(value) for name, value in (values | named).items()}

@@ -2,6 +2,7 @@
 
     starting -> synced (has the current weights) -> serving (they are proved) -> draining -> ...
                                                     and dead when it has failed too often
+    serving -> asleep (has given up its GPU memory) -> draining, synced, serving with new weights
 
 Only a serving engine has requests. Everything here runs in the pool's event loop.
 """
@@ -19,6 +20,7 @@ from infir2.engines.remote import (
     EngineError,
     EngineHost,
     PublishedWeights,
+    SleepingClient,
     WeightsDifferError,
 )
 from infir2.engines.types import Completion, Request
@@ -26,7 +28,7 @@ from infir2.errors import CheckFailedError
 from infir2.terminal import log
 
 Value = TypeVar("Value")
-State = Literal["starting", "synced", "serving", "draining", "dead"]
+State = Literal["starting", "synced", "serving", "asleep", "draining", "dead"]
 HEALTH_SECONDS = 10.0  # an engine that finished nothing for so long is asked whether it is well
 SECONDS_PER_TOKEN = 0.5  # slower is a hang of one request, although its engine is well
 MAX_BAD_ANSWERS = 3  # in a row, then the engine is started again
@@ -99,6 +101,10 @@ class PoolMember:
         """Whether it may generate with these weights."""
         return self.state == "serving" and self._held is weights
 
+    def holds(self, weights: PublishedWeights | None) -> bool:
+        """Whether it generates with these weights, or does so again after it has slept."""
+        return self.state in ("serving", "asleep") and self._held is weights
+
     def is_settled(self, weights: PublishedWeights) -> bool:
         """Whether a publish need not wait for it: it has the weights, or comes later or never."""
         is_restarting = self.state == "starting" and self.num_restarts > 0
@@ -121,6 +127,17 @@ class PoolMember:
         if mine and self._client is not None:
             with contextlib.suppress(EngineError):
                 await within(CANCEL_SECONDS, self._client.cancel(mine))
+
+    async def sleep(self) -> None:
+        """Give up GPU memory until new weights come; an engine that fails at it starts again."""
+        client = self._client
+        if self.state != "serving" or not isinstance(client, SleepingClient):
+            return
+        self.state = "asleep"
+        try:
+            await within(self._pool.limits.start_seconds, client.sleep())
+        except EngineError as error:
+            self._break(error)
 
     async def run(self) -> None:
         """Serve until the engine has failed more than `max_restarts` times. Raises UserError."""
@@ -179,7 +196,7 @@ class PoolMember:
                         f"{self.host.name} does not hold the published weights, after they were "
                         f"sent twice: {error}"
                     ) from error
-        self._held = weights
+        self._held, self._last_sign = weights, time.monotonic()
         self._enter("serving")
 
     async def _watch(self, client: EngineClient) -> None:
@@ -202,13 +219,15 @@ class PoolMember:
         pause = min(HEALTH_SECONDS, silence / 2)
         while True:
             await asyncio.sleep(pause)
-            if time.monotonic() - self._last_sign <= pause:
+            if time.monotonic() - self._last_sign <= pause or self.state == "asleep":
                 continue
             try:
                 await within(silence, client.check_health())
                 self._last_sign = time.monotonic()
-            except BadAnswerError:  # it answers, and may be compiling kernels
-                if time.monotonic() - self._last_sign > silence:
+            except EngineError as error:
+                answers = isinstance(error, BadAnswerError)  # it may be compiling kernels
+                is_silent = not answers or time.monotonic() - self._last_sign > silence
+                if is_silent and self.state != "asleep":  # one that sleeps lets requests wait
                     raise
 
     async def _generate(self, request: Request, policy_version: int) -> None:

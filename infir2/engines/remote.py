@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -91,6 +91,12 @@ class PublishedWeights:
     def took(self, part: str, seconds: float) -> None:
         """Note how long a part took at one engine."""
         self.seconds[part] = max(seconds, self.seconds.get(part, 0.0))
+
+    def metrics(self, write_seconds: float) -> dict[str, float]:
+        """Seconds of all parts and bytes, by the metric's name."""
+        parts = {"write": write_seconds} | self.seconds
+        named = {f"publish_{part}_seconds": seconds for part, seconds in parts.items()}
+        return named | {"publish_bytes": float(self.num_bytes)}
 
     @property
     def tensors(self) -> HfWeights | WeightBuckets:
@@ -190,6 +196,15 @@ class EngineClient(Protocol):
 
     async def close(self) -> None:
         """Close the connections."""
+        ...
+
+
+@runtime_checkable
+class SleepingClient(Protocol):
+    """An `EngineClient` of a server that can give up its GPU memory."""
+
+    async def sleep(self) -> None:
+        """Free weights and KV cache until the next `update_weights`. Raises EngineError."""
         ...
 
 

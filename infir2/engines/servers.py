@@ -91,7 +91,7 @@ def open_pool(recipe: RlRecipe, ranks: Ranks, device: torch.device, run_dir: Pat
         return _hosts(recipe, run_dir / "engines"), publisher
 
     hosts, publisher = ranks.raise_together(open_on_rank0)
-    return EnginePool(hosts, limits, publisher, ranks)
+    return EnginePool(hosts, limits, publisher, ranks, rollout.sleep)
 
 
 def require_own_gpus(rollout: RolloutSection, device: torch.device) -> None:

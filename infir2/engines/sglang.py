@@ -116,6 +116,10 @@ class SglangClient:
         """As `EngineClient`: see `sglang_weights`."""
         await self._weights.update(weights)
 
+    async def sleep(self) -> None:
+        """As `SleepingClient`."""
+        await self._weights.sleep()
+
     async def prove_weights(self, weights: PublishedWeights) -> None:
         """As `EngineClient`: the checksum of every parameter on every rank."""
         answer = await self._weights.succeed("/weights_checker", {"action": "checksum"})
@@ -233,6 +237,8 @@ def sglang_command(rollout: RolloutSection, place: Place) -> ServerCommand:
     ]
     if rollout.memory_fraction:
         arguments += ["--mem-fraction-static", str(rollout.memory_fraction)]
+    if rollout.sleep:
+        arguments += ["--enable-memory-saver"]  # needs the package torch_memory_saver
     variables = {
         "HF_HUB_OFFLINE": "1",
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",

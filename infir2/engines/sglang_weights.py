@@ -19,6 +19,7 @@ from infir2.engines.remote import BadAnswerError, EngineError, PublishedWeights,
 from infir2.engines.weight_buckets import Bucket
 
 Value = TypeVar("Value")
+MEMORY_PARTS = ["weights", "kv_cache"]
 IDLE_SECONDS = 30  # for aborted requests to leave the scheduler
 CONTINUE_SECONDS, LEAVE_SECONDS = 5.0, 5.0
 
@@ -29,14 +30,28 @@ class SglangWeights:
     def __init__(self, http: HttpClient) -> None:
         self._http = http
         self._group: BroadcastGroup | None = None
+        self._freed: list[str] = []  # parts of the server's memory that are given up
 
     async def update(self, weights: PublishedWeights) -> None:
-        """As `EngineClient.update_weights`."""
+        """As `EngineClient.update_weights`; a server that sleeps wakes up.
+
+        The KV cache gets its memory after the weights are complete, so that both versions and the
+        cache need not fit together.
+        """
         async with self._paused():
+            await self._wake("weights")
             if weights.buckets is None:
                 await self._load_directory(weights)
             else:
                 await self._broadcast(weights)
+            await self._wake("kv_cache")
+
+    async def sleep(self) -> None:
+        """As `SleepingClient`. Requests wait until the server is awake: one would end it."""
+        if self._freed or not await self._pause():
+            return
+        await self._http.post("/release_memory_occupation", {"tags": MEMORY_PARTS})
+        self._freed = list(MEMORY_PARTS)
 
     async def succeed(self, route: str, body: dict[str, Any]) -> Any:
         """POST to a route that answers {"success": ..., "message": ...}. Raises EngineError."""
@@ -118,14 +133,26 @@ class SglangWeights:
         loaded = self.succeed("/update_weights_from_distributed", body | more)
         return await both(loaded, group.broadcast(bucket.data))
 
+    async def _wake(self, part: str) -> None:
+        if part in self._freed:  # SGLang ends itself when it gets back what it never gave up
+            await self._http.post("/resume_memory_occupation", {"tags": [part]})
+            self._freed.remove(part)
+
+    async def _pause(self) -> bool:
+        """Abort all requests and let new ones wait; False if the release cannot."""
+        if not await self._post_if_offered("/pause_generation", {"mode": "abort"}):
+            return False
+        if not self._freed:
+            await self._http.post(f"/flush_cache?timeout={IDLE_SECONDS}", {})
+        return True
+
     @contextlib.asynccontextmanager
     async def _paused(self) -> AsyncIterator[None]:
-        """Abort all requests and let new ones wait inside the block."""
-        if not await self._post_if_offered("/pause_generation", {"mode": "abort"}):
-            yield
-            return
+        """No request runs inside the block."""
         try:
-            await self._http.post(f"/flush_cache?timeout={IDLE_SECONDS}", {})
+            if not await self._pause():
+                yield
+                return
             yield
         except BaseException:
             with contextlib.suppress(EngineError, TimeoutError):

@@ -217,3 +217,15 @@ def check_request(request: Request, unfinished_ids: Collection[str]) -> None:
     else:
         return
     raise ValueError(f"request {request.id}: {problem}")
+
+
+@runtime_checkable
+class CanSleep(Protocol):
+    """An engine that can give up its GPU memory while the trainer needs it."""
+
+    def sleep(self) -> None:
+        """Free the memory of weights and KV cache until the next `update_weights`.
+
+        Every rank calls this at the same point, with no request unfinished.
+        """
+        ...

@@ -48,6 +48,7 @@ class VllmClient:
         self._http = HttpClient(url, api_key)
         self.url = self._http.url
         self._proof = WeightProof(self._http)
+        self._is_asleep = False
 
     async def info(self) -> ServerInfo:
         """As `EngineClient`."""
@@ -113,12 +114,20 @@ class VllmClient:
         """As `EngineClient`."""
         await self._http.post("/pause?mode=abort", {})
         try:
+            await self._wake("weights")
             await self._reload(weights)
+            await self._wake("kv_cache")
+            self._is_asleep = False
         except EngineError:
             with contextlib.suppress(EngineError):
                 await self._http.post("/resume", {})
             raise
         await self._http.post("/resume", {})
+
+    async def sleep(self) -> None:
+        """As `SleepingClient`. Level 2 keeps no copy of the weights, which come anew."""
+        await self._http.post("/sleep?level=2", {})
+        self._is_asleep = True
 
     async def prove_weights(self, weights: PublishedWeights) -> None:
         """As `EngineClient`: see `vllm_proof`."""
@@ -127,6 +136,10 @@ class VllmClient:
     async def close(self) -> None:
         """As `EngineClient`."""
         await self._http.close()
+
+    async def _wake(self, part: str) -> None:
+        if self._is_asleep:
+            await self._http.post(f"/wake_up?tags={part}", {})
 
     async def _config(self) -> dict[str, Any]:
         try:

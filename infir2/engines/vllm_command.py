@@ -33,6 +33,8 @@ def vllm_command(rollout: RolloutSection, place: Place) -> ServerCommand:
     arguments += ["--kv-cache-dtype", rollout.kv_cache_dtype]
     if rollout.memory_fraction:
         arguments += ["--gpu-memory-utilization", str(rollout.memory_fraction)]
+    if rollout.sleep:
+        arguments += ["--enable-sleep-mode"]
     if on_cpu:
         arguments += ["--enforce-eager"]  # compiling takes minutes
     return ServerCommand(

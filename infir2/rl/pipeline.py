@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from infir2.config.schema import RlSection
-from infir2.engines.types import OffersMetrics, RolloutEngine
+from infir2.engines.types import CanSleep, OffersMetrics, RolloutEngine
 from infir2.engines.weight_sync import publish
 from infir2.errors import Interrupted
 from infir2.rl.dynamic_sampling import (
@@ -82,6 +82,8 @@ class RolloutPipeline:
         if self._rl.asynchronous and step < self._last_step:
             self.state["ahead"] = self._digest
             self._start_ahead(step + 1)
+        if isinstance(self._engine, CanSleep):
+            self._engine.sleep()
         return rollouts
 
     def sync_weights(self, policy_version: int) -> None:

@@ -347,6 +347,7 @@ def test_cpt_rejects_a_batch_of_samples(recipe: str) -> None:
         ("--rollout.server_options=['--x']", "rollout.server_options is for servers"),
         ("--rollout.kv_cache_dtype=fp8_e4m3", "rollout.kv_cache_dtype = fp8_e4m3 would change"),
         ("--rollout.engine=sglang", "rollout.python is missing"),
+        ("--rollout.sleep=true", "rollout.sleep is for SGLang and vLLM servers that infir2 starts"),
         ("--rollout.weight_transfer=nccl", "rollout.weight_transfer = nccl is for rollout.engine"),
         ("--rollout.engine=VLLM", "rollout.engine"),
     ],
