@@ -18,6 +18,7 @@ from typing import Any
 from infir2.config.data_sections import DocumentBos
 from infir2.data.rendering import THINK_MARKERS
 from infir2.data.tokenizer_files import check_tokenizer_files, library_errors, panics_are_row_errors
+from infir2.data.tokenizer_speed import check_speed
 from infir2.errors import ConfigError
 
 # Text whose tokens identify a tokenizer: digits, code, white space, accents, other scripts, emoji.
@@ -88,9 +89,18 @@ class DocumentTokenizer:
         with library_errors(directory):
             self._plain = Tokenizer.from_str(json.dumps(specification))
             self._plain.encode_special_tokens = True  # as plain text
+            self._plain.no_truncation()  # which a file may ask for, and transformers does not do
+            self._plain.no_padding()
             self.vocab_size: int = max(self._hf.get_vocab().values()) + 1
             self._document_start = self._bos(document_bos)
             self._plain.encode(FINGERPRINT_TEXT)  # some files break only here
+            check_speed(self._encode_and_decode, specification, directory / "tokenizer.json")
+
+    def _encode_and_decode(self, text: str) -> None:
+        """Run every step on a text, those of the decoder too whatever the vocabulary."""
+        self.encode_text(text)
+        if self._plain.decoder is not None:
+            self._plain.decoder.decode([*text])
 
     def _bos(self, document_bos: DocumentBos) -> list[int]:
         """The tokens before each document: the BOS token, or none."""

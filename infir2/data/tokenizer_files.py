@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from infir2.data.tokenizer_speed import check_growth
 from infir2.data.types import RowError
 from infir2.errors import ConfigError, UserError, first_line
 from infir2.files import read_json_object
@@ -34,6 +35,8 @@ def check_tokenizer_files(directory: Path) -> None:
     for key, value in content.items():
         if key != "model":
             _check_sizes(path, key, value, MAX_PADDING if key == "padding" else MAX_ID)
+    with library_errors(directory):
+        check_growth(content, path)
     for name in _SIDE_FILES:
         if (directory / name).exists():
             for key, value in read_object(directory / name).items():

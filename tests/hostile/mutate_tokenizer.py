@@ -19,6 +19,19 @@ _PADDING = {
 }
 
 
+def _split(pattern: str) -> dict[str, Any]:
+    return {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+
+
+def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
 def mutants(good: dict[str, Any], seed: int) -> Iterator[tuple[str, bytes]]:
     """Endless (name of the mutation, JSON file): the known cases, then those of `mutate_config`.
 
@@ -46,15 +59,19 @@ def _cases(good: dict[str, Any]) -> dict[str, dict[str, Any]]:
         },
         "panic": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
         "long text": {
-            "normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x" * 10**6}
+            "normalizer": _replace({"String": ""}, "x" * 10**6),
         },
-        "no regex": {
-            "pre_tokenizer": {
-                "type": "Split",
-                "pattern": {"Regex": "("},
-                "behavior": "Isolated",
-                "invert": False,
+        "no regex": {"pre_tokenizer": _split("(")},
+        "square of letters": {"pre_tokenizer": _split(r"\p{L}+$")},
+        "square of spaces": {"normalizer": _replace({"Regex": r"\s+$"}, "x")},
+        "doubled": {
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [_replace({"String": "a"}, "aa")] * 50,
             }
+        },
+        "decoder doubled": {
+            "decoder": {"type": "Sequence", "decoders": [_replace({"String": " "}, "  ")] * 50}
         },
         "no chunks": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
         "no vocabulary": {"model": {**model, "vocab": {}}, "added_tokens": []},

@@ -35,6 +35,7 @@ for line in sys.stdin:
 """
 REFUSED = (
     *("padding", "multiple", "100,000 added", "panic", "long text", "no regex", "no chunks"),
+    *("square of letters", "square of spaces", "doubled", "decoder doubled"),
     *("no vocabulary", "deep", "id 1000000000", "vocabulary 1000000000", "id -1"),
 )
 
@@ -71,16 +72,16 @@ def test_mutants_of_a_tokenizer_end_in_a_tokenizer_or_a_sentence(tmp_path: Path,
 def test_a_regular_expression_that_gives_up_makes_one_row_unusable(
     demo_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The library panics after ten million steps back, here on 40 letters and no others."""
+    """The library panics after ten million steps back, here on 40 letters behind a sign."""
     shutil.copytree(demo_dir, tmp_path / "t")
     path = tmp_path / "t/tokenizer.json"
     content = json.loads(path.read_text())
-    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    pattern = {"type": "Split", "pattern": {"Regex": "(?<=>>>)(a+)+$"}, "behavior": "Isolated"}
     pattern["invert"] = False
     parts = [part for part in (pattern, content["pre_tokenizer"]) if part]
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
     path.write_text(json.dumps(content))
-    texts = ["2", "a" * 40 + "!", "3"]
+    texts = ["2", ">>>" + "a" * 40 + "!", "3"]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     command = ["tokenize", str(rows), "--tokenizer", str(tmp_path / "t"), "--workers=1"]
