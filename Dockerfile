@@ -1,10 +1,13 @@
 # docker build -t infir2 . && docker run --rm -it -v "$PWD/runs:/app/runs" infir2 demo
-# To pin the base: --build-arg BASE=python:3.12-slim@sha256:...
-ARG BASE=python:3.12-slim
+# The base is Python 3.12.15 of October 2026, for every platform. To renew it, take the digest that
+# `docker buildx imagetools inspect python:3.12-slim` prints first; --build-arg BASE=... takes another.
+ARG BASE=python:3.12-slim@sha256:dddfd7e07f9d15aeeca61529320492139d21cac7f0070c00609243e51e4e0016
 FROM $BASE
 
 # Options of pip for installing torch, to choose another build of it (the README says when).
 ARG PIP_OPTIONS=""
+# hashes.txt: install files with these sums only (see the Makefile).
+ARG HASHES=""
 
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends make \
@@ -15,7 +18,7 @@ RUN apt-get update \
 WORKDIR /app
 USER infir2
 COPY --chown=infir2:infir2 . .
-RUN PIP_NO_CACHE_DIR=1 make venv PIP_OPTIONS="$PIP_OPTIONS"
+RUN PIP_NO_CACHE_DIR=1 make venv PIP_OPTIONS="$PIP_OPTIONS" HASHES="$HASHES"
 ENV PATH="/app/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE
 ENTRYPOINT ["infir2"]
 CMD ["--help"]

@@ -9,11 +9,15 @@
 #                    (.venv-engines, 6 GB)
 # make clean         remove what make wrote, except runs/
 # make venv          install into .venv only
+# make audit         look up known vulnerabilities of the pinned versions, and of the installed torch
+# make hashes        write hashes.txt, the sha256 sums of the files of the pinned versions, anew
 # make help          this text
 #
 # PYTHON       the interpreter to build .venv with (3.11 or 3.12; default: the first of python3.12,
 #              python3.11, python3 that runs)
 # PIP_OPTIONS  options of pip for installing torch only, to choose another build (see the README)
+# HASHES       hashes.txt: install every pinned package, from files with these sums only (torch has a
+#              build for each CUDA, and is not among them)
 # TRITON       what the kernel tests run on, in Triton's interpreter, if torch brings no Triton
 #              (empty: skip them)
 
@@ -26,11 +30,12 @@ CHECK := import sys, venv, ensurepip; assert (3, 11) <= sys.version_info[:2] <= 
 PYTHON ?= $(shell for name in python3.12 python3.11 python3; do \
 	"$$name" -c '$(CHECK)' >/dev/null 2>&1 && { echo "$$name"; break; }; done)
 PIP_OPTIONS ?=
+HASHES ?=
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 -c constraints.txt
 PYTEST_OPTIONS ?=
 
-.PHONY: demo test test-gpu test-faults test-hostile test-cluster test-engines lint venv clean help
+.PHONY: demo test test-gpu test-faults test-hostile test-cluster test-engines lint venv audit hashes clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -76,6 +81,7 @@ $(VENV)/.python:
 # dependencies of torch.
 $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
 	$(PIP) --no-deps $(PIP_OPTIONS) torch
+	test -z "$(HASHES)" || $(filter-out -c constraints.txt,$(PIP)) --no-deps --require-hashes -r $(HASHES)
 	$(PIP) -e .
 	@touch $@
 
@@ -83,6 +89,27 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
 	test -z "$(TRITON)" || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps $(TRITON)
 	@touch $@
+
+AUDIT := $(VENV)/audit
+
+$(AUDIT)/.installed: $(VENV)/.python
+	$(BIN)/python -m venv --clear $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1 uv==0.13.8
+	@touch $@
+
+# Strict: a version that cannot be looked up fails, where pip-audit would else say that all is well.
+audit: $(AUDIT)/.installed $(VENV)/.installed
+	@rm -f $(AUDIT)/found
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch").split("+")[0])' > $(AUDIT)/torch.txt
+	@$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off \
+		-r hashes.txt -r $(AUDIT)/torch.txt --output $(AUDIT)/found && cat $(AUDIT)/found || { \
+	if [ -e $(AUDIT)/found ]; then cat $(AUDIT)/found; \
+	else echo "make: nothing was audited, because the vulnerability service cannot be reached or does not know a version (the line above); run it where pypi.org can be reached" >&2; fi; exit 1; }
+
+hashes: $(AUDIT)/.installed
+	$(AUDIT)/bin/uv pip compile --quiet --no-deps --universal --python-version 3.11 --generate-hashes --upgrade \
+		--no-annotate --no-emit-package torch --custom-compile-command "make hashes" \
+		constraints.txt --output-file hashes.txt
 
 # Ray in its own environment, which also sees the packages of this one.
 $(VENV)/ray/.installed: $(VENV)/.installed-test

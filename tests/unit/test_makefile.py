@@ -46,3 +46,28 @@ def test_a_version_that_is_not_supported_is_passed_over(tmp_path: Path) -> None:
         program(tmp_path / name, "exit 1")
     assert chosen(tmp_path) == ""
     assert chosen(tmp_path, "PYTHON=/opt/mine") == "/opt/mine"
+
+
+AUDITS = {
+    "nothing known": ('echo "No known vulnerabilities found" | tee "$OUT"', 0, "No known"),
+    "a vulnerability": ('echo "CVE-1" > "$OUT"; exit 1', 2, "CVE-1"),
+    "no service": ("echo refused >&2; exit 1", 2, "nothing was audited"),
+}
+
+
+@pytest.mark.parametrize(("script", "code", "said"), AUDITS.values(), ids=AUDITS)
+def test_an_audit_that_looked_nothing_up_does_not_pass(
+    tmp_path: Path, script: str, code: int, said: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "audit/bin").mkdir(parents=True)
+    program(tmp_path / "bin/python", f'exec {sys.executable} "$@"')
+    out = 'for OUT; do :; done; case " $* " in *" --strict "*) ;; *) exit 9;; esac'
+    program(tmp_path / "audit/bin/pip-audit", f"{out}\n{script}")
+    for name in (".python", ".installed", "audit/.installed"):
+        (tmp_path / name).touch()
+    command = ["make", "-s", "audit", f"VENV={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+    assert (tmp_path / "audit/torch.txt").read_text().startswith("torch==2.")
