@@ -269,13 +269,22 @@ def softmax_results(
     logprobs, normalizer, entropy = softmax_kernels.label_logprobs(
         logits, labels, temperature, True
     )
-    exact = logits.double().div(temperature).log_softmax(dim=1)
-    one_hot = torch.nn.functional.one_hot(labels, columns)
+    scaled = logits.double().requires_grad_()
+    exact = scaled.div(temperature).log_softmax(dim=1)
+    exact_entropy = -(exact.exp() * exact).sum(dim=1)
+    exact_logprobs = exact.gather(1, labels[:, None]).squeeze(1)
+    none, grad_entropy = logits.new_empty(0), grad.flip(0).contiguous()
+
+    def backward(*of_entropy: Tensor) -> Tensor:
+        return softmax_kernels.label_logprobs_backward(
+            logits, labels, normalizer, grad, *of_entropy, temperature
+        )
+
+    plain = torch.autograd.grad(exact_logprobs, scaled, grad.double(), retain_graph=True)[0]
+    of_entropy = torch.autograd.grad(exact_entropy, scaled, grad_entropy.double())[0]
     return {
-        "log-probabilities": (logprobs, exact.gather(1, labels[:, None]).squeeze(1)),
-        "entropy": (entropy, -(exact.exp() * exact).sum(dim=1)),
-        "gradient": (
-            softmax_kernels.label_logprobs_backward(logits, labels, normalizer, grad, temperature),
-            grad[:, None] / temperature * (one_hot - exact.exp()),
-        ),
+        "log-probabilities": (logprobs, exact_logprobs.detach()),
+        "entropy": (entropy, exact_entropy.detach()),
+        "gradient": (backward(none, none), plain),
+        "gradient with entropy": (backward(entropy, grad_entropy), plain + of_entropy),
     }

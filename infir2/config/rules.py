@@ -4,6 +4,8 @@ A rule is (whether the recipe violates it, the dotted key to name, the rest of t
 starts with this key).
 """
 
+import difflib
+import re
 from collections.abc import Iterator
 
 from pydantic import BaseModel
@@ -13,11 +15,14 @@ from infir2.config.schema import (
     EvalRecipe,
     ModelSection,
     RlRecipe,
+    RlSection,
     RolloutSection,
     ScheduleSection,
     ShapeSection,
     TrainRecipe,
 )
+
+LOSSES = ("grpo", "gspo", "cispo")
 
 Violation = tuple[str, str]
 Rule = tuple[bool, str, str]
@@ -239,8 +244,52 @@ def _rl(recipe: RlRecipe) -> list[Rule]:
             "frees the servers' memory while the trainer works, when rl.asynchronous samples; "
             "remove one of them.",
         ),
+        *_objective(recipe.rl),
         *_rollout(recipe.rollout),
         *_weights_of_servers(recipe.rollout),
+    ]
+
+
+def _objective(rl: RlSection) -> list[Rule]:
+    near = difflib.get_close_matches(rl.loss, LOSSES, 1) or LOSSES[:1]
+    masks = rl.correction in ("mis", "icepop")
+    return [
+        (
+            rl.loss not in LOSSES and not re.fullmatch(r"[\w.]+:\w+", rl.loss),
+            "rl.loss",
+            f"= {rl.loss!r} is unknown; {near[0]}? Or name package.module:function.",
+        ),
+        (
+            0 < rl.clip_dual <= 1,
+            "rl.clip_dual",
+            f"({rl.clip_dual:g}) must be greater than 1, or 0 for none.",
+        ),
+        (
+            rl.correction_floor > 0 and not masks,
+            "rl.correction_floor",
+            f"has no effect with rl.correction = {rl.correction}; choose mis or icepop.",
+        ),
+        (
+            rl.correction_floor >= rl.correction_cap,
+            "rl.correction_floor",
+            f"({rl.correction_floor:g}) must be below rl.correction_cap ({rl.correction_cap:g}).",
+        ),
+        (
+            rl.correction == "icepop"
+            and not (rl.correction_floor > 0 and rl.correction_level == "token"),
+            "rl.correction",
+            "= icepop needs rl.correction_level = token and a rl.correction_floor, such as 0.5.",
+        ),
+        (
+            rl.kl_coefficient > 0 and not rl.reference,
+            "rl.reference",
+            "is missing; name the exported directory that rl.kl_coefficient compares with.",
+        ),
+        (
+            bool(rl.reference) and not rl.kl_coefficient,
+            "rl.reference",
+            "has no effect without rl.kl_coefficient; set it, or remove the reference.",
+        ),
     ]
 
 

@@ -9,15 +9,12 @@ from typing import Literal
 from pydantic import Field
 
 from infir2.config.data_sections import DataSection, SourceSection
+from infir2.config.rl_section import ANSWER_FORMAT, AnswerFormat
+from infir2.config.rl_section import RlSection as RlSection
 from infir2.config.section import Section
 
 ScaleFormat = Literal["pow2", "fp32"]
 ComputeDtype = Literal["bfloat16", "float32"]
-AnswerFormat = Literal["boxed", "answer_line"]
-ANSWER_FORMAT = (
-    "boxed: the last \\boxed{} is the answer; answer_line: the last line 'Answer: ...' or "
-    "the last box, whichever is later"
-)
 
 
 class RunSection(Section):
@@ -199,63 +196,6 @@ class CheckpointSection(Section):
         description="checkpoint (RUN/checkpoints/step-300) from which a new run takes weights, "
         "optimizer state and data position (other data starts from its beginning)",
     )
-
-
-class RlSection(Section):
-    prompts_per_step: int = Field(128, gt=0, description="groups trained on per rollout step")
-    group_size: int = Field(16, gt=1, description="responses per prompt")
-    over_sample_prompts: int = Field(
-        384,
-        gt=0,
-        description="maximum prompts sampled per step to find groups with right and wrong "
-        "responses",
-    )
-    mini_batches: int = Field(1, gt=0, description="optimizer updates per rollout step")
-    clip_low: float = Field(
-        0.2, gt=0, lt=1, description="the probability ratio is clipped below 1 - clip_low"
-    )
-    clip_high: float = Field(
-        0.28, gt=0, description="the probability ratio is clipped above 1 + clip_high"
-    )
-    tis_cap: float = Field(
-        2.0,
-        gt=0,
-        description="upper bound of the truncated importance weight, trainer / rollout probability",
-    )
-    temperature: float = Field(
-        1.0, gt=0, description="sampling temperature; the trainer's log-probabilities use it too"
-    )
-    max_response_tokens: int = Field(
-        8192, gt=0, description="maximum response length, tokens; longer responses are truncated"
-    )
-    max_prompt_tokens: int = Field(
-        2048, gt=0, description="maximum prompt length, tokens; longer prompts are dropped"
-    )
-    overlong_buffer_tokens: int = Field(
-        0,
-        ge=0,
-        description="soft overlong penalty: it grows linearly over this many tokens before "
-        "max_response_tokens (0: no penalty)",
-    )
-    overlong_penalty: float = Field(1.0, ge=0, description="maximum soft overlong penalty")
-    normalize_by_std: bool = Field(
-        True, description="divide advantages by the standard deviation of the group's rewards"
-    )
-    max_mismatch_kl: float = Field(
-        0.05, gt=0, description="stop when the mean KL between rollout and trainer exceeds this"
-    )
-    max_mismatch_prob_error: float = Field(
-        1.5,
-        gt=1,
-        description="stop when the mean of exp(|log-probability difference|) between rollout and "
-        "trainer exceeds this",
-    )
-    asynchronous: bool = Field(
-        False,
-        description="sample step n + 1 while step n trains, from weights one version older",
-    )
-    evaluate_every: int = Field(20, ge=0, description="steps between evaluations (0: never)")
-    answer_format: AnswerFormat = Field("boxed", description=ANSWER_FORMAT)
 
 
 class RolloutSection(Section):

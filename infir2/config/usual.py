@@ -20,7 +20,7 @@ USUAL = {
     "rl.mini_batches": (1, 64),
     "rl.clip_low": (0.01, 0.5),
     "rl.clip_high": (0.01, 1),
-    "rl.tis_cap": (1, 10),
+    "rl.correction_cap": (1, 10),
     "rl.temperature": (0.3, 2),
     "rl.overlong_penalty": (0, 2),
     "rl.max_mismatch_kl": (1e-4, 1),

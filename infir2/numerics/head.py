@@ -66,8 +66,8 @@ def token_logprobs(
             the logits again in the backward.
 
     Returns:
-        Log-probabilities [T] FP32, differentiable in hidden and head_weight; and the entropy [T]
-        FP32 without gradient, or None.
+        Log-probabilities [T] FP32 and the entropy [T] FP32 or None, both differentiable in hidden
+        and head_weight.
 
     Raises:
         ValueError: shapes that do not match, a temperature or a chunk size that is not positive.

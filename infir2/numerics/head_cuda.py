@@ -57,9 +57,9 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         normalizer = torch.empty_like(logprobs)
         entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
-        ctx.save_for_backward(hidden, head_weight, labels, normalizer)
+        ctx.save_for_backward(hidden, head_weight, labels, normalizer, entropy)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # None for an entropy that is only measured
         weight = _bf16(head_weight).t()
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
@@ -72,9 +72,14 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head_weight, labels, normalizer = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, head_weight, labels, normalizer, entropy = ctx.saved_tensors
         grad_hidden, grad_weight = _empty_gradients(ctx, hidden, head_weight)
+        grad = torch.zeros_like(normalizer) if grad is None else grad.contiguous()
+        if grad_entropy is None:
+            entropy = grad_entropy = grad.new_empty(0)
         with torch.autocast(hidden.device.type, enabled=False):
             weight = _bf16(head_weight)
             for start in range(0, hidden.shape[0], ctx.chunk_tokens):
@@ -84,7 +89,9 @@ class _TokenLogprobs(torch.autograd.Function):
                     logits,
                     labels[chunk],
                     normalizer[chunk],
-                    grad[chunk].contiguous(),
+                    grad[chunk],
+                    entropy[chunk],
+                    grad_entropy[chunk].contiguous(),
                     ctx.temperature,
                 )
                 del logits
@@ -109,7 +116,7 @@ class _SummedLogprobs(torch.autograd.Function):
     ) -> Tensor:
         weight = _bf16(head_weight)
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        ones = torch.ones_like(logprobs)
+        ones, none = torch.ones_like(logprobs), logprobs.new_empty(0)
         grad_hidden, grad_weight = _empty_gradients(ctx, hidden, head_weight)
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
@@ -118,7 +125,7 @@ class _SummedLogprobs(torch.autograd.Function):
                 logits, labels[chunk], temperature, False
             )
             grad_logits = kernels.label_logprobs_backward(
-                logits, labels[chunk], normalizer, ones[chunk], temperature
+                logits, labels[chunk], normalizer, ones[chunk], none, none, temperature
             )
             _add_products(grad_logits, chunk, hidden, weight, grad_hidden, grad_weight)
         # Neither inputs nor outputs, and used once: an attribute instead of save_for_backward.

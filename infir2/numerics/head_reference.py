@@ -48,9 +48,9 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
         normalizer = torch.empty_like(logprobs)
         entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
-        ctx.save_for_backward(hidden, head_weight, labels, normalizer)
+        ctx.save_for_backward(hidden, head_weight, labels, normalizer, entropy)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # None for an entropy that is only measured
         work = _work_dtype(hidden)
         weight = rounded(head_weight, hidden.dtype, work).t()
         for start in range(0, num_tokens, chunk_tokens):
@@ -68,8 +68,11 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head_weight, labels, normalizer = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, head_weight, labels, normalizer, entropy = ctx.saved_tensors
+        grad = torch.zeros_like(normalizer) if grad is None else grad
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = (
@@ -82,13 +85,13 @@ class _TokenLogprobs(torch.autograd.Function):
             for start in range(0, hidden.shape[0], ctx.chunk_tokens):
                 chunk = slice(start, start + ctx.chunk_tokens)
                 x = hidden[chunk].float()
-                # d logprob / d logits = (one_hot(label) - softmax) / temperature
-                probabilities = (
-                    (x @ weight.t()).div_(ctx.temperature).sub_(normalizer[chunk, None]).exp_()
-                )
-                scaled = grad[chunk, None] / ctx.temperature
-                grad_logits = probabilities.mul_(-scaled).scatter_add_(
-                    1, labels[chunk, None], scaled
+                logprobs = (x @ weight.t()).div_(ctx.temperature).sub_(normalizer[chunk, None])
+                grad_logits = _grad_logits(
+                    logprobs,
+                    labels[chunk, None],
+                    grad[chunk, None] / ctx.temperature,
+                    entropy[chunk, None],
+                    None if grad_entropy is None else grad_entropy[chunk, None] / ctx.temperature,
                 )
                 if grad_hidden is not None:
                     grad_hidden[chunk] = grad_logits @ weight
@@ -97,6 +100,22 @@ class _TokenLogprobs(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(head_weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _grad_logits(
+    logprobs: Tensor, labels: Tensor, grad: Tensor, entropy: Tensor, grad_entropy: Tensor | None
+) -> Tensor:
+    """Gradient [T, V] of logits / temperature, whose log-softmax is `logprobs`.
+
+    The others are [T, 1]: d logprob / d x = one_hot(label) - p, and d entropy / d x =
+    -p * (log p + entropy).
+    """
+    if grad_entropy is None:
+        return logprobs.exp_().mul_(-grad).scatter_add_(1, labels, grad)
+    probabilities = logprobs.exp()
+    surprise = torch.where(probabilities == 0, 0.0, logprobs + entropy)
+    grad_logits = probabilities * (-grad - grad_entropy * surprise)
+    return grad_logits.scatter_add_(1, labels, grad)
 
 
 def _work_dtype(hidden: Tensor) -> torch.dtype:

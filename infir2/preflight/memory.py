@@ -100,11 +100,17 @@ def _cpu_activations(recipe: TrainRecipe, model: ModelFacts) -> int:
 
 
 def _engine_weights(recipe: TrainRecipe, model: ModelFacts) -> dict[str, int]:
-    """RL only: the native engine's weights, or those that are broadcast into servers."""
-    if isinstance(recipe, RlRecipe) and recipe.rollout.weight_transfer == "nccl":
+    """RL only: weights of the native engine, or those that are broadcast into servers, and those of
+    the reference policy."""
+    if not isinstance(recipe, RlRecipe):
+        return {}
+    held, parts = 2 * model.num_parameters, {}
+    if recipe.rollout.weight_transfer == "nccl":
         # Two versions while a new one is copied, on rank 0.
-        return {"weights to broadcast": 2 * model.num_parameters * (1 if recipe.fp8.enabled else 2)}
-    return {"engine": 2 * model.num_parameters} if _generates_here(recipe) else {}
+        parts["weights to broadcast"] = held * (1 if recipe.fp8.enabled else 2)
+    elif _generates_here(recipe):
+        parts["engine"] = held
+    return parts | ({"reference": held} if recipe.rl.reference else {})
 
 
 def _generates_here(recipe: TrainRecipe) -> bool:

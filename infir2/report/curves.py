@@ -211,7 +211,7 @@ def _rl_charts(run: Run) -> list[Chart]:
             for series in curve(table, column, label, color, raw, dashed=color == 1)
         )
 
-    capped = lines(("clip_fraction", "clip"), ("tis_capped_fraction", "TIS"))
+    capped = lines(("clip_fraction", "clip"), ("capped_fraction", "importance capped"))
     mismatch = lines(*((f"mismatch_{name}", label) for name, label in MISMATCH), raw=False)
     scores = run.evaluations
     ends = (scores["low"], scores["high"])

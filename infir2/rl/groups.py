@@ -1,9 +1,12 @@
 """Groups of responses to one prompt, their advantages, and the samples to train on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
+from infir2.config.schema import RlSection
 from infir2.data import Prompt, Sample
 from infir2.engines.types import Completion
 
@@ -16,6 +19,11 @@ class Response:
     text: str  # decoded, for the checker and for people
     correct: bool
     reward: float
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the response reached the limit of its length."""
+        return self.completion.finish == "length"
 
 
 @dataclass(frozen=True)
@@ -40,34 +48,59 @@ class Group:
         return len({response.correct for response in self.responses}) > 1
 
 
-def group_advantages(rewards: list[float], normalize_by_std: bool) -> np.ndarray:
+def group_advantages(rewards: list[float], rl: RlSection) -> np.ndarray:
     """GRPO's advantages (arXiv 2402.03300, equation 3), FP64 [group_size].
 
-    Reward minus the group's mean, divided by its standard deviation if `normalize_by_std`.
+    Reward minus the group's mean, divided by its standard deviation if `rl.normalize_by_std`, whose
+    variance divides by group_size, or by group_size - 1 if `rl.unbiased_std`.
     Example: rewards [1, 0, 0, 0] give [1.732, -0.577, -0.577, -0.577].
     """
     values = np.asarray(rewards, dtype=np.float64)
     centered = values - values.mean()
-    return centered / (values.std() + 1e-6) if normalize_by_std else centered
+    return centered / (values.std(ddof=rl.unbiased_std) + 1e-6) if rl.normalize_by_std else centered
 
 
-def training_samples(group: Group, normalize_by_std: bool) -> list[Sample]:
-    """One sample per response: prompt and response, of which the response's tokens are trained.
+def training_samples(groups: Sequence[Group], rl: RlSection) -> list[Sample]:
+    """One sample per response that is trained: prompt and response, whose tokens are trained.
 
-    `token_inputs` hold the advantage and the rollout_logprobs of every token.
+    `token_inputs` hold of every token its advantage, its rollout_logprobs, and its weight in the
+    mean over the tokens of all samples (`rl.loss_mean`). Truncated responses are left out if
+    `rl.mask_truncated`.
     """
-    rewards = [response.reward for response in group.responses]
-    advantages = group_advantages(rewards, normalize_by_std)
-    num_prompt, samples = len(group.prompt_token_ids), []
-    for response, advantage in zip(group.responses, advantages, strict=True):
-        completion = response.completion
-        token_ids = np.array([*group.prompt_token_ids, *completion.token_ids], dtype=np.int32)
-        rollout_logprobs = np.zeros(len(token_ids), dtype=np.float32)
-        rollout_logprobs[num_prompt:] = completion.rollout_logprobs
-        token_inputs = {
-            "advantages": np.full(len(token_ids), advantage, dtype=np.float32),
-            "rollout_logprobs": rollout_logprobs,
-        }
-        loss_mask = np.arange(len(token_ids)) >= num_prompt
-        samples.append(Sample(token_ids, loss_mask, group.prompt.origin, token_inputs))
-    return samples
+    rated = []
+    for group in groups:
+        rewards = [response.reward for response in group.responses]
+        advantages = group_advantages(rewards, rl)
+        rated += list(zip(repeat(group), group.responses, advantages, strict=False))
+    kept = [each for each in rated if not (rl.mask_truncated and each[1].is_truncated)]
+    lengths = [len(response.completion.token_ids) for _, response, _ in kept]
+    weights = response_weights(lengths, rl)
+    return [_sample(*each, weight) for each, weight in zip(kept, weights, strict=True)]
+
+
+def response_weights(lengths: Sequence[int], rl: RlSection) -> np.ndarray:
+    """The weight of a token of each response, so that the mean over all tokens is rl.loss_mean's.
+
+    `lengths` are those of all responses of an update. token: 1; response: every response counts
+    the same; constant: a response's sum counts 1 / max_response_tokens (Dr. GRPO, arXiv
+    2503.20783).
+    """
+    tokens = np.asarray(lengths, dtype=np.float64)
+    if rl.loss_mean == "token" or not lengths:
+        return np.ones(len(tokens))
+    divisors = tokens if rl.loss_mean == "response" else np.float64(rl.max_response_tokens)
+    return np.broadcast_to(tokens.sum() / (len(tokens) * divisors), tokens.shape)
+
+
+def _sample(group: Group, response: Response, advantage: float, weight: float) -> Sample:
+    completion, num_prompt = response.completion, len(group.prompt_token_ids)
+    token_ids = np.array([*group.prompt_token_ids, *completion.token_ids], dtype=np.int32)
+    rollout_logprobs = np.zeros(len(token_ids), dtype=np.float32)
+    rollout_logprobs[num_prompt:] = completion.rollout_logprobs
+    token_inputs = {
+        "advantages": np.full(len(token_ids), advantage, dtype=np.float32),
+        "rollout_logprobs": rollout_logprobs,
+        "weights": np.full(len(token_ids), weight, dtype=np.float32),
+    }
+    loss_mask = np.arange(len(token_ids)) >= num_prompt
+    return Sample(token_ids, loss_mask, group.prompt.origin, token_inputs)

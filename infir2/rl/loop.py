@@ -6,7 +6,7 @@ How the data flows through a step:
     -> Engine: completions with rollout_logprobs, `group_size` per prompt  engines/
     -> rewards: Response (text, correct, reward); Group -> Journal         rewards.py, journal.py
     -> groups with right and wrong ones -> advantages -> packed Batch      groups.py
-    -> trainer_logprobs, mismatch with the engine -> PolicyLoss -> Trainer.step   policy_update.py
+    -> trainer_logprobs, mismatch with the engine, importance -> Trainer.step     policy_update.py
     -> Supervisor.finish_step (log, checkpoint) -> publish to the engine   pipeline.py
 """
 
@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from infir2.checkpoint import Checkpoint
 from infir2.config.load import Loaded
 from infir2.config.schema import RlRecipe
 from infir2.convert.serving import require_servable
@@ -24,7 +25,8 @@ from infir2.rl.dynamic_sampling import GroupGenerator, PromptStream, Rollouts
 from infir2.rl.evaluation import InLoopEvaluation
 from infir2.rl.journal import Journal
 from infir2.rl.pipeline import RolloutPipeline
-from infir2.rl.policy_update import update_policy
+from infir2.rl.policy_loss import find_objective
+from infir2.rl.policy_update import PolicyUpdate, open_policy_update
 from infir2.terminal import begin_phase
 from infir2.train.loop import describe_model, make_trainer, open_run_tokenizer
 from infir2.train.plan import check_positions, last_step_of, planned_config
@@ -44,20 +46,18 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         if _has_nothing_left(supervisor, evaluation, last_step):
             return
         tokenizer = open_run_tokenizer(supervisor)
-        _check_rollout_model(recipe)
+        _check_recipe(recipe)
         quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
         begin_phase("reading the prompts")
         rows = load_prompts(recipe.data, quarantine, tokenizer)
-        # A branch from a run of another kind has no cursor.
-        checkpoint = supervisor.checkpoint
-        has_cursor = checkpoint is not None and "cursor" in checkpoint.state
-        cursor = checkpoint.value("cursor", int) if checkpoint and has_cursor else 0
+        cursor = _saved_cursor(supervisor.checkpoint)
         prompts = PromptStream(rows, tokenizer, rl.max_prompt_tokens, seed, cursor)
         model_config = planned_config(supervisor.model)
         limit = ("rl.max_response_tokens", rl.max_response_tokens)
         check_positions(model_config, *limit, prompts.longest_prompt_tokens)
         evaluation.check_positions(model_config, tokenizer)
         trainer = make_trainer(supervisor, tokenizer.vocab_size)
+        update = open_policy_update(recipe, trainer)
         finished = supervisor.start(trainer, last_step)
         begin_phase("loading the engine")
         engine, digest = exit_stack.enter_context(
@@ -78,7 +78,7 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
                 evaluation.run(engine, tokenizer, finished, supervisor)
             for step in range(finished + 1, last_step + 1):
                 supervisor.heartbeat(f"step {step}")
-                metrics, result, rollouts = _one_step(recipe, supervisor, pipeline, step)
+                metrics, result, rollouts = _one_step(recipe, supervisor, pipeline, update, step)
                 supervisor.log.write_samples(_readable_samples(rollouts, step))
                 state = description | pipeline.state
                 supervisor.finish_step(step, step == last_step, result, metrics, state)
@@ -87,11 +87,18 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
                     evaluation.run(engine, tokenizer, step, supervisor)
 
 
-def _check_rollout_model(recipe: RlRecipe) -> None:
-    """Raises ConfigError unless the engine can load `rollout.model`."""
+def _check_recipe(recipe: RlRecipe) -> None:
+    """Raises ConfigError unless there is the loss, and the engine can load `rollout.model`."""
+    find_objective(recipe.rl.loss)
     check_rollout_model(recipe.rollout.model)
     if recipe.rollout.engine in ("sglang", "vllm"):
         require_servable("rollout.model", Path(recipe.rollout.model), recipe.fp8)
+
+
+def _saved_cursor(checkpoint: Checkpoint | None) -> int:
+    """Prompts drawn so far; a branch from a run of another kind has drawn none."""
+    has_cursor = checkpoint is not None and "cursor" in checkpoint.state
+    return checkpoint.value("cursor", int) if checkpoint and has_cursor else 0
 
 
 def _has_nothing_left(supervisor: Supervisor, evaluation: InLoopEvaluation, last_step: int) -> bool:
@@ -111,13 +118,17 @@ def _is_evaluated(supervisor: Supervisor, step: int) -> bool:
 
 
 def _one_step(
-    recipe: RlRecipe, supervisor: Supervisor, pipeline: RolloutPipeline, step: int
+    recipe: RlRecipe,
+    supervisor: Supervisor,
+    pipeline: RolloutPipeline,
+    update: PolicyUpdate,
+    step: int,
 ) -> tuple[dict[str, Any], StepResult, Rollouts]:
     """Rollouts and policy update. Returns (line of metrics.jsonl, result, rollouts)."""
     start = time.monotonic()
     rollouts = pipeline.next_rollouts(step)
     rate = learning_rate(recipe.schedule, step)
-    result, mismatch = update_policy(recipe, supervisor.trainer, rollouts.trained, rate)
+    result, mismatch = update(rollouts.trained, rate)
     seconds = time.monotonic() - start
     metrics = {
         "loss": result.loss,
@@ -139,7 +150,7 @@ def _rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str,
     responses = [response for group in rollouts.groups for response in group.responses]
     completions = [response.completion for response in responses]
     num_tokens = sum(len(completion.token_ids) for completion in completions)
-    num_truncated = sum(completion.finish == "length" for completion in completions)
+    num_truncated = sum(response.is_truncated for response in responses)
     return {
         "tokens_per_second": num_tokens / seconds,
         "reward": sum(response.reward for response in responses) / len(responses),
@@ -161,7 +172,7 @@ def _readable_samples(rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
             "response": response.text,
             "answer": group.prompt.answer,
             "reward": response.reward,
-            "truncated": response.completion.finish == "length",
+            "truncated": response.is_truncated,
         }
         for group in rollouts.groups[:SAMPLES_PER_STEP]
         for response in group.responses[:1]

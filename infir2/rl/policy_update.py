@@ -2,48 +2,80 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from infir2.config.schema import RlRecipe
-from infir2.data import Batch, pack_sequences
+from infir2.data import Batch, Sample, pack_sequences
 from infir2.rl.groups import Group, training_samples
+from infir2.rl.importance import add_importance
 from infir2.rl.mismatch import check_mismatch, mismatch_metrics
-from infir2.rl.policy_loss import PolicyLoss
+from infir2.rl.policy_loss import PolicyLoss, find_objective
+from infir2.rl.reference import ReferencePolicy
+from infir2.terminal import begin_phase
 from infir2.train.trainer import StepResult, Trainer
 
 
-def update_policy(
-    recipe: RlRecipe, trainer: Trainer, groups: Sequence[Group], rate: float
-) -> tuple[StepResult, dict[str, float]]:
-    """One optimizer step per mini-batch of groups.
+@dataclass(frozen=True)
+class PolicyUpdate:
+    """Trains the policy on the groups of one step after another."""
 
-    trainer_logprobs are those of the policy before the first of these steps.
+    recipe: RlRecipe
+    trainer: Trainer
+    loss: PolicyLoss
+    reference: ReferencePolicy | None  # for a KL term
 
-    Returns:
-        The combined result of the optimizer steps; `mismatch_metrics`, and the seconds of scoring
-        (logprobs_seconds) and of the optimizer steps (update_seconds).
+    def __call__(self, groups: Sequence[Group], rate: float) -> tuple[StepResult, dict[str, float]]:
+        """One optimizer step per mini-batch of groups and pass over them.
 
-    Raises:
-        CheckFailedError: the engine's log-probabilities are too far from the trainer's.
-    """
-    if not groups:
-        return combine([]), {}
-    rl, layout, start = recipe.rl, trainer.parallel_model.layout, time.monotonic()
-    mini_batches = []
-    for part in split_evenly(groups, rl.mini_batches):
-        samples = [s for group in part for s in training_samples(group, rl.normalize_by_std)]
-        budget = recipe.data.micro_batch_tokens
-        packed = pack_sequences(samples, budget, layout.data_rank, layout.sizes.num_data)
-        mini_batches.append([add_trainer_logprobs(trainer, b, rl.temperature) for b in packed])
-    mismatch = mismatch_metrics([b for batches in mini_batches for b in batches], layout.ranks)
-    scored = time.monotonic()
-    check_mismatch(mismatch, rl)
-    loss = PolicyLoss(rl.clip_low, rl.clip_high, rl.tis_cap)
-    results = [trainer.step(b, loss, rate, temperature=rl.temperature) for b in mini_batches]
-    seconds = {"logprobs_seconds": scored - start, "update_seconds": time.monotonic() - scored}
-    return combine(results), mismatch | seconds
+        trainer_logprobs are those of the policy before the first of these steps.
+
+        Returns:
+            The combined result of the optimizer steps; `mismatch_metrics`, and the seconds of
+            scoring (logprobs_seconds) and of the optimizer steps (update_seconds).
+
+        Raises:
+            CheckFailedError: the engine's log-probabilities are too far from the trainer's.
+        """
+        rl, start = self.recipe.rl, time.monotonic()
+        parts = [training_samples(part, rl) for part in split_evenly(groups, rl.mini_batches)]
+        mini_batches = [self._scored(samples) for samples in parts if samples]
+        if not mini_batches:
+            return combine([]), {}
+        ranks = self.trainer.parallel_model.layout.ranks
+        mismatch = mismatch_metrics([b for batches in mini_batches for b in batches], ranks)
+        scored = time.monotonic()
+        check_mismatch(mismatch, rl)
+        results = [
+            self.trainer.step(batches, self.loss, rate, temperature=rl.temperature)
+            for _ in range(rl.passes)
+            for batches in mini_batches
+        ]
+        seconds = {"logprobs_seconds": scored - start, "update_seconds": time.monotonic() - scored}
+        return combine(results), mismatch | seconds
+
+    def _scored(self, samples: Sequence[Sample]) -> list[Batch]:
+        """This rank's micro-batches, with all that the loss needs of their tokens."""
+        layout, rl = self.trainer.parallel_model.layout, self.recipe.rl
+        budget = self.recipe.data.micro_batch_tokens
+        batches = []
+        for batch in pack_sequences(samples, budget, layout.data_rank, layout.sizes.num_data):
+            batch = add_importance(add_trainer_logprobs(self.trainer, batch, rl.temperature), rl)
+            batches.append(self.reference.add_logprobs(batch) if self.reference else batch)
+        return batches
+
+
+def open_policy_update(recipe: RlRecipe, trainer: Trainer) -> PolicyUpdate:
+    """The update of a recipe, with its reference policy. Raises ConfigError, CheckpointError."""
+    rl, model, reference = recipe.rl, trainer.model, None
+    if rl.reference:
+        begin_phase("loading the reference")
+        device = trainer.parallel_model.layout.device
+        reference = ReferencePolicy(
+            rl, model.config, model.compute_dtype, device, trainer.loss_chunk_tokens
+        )
+    return PolicyUpdate(recipe, trainer, PolicyLoss(rl, find_objective(rl.loss)), reference)
 
 
 def split_evenly(groups: Sequence[Group], count: int) -> list[Sequence[Group]]:

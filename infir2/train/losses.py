@@ -5,7 +5,7 @@ ranks, so that every token has the same weight whichever rank or micro-batch it 
 normalization bug of transformers#34191 cannot occur).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -22,8 +22,11 @@ class TokenScores:
     """
 
     logprobs: Tensor  # [n] FP32, differentiable
-    entropy: Tensor | None = None  # [n] FP32, nats, no gradient; None unless the loss needs it
+    entropy: Tensor | None = None  # [n] FP32, nats, differentiable; None unless the loss needs it
     inputs: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [n]: Batch.token_inputs
+    num_sequences: int = 0  # in the micro-batch, whose tokens other ranks may have too:
+    # sums values, in place, over the ranks that share the micro-batch
+    sum_over_batch: Callable[[Tensor], Tensor] = lambda values: values
 
 
 class Loss(Protocol):

@@ -16,7 +16,7 @@ import math
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -265,27 +265,16 @@ class Trainer:
     def _score(
         self, batch: Batch, temperature: float, with_entropy: bool, uniform_gradient: bool
     ) -> TokenScores:
-        """Forward of this rank's part of a batch. Only rows of trained tokens reach the head."""
-        rows = batch.loss_mask.nonzero().squeeze(1)
-        rows, ids, positions, labels = (
-            to_device(x, self._device)
-            for x in (rows, batch.token_ids, batch.positions, batch.labels)
-        )
-        # cu_seqlens stays on the host, which plans the attention without waiting for the GPU.
-        hidden = self.model.hidden_states(ids, positions, batch.cu_seqlens.numpy())
-        logprobs, entropy = token_logprobs(
-            hidden[rows],
-            self.model.head_weight,
-            labels[rows],
+        """Scores of this rank's part of a batch."""
+        scores = score_batch(
+            self.model,
+            batch,
             temperature,
             self.loss_chunk_tokens,
             with_entropy=with_entropy,
             uniform_gradient=uniform_gradient,
         )
-        inputs = {
-            name: to_device(value, self._device)[rows] for name, value in batch.token_inputs.items()
-        }
-        return TokenScores(logprobs, entropy, inputs)
+        return replace(scores, sum_over_batch=self.parallel_model.all_reduce_over_batch)
 
     def _update(self, norm: Tensor, learning_rate: float) -> None:
         self.before_update()
@@ -301,3 +290,33 @@ def load_parameters(
     """Read this rank's shard of each 'parameters/NAME' of a checkpoint into the FP32 masters."""
     for name, parameter in model.named_parameters():
         tensors.read_into(f"parameters/{name}", shard_specs[name], local_tensor(parameter))
+
+
+def score_batch(
+    model: Decoder,
+    batch: Batch,
+    temperature: float,
+    chunk_tokens: int,
+    *,
+    with_entropy: bool = False,
+    uniform_gradient: bool = False,
+) -> TokenScores:
+    """Forward of a batch. Only rows of trained tokens reach the head, in stream order."""
+    device = model.head_weight.device
+    rows = batch.loss_mask.nonzero().squeeze(1)
+    rows, ids, positions, labels = (
+        to_device(x, device) for x in (rows, batch.token_ids, batch.positions, batch.labels)
+    )
+    # cu_seqlens stays on the host, which plans the attention without waiting for the GPU.
+    hidden = model.hidden_states(ids, positions, batch.cu_seqlens.numpy())
+    logprobs, entropy = token_logprobs(
+        hidden[rows],
+        model.head_weight,
+        labels[rows],
+        temperature,
+        chunk_tokens,
+        with_entropy=with_entropy,
+        uniform_gradient=uniform_gradient,
+    )
+    inputs = {name: to_device(value, device)[rows] for name, value in batch.token_inputs.items()}
+    return TokenScores(logprobs, entropy, inputs, len(batch.sample_indices))

@@ -160,7 +160,7 @@ def rl_rows(steps: int, low: float, high: float, seed: int) -> list[dict[str, An
         row |= {
             "entropy": 0.9 - 0.5 * done + 0.02 * noise.normal(),
             "clip_fraction": 0.002 * noise.random(),
-            "tis_capped_fraction": 0.0004 * noise.random(),
+            "capped_fraction": 0.0004 * noise.random(),
         }
         row |= {
             "mismatch_kl": 10 ** (-5 + 0.2 * noise.normal()),

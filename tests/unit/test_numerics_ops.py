@@ -130,7 +130,10 @@ def dense_logprobs(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_tokens", [1, 16, 2048])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logprobs_equal_the_dense_softmax(dtype, chunk_tokens, temperature) -> None:
+@pytest.mark.parametrize("with_entropy_gradient", [False, True])
+def test_token_logprobs_equal_the_dense_softmax(
+    dtype, chunk_tokens, temperature, with_entropy_gradient
+) -> None:
     hidden, weight = leaves((50, 64), (173, 64))
     hidden = hidden.detach().to(dtype).requires_grad_()
     labels, grad = torch.randint(0, 173, (50,)), torch.randn(50)
@@ -142,13 +145,18 @@ def test_token_logprobs_equal_the_dense_softmax(dtype, chunk_tokens, temperature
     exact, exact_entropy = dense_logprobs(hidden64, weight64, labels, temperature)
     torch.testing.assert_close(logprobs, exact.float(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(entropy, exact_entropy.float(), rtol=1e-5, atol=1e-5)
-    assert not entropy.requires_grad
-    logprobs.backward(grad)
-    exact.backward(grad.double())
+    grads, grads64 = (grad, grad.flip(0)), (grad.double(), grad.flip(0).double())
+    if with_entropy_gradient:
+        torch.autograd.backward([logprobs, entropy], grads)
+        torch.autograd.backward([exact, exact_entropy], grads64)
+    else:
+        logprobs.backward(grad)
+        exact.backward(grad.double())
     assert hidden.grad.dtype == dtype
     assert weight.grad.dtype == torch.float32
-    assert snr_db(hidden64.grad, hidden.grad) > (110 if dtype == torch.float32 else 50)
-    assert snr_db(weight64.grad, weight.grad) > 110
+    exact_db = 108 if with_entropy_gradient else 110  # log p + entropy cancels some digits
+    assert snr_db(hidden64.grad, hidden.grad) > (exact_db if dtype == torch.float32 else 50)
+    assert snr_db(weight64.grad, weight.grad) > exact_db
     assert token_logprobs(hidden, weight, labels)[1] is None
 
 

@@ -5,10 +5,12 @@ import json
 import queue
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from stages import (
     assert_each_step_once,
     assert_same_state,
@@ -20,17 +22,20 @@ from stages import (
 )
 
 import infir2.rl.dynamic_sampling
-import infir2.rl.loop
 import infir2.rl.pipeline
 from infir2.checkpoint import open_checkpoint
 from infir2.cli import main
+from infir2.config.schema import RlSection
 from infir2.data import Prompt
 from infir2.engines.native import NativeEngine
 from infir2.engines.types import Completion
+from infir2.errors import ConfigError
+from infir2.model import ModelConfig
 from infir2.parallel.ranks import Ranks
-from infir2.rl.groups import Group, Response
+from infir2.rl.groups import Group, Response, training_samples
 from infir2.rl.journal import Journal
-from infir2.rl.policy_update import split_evenly
+from infir2.rl.policy_update import PolicyUpdate, split_evenly
+from infir2.rl.reference import ReferencePolicy
 
 STEP_PARTS = ("generate", "verify", "logprobs", "update", "publish", "wait")
 
@@ -75,13 +80,81 @@ def test_the_engine_is_the_trainer_and_the_policy_moves(
     assert max(line["mismatch_mean"] for line in trained) <= 1e-7
     assert max(line["mismatch_max"] for line in trained) <= 1e-4
     assert all(line["trained_tokens"] > 0 and line["gradient_norm"] > 0 for line in trained)
-    assert sum(line["tis_capped_fraction"] for line in trained) == 0
+    assert sum(line["capped_fraction"] for line in trained) == 0
     assert (tmp_path / "rl" / "samples.jsonl").read_text().count("\n") >= 4
     for line in trained:  # a step's time has no other part worth a name
         parts = sum(line[f"{part}_seconds"] for part in STEP_PARTS)
         assert line["seconds"] - 0.5 <= parts <= line["seconds"]
     assert all(line["generate_seconds"] > 0 for line in trained)
     assert trained[0]["publish_seconds"] == 0 < trained[1]["publish_seconds"]
+
+
+def test_a_reference_an_entropy_bonus_and_two_passes(
+    world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The KL to the policy's own start is 0 at first; a second pass has other ratios than 1."""
+    monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
+    objective = {"rl__kl_coefficient": 0.1, "rl__reference": start / "fp8", "rl__clip_high": 1e-4}
+    objective |= {"rl__entropy_coefficient": 0.01, "rl__loss": "gspo", "rl__loss_mean": "response"}
+    steps = {}
+    for passes in (1, 2):
+        few = {"schedule__total_steps": 3 - passes, "rl__mini_batches": 1, "rl__passes": passes}
+        run(words(world, start, tmp_path / str(passes), **objective, **few))
+        steps[passes] = lines(tmp_path / str(passes), "train")
+    first, second = steps[1]
+    assert first["reference_kl"] == first["clip_fraction"] == 0
+    assert second["reference_kl"] > 0
+    (both,) = steps[2]
+    assert both["reference_kl"] > 0
+    assert both["clip_fraction"] > 0
+    assert both["trained_tokens"] == 2 * first["trained_tokens"]
+
+
+def test_a_reference_of_another_shape_is_refused(start: Path) -> None:
+    rl = RlSection(reference=str(start / "fp8"), kl_coefficient=0.1)
+    policy = ModelConfig.from_hf(json.loads((start / "fp8" / "config.json").read_text()))
+    other = replace(policy, num_layers=policy.num_layers + 1)
+    with pytest.raises(ConfigError, match=r"rl\.reference: .* has num_layers = "):
+        ReferencePolicy(rl, other, torch.float32, torch.device("cpu"), 64)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"rl__loss": "no_module:f"}, "rl.loss: no_module:f cannot be imported"),
+        ({"rl__loss": "grop"}, "rl.loss = 'grop' is unknown; grpo?"),
+        ({"rl__reference": "nowhere", "rl__kl_coefficient": 0.1}, "rl.reference"),
+        ({"rl__kl_coefficient": 0.1}, "rl.reference is missing"),
+    ],
+)
+def test_a_loss_that_cannot_be_is_one_sentence(
+    world: Path,
+    start: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    values: dict[str, object],
+    sentence: str,
+) -> None:
+    assert main(words(world, start, tmp_path / "rl", **values)) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+
+
+def test_truncated_responses_are_not_trained_and_still_count() -> None:
+    logprobs = np.zeros(2, dtype=np.float32)
+    responses = [
+        Response(Completion(name, [5, 6], logprobs, finish, 0), "", reward == 1.0, reward)
+        for name, finish, reward in (("a", "stop", 1.0), ("b", "length", 0.0))
+    ]
+    group = Group("0/p", Prompt("p", [], "", None, ""), [3], responses)
+    whole = training_samples([group], RlSection())
+    (kept,) = training_samples([group], RlSection(mask_truncated=True))
+    assert [sample.token_inputs["advantages"][0] for sample in whole] == pytest.approx(
+        [1, -1], abs=1e-5
+    )
+    assert kept.token_inputs["advantages"][0] == whole[0].token_inputs["advantages"][0]
+    assert training_samples([group], RlSection(mask_truncated=False))[1].loss_mask.sum() == 2
 
 
 def test_an_evaluation_in_the_loop_keeps_every_answer(
@@ -203,7 +276,7 @@ def test_asynchronous_samples_the_next_step_while_one_trains(
     """Each update but the last starts after the engine has started on the next step's responses."""
     versions: queue.Queue[int] = queue.Queue()  # of what is sampled in the background
     generate = infir2.rl.dynamic_sampling.generate_groups
-    update = infir2.rl.loop.update_policy
+    update = PolicyUpdate.__call__
 
     def generate_and_record(engine, *arguments):  # type: ignore[no-untyped-def]
         if threading.current_thread() is not threading.main_thread():
@@ -218,7 +291,7 @@ def test_asynchronous_samples_the_next_step_while_one_trains(
 
     monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
     monkeypatch.setattr(infir2.rl.dynamic_sampling, "generate_groups", generate_and_record)
-    monkeypatch.setattr(infir2.rl.loop, "update_policy", update_once_sampling)
+    monkeypatch.setattr(PolicyUpdate, "__call__", update_once_sampling)
     run(
         words(
             world,

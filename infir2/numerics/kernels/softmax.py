@@ -74,18 +74,26 @@ def _backward_kernel(
     labels_ptr,
     normalizer_ptr,
     grad_ptr,
+    entropy_ptr,
+    grad_entropy_ptr,
     out_ptr,
     columns,
     inverse_temperature,
+    ENTROPY: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     inside = lane < columns
     x = tl.load(logits_ptr + row * columns + lane, mask=inside, other=0.0) * inverse_temperature
-    probability = tl.exp(x - tl.load(normalizer_ptr + row))
+    logprob = x - tl.load(normalizer_ptr + row)
+    probability = tl.exp(logprob)
     scaled = tl.load(grad_ptr + row) * inverse_temperature
     grad = scaled * (tl.where(lane == tl.load(labels_ptr + row), 1.0, 0.0) - probability)
+    if ENTROPY:
+        surprise = tl.where(probability == 0.0, 0.0, logprob + tl.load(entropy_ptr + row))
+        scaled_entropy = tl.load(grad_entropy_ptr + row) * inverse_temperature
+        grad -= scaled_entropy * probability * surprise
     tl.store(
         out_ptr + row * columns + lane,
         round_to_bf16(grad).to(out_ptr.dtype.element_ty),
@@ -131,21 +139,46 @@ def _fake_label_logprobs(
 
 @operator("infir2::label_logprobs_backward")
 def label_logprobs_backward(
-    logits: Tensor, labels: Tensor, normalizer: Tensor, grad: Tensor, temperature: float
+    logits: Tensor,
+    labels: Tensor,
+    normalizer: Tensor,
+    grad: Tensor,
+    entropy: Tensor,
+    grad_entropy: Tensor,
+    temperature: float,
 ) -> Tensor:
-    """BF16 gradient of the logits [T, V] for `grad` [T] of the labels' log-probabilities."""
-    out = _fake_label_logprobs_backward(logits, labels, normalizer, grad, temperature)
+    """BF16 gradient of the logits [T, V] for `grad` [T] of the labels' log-probabilities.
+
+    `entropy` and its gradient are [T], or both empty for an entropy that has no gradient.
+    """
+    out = torch.empty(logits.shape, dtype=torch.bfloat16, device=logits.device)
     rows, columns = logits.shape
     if rows:
         grid = (rows, triton.cdiv(columns, CONFIG["WIDE"]))
         _backward_kernel[grid](
-            logits, labels, normalizer, grad, out, columns, 1.0 / temperature, **CONFIG
+            logits,
+            labels,
+            normalizer,
+            grad,
+            entropy,
+            grad_entropy,
+            out,
+            columns,
+            1.0 / temperature,
+            ENTROPY=bool(len(grad_entropy)),
+            **CONFIG,
         )
     return out
 
 
 @label_logprobs_backward.register_fake
 def _fake_label_logprobs_backward(
-    logits: Tensor, labels: Tensor, normalizer: Tensor, grad: Tensor, temperature: float
+    logits: Tensor,
+    labels: Tensor,
+    normalizer: Tensor,
+    grad: Tensor,
+    entropy: Tensor,
+    grad_entropy: Tensor,
+    temperature: float,
 ) -> Tensor:
     return torch.empty(logits.shape, dtype=torch.bfloat16, device=logits.device)

@@ -288,7 +288,10 @@ def operator_calls() -> dict[str, tuple]:
         "rope": (rope.rope, (heads, heads, heads, None, angles, angles, True)),
         "log-probabilities": (softmax.label_logprobs, (logits, labels, 0.5, True)),
         "sampling": (sampling.sample_rows, (logits, rstd, rstd, labels)),
-        "gradient of logits": (softmax.label_logprobs_backward, (logits, labels, rstd, rstd, 0.5)),
+        "gradient of logits": (
+            softmax.label_logprobs_backward,
+            (logits, labels, rstd, rstd, rstd, rstd, 0.5),
+        ),
     }
 
 

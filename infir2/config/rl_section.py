@@ -1,0 +1,120 @@
+"""The keys of `[rl]`. Imports no torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from infir2.config.section import Section
+
+AnswerFormat = Literal["boxed", "answer_line"]
+ANSWER_FORMAT = (
+    "boxed: the last \\boxed{} is the answer; answer_line: the last line 'Answer: ...' or "
+    "the last box, whichever is later"
+)
+
+
+class RlSection(Section):
+    prompts_per_step: int = Field(128, gt=0, description="groups trained on per rollout step")
+    group_size: int = Field(16, gt=1, description="responses per prompt")
+    over_sample_prompts: int = Field(
+        384,
+        gt=0,
+        description="maximum prompts sampled per step to find groups with right and wrong "
+        "responses",
+    )
+    mini_batches: int = Field(
+        1, gt=0, description="optimizer updates per pass over the groups of a rollout step"
+    )
+    passes: int = Field(
+        1, gt=0, description="passes over the groups of a rollout step, each with mini_batches"
+    )
+    loss: str = Field(
+        "grpo",
+        description="objective of a token: grpo (PPO's clip), gspo (the ratio of the whole "
+        "response), cispo, or your own as package.module:function (docs/rl.md)",
+    )
+    loss_mean: Literal["token", "response", "constant"] = Field(
+        "token",
+        description="token: all tokens of an update weigh the same (DAPO); response: all "
+        "responses (GRPO, GSPO); constant: a response's sum is divided by max_response_tokens "
+        "(Dr. GRPO)",
+    )
+    clip_low: float = Field(
+        0.2, gt=0, le=1, description="the probability ratio is clipped below 1 - clip_low"
+    )
+    clip_high: float = Field(
+        0.28, gt=0, description="the probability ratio is clipped above 1 + clip_high"
+    )
+    clip_dual: float = Field(
+        0.0,
+        ge=0,
+        description="bound of the ratio for negative advantages, such as 3 (dual clip); 0: none",
+    )
+    correction: Literal["none", "tis", "mis", "icepop"] = Field(
+        "tis",
+        description="weight of a token for the engine's other probabilities, trainer / rollout. "
+        "tis: truncated at correction_cap; mis: 0 above it or below correction_floor; icepop: mis "
+        "by token, with a floor; none: 1",
+    )
+    correction_level: Literal["token", "sequence", "geometric"] = Field(
+        "token",
+        description="that weight is the token's ratio, the product of the response's, or its "
+        "geometric mean",
+    )
+    correction_cap: float = Field(2.0, gt=0, description="upper bound of that weight")
+    correction_floor: float = Field(
+        0.0, ge=0, description="lower bound of that weight, for mis and icepop"
+    )
+    kl_coefficient: float = Field(
+        0.0, ge=0, description="weight of the KL to rl.reference in the loss"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3", description="estimator of that KL (joschu.net/blog/kl-approx.html)"
+    )
+    reference: str = Field(
+        "",
+        description="exported Hugging Face directory of the reference policy, for kl_coefficient",
+    )
+    entropy_coefficient: float = Field(
+        0.0, ge=0, description="weight of the entropy bonus in the loss"
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="sampling temperature; the trainer's log-probabilities use it too"
+    )
+    max_response_tokens: int = Field(
+        8192, gt=0, description="maximum response length, tokens; longer responses are truncated"
+    )
+    max_prompt_tokens: int = Field(
+        2048, gt=0, description="maximum prompt length, tokens; longer prompts are dropped"
+    )
+    mask_truncated: bool = Field(
+        False, description="do not train on truncated responses; their rewards still count"
+    )
+    overlong_buffer_tokens: int = Field(
+        0,
+        ge=0,
+        description="soft overlong penalty: it grows linearly over this many tokens before "
+        "max_response_tokens (0: no penalty)",
+    )
+    overlong_penalty: float = Field(1.0, ge=0, description="maximum soft overlong penalty")
+    normalize_by_std: bool = Field(
+        True, description="divide advantages by the standard deviation of the group's rewards"
+    )
+    unbiased_std: bool = Field(
+        False, description="that deviation divides by group_size - 1, as in slime and TRL"
+    )
+    max_mismatch_kl: float = Field(
+        0.05, gt=0, description="stop when the mean KL between rollout and trainer exceeds this"
+    )
+    max_mismatch_prob_error: float = Field(
+        1.5,
+        gt=1,
+        description="stop when the mean of exp(|log-probability difference|) between rollout and "
+        "trainer exceeds this",
+    )
+    asynchronous: bool = Field(
+        False,
+        description="sample step n + 1 while step n trains, from weights one version older",
+    )
+    evaluate_every: int = Field(20, ge=0, description="steps between evaluations (0: never)")
+    answer_format: AnswerFormat = Field("boxed", description=ANSWER_FORMAT)
