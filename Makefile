@@ -63,7 +63,7 @@ test-cluster: $(VENV)/ray/.installed
 
 test-engines: $(VENV)/.installed-test $(VENV)/.smollm2 $(ENGINES)/vllm/.installed $(ENGINES)/sglang/.installed
 	INFIR2_ENGINES=$(abspath $(ENGINES)) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -rs tests/engines $(PYTEST_OPTIONS)
+		$(BIN)/python -m pytest -rs --tb=short --show-capture=no tests/engines $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -27,6 +30,7 @@ from infir2.engines.streams import SglangStreams, VllmStreams
 from infir2.model import Decoder, exported_weights, write_hf
 
 KEY = "sk-test"
+Serve = subprocess.Popen[str]
 SHAPE = ShapeSection(
     hidden_size=64,
     num_layers=2,
@@ -131,3 +135,28 @@ def listening(app: FastAPI, driver: EngineDriver[Any]) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def begin_serve(model: Path, directory: Path, *options: str) -> tuple[Serve, str]:
+    """`infir2 serve` in a process, once it is ready, and its URL; /health was 503 before."""
+    (directory / "key").write_text(KEY + "\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "infir2", "serve", str(model), "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--api-key-file", str(directory / "key"), *options],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    url, statuses = f"http://127.0.0.1:{port}", set()
+    while 200 not in statuses:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+        try:
+            statuses.add(urllib.request.urlopen(f"{url}/health", timeout=60).status)
+        except urllib.error.HTTPError as error:
+            statuses.add(error.code)
+        except OSError:
+            continue
+    assert statuses <= {200, 503}
+    return process, url

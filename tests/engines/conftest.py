@@ -26,6 +26,26 @@ def environments() -> Path:
 
 
 @pytest.fixture(scope="session")
+def vllm_python(environments: Path) -> str:
+    """vLLM's interpreter."""
+    return str(environments / "vllm" / "bin" / "python")
+
+
+@pytest.fixture(scope="session")
+def sglang_python(environments: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SGLang's interpreter, which runs `sglang_server.py` in the place of `-m launch_server`."""
+    path = tmp_path_factory.mktemp("sglang") / "python"
+    python = environments / "sglang" / "bin" / "python"
+    path.write_text(
+        '#!/bin/sh\n[ "$1 $2" = "-m sglang.launch_server" ] || exit 9\nshift 2\n'
+        f'TRITON_INTERPRET=1 exec {python} -O {Path(__file__).parent}/sglang_server.py "$@" '
+        "--device=cpu\n"
+    )
+    path.chmod(0o700)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def start(
     environments: Path, world: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:

@@ -60,6 +60,7 @@ class ScriptedScheduler:
         self._send = context.socket(zmq.PUSH)
         self._send.connect(ports.tokenizer_ipc_name)
         self._running: dict[str, tuple[Any, float]] = {}
+        self._num_sent: dict[str, int] = {}  # tokens of those that stream
         self._cached: set[tuple[int, ...]] = set()
         self._tensors = read(Path(model))
         self._weights = fuse(self._tensors)
@@ -82,7 +83,8 @@ class ScriptedScheduler:
         elif kind == "AbortReq":
             for rid in [r for r in self._running if message.abort_all or r.startswith(message.rid)]:
                 request = self._running.pop(rid)[0]
-                self._answer(request, [], {"type": "abort", "message": "Abort in waiting queue"})
+                reason = {"type": "abort", "message": "Abort in waiting queue"}
+                self._answer(request, [], reason, self._num_sent.pop(rid, 0))
         elif kind == "UpdateWeightFromDiskReqInput":
             self._send.send_pyobj(self._update(message))
         elif kind == "CheckWeightsReqInput":
@@ -130,17 +132,24 @@ class ScriptedScheduler:
     def _advance(self, rid: str, request: Any, seconds: float) -> None:
         params = request.sampling_params
         tokens = response(list(request.input_ids), params)
-        if seconds < SECONDS_PER_TOKEN * len(tokens):
+        done, sent = int(seconds / SECONDS_PER_TOKEN), self._num_sent.get(rid, 0)
+        if done < len(tokens):
+            if request.stream and done - sent >= (params.stream_interval or 1):
+                self._num_sent[rid] = done
+                self._answer(request, tokens[sent:done], None, sent)
             return
         del self._running[rid]
+        self._num_sent.pop(rid, None)
         stopped = tokens[-1] in (params.stop_token_ids or ())
         reason = {"type": "stop", "matched": tokens[-1]}
-        self._answer(
-            request, tokens, reason if stopped else {"type": "length", "length": len(tokens)}
-        )
+        reason = reason if stopped else {"type": "length", "length": len(tokens)}
+        self._answer(request, tokens[sent:], reason, sent)
 
-    def _answer(self, request: Any, tokens: list[int], reason: dict[str, Any]) -> None:
-        prompt = tuple(request.input_ids)
+    def _answer(
+        self, request: Any, tokens: list[int], reason: dict[str, Any] | None, sent: int
+    ) -> None:
+        """The tokens after the `sent` that it has answered before."""
+        prompt, num_top = tuple(request.input_ids), request.top_logprobs_num
         # SGLang turns temperature 0 into top_k 1 at temperature 1.
         scale = min(1.0, request.sampling_params.temperature)
         values = {
@@ -150,10 +159,12 @@ class ScriptedScheduler:
             "decode_ids": [tokens],
             "decoded_texts": [""],
             "prompt_tokens": [len(prompt)],
-            "completion_tokens": [len(tokens)],
+            "completion_tokens": [sent + len(tokens)],
             "cached_tokens": [len(prompt) - 1 if prompt in self._cached else 0],
             "output_token_logprobs_val": [[logprob(token) * scale for token in tokens]],
             "output_token_logprobs_idx": [tokens],
+            "output_top_logprobs_val": [[[logprob(n) for n in range(num_top)] for _ in tokens]],
+            "output_top_logprobs_idx": [[list(range(num_top)) for _ in tokens]],
         }
         if request.return_logprob and request.logprob_start_len == 0:
             values["input_token_logprobs_val"] = [[None, *map(logprob, prompt[1:])]]

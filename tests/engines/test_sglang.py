@@ -23,7 +23,6 @@ from infir2.engines.remote import (
     WeightProbe,
     WeightsDifferError,
 )
-from infir2.engines.server_process import Place, ServerCommand
 from infir2.engines.sglang import SglangClient, sglang_command
 from infir2.engines.types import Request, SamplingParams
 from infir2.engines.weight_memory import WeightMemory
@@ -31,31 +30,18 @@ from infir2.errors import ConfigError
 from infir2.model.safetensors_io import HfWeights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-HERE = Path(__file__).parent
 REQUEST = Request("0/p/1", [3, 5, 8], SamplingParams(1.0, 6, (96,)), key=7)
 
 
 @pytest.fixture(scope="module")
 def server(
-    environments: Path, start: Path, tmp_path_factory: pytest.TempPathFactory
+    sglang_python: str, start: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, str]]:
     rollout = RolloutSection(
-        engine="sglang",
-        python=str(environments / "sglang" / "bin" / "python"),
-        model=str(start / "hf"),
-        max_running_requests=16,
+        engine="sglang", python=sglang_python, model=str(start / "hf"), max_running_requests=16
     )
-
-    def command(place: Place) -> ServerCommand:
-        """SGLang's command line with our script instead of its module."""
-        real = sglang_command(rollout, place)
-        python, arguments = real.arguments[0], real.arguments[3:]
-        assert real.arguments[1:3] == ["-m", "sglang.launch_server"]
-        script = [python, "-O", str(HERE / "sglang_server.py"), *arguments, "--device=cpu"]
-        return ServerCommand(script, {**real.variables, "TRITON_INTERPRET": "1"}, real.secrets)
-
     directory = tmp_path_factory.mktemp("engines")
-    with running(command, SglangClient, directory) as place:
+    with running(lambda place: sglang_command(rollout, place), SglangClient, directory) as place:
         yield place
 
 

@@ -69,11 +69,11 @@ def versions(start: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.fixture(scope="module")
 def server(
-    environments: Path, start: Path, tmp_path_factory: pytest.TempPathFactory
+    vllm_python: str, start: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, str]]:
     rollout = RolloutSection(
         engine="vllm",
-        python=str(environments / "vllm" / "bin" / "python"),
+        python=vllm_python,
         model=str(start / "hf"),
         max_running_requests=16,
         cache_gib=1,
@@ -288,7 +288,7 @@ def test_a_failed_reload_is_an_error_although_health_is_fine(
     ask(client, run)
 
 
-def test_the_135m_model_is_served_and_reloaded(environments: Path, tmp_path: Path) -> None:
+def test_the_135m_model_is_served_and_reloaded(vllm_python: str, tmp_path: Path) -> None:
     files = sorted((Path(__file__).parents[2] / ".venv" / "smollm2").glob("**/*.gguf"))
     if not files:
         pytest.skip("no SmolLM2: `make test` fetches it")
@@ -304,7 +304,7 @@ def test_the_135m_model_is_served_and_reloaded(environments: Path, tmp_path: Pat
     save_file(tensors, path, metadata={"format": "pt"})
     rollout = RolloutSection(
         engine="vllm",
-        python=str(environments / "vllm" / "bin" / "python"),
+        python=vllm_python,
         model=str(models["first"]),
         cache_gib=1,
         server_options=("--max-model-len=512",),
@@ -324,14 +324,14 @@ def test_the_135m_model_is_served_and_reloaded(environments: Path, tmp_path: Pat
 
 
 def test_rl_through_vllm_survives_kill_9(
-    environments: Path, start: Path, world: Path, tmp_path: Path
+    vllm_python: str, start: Path, world: Path, tmp_path: Path
 ) -> None:
     """Four steps, each with other weights; the server dies after the first."""
     run_dir = tmp_path / "run"
     values = guessing(start) | {
         "rollout__model": start / "hf",
         "rollout__engine": "vllm",
-        "rollout__python": environments / "vllm" / "bin" / "python",
+        "rollout__python": vllm_python,
         "rollout__max_running_requests": 16,
         "rollout__cache_gib": 1,
         "fp8__enabled": "false",

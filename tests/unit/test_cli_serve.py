@@ -7,19 +7,16 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from own_server import KEY, write_model
+from own_server import KEY, Serve, begin_serve, write_model
 from stages import gone
 
 from infir2.cli import main
 from infir2.engines.process_guard import descendants
-
-Serve = subprocess.Popen[str]
 
 
 @pytest.fixture(scope="module")
@@ -85,31 +82,11 @@ def interpreter(directory: Path) -> Path:
 
 
 def begin(model: Path, directory: Path, kind: str, *more: str) -> tuple[Serve, str]:
-    """`infir2 serve` once it is ready, and its URL; /health was 503 before."""
-    (directory / "key").write_text(KEY + "\n")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    options = ["--port", str(port), "--api-key-file", str(directory / "key"), *more]
+    """`begin_serve`; of another engine than ours the files are in "engine"."""
     if kind != "native":
-        options += ["--engine", kind, "--python", str(interpreter(directory))]
-        options += ["--engine-dir", str(directory / "engine"), "--server-option=--an-option"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "infir2", "serve", str(model), *options],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    url, statuses = f"http://127.0.0.1:{port}", set()
-    while 200 not in statuses:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-        try:
-            statuses.add(urllib.request.urlopen(f"{url}/health", timeout=60).status)
-        except urllib.error.HTTPError as error:
-            statuses.add(error.code)
-        except OSError:
-            continue
-    assert statuses <= {200, 503}
-    return process, url
+        more += ("--engine", kind, "--python", str(interpreter(directory)))
+        more += ("--engine-dir", str(directory / "engine"), "--server-option=--an-option")
+    return begin_serve(model, directory, *more)
 
 
 def engines(process: Serve) -> list[int]:
