@@ -26,10 +26,12 @@ def run_benchmarks(arguments: Sequence[str]) -> None:
     """infir2 eval MODEL|URL[,URL...] --benchmarks NAMES --data DIR --run.dir DIR | --setup"""
     options = _parser().parse_args(arguments)
     from infir2.evaluate import evalscope
+    from infir2.evaluate.profiles import PROFILES
 
     if options.setup:
         begin_phase("installing evalscope")
-        print_result(evalscope.set_up(evalscope.environment_directory()))
+        release = PROFILES[options.profile].release
+        print_result(evalscope.set_up(evalscope.environment_directory(release), release))
         return
     for name in ("target", "benchmarks", "data", "run_dir"):
         if not getattr(options, name):
@@ -54,7 +56,7 @@ def _options(values: dict[str, Any]) -> "BenchmarkOptions":
     is_url = "://" in target
     names = dict.fromkeys(name.strip() for name in values["benchmarks"].split(","))
     same = (
-        *("data", "run_dir", "model", "engines", "parallel", "port"),
+        *("data", "run_dir", "model", "engines", "parallel", "port", "profile"),
         *("samples", "max_tokens", "seed", "temperature", "top_p"),
     )
     return BenchmarkOptions(
@@ -87,6 +89,12 @@ def _parser() -> Parser:
     parser.add_argument("--setup", action="store_true", help="install evalscope, and nothing else")
     parser.add_argument(
         "--benchmarks", metavar="NAMES", nargs="?", help="such as aime24,gpqa_diamond"
+    )
+    parser.add_argument(
+        "--profile",
+        choices=("current", "reference"),
+        default="current",
+        help="reference: what the reference's scripts ask, by evalscope 0.17.1 (default current)",
     )
     parser.add_argument("--data", type=Path, help="file or directory with their questions")
     parser.add_argument(

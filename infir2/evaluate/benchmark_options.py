@@ -32,6 +32,7 @@ class BenchmarkOptions:
         parallel: requests at one time.
         engines: to start on each node.
         port: of loopback, of the first engine; 0: a free one.
+        profile: of profiles.PROFILES.
         seed: every sample's own seed is drawn from it.
         api_key: of the engines.
     """
@@ -52,6 +53,7 @@ class BenchmarkOptions:
     engine: EngineOptions = field(default_factory=EngineOptions)
     engines: int = 1
     port: int = 0
+    profile: str = "current"
     patience: Patience = field(default_factory=Patience)
 
     def samples_of(self, benchmark: Benchmark) -> int:

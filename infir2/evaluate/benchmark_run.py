@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from infir2.checkpoint.lock import LOCK, RunLock
 from infir2.engines.http_client import HttpClient
 from infir2.errors import CheckFailedError, ConfigError, OutputExistsError
 from infir2.evaluate import evalscope
-from infir2.evaluate.benchmark_data import Copied, Window, copy_benchmark
+from infir2.evaluate.benchmark_data import Copied, copy_benchmark
 from infir2.evaluate.benchmark_options import BenchmarkOptions, identify_model
 from infir2.evaluate.benchmark_page import result_page
 from infir2.evaluate.benchmark_result import (
@@ -40,6 +39,7 @@ from infir2.evaluate.gateway import Gateway, Task
 from infir2.evaluate.journal import ANSWERS, Journal, Row
 from infir2.evaluate.judge import CodeJudge
 from infir2.evaluate.nodes import NodeEngine, end_nodes, forget_nodes, serve_node, this_node
+from infir2.evaluate.profiles import PROFILES, window_of
 from infir2.evaluate.upstream import Engine, Restarts, Upstream
 from infir2.files import disk_errors, encode_json_line, read_own, write_atomically
 from infir2.terminal import StepProgress, begin_phase, log, log_text
@@ -48,9 +48,6 @@ SETTINGS, RESULT, PAGE = "settings.json", "result.json", "result.html"
 # The questions with their answers, how many are beyond the context, evalscope's score.
 Found = tuple[list[Question], int, float | None]
 OWN_FILES = (SETTINGS, RESULT, PAGE, ANSWERS, "environment.json", "data", "evalscope", "engines")
-SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
-THINK = "<think>\n"
-LIVE_CODE_BENCH_WINDOW = (datetime(2024, 8, 1), datetime(2025, 2, 1))  # v5; its last moment too
 
 
 def run_benchmarks(options: BenchmarkOptions) -> list[BenchmarkResult]:
@@ -64,14 +61,15 @@ def run_benchmarks(options: BenchmarkOptions) -> list[BenchmarkResult]:
     if this_node().rank:
         serve_node(_engines(options), this_node(), options.run_dir)
         return []
-    environment = evalscope.environment_directory()
-    evalscope.require(environment)
+    profile = PROFILES[options.profile]
+    environment = evalscope.environment_directory(profile.release)
+    evalscope.require(environment, profile.release)
     _check_directory(options.run_dir)
     model = identify_model(options)
     lock = RunLock.acquire(options.run_dir, log)
     try:
         begin_phase("reading the questions")
-        copied = [_copy(options, benchmark) for benchmark in options.benchmarks]
+        copied = [_copy(options, profile.adapt(each)) for each in options.benchmarks]
         _settle(options, model, copied)
         with _open_gateway(options, model, copied) as gateway:
             seconds = _run_evalscope(environment, options, copied, gateway)
@@ -105,32 +103,30 @@ def _copy(options: BenchmarkOptions, benchmark: Benchmark) -> Copied:
     to = options.run_dir / "data" / benchmark.name
     shutil.rmtree(to, ignore_errors=True)
     alone = len(options.benchmarks) == 1
-    return copy_benchmark(benchmark, options.data, to, _window(benchmark), alone)
-
-
-def _window(benchmark: Benchmark) -> Window | None:
-    return LIVE_CODE_BENCH_WINDOW if benchmark.name == "live_code_bench" else None
+    return copy_benchmark(benchmark, options.data, to, window_of(benchmark), alone)
 
 
 def _settings(options: BenchmarkOptions, model: str, copied: Sequence[Copied]) -> dict[str, Any]:
     """What decides the answers, one key each."""
+    profile = PROFILES[options.profile]
     settings: dict[str, Any] = {
         "model": model,
         "engine": "url" if options.model_directory is None else options.engine.engine,
-        "evalscope": evalscope.VERSION,
+        "profile": profile.name,
+        "evalscope": profile.release.version,
         "temperature": options.temperature,
         "top_p": options.top_p,
         "seed": options.seed,
         "benchmarks": [each.benchmark.name for each in copied],
     }
     for each in copied:
-        name, window = each.benchmark.name, _window(each.benchmark)
+        name, window = each.benchmark.name, window_of(each.benchmark)
         settings |= {
             f"{name}.samples": options.samples_of(each.benchmark),
-            f"{name}.max_tokens": options.max_tokens_of(each.benchmark),
+            f"{name}.max_tokens": profile.limit(options, each.benchmark),
             f"{name}.questions": len(each.questions),
             f"{name}.data_sha256": each.fingerprint,
-            f"{name}.prompts": _prompts(each.benchmark),
+            f"{name}.prompts": profile.prompts(each.benchmark),
         }
         if window:
             settings[f"{name}.window"] = [moment.isoformat() for moment in window]
@@ -156,22 +152,16 @@ def _settle(options: BenchmarkOptions, model: str, copied: Sequence[Copied]) -> 
             )
 
 
-def _prompts(benchmark: Benchmark) -> dict[str, Any]:
-    """What replaces evalscope's own prompts: AIME's template would repeat the system prompt."""
-    if not benchmark.name.startswith("aime"):
-        return {}
-    return {"system_prompt": SYSTEM_PROMPT, "prompt_template": "{question}", "begin": THINK}
-
-
 @contextmanager
 def _open_gateway(
     options: BenchmarkOptions, model: str, copied: Sequence[Copied]
 ) -> Iterator[Gateway]:
+    profile = PROFILES[options.profile]
     tasks = {
         each.benchmark.name: Task(
             options.samples_of(each.benchmark),
             options.seed,
-            _prompts(each.benchmark).get("begin", ""),
+            profile.prompts(each.benchmark).get("begin", ""),
         )
         for each in copied
     }
@@ -262,46 +252,12 @@ def _run_evalscope(
         begin_phase(f"evalscope runs {name}")
         shutil.rmtree(folder / name, ignore_errors=True)
         task = {"url": gateway.url(name), "judge_url": gateway.judge_url(name), "key": gateway.key}
-        config = _task_config(options, each, folder / name)
+        config = PROFILES[options.profile].task_config(options, each, folder / name)
         evalscope.run(environment, [task | {"config": config}], folder / "evalscope.log")
         if gateway.failure is not None:
             raise gateway.failure
         seconds[name] = time.monotonic() - start
     return seconds
-
-
-def _task_config(options: BenchmarkOptions, each: Copied, work_dir: Path) -> dict[str, Any]:
-    """Keyword arguments of evalscope's TaskConfig."""
-    benchmark = each.benchmark
-    prompts = {key: text for key, text in _prompts(benchmark).items() if key != "begin"}
-    arguments: dict[str, Any] = {
-        "local_path": str(each.directory.resolve()),
-        "filters": {"remove_until": "</think>"},
-        **benchmark.arguments,
-        **prompts,
-    }
-    if window := _window(benchmark):
-        start, end = (f"{moment:%Y-%m-%d}" for moment in window)
-        arguments["extra_params"] = {"start_date": start, "end_date": end}
-    return {
-        "model": "model",
-        "eval_type": "openai_api",
-        "datasets": [benchmark.name],
-        "dataset_args": {benchmark.name: arguments},
-        "repeats": options.samples_of(benchmark),
-        "eval_batch_size": options.parallel,
-        "work_dir": str(work_dir.resolve()),
-        "no_timestamp": True,
-        "ignore_errors": True,  # of missing answers, which the result counts
-        "judge": {"strategy": "rule"},
-        "generation_config": {
-            "max_tokens": options.max_tokens_of(benchmark),
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "retries": 1,
-            "timeout": 10_000_000,  # the gateway has its own limits
-        },
-    }
 
 
 def _check_verdicts(gateway: Gateway) -> None:
@@ -316,10 +272,11 @@ def _check_verdicts(gateway: Gateway) -> None:
 
 def _gather(options: BenchmarkOptions, each: Copied, gateway: Gateway) -> Found:
     work_dir = options.run_dir / "evalscope" / each.benchmark.name
-    samples = evalscope.read_samples(work_dir, options.samples_of(each.benchmark))
+    profile = PROFILES[options.profile]
+    samples = profile.read_samples(work_dir, options.samples_of(each.benchmark))
     own = (row for row in gateway.journal.rows() if row["benchmark"] == each.benchmark.name)
     beyond = sum("refused" in row for row in own)
-    return gather_questions(each.questions, samples), beyond, evalscope.reported_score(work_dir)
+    return gather_questions(each.questions, samples), beyond, profile.reported_score(work_dir)
 
 
 def _score(

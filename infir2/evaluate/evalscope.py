@@ -13,14 +13,37 @@ from typing import Any
 from infir2.errors import CheckFailedError, ConfigError, disk_reason
 from infir2.files import read_json_lines, read_regular
 
-VERSION = "1.14.1"
 DRIVER = Path(__file__).with_name("evalscope_driver.py")
-VARIABLE = "INFIR2_EVALSCOPE"
 MAX_REPORT_BYTES = 1 << 24
 _LAST_CHARACTERS = 1500
 _VERSION_OF = "import importlib.metadata as m; print(m.version('evalscope'))"
 # evalscope needs none of ours, and a proxy would see requests to loopback.
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "XDG_CACHE_HOME", "SSL_CERT_FILE")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release of evalscope, in an environment of its own.
+
+    Attributes:
+        variable: names the environment's directory.
+        packages: beside evalscope, what it needs and does not name.
+        setup: the command that installs it.
+    """
+
+    version: str
+    variable: str
+    packages: tuple[str, ...]
+    setup: str
+
+
+CURRENT = Release("1.14.1", "INFIR2_EVALSCOPE", (), "infir2 eval --setup")
+REFERENCE = Release(
+    "0.17.1",
+    "INFIR2_EVALSCOPE_REFERENCE",
+    ("torch>=2.11,<2.14", "oss2", "addict", "simplejson", "sortedcontainers", "einops"),
+    "infir2 eval --setup --profile reference",
+)
 
 
 @dataclass(frozen=True)
@@ -41,23 +64,25 @@ class Sample:
     truncated: bool
 
 
-def environment_directory() -> Path:
-    """Where evalscope is: $INFIR2_EVALSCOPE, or below the user's data directory."""
+def environment_directory(release: Release = CURRENT) -> Path:
+    """Where evalscope is: what the release's variable says, or below the user's data directory."""
     data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share")
-    return Path(os.environ.get(VARIABLE) or data / f"infir2/evalscope-{VERSION}")
+    return Path(os.environ.get(release.variable) or data / f"infir2/evalscope-{release.version}")
 
 
-def set_up(directory: Path) -> str:
+def set_up(directory: Path, release: Release = CURRENT) -> str:
     """Create the environment and install evalscope with pip; says what is there afterwards.
 
     Raises ConfigError if the directory is something else, CheckFailedError if pip fails.
     """
     if (directory / "bin/python").exists():
-        require(directory)
-        return f"evalscope {VERSION} is in {directory}."
+        require(directory, release)
+        return f"evalscope {release.version} is in {directory}."
     if directory.exists() and any(directory.iterdir()):
-        raise ConfigError(f"{directory} exists and is no environment; name another by {VARIABLE}.")
-    packages = [f"evalscope=={VERSION}"]
+        raise ConfigError(
+            f"{directory} exists and is no environment; name another by {release.variable}."
+        )
+    packages = [f"evalscope=={release.version}", *release.packages]
     for command in (
         [sys.executable, "-m", "venv", str(directory)],
         [str(directory / "bin/python"), "-m", "pip", "install", "--quiet", *packages],
@@ -67,23 +92,25 @@ def set_up(directory: Path) -> str:
             shutil.rmtree(directory, ignore_errors=True)
             lines = (result.stderr or result.stdout).strip().splitlines()
             raise CheckFailedError(
-                f"evalscope {VERSION} cannot be installed in {directory} "
+                f"evalscope {release.version} cannot be installed in {directory} "
                 f"({lines[-1][:300] if lines else 'no message'}); is a package index reachable?"
             )
-    require(directory)
-    return f"evalscope {VERSION} was installed in {directory}."
+    require(directory, release)
+    return f"evalscope {release.version} was installed in {directory}."
 
 
-def require(directory: Path) -> None:
+def require(directory: Path, release: Release = CURRENT) -> None:
     """Raise ConfigError unless the right evalscope is there."""
     python = directory / "bin/python"
-    remedy = f"install it with infir2 eval --setup, or name its environment by {VARIABLE}"
+    remedy = f"install it with {release.setup}, or name its environment by {release.variable}"
     if not python.exists():
         raise ConfigError(f"evalscope is not in {directory}: {remedy}.")
     result = subprocess.run([python, "-I", "-c", _VERSION_OF], capture_output=True, text=True)
     found = result.stdout.strip() or "none"
-    if found != VERSION:
-        raise ConfigError(f"{directory} has evalscope {found}, and {VERSION} is needed: {remedy}.")
+    if found != release.version:
+        raise ConfigError(
+            f"{directory} has evalscope {found}, and {release.version} is needed: {remedy}."
+        )
 
 
 def run(directory: Path, tasks: Sequence[Mapping[str, Any]], log: Path) -> None:

@@ -46,11 +46,15 @@ class Judge:
 
     def replace_execution(self) -> None:
         """Put this judge in the place of everything in evalscope that runs code."""
-        from evalscope.api.mixin import CodeExecutionSandboxMixin
-        from evalscope.benchmarks.humaneval import utils
         from evalscope.benchmarks.live_code_bench import evaluate_utils
 
         evaluate_utils.codegen_metrics = self.codegen_metrics
+        try:
+            from evalscope.api.mixin import CodeExecutionSandboxMixin
+        except ImportError:  # 0.17.1, which is asked for no other benchmark with code
+            return
+        from evalscope.benchmarks.humaneval import utils
+
         utils.check_correctness = self.check_correctness
         CodeExecutionSandboxMixin.execute_code_in_sandbox = self.execute_code
         CodeExecutionSandboxMixin.use_sandbox = property(_is_mbpp)

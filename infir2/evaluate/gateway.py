@@ -15,7 +15,7 @@ import json
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -36,7 +36,13 @@ MAX_RESTARTS = 3  # of an engine of ours that ended
 # A status that neither evalscope nor its client repeats, and that is not scored as a wrong answer.
 NO_ANSWER = 410
 # What does not change what is asked, or what the gateway decides.
-_IGNORED = ("model", "stream", "stream_options", "n", "seed", "user")
+_IGNORED = (
+    *("model", "stream", "stream_options", "n", "seed", "user"),
+    *(
+        "do_sample",
+        "max_new_tokens",
+    ),  # of no server: the reference's scripts send them all the same
+)
 
 
 @dataclass(frozen=True)
@@ -131,24 +137,37 @@ class Gateway:
         """An engine has come back at another address."""
         self._loop.call_soon_threadsafe(self.upstream.replace, number, url, api_key)
 
-    def answer(
-        self, benchmark: str, body: dict[str, Any]
-    ) -> tuple[int, dict[str, Any], Key | None]:
-        """(status, body, sample) for a chat request of a benchmark; blocks until there is one.
+    def answer(self, benchmark: str, body: dict[str, Any]) -> tuple[int, dict[str, Any], list[Key]]:
+        """(status, body, samples) for a chat request of a benchmark; blocks until there is one.
 
-        Whoever could not pass the answer on calls `release` with the sample.
+        A request for n samples gets those that are known. Whoever could not pass the answer on
+        calls `release` with each sample.
         """
+        asked = body.get("n")
+        number = min(asked, self.tasks[benchmark].samples) if isinstance(asked, int) else 1
+        if number <= 1:
+            return self._answer_one(benchmark, body)
+        with ThreadPoolExecutor(number) as threads:
+            parts = list(threads.map(lambda _: self._answer_one(benchmark, body), range(number)))
+        answers = [answer for status, answer, _ in parts if status == 200]
+        status, first, _ = parts[0]
+        samples = [sample for _, _, own in parts for sample in own]
+        return (200, _joined(answers), samples) if answers else (status, first, samples)
+
+    def _answer_one(
+        self, benchmark: str, body: dict[str, Any]
+    ) -> tuple[int, dict[str, Any], list[Key]]:
         task = self.tasks[benchmark]
         key = self._take(benchmark, _fingerprint(body), task.samples)
         if key is None:
-            return NO_ANSWER, _error("every sample of this prompt was asked for"), None
+            return NO_ANSWER, _error("every sample of this prompt was asked for"), []
         row = self.journal.get(key) or self._new(key, task, body)
         if row is None:
             self.release(key)
-            return NO_ANSWER, _error(f"no answer: {self.missing.get(key, self.failure)}"), None
+            return NO_ANSWER, _error(f"no answer: {self.missing.get(key, self.failure)}"), []
         if "refused" in row:
-            return NO_ANSWER, _error(row["refused"]["message"]), None
-        return 200, _passed_on(row["response"], task.begin), key
+            return NO_ANSWER, _error(row["refused"]["message"]), []
+        return 200, _passed_on(row["response"], task.begin), [key]
 
     def release(self, key: Key) -> None:
         """The answer did not arrive: another request of the prompt may get it."""
@@ -225,6 +244,18 @@ def _passed_on(response: dict[str, Any], begin: str) -> dict[str, Any]:
     return head | {"choices": [first]} | ({"usage": usage} if usage else {})
 
 
+def _joined(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One response with the choice of each; their tokens stay with them."""
+    usages = [answer.get("usage") or {} for answer in answers]
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    total = {name: sum(usage.get(name) or 0 for usage in usages) for name in names}
+    choices = [
+        answer["choices"][0] | {"index": index, "usage": usage}
+        for index, (answer, usage) in enumerate(zip(answers, usages, strict=True))
+    ]
+    return answers[0] | {"choices": choices, "usage": total}
+
+
 def _json_object(data: bytes) -> dict[str, Any] | None:
     try:
         body = json.loads(data)
@@ -275,9 +306,10 @@ class _Handler(BaseHTTPRequestHandler):
         if benchmark not in gateway.tasks or route != "v1/chat/completions" or body is None:
             self._reply(404, _error("there is no such route, or the body is not a JSON object"))
             return
-        status, answer, sample = gateway.answer(benchmark, body)
-        if not self._reply(status, answer) and sample is not None:
-            gateway.release(sample)
+        status, answer, samples = gateway.answer(benchmark, body)
+        if not self._reply(status, answer):
+            for sample in samples:
+                gateway.release(sample)
 
     def _judge(self, judge: Callable[[dict[str, Any]], bool], body: dict[str, Any]) -> None:
         try:

@@ -49,7 +49,7 @@ def data(tmp_path: Path) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """evalscope's place is taken, and nothing is waited for."""
     monkeypatch.setattr(evalscope, "run", fake_evalscope.run)
-    monkeypatch.setattr(evalscope, "require", lambda _: None)
+    monkeypatch.setattr(evalscope, "require", lambda *_: None)
     real = benchmark_options.BenchmarkOptions
 
     def options(**values: Any) -> benchmark_options.BenchmarkOptions:
@@ -328,3 +328,63 @@ def test_real_evalscope_gives_the_scores_that_the_result_says(
         assert each["mean"] == pytest.approx(sum(recount) / len(recount))
         assert each["evalscope_score"] == pytest.approx(each["mean"], abs=5e-5)
         assert each["missing"] == 0
+
+
+REFERENCE = evalscope.environment_directory(evalscope.REFERENCE) / "bin/python"
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="needs infir2 eval --setup --profile reference")
+@pytest.mark.skipif(not FIXTURES.exists(), reason="the benchmark-shaped fixtures are not here")
+def test_the_references_own_evalscope_sends_its_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A benchmark of each kind; half of the samples are right, and a second run asks nothing."""
+    code = "```python\nprint(2 * int(input()))\n```"
+    right = {"0": "\\boxed{101}", "1": code}
+
+    def scripted(body: dict[str, Any]) -> dict[str, Any]:
+        asked = body["messages"][-1]["content"]
+        kind = "1" if "### Question" in asked else "0"
+        good = "A" if asked.startswith("Here are") else right[kind]
+        return {"content": f"so\n</think>\n{good if body['seed'] % 2 else 'B'}"}
+
+    script, run = Script(answer=scripted), tmp_path / "run"
+    words = ["--benchmarks", "aime25,gpqa_diamond,live_code_bench", "--data", str(FIXTURES)]
+    words += ["--run.dir", str(run), "--samples", "4", "--profile", "reference", "--json"]
+    with serving(script) as server:
+        assert main(["eval", server.url, *words]) == 0
+        scores = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+        asked = len(script.requests)
+        assert main(["eval", server.url, *words]) == 0
+        assert len(script.requests) == asked == 4 * sum(e["num_questions"] for e in scores.values())
+    result = json.loads((run / "result.json").read_text())
+    for name, each in scores.items():
+        recount = [s["score"] for q in result["questions"][name] for s in q["samples"]]
+        assert each["mean"] == pytest.approx(sum(recount) / len(recount))
+        assert each["evalscope_score"] == pytest.approx(each["mean"], abs=5e-5)
+        assert 0 < each["mean"] < 1
+        assert each["response_tokens_mean"] > 0
+    by_role = [{m["role"]: m["content"] for m in r["messages"]} for r in script.requests]
+    aime = next(each for each in by_role if each["user"].startswith("<|im_start|>user"))
+    assert aime["system"].startswith("<|im_start|>system\nPlease reason")
+    assert "\\boxed{{}}.<|im_end|>" in aime["system"]
+    assert aime["user"].endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    assert any(each["user"].startswith("Here are some example questions") for each in by_role)
+    limits = {r["messages"][0]["role"] + str(r.get("max_tokens")) for r in script.requests}
+    assert limits == {"system31000", "user26000", "systemNone"}
+    assert (result["settings"]["profile"], result["settings"]["evalscope"]) == (
+        "reference",
+        "0.17.1",
+    )
+    assert result["settings"]["live_code_bench.max_tokens"] is None
+    assert result["settings"]["gpqa_diamond.prompts"] == {"few_shot_num": 5}
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_reference_has_four_benchmarks(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--profile", "reference", "--benchmarks", "aime24,math_500"]
+    with serving(Script()) as server:
+        assert main(command(server.url, data, tmp_path / "run", *words)) == 2
+    assert "the reference has no script for math_500" in capsys.readouterr().err
