@@ -15,6 +15,7 @@ import io
 import json
 import operator
 import os
+import re
 import secrets
 import stat
 import weakref
@@ -31,6 +32,7 @@ from infir2.errors import (
 from infir2.terminal import log
 
 MAX_JSON_BYTES = 64 << 20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _FILE_TYPES = {
     stat.S_IFREG: "a file",
     stat.S_IFLNK: "a symbolic link",
@@ -84,7 +86,11 @@ def read_json_object(path: Path, error_of: Callable[[str], Exception]) -> dict[s
     Raises what `error_of` makes of a problem such as "config.json is missing".
     """
     try:
-        content = json.loads(read_regular(path, MAX_JSON_BYTES))
+        data = read_regular(path, MAX_JSON_BYTES)
+        text = data.decode(json.detect_encoding(data))  # strict, which json.loads is not
+        content = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(content, ensure_ascii=False).encode()  # a ValueError for half of a pair
     except FileNotFoundError as error:
         raise error_of(f"{path} is missing") from error
     except OSError as error:

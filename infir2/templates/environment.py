@@ -55,7 +55,15 @@ def render(
         if length > MAX_CHARACTERS:
             raise TemplateError(f"the text exceeds {MAX_CHARACTERS:,} characters")
         pieces.append(piece)
-    return "".join(pieces)
+    return _checked("".join(pieces))
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TemplateError("it writes half of a surrogate pair, which is no text") from None
+    return text
 
 
 class _Environment(ImmutableSandboxedEnvironment):

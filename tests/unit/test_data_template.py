@@ -288,6 +288,7 @@ RECURSION = (
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ 'a' + 1 }}", "TypeError"),
         ("{{ messages | random }}", "random"),
+        ("{{ '\\ud800' }}", "half of a surrogate pair"),
         ("{% if %}", "Expected an expression"),
         ("{{ messages.__class__.__mro__ }}", "no end token|drops|unsafe"),
     ],

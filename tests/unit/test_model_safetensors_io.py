@@ -244,3 +244,15 @@ def test_only_a_regular_file_of_a_bounded_size_is_read_as_json(tmp_path: Path) -
     for path in (tmp_path / "fifo", tmp_path / "large", tmp_path / "loop", Path("/dev/zero")):
         with pytest.raises(CheckpointError, match="cannot be read"):
             read_json(path)
+
+
+@pytest.mark.parametrize("data", [rb'{"a": "\uDb00"}', b'{"a": "\xed\xa0\x80"}', rb'{"\ud83d": 1}'])
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path: Path, data: bytes) -> None:
+    """It could be written to no file again, nor given to a tokenizer."""
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        read_json(path)
+    for good in (rb'{"a": "\ud83d\ude00"}', '{"a": "\U0001f600"}'.encode("utf-16")):
+        path.write_bytes(good)
+        assert read_json(path) == {"a": "\U0001f600"}
