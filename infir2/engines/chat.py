@@ -7,24 +7,20 @@ and not sent again, as the templates of reasoning models expect.
 
 import asyncio
 import contextlib
-import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2
-
 from infir2.engines.engine_options import EngineOptions, ServeClient, serve_host
-from infir2.engines.http_client import check_url
+from infir2.engines.http_client import HttpClient, check_url
 from infir2.engines.probe import KEY_VARIABLE
+from infir2.engines.remote import BadAnswerError, EngineError
 from infir2.engines.server_process import ServerProcess
 from infir2.errors import ConfigError, UserError, first_line
 from infir2.terminal import log, log_error, print_part, read_line
-
-CONNECT_SECONDS = 10.0
 
 
 class ServerEndedError(UserError):
@@ -68,20 +64,19 @@ def run_chat(options: ChatOptions) -> None:
 
 
 class ChatClient:
-    """Sends conversations to one server. Its key goes to no other, and not through a proxy."""
+    """Sends conversations to one server, from outside of an event loop."""
 
     def __init__(self, url: str, key: str) -> None:
-        self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
-        self._http = httpx2.Client(headers=headers, timeout=timeout, trust_env=False)
+        self._http = HttpClient(url.rstrip("/").removesuffix("/v1") + "/v1", key)
+        self._runner = asyncio.Runner()
         self.model = self._first_model()
 
     def __enter__(self) -> "ChatClient":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._http.close()
+        self._runner.run(self._http.close())
+        self._runner.close()
 
     def stream(
         self, messages: list[dict[str, str]], sampling: dict[str, Any]
@@ -91,27 +86,31 @@ class ChatClient:
         Raises RefusedError and ServerEndedError.
         """
         body = {"model": self.model, "messages": messages, "stream": True} | sampling
+        events = self._http.events("/chat/completions", body)
         try:
-            with self._http.stream("POST", f"{self._base}/chat/completions", json=body) as answer:
-                if answer.status_code != 200:
-                    answer.read()
-                    raise RefusedError(_sentence(answer))
-                for line in answer.iter_lines():
-                    if line.startswith("data: ") and line != "data: [DONE]":
-                        yield _pieces(json.loads(line.removeprefix("data: ")))
-        except (httpx2.TransportError, ValueError) as error:
-            raise ServerEndedError(f"{self._base}: {first_line(error)}; start it again.") from error
+            while (chunk := self._runner.run(_next(events))) is not None:
+                yield _pieces(chunk)
+        except BadAnswerError as error:
+            if error.reason == "status":
+                raise RefusedError(error.said or f"status {error.status}") from error
+            raise ServerEndedError(f"{first_line(error)}; start it again.") from error
+        except EngineError as error:
+            raise ServerEndedError(f"{first_line(error)}; start it again.") from error
+        finally:
+            self._runner.run(events.aclose())
 
     def _first_model(self) -> str:
         try:
-            answer = self._http.get(f"{self._base}/models")
-            if answer.status_code == 401:
-                raise ConfigError(f"{self._base} refuses the key; set {KEY_VARIABLE} to its own.")
-            return str(answer.json()["data"][0]["id"])
-        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+            answer = self._runner.run(self._http.get("/models"))
+            return str(answer["data"][0]["id"])
+        except (EngineError, LookupError, TypeError) as error:
             raise ConfigError(
-                f"--url: {self._base} is no server of OpenAI's API ({first_line(error)})."
+                f"--url: {self._http.url} is no server of OpenAI's API ({first_line(error)})."
             ) from error
+
+
+async def _next(events: AsyncGenerator[Any, None]) -> Any:
+    return await anext(events, None)
 
 
 def _pieces(chunk: Any) -> tuple[str, str]:
@@ -119,13 +118,6 @@ def _pieces(chunk: Any) -> tuple[str, str]:
         raise RefusedError(str(chunk["error"].get("message")))
     delta = chunk["choices"][0].get("delta", {}) if chunk.get("choices") else {}
     return delta.get("reasoning_content") or "", delta.get("content") or ""
-
-
-def _sentence(answer: httpx2.Response) -> str:
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return f"status {answer.status_code}"
 
 
 @dataclass

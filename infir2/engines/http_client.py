@@ -1,9 +1,10 @@
 """JSON over HTTP to one server, hundreds of requests at a time in one thread.
 
 A redirect would carry the key to another server, and a proxy would read it, so neither is followed.
-An answer is bounded in bytes; the caller limits the time.
+An answer is bounded in bytes; the caller limits the time, or `ask_once`.
 """
 
+import asyncio
 import contextlib
 import ipaddress
 import json
@@ -19,6 +20,7 @@ from infir2.errors import ConfigError, first_line
 
 MAX_ANSWER_BYTES = 2**26  # 32,768 tokens with their log-probabilities are 2 MB
 CONNECT_SECONDS = 10.0
+TIMEOUT_SECONDS = 120.0  # of `ask_once`: a server may send one byte per minute for ever
 
 
 def check_url(key_name: str, url: str, api_key: str) -> None:
@@ -29,7 +31,8 @@ def check_url(key_name: str, url: str, api_key: str) -> None:
     try:
         address = urllib.parse.urlsplit(url)
         host, _ = address.hostname or "", address.port
-    except ValueError as error:
+        httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL) as error:
         raise ConfigError(f"{key_name}: {url!r} is no URL ({first_line(error)}).") from error
     if address.scheme not in ("http", "https") or not host or address.query or address.fragment:
         raise ConfigError(f"{key_name}: {url!r} is not of the form http://HOST:PORT.")
@@ -56,6 +59,8 @@ class HttpClient:
     """Sends JSON to one server, with a key that goes to that server only."""
 
     def __init__(self, url: str, api_key: str = "") -> None:
+        if not api_key.isascii() or not api_key.isprintable():
+            raise ConfigError("the key has characters that no key has; set it again.")
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         is_tls = self.url.startswith("https:")
@@ -145,15 +150,46 @@ class HttpClient:
         return bytes(data)
 
 
+def ask_once(url: str, api_key: str, route: str, body: Any = None) -> Any:
+    """One request, a POST if it has a body, from outside of an event loop, in TIMEOUT_SECONDS.
+
+    Raises as `HttpClient.post`.
+    """
+
+    async def ask() -> Any:
+        client = HttpClient(url, api_key)
+        try:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                return await (client.get(route) if body is None else client.post(route, body))
+        except TimeoutError as error:
+            message = f"{url}{route}: no whole answer in {TIMEOUT_SECONDS:g} s"
+            raise EngineGoneError(message) from error
+        finally:
+            await client.close()
+
+    return asyncio.run(ask())
+
+
 def _decode(status: int, data: bytes, label: str, is_text: bool) -> Any:
     if status == 401:
         raise ConfigError(f"{label}: the server refuses the key; set INFIR2_ENGINE_KEY to its own.")
+    if status in range(300, 400):
+        message = f"{label}: it redirects (status {status}); name the server itself"
+        raise BadAnswerError("status", message, status)
     if status != 200:
         text = data[:300].decode(errors="replace").replace("\n", " ")
-        raise BadAnswerError("status", f"{label}: status {status} {text}", status)
+        raise BadAnswerError("status", f"{label}: status {status} {text}", status, _sentence(data))
     if is_text or not data.strip():
         return data.decode(errors="replace") or None
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadAnswerError("cut", f"{label}: no JSON ({first_line(error)})") from error
+
+
+def _sentence(data: bytes) -> str:
+    """The message of an error of OpenAI's form; "" for anything else."""
+    try:
+        return str(json.loads(data)["error"]["message"])
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return ""

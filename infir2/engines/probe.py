@@ -14,8 +14,9 @@ from typing import Any
 
 from infir2.data import ChatTokenizer, load_tokenizer
 from infir2.engines.generate import generate_all
-from infir2.engines.http_api import call_json
+from infir2.engines.http_client import ask_once, check_url
 from infir2.engines.native import NativeEngine
+from infir2.engines.remote import EngineError
 from infir2.engines.types import Completion, Request, SamplingParams
 from infir2.errors import CheckFailedError, ConfigError, first_line
 from infir2.model import Decoder
@@ -33,11 +34,10 @@ def check_engine(url: str, hf_dir: Path) -> str:
     Returns one sentence with the agreement. Raises ConfigError for a server that does not answer as
     the API does, CheckFailedError for one that computes something else.
     """
-    if "@" in url:
-        raise ConfigError(f"--engine has a name or key in its URL; set {KEY_VARIABLE} instead.")
+    check_url("--engine", url, os.environ.get(KEY_VARIABLE, ""))
     base = url.rstrip("/").removesuffix("/v1") + "/v1"
     with _server_errors(base):
-        model = _call(f"{base}/models")["data"][0]["id"]
+        model = _call(base, "/models")["data"][0]["id"]
     tokenizer = load_tokenizer(hf_dir)
     differences: list[float] = []
     for request, completion in _reference_completions(hf_dir, tokenizer.vocab_size):
@@ -51,7 +51,7 @@ def check_engine(url: str, hf_dir: Path) -> str:
 def _server_errors(base: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+    except (EngineError, ValueError, LookupError, TypeError, OverflowError) as error:
         raise ConfigError(
             f"{base}: returned no completions with log-probabilities ({first_line(error)}); check "
             f"the URL and {KEY_VARIABLE}."
@@ -80,7 +80,7 @@ def _server_logprobs(base: str, model: str, request: Request) -> dict[str, Any]:
         "ignore_eos": True,
         "return_tokens_as_token_ids": True,
     }
-    answer: dict[str, Any] = _call(f"{base}/completions", body)["choices"][0]["logprobs"]
+    answer: dict[str, Any] = _call(base, "/completions", body)["choices"][0]["logprobs"]
     return answer
 
 
@@ -120,5 +120,5 @@ def _verdict(url: str, hf_dir: Path, differences: list[float]) -> str:
     return f"{url}: {result}."
 
 
-def _call(url: str, body: dict[str, Any] | None = None) -> Any:
-    return call_json(url, os.environ.get(KEY_VARIABLE, ""), body)
+def _call(base: str, route: str, body: dict[str, Any] | None = None) -> Any:
+    return ask_once(base, os.environ.get(KEY_VARIABLE, ""), route, body)

@@ -41,11 +41,15 @@ class EngineGoneError(EngineError):
 
 
 class BadAnswerError(EngineError):
-    """An answer that must not be trained on; `status` is that of HTTP, 200 for a wrong content."""
+    """An answer that must not be trained on.
 
-    def __init__(self, reason: str, message: str, status: int = 200) -> None:
+    `status` is that of HTTP, 200 for a wrong content; `said` is the sentence of an error of
+    OpenAI's form.
+    """
+
+    def __init__(self, reason: str, message: str, status: int = 200, said: str = "") -> None:
         super().__init__(reason, message)
-        self.status = status
+        self.status, self.said = status, said
 
 
 class WeightsDifferError(EngineError):

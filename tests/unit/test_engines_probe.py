@@ -14,9 +14,9 @@ from infir2.cli import main
 from infir2.config.schema import ShapeSection
 from infir2.convert import selfcheck
 from infir2.data import load_tokenizer
-from infir2.engines import http_api
+from infir2.engines import http_client
 from infir2.engines.generate import generate_all
-from infir2.engines.http_api import call_json
+from infir2.engines.http_client import ask_once
 from infir2.engines.native import NativeEngine
 from infir2.engines.probe import KEY_VARIABLE, check_engine
 from infir2.engines.types import Request, SamplingParams
@@ -34,6 +34,7 @@ def serve(directory: Path, as_ids: bool):
         def answer(self, content: object) -> None:
             allowed = self.headers["Authorization"] == "Bearer secret"
             self.send_response(200 if allowed else 401)
+            self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(json.dumps(content if allowed else {}).encode())
 
@@ -131,6 +132,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.keys.append(self.headers["Authorization"])
         self.send_response(self.status)
+        self.send_header("Content-Type", "application/json")
         for name, value in self.headers_sent:
             self.send_header(name, value)
         self.end_headers()
@@ -172,7 +174,7 @@ def test_a_key_does_not_go_to_a_proxy(monkeypatch):
     with answering(parts=[b"1"]) as (proxy, proxy_keys), answering(parts=[b"2"]) as (url, _):
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
             monkeypatch.setenv(name, proxy)
-        assert call_json(url, "secret") == 2
+        assert ask_once(url, "secret", "/") == 2
         assert proxy_keys == []
 
 
@@ -203,12 +205,12 @@ def test_a_key_that_cannot_be_sent_is_not_printed(monkeypatch, tmp_path, key):
 @pytest.mark.parametrize(
     ("parts", "sentence"),
     [
-        ((b" " * 2**20 for _ in range(640)), "its answer has more than"),
-        ([b"[" * 2**20], "nested too deeply"),
+        ((b" " * 2**20 for _ in range(640)), "more than 67,108,864 bytes"),
+        ([b"[" * 2**20], "recursion"),
         ([b'{"data": [{"id": ' + b"9" * 10_000 + b"}]}"], "digits"),
         ([b'{"data": {}}'], "0"),
         ([b"\xff"], "utf-8"),
-        ([b""], "Expecting value"),
+        ([b""], "returned no completions"),
     ],
 )
 def test_a_bad_answer_is_one_sentence(tmp_path, parts, sentence):
@@ -217,7 +219,7 @@ def test_a_bad_answer_is_one_sentence(tmp_path, parts, sentence):
 
 
 def test_an_answer_is_bounded_in_time(monkeypatch, tmp_path):
-    monkeypatch.setattr(http_api, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(http_client, "TIMEOUT_SECONDS", 0.5)
 
     def slow():
         for _ in range(100):
