@@ -6,6 +6,7 @@ at the sampling temperature, before top-p (`layers/sampler.py`): our `rollout_lo
 
 import asyncio
 import json
+import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -246,5 +247,7 @@ def sglang_command(rollout: RolloutSection, place: Place) -> ServerCommand:
         "SGLANG_GRPC_PORT": "1",
         "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
         "SGLANG_RETURN_ORIGINAL_LOGPROB": "0",
+        # SGLang would set 0, and NCCL needs the trainer's: the two share memory. -2 is NCCL's own.
+        "NCCL_CUMEM_ENABLE": os.environ.get("NCCL_CUMEM_ENABLE", "-2"),
     }
     return ServerCommand([*arguments, *rollout.server_options], variables)

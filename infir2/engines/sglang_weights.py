@@ -40,11 +40,13 @@ class SglangWeights:
         """
         async with self._paused():
             await self._wake("weights")
+            flush = {"flush_cache": not self._freed}  # a cache that sleeps is flushed when awake
             if weights.buckets is None:
-                await self._load_directory(weights)
+                await self._load_directory(weights, flush)
             else:
-                await self._broadcast(weights)
+                await self._broadcast(weights, flush)
             await self._wake("kv_cache")
+            await self._http.post("/flush_cache", {})
 
     async def sleep(self) -> None:
         """As `SleepingClient`. Requests wait until the server is awake: one would end it."""
@@ -72,17 +74,15 @@ class SglangWeights:
             async with asyncio.timeout(LEAVE_SECONDS):
                 await self._http.post("/destroy_weights_update_group", {"group_name": group.name})
 
-    async def _load_directory(self, weights: PublishedWeights) -> None:
+    async def _load_directory(self, weights: PublishedWeights, flush: dict[str, bool]) -> None:
         body = {
             "model_path": str(weights.directory),
             "weight_version": str(weights.policy_version),
             "abort_all_requests": True,
-            "flush_cache": True,
         }
-        await self.succeed("/update_weights_from_disk", body)
-        await self._http.post("/flush_cache", {})
+        await self.succeed("/update_weights_from_disk", body | flush)
 
-    async def _broadcast(self, weights: PublishedWeights) -> None:
+    async def _broadcast(self, weights: PublishedWeights, flush: dict[str, bool]) -> None:
         assert weights.buckets is not None
         buckets, seconds = weights.buckets.buckets, 0.0
         try:
@@ -90,7 +90,7 @@ class SglangWeights:
             in_session = await self._post_if_offered("/begin_weight_update", {})
             for bucket in buckets[:-1]:
                 seconds += await self._send(bucket, group, {"flush_cache": False})
-            last = {"flush_cache": True, "weight_version": str(weights.policy_version)}
+            last = flush | {"weight_version": str(weights.policy_version)}
             weights.took("transfer", seconds + await self._send(buckets[-1], group, last))
             if in_session:
                 await self.succeed("/end_weight_update", {})
