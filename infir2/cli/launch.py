@@ -219,7 +219,15 @@ def _add_size_options(parser: Parser) -> None:
         type=_at_least(int, 1),
         default=0,
         metavar="N",
-        help="ray, rl: N rollout engines with a GPU each (default: one in each rank's process)",
+        help="ray, rl: N rollout engines with GPUs of their own: native ones, or servers as "
+        "rollout.engine says (default: one in each rank's process, or servers on its GPUs)",
+    )
+    parser.add_argument(
+        "--gpus-per-engine",
+        type=_at_least(int, 1),
+        default=1,
+        metavar="N",
+        help="ray, rl: GPUs of each of --engines, the rollout.tensor_parallel of a server",
     )
     parser.add_argument(
         "--max-restarts",

@@ -100,7 +100,7 @@ def infir2_command(rollout: RolloutSection, place: Place) -> ServerCommand:
     write_private(key_file, place.api_key)
     arguments = [
         *(rollout.python or sys.executable, "-m", "infir2", "serve", rollout.model),
-        *("--host", "127.0.0.1", "--port", str(place.port), "--api-key-file", str(key_file)),
+        *("--host", place.host, "--port", str(place.port), "--api-key-file", str(key_file)),
         *("--max-running-requests", str(rollout.max_running_requests)),
         "--weight-updates",
     ]

@@ -124,12 +124,11 @@ class EnginePool:
                 for _ in stream:  # the ranks gather every weight together
                     pass
 
-        if self._is_asleep:
-            _empty_cache()  # the engines take the memory back
-        self._is_asleep = False
         begun = time.monotonic()
         published = self._ranks.raise_together(write)
-        written = time.monotonic()
+        if self._is_asleep:
+            _empty_cache()  # the engines take the memory back
+        self._is_asleep, written = False, time.monotonic()
         self._ranks.broadcast_from_rank0(lambda: self._sync(published))
         self.policy_version = policy_version
         if published is not None:
@@ -200,7 +199,7 @@ class _Dispatcher:
         limits: PoolLimits,
         finished: "queue.SimpleQueue[Completion | BaseException]",
     ) -> None:
-        self.limits, self.weights = limits, None
+        self.limits, self.weights, self.num_engines = limits, None, len(hosts)
         self._finished = finished
         self._waiting: deque[Request] = deque()
         self._failed_at: dict[str, list[PoolMember]] = {}

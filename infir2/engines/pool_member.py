@@ -58,6 +58,7 @@ class Pool(Protocol):
     """What a member knows of its pool."""
 
     limits: PoolLimits
+    num_engines: int
     weights: PublishedWeights | None
 
     def finish(self, completion: Completion) -> None:
@@ -255,7 +256,8 @@ class PoolMember:
 
     async def _end(self, error: EngineError) -> None:
         """Give the requests back to the pool, and end the server if it is ours."""
-        log(f"{self.host.name} failed ({error.reason}): {error}; the others do its work", "rl")
+        others = "; the others do its work" if self._pool.num_engines > 1 else ""
+        log(f"{self.host.name} failed ({error.reason}): {error}{others}", "rl")
         self._enter("draining")
         requests = [request for request, _ in self.running.values()]
         for _, task in self.running.values():

@@ -30,7 +30,7 @@ from infir2.config.schema import RolloutSection
 from infir2.engines.native import NativeEngine
 from infir2.engines.types import Completion, Request, check_request
 from infir2.errors import CheckFailedError, RankError
-from infir2.launch.ray import ENGINES_VARIABLE, connect, start_actors
+from infir2.launch.ray import ENGINES_VARIABLE, connect, placement_group_of, start_actors
 from infir2.parallel.ranks import Ranks
 from infir2.terminal import log
 
@@ -260,7 +260,8 @@ class RayEngines:
         try:
             finished: list[Completion] = ray.get(call)
         except (ray.exceptions.RayActorError, NotServingError) as error:
-            log(f"a rollout engine died ({type(error).__name__}); the others do its work", "rl")
+            others = "; the others do its work" if len(self._engines) > 1 else ""
+            log(f"a rollout engine died ({type(error).__name__}){others}", "rl")
             self._waiting.extendleft(reversed(engine.requests.values()))
             engine.process = None
             engine.load(self._weights, self.policy_version)
@@ -321,12 +322,9 @@ class RayEngines:
 
 
 def _start_actors(section: RolloutSection, compute_dtype: torch.dtype) -> list[Any]:
-    import ray
-    from ray.util.placement_group import PlacementGroup
-
     connect(os.environ["RAY_ADDRESS"])
     group_id, _, max_restarts = os.environ[ENGINES_VARIABLE].partition(":")
-    group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
+    group = placement_group_of(group_id)
     return start_actors(group, EngineActor, section, compute_dtype, max_restarts=int(max_restarts))
 
 

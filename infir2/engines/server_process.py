@@ -45,14 +45,20 @@ class Place:
     """Where a server listens and what it requires of its clients.
 
     Attributes:
-        port: of 127.0.0.1.
+        port: of `host`.
         api_key: the key.
         directory: only this user can read it; for files with the key.
+        host: address on which it listens; another than loopback only behind the key.
     """
 
     port: int
     api_key: str
     directory: Path
+    host: str = "127.0.0.1"
+
+    @property
+    def url(self) -> str:
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
 
 @dataclass(frozen=True)
@@ -85,15 +91,17 @@ class ServerProcess:
         max_restarts: int,
         shows_log: bool = False,
         port: int = 0,
+        host: str = "127.0.0.1",
     ) -> None:
         """`directory`, of a run `run.dir`/engines, has its files; `name` without spaces names them.
 
         With `shows_log` its messages go to this process' stderr instead of its log. `port` is of
-        loopback; 0: a free one.
+        `host`; 0: a free one.
         """
         self.name, self.max_restarts = name, max_restarts
         self._command, self._open_client, self._check_info = command, open_client, check_info
-        self._directory, self._port = directory, port
+        self._directory, self._port, self._host = directory, port, host
+        self.place: Place | None = None  # after `start`
         self._stem, self._shows_log = name.replace(" ", "-"), shows_log
         self._process: subprocess.Popen[bytes] | None = None
         self._was_ready = False
@@ -102,11 +110,11 @@ class ServerProcess:
         """As `EngineHost`. Raises ConfigError if the server ends while it starts the first time."""
         self.kill()
         with disk_errors(f"{self._directory}: cannot hold the files of {self.name}"):
-            place = self._make_place()
+            self.place = place = self._make_place()
             command = self._command(place)
             self._record(command)
             self._process = self._spawn(command)
-        client = self._open_client(f"http://127.0.0.1:{place.port}", place.api_key)
+        client = self._open_client(place.url, place.api_key)
         try:
             await self._until_ready(client)
             info = await client.info()
@@ -170,7 +178,8 @@ class ServerProcess:
         keys = self._directory / f"{self._stem}.key"
         keys.mkdir(mode=0o700, exist_ok=True)
         keys.chmod(0o700)
-        return Place(self._port or free_port(), secrets.token_urlsafe(32), keys)
+        port = self._port or free_port(self._host)
+        return Place(port, secrets.token_urlsafe(32), keys, self._host)
 
     def _spawn(self, command: ServerCommand) -> "subprocess.Popen[bytes]":
         guarded = [sys.executable, "-I", "-S", str(GUARD), *command.arguments]
@@ -269,12 +278,13 @@ def _environment(keeps_packages: bool) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    """A port of loopback, one of PORTS, that nobody uses now."""
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of `host`, one of PORTS, that nobody uses now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while True:
         port = secrets.choice(PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+        with socket.socket(family) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
             return port
 
 

@@ -2,8 +2,9 @@
 
 import os
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from infir2.engines.infir2_server import Infir2Client, infir2_command
 from infir2.engines.pool import EnginePool
 from infir2.engines.pool_member import PoolLimits
 from infir2.engines.probe import KEY_VARIABLE
+from infir2.engines.ray_servers import Bundle, RayServer, ray_bundles
 from infir2.engines.remote import EngineHost, ServerInfo, WeightPublisher
 from infir2.engines.server_process import (
     OpenClient,
@@ -82,21 +84,29 @@ def open_pool(recipe: RlRecipe, ranks: Ranks, device: torch.device, run_dir: Pat
         if not ranks.is_rank0:
             return [], None
         _check_scale_format(recipe)
+        bundles = [] if rollout.urls else ray_bundles(rollout.engines, rollout.tensor_parallel)
         publisher: WeightPublisher
         if rollout.weight_transfer == "nccl":
-            require_own_gpus(rollout, device)
+            require_own_gpus(rollout, device, bundles)
             publisher = WeightMemory(Path(rollout.model), device)
         else:
-            publisher = weight_directory(rollout, run_dir / "weights")
-        return _hosts(recipe, run_dir / "engines"), publisher
+            publisher = weight_directory(rollout, run_dir / "weights", bundles)
+        return _hosts(recipe, bundles, run_dir / "engines"), publisher
 
     hosts, publisher = ranks.raise_together(open_on_rank0)
     return EnginePool(hosts, limits, publisher, ranks, rollout.sleep)
 
 
-def require_own_gpus(rollout: RolloutSection, device: torch.device) -> None:
+def require_own_gpus(
+    rollout: RolloutSection, device: torch.device, bundles: Sequence[Bundle] = ()
+) -> None:
     """Raise ConfigError if a server would share a GPU with the trainer, which NCCL refuses."""
-    if rollout.urls or device.type != "cuda":
+    if any(bundle.is_shared for bundle in bundles):
+        raise ConfigError(
+            "rollout.weight_transfer = nccl needs servers on GPUs of their own: start with infir2 "
+            "launch ray --engines N, or set rollout.weight_transfer = directory."
+        )
+    if rollout.urls or bundles or device.type != "cuda":
         return
     needed, ranks = rollout.engines * rollout.tensor_parallel, _num_local_ranks()
     if torch.cuda.device_count() - ranks < needed:
@@ -107,10 +117,12 @@ def require_own_gpus(rollout: RolloutSection, device: torch.device) -> None:
         )
 
 
-def weight_directory(rollout: RolloutSection, fallback: Path) -> WeightDirectory:
+def weight_directory(
+    rollout: RolloutSection, fallback: Path, bundles: Sequence[Bundle] = ()
+) -> WeightDirectory:
     """In shared memory, or in `fallback` if a server runs elsewhere: that may be a shared disk."""
     hosts = [urllib.parse.urlsplit(url).hostname or "" for url in rollout.urls]
-    if all(map(is_loopback, hosts)):
+    if all(map(is_loopback, hosts)) and all(bundle.is_here for bundle in bundles):
         return WeightDirectory(Path(rollout.model), fallback)
     log(
         f"the servers read the weights from {fallback.resolve()}: on other machines they must see "
@@ -122,45 +134,55 @@ def weight_directory(rollout: RolloutSection, fallback: Path) -> WeightDirectory
     return WeightDirectory(Path(rollout.model), fallback, shared_memory=fallback)
 
 
-def _hosts(recipe: RlRecipe, directory: Path) -> list[EngineHost]:
+def _hosts(recipe: RlRecipe, bundles: Sequence[Bundle], directory: Path) -> list[EngineHost]:
     rollout, kind = recipe.rollout, KINDS[recipe.rollout.engine]
     key = os.environ.get(KEY_VARIABLE, "")
-
-    def check(name: str, info: ServerInfo) -> None:
-        check_info(name, info, recipe)
-
     if rollout.urls:
         for url in rollout.urls:
             check_url("rollout.urls", url, key)
+        check = partial(check_info, recipe=recipe)
         return [
             RunningServer(url, key, kind.open_client, check, rollout.max_restarts)
             for url in rollout.urls
         ]
+    if bundles:
+        return [
+            RayServer(
+                f"engine {index + 1}",
+                bundle,
+                partial(make_server, recipe, index, directory),
+                kind.open_client,
+                rollout.max_restarts,
+            )
+            for index, bundle in enumerate(bundles)
+        ]
+    count, size = rollout.engines, rollout.tensor_parallel
     return [
-        ServerProcess(
-            f"engine {index + 1}",
-            _on_its_gpus(kind, rollout, index),
-            kind.open_client,
-            check,
-            directory,
-            rollout.max_restarts,
-        )
-        for index in range(rollout.engines)
+        make_server(recipe, index, directory, "127.0.0.1", ",".join(gpus_of(index, count, size)))
+        for index in range(count)
     ]
 
 
-def _on_its_gpus(
-    kind: ServerKind, rollout: RolloutSection, index: int
-) -> Callable[[Place], ServerCommand]:
-    """The command of server `index`, which sees its own GPUs only."""
-    gpus = gpus_of(index, rollout.engines, rollout.tensor_parallel)
+def make_server(
+    recipe: RlRecipe, index: int, directory: Path, host: str, gpus: str
+) -> ServerProcess:
+    """Server `index` of a recipe, which listens on `host` and sees `gpus` only ("": all)."""
+    rollout, kind = recipe.rollout, KINDS[recipe.rollout.engine]
 
     def command(place: Place) -> ServerCommand:
         made = kind.command(rollout, place)
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+        visible = {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
         return replace(made, variables={**made.variables, **visible})
 
-    return command
+    return ServerProcess(
+        f"engine {index + 1}",
+        command,
+        kind.open_client,
+        partial(check_info, recipe=recipe),
+        directory,
+        rollout.max_restarts,
+        host=host,
+    )
 
 
 def gpus_of(index: int, num_engines: int, size: int) -> list[str]:

@@ -230,7 +230,7 @@ def sglang_command(rollout: RolloutSection, place: Place) -> ServerCommand:
     arguments = [
         *(rollout.python, "-m", "sglang.launch_server", "--config", str(options)),
         *("--model-path", str(Path(rollout.model).resolve()), "--skip-tokenizer-init"),
-        *("--host", "127.0.0.1", "--port", str(place.port)),
+        *("--host", place.host, "--port", str(place.port)),
         *("--tp-size", str(rollout.tensor_parallel)),
         *("--max-running-requests", str(rollout.max_running_requests)),
         *("--context-length", str(max_positions + SPARE_POSITIONS)),

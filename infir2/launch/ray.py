@@ -37,6 +37,8 @@ PEER_SECONDS = 60.0  # after a node failed: time for the others to notice and to
 POLL_SECONDS = 0.5
 # ID:N, the placement group of the engines and how often Ray may restart each of them.
 ENGINES_VARIABLE = "INFIR2_ENGINES"
+# ID:GPUS;GPUS, the placement group of several nodes and the GPUs of each of its bundles ("0,1").
+NODES_VARIABLE = "INFIR2_NODES"
 # Environment variables that every node receives, beside those of the recipe.
 _FORWARDED_PREFIXES = ("INFIR2_", "OMP_", "MKL_", "NCCL_", "TORCH_", "HF_")
 
@@ -54,6 +56,10 @@ class Node:
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def gpus(self) -> str:
+        """The GPUs of the bundle, as CUDA_VISIBLE_DEVICES."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
     def start(self, command: Sequence[str], variables: Mapping[str, str], directory: str) -> None:
         """Start torchrun; Ray forwards its output to the driver, as it does this actor's."""
@@ -110,7 +116,7 @@ def placement(layout: Layout) -> list[tuple[list[dict[str, float]], str]]:
     strategy = "STRICT_SPREAD" if layout.nodes > 1 else "STRICT_PACK"
     groups = [([bundle(layout.ranks_per_node)] * layout.nodes, strategy)]
     if layout.engines:
-        groups.append(([bundle(1)] * layout.engines, "PACK"))
+        groups.append(([bundle(layout.gpus_per_engine)] * layout.engines, "PACK"))
     return groups
 
 
@@ -147,20 +153,35 @@ def start_actors(group: Any, actor_class: type, *arguments: Any, **options: Any)
 
     `arguments` are the constructor's, `options` Ray's.
     """
+    return [
+        start_actor(
+            group,
+            index,
+            actor_class,
+            *arguments,
+            **{"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)} | options,
+        )
+        for index, bundle in enumerate(group.bundle_specs)
+    ]
+
+
+def start_actor(group: Any, index: int, actor_class: type, *arguments: Any, **options: Any) -> Any:
+    """One actor in a bundle of a placement group; arguments as `start_actors`."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    return [
-        ray.remote(actor_class)
-        .options(
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
-            **options,
-        )
-        .remote(*arguments)
-        for index, bundle in enumerate(group.bundle_specs)
-    ]
+    strategy = PlacementGroupSchedulingStrategy(group, index)
+    return (
+        ray.remote(actor_class).options(scheduling_strategy=strategy, **options).remote(*arguments)
+    )
+
+
+def placement_group_of(group_id: str) -> Any:
+    """The placement group with this id, in hexadecimal digits."""
+    import ray
+    from ray.util.placement_group import PlacementGroup
+
+    return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
 
 
 def run_ray(layout: Layout, command: Sequence[str], variables: Sequence[str]) -> int:
@@ -318,6 +339,9 @@ class _Driver:
             self._layout, endpoint=f"{host}:{port}", run_id=f"infir2-{os.getpid()}-{attempt}"
         )
         variables = self._variables | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        if layout.nodes > 1:
+            gpus = self._get([node.gpus.remote() for node in self._nodes])
+            variables[NODES_VARIABLE] = f"{group.id.hex()}:{';'.join(gpus)}"
         starts = []
         for node, (address, _) in zip(self._nodes, addresses, strict=True):
             command = node_command(replace(layout, local_address=address), self._command)

@@ -48,6 +48,7 @@ class Layout:
         cpus_per_rank: Cores to request of SLURM or Ray.
         gpus_per_rank: GPUs to request of SLURM or Ray.
         engines: Rollout engines in processes of their own (Ray).
+        gpus_per_engine: GPUs of each of them.
         max_restarts: Restarts of all ranks after one died.
         endpoint: HOST:PORT of the rendezvous of several nodes.
         run_id: Distinguishes jobs with the same endpoint.
@@ -60,6 +61,7 @@ class Layout:
     cpus_per_rank: float = 1.0
     gpus_per_rank: int = 1
     engines: int = 0
+    gpus_per_engine: int = 1
     max_restarts: int = 3
     endpoint: str = ""
     run_id: str = "infir2"

@@ -74,6 +74,7 @@ class RolloutPipeline:
     def next_rollouts(self, step: int) -> Rollouts:
         """The rollouts of a step; afterwards the next step's may begin. Every rank calls this."""
         start = time.monotonic()
+        self._publish_seconds = 0.0  # what an evaluation published is not part of a step
         self.sync_weights(step - 1)
         was_ahead = self._ahead is not None
         rollouts, self._ahead = self._ahead or self._sample(step), None
@@ -117,7 +118,6 @@ class RolloutPipeline:
         self.seconds = sampled | {"publish_seconds": self._publish_seconds}
         here = self._publish_seconds + (0.0 if was_ahead else sum(sampled.values()))
         self.seconds["wait_seconds"] = max(0.0, seconds - here)
-        self._publish_seconds = 0.0
 
     def _sample(self, step: int) -> Rollouts:
         self._journal.open(step, self._supervisor.saved_step)

@@ -208,6 +208,54 @@ def test_an_engine_that_makes_no_progress_is_ended(
     assert_same_state(tmp_path / "rl", undisturbed_rl)
 
 
+def kill_an_actor(name: str) -> str:
+    """Shell: SIGKILL an actor of this class after the first step."""
+    return f"""
+    ( until grep -qs '"step": 1,' rl/metrics.jsonl; do sleep 0.05; done
+      kill -9 $(pgrep -f '^ray::{name}' | head -n 1) ) &
+    """
+
+
+def test_servers_apart_are_started_by_actors(
+    world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path
+) -> None:
+    """`infir2 serve` in two bundles; an actor is killed, its server ends and starts again."""
+    words = rl_words(world, start, tmp_path / "rl", rollout__engine="infir2")
+    script = f"""
+    {kill_an_actor("ServerActor")}
+    {LAUNCH} 1 --engines 2 -- {shlex.join([*words, "--rollout.cache_gib=0.1"])}; echo "code $?"
+    sleep 1; pgrep -fc '[i]nfir2 serve'
+    """
+    result = on_ray(script, tmp_path)
+    said = result.stdout + result.stderr
+    assert "code 0" in result.stdout, said
+    assert result.stdout.split("code 0")[1].split() == ["0"], f"servers outlive the run: {said}"
+    assert curve(tmp_path / "rl", "reward", "loss", "gradient_norm") == curve(
+        undisturbed_rl, "reward", "loss", "gradient_norm"
+    )
+    restarts = [count for _, count in curve(tmp_path / "rl", "engine_restarts")]
+    assert sum(restarts) == 1, said
+    assert_same_state(tmp_path / "rl", undisturbed_rl)
+
+
+def test_servers_beside_the_ranks_of_two_nodes(
+    world: Path, start: Path, undisturbed_rl: Path, tmp_path: Path
+) -> None:
+    """One server in the bundle of each node; the weights lie in the run directory."""
+    words = rl_words(world, start, tmp_path / "rl", rollout__engine="infir2", rollout__engines=2)
+    script = f"""
+    {shlex.quote(str(RAY))} start --address=$RAY_ADDRESS --node-ip-address=127.0.0.1 \
+      --num-cpus=1 --disable-usage-stats
+    {LAUNCH} 1 --nodes 2 -- {shlex.join([*words, "--rollout.cache_gib=0.1"])}; echo "code $?"
+    """
+    result = on_ray(script, tmp_path)
+    said = result.stdout + result.stderr
+    assert "code 0" in result.stdout, said
+    assert "the servers read the weights from" in said
+    assert {count for _, count in curve(tmp_path / "rl", "engines_serving")} == {2.0}
+    close(tmp_path / "rl", undisturbed_rl)
+
+
 def test_a_preempted_run_with_engines_apart_saves_and_goes_on(
     world: Path, start: Path, tmp_path: Path
 ) -> None:

@@ -172,7 +172,10 @@ def host(published: PublishedWeights) -> Iterator[Host]:
 
 
 def test_a_server_that_is_started_again_joins_a_new_group(
-    host: Host, published: PublishedWeights, monkeypatch: pytest.MonkeyPatch
+    host: Host,
+    published: PublishedWeights,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("infir2.engines.pool_member.RESTART_SECONDS", 0.05)
     monkeypatch.setattr("infir2.engines.sglang.MAX_PROBE_DIFFERENCE", float("inf"))
@@ -185,6 +188,9 @@ def test_a_server_that_is_started_again_joins_a_new_group(
         assert second.policy_version == 7
         metrics = pool.metrics()
         assert metrics["engine_restarts"] == 1
+        said = capfd.readouterr().err
+        assert "rl: engine 1 failed (" in said
+        assert "the others do its work" not in said, "there are none"
         assert metrics["publish_bytes"] == published.num_bytes
     finally:
         pool.close()

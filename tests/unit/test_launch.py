@@ -164,11 +164,13 @@ def test_ray_names_bundles_and_the_command_of_a_node(capsys: pytest.CaptureFixtu
         "8",
         "--engines",
         "6",
+        "--gpus-per-engine",
+        "2",
         "--",
         "rl",
         "a.toml",
     )
-    assert "; 6 bundles of {'CPU': 1.0, 'GPU': 1.0}, PACK; in each of the first" in apart
+    assert "; 6 bundles of {'CPU': 2.0, 'GPU': 2.0}, PACK; in each of the first" in apart
 
 
 def test_the_ranks_of_a_node_are_its_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,8 @@ def test_an_evaluation_in_the_loop_keeps_every_answer(
     run(words(world, start, tmp_path / "rl", **problems, **limits, **few))
     evaluations = lines(tmp_path / "rl", "evaluation")
     assert [scores["step"] for scores in evaluations] == [1, 2]
+    for line in lines(tmp_path / "rl", "train"):  # what the evaluation took is no part of a step
+        assert sum(line[f"{part}_seconds"] for part in STEP_PARTS) <= line["seconds"]
     for scores in evaluations:
         kept = tmp_path / "rl" / "evaluations" / f"step-{scores['step']}.jsonl"
         rows = [json.loads(line) for line in kept.read_text().splitlines()]
