@@ -21,6 +21,7 @@ MAX_OPCODES = 2**23  # about 250,000 pieces of tensors; bounds memory to about 1
 MAX_INTEGER_BITS = 256
 # Python hashes an integer modulo 2**61 - 1; larger keys could be chosen to collide.
 MAX_INTEGER_KEY = 2**60
+_GETATTR = "builtins.getattr"  # how Python 3.11.0 to 3.11.3 write a member of an enum
 
 
 @dataclass(eq=False, slots=True)
@@ -79,6 +80,14 @@ def _operations(data: bytes) -> Iterator[tuple[str, Any]]:
 def is_record(value: object, name: str) -> bool:
     """Whether `value` is an object of the class, or a result of the function, called `name`."""
     return isinstance(value, Record) and value.name == name and value.args is not None
+
+
+def _member(args: tuple[Any, ...]) -> tuple[Record, tuple[Any, ...]]:
+    """(class, (name,)) of a member of an enum, which is not looked up."""
+    match args:
+        case (Record(args=None) as owner, str(name)) if owner.name != _GETATTR:
+            return owner, (name,)
+    raise ValueError("asks for an attribute of something that is no class")
 
 
 class _OrderedDict(dict[Any, Any]):
@@ -194,7 +203,7 @@ class _Machine:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("has a name that is not text")
         full_name = f"{module}.{name}"
-        if not self._is_expected(full_name):
+        if not self._is_expected(full_name) and full_name != _GETATTR:
             raise ValueError(f"asks for {full_name[:200]!r}, which no such file needs")
         self.stack.append(Record(full_name))
 
@@ -204,6 +213,8 @@ class _Machine:
             raise ValueError("calls something that is no class or function")
         if not isinstance(args, tuple):
             raise ValueError("calls with something that is no tuple")
+        if function.name == _GETATTR:
+            function, args = _member(args)
         if function.name == "collections.OrderedDict":
             self.stack.append(_OrderedDict())
         else:

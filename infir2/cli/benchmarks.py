@@ -13,6 +13,7 @@ from infir2.cli.engine_options import (
     positive_integer,
     take_engine_options,
 )
+from infir2.config.schema import EvalRecipe
 from infir2.errors import CheckFailedError, ConfigError
 from infir2.terminal import begin_phase, print_json, print_result
 
@@ -37,10 +38,44 @@ def run_benchmarks(arguments: Sequence[str]) -> None:
         if not getattr(options, name):
             word = {"target": "a MODEL or URL", "run_dir": "--run.dir"}.get(name, f"--{name}")
             raise ConfigError(f"infir2 eval --benchmarks needs {word}; see `... --help`.")
+    _run(_options(vars(options)), options.json)
+
+
+def run_recipe(recipe: EvalRecipe, as_json: bool) -> None:
+    """Run the benchmarks of a recipe: [benchmarks] names them, [evaluate] has their settings."""
+    from infir2.engines.engine_options import EngineOptions
+    from infir2.evaluate.benchmark_options import BenchmarkOptions
+    from infir2.evaluate.benchmarks import find_benchmark
+
+    evaluate, rollout = recipe.evaluate, recipe.rollout
+    options = BenchmarkOptions(
+        urls=(),
+        benchmarks=tuple(map(find_benchmark, recipe.benchmarks.names)),
+        data=Path(recipe.benchmarks.data),
+        run_dir=Path(recipe.run.dir),
+        samples=evaluate.samples,
+        max_tokens=evaluate.max_response_tokens,
+        temperature=evaluate.temperature,
+        top_p=evaluate.top_p,
+        parallel=rollout.max_running_requests,
+        seed=recipe.run.seed,
+        model_directory=Path(recipe.model.path),
+        engine=EngineOptions(
+            engine=rollout.engine,
+            python=rollout.python,
+            server_option=rollout.server_options,
+            tensor_parallel=rollout.tensor_parallel,
+            memory_fraction=rollout.memory_fraction,
+        ),
+    )
+    _run(options, as_json)
+
+
+def _run(options: "BenchmarkOptions", as_json: bool) -> None:
     from infir2.evaluate.benchmark_run import run_benchmarks as run
 
-    results = run(_options(vars(options)))
-    if options.json and results:
+    results = run(options)
+    if as_json and results:
         print_json([result.as_json() for result in results])
     if missing := sum(result.missing for result in results if not result.is_complete):
         raise CheckFailedError(

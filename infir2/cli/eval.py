@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infir2.cli.arguments import JSON, Parser, load_recipe, recipe_help, split_json, wants_help
-from infir2.cli.benchmarks import run_benchmarks
+from infir2.cli.benchmarks import run_benchmarks, run_recipe
 from infir2.config.schema import EvalRecipe
 from infir2.errors import ConfigError
 from infir2.terminal import print_json, print_result
@@ -31,6 +31,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     _check_target(arguments)
     as_json, arguments = split_json(arguments)
     loaded = load_recipe(EvalRecipe, arguments, "eval")
+    if loaded.recipe.benchmarks.names:
+        return run_recipe(loaded.recipe, as_json)
     from infir2.evaluate.output import scores_as_json
     from infir2.evaluate.run import run_evaluation
 

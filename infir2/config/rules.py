@@ -354,6 +354,8 @@ def _weights_of_servers(rollout: RolloutSection) -> list[Rule]:
 
 
 def _evaluation(recipe: EvalRecipe) -> list[Rule]:
+    names = recipe.benchmarks.names
+    engines = ("native", "sglang", "vllm") if names else ("native",)
     return [
         (
             not recipe.model.path,
@@ -371,14 +373,24 @@ def _evaluation(recipe: EvalRecipe) -> list[Rule]:
             "is for RL; an evaluation scores model.path.",
         ),
         (
-            recipe.rollout.engine != "native" or bool(recipe.rollout.urls),
+            recipe.rollout.engine not in engines or bool(recipe.rollout.urls),
             "rollout.engine",
-            "is for RL; an evaluation uses the native engine.",
+            f"is for RL; this evaluation uses {' or '.join(engines)}.",
         ),
         (
-            not recipe.evaluate.problems,
+            not recipe.evaluate.problems and not names,
             "evaluate.problems",
             "is empty; name at least one file of problems.",
+        ),
+        (
+            bool(recipe.evaluate.problems and names),
+            "evaluate.problems",
+            "and benchmarks.names are two evaluations; the data of benchmarks is benchmarks.data.",
+        ),
+        (
+            bool(names) != bool(recipe.benchmarks.data),
+            "benchmarks.data",
+            "and benchmarks.names belong together; set both.",
         ),
         (
             not recipe.run.dir,

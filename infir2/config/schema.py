@@ -272,6 +272,15 @@ class EvaluateSection(Section):
     answer_format: AnswerFormat = Field("boxed", description=ANSWER_FORMAT)
 
 
+class BenchmarksSection(Section):
+    names: tuple[str, ...] = Field(
+        (),
+        description="benchmarks to run with evalscope instead of evaluate.problems, such as "
+        "gpqa_diamond (see docs/evaluation.md)",
+    )
+    data: str = Field("", description="file or directory with their questions")
+
+
 class ParallelSection(Section):
     """Axes of the device mesh; their product is the number of processes. See docs/parallel.md."""
 
@@ -324,3 +333,4 @@ class EvalRecipe(Section):
     fp8: Fp8Section = Fp8Section()
     rollout: RolloutSection = RolloutSection()
     evaluate: EvaluateSection = EvaluateSection()
+    benchmarks: BenchmarksSection = BenchmarksSection()

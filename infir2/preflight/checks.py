@@ -63,7 +63,9 @@ class Preflight:
             checks |= {"verifier": self.verifier, "jail": self.jail}
         if self.verb == "rl":
             checks |= {"engine": self.engine}
-        if self.verb != "eval":
+        if self.verb == "eval":
+            checks |= {"memory": self.evaluation_memory}
+        else:
             checks |= {
                 "parallel": self.parallel,
                 "memory": self.memory,
@@ -154,6 +156,13 @@ class Preflight:
         if self._sizes is None:
             raise SkippedError("needs sizes that work")
         return check_memory(self.recipe, self._require_model(), self._sizes)
+
+    def evaluation_memory(self) -> Finding:
+        """The engine's weights and a response fit the device."""
+        from infir2.preflight.memory import check_evaluation_memory
+
+        longest = self._longest_prompts.get("evaluate.max_response_tokens", 0)
+        return check_evaluation_memory(self.recipe, self._require_model(), longest)
 
     def run_dir(self) -> Finding:
         """The run directory is writable and free; the finding names what a run resumes from."""

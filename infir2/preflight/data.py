@@ -3,11 +3,18 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from infir2.config.schema import EvalRecipe, RlRecipe, SourceSection, TrainRecipe
+from infir2.config.schema import (
+    BenchmarksSection,
+    EvalRecipe,
+    RlRecipe,
+    SourceSection,
+    TrainRecipe,
+)
 from infir2.data import ChatTokenizer
 from infir2.data.chat import QUESTION
 from infir2.data.rendering import THINK_MARKERS
@@ -24,6 +31,8 @@ from infir2.data.sources import Source
 from infir2.data.template_check import check_chat_template
 from infir2.data.types import RowError
 from infir2.errors import ConfigError, DataError, UserError
+from infir2.evaluate.benchmark_data import find_files
+from infir2.evaluate.benchmarks import find_benchmark
 from infir2.preflight.finding import Finding
 from infir2.train.plan import complete_schedule
 
@@ -91,8 +100,19 @@ def check_sources(
     if isinstance(recipe, EvalRecipe | RlRecipe):
         problems = _RowSampler(tokenizer, "prompts", recipe.evaluate.system_prompt)
         details += [problems.check(section) for section in recipe.evaluate.problems]
+        if isinstance(recipe, EvalRecipe):
+            details += _benchmark_files(recipe.benchmarks)
         longest["evaluate.max_response_tokens"] = problems.max_length
     return Finding("data", "warn" if suspicious else "ok", "; ".join(details)), longest
+
+
+def _benchmark_files(section: BenchmarksSection) -> list[str]:
+    """What each benchmark will read. Raises ConfigError for a name, DataError for the data."""
+    found = []
+    for benchmark in map(find_benchmark, section.names):
+        files = find_files(benchmark, Path(section.data), alone=len(section.names) == 1)
+        found.append(f"{benchmark.name}: {len(files)} file{'s' * (len(files) > 1)}")
+    return found
 
 
 def _max_row_tokens(recipe: TrainRecipe, kind: RowKind) -> int:

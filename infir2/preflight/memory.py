@@ -2,7 +2,7 @@
 
 import torch
 
-from infir2.config.schema import RlRecipe, TrainRecipe
+from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
 from infir2.engines.kv_cache import page_bytes
 from infir2.engines.native import CACHE_SHARE
 from infir2.errors import ConfigError
@@ -16,6 +16,7 @@ from infir2.train.plan import device_of
 PROCESS_BYTES = 450 * 2**20
 # FP32 master, gradient and two moments; the code; its values in FP64 and FP32 while in use.
 CPU_BYTES_PER_PARAMETER = 29
+CPU_ENGINE_BYTES_PER_PARAMETER = 9  # FP32 and the code; FP64 of one layer in use
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # FP32 master and two moments
 
 
@@ -53,6 +54,27 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> Findin
             "memory", "warn", f"{detail}; with one host set checkpoint.background = false."
         )
     return Finding("memory", "ok", detail)
+
+
+def check_evaluation_memory(recipe: EvalRecipe, model: ModelFacts, prompt_tokens: int) -> Finding:
+    """The weights and at least one response with its prompt fit the device. Raises ConfigError."""
+    device = device_of(recipe.run)
+    is_gpu, available = device.type == "cuda", device_memory(device)
+    weights = (2 if is_gpu else CPU_ENGINE_BYTES_PER_PARAMETER) * model.num_parameters
+    tokens = prompt_tokens + recipe.evaluate.max_response_tokens
+    sequence = page_bytes(model.config, tokens, torch.bfloat16 if is_gpu else torch.float32)
+    free = max(0, available - weights - PROCESS_BYTES)
+    limit = int(recipe.rollout.cache_gib * GIB) or int(CACHE_SHARE * free)
+    detail = (
+        f"weights {weights / GIB:.2f} GiB, {sequence / GIB:.2f} for each response of {tokens:,} "
+        f"tokens with its prompt, of {available / GIB:.1f} GiB on {device.type}"
+    )
+    if sequence > min(limit, free):
+        raise ConfigError(
+            f"{detail}: not one fits; lower evaluate.max_response_tokens, or raise "
+            "rollout.cache_gib."
+        )
+    return Finding("memory", "ok", f"{detail}: {limit // sequence:,} at one time")
 
 
 def memory_parts(

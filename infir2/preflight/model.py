@@ -92,7 +92,8 @@ def check_lengths(
     elif isinstance(recipe, TrainRecipe):
         limits["data.sequence_tokens"] = recipe.data.sequence_tokens
     every = recipe.rl.evaluate_every if isinstance(recipe, RlRecipe) else 1
-    if isinstance(recipe, RlRecipe | EvalRecipe) and recipe.evaluate.problems and every:
+    asks = isinstance(recipe, EvalRecipe) and bool(recipe.benchmarks.names)
+    if isinstance(recipe, RlRecipe | EvalRecipe) and (recipe.evaluate.problems or asks) and every:
         limits["evaluate.max_response_tokens"] = recipe.evaluate.max_response_tokens
     for key, num_tokens in limits.items():
         check_positions(config, key, num_tokens, longest_prompts.get(key, 0))
