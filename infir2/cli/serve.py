@@ -24,7 +24,7 @@ def serve(arguments: Sequence[str]) -> None:
     checked = ServerOptions(engine=take_engine_options(options), **options)
     checked.check()
     if checked.engine.engine != "native":
-        require_loadable("MODEL", checked.model)
+        require_loadable("MODEL", checked.model, checked.engine.tensor_parallel)
     run_server(checked)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from infir2.config.schema import Fp8Section
 from infir2.convert.weights import BLOCK, meta_decoder
 from infir2.errors import ConfigError
+from infir2.model import ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX
 from infir2.model.safetensors_io import HfWeights, read_json
 from infir2.numerics import Fp8Linear
@@ -78,20 +79,33 @@ def require_servable(key: str, directory: Path, fp8: Fp8Section) -> None:
         )
 
 
-def require_loadable(key: str, directory: Path) -> None:
-    """Raise ConfigError if SGLang and vLLM refuse FP8 layers of `directory`, the value of `key`."""
+def require_loadable(key: str, directory: Path, tensor_parallel: int = 1) -> None:
+    """Raise ConfigError if SGLang and vLLM refuse `directory`, the value of `key`, on so many GPUs.
+
+    They cut the rows of q, k, v, gate and up, and the columns of o and down.
+    """
+    config = ModelConfig.from_hf(read_json(directory / "config.json"))
+    if config.num_heads % tensor_parallel:
+        raise ConfigError(
+            f"{key}: {directory} has {config.num_heads} attention heads, which SGLang and vLLM "
+            f"cannot divide among {tensor_parallel} GPUs; name a divisor."
+        )
     weights = HfWeights(directory)
     scaled = {n.removesuffix(SCALE_SUFFIX) for n in weights.names() if n.endswith(SCALE_SUFFIX)}
     for weight in sorted(scaled):
         layer = weight.removesuffix(".weight")
         parts = [f"{part}.weight" for part in _merged_with(layer)]
-        shape = weights.shape(weight)
-        if shape[0] % BLOCK[0] or shape[1] % BLOCK[1] or not scaled.issuperset(parts):
+        sizes = [float(size) for size in weights.shape(weight)]
+        sizes[len(parts) == 1] /= tensor_parallel
+        if layer.endswith(("k_proj", "v_proj")):  # a GPU has at least one head
+            sizes[0] = max(sizes[0], config.head_dim)
+        if any(n % block for n, block in zip(sizes, BLOCK, strict=True)) or set(parts) - scaled:
             raise ConfigError(
-                f"{key}: {directory}: SGLang and vLLM refuse its layer {layer} of {shape[0]} x "
-                f"{shape[1]} in FP8: the parts of a merged layer (q, k, v; gate, up) must all be "
-                "FP8, with rows and columns that are multiples of 128. Export it with infir2 "
-                "export fp8 --servable, or use --engine native."
+                f"{key}: {directory}: SGLang and vLLM refuse its layer {layer} in FP8 on "
+                f"{tensor_parallel} GPU, {sizes[0]:g} x {sizes[1]:g} on each: the parts of a "
+                "merged layer (q, k, v; gate, up) must all be FP8, with rows and columns that are "
+                "multiples of 128. Export it with infir2 export fp8 --servable, or use fewer GPUs "
+                "or the native engine."
             )
 
 

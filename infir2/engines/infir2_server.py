@@ -16,6 +16,7 @@ from infir2.engines.remote import (
     WeightsDifferError,
     checked_completion,
     reading_answer,
+    requiring_route,
 )
 from infir2.engines.server_process import Place, ServerCommand, write_private
 from infir2.engines.types import Completion, Request
@@ -30,7 +31,11 @@ class Infir2Client:
 
     async def info(self) -> ServerInfo:
         """As `EngineClient`."""
-        answer = await self._http.get("/infir2/info")
+        with requiring_route(
+            f"{self.url}: this infir2 serve has no routes for a trainer; start it with "
+            "--weight-updates and --api-key-file."
+        ):
+            answer = await self._http.get("/infir2/info")
         with reading_answer(self.url):
             return ServerInfo(
                 release="infir2",
@@ -43,7 +48,8 @@ class Infir2Client:
 
     async def check_health(self) -> None:
         """As `EngineClient`: the server says so once it has generated a token."""
-        await self._http.get("/health")
+        with requiring_route(f"{self.url} is no infir2 serve: it has no route /health."):
+            await self._http.get("/health")
 
     async def generate(self, request: Request, policy_version: int) -> Completion:
         """As `EngineClient`."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from infir2.engines.types import Completion, Request
 from infir2.engines.weight_buckets import WeightBuckets
+from infir2.errors import ConfigError
 from infir2.model.hf_names import weights_digest
 from infir2.model.safetensors_io import HfWeights
 
@@ -242,6 +243,17 @@ def reading_answer(url: str) -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadAnswerError("form", f"{url}: not the expected form ({error!r})") from error
+
+
+@contextlib.contextmanager
+def requiring_route(sentence: str) -> Iterator[None]:
+    """Raise ConfigError with `sentence` where the server lacks a route: waiting gives it none."""
+    try:
+        yield
+    except BadAnswerError as error:
+        if error.status != 404:
+            raise
+        raise ConfigError(sentence) from error
 
 
 def checked_completion(

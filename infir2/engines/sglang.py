@@ -25,6 +25,7 @@ from infir2.engines.remote import (
     WeightsDifferError,
     checked_completion,
     reading_answer,
+    requiring_route,
 )
 from infir2.engines.server_process import Place, ServerCommand, write_private
 from infir2.engines.sglang_batches import SglangBatches
@@ -81,7 +82,11 @@ class SglangClient:
 
     async def check_health(self) -> None:
         """As `EngineClient`: the route answers once a token was generated."""
-        await self._http.get("/health_generate")
+        with requiring_route(
+            f"{self.url} has no route /health_generate: it is no SGLang, or one older than "
+            f"{OLDEST_RELEASE}; install that or a newer one."
+        ):
+            await self._http.get("/health_generate")
 
     async def generate(self, request: Request, policy_version: int) -> Completion:
         """As `EngineClient`."""

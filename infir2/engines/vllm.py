@@ -29,6 +29,7 @@ from infir2.engines.remote import (
     ServerInfo,
     checked_completion,
     reading_answer,
+    requiring_route,
 )
 from infir2.engines.types import Completion, Request
 from infir2.engines.vllm_proof import GENERATE, WeightProof
@@ -39,6 +40,7 @@ MAX_TEMPERATURE = 2.0
 LOGPROBS_MODE = "processed_logprobs"
 WORKER_EXTENSION = "infir2_worker.Infir2Worker"
 HEALTH_TOKENS = 64
+OLDEST_RELEASE = "0.32"
 
 
 class VllmClient:
@@ -82,7 +84,12 @@ class VllmClient:
 
     async def check_health(self) -> None:
         """As `EngineClient`: by a token, because /health is 200 when no request can succeed."""
-        await self._generate("health", [1] * HEALTH_TOKENS, {"max_tokens": 1, "temperature": 0.0})
+        one_token = {"max_tokens": 1, "temperature": 0.0}
+        with requiring_route(
+            f"{self.url} has no route {GENERATE}: it is no vLLM, or one older than "
+            f"{OLDEST_RELEASE}; install that or a newer one."
+        ):
+            await self._generate("health", [1] * HEALTH_TOKENS, one_token)
 
     async def generate(self, request: Request, policy_version: int) -> Completion:
         """As `EngineClient`. With top_p below 1, the log-probabilities are those after it."""
@@ -142,15 +149,11 @@ class VllmClient:
             await self._http.post(f"/wake_up?tags={part}", {})
 
     async def _config(self) -> dict[str, Any]:
-        try:
+        with requiring_route(
+            f"{self.url}: vLLM's routes for RL are off; start it with VLLM_SERVER_DEV_MODE=1 in "
+            "its environment."
+        ):
             answer = await self._http.get("/server_info?config_format=json")
-        except BadAnswerError as error:
-            if error.status != 404:
-                raise
-            raise ConfigError(
-                f"{self.url}: vLLM's routes for RL are off; start it with VLLM_SERVER_DEV_MODE=1 "
-                "in its environment."
-            ) from error
         with reading_answer(self.url):
             config: dict[str, Any] = answer["vllm_config"]
             return config

@@ -11,6 +11,7 @@ from infir2.config.paths import check_model_directory
 from infir2.config.schema import EvalRecipe, ModelSection, RlRecipe, TrainRecipe
 from infir2.convert.serving import (
     as_patterns,
+    require_loadable,
     require_servable,
     unservable_layers,
     unservable_sentence,
@@ -123,6 +124,7 @@ def check_engine(recipe: RlRecipe, model: ModelFacts) -> Finding:
         )
     if recipe.rollout.engine in ("sglang", "vllm"):
         require_servable("rollout.model", path, recipe.fp8)
+        require_loadable("rollout.model", path, recipe.rollout.tensor_parallel)
     num_fp8 = sum(name.endswith(SCALE_SUFFIX) for name in HfWeights(path).names())
     return Finding("engine", "ok", f"{path}: {num_fp8} FP8 weights, shapes as the trainer's")
 

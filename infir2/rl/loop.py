@@ -18,7 +18,7 @@ from typing import Any
 from infir2.checkpoint import Checkpoint
 from infir2.config.load import Loaded
 from infir2.config.schema import RlRecipe
-from infir2.convert.serving import require_servable
+from infir2.convert.serving import require_loadable, require_servable
 from infir2.data import load_prompts
 from infir2.engines.weight_sync import check_rollout_model, open_engine
 from infir2.rl.dynamic_sampling import GroupGenerator, PromptStream, Rollouts
@@ -92,7 +92,9 @@ def _check_recipe(recipe: RlRecipe) -> None:
     find_objective(recipe.rl.loss)
     check_rollout_model(recipe.rollout.model)
     if recipe.rollout.engine in ("sglang", "vllm"):
-        require_servable("rollout.model", Path(recipe.rollout.model), recipe.fp8)
+        path, gpus = Path(recipe.rollout.model), recipe.rollout.tensor_parallel
+        require_servable("rollout.model", path, recipe.fp8)
+        require_loadable("rollout.model", path, gpus)
 
 
 def _saved_cursor(checkpoint: Checkpoint | None) -> int:

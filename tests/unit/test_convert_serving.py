@@ -10,7 +10,7 @@ from test_convert_export import make_run, read, skip_logits  # noqa: F401 (fixtu
 from infir2.cli import main
 from infir2.config.schema import Fp8Section, ShapeSection
 from infir2.convert import export_fp8, export_hf, verify_weights
-from infir2.convert.serving import require_servable, unservable_layers
+from infir2.convert.serving import require_loadable, require_servable, unservable_layers
 from infir2.errors import ConfigError
 from infir2.model import Decoder
 
@@ -116,3 +116,31 @@ def test_a_directory_that_servers_refuse_is_named_with_the_remedy(tmp_path: Path
     with pytest.raises(ConfigError, match="--servable, and train with"):
         require_servable("rollout.model", tmp_path, Fp8Section())
     require_servable("rollout.model", tmp_path, Fp8Section(enabled=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "accepted", "refused"),
+    [
+        (
+            {"num_kv_heads": 2},
+            (("fp8", 1), ("bf16", 2)),
+            (
+                ("fp8", 2, "down_proj in FP8 on 2 GPU, 256 x 192 on each"),
+                ("bf16", 8, "4 attention"),
+            ),
+        ),
+        (
+            {"num_kv_heads": 4, "hidden_size": 512, "num_heads": 8, "ffn_size": 512},
+            (("fp8", 1), ("fp8", 2)),
+            (("fp8", 4, "k_proj in FP8 on 4 GPU, 64 x 512 on each"), ("fp8", 3, "among 3 GPUs")),
+        ),
+    ],
+)
+def test_what_servers_refuse_on_several_gpus(tmp_path, make_run, changes, accepted, refused):  # noqa: F811
+    export_hf(make_run(decoder(**changes)), tmp_path / "bf16")
+    export_fp8(tmp_path / "bf16", tmp_path / "fp8", servable=True)
+    for name, gpus in accepted:
+        require_loadable("MODEL", tmp_path / name, gpus)
+    for name, gpus, said in refused:
+        with pytest.raises(ConfigError, match=said):
+            require_loadable("MODEL", tmp_path / name, gpus)

@@ -12,16 +12,25 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from engine_servers import FakeServer
+from engine_servers import FakeServer, Status
 from stages import gone
 
 from infir2.engines import server_process
 from infir2.engines.infir2_server import Infir2Client
 from infir2.engines.process_guard import descendants
 from infir2.engines.remote import EngineClient, ServerInfo
-from infir2.engines.server_process import Place, RunningServer, ServerCommand, ServerProcess
+from infir2.engines.server_process import (
+    OpenClient,
+    Place,
+    RunningServer,
+    ServerCommand,
+    ServerProcess,
+)
+from infir2.engines.sglang import SglangClient
+from infir2.engines.vllm import VllmClient
 from infir2.errors import ConfigError
 
 FAKE = Path(__file__).parents[1] / "engine_servers.py"
@@ -172,3 +181,33 @@ def test_a_running_server_is_used_as_it_is() -> None:
             start(RunningServer(server.url, "other", Infir2Client, accept, 1))
     with pytest.raises(ConfigError, match="no server answers at"):
         start(RunningServer(server.url, "k", Infir2Client, accept, 1))
+
+
+class Incomplete(FakeServer):
+    """A server that has none of some routes."""
+
+    missing: tuple[str, ...] = ("/",)
+
+    def call(self, route: str, body: Any) -> Any:
+        if route.startswith(self.missing):
+            raise Status(404)
+        return super().call(route, body)
+
+
+@pytest.mark.parametrize(
+    ("client", "missing", "said"),
+    [
+        (SglangClient, ("/",), "no route /health_generate: it is no SGLang, or one older than 0.5"),
+        (VllmClient, ("/",), "no route /inference/v1/generate: it is no vLLM, or one older than 0"),
+        (Infir2Client, ("/",), "is no infir2 serve"),
+        (Infir2Client, ("/infir2/info",), "start it with --weight-updates"),
+    ],
+)
+def test_a_server_that_lacks_a_route_is_refused_at_once(
+    client: OpenClient, missing: tuple[str, ...], said: str
+) -> None:
+    """Waiting would not give it one."""
+    with Incomplete(api_key="k") as server:
+        server.missing = missing
+        with pytest.raises(ConfigError, match=said):
+            start(RunningServer(server.url, "k", client, accept, 1))
