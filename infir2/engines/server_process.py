@@ -179,7 +179,8 @@ class ServerProcess:
         keys.mkdir(mode=0o700, exist_ok=True)
         keys.chmod(0o700)
         port = self._port or free_port(self._host)
-        return Place(port, secrets.token_urlsafe(32), keys, self._host)
+        # Hexadecimal: SGLang takes a key that begins with "-" for an option.
+        return Place(port, secrets.token_hex(32), keys, self._host)
 
     def _spawn(self, command: ServerCommand) -> "subprocess.Popen[bytes]":
         guarded = [sys.executable, "-I", "-S", str(GUARD), *command.arguments]

@@ -76,7 +76,7 @@ class Gateway:
     judge: Callable[[dict[str, Any]], bool] | None = None
     failure: UserError | None = None
     missing: dict[Key, str] = field(default_factory=dict)
-    key: str = field(default_factory=lambda: secrets.token_urlsafe(32))
+    key: str = field(default_factory=lambda: secrets.token_hex(32))
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
