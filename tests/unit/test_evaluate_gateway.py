@@ -1,65 +1,19 @@
-"""The gateway between evalscope and the engines: seeds, faults, restarts, and kill -9."""
+"""The gateway between evalscope and the engines: seeds, faults, and restarts."""
 
-import http.client
 import json
-import multiprocessing
-import os
-import random
-import signal
 import time
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
+from gateways import QUICK, ask, open_gateway, post
 from scripted_server import Script, serving
 
-from infir2.engines.http_client import HttpClient
 from infir2.engines.remote import EngineGoneError
-from infir2.evaluate.gateway import Gateway, Task
-from infir2.evaluate.journal import ANSWERS, Journal
-from infir2.evaluate.upstream import Engine, Patience, Upstream
-
-QUICK = Patience(
-    request_seconds=30, bad_answers=3, outage_seconds=20, first_wait_seconds=0.02,
-    longest_wait_seconds=0.1,
-)  # fmt: skip
-
-
-@contextmanager
-def open_gateway(
-    directory: Path, urls: Sequence[str], patience: Patience = QUICK, begin: str = ""
-) -> Iterator[Gateway]:
-    journal = Journal(directory)
-    upstream = Upstream([Engine(url, "tiny", HttpClient(url, "secret")) for url in urls], patience)
-    tasks = {"aime24": Task(samples=4, seed=1, begin=begin)}
-    with Gateway(tasks, journal, upstream) as gateway:
-        yield gateway
-    journal.close()
-
-
-def post(gateway: Gateway, body: dict[str, Any], key: str = "") -> tuple[int, dict[str, Any]]:
-    address = urlsplit(gateway.url("aime24"))
-    connection = http.client.HTTPConnection("127.0.0.1", address.port or 0, timeout=60)
-    headers = {"Authorization": f"Bearer {key or gateway.key}"}
-    connection.request("POST", f"{address.path}/chat/completions", json.dumps(body), headers)
-    response = connection.getresponse()
-    answer = json.loads(response.read())
-    connection.close()
-    return response.status, answer
-
-
-def ask(gateway: Gateway, question: str = "q", **more: Any) -> tuple[int, str]:
-    """(status, text or message)."""
-    messages = [{"role": "user", "content": question}]
-    status, answer = post(gateway, {"model": "m", "messages": messages, "temperature": 0.6} | more)
-    if status == 200:
-        return status, answer["choices"][0]["message"]["content"]
-    return status, answer["error"]["message"]
+from infir2.evaluate.journal import ANSWERS
+from infir2.evaluate.upstream import Patience
 
 
 def test_each_sample_has_a_seed_of_its_own_and_is_kept(tmp_path: Path) -> None:
@@ -273,52 +227,3 @@ def test_a_refused_key_ends_everything_and_a_wrong_one_of_a_client_nothing(tmp_p
         assert ask(gateway)[0] == ask(gateway)[0] == 410
         assert "refuses the key" in str(gateway.failure)
     assert len(script.requests) == 1
-
-
-def ask_everything(directory: Path, url: str) -> None:
-    """All samples of 12 prompts, 6 at a time, as evalscope asks them."""
-    os.setsid()
-    with open_gateway(directory, [url]) as gateway, ThreadPoolExecutor(6) as threads:
-        list(threads.map(lambda i: ask(gateway, f"q{i % 12}"), range(48)))
-
-
-def answered(directory: Path) -> dict[int, str]:
-    """The text of each seed in the journal; a torn line is none."""
-    path = directory / ANSWERS
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return {row["seed"]: row["response"]["choices"][0]["message"]["content"] for row in rows}
-
-
-def test_twenty_kills_cost_only_what_was_in_flight(tmp_path: Path) -> None:
-    script, kills, lost = Script(latency=0.03), 0, 0
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["infir2.evaluate.gateway"])
-    draw = random.Random(0)
-    with serving(script) as server:
-        for _ in range(60):
-            process = context.Process(target=ask_everything, args=(tmp_path, server.url))
-            known, first = answered(tmp_path), len(script.requests)
-            process.start()
-            while process.is_alive() and len(script.requests) < first + draw.randrange(1, 5):
-                time.sleep(0.002)
-            if kills < 20 and process.is_alive():
-                assert process.pid is not None
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-            process.join()
-            while server.running:  # requests that were on their way
-                time.sleep(0.01)
-            time.sleep(0.1)
-            asked = [request["seed"] for request in script.requests[first:]]
-            assert not set(asked) & known.keys(), "an answer on the disk was asked for again"
-            assert len(set(asked)) == len(asked)
-            new = len(answered(tmp_path)) - len(known)
-            assert 0 <= len(asked) - new <= 6, "answers and those in flight"
-            lost += len(asked) - new
-            if process.exitcode == 0:
-                break
-    assert kills >= 8
-    assert process.exitcode == 0
-    assert len(answered(tmp_path)) == 48
-    assert len(script.requests) == 48 + lost

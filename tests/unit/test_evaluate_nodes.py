@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gateways import ask, open_gateway
 from scripted_server import Script, serving
-from test_evaluate_gateway import ask, open_gateway
 
 from infir2.errors import ConfigError
 from infir2.evaluate import nodes
