@@ -188,8 +188,12 @@ class HeldDirectory:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `path` or replace its content. After an error or a crash it has its old content.
 
-    Raises OSError.
+    A link is replaced itself. Raises OSError, also for a device, a FIFO or a directory.
     """
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):  # root can replace /dev/null
+            raise _unexpected_type(mode, path, "a regular file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("xb") as file:

@@ -88,6 +88,8 @@ def _pulse(stop: threading.Event) -> None:
 
 def _print(text: str, stream: Any) -> None:
     _output.newest = time.monotonic()
+    encoding = stream.encoding or "utf-8"  # which lacks some characters, as of a file's name
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
     print(text, file=stream, flush=True)
 
 

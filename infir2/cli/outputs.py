@@ -1,6 +1,7 @@
 """Directories that a command writes once: what was written, and that it is there already."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def write_once(
     if target.exists() and _read(target / RECORD) == made_by:
         print_result(f"{target} is there already, written by this command: {contents(target)}.")
         return
-    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
+    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    if os.path.lexists(target) and not is_empty:
         raise OutputExistsError(
             f"{target}: exists already, and another command or another input made it; name a new "
             "directory with --to. Nothing was written."

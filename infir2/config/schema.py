@@ -24,7 +24,7 @@ class RunSection(Section):
         "command again resumes from it",
     )
     seed: int = Field(1236, ge=0, description="seed of initial weights, data order and sampling")
-    threads: int = Field(0, ge=0, description="CPU threads for torch (0: torch's default)")
+    threads: int = Field(0, ge=0, le=4096, description="CPU threads for torch (0: torch's default)")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="device to run on; auto uses a GPU if there is one"
     )

@@ -61,7 +61,8 @@ def write_tokenizer(directory: Path, vocabulary: list[str]) -> None:
         [AddedToken(token, special=False, normalized=False) for token in THINK_TOKENS]
     )
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    # Not `tokenizer.save`, which takes only names that are UTF-8.
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     configuration = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",

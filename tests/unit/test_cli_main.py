@@ -353,3 +353,34 @@ def test_help_of_a_verb_and_short_version(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.startswith("usage: infir2 cpt")
     assert main(["-v"]) == 0
     assert capsys.readouterr().out.startswith("infir2 ")
+
+
+@pytest.mark.parametrize(
+    ("to", "code", "sentence"),
+    [
+        ("fifo", 2, "exists already"),
+        ("n" * 300, 3, "File name too long"),
+        ("file/x", 3, "Not a directory"),
+        (b"\xff".decode(errors="surrogateescape"), 0, ""),
+    ],
+    ids=["fifo", "long", "below a file", "not UTF-8"],
+)
+def test_an_output_that_cannot_be_is_one_sentence(
+    tmp_path: Path, to: str, code: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_text("kept")
+    assert main(["data", "demo", "--to", str(tmp_path / to)]) == code
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+    assert error.count("\n") == bool(code)
+    assert (tmp_path / "fifo").is_fifo()
+
+
+def test_absurd_numbers_of_threads_are_refused(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OpenMP ends the process by a signal when it cannot start them."""
+    assert main(["cpt", recipe, "--run.threads=100000000"]) == 2
+    assert "run.threads must be less than or equal to 4096" in capsys.readouterr().err

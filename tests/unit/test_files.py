@@ -223,6 +223,7 @@ def test_lines_wait_for_a_disk_that_refuses_them(
 
 def make_irregular(directory: Path) -> dict[str, Path]:
     """A path of each kind that is not a regular file."""
+    directory.mkdir(exist_ok=True)
     paths = {name: directory / name for name in ("fifo", "directory", "socket", "loop")}
     os.mkfifo(paths["fifo"])
     paths["directory"].mkdir()
@@ -231,6 +232,21 @@ def make_irregular(directory: Path) -> dict[str, Path]:
     paths["loop"].symlink_to(paths["loop"])
     long, other = directory / ("n" * 300), directory / "a\0b"
     return paths | {"device": Path("/dev/zero"), "name": long, "nul": other, "part": other / "c"}
+
+
+def test_nothing_but_a_file_or_a_link_is_replaced(tmp_path: Path) -> None:
+    """As root, a page for /dev/null would take the place of the device."""
+    for kind in ("fifo", "socket", "directory"):
+        path = make_irregular(tmp_path / kind)[kind]
+        before = path.lstat()
+        with pytest.raises(OSError, match=r"not a regular file|directory"):
+            write_atomically(path, b"x")
+        assert os.path.samestat(path.lstat(), before)
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_bytes(b"kept")
+    link.symlink_to(target)
+    write_atomically(link, b"new")
+    assert (target.read_bytes(), link.read_bytes()) == (b"kept", b"new")
 
 
 def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path) -> None:
