@@ -65,6 +65,7 @@ class ScriptedScheduler:
         self._tensors = read(Path(model))
         self._weights = fuse(self._tensors)
         self._runner: Any = None
+        self._freed: list[str] = []
 
     def run(self) -> None:
         while True:
@@ -75,7 +76,9 @@ class ScriptedScheduler:
 
     def _handle(self, message: Any) -> None:
         kind = type(message).__name__
+        self._move_memory(kind, message)
         if kind == "TokenizedGenerateReqInput":
+            assert not self._freed, "a request while the memory is given up"
             self._running[message.rid] = message, time.monotonic()
         elif kind == "BatchTokenizedGenerateReqInput":
             for request in message:
@@ -107,6 +110,15 @@ class ScriptedScheduler:
         except Exception as error:
             return io_struct.UpdateWeightFromDiskReqOutput(False, f"Failed: {error}")
         return io_struct.UpdateWeightFromDiskReqOutput(True, "Succeeded to update model weights.")
+
+    def _move_memory(self, kind: str, message: Any) -> None:
+        if kind == "ReleaseMemoryOccupationReqInput":
+            self._freed += message.tags
+            self._send.send_pyobj(io_struct.ReleaseMemoryOccupationReqOutput())
+        elif kind == "ResumeMemoryOccupationReqInput":
+            for tag in message.tags:
+                self._freed.remove(tag)  # ends this process if it was never given up, as SGLang
+            self._send.send_pyobj(io_struct.ResumeMemoryOccupationReqOutput())
 
     def _run_for_broadcast(self, message: Any, method: str, names: tuple[str, ...]) -> Any:
         """What SGLang's own ModelRunner does with a group and with what it receives."""

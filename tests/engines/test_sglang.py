@@ -155,6 +155,21 @@ def test_a_broadcast_is_loaded_and_proved(
     assert set(versions[0].seconds) == {"transfer"}
 
 
+def test_it_sleeps_and_wakes_up_with_new_weights(client: SglangClient, start: Path) -> None:
+    """A request that comes while it sleeps waits, and gets the new weights."""
+
+    async def run(client: SglangClient) -> Any:
+        await publish(client, PublishedWeights(start / "hf", 30, 0))
+        await client.sleep()
+        waiting = asyncio.create_task(client.generate(REQUEST, 31))
+        done, _ = await asyncio.wait({waiting}, timeout=1)
+        assert not done
+        await publish(client, PublishedWeights(start / "hf", 31, 0))
+        return await waiting
+
+    assert ask(client, run).policy_version == 31
+
+
 def test_a_directory_that_is_not_there(client: SglangClient, tmp_path: Path) -> None:
     async def run(client: SglangClient) -> None:
         with pytest.raises(EngineError):
