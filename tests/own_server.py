@@ -87,9 +87,9 @@ class OwnServer:
     def run(self, key: str = KEY, **options: Any) -> Iterator["OwnServer"]:
         with contextlib.ExitStack() as stack:
             if self.kind != "native":
-                driver = EngineDriver(lambda: self.engine, 1024)
-                back = APPS[self.kind](driver, KEY, self._max_positions)
-                self.back_url = stack.enter_context(listening(back, driver))
+                self.back = EngineDriver(lambda: self.engine, 1024)
+                app = APPS[self.kind](self.back, KEY, self._max_positions)
+                self.back_url = stack.enter_context(listening(app, self.back))
             app = build_app(self.served, key, **options)
             self.url, self.key = stack.enter_context(listening(app, self.driver)), key
             yield self
@@ -99,8 +99,10 @@ class OwnServer:
         host = RunningServer(self.back_url, KEY, streams, lambda *_: None, 0)
         return RemoteEngine(host, self._decode, self._max_running)
 
-    def call(self, path: str, body: Any = None, key: str | None = None) -> tuple[int, Any]:
-        """Status and JSON of a GET request, or of a POST request with a body."""
+    def call(
+        self, path: str, body: Any = None, key: str | None = None, parse: bool = True
+    ) -> tuple[int, Any]:
+        """Status and JSON, or the text, of a GET request, or of a POST request with a body."""
         headers = {"Content-Type": "application/json"}
         if key != "":
             headers["Authorization"] = f"Bearer {key or self.key}"
@@ -108,9 +110,10 @@ class OwnServer:
         request = urllib.request.Request(self.url + path, data, headers)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, json.loads(answer.read())
+                status, text = answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
+            status, text = error.code, error.read().decode()
+        return status, json.loads(text) if parse else text
 
     def wait_until_idle(self, seconds: float = 1.0) -> float:
         """Seconds until no request was left; fails after `seconds`."""

@@ -52,6 +52,8 @@ def run_chat(options: ChatOptions) -> None:
     """
     if bool(options.url) == (options.model is not None):
         raise ConfigError("infir2 chat needs MODEL, or --url of a running server, and not both.")
+    if options.url and options.engine != EngineOptions():
+        raise ConfigError("--engine and its options are for MODEL; leave them out beside --url.")
     with contextlib.ExitStack() as stack:
         if options.model is not None:
             url, key = stack.enter_context(own_server(options.model, options.engine))

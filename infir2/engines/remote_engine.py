@@ -106,7 +106,7 @@ class RemoteEngine:
     @property
     def num_unfinished(self) -> int:
         """As `Engine`."""
-        return len(self._responses) + len(self._failed)
+        return len(self._responses)
 
     def submit(self, request: Request) -> None:
         """As `Engine`. Raises ValueError for a temperature that the server refuses, too."""
@@ -122,8 +122,10 @@ class RemoteEngine:
 
     def step(self) -> list[Completion]:
         """As `ServedEngine`. Raises what ended the server."""
-        if self._failed:
-            raise self._failed.popleft()
+        while self._failed:
+            error = self._failed.popleft()
+            if self._responses.pop(error.id, None):  # else it was canceled
+                raise error
         if not self._responses:
             self._require_running()
             return []
@@ -161,7 +163,6 @@ class RemoteEngine:
             if isinstance(error, EngineGoneError):
                 self._require_running()
             self._failed.append(RequestFailedError(request_id, first_line(error)))
-            del self._responses[request_id]
             return []
         self.cancel([request_id])
         return [completion]

@@ -93,12 +93,13 @@ def test_refusals(
 ) -> None:
     assert main(["chat"]) == 2
     assert main(["chat", str(model), "--url", url]) == 2
+    assert main(["chat", "--url", url, "--engine", "vllm"]) == 2
     talk(monkeypatch, "http://127.0.0.1:9/v1", "", code=2)
     talk(monkeypatch, "ftp://127.0.0.1", "", code=2)
     monkeypatch.setenv(KEY_VARIABLE, "wrong")
     talk(monkeypatch, url, "", code=2)
     errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert len(errors) == 5
+    assert len(errors) == 6
     assert KEY_VARIABLE in errors[-1]
 
 
