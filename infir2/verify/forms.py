@@ -314,10 +314,11 @@ def _bracketed(text: str) -> Form | None:
     if not text or text[0] not in "([" or closing(text, 1) != len(text) - 1:
         return None
     items = split_top(text[1:-1].replace(";", ","), ",")
+    if len(items) == 1 and text[0] + text[-1] not in ("()", "[]"):
+        return Words(text)  # half an interval is no number
     if len(items) == 1:
-        if point:
-            return None
-        return parse(text[1:-1].strip('"')) if text[1:-1].strip() else None
+        inside = "" if point else text[1:-1].strip()
+        return parse(inside.strip('"')) if inside else None
     forms = tuple(map(parse, items))
     rows = tuple(f.items for f in forms if isinstance(f, Bracketed) and f.closing == "]")
     is_matrix = text[-1] == "]" and len(rows) == len(forms)  # [[1, 2], [3, 4]]

@@ -487,6 +487,11 @@ July 4, 1976 != July 4
 twenty-four != 42
 \text{two and three} != 23
 \text{half} != 2
+(0.5] != \frac12
+((0.5]] != \frac12
+[8) != 8
+x=[8) != 8
+([8]) == 8
 1.5\text{ million} == 1500000
 \$2 \text{ million dollars} == 2\times10^6
 1.5\text{ million} != 1500
