@@ -244,7 +244,9 @@ def sglang_command(rollout: RolloutSection, place: Place) -> ServerCommand:
     if rollout.memory_fraction:
         arguments += ["--mem-fraction-static", str(rollout.memory_fraction)]
     if rollout.sleep:
-        arguments += ["--enable-memory-saver"]  # needs the package torch_memory_saver
+        # Weights come back from host memory: without that the scales of the KV cache, which are
+        # no part of a checkpoint, are 0, and the next load from a directory ends SGLang.
+        arguments += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
     variables = {
         "HF_HUB_OFFLINE": "1",
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",

@@ -14,13 +14,16 @@ from test_engines_vllm import FakeVllm
 
 import infir2.engines.pool
 import infir2.engines.pool_member
+from infir2.config.schema import RolloutSection
 from infir2.engines.generate import generate_all
 from infir2.engines.pool import EnginePool
 from infir2.engines.pool_member import PoolLimits
 from infir2.engines.remote import EngineError, PublishedWeights
-from infir2.engines.sglang import SglangClient
+from infir2.engines.server_process import Place
+from infir2.engines.sglang import SglangClient, sglang_command
 from infir2.engines.types import CanSleep, Request, SamplingParams
 from infir2.engines.vllm import VllmClient
+from infir2.engines.vllm_command import vllm_command
 from infir2.engines.weight_directory import WeightDirectory
 from infir2.model.safetensors_io import write_hf
 from infir2.parallel.ranks import Ranks
@@ -177,6 +180,17 @@ def test_a_server_that_cannot_sleep_says_so() -> None:
 
     with Refuses() as server, pytest.raises(EngineError, match="status 400"):
         engine_servers.ask(SglangClient, server, lambda client: client.sleep())
+
+
+def test_the_servers_are_started_so_that_they_can_sleep(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 4096}')
+    place = Place(31000, "k", tmp_path)
+    awake = RolloutSection(model=str(tmp_path), engine="sglang", python="p")
+    sleepy = awake.model_copy(update={"sleep": True})
+    more = {"--enable-memory-saver", "--enable-weights-cpu-backup"}
+    assert not more & set(sglang_command(awake, place).arguments)
+    assert more < set(sglang_command(sleepy, place).arguments)
+    assert "--enable-sleep-mode" in vllm_command(sleepy, place).arguments
 
 
 def routes_of(server: FakeServer) -> list[str]:
