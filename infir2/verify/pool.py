@@ -43,7 +43,7 @@ class _Worker:
         root = str(Path(__file__).resolve().parents[2])
         search_path = os.pathsep.join([root, *(entry for entry in sys.path if entry)])
         parent_end, child_end = socket.socketpair()
-        self.channel = Channel(parent_end)
+        self.channel, self.is_ready = Channel(parent_end), False
         command = [sys.executable, "-P", "-m", "infir2.verify.worker", function, str(memory_bytes)]
         with child_end:
             self.process = subprocess.Popen(
@@ -108,41 +108,51 @@ class Pool:
             worker = self._idle.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             return expired
+        spare = None
         try:
-            if worker is None or worker.process.poll() is not None:
-                worker = self._started(worker, deadline)
+            worker = self._ready(worker, deadline)
             start = time.monotonic()
             if worker is None or start >= deadline:
                 return expired
             worker.channel.send({"arguments": list(arguments), "seconds": seconds}, seconds)
-            reply = worker.channel.receive(min(start + seconds, deadline))
+            limit = min(start + seconds, deadline)
+            reply = worker.channel.receive(min(start + seconds / 2, limit))
+            if reply == {}:  # likely to be killed: the next item shall not wait for a replacement
+                spare = self._spawn()
+                reply = worker.channel.receive(limit)
             elapsed = time.monotonic() - start
             if not reply or reply.get("unclean") or reply.get("reason") == "oom":
                 self._kill(worker)
-                worker = None
-            if reply == {}:
-                return Outcome(
-                    reason="timeout", detail=f"stopped after {elapsed:.1f} s", seconds=elapsed
-                )
-            reply = reply or {"reason": "killed", "detail": "its process died"}
-            return Outcome(
-                reply.get("value"), reply.get("reason", ""), reply.get("detail", ""), elapsed
-            )
+                worker, spare = spare, None
+            return _outcome(reply, elapsed)
         finally:
+            if spare is not None:
+                self._kill(spare)
             self._idle.put(worker)
 
-    def _started(self, dead: _Worker | None, deadline: float) -> _Worker | None:
-        """A new worker that is ready; None if the deadline passes first."""
-        if dead is not None:
-            self._kill(dead)
+    def _ready(self, worker: _Worker | None, deadline: float) -> _Worker | None:
+        """That worker if it is ready in time, or else a new one; None if the deadline passes."""
+        if worker is not None and worker.process.poll() is not None:
+            self._kill(worker)
+            worker = None
+        return worker if worker is not None and worker.is_ready else self._started(worker, deadline)
+
+    def _spawn(self) -> _Worker:
+        worker = _Worker(self._function, self._memory_bytes)
+        self._workers.add(worker)
+        return worker
+
+    def _started(self, worker: _Worker | None, deadline: float) -> _Worker | None:
+        """`worker` or a new one when it is ready; None if the deadline passes first."""
         cause = ""
         for _ in range(START_ATTEMPTS):
-            worker = _Worker(self._function, self._memory_bytes)
-            self._workers.add(worker)
+            worker = worker or self._spawn()
             reply = worker.channel.receive(min(time.monotonic() + START_SECONDS, deadline))
             if reply and "ready" in reply:
+                worker.is_ready = True
                 return worker
             self._kill(worker)
+            worker = None
             if time.monotonic() >= deadline:
                 return None
             cause = (reply or {}).get("failed", "ended before it was ready")
@@ -156,3 +166,11 @@ class Pool:
     def _kill(self, worker: _Worker) -> None:
         worker.kill()
         self._workers.discard(worker)
+
+
+def _outcome(reply: dict[str, Any] | None, seconds: float) -> Outcome:
+    """What a worker's reply says: {} if none came in time, None if the process died."""
+    if reply == {}:
+        return Outcome(reason="timeout", detail=f"stopped after {seconds:.1f} s", seconds=seconds)
+    reply = reply or {"reason": "killed", "detail": "its process died"}
+    return Outcome(reply.get("value"), reply.get("reason", ""), reply.get("detail", ""), seconds)

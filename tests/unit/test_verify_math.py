@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -140,5 +141,26 @@ def test_workers_import_neither_torch_nor_transformers() -> None:
             True,
             [],
         ]
+    finally:
+        pool.close()
+
+
+def test_the_item_after_one_that_hangs_does_not_wait_for_a_new_worker() -> None:
+    pool = Pool("builtins:eval", size=1)
+    try:
+        hangs = "__import__('time').sleep(60)"
+        pool.run([("1",)], 20)
+        first = next(iter(pool._workers)).process.pid
+        assert pool.run([(hangs,)], 4)[0].reason == "timeout"
+        (spare,) = pool._workers
+        assert spare.process.pid != first
+        assert spare.channel.socket.recv(64, socket.MSG_PEEK) == b'{"ready": true}\n'
+        (outcome,) = pool.run([("1 + 1",)], 4)
+        assert (outcome.value, [worker.process.pid for worker in pool._workers]) == (
+            2,
+            [spare.process.pid],
+        )
+        assert pool.run([("__import__('time').sleep(2.5)",)], 4)[0].reason == ""
+        assert [worker.process.pid for worker in pool._workers] == [spare.process.pid]
     finally:
         pool.close()
