@@ -104,7 +104,7 @@ audit: $(AUDIT)/.installed $(VENV)/.installed
 	@$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off \
 		-r hashes.txt -r $(AUDIT)/torch.txt --output $(AUDIT)/found && cat $(AUDIT)/found || { \
 	if [ -e $(AUDIT)/found ]; then cat $(AUDIT)/found; \
-	else echo "make: nothing was audited, because the vulnerability service cannot be reached or does not know a version (the line above); run it where pypi.org can be reached" >&2; fi; exit 1; }
+	else echo "make: nothing was audited, because the vulnerability service cannot be reached or does not know a version (the line above); run it where the package index can be reached" >&2; fi; exit 1; }
 
 hashes: $(AUDIT)/.installed
 	$(AUDIT)/bin/uv pip compile --quiet --no-deps --universal --python-version 3.11 --generate-hashes --upgrade \
