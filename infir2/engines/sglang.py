@@ -29,7 +29,7 @@ from infir2.engines.remote import (
 )
 from infir2.engines.server_process import Place, ServerCommand, write_private
 from infir2.engines.sglang_batches import SglangBatches
-from infir2.engines.sglang_checksum import differing
+from infir2.engines.sglang_checksum import checksums, differing
 from infir2.engines.sglang_weights import SglangWeights
 from infir2.engines.types import Completion, Request
 from infir2.errors import ConfigError
@@ -57,6 +57,7 @@ class SglangClient:
         self.url = self._http.url
         self._batches = SglangBatches(self._http)
         self._weights = SglangWeights(self._http)
+        self._ranks: list[tuple[int, int]] = []  # the server's, after the first proof
         self._server_ids: dict[str, str] = {}  # of the requests in flight, by our id
 
     async def info(self) -> ServerInfo:
@@ -128,7 +129,8 @@ class SglangClient:
 
     async def prove_weights(self, weights: PublishedWeights) -> None:
         """As `EngineClient`: the checksum of every parameter on every rank."""
-        answer = await self._weights.succeed("/weights_checker", {"action": "checksum"})
+        asked = self._weights.succeed("/weights_checker", {"action": "checksum"})
+        answer, _ = await asyncio.gather(asked, self._compute_checksums(weights))
         with reading_answer(self.url):
             ranks = [
                 (place["tp_rank"], place["tp_size"], rank["checksums"])
@@ -138,6 +140,7 @@ class SglangClient:
             size = max(size for _, size, _ in ranks)
             if {rank for rank, _, _ in ranks} != set(range(size)):
                 raise WeightsDifferError(f"{self.url}: not every rank told its checksums")
+        self._ranks = [(tp_rank, tp_size) for tp_rank, tp_size, _ in ranks]
         for tp_rank, tp_size, held in ranks:
             names = await asyncio.to_thread(differing, held, weights, tp_rank, tp_size)
             if names:
@@ -153,6 +156,11 @@ class SglangClient:
         await self._batches.close()
         await self._weights.close()
         await self._http.close()
+
+    async def _compute_checksums(self, weights: PublishedWeights) -> None:
+        """Ours, while the server computes its own; they are kept for the comparison."""
+        for tp_rank, tp_size in self._ranks:
+            await asyncio.to_thread(checksums, weights, tp_rank, tp_size)
 
     async def _check_probe(self, probe: WeightProbe) -> None:
         """The cache was emptied, and a fixed prompt has the trainer's log-probabilities."""

@@ -119,6 +119,10 @@ def test_a_second_version_uses_the_same_group(published: PublishedWeights) -> No
     async def run(client: SglangClient) -> None:
         for _ in range(2):
             await client.update_weights(published)
+            await client.prove_weights(published)
+        server.group.held["model.norm.weight"][0] += 1
+        with pytest.raises(WeightsDifferError, match="norm"):
+            await client.prove_weights(published)
 
     with BroadcastSglang(published.directory) as server:
         ask(server, run)
