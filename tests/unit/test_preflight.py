@@ -144,7 +144,7 @@ def test_a_value_that_is_hardly_meant_is_questioned(
 )
 def test_no_value_of_a_recipe_is_questioned(path: Path) -> None:
     kinds = {"rl": RlRecipe, "eval": EvalRecipe}
-    kind = kinds.get(path.stem.rstrip("12"), TrainRecipe)
+    kind = kinds.get(path.stem.partition("-")[0].rstrip("12"), TrainRecipe)
     named = ["--model.path=m", "--run.dir=r"] if kind is EvalRecipe else []
     assert Preflight(load(kind, [path], named, {}), "check").resolved().status == "ok"
 
