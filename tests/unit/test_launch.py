@@ -444,3 +444,24 @@ def test_ranks_do_not_outlive_a_killed_launcher(world: Path, tmp_path: Path) -> 
     process.kill()
     process.communicate()
     run([*words, "--train.stop_after_step=1"])  # refused while a rank holds the lock
+
+
+def test_benchmarks_have_one_process_on_each_node_and_its_gpus(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--", "eval", "m", "--benchmarks", "aime24", "--engines", "8"]
+    script = dry(capsys, "slurm", "--nodes", "2", "--gpus-per-node", "8", *words)
+    assert "#SBATCH --gpus-per-node=8" in script
+    assert "launch torchrun --nodes 2 --gpus-per-node 1 " in script
+    assert "-- eval m --benchmarks aime24 --engines 8" in script
+    placed = dry(capsys, "ray", "--nodes", "2", "--gpus-per-node", "8", *words)
+    assert "2 bundles of {'CPU': 1.0, 'GPU': 8.0}, STRICT_SPREAD" in placed
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["launch", "slurm", "--in-job", *words]) == 2
+    assert "--in-job is for a command inside a job of SLURM" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    assert "launch torchrun --nodes 3 " in dry(capsys, "slurm", "--in-job", *words)
+    assert main(["launch", "slurm", "--cpu", "--nodes", "2", "--", "eval", "a.toml"]) == 2
+    assert "infir2 eval RECIPE runs in one process" in capsys.readouterr().err
