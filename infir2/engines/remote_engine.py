@@ -7,8 +7,10 @@ its own talks to the server; `step` takes what has arrived.
 
 import asyncio
 import contextlib
+import math
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
@@ -30,17 +32,24 @@ from infir2.engines.types import (
 from infir2.errors import RankError, UserError, first_line
 
 T = TypeVar("T")
+WATCH_SECONDS, SILENCE_SECONDS, HEALTH_SECONDS = 5.0, 120.0, 30.0
 POLL_SECONDS = 0.005  # a new request waits so long at most, while others run
 
 
 @dataclass
 class _Response:
-    """A response that is not complete; `text` finds its stop texts."""
+    """A response that is not complete.
+
+    Attributes:
+        text: finds its stop texts.
+        heard: when the server last showed that it works on it; infinite while it waits.
+    """
 
     request: Request
     text: ResponseText
     tokens: Tokens = field(default_factory=lambda: Tokens([], [], []))
     work: "asyncio.Task[None] | None" = None
+    heard: float = math.inf
 
     def add(self, part: Tokens) -> bool:
         """Take the part up to the token that completes a stop text; whether one does."""
@@ -93,6 +102,7 @@ class RemoteEngine:
         self._client = cast(StreamingClient, self._wait(host.start()))
         self.info = self._wait(self._client.info())
         self._slots = asyncio.Semaphore(max_running_requests)
+        asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
 
     @property
     def max_request_tokens(self) -> int:
@@ -182,11 +192,30 @@ class RemoteEngine:
                 self._slots,
                 contextlib.aclosing(self._client.stream(response.request)) as parts,
             ):
+                response.heard = time.monotonic()
                 async for part in parts:
+                    response.heard = time.monotonic()
                     self._events.put((response, part))
             self._events.put((response, None))
         except (EngineError, UserError) as error:
             self._events.put((response, error))
+
+    async def _watch(self) -> None:
+        """Find a server that hangs: it is silent about a request, and a health check fails."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            now, responses = time.monotonic(), list(self._responses.values())
+            silent = [each for each in responses if now - each.heard > SILENCE_SECONDS]
+            if not silent:
+                continue
+            try:
+                async with asyncio.timeout(HEALTH_SECONDS):
+                    await self._client.check_health()
+            except (EngineError, TimeoutError):
+                message = f"{self._host.name} hangs: nothing for {now - silent[0].heard:.0f} s."
+                self._events.put((silent[0], RankError(message)))
+            for each in silent:  # it is slow, and works
+                each.heard = time.monotonic()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 from own_server import OwnServer, write_model
 
+from infir2.engines import remote_engine
+from infir2.engines.types import Completion
+from infir2.errors import RankError
+
 LONG: Any = {"prompt": "Compute", "max_tokens": 400, "ignore_eos": True}
 
 
@@ -67,3 +71,28 @@ def test_a_stop_text_ends_the_request_at_the_server(server: OwnServer) -> None:
     assert (choice["text"], choice["finish_reason"]) == (text[: text.find(text[20:23])], "stop")
     server.wait_until_idle()
     assert server.back.counts["canceled"] == before + 1
+
+
+def test_a_server_that_hangs_is_the_end(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent about a request and without an answer to a health check; slow alone is no hang."""
+    for name, seconds in (("WATCH", 0.05), ("SILENCE", 0.3), ("HEALTH", 1.0)):
+        monkeypatch.setattr(remote_engine, f"{name}_SECONDS", seconds)
+    hung, answers = threading.Event(), list[tuple[int, Any]]()
+    with OwnServer(model, kind="vllm").run() as server:
+        step = server.engine.step
+
+        def slow_step() -> list[Completion]:
+            hung.wait(0.01)
+            while hung.is_set():
+                time.sleep(0.01)
+            return step()
+
+        monkeypatch.setattr(server.engine, "step", slow_step)
+        assert server.call("/v1/completions", LONG | {"max_tokens": 100})[0] == 200
+        thread = ask(server, LONG, answers)
+        hung.set()
+        thread.join(30)
+        hung.clear()
+        assert answers[0][0] == 503
+        assert isinstance(server.driver.failure, RankError)
+        assert "hangs" in str(server.driver.failure)
