@@ -200,6 +200,18 @@ def run_charts(run: Run, twin: Run | None, points: int) -> str:
     return f'{first}<div class="grid-3">{figures}</div>'
 
 
+UNANSWERED = (
+    ("truncated_fraction", "truncated"),
+    ("no_answer_fraction", "no answer"),
+    ("verifier_failed_fraction", "not judged"),
+)
+GROUPS = (
+    ("groups_sampled", "all"),
+    ("groups_all_right", "all right"),
+    ("groups_all_wrong", "all wrong"),
+)
+
+
 def _rl_charts(run: Run) -> list[Chart]:
     table = run.train
 
@@ -212,6 +224,7 @@ def _rl_charts(run: Run) -> list[Chart]:
         )
 
     capped = lines(("clip_fraction", "clip"), ("capped_fraction", "importance capped"))
+    unanswered = lines(*UNANSWERED)
     mismatch = lines(*((f"mismatch_{name}", label) for name, label in MISMATCH), raw=False)
     scores = run.evaluations
     ends = (scores["low"], scores["high"])
@@ -228,17 +241,12 @@ def _rl_charts(run: Run) -> list[Chart]:
             "Response length", lines(("response_tokens", "length")), "tokens, mean", from_zero=True
         ),
         Chart(
-            "Truncated", lines(("truncated_fraction", "truncated")), percent=True, from_zero=True
+            "Truncated, without answer", unanswered, "of responses", percent=True, from_zero=True
         ),
         Chart("Entropy", lines(("entropy", "entropy")), "nats per token", from_zero=True),
         Chart("Clipped and capped", capped, "of tokens", percent=True, from_zero=True),
         Chart("Rollout against trainer", mismatch, "KL, |Δ log-prob|", "log"),
-        Chart(
-            "Groups",
-            lines(("groups_sampled", "all"), ("groups_without_signal", "no signal")),
-            "in a step",
-            from_zero=True,
-        ),
+        Chart("Groups", lines(*GROUPS), "in a step", from_zero=True),
         Chart(
             "Time of a step",
             lines(("seconds", "all"), *((f"{part}_seconds", part) for part in STEP_PARTS)),

@@ -9,6 +9,7 @@ import numpy as np
 from infir2.config.schema import RlSection
 from infir2.data import Prompt, Sample
 from infir2.engines.types import Completion
+from infir2.verify.verdict import Reason
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,13 @@ class Response:
 
     completion: Completion
     text: str  # decoded, for the checker and for people
-    correct: bool
+    reason: Reason  # of the verdict
     reward: float
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer is right."""
+        return self.reason == "ok"
 
     @property
     def is_truncated(self) -> bool:

@@ -27,6 +27,7 @@ from infir2.rl.journal import Journal
 from infir2.rl.pipeline import RolloutPipeline
 from infir2.rl.policy_loss import find_objective
 from infir2.rl.policy_update import PolicyUpdate, open_policy_update
+from infir2.rl.step_metrics import rollout_metrics
 from infir2.terminal import begin_phase
 from infir2.train.loop import describe_model, make_trainer, open_run_tokenizer
 from infir2.train.plan import check_positions, last_step_of, planned_config
@@ -137,7 +138,7 @@ def _one_step(
         "learning_rate": rate,
         "gradient_norm": result.gradient_norm,
         "trained_tokens": result.trained_tokens,
-        **_rollout_metrics(rollouts, step, seconds),
+        **rollout_metrics(rollouts, step, seconds),
         "seconds": seconds,
         **pipeline.seconds,
         "skipped": result.skipped,
@@ -145,24 +146,6 @@ def _one_step(
         "policy_version": step,
     }
     return metrics | mismatch | result.metrics | pipeline.engine_metrics(), result, rollouts
-
-
-def _rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, float]:
-    """Means over all responses of the step; `seconds` is the duration of the whole step."""
-    responses = [response for group in rollouts.groups for response in group.responses]
-    completions = [response.completion for response in responses]
-    num_tokens = sum(len(completion.token_ids) for completion in completions)
-    num_truncated = sum(response.is_truncated for response in responses)
-    return {
-        "tokens_per_second": num_tokens / seconds,
-        "reward": sum(response.reward for response in responses) / len(responses),
-        "accuracy": sum(response.correct for response in responses) / len(responses),
-        "response_tokens": num_tokens / len(responses),
-        "truncated_fraction": num_truncated / len(responses),
-        "groups_sampled": len(rollouts.groups),
-        "groups_without_signal": sum(not group.has_signal for group in rollouts.groups),
-        "staleness": step - 1 - min(completion.policy_version for completion in completions),
-    }
 
 
 def _readable_samples(rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
@@ -173,6 +156,7 @@ def _readable_samples(rollouts: Rollouts, step: int) -> list[dict[str, Any]]:
             "prompt": group.prompt.messages[-1]["content"],
             "response": response.text,
             "answer": group.prompt.answer,
+            "verdict": response.reason,
             "reward": response.reward,
             "truncated": response.is_truncated,
         }

@@ -30,5 +30,5 @@ def rate(
     for completion, text, verdict in zip(completions, texts, verdicts, strict=True):
         penalty = overlong_penalty(len(completion.token_ids), rl)
         reward = float(verdict.correct) + penalty
-        responses.append(Response(completion, text, verdict.correct, reward))
+        responses.append(Response(completion, text, verdict.reason, reward))
     return responses

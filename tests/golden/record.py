@@ -37,7 +37,7 @@ def reward_by_parity(completions, texts, answers, rl):
     """A reward that an untrained model gets for half of its responses."""
     even = [sum(completion.token_ids) % 2 == 0 for completion in completions]
     return [
-        Response(c, text, right, float(right))
+        Response(c, text, "ok" if right else "wrong", float(right))
         for c, text, right in zip(completions, texts, even, strict=True)
     ]
 

@@ -156,6 +156,8 @@ def rl_rows(steps: int, low: float, high: float, seed: int) -> list[dict[str, An
             "accuracy": min(1.0, max(0.0, reward)),
             "response_tokens": 60 + 45 * done + 4 * noise.normal(),
             "truncated_fraction": max(0.0, 0.12 - 0.1 * done),
+            "no_answer_fraction": max(0.0, 0.15 - 0.1 * done),
+            "verifier_failed_fraction": 0.001,
         }
         row |= {
             "entropy": 0.9 - 0.5 * done + 0.02 * noise.normal(),
@@ -170,6 +172,8 @@ def rl_rows(steps: int, low: float, high: float, seed: int) -> list[dict[str, An
             "mismatch_max": 10 ** (-0.5 + 0.2 * noise.normal()),
             "groups_sampled": 24 + int(noise.integers(9)),
             "groups_without_signal": int(8 + 10 * done),
+            "groups_all_right": int(1 + 9 * done),
+            "groups_all_wrong": int(7 - 6 * done),
         }
         rows.append(row)
         if step % 10 == 0:

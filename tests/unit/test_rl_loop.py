@@ -32,10 +32,12 @@ from infir2.engines.types import Completion
 from infir2.errors import ConfigError
 from infir2.model import ModelConfig
 from infir2.parallel.ranks import Ranks
+from infir2.rl.dynamic_sampling import Rollouts
 from infir2.rl.groups import Group, Response, training_samples
 from infir2.rl.journal import Journal
 from infir2.rl.policy_update import PolicyUpdate, split_evenly
 from infir2.rl.reference import ReferencePolicy
+from infir2.rl.step_metrics import rollout_metrics
 
 STEP_PARTS = ("generate", "verify", "logprobs", "update", "publish", "wait")
 
@@ -46,7 +48,7 @@ def reward_even_lengths(completions, texts, answers, rl):  # type: ignore[no-unt
         Response(
             completion,
             text,
-            sum(completion.token_ids) % 2 == 0,
+            "wrong" if sum(completion.token_ids) % 2 else "ok",
             float(sum(completion.token_ids) % 2 == 0),
         )
         for completion, text in zip(completions, texts, strict=True)
@@ -144,7 +146,9 @@ def test_a_loss_that_cannot_be_is_one_sentence(
 def test_truncated_responses_are_not_trained_and_still_count() -> None:
     logprobs = np.zeros(2, dtype=np.float32)
     responses = [
-        Response(Completion(name, [5, 6], logprobs, finish, 0), "", reward == 1.0, reward)
+        Response(
+            Completion(name, [5, 6], logprobs, finish, 0), "", "ok" if reward else "wrong", reward
+        )
         for name, finish, reward in (("a", "stop", 1.0), ("b", "length", 0.0))
     ]
     group = Group("0/p", Prompt("p", [], "", None, ""), [3], responses)
@@ -357,13 +361,50 @@ def test_signal_is_a_verdict_that_differs() -> None:
     prompt = Prompt("p", [{"role": "user", "content": "1+1"}], "2", None, "rows.jsonl:1")
 
     def has_signal(*responses: tuple[bool, float]) -> bool:
-        rewarded = [Response(completion, "", correct, reward) for correct, reward in responses]
+        rewarded = [
+            Response(completion, "", "ok" if correct else "wrong", reward)
+            for correct, reward in responses
+        ]
         return Group("0/p", prompt, [1], rewarded).has_signal
 
     assert not has_signal((False, 0.0), (False, -0.3), (False, -1.0))
     assert not has_signal((True, 1.0), (True, 0.4))
     assert has_signal((False, 0.0), (True, 1.0))
     assert has_signal((False, 0.0), (True, 0.0))
+
+
+def test_metrics_of_a_step_tell_why_a_reward_is_flat() -> None:
+    def response(length: int, reason: str, finish: str = "stop", version: int = 4) -> Response:
+        logprobs = np.zeros(length, dtype=np.float32)
+        completion = Completion("p/0", [1] * length, logprobs, finish, version)
+        return Response(completion, "", reason, float(reason == "ok"))
+
+    def group(*responses: Response) -> Group:
+        return Group("0/p", Prompt("p", [], "2", None, ""), [1], list(responses))
+
+    rollouts = Rollouts(
+        [group(response(2, "ok"), response(4, "wrong"))],
+        [
+            group(response(6, "ok"), response(8, "ok", version=3)),
+            group(response(10, "no_answer", "length"), response(30, "timeout")),
+        ],
+    )
+    assert rollout_metrics(rollouts, step=5, seconds=2.0) == {
+        "tokens_per_second": 30.0,
+        "reward": 0.5,
+        "accuracy": 0.5,
+        "response_tokens": 10.0,
+        "response_tokens_p50": 7.0,
+        "response_tokens_p95": 25.0,
+        "truncated_fraction": pytest.approx(1 / 6),
+        "no_answer_fraction": pytest.approx(1 / 6),
+        "verifier_failed_fraction": pytest.approx(1 / 6),
+        "groups_sampled": 3,
+        "groups_without_signal": 2,
+        "groups_all_right": 1,
+        "groups_all_wrong": 1,
+        "staleness": 1,
+    }
 
 
 def test_an_engine_with_other_weights_is_refused(
@@ -393,7 +434,7 @@ def test_a_journal_that_the_disk_refuses_costs_its_lines_and_not_the_run(
     response = Response(
         Completion("p/0", [1, 2], np.array([-0.5, -1.25], dtype=np.float32), "stop", 0),
         "a",
-        True,
+        "ok",
         1.0,
     )
     journal.add("first", [response])

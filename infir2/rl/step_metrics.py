@@ -1,0 +1,50 @@
+"""What a step's rollouts say of the policy and of its reward, for metrics.jsonl.
+
+reward, accuracy: means over all responses, trained or not.
+response_tokens, response_tokens_p50, response_tokens_p95: mean and percentiles of their lengths.
+truncated_fraction, no_answer_fraction: responses at the limit of their length; without an answer
+    where the recipe looks for one.
+verifier_failed_fraction: responses whose answer could not be judged: it took too long, too much
+    memory, or raised an error. They earn nothing.
+groups_sampled, groups_without_signal, groups_all_right, groups_all_wrong: of those without signal
+    every response is right, or every one is wrong.
+staleness: versions between the weights that sampled the oldest response and the newest.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from infir2.rl.dynamic_sampling import Rollouts
+from infir2.rl.groups import Response
+
+JUDGED = ("ok", "wrong", "no_answer")
+
+
+def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, float]:
+    """The metrics at the top of this file; `seconds` is the duration of the whole step."""
+    groups = rollouts.groups
+    responses = [response for group in groups for response in group.responses]
+    lengths = np.array([len(response.completion.token_ids) for response in responses])
+    versions = [response.completion.policy_version for response in responses]
+    solved = [sum(r.correct for r in group.responses) / len(group.responses) for group in groups]
+    return {
+        "tokens_per_second": float(lengths.sum()) / seconds,
+        "reward": sum(response.reward for response in responses) / len(responses),
+        "accuracy": _share(responses, "ok"),
+        "response_tokens": float(lengths.mean()),
+        "response_tokens_p50": float(np.percentile(lengths, 50)),
+        "response_tokens_p95": float(np.percentile(lengths, 95)),
+        "truncated_fraction": sum(r.is_truncated for r in responses) / len(responses),
+        "no_answer_fraction": _share(responses, "no_answer"),
+        "verifier_failed_fraction": 1 - _share(responses, *JUDGED),
+        "groups_sampled": len(groups),
+        "groups_without_signal": sum(not group.has_signal for group in groups),
+        "groups_all_right": solved.count(1),
+        "groups_all_wrong": solved.count(0),
+        "staleness": step - 1 - min(versions),
+    }
+
+
+def _share(responses: Sequence[Response], *reasons: str) -> float:
+    return sum(response.reason in reasons for response in responses) / len(responses)
