@@ -33,6 +33,21 @@ def test_each_sample_has_a_seed_of_its_own_and_is_kept(tmp_path: Path) -> None:
     assert {row["seed"] for row in rows} == seeds
 
 
+def test_one_request_for_all_samples_gets_those_that_are_known(tmp_path: Path) -> None:
+    script = Script(faults=dict.fromkeys(range(4, 7), "html"))
+    body = {"messages": [{"role": "user", "content": "q"}], "n": 4, "do_sample": True}
+    with serving(script) as server, open_gateway(tmp_path, [server.url]) as gateway:
+        status, answer = post(gateway, body)
+        assert (status, [each["index"] for each in answer["choices"]]) == (200, [0, 1, 2])
+        assert post(gateway, body)[0] == 410
+    assert not any(request.keys() & {"n", "do_sample"} for request in script.requests)
+    with serving(script) as server, open_gateway(tmp_path, [server.url]) as gateway:
+        choices = post(gateway, body | {"n": 400})[1]["choices"]
+    assert len({each["message"]["content"] for each in choices}) == 4
+    assert all(each["usage"]["completion_tokens"] == 3 for each in choices)
+    assert len(script.requests) == 7
+
+
 def test_after_a_restart_answers_come_from_the_disk(tmp_path: Path) -> None:
     script = Script()
     with serving(script) as server:
