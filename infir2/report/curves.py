@@ -14,6 +14,16 @@ from infir2.report.text import counted, percent
 FP8, BF16, VALIDATION = 0, 1, 2  # colors
 STEP_PARTS = ("generate", "update", "publish", "wait")  # the longest of an RL step
 MISMATCH = (("kl", "KL"), ("mean", "mean"), ("p999", "99.9 %"), ("max", "max"))
+UNANSWERED = (
+    ("truncated_fraction", "truncated"),
+    ("no_answer_fraction", "no answer"),
+    ("verifier_failed_fraction", "not judged"),
+)
+GROUPS = (
+    ("groups_sampled", "all"),
+    ("groups_all_right", "all right"),
+    ("groups_all_wrong", "all wrong"),
+)
 
 
 @dataclass(frozen=True)
@@ -198,18 +208,6 @@ def run_charts(run: Run, twin: Run | None, points: int) -> str:
     )
     figures = "".join(figure(chart, points) for chart in charts if chart.drawable)
     return f'{first}<div class="grid-3">{figures}</div>'
-
-
-UNANSWERED = (
-    ("truncated_fraction", "truncated"),
-    ("no_answer_fraction", "no answer"),
-    ("verifier_failed_fraction", "not judged"),
-)
-GROUPS = (
-    ("groups_sampled", "all"),
-    ("groups_all_right", "all right"),
-    ("groups_all_wrong", "all wrong"),
-)
 
 
 def _rl_charts(run: Run) -> list[Chart]:
