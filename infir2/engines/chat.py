@@ -209,7 +209,13 @@ def own_server(model: Path, options: EngineOptions) -> Iterator[tuple[str, str]]
 
     with tempfile.TemporaryDirectory(prefix="infir2-chat-") as directory:
         host = serve_host(
-            "the server", model, options, Path(directory), open_client=open_client, shows_log=True
+            "the server",
+            model,
+            options,
+            Path(directory),
+            ("--engine-dir", str(Path(directory, "engine"))),
+            open_client=open_client,
+            shows_log=True,
         )
         try:
             asyncio.run(start(host))
