@@ -22,7 +22,7 @@ from infir2.errors import ConfigError
 
 LENGTHS = (8, 64, 512, 4096)  # repetitions
 USUAL_LENGTH = 512  # up to which every run is tried
-STEEP, VERY_STEEP = 1.25, 3.5  # times the time in proportion to that of a shorter text
+STEEP, VERY_STEEP = 1.25, 4.0  # times the time in proportion to that of a shorter text
 # Real tokenizers take 0.2 to 2 microseconds for a character.
 BASE_SECONDS, CHARACTER_SECONDS = 0.02, 1e-5
 ROW_CHARACTERS, ROW_SECONDS = 2**20, 100.0  # a long row, and its bound if the time is a square
