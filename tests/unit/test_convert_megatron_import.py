@@ -329,7 +329,9 @@ def test_names_outside_the_list_are_refused(tmp_path, name):
     path = tmp_path / "x"
     path.mkdir()
     (path / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
-    with pytest.raises(CheckpointError, match=f"'{name}'"):
+    # Python 3.11.0 to 3.11.3 write members of enums by getattr, which is read and never called.
+    refusal = "is not the metadata" if name == "builtins.getattr" else f"'{name}'"
+    with pytest.raises(CheckpointError, match=refusal):
         MegatronCheckpoint(path)
 
 
