@@ -45,7 +45,7 @@ demo: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/infir2 demo
 
 test: $(VENV)/.installed-test $(VENV)/.smollm2
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_OPTIONS)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal $(PYTEST_OPTIONS)
 
 test-gpu:
 	$(PYTHON) -m pytest tests/gpu $(PYTEST_OPTIONS)
