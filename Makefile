@@ -114,7 +114,7 @@ hashes: $(AUDIT)/.installed
 # Ray in its own environment, which also sees the packages of this one.
 $(VENV)/ray/.installed: $(VENV)/.installed-test
 	$(BIN)/python -m venv --clear $(VENV)/ray
-	$(VENV)/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[default]>=2.50,<3'
+	$(VENV)/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[default]>=2.54,<3'
 	$(VENV)/ray/bin/python -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/parent.pth", "w").write("import site; \
 	site.addsitedir(\"$(abspath $(VENV))/lib/python" + sysconfig.get_python_version() + "/site-packages\")")'
 	@touch $@
