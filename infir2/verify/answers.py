@@ -14,6 +14,8 @@ MAX_FACTORIALS = 4
 MAX_UNBALANCED_SIZES = 3
 MAX_OUTER_BRACES = 4
 
+_NO_DELIMITER = re.compile(r"\\(?:left|right)\s*\.")
+
 # How JSON, Python, pandas and spreadsheets write a value that is missing or overflowed.
 _NO_LABEL = ("", "nan", "null", "none", "nil", "inf", "infinity", "nat", "<na>", "n/a", "#n/a")
 
@@ -144,8 +146,9 @@ def too_hard(text: str) -> str:
         return f"answer of {len(text)} characters (at most {MAX_ANSWER_CHARACTERS})"
     if exponent_depth(text) > MAX_EXPONENT_DEPTH:
         return f"powers nested more than {MAX_EXPONENT_DEPTH} deep"
-    if abs(text.count("\\left") - text.count("\\right")) > MAX_UNBALANCED_SIZES:
-        return f"more than {MAX_UNBALANCED_SIZES} \\left without \\right"
+    num_open = text.count("\\left") - text.count("\\right")
+    if abs(num_open) > MAX_UNBALANCED_SIZES or (num_open and _NO_DELIMITER.search(text)):
+        return "\\left without \\right"
     if text.count("!") > MAX_FACTORIALS:
         return f"more than {MAX_FACTORIALS} factorials"
     return ""

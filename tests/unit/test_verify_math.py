@@ -164,3 +164,9 @@ def test_the_item_after_one_that_hangs_does_not_wait_for_a_new_worker() -> None:
         assert [worker.process.pid for worker in pool._workers] == [spare.process.pid]
     finally:
         pool.close()
+
+
+def test_a_delimiter_that_is_left_open_is_no_answer() -> None:
+    for answer in (r"\left.8", r"\left.\left.\left.8", r"\left. 8", r"\frac{1}{2}\left."):
+        assert not check_math(rf"\boxed{{{answer}}}", "8").correct, answer
+    assert check_math(r"\boxed{\left.8\right.}", "8").correct
