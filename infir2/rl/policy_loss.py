@@ -37,7 +37,8 @@ class PolicyTokens:
     trainer_logprobs: Tensor  # under the policy before the step's first update (pi_trainer)
     rollout_logprobs: Tensor  # under the engine's policy that sampled it (pi_rollout)
     sequence: Tensor  # int64, number of the token's response in the micro-batch
-    response_mean: Callable[[Tensor], Tensor]  # [n] -> [n]: means over each token's response
+    # [n] -> [n]: means over each token's response; all ranks that share a micro-batch call it
+    response_mean: Callable[[Tensor], Tensor]
 
     @property
     def log_ratio(self) -> Tensor:
