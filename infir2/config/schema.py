@@ -216,6 +216,11 @@ class RolloutSection(Section):
         description="what generates. native: this process, or the engines of infir2 launch ray; "
         "infir2 (infir2 serve), sglang, vllm: servers; see docs/engines.md",
     )
+    exact: bool = Field(
+        False,
+        description="stop the run if one sampled token has other bits than the trainer's "
+        "log-probability (rollout.engine = native or infir2; on a GPU: FP8 models)",
+    )
     urls: tuple[str, ...] = Field(
         (),
         description="servers that run already, such as http://127.0.0.1:30000 (INFIR2_ENGINE_KEY "

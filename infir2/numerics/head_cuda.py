@@ -20,7 +20,7 @@ def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     """Logits [T, V] FP32 of hidden [T, D] with head_weight [V, D]; differentiable in both."""
     if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
         return head_reference.head_logits(hidden, head_weight)
-    return fp32_product(hidden, _bf16(head_weight).t())
+    return _logits(hidden, _bf16(head_weight))
 
 
 def token_logprobs(
@@ -60,10 +60,10 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, head_weight, labels, normalizer, entropy)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
         ctx.set_materialize_grads(False)  # None for an entropy that is only measured
-        weight = _bf16(head_weight).t()
+        weight = _bf16(head_weight)
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits = fp32_product(hidden[chunk], weight)
+            logits = _logits(hidden[chunk], weight)
             results = kernels.label_logprobs(logits, labels[chunk], temperature, with_entropy)
             logprobs[chunk], normalizer[chunk] = results[:2]
             if with_entropy:
@@ -84,7 +84,7 @@ class _TokenLogprobs(torch.autograd.Function):
             weight = _bf16(head_weight)
             for start in range(0, hidden.shape[0], ctx.chunk_tokens):
                 chunk = slice(start, start + ctx.chunk_tokens)
-                logits = fp32_product(hidden[chunk], weight.t())
+                logits = _logits(hidden[chunk], weight)
                 grad_logits = kernels.label_logprobs_backward(
                     logits,
                     labels[chunk],
@@ -163,6 +163,16 @@ def _add_products(
         torch.mm(grad_logits, weight, out=grad_hidden[chunk])
     if grad_weight is not None:
         fp32_product(grad_logits.t(), hidden[chunk], grad_weight)
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """FP32 logits of a policy: a row's bits depend on no other row.
+
+    So a rollout in a small batch has the bits of the trainer's large one.
+    """
+    if hidden.dtype != torch.bfloat16:
+        return fp32_product(hidden, weight.t())
+    return kernels.head_product(hidden, weight)
 
 
 def _bf16(head_weight: Tensor) -> Tensor:

@@ -58,8 +58,17 @@ def _means(x: Tensor, ranks: Ranks) -> tuple[dict[str, float], float]:
     return dict(zip(values, means, strict=True)), count
 
 
-def check_mismatch(metrics: dict[str, float], rl: RlSection) -> None:
-    """Raise CheckFailedError if rollout and trainer are too far apart to train on."""
+def check_mismatch(metrics: dict[str, float], rl: RlSection, exact: bool = False) -> None:
+    """Raise CheckFailedError if rollout and trainer are too far apart to train on.
+
+    With `exact` a single bit is too far.
+    """
+    if exact and metrics["mismatch_equal"] != 1:
+        raise CheckFailedError(
+            f"rollout.exact: {1 - metrics['mismatch_equal']:.3%} of the tokens have another "
+            f"log-probability than the trainer's (largest difference {metrics['mismatch_max']:.2g}"
+            "); docs/engines.md says what is exact where, or remove rollout.exact"
+        )
     limits = {
         "mismatch_kl": ("KL", "rl.max_mismatch_kl", rl.max_mismatch_kl),
         "mismatch_prob_error": (

@@ -46,7 +46,7 @@ class PolicyUpdate:
         ranks = self.trainer.parallel_model.layout.ranks
         mismatch = mismatch_metrics([b for batches in mini_batches for b in batches], ranks)
         scored = time.monotonic()
-        check_mismatch(mismatch, rl)
+        check_mismatch(mismatch, rl, self.recipe.rollout.exact)
         results = [
             self.trainer.step(batches, self.loss, rate, temperature=rl.temperature)
             for _ in range(rl.passes)

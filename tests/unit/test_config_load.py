@@ -353,6 +353,8 @@ def test_cpt_rejects_a_batch_of_samples(recipe: str) -> None:
         ("--rollout.server_options=['--x']", "rollout.server_options is for servers"),
         ("--rollout.kv_cache_dtype=fp8_e4m3", "rollout.kv_cache_dtype = fp8_e4m3 would change"),
         ("--rollout.engine=sglang", "rollout.python is missing"),
+        ("--rollout.engine=vllm --rollout.exact=true", "rollout.exact is for rollout.engine"),
+        ("--rollout.exact=true --rl.asynchronous=true", "rollout.exact compares with the weights"),
         ("--rollout.sleep=true", "rollout.sleep is for SGLang and vLLM servers that infir2 starts"),
         ("--rollout.weight_transfer=nccl", "rollout.weight_transfer = nccl is for rollout.engine"),
         ("--rollout.engine=VLLM", "rollout.engine"),
@@ -362,7 +364,7 @@ def test_combinations_of_rl(recipe: str, option: str, key: str) -> None:
     options = ["--data.batch_samples=0"]  # of the SFT recipe
     assert load(RlRecipe, [recipe], options).recipe.rl.group_size == 16
     with pytest.raises(ConfigError, match=key):
-        load(RlRecipe, [recipe], [*options, option])
+        load(RlRecipe, [recipe], [*options, *option.split()])
 
 
 def test_evaluation_needs_a_model_and_problems(recipe: str) -> None:

@@ -100,3 +100,11 @@ def test_a_limit_stops_the_run(name: str, value: float) -> None:
     check_mismatch(metrics, RlSection())
     with pytest.raises(CheckFailedError, match=f"rl.max_mismatch_{name}"):
         check_mismatch(metrics | {f"mismatch_{name}": value * 2}, RlSection())
+
+
+def test_exact_rollouts_allow_no_other_bit() -> None:
+    metrics = {"mismatch_kl": 0.0, "mismatch_prob_error": 1.0, "mismatch_max": 1e-7}
+    check_mismatch(metrics | {"mismatch_equal": 1.0}, RlSection(), exact=True)
+    check_mismatch(metrics | {"mismatch_equal": 0.999}, RlSection())
+    with pytest.raises(CheckFailedError, match=r"0\.100% of the tokens.*1e-07.*engines\.md"):
+        check_mismatch(metrics | {"mismatch_equal": 0.999}, RlSection(), exact=True)

@@ -14,6 +14,7 @@ from infir2.numerics import quantize_reference as reference
 from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
 from infir2.numerics.kernels import conversions, norm, quantizers, swiglu
 from infir2.numerics.kernels.buffers import empty_tile_scales
+from infir2.numerics.kernels.head import head_product as head_product
 from infir2.numerics.kernels.norm import rms_norm as rms_norm
 from infir2.numerics.kernels.norm import rms_norm_backward as rms_norm_backward
 from infir2.numerics.kernels.rope import rope as rope

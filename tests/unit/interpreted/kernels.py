@@ -18,7 +18,7 @@ from infir2.numerics.error import relative_error
 from infir2.numerics.formats import Fp8Tensor
 from infir2.numerics.kernels import adamw as adamw_kernels
 from infir2.numerics.kernels import api as operations
-from infir2.numerics.kernels import conversions, norm, rope, sampling, softmax, swiglu
+from infir2.numerics.kernels import conversions, head, norm, rope, sampling, softmax, swiglu
 from infir2.numerics.kernels import quantizers as matrix
 from infir2.numerics.kernels.api import quantize, swiglu_backward_quantize, transpose
 from infir2.numerics.quantize_reference import block_scale
@@ -286,6 +286,7 @@ def operator_calls() -> dict[str, tuple]:
         "swiglu backward": (swiglu.swiglu_backward, (x, gate, up)),
         "swiglu backward quantize": (swiglu.swiglu_backward_quantize, (x, gate, up, True)),
         "rope": (rope.rope, (heads, heads, heads, None, angles, angles, True)),
+        "head": (head.head_product, (x, x)),
         "log-probabilities": (softmax.label_logprobs, (logits, labels, 0.5, True)),
         "sampling": (sampling.sample_rows, (logits, rstd, rstd, labels)),
         "gradient of logits": (
@@ -293,6 +294,19 @@ def operator_calls() -> dict[str, tuple]:
             (logits, labels, rstd, rstd, rstd, rstd, 0.5),
         ),
     }
+
+
+@pytest.mark.parametrize(("rows", "tokens", "depth"), [(1, 156, 64), (130, 257, 200), (0, 5, 64)])
+def test_the_head_s_product_is_that_of_the_reference(rows: int, tokens: int, depth: int) -> None:
+    """Small whole numbers, whose sums are exact; and strides that are not the number of columns."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden, weight = (
+        torch.randint(-8, 9, (count, depth + 8), generator=generator).bfloat16()[:, :depth]
+        for count in (rows, tokens)
+    )
+    logits = head.head_product(hidden, weight)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, hidden.float() @ weight.float().t())
 
 
 @pytest.mark.parametrize("columns", [101, 9000])
