@@ -118,3 +118,4 @@ class Prompt:
     answer: str
     difficulty: int | None
     origin: str  # file:line of the row
+    fields: dict[str, Any] = field(default_factory=dict)  # of the row, as far as a reward needs it

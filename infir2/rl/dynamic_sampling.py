@@ -10,17 +10,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from infir2.config.schema import RlSection
-from infir2.data import ChatTokenizer, Prompt
+from infir2.data import ChatTokenizer
 from infir2.engines.generate import generate_groups, items_of_rank
 from infir2.engines.types import Completion, Engine, SamplingParams
-from infir2.errors import DataError
 from infir2.faults import fault
 from infir2.parallel.ranks import Ranks
 from infir2.rl.groups import Group, Response
 from infir2.rl.journal import Journal
+from infir2.rl.prompts import DrawnPrompt, PromptStream
 from infir2.rl.rewards import rate
 
 Check = Callable[[], None]
@@ -39,59 +37,6 @@ class Rollouts:
     @property
     def groups(self) -> list[Group]:
         return self.trained + self.without_signal
-
-
-@dataclass(frozen=True)
-class DrawnPrompt:
-    """A prompt to sample responses to. Example: `DrawnPrompt("0/p17", prompt, [5, 9, 2])`."""
-
-    name: str  # "epoch/id", which seeds the sampling and differs within a step
-    prompt: Prompt
-    token_ids: list[int]
-    opened_thought: str = ""  # "<think>\n" if the chat template begins the response with it
-
-
-class PromptStream:
-    """Draws the prompts in a seeded order, epoch after epoch.
-
-    Attributes:
-        cursor: number of prompts drawn so far; its whole state.
-        num_too_long: prompts dropped because they exceed `rl.max_prompt_tokens`.
-        longest_prompt_tokens: tokens of the longest prompt that was not dropped.
-    """
-
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        tokenizer: ChatTokenizer,
-        max_prompt_tokens: int,
-        seed: int,
-        cursor: int = 0,
-    ) -> None:
-        """Raises DataError when no prompt is short enough."""
-        self.cursor = cursor
-        self._seed = seed
-        rendered = [(prompt, *tokenizer.encode_prompt(prompt.messages)) for prompt in prompts]
-        self._prompts = [each for each in rendered if len(each[1]) <= max_prompt_tokens]
-        self.num_too_long = len(rendered) - len(self._prompts)
-        if not self._prompts:
-            raise DataError(
-                f"no prompt has at most {max_prompt_tokens} tokens: raise rl.max_prompt_tokens or "
-                "fix data.sources"
-            )
-        self.longest_prompt_tokens = max(len(token_ids) for _, token_ids, _ in self._prompts)
-
-    def draw(self, count: int) -> list[DrawnPrompt]:
-        """The next `count` prompts."""
-        drawn = [self._at(self.cursor + i) for i in range(count)]
-        self.cursor += count
-        return drawn
-
-    def _at(self, position: int) -> DrawnPrompt:
-        epoch, index = divmod(position, len(self._prompts))
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
-        prompt, token_ids, opened_thought = self._prompts[order[index]]
-        return DrawnPrompt(f"{epoch}/{prompt.id}", prompt, token_ids, opened_thought)
 
 
 class GroupGenerator:
@@ -182,8 +127,7 @@ class GroupGenerator:
         """Reward a group and write it to the journal."""
         fault("rollout.group")
         texts = [drawn.opened_thought + self._tokenizer.decode(c.token_ids) for c in completions]
-        answers = [drawn.prompt.answer] * len(completions)
-        responses = rate(completions, texts, answers, self._rl)
+        responses = rate(completions, texts, drawn.prompt, self._rl)
         self._journal.add(key, responses)
         return responses
 

@@ -1,7 +1,7 @@
 """Groups of responses to one prompt, their advantages, and the samples to train on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 
 import numpy as np
@@ -9,7 +9,9 @@ import numpy as np
 from infir2.config.schema import RlSection
 from infir2.data import Prompt, Sample
 from infir2.engines.types import Completion
-from infir2.verify.verdict import Reason
+from infir2.verify.verdict import FAILURES, Reason
+
+OVERLONG = "overlong"  # the part of the reward that is the penalty for a response's length
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,23 @@ class Response:
     text: str  # decoded, for the checker and for people
     reason: Reason  # of the verdict
     reward: float
+    parts: dict[str, float] = field(default_factory=dict)  # by name; their sum is the reward
 
     @property
     def correct(self) -> bool:
         """Whether the answer is right."""
         return self.reason == "ok"
+
+    @property
+    def raw(self) -> float:
+        """The reward without the penalty for its length."""
+        scores = [value for name, value in self.parts.items() if name != OVERLONG]
+        return sum(scores) if scores else float(self.correct)
+
+    @property
+    def is_rated(self) -> bool:
+        """Whether the reward worked: a broken jail or a function that raised says nothing."""
+        return self.reason not in FAILURES
 
     @property
     def is_truncated(self) -> bool:
@@ -46,12 +60,17 @@ class Group:
 
     @property
     def has_signal(self) -> bool:
-        """Whether some responses are correct and some are not (DAPO, arXiv 2503.14476, 3.2).
+        """Whether some responses are better than others (DAPO, arXiv 2503.14476, 3.2).
 
-        By the verdict, not by the reward: a length penalty makes the rewards of wrong responses
-        differ, and training on them would only teach to be short.
+        Without the penalty for length: it makes the rewards of wrong responses differ, and training
+        on them would only teach to be short.
         """
-        return len({response.correct for response in self.responses}) > 1
+        return len({response.raw for response in self.rated}) > 1
+
+    @property
+    def rated(self) -> list[Response]:
+        """The responses whose reward worked."""
+        return [response for response in self.responses if response.is_rated]
 
 
 def group_advantages(rewards: list[float], rl: RlSection) -> np.ndarray:
@@ -70,14 +89,14 @@ def training_samples(groups: Sequence[Group], rl: RlSection) -> list[Sample]:
     """One sample per response that is trained: prompt and response, whose tokens are trained.
 
     `token_inputs` hold of every token its advantage, its rollout_logprobs, and its weight in the
-    mean over the tokens of all samples (`rl.loss_mean`). Truncated responses are left out if
-    `rl.mask_truncated`.
+    mean over the tokens of all samples (`rl.loss_mean`). Responses whose reward failed are left
+    out, and truncated ones if `rl.mask_truncated`.
     """
     rated = []
     for group in groups:
-        rewards = [response.reward for response in group.responses]
+        rewards = [response.reward for response in group.rated]
         advantages = group_advantages(rewards, rl)
-        rated += list(zip(repeat(group), group.responses, advantages, strict=False))
+        rated += list(zip(repeat(group), group.rated, advantages, strict=False))
     kept = [each for each in rated if not (rl.mask_truncated and each[1].is_truncated)]
     lengths = [len(response.completion.token_ids) for _, response, _ in kept]
     weights = response_weights(lengths, rl)

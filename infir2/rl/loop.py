@@ -2,7 +2,7 @@
 
 How the data flows through a step:
 
-    PromptStream: DrawnPrompt (prompt, token ids)                          dynamic_sampling.py
+    PromptStream: DrawnPrompt (prompt, token ids)                          prompts.py
     -> Engine: completions with rollout_logprobs, `group_size` per prompt  engines/
     -> rewards: Response (text, correct, reward); Group -> Journal         rewards.py, journal.py
     -> groups with right and wrong ones -> advantages -> packed Batch      groups.py
@@ -21,12 +21,13 @@ from infir2.config.schema import RlRecipe
 from infir2.convert.serving import require_loadable, require_servable
 from infir2.data import load_prompts
 from infir2.engines.weight_sync import check_rollout_model, open_engine
-from infir2.rl.dynamic_sampling import GroupGenerator, PromptStream, Rollouts
+from infir2.rl.dynamic_sampling import GroupGenerator, Rollouts
 from infir2.rl.evaluation import InLoopEvaluation
 from infir2.rl.journal import Journal
 from infir2.rl.pipeline import RolloutPipeline
 from infir2.rl.policy_loss import find_objective
 from infir2.rl.policy_update import PolicyUpdate, open_policy_update
+from infir2.rl.prompts import PromptStream
 from infir2.rl.step_metrics import rollout_metrics
 from infir2.terminal import begin_phase
 from infir2.train.loop import describe_model, make_trainer, open_run_tokenizer

@@ -17,13 +17,13 @@ from infir2.errors import Interrupted
 from infir2.rl.dynamic_sampling import (
     Check,
     GroupGenerator,
-    PromptStream,
     Rollouts,
     RunOnRanks,
     collect_rollouts,
 )
 from infir2.rl.groups import Group
 from infir2.rl.journal import Journal
+from infir2.rl.prompts import PromptStream
 from infir2.train.plan import last_step_of
 from infir2.train.supervisor import Supervisor
 

@@ -4,8 +4,9 @@ for overlong responses if the recipe asks for it."""
 from collections.abc import Sequence
 
 from infir2.config.schema import RlSection
+from infir2.data import Prompt
 from infir2.engines.types import Completion
-from infir2.rl.groups import Response
+from infir2.rl.groups import OVERLONG, Response
 from infir2.verify import check_math_batch
 
 
@@ -21,14 +22,16 @@ def overlong_penalty(num_tokens: int, rl: RlSection) -> float:
 
 
 def rate(
-    completions: Sequence[Completion], texts: Sequence[str], answers: Sequence[str], rl: RlSection
+    completions: Sequence[Completion], texts: Sequence[str], prompt: Prompt, rl: RlSection
 ) -> list[Response]:
-    """Responses with their rewards, in order."""
-    pairs = list(zip(texts, answers, strict=True))
+    """Responses to a prompt with their rewards, in order."""
+    pairs = [(text, prompt.answer) for text in texts]
     verdicts = check_math_batch(pairs, answer_format=rl.answer_format)
     responses = []
     for completion, text, verdict in zip(completions, texts, verdicts, strict=True):
-        penalty = overlong_penalty(len(completion.token_ids), rl)
-        reward = float(verdict.correct) + penalty
-        responses.append(Response(completion, text, verdict.reason, reward))
+        parts = {"math": float(verdict.correct)}
+        if rl.overlong_buffer_tokens:
+            parts[OVERLONG] = overlong_penalty(len(completion.token_ids), rl)
+        reward = sum(parts.values())
+        responses.append(Response(completion, text, verdict.reason, reward, parts))
     return responses

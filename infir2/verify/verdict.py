@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Reason = Literal["ok", "wrong", "no_answer", "timeout", "error", "oom", "killed", "jail_error"]
-
+Reason = Literal[
+    "ok", "wrong", "no_answer", "timeout", "error", "oom", "killed", "jail_error", "reward_error"
+]
+# Of the checker and not of the answer: such an item is no part of a reward or of a score.
+FAILURES: tuple[Reason, ...] = ("jail_error", "reward_error")
 
 MAX_DETAIL_CHARACTERS = 300  # it may quote a hostile program
 
@@ -23,6 +26,7 @@ class Verdict:
         killed: its process died of a signal that this package did not send.
         jail_error: the jail failed. This implies nothing about the answer, so exclude the item from
             rewards.
+        reward_error: a reward of one's own failed; the same.
 
     Example: Verdict("wrong", answer="41").
     """

@@ -33,7 +33,7 @@ UNTRAINED = {
 UNTRAINED |= {"schedule__learning_rate": 1e-12, "schedule__final_learning_rate": 1e-12}
 
 
-def reward_by_parity(completions, texts, answers, rl):
+def reward_by_parity(completions, texts, prompt, rl):
     """A reward that an untrained model gets for half of its responses."""
     even = [sum(completion.token_ids) % 2 == 0 for completion in completions]
     return [

@@ -25,7 +25,8 @@ from infir2.data.types import RowError
 from infir2.engines.types import Completion
 from infir2.errors import ConfigError, DataError
 from infir2.evaluate.problems import encode_problem
-from infir2.rl.dynamic_sampling import GroupGenerator, PromptStream
+from infir2.rl.dynamic_sampling import GroupGenerator
+from infir2.rl.prompts import PromptStream
 from infir2.train.build import open_tokenizer
 
 ASK = {"role": "user", "content": "What is 2+3?"}

@@ -18,7 +18,8 @@ from infir2.rl.journal import Journal
 def response(number: int) -> Response:
     logprobs = np.array([-0.1 * number, -1.25], dtype=np.float32)
     completion = Completion(f"p/{number}", [1, number], logprobs, "stop", 0)
-    return Response(completion, f"ä {number}\n", "wrong" if number % 2 else "ok", float(number % 2))
+    reason, reward = "wrong" if number % 2 else "ok", float(number % 2)
+    return Response(completion, f"ä {number}\n", reason, reward, {"math": reward})
 
 
 def journal_of(run_dir: Path) -> Journal:

@@ -42,7 +42,7 @@ from infir2.rl.step_metrics import rollout_metrics
 STEP_PARTS = ("generate", "verify", "logprobs", "update", "publish", "wait")
 
 
-def reward_even_lengths(completions, texts, answers, rl):  # type: ignore[no-untyped-def]
+def reward_even_lengths(completions, texts, prompt, rl):  # type: ignore[no-untyped-def]
     """A reward that an untrained model earns in half of its answers."""
     return [
         Response(
