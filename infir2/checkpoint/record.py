@@ -30,7 +30,8 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         self._lines = JsonLinesWriter(run_dir / "metrics.jsonl")
         self._samples = JsonLinesWriter(run_dir / "samples.jsonl")
-        for lines in (self._lines, self._samples):
+        self._operands = JsonLinesWriter(run_dir / "operands.jsonl")
+        for lines in (self._lines, self._samples, self._operands):
             with disk_errors(f"{lines.path}: cannot be written"):
                 keep_json_lines(lines.path, lambda row: _step_of(row) <= resumed_step)
         self._lines.append()  # creates the file, so that readers find it before step 1
@@ -58,8 +59,13 @@ class MetricsWriter:
         """Append readable responses to samples.jsonl."""
         self._samples.append(*rows)
 
+    def write_operands(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Append what was observed of FP8 operands to operands.jsonl, one line per layer."""
+        lines = ({name: _plain(value) for name, value in row.items()} for row in rows)
+        self._operands.append(*({"step": step} | line for line in lines))
+
     def close(self) -> None:
-        for lines in (self._lines, self._samples):
+        for lines in (self._lines, self._samples, self._operands):
             lines.close()
         self._view.close()
 

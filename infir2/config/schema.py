@@ -175,6 +175,12 @@ class TrainSection(Section):
         2048, gt=0, description="tokens per chunk of the loss; bounds the memory of the logits"
     )
     log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
+    observe_every: int = Field(
+        0,
+        ge=0,
+        description="CPT and SFT in one process: steps between lines of operands.jsonl, the error "
+        "of each layer's FP8 operands (0: never)",
+    )
 
 
 class CheckpointSection(Section):

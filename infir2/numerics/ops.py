@@ -5,7 +5,8 @@ Each operation has two definitions with the same signature: `ops_reference` defi
 Whether a layer is plain or FP8 is the layer's own type (`infir2.numerics.linear.Fp8Linear`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -61,12 +62,30 @@ def runs_on_kernels(x: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def definitions_for(x: Tensor, dtype: torch.dtype | None = None) -> Operations:
-    """The module whose operations compute with x."""
+    """The module whose operations compute with x, or what `replaced` makes of it."""
     if not runs_on_kernels(x, dtype):
-        return ops_reference
+        return _replacement(ops_reference)
     from infir2.numerics import ops_cuda  # imports triton, which may be missing elsewhere
 
-    return ops_cuda
+    return _replacement(ops_cuda)
+
+
+def _as_they_are(definitions: Operations) -> Operations:
+    return definitions
+
+
+_replacement: Callable[[Operations], Operations] = _as_they_are
+
+
+@contextmanager
+def replaced(replacement: Callable[[Operations], Operations]) -> Iterator[None]:
+    """Inside, operations are those that `replacement` makes of the definitions."""
+    global _replacement
+    _replacement = replacement
+    try:
+        yield
+    finally:
+        _replacement = _as_they_are
 
 
 class RMSNorm(nn.Module):

@@ -4,6 +4,8 @@ They check their input, count non-finite blocks, and choose the definition (`_de
 `quantize_reference` defines the bits, `kernels.api` reproduces them on a GPU.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -126,6 +128,16 @@ class NonFiniteBlocks:
         self._count_pending()
         count = self._counts.pop(device, None)
         return torch.zeros((), dtype=torch.int64, device=device) if count is None else count
+
+    @contextmanager
+    def ignored(self, device: torch.device) -> Iterator[None]:
+        """Blocks on `device` are not counted inside."""
+        before = self.take(device)
+        try:
+            yield
+        finally:
+            self.take(device)
+            self._counts[device] = before
 
     def _count_pending(self) -> None:
         pending, self._pending = self._pending, []

@@ -18,6 +18,7 @@ from infir2.parallel.parallel_model import ParallelModel
 from infir2.terminal import begin_phase
 from infir2.train.build import build_model, open_tokenizer
 from infir2.train.losses import next_token_loss
+from infir2.train.observer import observe
 from infir2.train.plan import (
     check_branch,
     check_positions,
@@ -58,6 +59,7 @@ def run_training(loaded: Loaded, kind: str) -> None:
         for step in range(finished + 1, last_step + 1):
             supervisor.heartbeat(f"step {step}")
             batches = loader.next_step()
+            _observe_if_due(step, trainer, batches, supervisor)
             metrics, result = _timed_step(trainer, batches, learning_rate(schedule, step))
             state = description | {"loader": loader.state_dict()}
             supervisor.finish_step(step, step == last_step, result, metrics, state, batches)
@@ -139,6 +141,15 @@ def _warn_about_few_rows(loader: Loader, supervisor: Supervisor) -> None:
             f"{loader.num_rows} rows for data.batch_samples = {batch_samples}: "
             "a step uses rows more than once",
         )
+
+
+def _observe_if_due(
+    step: int, trainer: Trainer, batches: Sequence[Batch], supervisor: Supervisor
+) -> None:
+    recipe = supervisor.recipe
+    if recipe.train.observe_every and step % recipe.train.observe_every == 0:
+        options = (recipe.fp8.scale_format, recipe.train.loss_chunk_tokens)
+        supervisor.log.write_operands(step, observe(trainer.model, batches, *options))
 
 
 def _timed_step(

@@ -175,6 +175,15 @@ def needs_one_process(section: OptimizerSection) -> bool:
     return section.moment_dtype == "fp8" or section.grad_dtype == "bf16"
 
 
+def check_observer(recipe: TrainRecipe, sizes: Sizes) -> None:
+    """Raises ConfigError for an observer, which several processes cannot run."""
+    if sizes.world > 1 and recipe.train.observe_every:
+        raise ConfigError(
+            f"train.observe_every needs one process, not {sizes.world}; set it to 0, or observe "
+            "a run of one process"
+        )
+
+
 def check_optimizer(recipe: TrainRecipe, sizes: Sizes) -> None:
     """Raises ConfigError for an optimizer that several processes cannot run."""
     if sizes.world > 1 and needs_one_process(recipe.optimizer):

@@ -42,6 +42,11 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.write_samples(rows)
 
+    def write_operands(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Append what was observed of FP8 operands to operands.jsonl."""
+        if self._metrics is not None:
+            self._metrics.write_operands(step, rows)
+
     def event(self, step: int, name: str, detail: str) -> None:
         """Record something that happened, and print it."""
         self.write("event", step, event=name, detail=detail)

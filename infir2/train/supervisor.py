@@ -48,6 +48,7 @@ from infir2.terminal import begin_phase
 from infir2.train.banner import start_banner
 from infir2.train.plan import (
     check_branch,
+    check_observer,
     check_optimizer,
     device_of,
     planned_config,
@@ -369,6 +370,7 @@ class Supervisor:
 def _checked_sizes(recipe: TrainRecipe) -> Sizes:
     sizes = plan_sizes(recipe.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     check_optimizer(recipe, sizes)
+    check_observer(recipe, sizes)
     if sizes.tp > 1:
         check_model(sizes, planned_config(recipe.model), recipe.fp8.enabled)
     return sizes

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
 
 from infir2.config.schema import ShapeSection
+from infir2.data import Batch
 from infir2.engines.sampling import sample
 from infir2.model import Decoder
 from infir2.numerics import SavedActivations, convert_to_fp8, ops, token_logprobs
@@ -24,6 +25,7 @@ from infir2.numerics.kernels.api import quantize, swiglu_backward_quantize, tran
 from infir2.numerics.quantize_reference import block_scale
 from infir2.numerics.quantize_reference import quantize as quantize_reference
 from infir2.numerics.quantize_reference import transpose as transpose_reference
+from infir2.train.observer import observe
 
 FORMATS = ("pow2", "fp32")
 SHAPES = [(1, 1), (0, 130), (131, 200), (128, 256)]
@@ -177,6 +179,25 @@ def test_fused_operations_are_their_definitions(
         rounded = decoder_results(True, scale_format, saved, monkeypatch)
         assert torch.equal(found[0], rounded[0])
         assert relative_error(whole[1], torch.cat([grad.flatten() for grad in rounded[1:]])) < 0.1
+
+
+def test_operands_are_observed_on_kernels_as_in_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape = ShapeSection(
+        hidden_size=128, ffn_size=256, num_heads=4, num_kv_heads=2, head_dim=64, num_layers=1
+    )
+    ids = torch.randint(0, 50, (101,), generator=torch.Generator().manual_seed(2))
+    batch = Batch(ids[:-1], torch.arange(100), ids[1:], ids[1:] >= 0, torch.tensor([0, 100]).int())
+    rows = []
+    for on_kernels in (False, True):
+        monkeypatch.setattr(ops, "runs_on_kernels", lambda x, dtype=None, on=on_kernels: on)
+        model = convert_to_fp8(Decoder.from_shape(shape, vocab_size=50, seed=1))
+        rows.append(observe(model, [batch], "pow2", 64))
+    for one, other in zip(*rows, strict=True):
+        assert one.keys() == other.keys()
+        for name in set(one) - {"layer", "fp8"}:
+            assert other[name] == pytest.approx(one[name], rel=0.1, abs=1e-3), (one["layer"], name)
 
 
 @pytest.mark.parametrize("scale_format", ["pow2", "fp32"])
