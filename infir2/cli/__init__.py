@@ -49,6 +49,10 @@ VERBS = {
     ),
     "serve": Verb("serve", "serve", "serve a model by OpenAI's API: serve MODEL"),
     "chat": Verb("chat", "chat", "talk to a model: chat MODEL, or --url of a server"),
+    "plan": Verb(
+        "plan", "plan", "memory, time and layout of a run on GPUs: plan RECIPE.toml --gpu h100"
+    ),
+    "bench": Verb("plan", "bench", "measure this machine's GPU for plan: bench --to FILE.json"),
     "check": Verb("preflight", "check", "check everything a recipe needs, and train nothing"),
     "export": Verb(
         "convert", "export", "write weights for other software: export hf|fp8|megatron SRC --to DIR"

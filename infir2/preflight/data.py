@@ -265,3 +265,12 @@ class _Budget:
             + ": fewer than one step needs"
             * self.is_short
         )
+
+
+def mean_row_tokens(recipe: TrainRecipe, tokenizer: ChatTokenizer) -> float:
+    """Mean tokens of the rows of a recipe's sources, from a sample. Raises UserError."""
+    kind: RowKind = "messages" if recipe.data.batch_samples else "documents"
+    sampler = _RowSampler(tokenizer, kind, recipe.data.system_prompt, max_unusable=1.0)
+    for section in recipe.data.sources:
+        sampler.check(section)
+    return sampler.num_tokens / sampler.num_rows

@@ -54,32 +54,48 @@ def _backward_peak(
 ) -> dict[str, int]:
     """The larger of two moments of the backward, in bytes.
 
-    At its start only the head's gradient exists, and all activations; at its end all gradients
-    exist and the activations are freed.
+    At its start only the head's gradient exists (all of them if the step has had a micro-batch
+    before), and all activations; at its end all gradients exist and the activations are freed.
     """
     tokens = pass_tokens(recipe)
     gradient = 4 if recipe.optimizer.grad_dtype == "fp32" else 2
-    saved, working = layer_bytes(config, recipe)
-    chunk = min(recipe.train.loss_chunk_tokens, tokens)
-    logits = chunk * config.vocab_size * _LOGIT_BYTES
-    layers = config.num_layers * saved
-    if recipe.model.recompute == "full":
-        layers = config.num_layers * 2 * config.hidden_size + saved
-    start_working = max(logits, tokens * working)
-    start = tokens * layers + gradient * head + start_working
-    end = gradient * total + tokens * working
-    if end > start:
-        return {
-            "gradients": gradient * total,
-            "activations": 0,
-            "head and working memory": tokens * working,
-        }
+    first = gradient * (total if accumulates(recipe) else head)
+    working = tokens * layer_bytes(config, recipe)[1]
+    start_working = max(logits_bytes(config, recipe, tokens), working)
+    saved = tokens * _saved_bytes(config, recipe)
+    if gradient * total + working > first + saved + start_working:
+        return _moment(gradient * total, 0, working)
     # The residual stream, the output of the final norm, the gradient of the head's input.
     around_head = 6 * config.hidden_size
+    return _moment(first, saved + tokens * around_head, start_working)
+
+
+def accumulates(recipe: TrainRecipe, num_data: int = 1) -> bool:
+    """Whether a step may have several micro-batches, of which all but the first find gradients."""
+    if isinstance(recipe, RlRecipe):
+        return True
+    rows = max(recipe.data.batch_sequences, recipe.data.batch_samples)
+    return rows * recipe.data.sequence_tokens > num_data * recipe.data.micro_batch_tokens
+
+
+def logits_bytes(config: ModelConfig, recipe: TrainRecipe, tokens: int) -> int:
+    """Logits of one chunk of the loss and their gradient."""
+    return min(recipe.train.loss_chunk_tokens, tokens) * config.vocab_size * _LOGIT_BYTES
+
+
+def _saved_bytes(config: ModelConfig, recipe: TrainRecipe) -> int:
+    """What all layers keep for the backward, bytes per token."""
+    saved, _ = layer_bytes(config, recipe)
+    if recipe.model.recompute == "full":
+        return config.num_layers * 2 * config.hidden_size + saved
+    return config.num_layers * saved
+
+
+def _moment(gradients: float, activations: float, working: float) -> dict[str, int]:
     return {
-        "gradients": gradient * head,
-        "activations": tokens * (layers + around_head),
-        "head and working memory": start_working,
+        "gradients": int(gradients),
+        "activations": int(activations),
+        "head and working memory": int(working),
     }
 
 
@@ -90,15 +106,9 @@ def _sharded_ledger(config: ModelConfig, recipe: TrainRecipe, sizes: Sizes) -> d
     FP32. The root (embeddings, final norm, head) stays gathered for the whole step.
     """
     linear, total = linear_parameters(config), num_parameters(config)
-    tokens = pass_tokens(recipe) // (sizes.cp * sizes.tp)
-    saved, working = layer_bytes(config, recipe)
-    layers = config.num_layers * saved
-    if recipe.model.recompute == "full":
-        layers = config.num_layers * 2 * config.hidden_size + saved
     block, root = linear / config.num_layers / sizes.tp, total - linear
     local = (linear / sizes.tp + root) / sizes.num_shards
     moments = (8 if recipe.optimizer.moment_dtype == "fp32" else 4) * (not recipe.optimizer.offload)
-    logits = min(recipe.train.loss_chunk_tokens, tokens) * config.vocab_size * _LOGIT_BYTES
     code = 1 if recipe.fp8.enabled else 2
     parts = {
         "weights": 4 * local,
@@ -106,12 +116,28 @@ def _sharded_ledger(config: ModelConfig, recipe: TrainRecipe, sizes: Sizes) -> d
         "optimizer": moments * local,
         # The root in BF16; two blocks, each as it is received and as the GEMMs read it.
         "gathered weights": 2 * root + 4 * code * block,
-        # The root's until the end of the backward; one block's as computed and as it is sent.
-        "gradients": 4 * (local + root + 2 * block),
-        "activations": tokens * (layers + 6 * config.hidden_size),
-        "head and working memory": max(logits, tokens * working),
     }
-    return {name: int(size) for name, size in parts.items() if size}
+    named = {name: int(size) for name, size in parts.items() if size}
+    return named | _sharded_backward_peak(config, recipe, sizes, local, block)
+
+
+def _sharded_backward_peak(
+    config: ModelConfig, recipe: TrainRecipe, sizes: Sizes, local: float, block: float
+) -> dict[str, int]:
+    """The larger of the two moments of `_backward_peak` on one of several ranks."""
+    root = num_parameters(config) - linear_parameters(config)
+    head = config.vocab_size * config.hidden_size
+    tokens = pass_tokens(recipe) // (sizes.cp * sizes.tp)
+    working = tokens * layer_bytes(config, recipe)[1]
+    start_working = max(logits_bytes(config, recipe, tokens), working)
+    saved = tokens * (_saved_bytes(config, recipe) + 6 * config.hidden_size)
+    earlier = local if accumulates(recipe, sizes.num_data) else 0
+    start = 4 * (earlier + head)
+    # The root's until the end of the backward; one block's as computed and as it is sent.
+    end = 4 * (local + root + 2 * block)
+    if end + working > start + saved + start_working:
+        return _moment(end, 0, working)
+    return _moment(start, saved, start_working)
 
 
 def layer_bytes(config: ModelConfig, recipe: TrainRecipe) -> tuple[int, int]:

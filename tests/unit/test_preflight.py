@@ -374,7 +374,7 @@ def test_the_kv_cache_takes_what_the_requests_need_and_at_most_its_bound(
 def test_gpu_memory_has_one_name_for_gradients(recipe: Path) -> None:
     """At the start of the backward, and at its end where few tokens make that the peak."""
     for tokens in (128, 2**20):
-        options = ["--data.batch_sequences=2", f"--data.micro_batch_tokens={tokens}"]
+        options = ["--data.batch_sequences=1", f"--data.micro_batch_tokens={tokens}"]
         loaded = load(TrainRecipe, [recipe], [*options, "--model.shape.hidden_size=1024"]).recipe
         parts = memory_parts(loaded, model_facts(loaded.model, 100), "cuda")
         assert (parts["activations"] == 0) == (tokens == 128)

@@ -1,0 +1,79 @@
+"""Speeds of GPUs: those that ship with the package, or a file that `infir2 bench` wrote."""
+
+import difflib
+import json
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from infir2.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the estimates know of a GPU. Rates are those of large operands, measured alone.
+
+    Attributes:
+        bandwidth: of a copy, reads and writes, TB/s.
+        bf16_tflops, fp8_tflops: of GEMMs; fp8_tflops is 0 without block-scaled FP8.
+        flash_tflops, torch_tflops: of causal attention, forward and backward, by FlashAttention 4
+            and by torch.
+        link_gb_s: of NCCL within a node, one direction; network_gb_s: between nodes, per GPU.
+        launch_us: host time of a kernel's launch.
+        origin: where the numbers are from.
+    """
+
+    name: str
+    memory_gib: float
+    bandwidth: float
+    bf16_tflops: float
+    fp8_tflops: float
+    flash_tflops: tuple[float, float]
+    torch_tflops: tuple[float, float]
+    link_gb_s: float
+    network_gb_s: float
+    launch_us: float
+    origin: str
+
+
+@cache
+def package_json(name: str) -> Any:
+    """A JSON file of this folder."""
+    return json.loads(files("infir2.planner").joinpath(name).read_text(encoding="utf-8"))
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of `--gpu`: a name (h100, h200, a100) or a file of `infir2 bench`.
+
+    Raises ConfigError.
+    """
+    known = package_json("gpus.json")
+    if name.lower() in known:
+        return _gpu(known[name.lower()])
+    path = Path(name)
+    if path.suffix != ".json" and not path.is_file():
+        near = difflib.get_close_matches(name.lower(), known, 1)
+        advice = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"--gpu {name} is not one of {', '.join(known)}; {advice}`infir2 bench --to FILE.json` "
+            "on a machine with that GPU writes a file to name here."
+        )
+    try:
+        return _gpu(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--gpu {name}: not a file of infir2 bench ({error}); run `infir2 bench --to {name}` "
+            "on a machine with that GPU."
+        ) from None
+
+
+def _gpu(values: dict[str, Any]) -> Gpu:
+    known = {field.name for field in fields(Gpu)}
+    gpu = Gpu(**{name: value for name, value in values.items() if name in known})
+    numbers = [gpu.memory_gib, gpu.bandwidth, gpu.bf16_tflops, gpu.link_gb_s, gpu.network_gb_s]
+    numbers += [*gpu.flash_tflops, *gpu.torch_tflops]
+    if not all(isinstance(number, int | float) and number > 0 for number in numbers):
+        raise ValueError("a rate is not a positive number")
+    return gpu

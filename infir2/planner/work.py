@@ -1,0 +1,141 @@
+"""What one training step does on one GPU: FLOPs, bytes of memory and of NCCL, the host's passes.
+
+Each `Work` is what the fitted constants of `step_time` are multiplied with. Counted per GPU and
+optimizer step.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from infir2.config.schema import TrainRecipe
+from infir2.model import ModelConfig
+from infir2.parallel.mesh import Sizes
+from infir2.preflight.gpu_memory import linear_parameters, num_parameters
+
+Attention = Literal["flash", "torch"]
+# Bytes that AdamW reads and writes per parameter, the norm of the gradients among them.
+_MOMENT_TRAFFIC = {"fp32": 16, "bf16": 8, "fp8": 4}
+
+
+@dataclass(frozen=True)
+class Load:
+    """One step of a model on one GPU.
+
+    Attributes:
+        micro_batches: forward passes of this GPU in the step, each of `tokens` tokens before cp
+            and tp split them.
+        length: tokens of a sequence, for attention.
+        nodes: the ranks are spread over as many.
+    """
+
+    config: ModelConfig
+    recipe: TrainRecipe
+    tokens: int
+    length: int
+    sizes: Sizes = field(default_factory=Sizes)
+    nodes: int = 1
+    micro_batches: int = 1
+    attention: Attention = "flash"
+    has_optimizer: bool = True
+
+    @property
+    def local_tokens(self) -> float:
+        """Tokens of a pass that one GPU computes."""
+        return self.tokens / (self.sizes.cp * self.sizes.tp)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one step on one GPU. FLOPs; attention's are (forward, backward); bytes.
+
+    `layer_passes` counts layers times micro-batches, more with recomputation: what the host runs.
+    """
+
+    layer_flops: float
+    head_flops: float
+    attention_flops: tuple[float, float]
+    traffic: float
+    pre_activation_traffic: float
+    update_traffic: float
+    shard_bytes: float
+    replica_bytes: float
+    tensor_bytes: float
+    layer_passes: float
+
+
+def step_work(load: Load) -> Work:
+    """The work of a step; see docs/results/hopper.md for what a step consists of."""
+    config, recipe = load.config, load.recipe
+    linear, head = linear_parameters(config), config.vocab_size * config.hidden_size
+    tokens = load.local_tokens * load.micro_batches
+    passes = 4 if recipe.model.recompute == "full" else 3
+    forward = 2.0 * tokens * load.length * config.num_heads * config.head_dim * config.num_layers
+    swiglu = recipe.model.pre_activation_dtype == "fp8"
+    gate_up = 8 * config.ffn_size * config.num_layers * tokens
+    shard, replica, tensor = _communication(load)
+    return Work(
+        layer_flops=2.0 * tokens * linear * passes,
+        head_flops=6.0 * tokens * head,
+        attention_flops=(forward * (passes - 2), 2.5 * forward),
+        traffic=tokens * _layer_traffic(load) * config.num_layers + _weight_traffic(load),
+        pre_activation_traffic=gate_up if swiglu else 0.0,
+        update_traffic=_update_traffic(load),
+        shard_bytes=shard,
+        replica_bytes=replica,
+        tensor_bytes=tensor,
+        layer_passes=config.num_layers * load.micro_batches * passes / 3,
+    )
+
+
+def _layer_traffic(load: Load) -> float:
+    """Bytes that norms, RoPE, SwiGLU, quantizers and sums move in a layer, per token.
+
+    The head's softmax is the share of a layer that its logits take.
+    """
+    config, model = load.config, load.recipe.model
+    fp8 = load.recipe.fp8.enabled
+    d, f = config.hidden_size, config.ffn_size
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    code = 1.0 if fp8 else 2.0
+    forward = 4 * d + 4 * d * code + 12 * d + 4 * qkv + (4 + code) * f
+    second_layouts = 2 * (2 * d + f + qkv) + 3 * (2 * d + qkv) if fp8 else 0
+    backward = 12 * d + 12 * d + 4 * qkv + (6 + 4 * code) * f + second_layouts
+    again = {"none": 0.0, "selective": 4 * d + (4 + 2 * code) * f, "full": forward}[model.recompute]
+    softmax = 8.0 * config.vocab_size / config.num_layers
+    return forward + backward + again + softmax
+
+
+def _weight_traffic(load: Load) -> float:
+    """Once per step the codes (or BF16 copies) of the weights; gradients once per micro-batch."""
+    linear, recipe = linear_parameters(load.config), load.recipe
+    shards = load.sizes.num_shards * load.sizes.tp
+    gradient = 4 if recipe.optimizer.grad_dtype == "fp32" else 2
+    transposes = 0 if recipe.fp8.keep_transposed or not recipe.fp8.enabled else 2 * linear
+    added = (load.micro_batches - 1) * 2 * gradient * linear / load.sizes.tp
+    return 6.0 * linear / shards + load.micro_batches * transposes + added
+
+
+def _update_traffic(load: Load) -> float:
+    if not load.has_optimizer:
+        return 0.0
+    optimizer, sizes = load.recipe.optimizer, load.sizes
+    gradient = 4 if optimizer.grad_dtype == "fp32" else 2
+    per_parameter = 8 + 2 * gradient + _MOMENT_TRAFFIC[optimizer.moment_dtype]
+    return per_parameter * num_parameters(load.config) / (sizes.num_shards * sizes.tp)
+
+
+def _communication(load: Load) -> tuple[float, float, float]:
+    """Bytes that a GPU receives in a step: of FSDP's shards, of replicas, of tp and cp."""
+    config, sizes = load.config, load.sizes
+    linear, total = linear_parameters(config), num_parameters(config)
+    code = 1 if load.recipe.fp8.enabled else 2
+    others = (sizes.num_shards - 1) / sizes.num_shards
+    gathers = 2 * code * linear / sizes.tp + 2 * (total - linear)
+    reduced = 4 * (linear / sizes.tp + total - linear)
+    shard = load.micro_batches * others * (gathers + reduced)
+    replica = 2 * reduced / sizes.num_shards * (sizes.dp_replicate - 1) / sizes.dp_replicate
+    tokens = load.tokens * load.micro_batches / sizes.cp
+    # Two all-gathers and two reduce-scatters of the stream in a layer and direction.
+    tensor = 8 * 2 * tokens * config.hidden_size * config.num_layers * (sizes.tp - 1) / sizes.tp
+    keys = 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers / sizes.tp
+    return shard, replica, tensor + 3 * keys * load.micro_batches * load.tokens * (sizes.cp > 1)

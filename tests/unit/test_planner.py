@@ -1,0 +1,205 @@
+"""`infir2 plan`: every measured step of docs/results within its bounds, and what the plan says."""
+
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from infir2.cli import main
+from infir2.planner.gpus import find_gpu, package_json
+from infir2.planner.rows import Row, measured_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
+TIME_BOUND, MEMORY_BOUND = 0.15, 0.10
+
+
+def rows_of_the_documents() -> list[Row]:
+    """Read from docs/results now, so that a step measured later is judged too."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        from calibrate import all_rows
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
+    return all_rows()
+
+
+ROWS = rows_of_the_documents()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{row.source} {row.name}" for row in ROWS])
+def test_a_measured_step_is_met(row: Row) -> None:
+    assert abs(row.predicted_milliseconds() / row.milliseconds - 1) <= TIME_BOUND
+    if row.peak_gib:
+        assert abs(row.predicted_gib() / row.peak_gib - 1) <= MEMORY_BOUND
+
+
+def test_the_package_has_the_rows_of_the_documents() -> None:
+    """Compared as JSON, where a tuple is a list."""
+    documents = [json.loads(json.dumps(asdict(row))) for row in ROWS]
+    assert len(documents) >= 30
+    assert not [row.name for row in measured_rows() if asdict(row) not in documents]
+
+
+def test_rows_that_a_fit_has_not_seen_are_met_too() -> None:
+    errors = package_json("constants.json")["largest_error"]
+    assert errors["held_out"] <= TIME_BOUND
+    assert errors["memory"] <= MEMORY_BOUND
+
+
+def test_few_constants() -> None:
+    constants = package_json("constants.json")["constants"]
+    assert len(constants) <= len(ROWS) / 2.5
+    assert all(value > 0 for value in constants.values())
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main(["plan", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
+    return json.loads(plan(capsys, *words, "--json"))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("qwen2.5-*/[crs]*.toml")), ids=str)
+def test_every_recipe_of_a_real_model_is_planned(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if path.name == "base.toml":
+        return
+    text = plan(capsys, path, "--gpu=h100", "--gpus=8", "--nodes=4")
+    for word in ("memory a GPU", "step   ", "tokens/s", "the run", "recommended", "how sure"):
+        assert word in text
+    assert "on 32 x H100 80GB (4 nodes of 8)" in text
+    assert max(map(len, text.splitlines())) < 300
+
+
+def test_a_plan_as_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan_json(capsys, RECIPES / "qwen2.5-7b/cpt.toml", "--gpu", "h200", "--gpus", 8)
+    written = made["written"]
+    assert sum(written["memory_bytes"].values()) / 2**30 == pytest.approx(written["peak_gib"], 1e-2)
+    assert sum(written["seconds"].values()) == pytest.approx(written["step_seconds"], abs=1e-2)
+    tokens = 128 * 32768
+    assert written["tokens_per_second"] * written["step_seconds"] == pytest.approx(tokens, 1e-3)
+    hours = made["steps"] * written["step_seconds"] / 3600
+    assert written["gpu_hours"] == pytest.approx(8 * hours, 1e-2)
+    assert written["days"] == pytest.approx(hours / 24, 1e-2)
+    assert made["recommended"]["step_seconds"] <= written["step_seconds"]
+    assert made["recommended"]["fits"]
+
+
+def test_the_recommended_options_make_the_recommended_plan(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [RECIPES / "qwen2.5-7b/cpt.toml", "--gpu=h100", "--gpus=8", "--nodes=4"]
+    options = re.search(r"recommended: (.*)", plan(capsys, *words))[1].split()
+    before, after = plan_json(capsys, *words), plan_json(capsys, *words, *options)
+    assert after["written"] == before["recommended"]
+    assert "recommended: as it is written" in plan(capsys, *words, *options)
+
+
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [RECIPES / "qwen2.5-7b/cpt.toml", "--gpu=h100", "--model.path=Qwen2.5-72B"]
+    text = plan(capsys, *words)
+    assert "DOES NOT FIT" in text
+    assert "no layout of these GPUs fits; try " in text
+    assert "DOES NOT FIT" in plan(capsys, RECIPES / "qwen2.5-7b/cpt.toml", "--gpu=h100")
+
+
+def test_more_gpus_and_shorter_rows_take_less_time(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = RECIPES / "qwen2.5-7b/sft1.toml"
+    one, eight = (plan_json(capsys, recipe, "--gpu=h200", f"--gpus={n}") for n in (1, 8))
+    assert one["written"]["step_seconds"] / 8 < eight["written"]["step_seconds"]
+    assert eight["written"]["step_seconds"] < one["written"]["step_seconds"] / 4
+    assert eight["written"]["peak_gib"] < one["written"]["peak_gib"]
+    short = plan_json(capsys, recipe, "--gpu=h200", "--gpus=8", "--sample-tokens=4096")
+    assert short["written"]["step_seconds"] < eight["written"]["step_seconds"] / 6
+    assert not any("row is taken as" in note for note in short["assumptions"])
+
+
+def test_fp8_is_set_against_bf16_and_needs_hopper(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = RECIPES / "qwen2.5-7b/cpt.toml"
+    h100 = plan_json(capsys, recipe, "--gpu=h100", "--gpus=8")
+    bf16 = plan_json(capsys, recipe, "--gpu=h100", "--gpus=8", "--fp8.enabled=false")
+    measured = bf16["written"]["step_seconds"] / h100["written"]["step_seconds"]
+    assert h100["fp8_speedup"] == pytest.approx(measured, 1e-2)
+    assert h100["fp8_speedup"] > 1.1
+    assert 256 < h100["fp8_faster_from_tokens"] <= 16384
+    a100 = plan_json(capsys, recipe, "--gpu=a100", "--gpus=8", "--fp8.enabled=false")
+    assert a100["fp8_speedup"] == 0
+    assert a100["written"]["step_seconds"] > 2 * bf16["written"]["step_seconds"]
+
+
+def test_how_sure_a_plan_is(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = RECIPES / "qwen2.5-1.5b/cpt.toml"
+    levels = {
+        ("--gpu=h100",): "high",
+        ("--gpu=h200", "--gpus=8"): "medium",
+        ("--gpu=h200", "--gpus=8", "--nodes=2"): "low",
+        ("--gpu=a100", "--fp8.enabled=false"): "low",
+    }
+    for words, level in levels.items():
+        assert plan_json(capsys, recipe, *words)["certainty"] == level
+
+
+def test_rates_of_another_gpu_are_read_from_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.json"
+    half = asdict(find_gpu("h100")) | {"name": "mine", "bf16_tflops": 370, "fp8_tflops": 610}
+    path.write_text(json.dumps(half))
+    recipe = RECIPES / "qwen2.5-1.5b/cpt.toml"
+    slow, fast = (plan_json(capsys, recipe, f"--gpu={gpu}") for gpu in (path, "h100"))
+    assert slow["gpu"] == "mine"
+    assert slow["written"]["step_seconds"] > 1.2 * fast["written"]["step_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("", "the following arguments are required: --gpu"),
+        ("--gpu=h10", "--gpu h10 is not one of h100, h200, a100; did you mean h100?"),
+        ("--gpu=b200", "`infir2 bench --to FILE.json` on a machine with that GPU"),
+        ("--gpu=broken.json", "--gpu broken.json: not a file of infir2 bench"),
+        ("--gpu=missing.json", "--gpu missing.json: not a file of infir2 bench"),
+        ("--gpu=h100 --gpus=0", "argument --gpus: invalid positive integer value: '0'"),
+        ("--gpu=h100 --gpus=eight", "argument --gpus: invalid positive integer value: 'eight'"),
+        ("--gpu=h100 --nodes=-1", "argument --nodes: invalid positive integer value: '-1'"),
+        ("--gpu=h100 --gpus=8 --parallel.dp=4", "needs 4 processes and this run has 8"),
+        ("--gpu=h100 --gpus=8 --parallel.tp=3", "= 3 does not divide the 8 processes"),
+        ("--gpu=h100 --gpus=8 --parallel.tp=8", "the nearest sizes that work for this model: 2"),
+        ("--gpu=h100 --gpus=2 --optimizer.moment_dtype=fp8", "need one process, not 2"),
+        ("--gpu=a100", "A100 80GB has no block-scaled FP8"),
+        ("--gpu=h100 --model.path=models/gpt2", "its name is none of qwen2.5-0.5b"),
+        ("--gpu=h100 --gpu-count=8", "--gpu-count=8 is not an option of infir2 plan"),
+        ("--gpu=h100 --lr=1e-4", "Did you mean --schedule.learning_rate=1e-4?"),
+        ("--gpu=h100 --sample-tokens=4k", "argument --sample-tokens: invalid positive integer"),
+        ("--gpu=h100 --model.recompute=some", "model.recompute must be 'none', 'selective' or"),
+        ("--gpu=h100 nope.toml", "nope.toml: there is no such recipe file"),
+        ("--gpu=h100 --resume", "The same command, run again, resumes."),
+    ],
+)
+def test_mistakes_of_plan(
+    options: str,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text('{"name": 3')
+    code = main(["plan", str(RECIPES / "qwen2.5-1.5b/cpt.toml"), *options.split()])
+    output = capsys.readouterr()
+    assert code == 2
+    assert sentence in output.err
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 1
+
+
+def test_bench_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--to", str(tmp_path / "gpu.json")]) == 2
+    assert "infir2 bench measures a GPU, and torch sees none here" in capsys.readouterr().err
