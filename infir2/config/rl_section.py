@@ -112,9 +112,23 @@ class RlSection(Section):
         description="stop when the mean of exp(|log-probability difference|) between rollout and "
         "trainer exceeds this",
     )
-    asynchronous: bool = Field(
+    chunk_tokens: int = Field(
+        0,
+        ge=0,
+        description="generate responses in chunks of this many tokens, so that sampling stops once "
+        "enough groups have signal and waits for no longer response (0: whole responses)",
+    )
+    partial: bool = Field(
         False,
-        description="sample step n + 1 while step n trains, from weights one version older",
+        description="continue the groups that are not finished then in the next step, with its "
+        "weights, instead of dropping them",
+    )
+    max_off_policy_steps: int = Field(
+        0,
+        ge=0,
+        description="how many policy versions older than the newest the weights may be that begin "
+        "a response; 0: sample and train in turn; else sample while the trainer works, with new "
+        "weights every so many steps",
     )
     evaluate_every: int = Field(20, ge=0, description="steps between evaluations (0: never)")
     answer_format: AnswerFormat = Field("boxed", description=ANSWER_FORMAT)

@@ -237,20 +237,38 @@ def _rl(recipe: RlRecipe) -> list[Rule]:
             f"({rl.overlong_buffer_tokens}) must not exceed rl.max_response_tokens "
             f"({rl.max_response_tokens}).",
         ),
-        (
-            recipe.rollout.exact and rl.asynchronous,
-            "rollout.exact",
-            "compares with the weights that sampled, and rl.asynchronous trains newer ones; "
-            "remove one of them.",
-        ),
-        (
-            recipe.rollout.sleep and rl.asynchronous,
-            "rollout.sleep",
-            "frees the servers' memory while the trainer works, when rl.asynchronous samples; "
-            "remove one of them.",
-        ),
+        *_sampling(recipe),
         *_objective(recipe.rl),
         *rollout_rules(recipe.rollout),
+    ]
+
+
+def _sampling(recipe: RlRecipe) -> list[Rule]:
+    rl = recipe.rl
+    return [
+        (
+            recipe.rollout.exact and (rl.max_off_policy_steps > 0 or rl.partial),
+            "rollout.exact",
+            "compares with the weights that sampled, and rl.max_off_policy_steps and rl.partial "
+            "train newer ones; remove one of them.",
+        ),
+        (
+            recipe.rollout.sleep and rl.max_off_policy_steps > 0,
+            "rollout.sleep",
+            "frees the servers' memory while the trainer works, when rl.max_off_policy_steps "
+            "samples; remove one of them.",
+        ),
+        (
+            rl.chunk_tokens >= rl.max_response_tokens,
+            "rl.chunk_tokens",
+            f"({rl.chunk_tokens}) must be below rl.max_response_tokens ({rl.max_response_tokens}), "
+            "or 0 for whole responses.",
+        ),
+        (
+            rl.partial and not rl.chunk_tokens,
+            "rl.partial",
+            "needs rl.chunk_tokens: whole responses leave nothing unfinished.",
+        ),
     ]
 
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
-from infir2.engines.sampling import sampling_key
+import numpy as np
+
+from infir2.engines.sampling import advance_key, sampling_key
 from infir2.engines.types import Completion, Engine, Request, SamplingParams
 from infir2.parallel.ranks import Ranks
 
@@ -79,25 +82,52 @@ def group_requests(
 
 def generate_groups(
     engine: Engine,
-    prompts: Sequence[tuple[str, list[int]]],
-    group_size: int,
-    params: SamplingParams,
-    seed: int,
+    groups: Sequence[Sequence[Request]],
     check: Callable[[], None] = _no_check,
 ) -> Iterator[tuple[int, list[Completion]]]:
-    """Yield (index of a prompt, its `group_size` completions) as the last of them finishes.
+    """Yield (index of a group, the completions of its requests) as the last of them finishes.
 
-    `prompts` as in `group_requests`, `check` as in `generate`.
+    No group is empty. `check` as in `generate_batches`.
     """
-    requests = group_requests(prompts, group_size, params, seed, engine.policy_version)
-    group_of = {request.id: i // group_size for i, request in enumerate(requests)}
-    groups: list[dict[str, Completion]] = [{} for _ in prompts]
+    requests = list(chain.from_iterable(groups))
+    group_of = {request.id: i for i, group in enumerate(groups) for request in group}
+    finished: list[dict[str, Completion]] = [{} for _ in groups]
     for completion in generate(engine, requests, check):
         index = group_of[completion.id]
-        groups[index][completion.id] = completion
-        if len(groups[index]) == group_size:
-            group = requests[index * group_size : (index + 1) * group_size]
-            yield index, [groups[index][request.id] for request in group]
+        finished[index][completion.id] = completion
+        if len(finished[index]) == len(groups[index]):
+            yield index, [finished[index][request.id] for request in groups[index]]
+
+
+def continue_request(request: Request, begun: Completion | None, max_tokens: int) -> Request:
+    """A request for at most `max_tokens` more tokens of a response, or for its first ones.
+
+    With the same weights, an engine whose log-probabilities do not depend on chunks generates the
+    tokens that it would have generated without a break.
+    """
+    if begun is None:
+        return replace(request, params=replace(request.params, max_tokens=max_tokens))
+    num_tokens = len(begun.token_ids)
+    left = min(max_tokens, request.params.max_tokens - num_tokens)
+    return replace(
+        request,
+        token_ids=[*request.token_ids, *begun.token_ids],
+        params=replace(request.params, max_tokens=left),
+        key=advance_key(request.key, num_tokens),
+    )
+
+
+def continue_completion(begun: Completion | None, rest: Completion) -> Completion:
+    """The response of `begun` and of the completion that continues it."""
+    if begun is None:
+        return rest
+    earlier = begun.earlier
+    if begun.policy_version != rest.policy_version:
+        num_tokens = len(begun.token_ids) - sum(count for _, count in earlier)
+        earlier = (*earlier, (begun.policy_version, num_tokens))
+    logprobs = np.concatenate([begun.rollout_logprobs, rest.rollout_logprobs])
+    token_ids = [*begun.token_ids, *rest.token_ids]
+    return replace(rest, token_ids=token_ids, rollout_logprobs=logprobs, earlier=earlier)
 
 
 def items_of_rank(engine: Engine, ranks: Ranks, items: Sequence[Item]) -> Sequence[Item]:

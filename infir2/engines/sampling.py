@@ -19,6 +19,11 @@ def sampling_key(seed: int, prompt_id: str, sample: int, policy_version: int) ->
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
+def advance_key(key: int, count: int) -> int:
+    """The key whose uniform numbers are those of `key` from number `count` on."""
+    return (key + count * int(_GOLDEN)) % 2**64
+
+
 def uniforms(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
     """SplitMix64 of key + counter as float64 [n] in [0, 1).
 

@@ -77,9 +77,11 @@ class Completion:
         rollout_logprobs: float32 [len(token_ids)], log-probability of each token at the sampling
             temperature (greedy: at temperature 1), before top-p truncation.
         finish: "stop" after a stop token or a stop text, "length" after `max_tokens`.
-        policy_version: version of the weights that generated it.
+        policy_version: version of the weights that generated it, or its last tokens.
         top_logprobs: per token, the most likely ones at its position with their log-probabilities;
             empty unless the request asks for them.
+        earlier: (policy version, number of tokens) of the beginnings that other versions generated,
+            in order; only RL continues a response with newer weights (`continue_completion`).
     """
 
     id: str
@@ -88,6 +90,12 @@ class Completion:
     finish: Literal["stop", "length"]
     policy_version: int
     top_logprobs: Sequence[TopLogprobs] = ()
+    earlier: Sequence[tuple[int, int]] = ()
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the weights that generated the first token."""
+        return self.earlier[0][0] if self.earlier else self.policy_version
 
 
 class RequestFailedError(Exception):

@@ -39,7 +39,7 @@ def open_engine(
         The engine, and one digest of the weights it holds.
 
     Raises:
-        ConfigError: `rl.asynchronous` lacks engines of its own.
+        ConfigError: `rl.max_off_policy_steps` lacks engines of its own.
         CheckFailedError: a weight differs; the message names the first one.
     """
     remote = bool(os.environ.get(ENGINES_VARIABLE))
@@ -115,11 +115,11 @@ def _sum_of_bits(tensor: Tensor) -> str:
 
 def _check_recipe(recipe: RlRecipe, parallel_model: ParallelModel, remote: bool) -> None:
     single_cpu = parallel_model.ranks.size == 1 and parallel_model.layout.device.type == "cpu"
-    if recipe.rl.asynchronous and not remote and not single_cpu:
+    if recipe.rl.max_off_policy_steps and not remote and not single_cpu:
         raise ConfigError(
-            "rl.asynchronous needs engines apart from the trainer, or both wait for the same "
-            "processor: start with infir2 launch ray --engines N -- rl ... (one process on a CPU "
-            "may try it without)"
+            "rl.max_off_policy_steps above 0 needs engines apart from the trainer, or both wait "
+            "for the same processor: start with infir2 launch ray --engines N -- rl ... (one "
+            "process on a CPU may try it without)"
         )
 
 

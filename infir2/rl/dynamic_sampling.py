@@ -1,19 +1,32 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): draw prompts until enough groups have
 right and wrong responses, within a budget.
 
-    PromptStream.draw -> DrawnPrompt -> GroupGenerator.generate -> Group -> collect_rollouts
+    PromptStream.draw -> RunningGroup -> GroupGenerator.generate -> Group -> collect_rollouts
+
+With `rl.chunk_tokens` responses are generated a chunk at a time. After each chunk, groups that have
+finished make room for new prompts, and sampling stops once enough have signal: which groups these
+are depends on neither the engine's speed nor on how many engines there are. Groups that are not
+finished then are dropped, or continue in the next step with its weights (`rl.partial`).
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from infir2.config.schema import RlSection
 from infir2.data import ChatTokenizer
-from infir2.engines.generate import generate_groups, items_of_rank
-from infir2.engines.types import Completion, Engine, SamplingParams
+from infir2.engines.generate import (
+    continue_completion,
+    continue_request,
+    generate_groups,
+    group_requests,
+    items_of_rank,
+)
+from infir2.engines.types import Completion, Engine, Request, SamplingParams
 from infir2.faults import fault
 from infir2.parallel.ranks import Ranks
 from infir2.rl.groups import Group, Response
@@ -22,21 +35,44 @@ from infir2.rl.prompts import DrawnPrompt, PromptStream
 from infir2.rl.rewards import rate
 
 Check = Callable[[], None]
-# Runs a function on every rank and returns the results by rank (Supervisor.all_gather_results).
-# The function calls its argument often; that raises when the run has to stop.
-RunOnRanks = Callable[[Callable[[Check], list[Group]]], list[list[Group]]]
+CARRIED = "carried"  # in place of the weights' digest
 
 
 @dataclass
 class Rollouts:
-    """One step's groups: those to train on, and those that were sampled to find them."""
+    """One step's groups: those to train on, and those that were sampled to find them.
+
+    Attributes:
+        num_unfinished: groups that were not finished when enough had signal.
+        state: where the prompts of the next step begin; what a checkpoint stores.
+    """
 
     trained: list[Group] = field(default_factory=list)
     without_signal: list[Group] = field(default_factory=list)
+    num_unfinished: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[Group]:
         return self.trained + self.without_signal
+
+
+@dataclass(frozen=True)
+class RunningGroup:
+    """A group that is not finished: its prompt, and each response so far, None before its start."""
+
+    drawn: DrawnPrompt
+    responses: Sequence[Completion | None]
+
+    @property
+    def name(self) -> str:
+        return self.drawn.name
+
+
+Sampled = list[Group | RunningGroup]
+# Runs a function on every rank and returns the results by rank (Supervisor.all_gather_results).
+# The function calls its argument often; that raises when the run has to stop.
+RunOnRanks = Callable[[Callable[[Check], Sampled]], list[Sampled]]
 
 
 class GroupGenerator:
@@ -60,26 +96,26 @@ class GroupGenerator:
         self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-verify")
         self._generate_seconds = self._verify_seconds = 0.0
 
-    def generate(
-        self,
-        drawn: Sequence[DrawnPrompt],
-        weights_digest: str,
-        earlier_digest: str,
-        run_on_ranks: RunOnRanks,
-    ) -> list[Group]:
-        """One group per prompt, in order.
+    def start(self, drawn: DrawnPrompt) -> RunningGroup:
+        """A group of which nothing is generated."""
+        return RunningGroup(drawn, [None] * self._rl.group_size)
 
-        `weights_digest` is that of the engine's weights; groups in the journal that were sampled
-        with these or with the weights of `earlier_digest` ("" for none) are reused.
+    def generate(
+        self, running: Sequence[RunningGroup], digests: Sequence[str], run_on_ranks: RunOnRanks
+    ) -> Sampled:
+        """Generate the next chunk of each group's unfinished responses, or all of them.
+
+        The last of `digests` is that of the engine's weights; what the journal has of these or of
+        the weights of an earlier digest is reused. Returns one group per group, in order.
         """
-        groups: dict[str, Group] = {}
-        for digest in filter(None, (earlier_digest, weights_digest)):
-            groups |= self._recorded(drawn, digest)
-        missing = [each for each in drawn if each.name not in groups]
+        sampled: dict[str, Group | RunningGroup] = {}
+        for digest in digests:
+            sampled |= self._recorded(running, digest)
+        missing = [each for each in running if each.name not in sampled]
         own = items_of_rank(self._engine, self._ranks, missing)
-        for part in run_on_ranks(lambda check: self._sample(own, weights_digest, check)):
-            groups |= {group.name: group for group in part}
-        return [groups[each.name] for each in drawn]
+        for part in run_on_ranks(lambda check: self._sample(own, digests[-1], check)):
+            sampled |= {group.name: group for group in part}
+        return [sampled[each.name] for each in running]
 
     def take_seconds(self) -> dict[str, float]:
         """Since the last call: how long the engine has generated (generate_seconds), and how long
@@ -91,70 +127,138 @@ class GroupGenerator:
         self._generate_seconds = self._verify_seconds = 0.0
         return seconds
 
-    def _recorded(self, drawn: Sequence[DrawnPrompt], digest: str) -> dict[str, Group]:
-        """Groups of these prompts and weights that the journal holds, by name."""
-        found = {}
-        for each in drawn:
-            responses = self._journal.get(self._journal_key(each, digest))
+    def carry(self, step: int, groups: Sequence[RunningGroup]) -> None:
+        """Write the groups that `step` continues, so that a resumed run has them."""
+        keys = {self.journal_key(self.start(group.drawn), CARRIED): group for group in groups}
+        begun = {key: [r for r in group.responses if r] for key, group in keys.items()}
+        if self._ranks.is_rank0:
+            self._journal.write_carried(step, begun)
+
+    def carried(self, drawn: DrawnPrompt) -> RunningGroup:
+        """A group that an earlier run had carried, as far as the journal has it."""
+        start = self.start(drawn)
+        begun = self._journal.get_unfinished(self.journal_key(start, CARRIED))
+        return RunningGroup(drawn, begun) if begun else start
+
+    def _recorded(
+        self, running: Sequence[RunningGroup], digest: str
+    ) -> dict[str, Group | RunningGroup]:
+        """What the journal holds of the next chunk of these groups and weights, by name."""
+        found: dict[str, Group | RunningGroup] = {}
+        for each in running:
+            key = self.journal_key(each, digest)
+            responses, begun = self._journal.get(key), self._journal.get_unfinished(key)
             if responses is not None:
-                found[each.name] = Group(each.name, each.prompt, each.token_ids, responses)
+                found[each.name] = _group(each.drawn, responses)
+            elif begun is not None:
+                found[each.name] = RunningGroup(each.drawn, begun)
         return found
 
-    def _sample(self, drawn: Sequence[DrawnPrompt], digest: str, check: Check) -> list[Group]:
-        """Sample this rank's prompts. `check` is called after each step of the engine."""
-        prompts = [(each.name, each.token_ids) for each in drawn]
-        stop_ids = self._tokenizer.eos_token_ids
-        params = SamplingParams(self._rl.temperature, self._rl.max_response_tokens, stop_ids)
-        checked: dict[int, Future[list[Response]]] = {}
+    def _sample(self, running: Sequence[RunningGroup], digest: str, check: Check) -> Sampled:
+        """Sample this rank's groups. `check` is called after each step of the engine."""
+        requests = [self._requests(each) for each in running]
+        recorded: list[Future[Group | RunningGroup]] = []
         start = time.monotonic()
-        for index, completions in generate_groups(
-            self._engine, prompts, self._rl.group_size, params, self._seed, check
-        ):
-            key = self._journal_key(drawn[index], digest)
-            checked[index] = self._checker.submit(self._finish, key, completions, drawn[index])
+        for index, completions in generate_groups(self._engine, requests, check):
+            group = running[index]
+            key, begun = self.journal_key(group, digest), self._continue(group, completions)
+            recorded.append(self._checker.submit(self._record, key, begun, group.drawn))
         generated = time.monotonic()
-        groups = [
-            Group(drawn[i].name, drawn[i].prompt, drawn[i].token_ids, responses.result())
-            for i, responses in checked.items()
-        ]
+        sampled = [future.result() for future in recorded]
         self._generate_seconds += generated - start
         self._verify_seconds += time.monotonic() - generated
-        return groups
+        return sampled
+
+    def _requests(self, group: RunningGroup) -> list[Request]:
+        """Requests for the next chunk of the responses that are not finished."""
+        rl, stop_ids = self._rl, self._tokenizer.eos_token_ids
+        params = SamplingParams(rl.temperature, rl.max_response_tokens, stop_ids)
+        prompts, version = [(group.name, group.drawn.token_ids)], self._engine.policy_version
+        requests = group_requests(prompts, rl.group_size, params, self._seed, version)
+        chunk = rl.chunk_tokens or rl.max_response_tokens
+        return [
+            continue_request(request, response, chunk)
+            for request, response in zip(requests, group.responses, strict=True)
+            if not self._is_finished(response)
+        ]
+
+    def _is_finished(self, response: Completion | None) -> bool:
+        if response is None:
+            return False
+        return response.finish == "stop" or len(response.token_ids) >= self._rl.max_response_tokens
+
+    def _continue(self, group: RunningGroup, completions: Sequence[Completion]) -> list[Completion]:
+        """All responses of the group, with the chunks of those that were not finished."""
+        new = iter(completions)
+        return [
+            response
+            if response is not None and self._is_finished(response)
+            else continue_completion(response, next(new))
+            for response in group.responses
+        ]
+
+    def _record(
+        self, key: str, begun: list[Completion], drawn: DrawnPrompt
+    ) -> Group | RunningGroup:
+        """Write a chunk to the journal; reward a group whose responses are all finished."""
+        fault("rollout.group")
+        if all(map(self._is_finished, begun)):
+            return _group(drawn, self._finish(key, begun, drawn))
+        self._journal.add_unfinished(key, begun)
+        return RunningGroup(drawn, begun)
 
     def _finish(
         self, key: str, completions: list[Completion], drawn: DrawnPrompt
     ) -> list[Response]:
         """Reward a group and write it to the journal."""
-        fault("rollout.group")
         texts = [drawn.opened_thought + self._tokenizer.decode(c.token_ids) for c in completions]
         responses = rate(completions, texts, drawn.prompt, self._rl)
         self._journal.add(key, responses)
         return responses
 
-    def _journal_key(self, drawn: DrawnPrompt, digest: str) -> str:
-        """Hash of everything that determines a group's responses, log-probabilities and rewards."""
-        rl = self._rl.model_dump_json()
-        text = f"{self._seed}/{drawn.name}/{drawn.token_ids}/{digest}/{rl}"
+    def journal_key(self, group: RunningGroup, digest: str) -> str:
+        """Hash of everything that determines the next chunk of a group and its rewards."""
+        rl, drawn = self._rl.model_dump_json(), group.drawn
+        begun = [(r.token_ids, r.policy_version, r.earlier) for r in group.responses if r]
+        text = f"{self._seed}/{drawn.name}/{drawn.token_ids}/{digest}/{rl}/{json.dumps(begun)}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _group(drawn: DrawnPrompt, responses: list[Response]) -> Group:
+    return Group(drawn.name, drawn.prompt, drawn.token_ids, responses)
 
 
 def collect_rollouts(
     prompts: PromptStream,
     generator: GroupGenerator,
     rl: RlSection,
-    weights_digest: str,
-    earlier_digest: str,
+    carried: Sequence[RunningGroup],
+    digests: Sequence[str],
     run_on_ranks: RunOnRanks,
-) -> Rollouts:
-    """Sample rounds of `prompts_per_step` prompts until that many groups have signal.
+) -> tuple[Rollouts, list[RunningGroup]]:
+    """Sample `prompts_per_step` prompts at a time until that many groups have signal.
 
-    At most `over_sample_prompts` prompts are drawn. Digests as in `GroupGenerator.generate`.
+    `carried` come first. At most `over_sample_prompts` prompts are sampled. Digests as in
+    `GroupGenerator.generate`. Returns the rollouts, and the groups to carry into the next step.
     """
-    rollouts, num_drawn = Rollouts(), 0
-    while len(rollouts.trained) < rl.prompts_per_step and num_drawn < rl.over_sample_prompts:
-        drawn = prompts.draw(min(rl.prompts_per_step, rl.over_sample_prompts - num_drawn))
-        num_drawn += len(drawn)
-        for group in generator.generate(drawn, weights_digest, earlier_digest, run_on_ranks):
+    rollouts, running = Rollouts(), list(carried)
+    order = [group.name for group in running]
+    while len(rollouts.trained) < rl.prompts_per_step:
+        room = min(rl.prompts_per_step - len(running), rl.over_sample_prompts - len(order))
+        drawn = prompts.draw(room)
+        running += map(generator.start, drawn)
+        order += [each.name for each in drawn]
+        if not running:
+            break
+        sampled, running = generator.generate(running, digests, run_on_ranks), []
+        for group in sampled:
+            if isinstance(group, RunningGroup):
+                running.append(group)
+                continue
             is_needed = group.has_signal and len(rollouts.trained) < rl.prompts_per_step
             (rollouts.trained if is_needed else rollouts.without_signal).append(group)
-    return rollouts
+    rollouts.trained.sort(key=lambda group: order.index(group.name))
+    rollouts.num_unfinished = len(running)
+    running = running if rl.partial else []
+    rollouts.state = {"cursor": prompts.cursor, "carried": [group.name for group in running]}
+    return rollouts, running

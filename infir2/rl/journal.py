@@ -1,16 +1,19 @@
-"""Finished groups on disk, so that a run that is killed while it samples repeats none of them.
+"""What was sampled, on disk, so that a run that is killed while it samples repeats none of it.
 
 `rollouts/step-N-R.jsonl` holds a line per group of step N that rank R finished: token ids,
-log-probabilities, verdicts and rewards, with the SHA-256 of the rest of the line. A line is reused,
-by any number of ranks, only for the same request: its `key` hashes prompt, sampling parameters and
-weights. The group of a damaged line is sampled again. Files of steps that a checkpoint holds are
-removed.
+log-probabilities, verdicts and rewards, with the SHA-256 of the rest of the line. With
+`rl.chunk_tokens` it also has a line per chunk of a group that is not finished, without verdicts. A
+line is reused, by any number of ranks, only for the same request: its `key` hashes prompt, sampling
+parameters, weights and the tokens so far. What a damaged line had is sampled again.
+
+`rollouts/carried-N.jsonl` holds the unfinished groups with which step N begins (`rl.partial`).
+Files of steps that a checkpoint holds are removed.
 """
 
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from infir2.engines.types import Completion
+from infir2.errors import disk_reason
 from infir2.files import (
     JsonLinesWriter,
     disk_errors,
@@ -26,19 +30,20 @@ from infir2.files import (
     read_json_lines,
     read_own,
     truncate_torn_line,
+    write_atomically,
 )
 from infir2.parallel.ranks import Ranks
 from infir2.rl.groups import Response
 from infir2.terminal import log
 
 _CHECKSUM = "sha256"
-_FILE = re.compile(r"step-(\d+)-\d+\.jsonl")
+_FILE = re.compile(r"(?:step-(?P<step>\d+)-\d+|carried-(?P<carried>\d+))\.jsonl")
 
 
 class Journal:
-    """The groups of one step at a time.
+    """The groups of some steps, of which one is written at a time.
 
-    Example: `journal.open(7, saved_step=6)`, then `journal.get(key)` or
+    Example: `journal.open(7, 7, saved_step=6)`, `journal.begin(7)`, then `journal.get(key)` or
     `journal.add(key, responses)`.
 
     Args:
@@ -50,31 +55,47 @@ class Journal:
     def __init__(self, run_dir: Path, ranks: Ranks, check_in_place: Callable[[], None]) -> None:
         self._dir, self._ranks, self._check_in_place = run_dir / "rollouts", ranks, check_in_place
         self._groups: dict[str, list[Response]] = {}
+        self._unfinished: dict[str, list[Completion]] = {}
 
-    def open(self, step: int, saved_step: int) -> None:
-        """Begin a step: read its finished groups, remove files of steps up to `saved_step`.
+    def open(self, first: int, last: int, saved_step: int) -> None:
+        """Read what is known of steps `first` to `last`, remove files of steps up to `saved_step`.
 
         Every rank calls this. Raises CheckpointError if the files cannot be read.
         """
-        self._groups = self._ranks.broadcast_from_rank0(lambda: self._read(step, saved_step))
+        self._groups, self._unfinished = self._ranks.broadcast_from_rank0(
+            lambda: self._read(first, last, saved_step)
+        )
+
+    def begin(self, step: int) -> None:
+        """What is added from now on belongs to `step`."""
         self._lines = JsonLinesWriter(self._dir / f"step-{step}-{self._ranks.rank}.jsonl")
 
-    def _read(self, step: int, saved_step: int) -> dict[str, list[Response]]:
+    def _read(
+        self, first: int, last: int, saved_step: int
+    ) -> tuple[dict[str, list[Response]], dict[str, list[Completion]]]:
         self._check_in_place()
         groups: dict[str, list[Response]] = {}
-        with disk_errors(f"{self._dir}: the groups of step {step} cannot be read"):
+        unfinished: dict[str, list[Completion]] = {}
+        with disk_errors(f"{self._dir}: the groups of step {first} cannot be read"):
             make_own_directory(self._dir)
             for path in self._dir.iterdir():
                 match = _FILE.fullmatch(path.name)
-                if match and int(match[1]) <= saved_step:
+                if match is None:
+                    continue
+                step = int(match["step"] or match["carried"])
+                if step <= saved_step:
                     path.unlink()
-                elif match and int(match[1]) == step:
-                    groups |= _read_groups(path)
-        return groups
+                elif first <= step <= last and (match["step"] or step == saved_step + 1):
+                    _read_file(path, groups, unfinished)
+        return groups, unfinished
 
     def get(self, key: str) -> list[Response] | None:
         """The responses of a finished group, or None."""
         return self._groups.get(key)
+
+    def get_unfinished(self, key: str) -> list[Completion] | None:
+        """The responses of a group as far as they were generated, or None."""
+        return self._unfinished.get(key)
 
     def add(self, key: str, responses: list[Response]) -> None:
         """Append a finished group. A resumed run samples again what could not be written."""
@@ -82,19 +103,45 @@ class Journal:
         row = {"key": key, "responses": [asdict(response) for response in responses]}
         self._lines.append({_CHECKSUM: _checksum(row)} | row)
 
+    def add_unfinished(self, key: str, completions: Sequence[Completion]) -> None:
+        """Append a group of which a chunk was generated."""
+        self._lines.append(_unfinished_row(key, completions))
 
-def _read_groups(path: Path) -> dict[str, list[Response]]:
-    """The groups of the undamaged lines of a file; a torn last line is removed."""
+    def write_carried(self, step: int, groups: Mapping[str, Sequence[Completion]]) -> None:
+        """Write the unfinished groups with which `step` begins, by key.
+
+        A disk that refuses costs what was generated of them, and stops no training.
+        """
+        rows = (_unfinished_row(key, completions) for key, completions in groups.items())
+        path = self._dir / f"carried-{step}.jsonl"
+        try:
+            write_atomically(path, b"".join(map(encode_json_line, rows)))
+        except OSError as error:
+            log(f"{path} cannot be written ({disk_reason(error)})", "rl")
+
+
+def _read_file(
+    path: Path, groups: dict[str, list[Response]], unfinished: dict[str, list[Completion]]
+) -> None:
+    """Add what the undamaged lines of a file hold; a torn last line is removed."""
     truncate_torn_line(path)
-    groups, num_groups = {}, 0
+    num_read = 0
     for row in read_json_lines(path):
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
-            if row.pop(_CHECKSUM) == _checksum(row):
+            if row.pop(_CHECKSUM) != _checksum(row):
+                continue
+            if "responses" in row:
                 groups[row["key"]] = [_response(each) for each in row["responses"]]
-                num_groups += 1
-    if num_damaged := read_own(path).count(b"\n") - num_groups:
+            else:
+                unfinished[row["key"]] = [_completion(each) for each in row["unfinished"]]
+            num_read += 1
+    if num_damaged := read_own(path).count(b"\n") - num_read:
         log(f"{path}: {num_damaged} damaged lines; their groups are sampled again", "rl")
-    return groups
+
+
+def _unfinished_row(key: str, completions: Sequence[Completion]) -> dict[str, Any]:
+    row = {"key": key, "unfinished": [asdict(completion) for completion in completions]}
+    return {_CHECKSUM: _checksum(row)} | row
 
 
 def _checksum(row: dict[str, Any]) -> str:
@@ -102,6 +149,10 @@ def _checksum(row: dict[str, Any]) -> str:
 
 
 def _response(row: dict[str, Any]) -> Response:
-    completion = row.pop("completion")
-    logprobs = np.array(completion.pop("rollout_logprobs"), dtype=np.float32)
-    return Response(Completion(rollout_logprobs=logprobs, **completion), **row)
+    return Response(_completion(row.pop("completion")), **row)
+
+
+def _completion(row: dict[str, Any]) -> Completion:
+    row["rollout_logprobs"] = np.array(row["rollout_logprobs"], dtype=np.float32)
+    row["earlier"] = tuple((version, count) for version, count in row["earlier"])
+    return Completion(**row)

@@ -78,8 +78,8 @@ def check_mismatch(metrics: dict[str, float], rl: RlSection, exact: bool = False
         ),
     }
     advice = "check that both use the same weights, scale format and temperature"
-    if rl.asynchronous:
-        advice += ", or lower the learning rate: the engine's weights are one version older"
+    if rl.max_off_policy_steps or rl.partial:
+        advice += ", or lower the learning rate: older weights sampled a part of the tokens"
     for name, (words, key, limit) in limits.items():
         if not metrics[name] <= limit:
             raise CheckFailedError(

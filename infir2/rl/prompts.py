@@ -55,6 +55,12 @@ class PromptStream:
         self.cursor += count
         return drawn
 
+    def named(self, name: str) -> DrawnPrompt | None:
+        """A prompt that was drawn, by its name; None if there is no such prompt anymore."""
+        prompt_id = name.partition("/")[2]
+        found = (each for each in self._prompts if each[0].id == prompt_id)
+        return next((DrawnPrompt(name, *each) for each in found), None)
+
     def _at(self, position: int) -> DrawnPrompt:
         epoch, index = divmod(position, len(self._prompts))
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))

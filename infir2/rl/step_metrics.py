@@ -8,7 +8,9 @@ verifier_failed_fraction: responses whose answer could not be judged: it took to
     memory, or raised an error. They earn nothing.
 groups_sampled, groups_without_signal, groups_all_right, groups_all_wrong: of those without signal
     every response is right, or every one is wrong.
-staleness: versions between the weights that sampled the oldest response and the newest.
+groups_unfinished: groups that were not finished when enough had signal; they continue in the next
+    step (rl.partial) or are dropped.
+staleness: versions between the weights that sampled the oldest token and the newest.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, 
     groups = rollouts.groups
     responses = [response for group in groups for response in group.responses]
     lengths = np.array([len(response.completion.token_ids) for response in responses])
-    versions = [response.completion.policy_version for response in responses]
+    versions = [response.completion.oldest_version for response in responses]
     solved = [sum(r.correct for r in group.responses) / len(group.responses) for group in groups]
     return {
         "tokens_per_second": float(lengths.sum()) / seconds,
@@ -42,6 +44,7 @@ def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, 
         "groups_without_signal": sum(not group.has_signal for group in groups),
         "groups_all_right": solved.count(1),
         "groups_all_wrong": solved.count(0),
+        "groups_unfinished": rollouts.num_unfinished,
         "staleness": step - 1 - min(versions),
     }
 

@@ -295,7 +295,7 @@ def test_asynchronous_rl_outlives_an_engine_and_a_rank(
             world,
             start,
             tmp_path / name,
-            rl__asynchronous="true",
+            rl__max_off_policy_steps=1,
             rl__mini_batches=1,
             schedule__total_steps=8,
         )

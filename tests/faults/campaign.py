@@ -103,7 +103,7 @@ class Campaign:
         if stage == "rl1":
             keys |= guessing(self.guesser)
             keys |= {"rl__overlong_buffer_tokens": 24, "rl__max_response_tokens": 24}
-            keys |= {"rl__mini_batches": 1, "rl__asynchronous": str(kind != "rl").lower()}
+            keys |= {"rl__mini_batches": 1, "rl__max_off_policy_steps": int(kind != "rl")}
             del keys["train__validate_every"]
         return options(self.world, run_dir, stage, **keys)
 

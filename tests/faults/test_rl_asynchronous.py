@@ -22,7 +22,7 @@ from infir2.checkpoint import open_checkpoint
 STEPS = 5
 VALUES = {
     "schedule__total_steps": STEPS,
-    "rl__asynchronous": "true",
+    "rl__max_off_policy_steps": 1,
     "rl__mini_batches": 1,
     "rl__evaluate_every": 0,
 }
@@ -120,4 +120,4 @@ def test_ranks_that_share_their_processors_with_engines_are_refused(
 ) -> None:
     codes, said = ranks(tmp_path, 2, words(world, start, tmp_path / "run"))
     assert codes in ([2, 2], [2, -1], [-1, 2]), said
-    assert "rl.asynchronous needs engines apart" in said
+    assert "rl.max_off_policy_steps above 0 needs engines apart" in said

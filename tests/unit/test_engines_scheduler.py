@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from infir2.config.schema import ShapeSection
-from infir2.engines.generate import generate, generate_all, generate_groups
+from infir2.engines.generate import generate, generate_all, generate_groups, group_requests
 from infir2.engines.graph_runner import unpack_sampled
 from infir2.engines.kv_cache import page_bytes
 from infir2.engines.native import NativeEngine
@@ -416,7 +416,8 @@ def test_a_caller_that_goes_away_cancels_the_rest(model: Decoder) -> None:
 def test_groups_are_complete_and_in_order(model: Decoder) -> None:
     prompts = [(f"p{i}", request(i).token_ids) for i in range(4)]
     engine = NativeEngine(model, 3)
-    groups = dict(generate_groups(engine, prompts, 3, PARAMS, seed=5))  # type: ignore[arg-type]
+    requests = group_requests(prompts, 3, PARAMS, seed=5, policy_version=0)  # type: ignore[arg-type]
+    groups = dict(generate_groups(engine, [requests[i : i + 3] for i in range(0, 12, 3)]))
     assert sorted(groups) == [0, 1, 2, 3]
     for index, group in groups.items():
         assert [each.id for each in group] == [f"p{index}/{sample}" for sample in range(3)]

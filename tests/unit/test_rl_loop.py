@@ -303,7 +303,7 @@ def test_asynchronous_samples_the_next_step_while_one_trains(
             world,
             start,
             tmp_path / "rl",
-            rl__asynchronous="true",
+            rl__max_off_policy_steps=1,
             rl__over_sample_prompts=3,
             rl__mini_batches=1,
         )
@@ -403,6 +403,7 @@ def test_metrics_of_a_step_tell_why_a_reward_is_flat() -> None:
         "groups_without_signal": 2,
         "groups_all_right": 1,
         "groups_all_wrong": 1,
+        "groups_unfinished": 0,
         "staleness": 1,
     }
 
@@ -429,7 +430,8 @@ def test_a_journal_that_the_disk_refuses_costs_its_lines_and_not_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal = Journal(tmp_path, Ranks(), lambda: None)
-    journal.open(1, 0)
+    journal.open(1, 1, 0)
+    journal.begin(1)
     (tmp_path / "rollouts" / "step-1-0.jsonl").mkdir()
     response = Response(
         Completion("p/0", [1, 2], np.array([-0.5, -1.25], dtype=np.float32), "stop", 0),
@@ -443,7 +445,7 @@ def test_a_journal_that_the_disk_refuses_costs_its_lines_and_not_the_run(
     (tmp_path / "rollouts" / "step-1-0.jsonl").rmdir()
     journal.add("third", [response])
     again = Journal(tmp_path, Ranks(), lambda: None)
-    again.open(1, 0)
+    again.open(1, 1, 0)
     assert all(
         again.get(key)[0].completion.rollout_logprobs.tolist() == [-0.5, -1.25]
         for key in ("first", "second", "third")

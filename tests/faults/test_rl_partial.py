@@ -1,0 +1,137 @@
+"""RL whose responses are generated in chunks and continued by newer weights, killed anywhere: the
+curve goes on bit for bit."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from stages import (
+    assert_same_state,
+    curve,
+    guessing,
+    lines,
+    make_guessing_start,
+    of_today,
+    options,
+    run,
+)
+from test_rank_faults import ranks
+
+from infir2.checkpoint import open_checkpoint
+
+STEPS = 4
+VALUES = {
+    "schedule__total_steps": STEPS,
+    "rl__prompts_per_step": 4,
+    "rl__over_sample_prompts": 12,
+    "rl__mini_batches": 1,
+    "rl__evaluate_every": 0,
+    "rl__max_response_tokens": 24,
+    "rl__chunk_tokens": 6,
+    "checkpoint__background": "false",
+}
+NAMES = (
+    *("loss", "reward", "gradient_norm", "response_tokens", "groups_sampled"),
+    *("groups_unfinished", "staleness", "mismatch_max"),
+)
+
+
+@pytest.fixture(scope="module")
+def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_guessing_start(world, tmp_path_factory.mktemp("start"))
+
+
+def words(world: Path, start: Path, run_dir: Path, **values: object) -> list[str]:
+    return options(world, run_dir, "rl1", **(VALUES | guessing(start) | values))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(words(world, start, directory, rl__partial="true", checkpoint__save_every=2))
+    return directory
+
+
+def test_a_response_is_continued_by_newer_weights(undisturbed: Path) -> None:
+    trained = lines(undisturbed, "train")
+    assert max(line["groups_unfinished"] for line in trained) > 0
+    assert max(line["staleness"] for line in trained) > 0
+    state = open_checkpoint(undisturbed).state
+    assert len(state["carried"]) == trained[-1]["groups_unfinished"]
+    num_drawn = sum(line["groups_sampled"] for line in trained) + len(state["carried"])
+    assert state["cursor"] == num_drawn, "each prompt is drawn once and sampled once"
+    rows = (undisturbed / "rollouts" / f"carried-{STEPS + 1}.jsonl").read_text().splitlines()
+    begun = [each for row in rows for each in json.loads(row)["unfinished"]]
+    assert {each["policy_version"] for each in begun} == {STEPS - 1}
+    # What the engine's weights of the step generated has the trainer's bits; older tokens do not.
+    for line in trained:
+        assert (line["mismatch_max"] > 1e-4) == (line["staleness"] > 0)
+
+
+KILLS = ("rollout.group:3", "rollout.group:9", "rollout.group:17", "train.step:3")
+KILLS += ("save.before_rename:2", "save.after_rename:1")
+
+
+@pytest.mark.parametrize(("faults", "save_every"), of_today(itertools.product(KILLS, (1, 2)), 4))
+def test_killed_anywhere_it_goes_on_bit_for_bit(
+    world: Path, start: Path, undisturbed: Path, tmp_path: Path, faults: str, save_every: int
+) -> None:
+    values = {"rl__partial": "true", "checkpoint__save_every": save_every}
+    arguments = words(world, start, tmp_path / "run", **values)
+    assert ranks(tmp_path, 1, arguments, struck=0, faults=faults)[0] == [-1]
+    run(arguments)
+    assert curve(tmp_path / "run", *NAMES) == curve(undisturbed, *NAMES)
+    assert_same_state(tmp_path / "run", undisturbed)
+    assert (
+        open_checkpoint(tmp_path / "run").state["carried"]
+        == open_checkpoint(undisturbed).state["carried"]
+    )
+
+
+def test_two_ranks_and_servers_generate_the_same_chunks(
+    world: Path, start: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    servers = {"rollout__engine": "infir2", "rollout__engines": 2, "rollout__cache_gib": 0.1}
+    arguments = words(world, start, tmp_path / "run", rl__partial="true", **servers)
+    assert ranks(tmp_path, 1, arguments, struck=0, faults="rollout.group:9")[0] == [-1]
+    run(arguments)
+    assert curve(tmp_path / "run", *NAMES) == curve(undisturbed, *NAMES)
+
+
+def test_chunks_change_no_response(world: Path, start: Path, tmp_path: Path) -> None:
+    """With a budget that leaves no group unfinished."""
+    for chunk in (0, 5):
+        values = {"rl__chunk_tokens": chunk, "rl__over_sample_prompts": 4}
+        run(words(world, start, tmp_path / str(chunk), **values))
+    names = ("reward", "loss", "response_tokens", "groups_sampled", "groups_unfinished")
+    assert curve(tmp_path / "5", *names) == curve(tmp_path / "0", *names)
+    assert_same_state(tmp_path / "5", tmp_path / "0")
+
+
+def test_without_partial_what_is_unfinished_is_dropped(
+    world: Path, start: Path, tmp_path: Path
+) -> None:
+    run(words(world, start, tmp_path / "run"))
+    trained, state = lines(tmp_path / "run", "train"), open_checkpoint(tmp_path / "run").state
+    num_dropped = sum(line["groups_unfinished"] for line in trained)
+    assert num_dropped > 0
+    assert state["cursor"] == sum(line["groups_sampled"] for line in trained) + num_dropped
+    assert state["carried"] == []
+    assert all(line["staleness"] == 0 and line["mismatch_max"] <= 1e-4 for line in trained)
+    assert not list((tmp_path / "run" / "rollouts").glob("carried-*"))
+
+
+def test_sampling_two_steps_ahead(world: Path, start: Path, tmp_path: Path) -> None:
+    """New weights every second step; killed while the trainer is inside such a block."""
+    values = {"rl__max_off_policy_steps": 2, "schedule__total_steps": 6, "rl__partial": "true"}
+    whole = {"rl__chunk_tokens": 0, "rl__partial": "false"}
+    arguments = words(world, start, tmp_path / "a", **(values | whole), checkpoint__save_every=3)
+    run(arguments)
+    assert [age for _, age in curve(tmp_path / "a", "staleness")] == [0, 1, 1, 2, 1, 2]
+    arguments = words(world, start, tmp_path / "b", **(values | whole), checkpoint__save_every=3)
+    assert ranks(tmp_path, 1, arguments, struck=0, faults="train.step:4")[0] == [-1]
+    assert open_checkpoint(tmp_path / "b").step == 3
+    run(arguments)
+    assert curve(tmp_path / "b", *NAMES) == curve(tmp_path / "a", *NAMES)
+    assert_same_state(tmp_path / "b", tmp_path / "a")
