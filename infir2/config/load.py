@@ -109,6 +109,7 @@ class _Layers:
     def _merge_tables(
         self, into: dict[str, Any], name: str, kind: Any, value: Any, key: str, origin: str
     ) -> None:
+        value = _with_text_key(item_class(kind), value)
         if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
             into[name] = []
             self.origins = {
@@ -161,6 +162,15 @@ class _Layers:
                 if not k.startswith(f"{key}.") or k.startswith(f"{key}.0.")
             }
         self.set_text(f"{key}.0.path", path, origin)
+
+
+def _with_text_key(section: Recipe | None, value: Any) -> Any:
+    """A text, or a list of texts, as tables: `reward = "math"` is `[{name = "math"}]`."""
+    key = getattr(section, "text_key", "")
+    if not key or not isinstance(value, str | list):
+        return value
+    items = [value] if isinstance(value, str) else value
+    return [{key: item} if isinstance(item, str) else item for item in items]
 
 
 def load(

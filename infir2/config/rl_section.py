@@ -1,6 +1,6 @@
 """The keys of `[rl]`. Imports no torch."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,21 @@ ANSWER_FORMAT = (
     "boxed: the last \\boxed{} is the answer; answer_line: the last line 'Answer: ...' or "
     "the last box, whichever is later"
 )
+
+
+class RewardSection(Section):
+    """One of the rewards whose weighted sum a response earns."""
+
+    text_key: ClassVar[str] = "name"  # `reward = "math"` is the table {name = "math"}
+
+    name: str = Field(
+        description="math, answer, require_thinking, format, choice, code, reasoning_gym:NAME, "
+        "package.module:function or a server's http://HOST:PORT/PATH (docs/rl.md)"
+    )
+    weight: float = Field(1.0, gt=0, description="factor of this reward in the sum")
+    rows: tuple[str, ...] = Field(
+        (), description="values of rl.reward_field whose rows it is for (empty: its own name)"
+    )
 
 
 class RlSection(Section):
@@ -132,3 +147,15 @@ class RlSection(Section):
     )
     evaluate_every: int = Field(20, ge=0, description="steps between evaluations (0: never)")
     answer_format: AnswerFormat = Field("boxed", description=ANSWER_FORMAT)
+    reward_field: str = Field(
+        "", description="field of the rows that chooses among the rewards (empty: all of them)"
+    )
+    reward_seconds: float = Field(
+        10.0, gt=0, description="time limit of a test of code, a function or a server, seconds"
+    )
+    reward_failures: int = Field(
+        16, ge=0, description="responses of a step whose reward may fail before the run stops"
+    )
+    reward: tuple[RewardSection, ...] = Field(
+        (RewardSection(name="math"),), description="the rewards; their weighted sum is trained"
+    )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
+from infir2.config.reward_rules import reward_rules
 from infir2.config.rollout_rules import Rule, rollout_rules
 from infir2.config.schema import (
     DataSection,
@@ -239,6 +240,7 @@ def _rl(recipe: RlRecipe) -> list[Rule]:
         ),
         *_sampling(recipe),
         *_objective(recipe.rl),
+        *reward_rules(recipe.rl),
         *rollout_rules(recipe.rollout),
     ]
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from infir2.config.data_sections import DataSection, SourceSection
 from infir2.config.rl_section import ANSWER_FORMAT, AnswerFormat
+from infir2.config.rl_section import RewardSection as RewardSection
 from infir2.config.rl_section import RlSection as RlSection
 from infir2.config.section import Section
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from infir2.config.schema import DataSection, SourceSection
 from infir2.data.chat import ChatTokenizer
+from infir2.data.labels import Labels
 from infir2.data.packing import concatenate, split_among_ranks
-from infir2.data.rows import Quarantine, open_source, parse_prompt
+from infir2.data.rows import Quarantine, open_source, parse_difficulty, parse_question
 from infir2.data.sources import Source
 from infir2.data.streams import (
     DocumentWindows,
@@ -198,6 +199,7 @@ def load_prompts(
     data: DataSection | Sequence[SourceSection],
     quarantine: Path | None = None,
     tokenizer: ChatTokenizer | None = None,
+    labels: Labels | None = None,
 ) -> list[Prompt]:
     """Return all prompts in the order of the files.
 
@@ -206,6 +208,7 @@ def load_prompts(
             evaluation, in which any unusable row is an error.
         quarantine: file in which unusable rows are listed.
         tokenizer: makes rows unusable that its chat template rejects; None renders no row.
+        labels: what the rewards need of a row; None: an answer.
 
     Raises:
         ConfigError: the sources have different weights, which are not used for prompts.
@@ -225,7 +228,9 @@ def load_prompts(
     prompts = [
         prompt
         for number, entry in enumerate(section.sources)
-        for prompt in _read_prompts(number, entry, section.system_prompt, counts, tokenizer)
+        for prompt in _read_prompts(
+            number, entry, section.system_prompt, counts, tokenizer, labels or Labels()
+        )
     ]
     if not prompts:
         raise DataError("data.sources has no usable prompt: name a file with prompts.")
@@ -238,12 +243,15 @@ def _read_prompts(
     system_prompt: str,
     counts: Quarantine,
     tokenizer: ChatTokenizer | None,
+    labels: Labels,
 ) -> Iterator[Prompt]:
     """Yield the usable prompts of source `number`, and count the other rows."""
-    source = open_source(entry, "prompts")
+    source = open_source(entry, "prompts", labels)
     for index in range(len(source)):
         try:
-            messages, answer, difficulty = parse_prompt(source.read(index), entry, system_prompt)
+            row = source.read(index)
+            messages = parse_question(row, entry, system_prompt)
+            answer, fields = labels.read(row, entry.answer_field)
             if tokenizer is not None:
                 tokenizer.encode_prompt(messages)
         except RowError as error:
@@ -253,8 +261,9 @@ def _read_prompts(
             id=f"{number}/{_relative_origin(source, index)}",
             messages=messages,
             answer=answer,
-            difficulty=difficulty,
+            difficulty=parse_difficulty(row),
             origin=source.origin(index),
+            fields=fields,
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from infir2.config.schema import SourceSection
 from infir2.data.chat import ChatTokenizer
 from infir2.data.indexed import IndexedDocuments
+from infir2.data.labels import Labels
 from infir2.data.messages import (
     REASONING_KEYS,
     decode_messages,
@@ -24,21 +25,29 @@ from infir2.data.sources import Source
 from infir2.data.types import Message, RowError
 from infir2.errors import DataError
 from infir2.files import JsonLinesWriter, disk_errors, read_json_lines, truncate_torn_line
-from infir2.verify.answers import is_missing_label
 
 RowKind = Literal["documents", "messages", "prompts"]
 
 
-def open_source(section: SourceSection, kind: RowKind) -> Source:
+def open_source(section: SourceSection, kind: RowKind, labels: Labels | None = None) -> Source:
     """Open a source and check that each file has the fields that `kind` requires.
+
+    `labels` says what prompts need (None: an answer).
 
     Raises:
         DataError: a file cannot be read, or lacks a field; the sentence lists the fields it has.
     """
-    fields = _fields(section, kind)
-    columns = {*fields, *(field.split(".")[0] for field in fields), "difficulty"}
+    labels = labels or Labels()
+    fields = _fields(section, kind, labels)
+    columns = {
+        *fields,
+        section.answer_field,
+        *(field.split(".")[0] for field in fields),
+        "difficulty",
+    }
     columns |= set(REASONING_KEYS if kind == "messages" else ())
-    source = Source(section.path, columns | ({"input"} if "instruction" in fields else set()))
+    columns |= {"input"} if "instruction" in fields else set()
+    source = Source(section.path, () if labels.need_whole_rows else columns)
     for file in source.files:
         if isinstance(file, IndexedDocuments) and kind != "documents":
             raise DataError(
@@ -148,20 +157,29 @@ def parse_prompt(
     Raises:
         RowError: the question or the answer is missing or not valid.
     """
+    answer, _ = Labels().read(row, section.answer_field)
+    return parse_question(row, section, system_prompt), answer, parse_difficulty(row)
+
+
+def parse_question(
+    row: dict[str, Any], section: SourceSection, system_prompt: str = ""
+) -> list[Message]:
+    """Return the messages of a prompt. Raises RowError if the question is missing or not valid."""
     if isinstance(decode_messages(find(row, section.prompt_field)), list):
         turns = messages(row, section.prompt_field)
         if turns[-1]["role"] == "assistant":
             raise RowError("bad_role", "a prompt must not end with an assistant message")
     else:
         turns = [{"role": "user", "content": question(row, section.prompt_field)}]
-    answer = find(row, section.answer_field)
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise RowError("bad_field", f"`{section.answer_field}` is neither text nor a number")
-    if not str(answer).strip():
-        raise RowError("empty", f"`{section.answer_field}` is empty")
-    if is_missing_label(str(answer)):
-        raise RowError("bad_field", f"`{section.answer_field}` is {answer}, which is no answer")
-    return _with_system(turns, system_prompt), str(answer), _difficulty(row)
+    return _with_system(turns, system_prompt)
+
+
+def parse_difficulty(row: dict[str, Any]) -> int | None:
+    """Return the finite number in the row's field `difficulty`, or None."""
+    value = row.get("difficulty")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if isinstance(value, int) else int(value) if math.isfinite(value) else None
 
 
 class Quarantine:
@@ -220,21 +238,15 @@ def _listed_origins(path: Path) -> set[str]:
     return {row["origin"] for row in rows if isinstance(row.get("origin"), str)}
 
 
-def _fields(section: SourceSection, kind: RowKind) -> list[str]:
+def _fields(section: SourceSection, kind: RowKind, labels: Labels) -> list[str]:
     if kind == "documents":
         return [section.text_field]
     if kind == "prompts":
-        return [section.prompt_field, section.answer_field]
+        answer = section.answer_field if labels.are_required else ""
+        return [field for field in (section.prompt_field, answer, labels.field) if field]
     turns = (section.prompt_field, section.solution_field)
     required = turns if section.solution_field else (section.messages_field,)
     return [field for field in (*required, section.reasoning_field) if field]
-
-
-def _difficulty(row: dict[str, Any]) -> int | None:
-    value = row.get("difficulty")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if isinstance(value, int) else int(value) if math.isfinite(value) else None
 
 
 def _with_system(turns: list[Message], system_prompt: str) -> list[Message]:

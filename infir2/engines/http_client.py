@@ -23,10 +23,10 @@ CONNECT_SECONDS = 10.0
 TIMEOUT_SECONDS = 120.0  # of `ask_once`: a server may send one byte per minute for ever
 
 
-def check_url(key_name: str, url: str, api_key: str) -> None:
+def check_url(key_name: str, url: str, api_key: str, variable: str = "INFIR2_ENGINE_KEY") -> None:
     """Raise ConfigError for what is no server's address, and for one elsewhere without a key.
 
-    `key_name` is the recipe's key that has the URL.
+    `key_name` is the recipe's key that has the URL, `variable` the environment's with the key.
     """
     try:
         address = urllib.parse.urlsplit(url)
@@ -37,13 +37,11 @@ def check_url(key_name: str, url: str, api_key: str) -> None:
     if address.scheme not in ("http", "https") or not host or address.query or address.fragment:
         raise ConfigError(f"{key_name}: {url!r} is not of the form http://HOST:PORT.")
     if address.username or address.password:
-        raise ConfigError(
-            f"{key_name}: the URL of {host} has a key; set INFIR2_ENGINE_KEY instead."
-        )
+        raise ConfigError(f"{key_name}: the URL of {host} has a key; set {variable} instead.")
     if not api_key and not is_loopback(host):
         raise ConfigError(
             f"{key_name}: {url} is not on this machine and there is no key: start the server with "
-            "one and set INFIR2_ENGINE_KEY."
+            f"one and set {variable}."
         )
 
 

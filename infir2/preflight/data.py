@@ -17,6 +17,7 @@ from infir2.config.schema import (
 )
 from infir2.data import ChatTokenizer
 from infir2.data.chat import QUESTION
+from infir2.data.labels import Labels, labels_of
 from infir2.data.rendering import THINK_MARKERS
 from infir2.data.rows import (
     RowKind,
@@ -25,7 +26,7 @@ from infir2.data.rows import (
     open_source,
     parse_conversation,
     parse_document,
-    parse_prompt,
+    parse_question,
 )
 from infir2.data.sources import Source
 from infir2.data.template_check import check_chat_template
@@ -90,6 +91,7 @@ def check_sources(
             recipe.data.system_prompt,
             _max_row_tokens(recipe, kind),
             recipe.data.max_quarantined_fraction,
+            labels_of(recipe.rl) if isinstance(recipe, RlRecipe) else Labels(),
         )
         details += [sampler.check(section) for section in recipe.data.sources]
         budget = _Budget.of(recipe, sampler)
@@ -135,6 +137,7 @@ class _RowSampler:
     system_prompt: str
     max_tokens: int = 0
     max_unusable: float = 0.0
+    labels: Labels = field(default_factory=Labels)
     num_rows: int = 0
     num_tokens: int = 0
     num_lossy: int = 0
@@ -145,7 +148,7 @@ class _RowSampler:
 
         Raises DataError for more unusable rows than allowed, or if every row is too long.
         """
-        source = open_source(section, self.kind)
+        source = open_source(section, self.kind, self.labels)
         check_same_tokenizer(source, self.tokenizer)
         sample = self._sample(source, section)
         if not sample.lengths or sample.num_unusable > self.max_unusable * sample.num_rows:
@@ -191,7 +194,8 @@ class _RowSampler:
             texts = [] if "token_ids" in row else [parse_document(row, section)]
             return texts, len(document_tokens(row, section, self.tokenizer))
         if self.kind == "prompts":
-            turns = parse_prompt(row, section, self.system_prompt)[0]
+            turns = parse_question(row, section, self.system_prompt)
+            self.labels.read(row, section.answer_field)
             token_ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
             return [turn["content"] for turn in turns], len(token_ids)
         turns = parse_conversation(row, section, self.system_prompt)

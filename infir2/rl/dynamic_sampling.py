@@ -32,7 +32,7 @@ from infir2.parallel.ranks import Ranks
 from infir2.rl.groups import Group, Response
 from infir2.rl.journal import Journal
 from infir2.rl.prompts import DrawnPrompt, PromptStream
-from infir2.rl.rewards import rate
+from infir2.rl.rewards import FailureBudget, rate
 
 Check = Callable[[], None]
 CARRIED = "carried"  # in place of the weights' digest
@@ -94,6 +94,7 @@ class GroupGenerator:
         self._engine, self._tokenizer, self._rl, self._seed = engine, tokenizer, rl, seed
         self._journal, self._ranks = journal, ranks
         self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-verify")
+        self._failures = FailureBudget(rl.reward_failures)
         self._generate_seconds = self._verify_seconds = 0.0
 
     def start(self, drawn: DrawnPrompt) -> RunningGroup:
@@ -213,6 +214,7 @@ class GroupGenerator:
         """Reward a group and write it to the journal."""
         texts = [drawn.opened_thought + self._tokenizer.decode(c.token_ids) for c in completions]
         responses = rate(completions, texts, drawn.prompt, self._rl)
+        self._failures.spend(drawn.prompt, responses)
         self._journal.add(key, responses)
         return responses
 

@@ -23,6 +23,7 @@ class Response:
     reason: Reason  # of the verdict
     reward: float
     parts: dict[str, float] = field(default_factory=dict)  # by name; their sum is the reward
+    detail: str = ""  # of the verdict
 
     @property
     def correct(self) -> bool:

@@ -20,6 +20,7 @@ from infir2.config.load import Loaded
 from infir2.config.schema import RlRecipe
 from infir2.convert.serving import require_loadable, require_servable
 from infir2.data import load_prompts
+from infir2.data.labels import labels_of
 from infir2.engines.weight_sync import check_rollout_model, open_engine
 from infir2.rl.dynamic_sampling import GroupGenerator, Rollouts
 from infir2.rl.evaluation import InLoopEvaluation
@@ -28,6 +29,7 @@ from infir2.rl.pipeline import RolloutPipeline
 from infir2.rl.policy_loss import find_objective
 from infir2.rl.policy_update import PolicyUpdate, open_policy_update
 from infir2.rl.prompts import PromptStream
+from infir2.rl.rewards import require_rewards
 from infir2.rl.step_metrics import rollout_metrics
 from infir2.terminal import begin_phase
 from infir2.train.loop import describe_model, make_trainer, open_run_tokenizer
@@ -51,7 +53,7 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         _check_recipe(recipe)
         quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
         begin_phase("reading the prompts")
-        rows = load_prompts(recipe.data, quarantine, tokenizer)
+        rows = load_prompts(recipe.data, quarantine, tokenizer, labels_of(rl))
         cursor = _saved_cursor(supervisor.checkpoint)
         prompts = PromptStream(rows, tokenizer, rl.max_prompt_tokens, seed, cursor)
         model_config = planned_config(supervisor.model)
@@ -92,6 +94,7 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
 def _check_recipe(recipe: RlRecipe) -> None:
     """Raises ConfigError unless there is the loss, and the engine can load `rollout.model`."""
     find_objective(recipe.rl.loss)
+    require_rewards(recipe.rl)
     check_rollout_model(recipe.rollout.model)
     if recipe.rollout.engine in ("sglang", "vllm"):
         path, gpus = Path(recipe.rollout.model), recipe.rollout.tensor_parallel

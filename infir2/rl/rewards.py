@@ -1,13 +1,71 @@
-"""Rewards: 1 for a correct boxed answer after the thinking, 0 otherwise, plus DAPO's soft penalty
-for overlong responses if the recipe asks for it."""
+"""The reward of a response: the weighted sum of what the recipe's rewards give, plus DAPO's soft
+penalty for overlong responses if the recipe asks for it."""
 
 from collections.abc import Sequence
+from functools import partial
 
-from infir2.config.schema import RlSection
+from infir2.config.reward_rules import GYM, is_function, is_server
+from infir2.config.schema import RewardSection, RlSection
 from infir2.data import Prompt
+from infir2.data.labels import labels_of
+from infir2.engines.http_client import check_url
 from infir2.engines.types import Completion
+from infir2.errors import DataError
 from infir2.rl.groups import OVERLONG, Response
-from infir2.verify import check_math_batch
+from infir2.rl.reward_answers import (
+    choice_reward,
+    code_reward,
+    format_reward,
+    math_reward,
+    thinking_reward,
+)
+from infir2.rl.reward_score import Reward, Score
+from infir2.rl.reward_services import (
+    KEY_VARIABLE,
+    function_reward,
+    gym_reward,
+    reward_key,
+    server_reward,
+)
+from infir2.terminal import log
+from infir2.verify.functions import require_function
+from infir2.verify.gym import require_task
+from infir2.verify.verdict import FAILURES
+
+# Tried once before a run: a machine without jails stops it at its start.
+REPLY, TESTS = "```python\nprint(1)\n```", '[{"input": "", "output": "1"}]'
+
+
+def find_reward(name: str, rl: RlSection) -> Reward:
+    """The reward of that name, which `config.reward_rules` has accepted."""
+    if name.startswith(GYM):
+        return partial(gym_reward, task=name.removeprefix(GYM), rl=rl)
+    if is_function(name) or is_server(name):
+        return partial(function_reward if is_function(name) else server_reward, name, rl=rl)
+    answer_format = rl.answer_format
+    rewards: dict[str, Reward] = {
+        "math": partial(math_reward, answer_format=answer_format),
+        "answer": partial(math_reward, answer_format="answer_line"),
+        "require_thinking": partial(thinking_reward, answer_format=answer_format),
+        "format": partial(format_reward, answer_format=answer_format),
+        "choice": choice_reward,
+        "code": partial(code_reward, rl=rl),
+    }
+    return rewards[name]
+
+
+def require_rewards(rl: RlSection) -> None:
+    """Raises ConfigError for a function or a task that is not there, for a URL that is none, and
+    for programs on a machine without jails."""
+    for each in rl.reward:
+        if each.name.startswith(GYM):
+            require_task(each.name.removeprefix(GYM))
+        elif is_function(each.name):
+            require_function(each.name)
+        elif is_server(each.name):
+            check_url("rl.reward", each.name, reward_key(), KEY_VARIABLE)
+        elif each.name == "code":
+            code_reward([REPLY], Prompt("", [], TESTS, None, ""), rl)
 
 
 def overlong_penalty(num_tokens: int, rl: RlSection) -> float:
@@ -25,13 +83,53 @@ def rate(
     completions: Sequence[Completion], texts: Sequence[str], prompt: Prompt, rl: RlSection
 ) -> list[Response]:
     """Responses to a prompt with their rewards, in order."""
-    pairs = [(text, prompt.answer) for text in texts]
-    verdicts = check_math_batch(pairs, answer_format=rl.answer_format)
-    responses = []
-    for completion, text, verdict in zip(completions, texts, verdicts, strict=True):
-        parts = {"math": float(verdict.correct)}
-        if rl.overlong_buffer_tokens:
-            parts[OVERLONG] = overlong_penalty(len(completion.token_ids), rl)
-        reward = sum(parts.values())
-        responses.append(Response(completion, text, verdict.reason, reward, parts))
-    return responses
+    rewards = labels_of(rl).of_row(prompt.fields)
+    columns = [find_reward(each.name, rl)(texts, prompt) for each in rewards]
+    return [
+        _response(completion, text, dict(zip(rewards, scores, strict=True)), rl)
+        for completion, text, *scores in zip(completions, texts, *columns, strict=True)
+    ]
+
+
+def _response(
+    completion: Completion, text: str, scores: dict[RewardSection, Score], rl: RlSection
+) -> Response:
+    """A response with the weighted sum of its scores. The first score says whether it is right."""
+    first = next(iter(scores.values()))
+    verdict = next((each for each in scores.values() if each.reason in FAILURES), first)
+    if verdict.reason in FAILURES:
+        return Response(completion, text, verdict.reason, 0.0, {}, verdict.detail)
+    parts = {reward.name: reward.weight * score.value for reward, score in scores.items()}
+    if rl.overlong_buffer_tokens:
+        parts[OVERLONG] = overlong_penalty(len(completion.token_ids), rl)
+    return Response(completion, text, verdict.reason, sum(parts.values()), parts, verdict.detail)
+
+
+class FailureBudget:
+    """Counts the failed rewards of a step, and ends the run when there are too many."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._count, self._version = limit, 0, -1
+
+    def spend(self, prompt: Prompt, responses: Sequence[Response]) -> None:
+        """Count the failures among the responses to a prompt, and name its row.
+
+        Raises:
+            DataError: more than `rl.reward_failures` since the policy's version changed.
+        """
+        version = responses[0].completion.policy_version
+        self._count, self._version = (self._count if version == self._version else 0), version
+        failed = [response for response in responses if not response.is_rated]
+        if not failed:
+            return
+        self._count += len(failed)
+        sentence = (
+            f"{prompt.origin}: the reward failed for {len(failed)} of {len(responses)} responses "
+            f"({failed[0].detail or failed[0].reason})"
+        )
+        if self._count > self._limit:
+            raise DataError(
+                f"{sentence}; with {self._count} failures in this step that is more than "
+                f"rl.reward_failures ({self._limit}): fix the reward or the row, or raise it"
+            )
+        log(sentence, "rl")

@@ -1,6 +1,9 @@
 """What a step's rollouts say of the policy and of its reward, for metrics.jsonl.
 
-reward, accuracy: means over all responses, trained or not.
+reward, reward_raw, reward_NAME, accuracy: means over all responses whose reward worked, trained or
+    not: of the reward, of it without the penalty for length, of its weighted parts, and of the
+    first reward's verdicts.
+reward_failures: responses whose reward failed.
 response_tokens, response_tokens_p50, response_tokens_p95: mean and percentiles of their lengths.
 truncated_fraction, no_answer_fraction: responses at the limit of their length; without an answer
     where the recipe looks for one.
@@ -32,8 +35,7 @@ def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, 
     solved = [sum(r.correct for r in group.responses) / len(group.responses) for group in groups]
     return {
         "tokens_per_second": float(lengths.sum()) / seconds,
-        "reward": sum(response.reward for response in responses) / len(responses),
-        "accuracy": _share(responses, "ok"),
+        **_reward_metrics(responses),
         "response_tokens": float(lengths.mean()),
         "response_tokens_p50": float(np.percentile(lengths, 50)),
         "response_tokens_p95": float(np.percentile(lengths, 95)),
@@ -46,6 +48,22 @@ def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, 
         "groups_all_wrong": solved.count(0),
         "groups_unfinished": rollouts.num_unfinished,
         "staleness": step - 1 - min(versions),
+    }
+
+
+def _reward_metrics(responses: Sequence[Response]) -> dict[str, float]:
+    rated = [response for response in responses if response.is_rated]
+    parts: dict[str, list[float]] = {}
+    for response in rated:
+        for name, value in response.parts.items():
+            parts.setdefault(f"reward_{name}", []).append(value)
+    count = max(1, len(rated))
+    return {
+        "reward": sum(response.reward for response in rated) / count,
+        "reward_raw": sum(response.raw for response in rated) / count,
+        "accuracy": sum(response.correct for response in rated) / count,
+        **{name: sum(values) / len(values) for name, values in parts.items()},
+        "reward_failures": len(responses) - len(rated),
     }
 
 

@@ -23,6 +23,7 @@ from infir2.errors import ConfigError
 from infir2.verify.process import Channel, kill_tree
 
 START_SECONDS, START_ATTEMPTS = 120.0, 3
+REMEDY = "reinstall infir2 with its dependencies"
 UNLIMITED_SECONDS = threading.TIMEOUT_MAX / 2  # a queue accepts no infinity
 
 
@@ -64,11 +65,14 @@ class Pool:
     """At most `size` workers that call `function` ("module:name"), shared by all threads.
 
     Its arguments and value must be JSON-serializable. `memory_bytes` bounds a worker's address
-    space; 0 means no bound.
+    space; 0 means no bound. `remedy` is what to do if it cannot be imported.
     """
 
-    def __init__(self, function: str, size: int, memory_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, function: str, size: int, memory_bytes: int = 1 << 30, remedy: str = REMEDY
+    ) -> None:
         self._function, self._size, self._memory_bytes = function, size, memory_bytes
+        self._remedy = remedy
         self._workers: set[_Worker] = set()
         # The most recently used worker comes first; None stands for one that is not started yet.
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
@@ -95,6 +99,14 @@ class Pool:
             except BaseException:
                 threads.shutdown(cancel_futures=True)
                 raise
+
+    def start(self) -> None:
+        """Start one worker. Raises ConfigError if it cannot start."""
+        worker = self._idle.get()
+        try:
+            worker = self._ready(worker, time.monotonic() + UNLIMITED_SECONDS)
+        finally:
+            self._idle.put(worker)
 
     def close(self) -> None:
         """Kill and reap every worker; checks running in other threads get the reason "killed"."""
@@ -158,10 +170,7 @@ class Pool:
             cause = (reply or {}).get("failed", "ended before it was ready")
             if reply == {}:
                 cause = f"not ready within {START_SECONDS:.0f} s"
-        raise ConfigError(
-            f"the process that checks answers cannot start ({cause}); "
-            "reinstall infir2 with its dependencies"
-        )
+        raise ConfigError(f"the process that checks answers cannot start ({cause}); {self._remedy}")
 
     def _kill(self, worker: _Worker) -> None:
         worker.kill()

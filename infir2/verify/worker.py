@@ -58,7 +58,7 @@ def _answer(function: Callable[..., Any], request: dict[str, Any]) -> dict[str, 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 1.0)
     try:
-        value = function(*request["arguments"])
+        value = _plain(function(*request["arguments"]))
         json.dumps(value)  # raises if the value cannot be sent
         return {"value": value}
     except MemoryError as error:
@@ -67,6 +67,12 @@ def _answer(function: Callable[..., Any], request: dict[str, Any]) -> dict[str, 
         return {"reason": "error", "detail": f"{type(error).__name__}: {error}"[:300]}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _plain(value: Any) -> Any:
+    """The number of Python in a scalar of numpy or torch; any other value as it is."""
+    item = getattr(value, "item", None)
+    return item() if callable(item) and getattr(value, "ndim", None) == 0 else value
 
 
 def _has_children() -> bool:

@@ -1,0 +1,103 @@
+"""Rewards from other processes: functions of one's own, reasoning-gym's scorers, servers."""
+
+import asyncio
+import json
+import os
+import urllib.parse
+from collections.abc import Sequence
+from typing import Any
+
+from infir2.config.schema import RlSection
+from infir2.data import Prompt
+from infir2.engines.http_client import HttpClient
+from infir2.engines.remote import BadAnswerError, EngineGoneError
+from infir2.errors import ConfigError, first_line
+from infir2.rl.reward_score import Score, failure, score_of_value
+from infir2.verify.answers import extract_answer
+from infir2.verify.functions import call_function
+from infir2.verify.pool import Outcome
+
+KEY_VARIABLE = "INFIR2_REWARD_KEY"
+ATTEMPTS, PAUSE_SECONDS = 3, 0.5
+MAX_CONNECTIONS = 16
+
+
+def function_reward(name: str, texts: Sequence[str], prompt: Prompt, rl: RlSection) -> list[Score]:
+    """What `module:function` returns for each response and the prompt's row."""
+    items = [(text, prompt.fields) for text in texts]
+    return [_score_of_outcome(each) for each in call_function(name, items, rl.reward_seconds)]
+
+
+def gym_reward(texts: Sequence[str], prompt: Prompt, task: str, rl: RlSection) -> list[Score]:
+    """What reasoning-gym's scorer gives for the final answer of each response."""
+    answers = [extract_answer(text, "answer_line") for text in texts]
+    question = prompt.messages[-1]["content"]
+    items = [(answer, question, task, *prompt.fields[task]) for answer in answers]
+    outcomes = call_function("infir2.verify.gym:score_answer", items, rl.reward_seconds)
+    return [
+        Score(0.0, "no_answer") if answer is None else _score_of_outcome(outcome)
+        for answer, outcome in zip(answers, outcomes, strict=True)
+    ]
+
+
+def _score_of_outcome(outcome: Outcome) -> Score:
+    if outcome.reason:
+        return failure(f"{outcome.reason}: {outcome.detail}")
+    return score_of_value(outcome.value)
+
+
+def server_reward(url: str, texts: Sequence[str], prompt: Prompt, rl: RlSection) -> list[Score]:
+    """What a server returns for each response. Raises ConfigError for a refused key."""
+    row = {"prompt": prompt.messages, "label": prompt.answer, "row": prompt.fields}
+    bodies = [{"response": text, **row} for text in texts]
+    return asyncio.run(_ask_all(url, bodies, rl.reward_seconds))
+
+
+async def _ask_all(url: str, bodies: Sequence[Any], seconds: float) -> list[Score]:
+    address = urllib.parse.urlsplit(url)
+    client = HttpClient(f"{address.scheme}://{address.netloc}", reward_key())
+    slots = asyncio.Semaphore(MAX_CONNECTIONS)
+    try:
+        asked = (_ask(client, address.path or "/", body, seconds, slots) for body in bodies)
+        return list(await asyncio.gather(*asked))
+    except ConfigError as error:
+        raise ConfigError(f"rl.reward: {url} refuses the key; set {KEY_VARIABLE}.") from error
+    finally:
+        await client.close()
+
+
+async def _ask(
+    client: HttpClient, route: str, body: Any, seconds: float, slots: asyncio.Semaphore
+) -> Score:
+    """Ask until there is an answer, at most ATTEMPTS times, `seconds` each."""
+    detail = ""
+    for attempt in range(ATTEMPTS):
+        await asyncio.sleep(PAUSE_SECONDS * attempt)
+        try:
+            async with slots, asyncio.timeout(seconds):
+                return _score_of_reply(await client.post(route, body))
+        except TimeoutError:
+            detail = f"{client.url}{route}: no whole answer in {seconds:g} s"
+        except BadAnswerError as error:
+            detail = first_line(error)
+            if error.status < 500:
+                break
+        except EngineGoneError as error:
+            detail = first_line(error)
+    return failure(detail)
+
+
+def _score_of_reply(reply: Any) -> Score:
+    if isinstance(reply, str):  # no content type of JSON
+        try:
+            reply = json.loads(reply)
+        except (ValueError, RecursionError):
+            reply = None
+    if not isinstance(reply, dict) or "reward" not in reply:
+        return failure('the server\'s answer is not {"reward": number}')
+    return score_of_value(reply["reward"])
+
+
+def reward_key() -> str:
+    """The key for servers of rewards."""
+    return os.environ.get(KEY_VARIABLE, "")
