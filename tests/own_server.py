@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from infir2.engines.native import NativeEngine
 from infir2.engines.remote_engine import RemoteEngine
 from infir2.engines.server.app import build_app
 from infir2.engines.server.driver import EngineDriver
+from infir2.engines.server.engine_process import ProcessEngine
+from infir2.engines.server.engine_worker import run_engine
 from infir2.engines.server.run import Server
 from infir2.engines.server.served import Served
 from infir2.engines.server_process import RunningServer
@@ -76,7 +80,7 @@ class OwnServer:
         )
         self.kind, self.back_url, config = kind, "", model.config
         self._max_positions, self._max_running = config.max_positions, max_running
-        open_engine = (lambda: self.engine) if kind == "native" else self._open_remote
+        open_engine = self._open_native if kind == "native" else self._open_remote
         self._decode = tokenizer.decode
         self.driver: EngineDriver[Any] = EngineDriver(open_engine, max_requests)
         self.served = Served(
@@ -93,6 +97,19 @@ class OwnServer:
             app = build_app(self.served, key, **options)
             self.url, self.key = stack.enter_context(listening(app, self.driver)), key
             yield self
+        if self.kind == "native":
+            self.connection.close()
+
+    def _open_native(self) -> ProcessEngine:
+        """As `infir2 serve`, with a thread in the place of the engine's process."""
+        self.connection, theirs = multiprocessing.Pipe()
+        run = partial(run_engine, theirs, lambda: self.engine)
+        threading.Thread(target=run, daemon=True).start()
+        return ProcessEngine(self)
+
+    def how_it_ended(self) -> str:
+        """As `EngineWorker`."""
+        return "code 0"
 
     def _open_remote(self) -> RemoteEngine:
         streams = {"sglang": SglangStreams, "vllm": VllmStreams}[self.kind]

@@ -17,6 +17,7 @@ from infir2.engines.response_text import Decode
 from infir2.engines.runner import ReferenceRunner, Runner
 from infir2.engines.scheduler import Scheduler
 from infir2.engines.types import Completion, Request, Tokens
+from infir2.engines.weight_files import read_weights
 from infir2.model import Decoder
 from infir2.model.hf_names import exported_fp8_weights, load_weights, weights_digest
 from infir2.model.memory import host_memory
@@ -107,9 +108,9 @@ class NativeEngine:
         """As `Engine`: starts one token for each running request."""
         return self._scheduler.step(self.policy_version)
 
-    def response_from(self, request_id: str, start: int) -> Tokens:
+    def new_tokens(self) -> dict[str, Tokens]:
         """As `OffersProgress`."""
-        return self._scheduler.response_from(request_id, start)
+        return self._scheduler.new_tokens()
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """As `Engine`."""
@@ -125,6 +126,14 @@ class NativeEngine:
         self._scheduler.forget_weights()
         load_weights(self.model, weights)
         self.policy_version = policy_version
+
+    def update_from_directory(self, directory: Path, policy_version: int) -> None:
+        """Replace the weights by those of an exported directory; no request may be unfinished.
+
+        Raises CheckpointError, and keeps the old weights, for another model's (`read_weights`).
+        """
+        tensors = read_weights(self.model, self.scale_format, directory)
+        self.update_weights(tensors.items(), policy_version)
 
     def weights_digest(self) -> dict[str, str]:
         """As `OffersDigest`."""

@@ -43,6 +43,7 @@ class _Response:
     Attributes:
         text: finds its stop texts.
         heard: when the server last showed that it works on it; infinite while it waits.
+        num_shown: tokens that `show` has returned.
     """
 
     request: Request
@@ -50,6 +51,7 @@ class _Response:
     tokens: Tokens = field(default_factory=lambda: Tokens([], [], []))
     work: "asyncio.Task[None] | None" = None
     heard: float = math.inf
+    num_shown: int = 0
 
     def add(self, part: Tokens) -> bool:
         """Take the part up to the token that completes a stop text; whether one does."""
@@ -60,10 +62,18 @@ class _Response:
                 if self.text.stopped:
                     count = number + 1
                     break
-        self.tokens.token_ids.extend(part.token_ids[:count])
-        self.tokens.logprobs.extend(part.logprobs[:count])
-        cast(list[Any], self.tokens.top_logprobs).extend(part.top_logprobs[:count])
+        self.tokens.extend(part.part(0, count))
         return self.text.stopped
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there are tokens that `show` has not returned."""
+        return len(self.tokens.token_ids) > self.num_shown
+
+    def show(self) -> Tokens:
+        """The tokens since the last call."""
+        start, self.num_shown = self.num_shown, len(self.tokens.token_ids)
+        return self.tokens.part(start)
 
     def complete(self) -> Completion:
         """Raises BadAnswerError for what is no answer to the request."""
@@ -148,11 +158,10 @@ class RemoteEngine:
                 response, event = self._events.get_nowait()
         return completions
 
-    def response_from(self, request_id: str, start: int) -> Tokens:
+    def new_tokens(self) -> dict[str, Tokens]:
         """As `OffersProgress`."""
-        tokens = self._responses[request_id].tokens
-        tops = tokens.top_logprobs[start:]
-        return Tokens(tokens.token_ids[start:], tokens.logprobs[start:], tops)
+        fresh = (each for each in self._responses.values() if each.request.streams)
+        return {each.request.id: each.show() for each in fresh if each.has_more}
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """As `Engine`; the server ends them too."""

@@ -54,6 +54,21 @@ class ResponseText:
             self._shorten_window()
         return self._release(new)
 
+    def extend(self, token_ids: Sequence[int]) -> str:
+        """As `add` for each token, decoded together where that gives the same."""
+        if self.stopped or len(token_ids) < 2:
+            return "".join(map(self.add, token_ids))
+        text = self._decode([*self._window, *token_ids])
+        new = text[self._num_decoded :]
+        has_stop = any(stop in self._held + new for stop in self._stop_texts)
+        if has_stop or text.endswith(_REPLACEMENT):
+            return "".join(map(self.add, token_ids))
+        self._window.extend(token_ids)
+        self._num_held = 0
+        self._num_decoded = max(self._num_decoded, len(text))
+        self._shorten_window()
+        return self._release(new)
+
     def finish(self) -> str:
         """The rest of a response that has ended."""
         if self.stopped:

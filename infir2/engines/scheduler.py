@@ -48,6 +48,7 @@ class Running:
         pages: of the cache.
         num_cached: tokens whose keys are in the cache, or will be after the passes that started.
         num_started: response tokens whose passes started.
+        num_shown: response tokens that `show` has returned.
     """
 
     request: Request
@@ -59,6 +60,7 @@ class Running:
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
     num_started: int = 0
+    num_shown: int = 0
 
     @property
     def known_tokens(self) -> list[int]:
@@ -83,6 +85,11 @@ class Running:
             self.top_logprobs.append(top[:count])
         if self.text is not None:
             self.text.add(token_id)
+
+    def show(self) -> Tokens:
+        """The tokens since the last call."""
+        start, self.num_shown = self.num_shown, len(self.token_ids)
+        return Tokens(self.token_ids[start:], self.logprobs[start:], self.top_logprobs[start:])
 
     def completion(self, policy_version: int) -> Completion:
         return Completion(
@@ -188,10 +195,10 @@ class Scheduler:
         self._release({sequence.request.id for sequence in finished})
         return [sequence.completion(policy_version) for sequence in finished]
 
-    def response_from(self, request_id: str, start: int) -> Tokens:
+    def new_tokens(self) -> dict[str, Tokens]:
         """As `OffersProgress`."""
-        each = self._unfinished[request_id]
-        return Tokens(each.token_ids[start:], each.logprobs[start:], each.top_logprobs[start:])
+        running = (s for s in self._running if s.request.streams)
+        return {s.request.id: s.show() for s in running if len(s.token_ids) > s.num_shown}
 
     def cancel(self, request_ids: Collection[str]) -> None:
         """As `Engine.cancel`; frees the slots and pages of running requests."""

@@ -5,7 +5,8 @@ functions that most callers want; a server calls `submit` and `step` itself.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -168,14 +169,25 @@ class Tokens:
 
     token_ids: list[int]
     logprobs: list[float]
-    top_logprobs: Sequence[TopLogprobs] = ()
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+
+    def part(self, start: int, end: int | None = None) -> "Tokens":
+        """The tokens from number `start` up to `end`."""
+        which = slice(start, end)
+        return Tokens(self.token_ids[which], self.logprobs[which], self.top_logprobs[which])
+
+    def extend(self, later: "Tokens") -> None:
+        """Add the part of the same response that follows."""
+        self.token_ids.extend(later.token_ids)
+        self.logprobs.extend(later.logprobs)
+        self.top_logprobs.extend(later.top_logprobs)
 
 
 class OffersProgress(Protocol):
     """An engine that shows responses while they are generated, for a server's streams."""
 
-    def response_from(self, request_id: str, start: int) -> Tokens:
-        """The tokens of an unfinished request's response from number `start` on."""
+    def new_tokens(self) -> dict[str, Tokens]:
+        """What the unfinished requests that stream have got since the last call, by id."""
         ...
 
 
@@ -198,6 +210,28 @@ class OffersDigest(Protocol):
 
     def weights_digest(self) -> dict[str, str]:
         """SHA-256 of each weight's bytes, by exported name."""
+        ...
+
+
+class UpdatableEngine(ServedEngine, OffersDigest, Protocol):
+    """What the trainer's routes of a server need of an engine.
+
+    Attributes:
+        cache_tokens: that fit its KV cache.
+        max_running_requests: it generates as many at a time.
+        scale_format: of the model's FP8 layers; None without such layers.
+    """
+
+    cache_tokens: int
+    max_running_requests: int
+    scale_format: str | None
+
+    def update_from_directory(self, directory: Path, policy_version: int) -> None:
+        """Replace the weights by those of an exported Hugging Face directory.
+
+        No request may be unfinished. Raises CheckpointError, and keeps the old weights, for another
+        model's directory.
+        """
         ...
 
 

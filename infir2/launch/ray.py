@@ -36,9 +36,9 @@ RECOVERY_TIMEOUT_SECONDS = 1800.0  # after a death: a machine has to boot, or an
 PEER_SECONDS = 60.0  # after a node failed: time for the others to notice and to report
 POLL_SECONDS = 0.5
 # ID:N, the placement group of the engines and how often Ray may restart each of them.
-ENGINES_VARIABLE = "INFIR2_ENGINES"
+ENGINES_VARIABLE = "INFIR2_RAY_ENGINES"
 # ID:GPUS;GPUS, the placement group of several nodes and the GPUs of each of its bundles ("0,1").
-NODES_VARIABLE = "INFIR2_NODES"
+NODES_VARIABLE = "INFIR2_RAY_NODES"
 # Environment variables that every node receives, beside those of the recipe.
 _FORWARDED_PREFIXES = ("INFIR2_", "OMP_", "MKL_", "NCCL_", "TORCH_", "HF_")
 

@@ -45,6 +45,16 @@ def pieces(decode: Decode, token_ids: Sequence[int], stops: Sequence[str] = ()) 
     return [*(text.add(token_id) for token_id in token_ids), text.finish()]
 
 
+def batches(decode: Decode, token_ids: Sequence[int], stops: Sequence[str] = ()) -> list[str]:
+    """As `pieces`, of up to seven tokens each."""
+    text, rng, start, found = ResponseText(decode, stops), random.Random(1), 0, list[str]()
+    while start < len(token_ids):
+        end = start + rng.randint(1, 7)
+        found.append(text.extend(token_ids[start:end]))
+        start = end
+    return [*found, text.finish()]
+
+
 def visible(text: str, stops: Sequence[str]) -> str:
     """The text before the stop text that is complete first."""
     ends = [n for n in range(len(text)) if any(text[: n + 1].endswith(stop) for stop in stops)]
@@ -61,6 +71,9 @@ def test_pieces_are_whole_characters(tokenizer: Tokenizer) -> None:
     assert "".join(found) == TEXT
     assert not any("\ufffd" in piece for piece in found)
     assert sum(map(bool, found)) > 100  # as they come
+    found = batches(tokenizer.decode, token_ids)
+    assert "".join(found) == TEXT
+    assert not any("\ufffd" in piece for piece in found)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -71,7 +84,8 @@ def test_any_bytes_give_the_text_of_all(seed: int) -> None:
     text = encode(tokenizer, "数👩")
     token_ids[50:50] = text
     token_ids += text[: rng.randrange(len(text))]
-    assert "".join(pieces(tokenizer.decode, token_ids)) == tokenizer.decode(token_ids)
+    for cut in (pieces, batches):
+        assert "".join(cut(tokenizer.decode, token_ids)) == tokenizer.decode(token_ids)
 
 
 def test_a_long_run_of_broken_bytes_is_not_held_back_for_ever() -> None:
@@ -97,7 +111,8 @@ STOPS = (
 @pytest.mark.parametrize("stops", STOPS)
 def test_nothing_of_a_stop_text_is_shown(tokenizer: Tokenizer, stops: list[str]) -> None:
     expected = visible(TEXT, stops)
-    assert "".join(pieces(tokenizer.decode, encode(tokenizer, TEXT), stops)) == expected
+    for cut in (pieces, batches):
+        assert "".join(cut(tokenizer.decode, encode(tokenizer, TEXT), stops)) == expected
     text = ResponseText(tokenizer.decode, stops)
     for token_id in encode(tokenizer, TEXT):
         text.add(token_id)
@@ -114,4 +129,5 @@ def test_a_token_may_complete_two_stop_texts() -> None:
         (["Ec"], "axEND Ebc"),
         (["bc", "cc"], "axEND E"),
     ):
-        assert "".join(pieces(decode, range(4), stops)) == expected
+        for cut in (pieces, batches):
+            assert "".join(cut(decode, range(4), stops)) == expected

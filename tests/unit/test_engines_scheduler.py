@@ -187,19 +187,22 @@ def test_the_most_likely_tokens_of_a_gpu_are_unpacked() -> None:
 
 @pytest.mark.usefixtures("passes_ahead")
 def test_responses_are_seen_while_they_grow(model: Decoder) -> None:
-    requests = [request(i, SamplingParams(1.0, 12, stop_ids=(), top_logprobs=2)) for i in range(3)]
+    params = SamplingParams(1.0, 12, stop_ids=(), top_logprobs=2)
+    requests = [replace(request(i, params), streams=i < 3) for i in range(4)]
     engine, seen = NativeEngine(model, 2), {each.id: list[int]() for each in requests}
     for each in requests:
         engine.submit(each)
     num_early, completions = 0, dict[str, Completion]()
     while engine.num_unfinished:
         completions |= {completion.id: completion for completion in engine.step()}
-        for name in seen.keys() - completions.keys():
-            tokens = engine.response_from(name, len(seen[name]))
+        new = engine.new_tokens()
+        assert not new.keys() & completions.keys()
+        for name, tokens in new.items():
             assert len(tokens.logprobs) == len(tokens.top_logprobs) == len(tokens.token_ids)
             num_early += len(tokens.token_ids)
             seen[name] += tokens.token_ids
     assert num_early >= 3 * 10
+    assert not seen[requests[3].id]
     for name, completion in completions.items():
         assert seen[name] == completion.token_ids[: len(seen[name])]
 

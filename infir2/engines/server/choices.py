@@ -1,9 +1,8 @@
 """A response on its way to a client: what each event of the engine adds to its choice."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from infir2.engines.response_text import ResponseText, whole_text
 from infir2.engines.server.errors import ApiError
@@ -42,14 +41,14 @@ class Choice:
     def add(self, event: Completion | Tokens) -> Piece:
         """Raises ApiError 500 for log-probabilities that are none."""
         ended, tokens = isinstance(event, Completion), self._new_tokens(event)
-        if not np.isfinite(tokens.logprobs).all():
+        if not all(map(math.isfinite, tokens.logprobs)):
             raise ApiError(500, "a log-probability is not finite: the weights are unusable")
         offsets = list[int]()
         if ended and not self.num_tokens and not self._needs_offsets:
             visible = self._visible(tokens.token_ids)
             text = whole_text(self._decode, visible, self._params.stop_texts)
         else:
-            text = self._add_one_by_one(tokens.token_ids, offsets)
+            text = self._grow(tokens.token_ids, offsets)
             text += self._text.finish() if ended else ""
         self.num_tokens += len(tokens.token_ids)
         thought = ""
@@ -65,21 +64,24 @@ class Choice:
         if isinstance(event, Tokens):
             return event
         start, logprobs = self.num_tokens, event.rollout_logprobs.tolist()
-        return Tokens(event.token_ids[start:], logprobs[start:], event.top_logprobs[start:])
+        return Tokens(event.token_ids, logprobs, list(event.top_logprobs)).part(start)
 
     def _visible(self, token_ids: list[int]) -> list[int]:
         """Without the stop token."""
         has_end = token_ids and token_ids[-1] in self._params.stop_ids
         return token_ids[:-1] if has_end else token_ids
 
-    def _add_one_by_one(self, token_ids: list[int], offsets: list[int]) -> str:
-        text, num_visible = "", len(self._visible(token_ids))
-        for number, token_id in enumerate(token_ids):
-            offsets.append(self._num_characters)
-            if number < num_visible:
-                new = self._text.add(token_id)
-                text += new
-                self._num_characters += len(new)
+    def _grow(self, token_ids: list[int], offsets: list[int]) -> str:
+        """The text that has become certain; adds each token's offset if they are asked for."""
+        visible = self._visible(token_ids)
+        if not self._needs_offsets:
+            return self._text.extend(visible)
+        text = ""
+        for token_id in visible:
+            offsets.append(self._num_characters + len(text))
+            text += self._text.add(token_id)
+        self._num_characters += len(text)
+        offsets += [self._num_characters] * (len(token_ids) - len(visible))
         return text
 
 

@@ -44,21 +44,50 @@ class WrongVersionError(Exception):
     """A request names another version of the weights than the engine's."""
 
 
+class _Inbox:
+    """What has arrived for requests that are answered together; lives in the event loop.
+
+    A reader that is behind finds the newest state of each request: tokens that it has not taken yet
+    join those that follow, and a completion, which has all tokens, takes their place. So the work
+    of a stream is bounded by what its reader can do, however fast the engine is.
+    """
+
+    def __init__(self) -> None:
+        self._events: dict[int, Any] = {}
+        self._is_read: asyncio.Future[None] | None = None
+
+    def put(self, number: int, event: Any) -> None:
+        """Add an event of the request `number`, and wake who waits."""
+        before = self._events.get(number)
+        if isinstance(before, Tokens) and isinstance(event, Tokens):
+            before.extend(event)
+        else:
+            self._events[number] = event
+        if self._is_read is not None and not self._is_read.done():
+            self._is_read.set_result(None)
+
+    async def get(self) -> tuple[int, Any]:
+        """The oldest event, with the number of its request."""
+        while not self._events:
+            self._is_read = asyncio.get_running_loop().create_future()
+            await self._is_read
+        number = next(iter(self._events))
+        return number, self._events.pop(number)
+
+
 @dataclass
 class _Waiter:
     """Who waits for a request.
 
     Attributes:
-        events: receives (number, event), in the event loop.
-        number: of the request among those that share `events`.
+        inbox: receives its events.
+        number: of the request among those that share `inbox`.
         request: what is generated.
-        num_sent: tokens that were sent.
     """
 
-    events: "asyncio.Queue[tuple[int, Any]]"
+    inbox: _Inbox
     number: int
     request: Request
-    num_sent: int = 0
 
 
 class EngineDriver(Generic[E]):
@@ -119,15 +148,15 @@ class EngineDriver(Generic[E]):
         """
         if self.num_requests + len(requests) > self._max_requests:
             raise QueueFullError
-        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        inbox = _Inbox()
         unfinished = {request.id for request in requests}
         self.num_requests += len(requests)
         for number, request in enumerate(requests):
-            waiter = _Waiter(events, number, request)
+            waiter = _Waiter(inbox, number, request)
             self._commands.put(partial(self._submit, waiter, policy_version))
         try:
             while unfinished:
-                number, event = await events.get()
+                number, event = await inbox.get()
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event, Completion):
@@ -150,9 +179,9 @@ class EngineDriver(Generic[E]):
 
     async def call(self, function: Callable[[E], T]) -> T:
         """The result of `function`, called in the thread between two steps."""
-        waiter = _Waiter(asyncio.Queue(), 0, _WARM_UP)
+        waiter = _Waiter(_Inbox(), 0, _WARM_UP)
         self._commands.put(lambda: self._call(function, waiter))
-        _, result = await waiter.events.get()
+        _, result = await waiter.inbox.get()
         if isinstance(result, Exception):
             raise result
         return result
@@ -176,8 +205,9 @@ class EngineDriver(Generic[E]):
             self.is_ready = True
             while not self._closing:
                 self._turn()
-        except BaseException as error:  # the main thread raises it again
-            self.failure = error
+        except BaseException as error:
+            if not self._closing:
+                self.failure = error  # the main thread raises it again
         finally:
             self.is_ready, self._closing = False, True
             end = CanceledError("the server stops")
@@ -199,12 +229,8 @@ class EngineDriver(Generic[E]):
                 self._results.append((waiter, completion))
         except RequestFailedError as error:
             self._results.append((self._waiters.pop(error.id), error))
-        for name, waiter in self._waiters.items():
-            if waiter.request.streams:
-                tokens = self._engine.response_from(name, waiter.num_sent)
-                if tokens.token_ids:
-                    waiter.num_sent += len(tokens.token_ids)
-                    self._results.append((waiter, tokens))
+        for name, tokens in self._engine.new_tokens().items():
+            self._results.append((self._waiters[name], tokens))
         self._send()
 
     def _count(self, completion: Completion, waiter: _Waiter) -> None:
@@ -248,4 +274,4 @@ class EngineDriver(Generic[E]):
 
 def _put_all(results: list[tuple[_Waiter, Any]]) -> None:
     for waiter, event in results:
-        waiter.events.put_nowait((waiter.number, event))
+        waiter.inbox.put(waiter.number, event)

@@ -12,6 +12,7 @@ from infir2.engines.server.driver import CanceledError, QueueFullError, WrongVer
 from infir2.engines.types import RequestFailedError
 
 RETRY_SECONDS = 1
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _CLIENT_CLOSED = 499  # nobody reads the answer
 
 
@@ -37,8 +38,7 @@ def json_response(content: Any, status: int = 200, **headers: str) -> Response:
 
 def json_bytes(content: Any) -> bytes:
     """JSON in UTF-8. Half of a surrogate pair, which a request may have, becomes "?"."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace")
+    return _JSON.encode(content).encode("utf-8", "replace")
 
 
 def error_content(error: ApiError) -> dict[str, Any]:

@@ -12,14 +12,11 @@ from infir2.checkpoint.fingerprint import is_run
 from infir2.config.paths import check_model_directory
 from infir2.data import ChatTokenizer
 from infir2.engines.engine_options import EngineOptions, remote_host
-from infir2.engines.native import NativeEngine
 from infir2.engines.remote_engine import RemoteEngine
+from infir2.engines.server.engine_process import EngineWorker, ProcessEngine
 from infir2.engines.types import ServedEngine
 from infir2.errors import ConfigError
-from infir2.model import Decoder
 from infir2.terminal import begin_phase, log
-
-CPU_CACHE_GIB = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,45 +56,41 @@ class ServerOptions:
 class Opening:
     """How an engine is opened, in the thread that drives it, and how it is ended."""
 
-    open: Callable[[], ServedEngine]
-    close: Callable[[], None] = lambda: None
+    open: Callable[[ChatTokenizer], ServedEngine]
+    close: Callable[[], None]
 
 
-def engine_opening(options: ServerOptions, tokenizer: ChatTokenizer, what: str) -> Opening:
+def engine_opening(options: ServerOptions, what: str) -> Opening:
     """`what` is served, for the message when it is."""
-    if options.engine.engine == "native":
-        return Opening(lambda: _open_native(options, tokenizer, what))
-    return _remote_opening(options, tokenizer, what)
+    opening = _native_opening if options.engine.engine == "native" else _remote_opening
+    return opening(options, what)
 
 
-def _open_native(options: ServerOptions, tokenizer: ChatTokenizer, what: str) -> NativeEngine:
-    begin_phase("loading the model")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Decoder.from_hf(options.model).to(device)
-    cache_gib = options.cache_gib or (CPU_CACHE_GIB if device.type == "cpu" else 0.0)
-    engine = NativeEngine(
-        model,
-        options.max_running_requests,
-        cache_gib,
-        keep_cache=True,
-        decode=tokenizer.decode,
-    )
-    if not engine.cache_tokens:
-        raise ConfigError(
-            f"--cache-gib {cache_gib:g} holds no token of this model; allow more memory."
+def _native_opening(options: ServerOptions, what: str) -> Opening:
+    worker = EngineWorker()  # it starts while this process loads the tokenizer
+
+    def open_engine(_tokenizer: ChatTokenizer) -> ProcessEngine:
+        begin_phase("loading the model")
+        engine = ProcessEngine(
+            worker,
+            model=str(options.model),
+            max_running_requests=options.max_running_requests,
+            cache_gib=options.cache_gib,
         )
-    begin_phase("")
-    log(f"{what}, {engine.cache_tokens:,} tokens of KV cache", "serve")
-    return engine
+        begin_phase("")
+        log(f"{what}, {engine.cache_tokens:,} tokens of KV cache", "serve")
+        return engine
+
+    return Opening(open_engine, worker.kill)
 
 
-def _remote_opening(options: ServerOptions, tokenizer: ChatTokenizer, what: str) -> Opening:
+def _remote_opening(options: ServerOptions, what: str) -> Opening:
     directory = options.engine_dir or Path(tempfile.mkdtemp(prefix="infir2-serve-"))
     host = remote_host(
         options.model, options.engine, options.max_running_requests, options.cache_gib, directory
     )
 
-    def open_engine() -> RemoteEngine:
+    def open_engine(tokenizer: ChatTokenizer) -> RemoteEngine:
         begin_phase(f"starting {options.engine.engine}; its log is in {directory}")
         engine = RemoteEngine(host, tokenizer.decode, options.max_running_requests)
         begin_phase("")

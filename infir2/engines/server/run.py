@@ -1,5 +1,6 @@
 """`infir2 serve`: everything that can refuse it, then the server until SIGTERM."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -15,7 +16,6 @@ from infir2.engines.server.app import build_app
 from infir2.engines.server.driver import EngineDriver
 from infir2.engines.server.opening import Opening, ServerOptions, engine_opening
 from infir2.engines.server.served import Served
-from infir2.engines.types import ServedEngine
 from infir2.errors import ConfigError, disk_reason
 from infir2.files import read_regular
 from infir2.model import ModelConfig
@@ -35,14 +35,31 @@ def run_server(options: ServerOptions) -> None:
     key = _read_key(options)
     listening = _bind(options.host, options.port)
     config = ModelConfig.from_hf(read_json(options.model / "config.json"))
+    name = options.served_name or options.model.resolve().name
+    with contextlib.closing(engine_opening(options, f"{name} at {_address(listening)}/v1")) as each:
+        driver = _serve(options, name, key, listening, config, each)
+    if driver.failure is not None:
+        raise driver.failure
+    log("the server has stopped.", "serve")
+    # Python's own end takes seconds with torch on a busy machine, and waits for a step in progress.
+    os._exit(0)
+
+
+def _serve(
+    options: ServerOptions,
+    name: str,
+    key: str,
+    listening: socket.socket,
+    config: ModelConfig,
+    opening: Opening,
+) -> EngineDriver[Any]:
+    """Until SIGTERM or Ctrl-C, or the end of the engine."""
     begin_phase("loading the tokenizer")
     tokenizer = load_tokenizer(options.model)
     _check_vocabulary(options.model, tokenizer, config)
     tokenizer.eos_token_ids  # noqa: B018 - renders the template, which takes a second
-    name = options.served_name or options.model.resolve().name
-    opening = engine_opening(options, tokenizer, f"{name} at {_address(listening)}/v1")
     driver = EngineDriver(
-        opening.open,
+        lambda: opening.open(tokenizer),
         options.max_running_requests + options.max_waiting_requests,
         on_end=lambda: setattr(server, "should_exit", True),
     )
@@ -50,7 +67,13 @@ def run_server(options: ServerOptions) -> None:
     hosts = () if key else ("127.0.0.1", "localhost", "[::1]", options.host)
     app = build_app(served, key, hosts, options.weight_updates, options.allow_origin)
     server = Server(driver, app)
-    _run(server, listening, driver, opening)
+    # uvicorn raises the signal that ended it once more; SIGTERM is how a server ends.
+    previous = signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+    try:
+        server.run(sockets=[listening])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return driver
 
 
 class Server(uvicorn.Server):
@@ -73,26 +96,6 @@ class Server(uvicorn.Server):
         """Answer what is unfinished with 503, then close the connections."""
         self._driver.close(0)
         await super().shutdown(sockets)
-
-
-def _run(
-    server: uvicorn.Server,
-    listening: socket.socket,
-    driver: EngineDriver[ServedEngine],
-    opening: Opening,
-) -> None:
-    # uvicorn raises the signal that ended it once more; SIGTERM is how a server ends.
-    previous = signal.signal(signal.SIGTERM, lambda _number, _frame: None)
-    try:
-        server.run(sockets=[listening])
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        opening.close()
-    if driver.failure is not None:
-        raise driver.failure
-    log("the server has stopped.", "serve")
-    # Python's own end takes seconds with torch on a busy machine, and waits for a step in progress.
-    os._exit(0)
 
 
 def _read_key(options: ServerOptions) -> str:

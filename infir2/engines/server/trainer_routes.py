@@ -13,13 +13,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from infir2.engines.native import NativeEngine
 from infir2.engines.server.checks import check_tokens
 from infir2.engines.server.connection import while_connected
 from infir2.engines.server.errors import ApiError, json_response
 from infir2.engines.server.served import Served
-from infir2.engines.server.weights import update_from_directory
-from infir2.engines.types import Completion, SamplingParams
+from infir2.engines.types import Completion, SamplingParams, UpdatableEngine
 from infir2.engines.types import Request as EngineRequest
 from infir2.errors import CheckpointError, ConfigError
 
@@ -79,9 +77,9 @@ def trainer_routes(served: Served) -> APIRouter:
         if not directory.is_absolute():
             raise ApiError(400, f"directory: {directory} is not absolute", param="directory")
 
-        def update(engine: NativeEngine) -> dict[str, str]:
+        def update(engine: UpdatableEngine) -> dict[str, str]:
             driver.cancel_all()
-            update_from_directory(engine, directory, body.policy_version)
+            engine.update_from_directory(directory, body.policy_version)
             return engine.weights_digest()
 
         try:
@@ -92,7 +90,7 @@ def trainer_routes(served: Served) -> APIRouter:
     @router.get("/weights_digest")
     async def weights_digest() -> Response:
         served.require_ready()
-        return json_response(await driver.call(NativeEngine.weights_digest))
+        return json_response(await driver.call(lambda engine: engine.weights_digest()))
 
     @router.get("/info")
     async def info() -> Response:
@@ -122,7 +120,7 @@ def _answer(completion: Completion) -> Response:
     )
 
 
-def _info(served: Served, engine: NativeEngine) -> dict[str, Any]:
+def _info(served: Served, engine: UpdatableEngine) -> dict[str, Any]:
     tokenizer_file = served.tokenizer.directory / "tokenizer.json"
     return {
         "model": served.name,

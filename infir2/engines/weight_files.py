@@ -1,37 +1,35 @@
-"""New weights for a running engine, from an exported directory."""
+"""New weights for an engine, from an exported directory: the same model's, or none."""
 
 from pathlib import Path
 
 from torch import Tensor
 
-from infir2.engines.native import NativeEngine
 from infir2.errors import CheckpointError
-from infir2.model import ModelConfig
+from infir2.model import Decoder, ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX, checked_scale, exported_fp8_weights
 from infir2.model.safetensors_io import HfWeights, read_json
 
 
-def update_from_directory(engine: NativeEngine, directory: Path, policy_version: int) -> None:
-    """Replace the engine's weights by those of an exported Hugging Face directory.
+def read_weights(model: Decoder, scale_format: str | None, directory: Path) -> dict[str, Tensor]:
+    """The tensors of an exported Hugging Face directory, by name.
 
-    No request may be unfinished. Raises CheckpointError, and keeps the old weights, for a directory
-    of another model: names, shapes, dtypes, scale format or config.json differ, or a value is none
+    Raises CheckpointError for a directory of another model than `model`, whose FP8 layers have
+    `scale_format`: names, shapes, dtypes, scale format or config.json differ, or a value is none
     that a weight can have.
     """
-    _check_config(engine, directory)
+    _check_config(model, scale_format, directory)
     tensors = dict(HfWeights(directory))
-    _check_tensors(dict(exported_fp8_weights(engine.model)), tensors, directory)
-    engine.update_weights(tensors.items(), policy_version)
+    _check_tensors(dict(exported_fp8_weights(model)), tensors, directory)
+    return tensors
 
 
-def _check_config(engine: NativeEngine, directory: Path) -> None:
+def _check_config(model: Decoder, scale_format: str | None, directory: Path) -> None:
     raw = read_json(directory / "config.json")
-    section = raw.get("quantization_config")
-    scale_format = None
+    section, found = raw.get("quantization_config"), None
     if section is not None:
         is_pow2 = isinstance(section, dict) and section.get("scale_fmt") == "ue8m0"
-        scale_format = "pow2" if is_pow2 else "fp32"
-    if scale_format != engine.scale_format or ModelConfig.from_hf(raw) != engine.model.config:
+        found = "pow2" if is_pow2 else "fp32"
+    if found != scale_format or ModelConfig.from_hf(raw) != model.config:
         raise CheckpointError(f"{directory}: its config.json is not that of the served model")
 
 
