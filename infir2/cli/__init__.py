@@ -53,6 +53,7 @@ VERBS = {
         "plan", "plan", "memory, time and layout of a run on GPUs: plan RECIPE.toml --gpu h100"
     ),
     "bench": Verb("plan", "bench", "measure this machine's GPU for plan: bench --to FILE.json"),
+    "doctor": Verb("doctor", "doctor", "what this machine computes with, and what it lacks"),
     "check": Verb("preflight", "check", "check everything a recipe needs, and train nothing"),
     "export": Verb(
         "convert", "export", "write weights for other software: export hf|fp8|megatron SRC --to DIR"

@@ -46,6 +46,7 @@ from infir2.parallel.watchdog import Watchdog
 from infir2.processes import process_signals, stop_error
 from infir2.terminal import begin_phase
 from infir2.train.banner import start_banner
+from infir2.train.fast_path import missing_libraries
 from infir2.train.plan import (
     check_branch,
     check_observer,
@@ -180,6 +181,8 @@ class Supervisor:
         self.trainer = trainer
         fp8, device = self.recipe.fp8, self.layout.device
         self.log.warn(start_banner(trainer.model.config, fp8, device, self._sizes))
+        if slower := missing_libraries(device, fp8.enabled):
+            self.log.warn(slower)
         torch.manual_seed(self.recipe.run.seed)
         finished = 0
         if self.checkpoint:

@@ -1,9 +1,11 @@
 """The wheel: it holds every file that the package reads, and the demo runs from it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,3 +86,26 @@ def test_the_demo_runs_from_a_wheel_in_an_empty_directory(wheel: Path, tmp_path:
         f"file:{site}/infir2/demo/recipes/cpt.toml"
         in (tmp_path / "demo/cpt/recipe.toml").read_text()
     )
+
+
+def documents() -> list[Path]:
+    names = ("README.md", "Dockerfile", "Makefile", "environment.yml", "SECURITY.md")
+    folders = (ROOT / "docs", ROOT / "infir2", ROOT / "bench", ROOT / "recipes")
+    files = [path for folder in folders for path in folder.rglob("*")]
+    texts = [path for path in files if path.suffix in (".md", ".py", ".toml")]
+    return [ROOT / name for name in names] + texts
+
+
+def test_extras_that_documents_and_messages_name_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].keys()
+    named = {
+        (path.name, extra)
+        for path in documents()
+        for match in re.findall(r"(?:infir2|\.|-e \S*)\[([a-z0-9_,]+)\]", path.read_text("utf-8"))
+        for extra in match.split(",")
+        if re.search(r"(pip install|- -e) [^\n]*\[" + match + r"\]", path.read_text("utf-8"))
+    }
+    assert named, "the documents name extras"
+    assert {pair for pair in named if pair[1] not in extras} == set()
+    assert {extra for _, extra in named} == extras, "each extra is in a document or a message"
