@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -79,19 +78,16 @@ def _values(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
 
 def _times(layer: Fp8Linear, x: torch.Tensor) -> str:
     plain = torch.nn.Linear(_WIDTH, _WIDTH, bias=False, device=x.device, dtype=torch.bfloat16)
-    fp8, bf16 = (
-        _milliseconds(lambda module=module: module(x).sum().backward(), x.device)
-        for module in (layer, plain)
-    )
+    fp8, bf16 = _milliseconds(layer, x), _milliseconds(plain, x)
     return f"forward and backward {fp8:.2f} ms, in BF16 {bf16:.2f} ms, for {_TOKENS} tokens"
 
 
-def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
+def _milliseconds(layer: torch.nn.Module, x: torch.Tensor) -> float:
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        layer(x).sum().backward()
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)

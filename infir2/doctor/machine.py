@@ -80,7 +80,8 @@ def check_gpus() -> Finding:
 
 def check_extras() -> Finding:
     """Which optional parts are installed."""
-    here, missing = [], []
+    here: list[str] = []
+    missing: list[str] = []
     for text in requires("infir2") or []:
         requirement = Requirement(text)
         for extra in EXTRAS:
