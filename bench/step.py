@@ -53,7 +53,9 @@ _KEYS = (
 )
 SHAPES: dict[str, dict[str, Any]] = {
     "1.5B": dict(zip(_KEYS, (1536, 28, 12, 2, 8960, 151936, True), strict=True)),
+    "0.5B": dict(zip(_KEYS, (896, 24, 14, 2, 4864, 151936, True), strict=True)),
     "7B": dict(zip(_KEYS, (3584, 28, 28, 4, 18944, 152064, False), strict=True)),
+    "135M": dict(zip(_KEYS, (576, 30, 9, 3, 1536, 49152, True), strict=True)),
 }
 DEFAULT = SavedActivations()
 FP8_PRE_ACTIVATIONS = SavedActivations(pre_activations="fp8")
@@ -152,19 +154,19 @@ def build(case: Case, device: str = "cuda") -> Decoder:
 class Step:
     """A model with random weights, an optimizer, and the parts of one step."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "cuda") -> None:
         self.case, recipe = case, case.recipe()
-        self.model = build(case)
+        self.model = build(case, device)
         self.optimizer = make_optimizer(self.model, recipe.optimizer) if case.optimizer else None
-        self.ids = torch.randint(0, SHAPES[case.model]["vocab_size"], (case.tokens,), device="cuda")
-        self.positions = torch.arange(case.length, device="cuda").repeat(case.sequences)
+        self.ids = torch.randint(0, SHAPES[case.model]["vocab_size"], (case.tokens,), device=device)
+        self.positions = torch.arange(case.length, device=device).repeat(case.sequences)
         self.bounds = torch.arange(0, case.tokens + 1, case.length)
         self.activations = 0
 
     def forward(self, measure_activations: bool = False) -> torch.Tensor:
         if measure_activations:  # quantize the weights before, so they do not count
             self._prepare_weights()
-        before = torch.cuda.memory_allocated()
+            before = torch.cuda.memory_allocated()
         hidden = self.model.hidden_states(self.ids, self.positions, self.bounds)
         if measure_activations:
             self.activations = torch.cuda.memory_allocated() - before
