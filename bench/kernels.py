@@ -172,13 +172,14 @@ def calls(rows: int, columns: int, pow2: bool) -> dict[str, Callable[[], Any]]:
     master = random(rows, columns, torch.float32)
     _, rstd = norm.rms_norm(x, weight, 1e-6)
     codes, scale = quantizers.quantize_rows(x, True)
+    tiles = quantizers.quantize_tiles(x, True, False)
     return {
         "rows": lambda: quantizers.quantize_rows(x, pow2),
         "gradient": lambda: quantizers.quantize_rows_and_columns(x, pow2),
         "input": lambda: quantizers.quantize_rows_and_tiles(x, pow2),
         "transpose": lambda: conversions.transpose_rows(codes, scale),
         "weight": lambda: quantizers.quantize_tiles(master, pow2, True),
-        "transpose bytes": lambda: conversions.transpose_bytes(codes),
+        "transpose bytes": lambda: conversions.transpose_tiles(*tiles),
         "norm": lambda: norm.rms_norm(x, weight, 1e-6),
         "norm quantize": lambda: norm.rms_norm_quantize(x, weight, 1e-6, pow2),
         "norm transposed": lambda: norm.rms_norm_transposed(x, rstd, weight, pow2),

@@ -124,6 +124,14 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "FP8, fp32 scales": Case("1.5B", 2, 8192, True, scale_format="fp32"),
     },
+    "0.5B-8k": {
+        "BF16": Case("0.5B", 1, 8192, False, layers=24),
+        "FP8": Case("0.5B", 1, 8192, True, layers=24),
+    },
+    "135M-8k": {
+        "BF16": Case("135M", 1, 8192, False, layers=30),
+        "FP8": Case("135M", 1, 8192, True, layers=30),
+    },
     "1.5B-32k": {
         "BF16": Case("1.5B", 1, 32768, False, recompute="full"),
         "FP8": Case("1.5B", 1, 32768, True, recompute="full"),
@@ -415,7 +423,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the raw numbers")
-    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
+    parser.add_argument("--cases", default="1.5B-8k,1.5B-32k,7B-8k", help=f"of {', '.join(CASES)}")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument(
         "--profile",

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from infir2.numerics import apply_rope, ops
-from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
+from infir2.numerics.formats import E4M3, ROW_BLOCK, TILE_BLOCK, Fp8Tensor, WeightRows
 from infir2.numerics.kernels import api as kernels
 from infir2.numerics.kernels import rope as rope_kernels
 from infir2.numerics.kernels import softmax as softmax_kernels
+from infir2.numerics.quantize_reference import block_scale
 from infir2.numerics.quantize_reference import quantize as quantize_reference
 from infir2.numerics.quantize_reference import transpose as transpose_reference
 
@@ -111,7 +112,49 @@ def upstream(x: Tensor) -> Tensor:
     return x.roll(1, 0) * 2.0**-7
 
 
+def _rows_of(values: Tensor, first: int, scale: Tensor) -> WeightRows:
+    return WeightRows(values, first, scale, torch.empty_like(values, dtype=E4M3))
+
+
+def _empty_scales(x: Tensor) -> Tensor:
+    rows, columns = (-(-size // 128) for size in x.shape)
+    return torch.zeros(rows, columns + 2, device=x.device)[:, :-2]
+
+
+def _weights_at_once(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
+    masters = [_master(x), _master(x)[: x.shape[0] // 2], torch.ones(3, 16, device=x.device)]
+    rows = [_rows_of(master, 0, _empty_scales(master)) for master in masters]
+    kernels.quantize_weights(rows, scale_format)
+    return [_fp8(row.codes, row.scale, scale_format) for row in rows]
+
+
+def _weights_one_by_one(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
+    masters = [_master(x), _master(x)[: x.shape[0] // 2], torch.ones(3, 16)]
+    return [quantize_reference(m.bfloat16(), TILE_BLOCK, scale_format) for m in masters]
+
+
+def _weight_in_shards(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
+    """Of ranks with 100 rows each, which end inside blocks."""
+    shards = list(enumerate(_master(x).split(100)))
+    largest = [_empty_scales(x) for _ in shards]
+    kernels.largest_magnitudes(
+        [_rows_of(part, 100 * i, largest[i]) for i, part in shards if part.numel()]
+    )
+    scale = block_scale(torch.stack(largest).amax(0), scale_format)
+    rows = [_rows_of(part, 100 * i, scale) for i, part in shards]
+    kernels.encode_weights(rows, scale_format)
+    codes = torch.cat([row.codes.view(torch.uint8) for row in rows if row.codes is not None])
+    return [_fp8(codes.view(E4M3), scale, scale_format)]
+
+
+def _fp8(codes: Tensor | None, scale: Tensor, scale_format: str) -> Fp8Tensor:
+    assert codes is not None
+    return Fp8Tensor(codes, scale, TILE_BLOCK, scale_format)
+
+
 CONVERSIONS: dict[str, Check] = {
+    "weights at once": (_weights_at_once, _weights_one_by_one),
+    "weight in shards": (_weight_in_shards, lambda x, f: _weights_one_by_one(x, f)[:1]),
     "rows": (
         lambda x, f: [kernels.quantize(x, ROW_BLOCK, f)],
         lambda x, f: [quantize_reference(x, ROW_BLOCK, f)],

@@ -34,6 +34,7 @@ from infir2.numerics import (
     attention_inputs,
     feed_forward,
     head_logits,
+    quantize_weights,
 )
 from infir2.numerics.formats import GROUP
 from infir2.numerics.kernels import usable
@@ -54,6 +55,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, config.output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_eps) if config.qk_norm else nn.Identity()
+
+    @property
+    def groups(self) -> list[tuple[nn.Linear, ...]]:
+        """The layers that share an input."""
+        return [(self.q_proj, self.k_proj, self.v_proj), (self.o_proj,)]
 
     def inputs(
         self, x: Tensor, norm: RMSNorm, rope: Rope, saved: SavedActivations
@@ -88,6 +94,11 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.ffn_size, config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, config.mlp_bias)
         self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, config.mlp_bias)
+
+    @property
+    def groups(self) -> list[tuple[nn.Linear, ...]]:
+        """The layers that share an input."""
+        return [(self.gate_proj, self.up_proj), (self.down_proj,)]
 
     def forward(self, x: Tensor, norm: RMSNorm, saved: SavedActivations) -> Tensor:
         """x + down(silu(gate) * up) of norm(x), [T, D] -> [T, D]."""
@@ -275,6 +286,8 @@ class Decoder(nn.Module):
         # The FP32 master's rows are rounded after the look-up, so that its gradient sums in FP32.
         x = self.model.embed_tokens(token_ids).to(self.compute_dtype)
         rope = rope_tables(self.config, positions)
+        blocks: Any = self.model.layers
+        quantize_weights(x, (g for b in blocks for g in (*b.self_attn.groups, *b.mlp.groups)))
         recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for block in self.model.layers:
             arguments = (x, rope, context, self.saved_activations)

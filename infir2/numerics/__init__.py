@@ -18,6 +18,7 @@ from infir2.numerics.ops import (
     attention_inputs,
     feed_forward,
     linear,
+    quantize_weights,
     rms_norm,
     swiglu,
 )

@@ -63,6 +63,23 @@ class Fp8Tensor:
         return self.codes.nbytes + self.scale.nbytes
 
 
+@dataclass(frozen=True, eq=False)
+class WeightRows:
+    """Rows of a weight [N, K], and where their codes and the scales of their blocks are.
+
+    Attributes:
+        values: float32 [R, K], the rows of the master.
+        first: index of the first row in the weight.
+        scale: float32 [ceil(N / 128), ceil(K / 128)] of the whole weight.
+        codes: float8_e4m3fn [R, K], contiguous; None if no codes are read or written.
+    """
+
+    values: Tensor
+    first: int
+    scale: Tensor
+    codes: Tensor | None = None
+
+
 def scale_shape(rows: int, columns: int, block: tuple[int, int]) -> tuple[int, int]:
     """Shape of the scales of a [rows, columns] matrix, one scale per block or part of a block."""
     return -(-rows // block[0]), -(-columns // block[1])

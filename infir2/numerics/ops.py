@@ -5,7 +5,7 @@ Each operation has two definitions with the same signature: `ops_reference` defi
 Whether a layer is plain or FP8 is the layer's own type (`infir2.numerics.linear.Fp8Linear`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -86,6 +86,21 @@ def replaced(replacement: Callable[[Operations], Operations]) -> Iterator[None]:
         yield
     finally:
         _replacement = _as_they_are
+
+
+def quantize_weights(x: Tensor, groups: Iterable[Sequence[nn.Linear]]) -> None:
+    """Quantize the FP8 weights that changed, before a forward of x; all in one launch on a GPU.
+
+    Without it, and on a CPU, each operation quantizes its own weights when it needs them.
+
+    Args:
+        x: as the operations will get it, or of the same dtype and device.
+        groups: the layers of each operation that will run.
+    """
+    if runs_on_kernels(x):
+        from infir2.numerics import stacked_weights
+
+        stacked_weights.quantize_weights(groups)
 
 
 class RMSNorm(nn.Module):

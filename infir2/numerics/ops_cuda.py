@@ -299,8 +299,11 @@ class _FeedForward(torch.autograd.Function):
         y_t = swiglu_t(gate, up, kept_y, down.scale_format)
         first = 6 + len(gate_up.parameters)
         down_weights = weight_gradients(ctx, first, down, columns, y_t, grad)
-        del y_t  # activations are largest here: free what is not needed any more
+        # Activations are largest here: free what is not needed any more. What a checkpoint computed
+        # again has no other reference than these.
+        del y_t, kept_y, rest, columns
         grad_y = product(rows, down.operand_t(keep), transposed=True)
+        del rows
         if gate_up.scale_format and gate.shape[1] % GROUP == 0:
             rows, columns = kernels.swiglu_backward_quantize(grad_y, gate, up, gate_up.scale_format)
         else:

@@ -4,7 +4,7 @@ They check their input, count non-finite blocks, and choose the definition (`_de
 `quantize_reference` defines the bits, `kernels.api` reproduces them on a GPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infir2.numerics import quantize_reference
-from infir2.numerics.formats import ROW_BLOCK, Fp8Tensor, check_format
+from infir2.numerics.formats import ROW_BLOCK, Fp8Tensor, WeightRows, check_format
 from infir2.numerics.kernels import usable
 
 _SMALL_SCALES, _BATCH = 1 << 16, 256
@@ -24,7 +24,8 @@ class Conversions(Protocol):
 
     def quantize(self, x: Tensor, block: tuple[int, int], scale_format: str) -> Fp8Tensor: ...
     def quantize_weight(self, master: Tensor, scale_format: str) -> Fp8Tensor: ...
-    def encode_weight_rows(self, master: Tensor, scale: Tensor, scale_format: str) -> Tensor: ...
+    def largest_magnitudes(self, weights: Sequence[WeightRows]) -> None: ...
+    def encode_weights(self, weights: Sequence[WeightRows], scale_format: str) -> None: ...
     def dequantize(self, t: Fp8Tensor, dtype: torch.dtype) -> Tensor: ...
     def transpose(self, t: Fp8Tensor) -> Fp8Tensor: ...
 
@@ -74,9 +75,18 @@ def quantize_weight(master: Tensor, scale_format: str) -> Fp8Tensor:
     return result
 
 
-def encode_weight_rows(master: Tensor, scale: Tensor, scale_format: str) -> Tensor:
-    """Codes of rows of a weight, master [R, K], with given scales [R, ceil(K / 128)]."""
-    return _definitions_for(master).encode_weight_rows(master, scale, scale_format)
+def largest_magnitudes(weights: Sequence[WeightRows]) -> None:
+    """Write the largest magnitude of each block's rows, rounded to BF16, where its scale belongs.
+
+    Inf for Inf or NaN, because a reduction over ranks could lose a NaN. Blocks without a row among
+    `weights` are not written.
+    """
+    _definitions_for(weights[0].values).largest_magnitudes(weights)
+
+
+def encode_weights(weights: Sequence[WeightRows], scale_format: str) -> None:
+    """Write the codes of rows, rounded to BF16, whose blocks have their scales."""
+    _definitions_for(weights[0].values).encode_weights(weights, scale_format)
 
 
 def dequantize(t: Fp8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

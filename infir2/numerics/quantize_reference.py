@@ -16,6 +16,8 @@ The clamp precedes the cast because casts differ: torch 2.13 saturates above 464
 return NaN. The test for Inf is made on amax because a saturating cast would hide it.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,7 @@ from infir2.numerics.formats import (
     ROW_BLOCK,
     TILE_BLOCK,
     Fp8Tensor,
+    WeightRows,
 )
 
 _SMALLEST_SUBNORMAL = 2.0**-149
@@ -56,19 +59,33 @@ def quantize_weight(master: Tensor, scale_format: str) -> Fp8Tensor:
     return quantize(master.to(torch.bfloat16), TILE_BLOCK, scale_format)
 
 
-def encode_weight_rows(master: Tensor, scale: Tensor, scale_format: str) -> Tensor:
-    """Codes [R, K] of rows of a weight, rounded to BF16 first, with given scales.
+def largest_magnitudes(weights: Sequence[WeightRows]) -> None:
+    """Write the largest magnitude of each block's rows, rounded to BF16; see `quantize`."""
+    for rows in weights:
+        by_row = torch.linalg.vector_norm(as_tiles(rows.values, 1), torch.inf, dim=3)[:, 0]
+        by_row.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        blocks = _block_rows(rows)
+        # Rounding is monotonic: the rounded maximum is the maximum of the rounded values.
+        largest = torch.zeros_like(rows.scale).scatter_reduce_(
+            0, blocks[:, None].expand_as(by_row), by_row, "amax"
+        )
+        rows.scale[blocks] = largest.bfloat16().float()[blocks]
 
-    Ranks that hold some rows of a 128x128 block use it to encode them with the scale of the block.
 
-    Args:
-        master: [R, K].
-        scale: float32 [R, ceil(K / 128)], one per row and group of columns.
-        scale_format: that of the scales.
-    """
-    scaled = as_tiles(master.to(torch.bfloat16).float(), 1) / scale[:, None, :, None]
-    codes = _encode(scaled.clamp_(-E4M3_MAX, E4M3_MAX), torch.isnan(scale))
-    return from_tiles(codes, *master.shape)
+def encode_weights(weights: Sequence[WeightRows], scale_format: str) -> None:
+    """Write the codes of rows, rounded to BF16 first, whose blocks have their scales."""
+    for rows in weights:
+        assert rows.codes is not None
+        scale = rows.scale[_block_rows(rows)]
+        scaled = as_tiles(rows.values.to(torch.bfloat16).float(), 1) / scale[:, None, :, None]
+        codes = _encode(scaled.clamp_(-E4M3_MAX, E4M3_MAX), torch.isnan(scale))
+        rows.codes.copy_(from_tiles(codes, *rows.values.shape))
+
+
+def _block_rows(rows: WeightRows) -> Tensor:
+    """The block of each row, int64 [R]."""
+    first, number = rows.first, rows.values.shape[0]
+    return torch.arange(first, first + number, device=rows.values.device) // GROUP
 
 
 def dequantize(t: Fp8Tensor, dtype: torch.dtype) -> Tensor:

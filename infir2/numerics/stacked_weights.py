@@ -6,17 +6,19 @@ The layers can be stacked if all are BF16, or if all are FP8 with one scale form
 but the last has a multiple of 128 rows, so that the 128x128 blocks of W are those of the layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from infir2.numerics.formats import GROUP, TILE_BLOCK, Fp8Tensor
+from infir2.numerics.formats import GROUP, TILE_BLOCK, Fp8Tensor, WeightRows
 from infir2.numerics.kernels import api as kernels
+from infir2.numerics.kernels.buffers import empty_codes, empty_tile_scales
 from infir2.numerics.ops_reference import scale_format_of
-from infir2.numerics.weight_cache import cached_jointly, replace_cached, rounded
+from infir2.numerics.quantize import nonfinite_blocks
+from infir2.numerics.weight_cache import cached_jointly, is_missing, replace_cached, rounded
 
 Operand = Tensor | Fp8Tensor  # of a GEMM: BF16, or codes
 
@@ -80,6 +82,66 @@ def stack(layers: Sequence[nn.Linear]) -> Stack | None:
     return Stack(tuple(layers)) if len(formats) == 1 and aligned else None
 
 
+def quantize_weights(groups: Iterable[Sequence[nn.Linear]]) -> None:
+    """Quantize the FP8 weights that changed, in one launch, as `Stack.operand` reads them.
+
+    Optional: `Stack.operand` quantizes one weight at a time, at four launches or more for a group.
+
+    Args:
+        groups: the layers of each operation; other than FP8 layers with masters are left out.
+    """
+    stacks = [
+        stacked for group in groups if (stacked := stack(group)) and _has_stale_codes(stacked)
+    ]
+    outputs = [_empty_stack(stacked) for stacked in stacks]
+    for scale_format in {stacked.scale_format for stacked in stacks}:
+        chosen = [
+            pair
+            for pair in zip(stacks, outputs, strict=True)
+            if pair[1].scale_format == scale_format
+        ]
+        kernels.quantize_weights(
+            [rows for pair in chosen for rows in _rows_of(*pair)], scale_format
+        )
+    for stacked, codes in zip(stacks, outputs, strict=True):
+        nonfinite_blocks.add(codes.scale)
+        _cache_codes(stacked.layers, codes)
+
+
+def _has_stale_codes(stacked: Stack) -> bool:
+    key = ("fp8", stacked.scale_format)
+    weights = [layer.weight for layer in stacked.layers]
+    return bool(stacked.scale_format) and any(
+        [weight is not None and is_missing(weight, key) for weight in weights]
+    )
+
+
+def _empty_stack(stacked: Stack) -> Fp8Tensor:
+    like, rows = stacked.layers[0].weight, sum(stacked.sizes)
+    codes = empty_codes(like, rows, like.shape[1])
+    scale = empty_tile_scales(like, rows, like.shape[1])
+    return Fp8Tensor(codes, scale, TILE_BLOCK, stacked.scale_format)
+
+
+def _rows_of(stacked: Stack, codes: Fp8Tensor) -> list[WeightRows]:
+    """The masters of the layers, and the parts of `codes` that are theirs."""
+    parts = _parts(stacked.layers, codes)
+    return [
+        WeightRows(layer.weight.detach(), 0, part.scale, part.codes)
+        for layer, part in zip(stacked.layers, parts, strict=True)
+    ]
+
+
+def _cache_codes(layers: tuple[nn.Linear, ...], codes: Fp8Tensor) -> None:
+    """Make `codes` what the layers, alone and together, have cached."""
+    for layer, part in zip(layers, _parts(layers, codes), strict=True):
+        fp8 = cast(Any, layer)
+        fp8.quantizations += is_missing(layer.weight, ("fp8", codes.scale_format))
+        replace_cached(layer.weight, ("fp8", codes.scale_format), part)
+    if len(layers) > 1:
+        cached_jointly([layer.weight for layer in layers], "stacked codes", lambda: codes)
+
+
 def _stacked_codes(layers: tuple[nn.Linear, ...]) -> Fp8Tensor:
     parts: list[Fp8Tensor] = [cast(Any, layer).quantized_weight() for layer in layers]
     if len(parts) == 1:
@@ -91,21 +153,27 @@ def _stacked_codes(layers: tuple[nn.Linear, ...]) -> Fp8Tensor:
         stacked = Fp8Tensor(
             codes.view(parts[0].codes.dtype), scale, TILE_BLOCK, parts[0].scale_format
         )
-        _replace_by_views(layers, parts, stacked)
+        _replace_by_views(layers, stacked)
         return stacked
 
     return cached_jointly([_versioned_tensor(layer) for layer in layers], "stacked codes", compute)
 
 
-def _replace_by_views(
-    layers: tuple[nn.Linear, ...], parts: list[Fp8Tensor], stacked: Fp8Tensor
-) -> None:
+def _replace_by_views(layers: tuple[nn.Linear, ...], stacked: Fp8Tensor) -> None:
     """Replace each layer's cached codes by views of the stacked ones, which frees their memory."""
-    codes = stacked.codes.split([part.shape[0] for part in parts])
-    scales = stacked.scale.split([part.scale.shape[0] for part in parts])
-    for layer, layer_codes, scale in zip(layers, codes, scales, strict=True):
-        view = Fp8Tensor(layer_codes, scale, TILE_BLOCK, stacked.scale_format)
-        replace_cached(_versioned_tensor(layer), ("fp8", stacked.scale_format), view)
+    for layer, part in zip(layers, _parts(layers, stacked), strict=True):
+        replace_cached(_versioned_tensor(layer), ("fp8", stacked.scale_format), part)
+
+
+def _parts(layers: tuple[nn.Linear, ...], stacked: Fp8Tensor) -> list[Fp8Tensor]:
+    """Views of the codes and scales of each layer."""
+    rows = [layer.out_features for layer in layers]
+    codes = stacked.codes.split(rows)
+    scales = stacked.scale.split([-(-number // GROUP) for number in rows])
+    return [
+        Fp8Tensor(*part, TILE_BLOCK, stacked.scale_format)
+        for part in zip(codes, scales, strict=True)
+    ]
 
 
 def _stacked_values(layers: tuple[nn.Linear, ...]) -> Tensor:

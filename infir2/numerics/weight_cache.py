@@ -85,8 +85,20 @@ def cached_jointly(weights: Sequence[Tensor], key: Hashable, compute: Callable[[
     return value
 
 
+def is_missing(weight: Tensor, key: Hashable) -> bool:
+    """Whether `cached` would compute the value of a whole weight and keep it."""
+    if (
+        hasattr(weight, "precomputed")
+        or weight.is_inference()
+        or local_tensor(weight) is not weight
+    ):
+        return False
+    cached(weight, "version", object)  # ends what belongs to an earlier version, and its memory
+    return key not in _versions[weight].values
+
+
 def replace_cached(weight: Tensor, key: Hashable, value: Any) -> None:
-    """Replace a cached value by an equal one, such as a view of memory that is kept anyway."""
+    """Set a cached value of the current version, such as a view of memory that is kept anyway."""
     version = _versions.get(weight)
     if version is not None and version.matches(weight):
         version.values[key] = value

@@ -6,7 +6,7 @@ per version of the weights, `Fp8Gather.quantize`
 
     1. computes the largest magnitude of each block over the local rows,
     2. reduces these over the shards (MAX), in one collective for all weights of the model,
-    3. computes the scales of all blocks, and the codes of the local rows.
+    3. computes the scales of all blocks; the codes of the local rows follow from them.
 
 Step 2 moves four bytes per block, 1/8192 of a BF16 weight. After it every rank has every scale, and
 an all-gather moves codes only.
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from infir2.model.hf_names import SCALE_SUFFIX
 from infir2.numerics import Fp8Linear
-from infir2.numerics.formats import E4M3, GROUP, TILE_BLOCK, Fp8Tensor, scale_shape
-from infir2.numerics.quantize import encode_weight_rows, nonfinite_blocks
-from infir2.numerics.quantize_reference import as_tiles, block_scale
+from infir2.numerics.formats import E4M3, TILE_BLOCK, Fp8Tensor, WeightRows, scale_shape
+from infir2.numerics.quantize import encode_weights, largest_magnitudes, nonfinite_blocks
+from infir2.numerics.quantize_reference import block_scale
 from infir2.numerics.weight_cache import invalidate, local_tensor, watch_optimizer_steps
 from infir2.parallel.collectives import all_gather_raw
 
@@ -43,6 +43,7 @@ def shard_module(
     mesh: Any,
     wire_dtype: torch.dtype = torch.float32,
     forward: str = "forward",
+    keep_codes: bool = True,
 ) -> None:
     """Shard any module in place with FSDP2; FP8 weights are gathered as codes.
 
@@ -59,6 +60,8 @@ def shard_module(
         wire_dtype: dtype in which matrices other than FP8 weights are gathered: FP32, or BF16 if
             every operation rounds them to BF16 anyway.
         forward: name of the method of `root` that runs its forward.
+        keep_codes: keep the codes of this rank's shards between gathers, one byte per value;
+            otherwise each gather computes them again, which reads the masters of its unit.
     """
     from torch.distributed.fsdp import (  # slow import; a single process does not need it
         fully_shard,
@@ -78,25 +81,40 @@ def shard_module(
         module.set_modules_to_forward_prefetch([following])
     if forward != "forward":
         register_fsdp_forward_method(root, forward)
-    _extend_parameters(root, mesh[mesh.mesh_dim_names[-1]] if mesh.ndim == 2 else mesh, wire_dtype)
+    shard_mesh = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim == 2 else mesh
+    _extend_parameters(modules, shard_mesh, wire_dtype, keep_codes)
 
 
-def _extend_parameters(root: Any, shard_mesh: Any, wire_dtype: torch.dtype) -> None:
+def _extend_parameters(
+    units: Iterable[Any], shard_mesh: Any, wire_dtype: torch.dtype, keep_codes: bool
+) -> None:
     """Set FSDP2's extension hooks, `fsdp_pre_all_gather` and `fsdp_post_all_gather`."""
-    gather = Fp8Gather(shard_mesh.get_group())
-    for module in root.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            rows = -(-parameter.shape[0] // shard_mesh.size())
-            first = min(shard_mesh.get_local_rank() * rows, parameter.shape[0])
-            local = parameter._local_tensor  # FSDP2 looks for its hooks on this tensor
-            shard: _Shard
-            if isinstance(module, Fp8Linear) and name == "weight":
-                shard = _Fp8Shard(local, parameter.shape, rows, first, module, gather)
-                gather.shards.append(shard)
-            else:
-                shard = _Shard(local, parameter.shape, rows, gather.group, wire_dtype)
-            local.fsdp_pre_all_gather = shard.pre_all_gather
-            local.fsdp_post_all_gather = shard.post_all_gather
+    gather = Fp8Gather(shard_mesh.get_group(), keep_codes)
+    seen: set[Any] = set()
+    for unit_module in units:  # the root last, for what the others leave
+        unit = Fp8Unit(gather)
+        for module in unit_module.modules():
+            if module not in seen:
+                seen.add(module)
+                for name, parameter in module.named_parameters(recurse=False):
+                    _extend(module, name, parameter, shard_mesh, wire_dtype, unit)
+
+
+def _extend(
+    module: Any, name: str, parameter: Any, mesh: Any, wire_dtype: torch.dtype, unit: "Fp8Unit"
+) -> None:
+    rows = -(-parameter.shape[0] // mesh.size())
+    first = min(mesh.get_local_rank() * rows, parameter.shape[0])
+    local = parameter._local_tensor  # FSDP2 looks for its hooks on this tensor
+    shard: _Shard
+    if isinstance(module, Fp8Linear) and name == "weight":
+        shard = _Fp8Shard(local, parameter.shape, rows, first, module, unit)
+        unit.shards.append(shard)
+        unit.gather.shards.append(shard)
+    else:
+        shard = _Shard(local, parameter.shape, rows, unit.gather.group, wire_dtype)
+    local.fsdp_pre_all_gather = shard.pre_all_gather
+    local.fsdp_post_all_gather = shard.post_all_gather
 
 
 def exported_shards(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -213,7 +231,7 @@ class _Shard:
 class _Fp8Shard(_Shard):
     """Rows [first, first + n) of an FP8 weight; `gather` computes the codes of all weights."""
 
-    codes: Tensor  # uint8 [rows, K]
+    codes: Tensor | None = None  # uint8 [rows, K]
     scale: Tensor  # float32 [ceil(N / 128), ceil(K / 128)], of the global weight
 
     def __init__(
@@ -223,59 +241,93 @@ class _Fp8Shard(_Shard):
         rows: int,
         first: int,
         layer: Fp8Linear,
-        gather: "Fp8Gather",
+        unit: "Fp8Unit",
     ) -> None:
-        super().__init__(local, shape, rows, gather.group)
-        self.layer, self.gather = layer, gather
+        super().__init__(local, shape, rows, unit.gather.group)
+        self.layer, self.first, self.unit = layer, first, unit
         self.version = -1
         watch_optimizer_steps(local)
         num_block_rows, self.num_block_columns = scale_shape(shape[0], shape[1], TILE_BLOCK)
         # Shape of the scales in memory: cuBLAS reads rows that are padded to 16 bytes.
         self.grid = (num_block_rows, -(-self.num_block_columns // 4) * 4)
-        # Index of the block row of each local row, [n].
-        self.block_rows = torch.arange(first, first + local.shape[0], device=local.device) // GROUP
 
     def payload(self) -> tuple[Tensor, Tensor]:
         if self.version != self.local._version:
-            self.gather.quantize()
-        return self.codes, self.scale
+            self.unit.gather.quantize()
+        if self.codes is None:
+            self.unit.encode()
+        codes, keep = self.codes, self.unit.gather.keep_codes
+        assert codes is not None
+        self.codes = codes if keep else None
+        return codes, self.scale
 
     def post_all_gather(
         self, outputs: Sequence[Tensor], scale: Any, dtype: torch.dtype, *, out: Any = None
     ) -> Any:
-        self.gather.count_nonfinite()
+        self.unit.gather.count_nonfinite()
         codes = outputs[0][: self.shape[0]].view(E4M3)
         weight = Fp8Tensor(codes, scale, TILE_BLOCK, self.layer.scale_format)
         return GatheredWeight.refill(out, ("fp8", weight.scale_format), weight, scale.device)
 
-    def encode(self, scale: Tensor) -> None:
-        """Compute the codes from the scales of the global weight."""
-        codes = encode_weight_rows(
-            self.local.detach(), scale[self.block_rows], self.layer.scale_format
-        )
-        self.codes, self.scale = self.padded(codes.view(torch.uint8)), scale
-        self.version = self.local._version
+    def set_scale(self, scale: Tensor) -> None:
+        """Begin a version of the weight, whose blocks have these scales."""
+        self.scale, self.codes, self.version = scale, None, self.local._version
         self.layer.quantizations += 1
 
+    def rows_of(self, scale: Tensor, codes: Tensor | None = None) -> WeightRows:
+        """The local rows with their scales, or the place for them, and their codes."""
+        local = None if codes is None else codes[: self.local.shape[0]].view(E4M3)
+        return WeightRows(self.local.detach(), self.first, scale, local)
 
-class Fp8Gather:
-    """Quantizes all FP8 weights of a model that are sharded over `group`."""
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+class Fp8Unit:
+    """The FP8 weights that are gathered together."""
+
+    def __init__(self, gather: "Fp8Gather") -> None:
+        self.gather = gather
         self.shards: list[_Fp8Shard] = []
-        self._uncounted: list[Tensor] = []
 
     @torch.inference_mode(False)  # the codes outlive an inference_mode block around this call
     @torch.no_grad()
+    def encode(self) -> None:
+        """Compute the codes of this unit's shards; of all units if codes are kept."""
+        shards = self.gather.shards if self.gather.keep_codes else self.shards
+        sizes = [shard.rows * shard.shape[1] for shard in shards]
+        # One allocation; each weight starts at a multiple of 16 bytes, as wide loads need.
+        flat = shards[0].scale.new_empty(sum(-(-n // 16) * 16 for n in sizes), dtype=torch.uint8)
+        parts = flat.split([-(-n // 16) * 16 for n in sizes])
+        for shard, part, size in zip(shards, parts, sizes, strict=True):
+            shard.codes = part[:size].view(shard.rows, shard.shape[1])
+        for name in {shard.layer.scale_format for shard in shards}:
+            chosen = [shard for shard in shards if shard.layer.scale_format == name]
+            encode_weights([shard.rows_of(shard.scale, shard.codes) for shard in chosen], name)
+
+
+class Fp8Gather:
+    """Quantizes all FP8 weights of a model that are sharded over `group`.
+
+    With `keep_codes` a shard's codes are computed once per version of the weights and kept, one
+    byte per value. Otherwise each gather computes those of its unit again, from the same scales.
+    """
+
+    def __init__(self, group: Any, keep_codes: bool = True) -> None:
+        self.group, self.keep_codes = group, keep_codes
+        self.shards: list[_Fp8Shard] = []
+        self._uncounted: list[Tensor] = []
+
+    @torch.inference_mode(False)  # as the codes
+    @torch.no_grad()
     def quantize(self) -> None:
-        """Compute scales and codes of every weight, after one MAX reduction over the group.
+        """Compute the scales of every weight, with one MAX reduction over the group.
 
         The GPU waits for this before the first gather of a step, and the launch of a kernel costs
-        the host more than a small matrix costs the GPU. So everything but four launches per weight
-        is done for all weights at once.
+        the host more than a small matrix costs the GPU. So all weights take one launch.
         """
-        largest = self._largest_magnitudes()
+        largest = self.shards[0].local.new_zeros(sum(math.prod(s.grid) for s in self.shards))
+        blocks = self._by_shard(largest)
+        largest_magnitudes(
+            [shard.rows_of(part) for shard, part in zip(self.shards, blocks, strict=True)]
+        )
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         formats = {shard.layer.scale_format for shard in self.shards}
         scales = {name: block_scale(largest, name) for name in formats}
@@ -283,7 +335,7 @@ class Fp8Gather:
         self._uncounted = list(scales.values())[:1]
         views = {name: self._by_shard(scale) for name, scale in scales.items()}
         for i, shard in enumerate(self.shards):
-            shard.encode(views[shard.layer.scale_format][i])
+            shard.set_scale(views[shard.layer.scale_format][i])
 
     def count_nonfinite(self) -> None:
         """Count non-finite blocks once per version.
@@ -292,25 +344,6 @@ class Fp8Gather:
         """
         while self._uncounted:
             nonfinite_blocks.add(self._uncounted.pop())
-
-    def _largest_magnitudes(self) -> Tensor:
-        """The largest magnitude in each block's local rows, FP32, flat as `_by_shard` reads it.
-
-        NaN becomes Inf: a MAX reduction could lose a NaN.
-        """
-        sizes = [shard.local.shape[0] * shard.num_block_columns for shard in self.shards]
-        by_row = self.shards[0].local.new_empty(sum(sizes))
-        parts = by_row.split(sizes)
-        for shard, part in zip(self.shards, parts, strict=True):  # reads each master once
-            tiles = as_tiles(shard.local.detach(), 1)
-            torch.linalg.vector_norm(tiles, torch.inf, dim=3, out=part.view(tiles.shape[:3]))
-        by_row.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        largest = by_row.new_zeros(sum(math.prod(shard.grid) for shard in self.shards))
-        for shard, part, blocks in zip(self.shards, parts, self._by_shard(largest), strict=True):
-            rows = part.view(-1, shard.num_block_columns)
-            blocks.scatter_reduce_(0, shard.block_rows[:, None].expand_as(rows), rows, "amax")
-        # Rounding is monotonic: the rounded maximum is the maximum of the rounded values.
-        return largest.bfloat16().float()
 
     def _by_shard(self, flat: Tensor) -> list[Tensor]:
         """Views [ceil(N / 128), ceil(K / 128)] of each weight's blocks in a flat vector of all."""

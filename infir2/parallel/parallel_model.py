@@ -58,6 +58,8 @@ class ParallelModel:
                 layout.shard_mesh,
                 model.compute_dtype,
                 forward="hidden_states",
+                # A model that recomputes to save memory does not keep what a gather can make again.
+                keep_codes=model.recompute != "full",
             )
         self.shard_specs = {name: self._shard_spec(name, shape) for name, shape in shapes.items()}
 

@@ -40,7 +40,8 @@ from infir2.train.trainer import StepResult, Trainer
 SHAPE: dict[str, Any] = {"architecture": "qwen2", "hidden_size": 192, "num_layers": 2}
 SHAPE |= {"num_heads": 2, "num_kv_heads": 2, "head_dim": 128, "ffn_size": 256}
 # Changes of the model's shape for layouts whose name contains the key.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
+    "recompute": {"recompute": "full"},
     "repeated": {"num_kv_heads": 1},
     "qwen3": {"architecture": "qwen3"},
     "pairs": {"num_heads": 4, "ffn_size": 512},
@@ -78,12 +79,14 @@ def batches() -> list[Batch]:
 
 
 def make_model(kind: str, **other: Any) -> Decoder:
+    recompute = other.pop("recompute", "none")
     model = Decoder.from_shape(
         ShapeSection(**SHAPE | other),
         vocab_size=61,
         seed=3,
         compute_dtype=torch.bfloat16 if kind else torch.float32,
     )
+    model.recompute = recompute
     return convert_to_fp8(model) if kind == "-fp8" else model
 
 
@@ -270,20 +273,18 @@ class CountLaunches(TorchDispatchMode):
 def launches_of_codes(ranks: Ranks) -> list[int]:
     """Number of operations that quantize 7, then 21 weights.
 
-    Encoding counts as one operation, because it is a single kernel on a GPU.
+    Magnitudes and codes, each of which is one kernel for all weights on a GPU, are left out.
     """
-    encoding, found = fsdp.encode_weight_rows, []
-    fsdp.encode_weight_rows = lambda master, scale, scale_format: torch.empty(
-        master.shape, dtype=torch.float8_e4m3fn
-    )
+    kernels, found = (fsdp.largest_magnitudes, fsdp.encode_weights), []
+    fsdp.largest_magnitudes = fsdp.encode_weights = lambda *_: None
     for num_layers in (1, 3):
         model = make_model("-fp8", hidden_size=256, num_layers=num_layers)  # no padding of groups
         ParallelModel(model, Layout(Sizes(dp=ranks.size), ranks, torch.device("cpu")))
         local: Any = local_tensor(model.model.layers[0].mlp.up_proj.weight)
         with CountLaunches() as count:
-            local.fsdp_pre_all_gather.__self__.gather.quantize()
+            local.fsdp_pre_all_gather.__self__.payload()
         found.append(count.num)
-    fsdp.encode_weight_rows = encoding
+    fsdp.largest_magnitudes, fsdp.encode_weights = kernels
     return found
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 # What one block adds to a step: launches, allocations, views.
 BOUNDS = {
-    "FP8": {"forward": (24, 31, 77), "backward": (32, 50, 104)},
+    "FP8": {"forward": (13, 25, 58), "backward": (28, 50, 100)},
     "BF16": {"forward": (17, 12, 26), "backward": (17, 15, 24)},
 }
 

@@ -1,7 +1,7 @@
 """The bits of the reference: scales, codes, special values, transposition."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -9,8 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infir2.numerics import dequantize, nonfinite_blocks, quantize, relative_error, transpose
-from infir2.numerics.formats import E4M3, Fp8Tensor
+from infir2.numerics import (
+    dequantize,
+    nonfinite_blocks,
+    quantize,
+    quantize_reference,
+    relative_error,
+    transpose,
+)
+from infir2.numerics.formats import E4M3, Fp8Tensor, WeightRows
+from infir2.numerics.quantize import encode_weights, largest_magnitudes
 from infir2.numerics.quantize_reference import decode
 
 BLOCKS = [(1, 128), (128, 128)]
@@ -267,6 +275,27 @@ def test_transposing_keeps_nan_and_refuses_fp32_rows() -> None:
     assert torch.all(codes_of(t)[:, :128] == 0x7F)
     with pytest.raises(ValueError, match=r"quantize\(x.T"):
         transpose(quantize(x, (1, 128), "fp32"))
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize(("first", "rows"), [(0, 130), (64, 70), (200, 131)])
+def test_rows_of_a_weight_have_the_bytes_of_the_whole(
+    scale_format: str, first: int, rows: int
+) -> None:
+    weight = torch.randn(331, 200, generator=torch.Generator().manual_seed(1))
+    weight[70, 3], weight[300, 150] = torch.nan, -torch.inf
+    part = weight[first : first + rows]
+    whole = quantize_reference.quantize_weight(weight, scale_format)
+    found = WeightRows(part, first, torch.zeros(3, 2), torch.empty(rows, 200, dtype=E4M3))
+    largest_magnitudes([found])
+    for block, group in product(range(3), range(2)):
+        inside = part[torch.arange(first, first + rows) // 128 == block].bfloat16().float()
+        values = inside[:, group * 128 : group * 128 + 128].abs()
+        expected = values.nan_to_num(torch.inf, torch.inf).max() if values.numel() else 0
+        assert found.scale[block, group] == expected
+    encoded = WeightRows(part, first, whole.scale, found.codes)
+    encode_weights([encoded], scale_format)
+    assert torch.equal(found.codes.view(torch.uint8), codes_of(whole)[first : first + rows])
 
 
 def divided_once_per_block(x: np.ndarray, s: np.ndarray) -> np.ndarray:

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from infir2.numerics import quantize_reference as reference
-from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor, check_format
+from infir2.numerics.formats import (
+    GROUP,
+    ROW_BLOCK,
+    TILE_BLOCK,
+    Fp8Tensor,
+    WeightRows,
+    check_format,
+)
 from infir2.numerics.kernels import conversions, norm, quantizers, swiglu
-from infir2.numerics.kernels.buffers import empty_tile_scales
+from infir2.numerics.kernels import weights as weight_kernels
 from infir2.numerics.kernels.head import head_product as head_product
 from infir2.numerics.kernels.norm import rms_norm as rms_norm
 from infir2.numerics.kernels.norm import rms_norm_backward as rms_norm_backward
@@ -41,9 +48,7 @@ def quantize(
 def transpose(t: Fp8Tensor) -> Fp8Tensor:
     """The transposed matrix [C, R] in 128x128 blocks, from codes; ValueError for 1x128 "fp32"."""
     if t.block == TILE_BLOCK:
-        scale = empty_tile_scales(t.codes, t.shape[1], t.shape[0]).copy_(t.scale.t())
-        codes = conversions.transpose_bytes(t.codes)
-        return Fp8Tensor(codes, scale, TILE_BLOCK, t.scale_format)
+        return _fp8(conversions.transpose_tiles(t.codes, t.scale), TILE_BLOCK, t.scale_format)
     if t.scale_format != "pow2":
         raise ValueError(
             '1x128 codes with "fp32" scales cannot be transposed exactly; '
@@ -94,9 +99,19 @@ def quantize_weight(master: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
     return _fp8(quantizers.quantize_tiles(master, pow2, True), TILE_BLOCK, scale_format)
 
 
-def encode_weight_rows(master: Tensor, scale: Tensor, scale_format: str) -> Tensor:
-    """Codes of the BF16-rounded rows master [R, K] with known scales [R, K / 128]."""
-    return quantizers.encode_weight_rows(master, scale, _is_pow2(scale_format))
+def quantize_weights(weights: Sequence[WeightRows], scale_format: str = "pow2") -> None:
+    """`quantize_weight` of many masters in one launch; fills in their codes and scales."""
+    weight_kernels.quantize_weights(weights, _is_pow2(scale_format))
+
+
+def largest_magnitudes(weights: Sequence[WeightRows]) -> None:
+    """Write the largest magnitudes of all rows' blocks as their scales, in one launch."""
+    weight_kernels.largest_magnitudes(weights)
+
+
+def encode_weights(weights: Sequence[WeightRows], scale_format: str = "pow2") -> None:
+    """Fill in the codes of rows whose blocks have their scales, in one launch."""
+    weight_kernels.encode_weights(weights, _is_pow2(scale_format))
 
 
 def rms_norm_quantize(

@@ -48,10 +48,17 @@ def _transpose_kernel(
 
 
 @triton.jit
-def _transpose_bytes_kernel(codes_ptr, codes_t_ptr, rows, columns):
+def _transpose_tiles_kernel(
+    codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, rows, columns, scale_stride,
+    scale_group_stride, scale_t_stride,
+):  # fmt: skip
     first_row, group = tile_of_program(rows, columns, 128)
     codes = load_tile(codes_ptr, first_row, group, rows, columns, columns, 128)
-    store_tile(codes_t_ptr, tl.trans(codes), group * 128, first_row, columns, rows, rows, 128, 128)
+    block = (first_row // 128).to(tl.int64)
+    scale = tl.load(scale_ptr + block * scale_stride + group * scale_group_stride)
+    write_transposed_tile(
+        codes, scale, codes_t_ptr, scale_t_ptr, first_row, group, rows, columns, scale_t_stride
+    )
 
 
 @triton.jit
@@ -111,23 +118,24 @@ def _fake_dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
 
 
-@operator("infir2::transpose_bytes")
-def transpose_bytes(codes: Tensor) -> Tensor:
-    """Codes [C, R] of the transposed matrix, contiguous."""
+@operator("infir2::transpose_tiles")
+def transpose_tiles(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [C, R] and scales of the transposed matrix, from 128x128 blocks [R, C]."""
     rows, columns = codes.shape
     codes = codes.contiguous()
-    codes_t = _fake_transpose_bytes(codes)
+    codes_t, scale_t = _fake_transpose_tiles(codes, scale)
     if rows:
-        grid = (groups(rows) * groups(columns),)
-        _transpose_bytes_kernel[grid](
-            as_bytes(codes), as_bytes(codes_t), rows, columns, num_warps=4
+        strides = (*scale.stride(), scale_t.stride(0))
+        _transpose_tiles_kernel[(groups(rows) * groups(columns),)](
+            as_bytes(codes), scale, as_bytes(codes_t), scale_t, rows, columns, *strides, num_warps=4
         )
-    return codes_t
+    return codes_t, scale_t
 
 
-@transpose_bytes.register_fake
-def _fake_transpose_bytes(codes: Tensor) -> Tensor:
-    return empty_codes(codes, codes.shape[1], codes.shape[0])
+@transpose_tiles.register_fake
+def _fake_transpose_tiles(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = codes.shape
+    return empty_codes(codes, columns, rows), empty_tile_scales(codes, columns, rows)
 
 
 @operator("infir2::transpose_rows")
@@ -138,7 +146,7 @@ def transpose_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, columns = codes.shape
     codes = codes.contiguous()
-    codes_t, scale_t = _fake_transpose_rows(codes, scale)
+    codes_t, scale_t = _fake_transpose_tiles(codes, scale)
     if rows:
         grid = (groups(rows) * groups(columns),)
         strides = (scale.stride(0), scale.stride(1), scale_t.stride(0))
@@ -155,7 +163,4 @@ def transpose_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return codes_t, scale_t
 
 
-@transpose_rows.register_fake
-def _fake_transpose_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = codes.shape
-    return empty_codes(codes, columns, rows), empty_tile_scales(codes, columns, rows)
+transpose_rows.register_fake(_fake_transpose_tiles)

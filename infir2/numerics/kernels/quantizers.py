@@ -20,7 +20,7 @@ from infir2.numerics.kernels.buffers import (
     groups,
     rows_contiguous,
 )
-from infir2.numerics.kernels.codec import encode, round_to_bf16
+from infir2.numerics.kernels.codec import round_to_bf16
 from infir2.numerics.kernels.custom_op import operator
 from infir2.numerics.kernels.tiles import (
     load_values,
@@ -133,37 +133,6 @@ def _tiles_kernel(
     codes, scale = quantize_tile_of(values, POW2)
     store_tile(codes_ptr, codes, first_row, group * 128, rows, columns, columns, 128, 128)
     tl.store(scale_ptr + (first_row // 128).to(tl.int64) * scale_stride + group, scale)
-
-
-@triton.jit
-def _encode_kernel(
-    x_ptr,
-    codes_ptr,
-    scale_ptr,
-    rows,
-    columns,
-    x_stride,
-    scale_stride,
-    POW2: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
-    first_row, group = tile_of_program(rows, columns, BLOCK_ROWS)
-    values = round_to_bf16(
-        load_values(x_ptr, first_row, group, rows, columns, x_stride, BLOCK_ROWS)
-    )
-    row = first_row + tl.arange(0, BLOCK_ROWS)
-    scale = tl.load(scale_ptr + row.to(tl.int64) * scale_stride + group, mask=row < rows, other=1.0)
-    store_tile(
-        codes_ptr,
-        encode(values, scale[:, None], POW2),
-        first_row,
-        group * 128,
-        rows,
-        columns,
-        columns,
-        BLOCK_ROWS,
-        128,
-    )
 
 
 @operator("infir2::quantize_rows")
@@ -290,16 +259,3 @@ def quantize_tiles(x: Tensor, pow2: bool, round_to_bf16: bool) -> tuple[Tensor, 
 def _fake_quantize_tiles(x: Tensor, pow2: bool, round_to_bf16: bool) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     return empty_codes(x, rows, columns), empty_tile_scales(x, rows, columns)
-
-
-def encode_weight_rows(x: Tensor, scale: Tensor, pow2: bool) -> Tensor:
-    """Codes [R, C] of an FP32 x, rounded to BF16, with known scales [R, ceil(C / 128)]."""
-    rows, columns = x.shape
-    codes = empty_codes(x, rows, columns)
-    if rows:
-        grid = (triton.cdiv(rows, ROWS_CONFIG["BLOCK_ROWS"]) * groups(columns),)
-        strides = (x.stride(0), scale.stride(0))
-        _encode_kernel[grid](
-            x, as_bytes(codes), scale, rows, columns, *strides, POW2=pow2, **ROWS_CONFIG
-        )
-    return codes

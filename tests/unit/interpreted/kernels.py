@@ -44,18 +44,6 @@ def test_conversions_have_the_reference_s_bits(
         assert cases.mismatches(found, expected) == 0
 
 
-@pytest.mark.parametrize("scale_format", FORMATS)
-@pytest.mark.parametrize(("first", "rows"), [(0, 130), (64, 70), (200, 131), (331, 0)])
-def test_rows_of_a_weight_have_the_bytes_of_the_whole(
-    scale_format: str, first: int, rows: int
-) -> None:
-    weight, part = cases.hostile(331, 200).float(), slice(first, first + rows)
-    whole = quantize_reference(weight.bfloat16(), (128, 128), scale_format)
-    scale = whole.scale[torch.arange(first, first + rows) // 128]
-    codes = matrix.encode_weight_rows(weight[part], scale, scale_format == "pow2")
-    assert torch.equal(codes.view(torch.uint8), whole.codes.view(torch.uint8)[part])
-
-
 @pytest.mark.parametrize("name", cases.FUSED)
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("shape", [(3, 576), (131, 128), (0, 128)])
@@ -282,6 +270,7 @@ def operator_calls() -> dict[str, tuple]:
     x = cases.gaussian(6, 256)
     weight, gate, up = cases.norm_weight(x), *cases.gate_and_up(x)
     codes, scale = matrix.quantize_rows(x, True)
+    tile_codes = matrix.quantize_tiles(x, True, True)
     rstd = torch.ones(6)
     heads, angles, logits, labels = (
         x.view(6, 2, 128),
@@ -296,7 +285,7 @@ def operator_calls() -> dict[str, tuple]:
         "transpose": (conversions.transpose_rows, (codes, scale)),
         "tiles": (matrix.quantize_tiles, (x, True, True)),
         "second layout alone": (matrix.quantize_transposed, (x, True)),
-        "bytes transposed": (conversions.transpose_bytes, (codes,)),
+        "tiles transposed": (conversions.transpose_tiles, tile_codes),
         "norm": (norm.rms_norm, (x, weight, 1e-6)),
         "norm quantize": (norm.rms_norm_quantize, (x, weight, 1e-6, True)),
         "norm transposed": (norm.rms_norm_transposed, (x, rstd, weight, True)),
