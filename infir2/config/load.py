@@ -59,6 +59,9 @@ class Loaded(Generic[R]):
     accept_changes: bool = False
 
 
+TRUNCATIONS = ("rl.top_p", "rl.top_k", "rl.min_p")  # of the sampling, in other frameworks
+
+
 class _Layers:
     """The values merged so far, and the origin of each leaf key."""
 
@@ -287,6 +290,11 @@ def _has_unit(value: Any) -> bool:
 def unknown_key(recipe_class: Recipe, key: str) -> str:
     """Return the sentence about a key that does not exist, with the nearest key that does."""
     key = key if len(key) <= MAX_SHOWN else f"{key[:MAX_SHOWN]}…"
+    if key in TRUNCATIONS:
+        return (
+            f"{key} is not a key: neither engines nor the trainer compute log-probabilities of a "
+            "truncated distribution, so RL samples from all tokens; remove it (docs/rl.md)."
+        )
     section = key.split(".")[0]
     if section not in recipe_class.model_fields:
         known = list(recipe_class.model_fields)

@@ -1,6 +1,8 @@
 """The keys of `[rl]`. Imports no torch."""
 
-from typing import ClassVar, Literal
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +28,21 @@ class RewardSection(Section):
     rows: tuple[str, ...] = Field(
         (), description="values of rl.reward_field whose rows it is for (empty: its own name)"
     )
+
+
+def template_variables(options: Sequence[str]) -> dict[str, Any]:
+    """The variables of `rl.template_options`; a value that is not JSON is text.
+
+    Example: `["enable_thinking=false"]` gives `{"enable_thinking": False}`.
+    """
+    variables: dict[str, Any] = {}
+    for option in options:
+        name, _, text = option.partition("=")
+        try:
+            variables[name] = json.loads(text)
+        except ValueError:
+            variables[name] = text
+    return variables
 
 
 class RlSection(Section):
@@ -95,6 +112,15 @@ class RlSection(Section):
     )
     temperature: float = Field(
         1.0, gt=0, description="sampling temperature; the trainer's log-probabilities use it too"
+    )
+    stop: tuple[str, ...] = Field(
+        (), description="texts that end a response, beside the chat template's end: ['</answer>']"
+    )
+    response_prefix: str = Field(
+        "", description="text with which every response starts, such as '<think>\\n'; not trained"
+    )
+    template_options: tuple[str, ...] = Field(
+        (), description="variables of the chat template, NAME=VALUE: ['enable_thinking=false']"
     )
     max_response_tokens: int = Field(
         8192, gt=0, description="maximum response length, tokens; longer responses are truncated"

@@ -271,6 +271,12 @@ def _sampling(recipe: RlRecipe) -> list[Rule]:
             "rl.partial",
             "needs rl.chunk_tokens: whole responses leave nothing unfinished.",
         ),
+        ("" in rl.stop, "rl.stop", "has an empty text, which would end every response; remove it."),
+        (
+            not all(re.fullmatch(r"[A-Za-z]\w*=.*", each, re.S) for each in rl.template_options),
+            "rl.template_options",
+            "are NAME=VALUE, such as enable_thinking=false.",
+        ),
     ]
 
 

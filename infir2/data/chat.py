@@ -61,12 +61,18 @@ class ChatTokenizer(DocumentTokenizer):
     Args:
         directory, document_bos: as in DocumentTokenizer.
         today: the date that the template writes if it writes one, YYYY-MM-DD; "": today's.
+        template_variables: further variables of the template.
     """
 
     def __init__(
-        self, directory: Path, document_bos: DocumentBos = "tokenizer", today: str = ""
+        self,
+        directory: Path,
+        document_bos: DocumentBos = "tokenizer",
+        today: str = "",
+        template_variables: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(directory, document_bos)
+        self._template_variables = dict(template_variables or {})
         self.today = today or date.today().isoformat()
         try:
             date.fromisoformat(self.today)
@@ -94,7 +100,12 @@ class ChatTokenizer(DocumentTokenizer):
             for name, token in self._hf.special_tokens_map.items()
         }
         name = f"the chat template in {self.directory}"
-        return ChatTemplate(name, source, variables, self.today)
+        for each in self._template_variables:
+            if each in ("messages", "add_generation_prompt") or not re.search(
+                rf"\b{each}\b", source
+            ):
+                raise ConfigError(f"rl.template_options: {name} has no option {each}; remove it.")
+        return ChatTemplate(name, source, variables | self._template_variables, self.today)
 
     @functools.cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -162,15 +173,21 @@ class ChatTokenizer(DocumentTokenizer):
         """
         return self._tokens(self.render(messages, add_generation_prompt))
 
-    def encode_prompt(self, messages: Sequence[Message]) -> tuple[list[int], str]:
+    def encode_prompt(
+        self, messages: Sequence[Message], response_prefix: str = ""
+    ) -> tuple[list[int], str]:
         """Return the tokens of a prompt, and the text with which its response begins.
 
-        The second is the "<think>" that the generation prompt ends with, the beginning of the
-        response's text; "" where the template leaves it to the model to begin a thought. Errors as
-        `apply_chat_template`.
+        The second is the "<think>" that the generation prompt ends with, "" where the template
+        leaves it to the model to begin a thought, and then `response_prefix`; a prefix that repeats
+        the "<think>" is not written twice. Errors as `apply_chat_template`.
         """
         rendering = self.render(messages, add_generation_prompt=True)
-        return self._tokens(rendering), rendering.opened_thought
+        token_ids, opened = self._tokens(rendering), rendering.opened_thought
+        if not response_prefix or (opened and opened.strip() == response_prefix.strip()):
+            return token_ids, opened
+        prefix = self.encode_with_special_tokens(response_prefix)
+        return [*token_ids, *prefix], opened + response_prefix
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendering:
         """Render a conversation to text with placeholders. Errors as `apply_chat_template`."""

@@ -65,10 +65,11 @@ class NativeEngine:
         section: RolloutSection,
         compute_dtype: torch.dtype,
         device: torch.device,
+        decode: Decode | None = None,
     ) -> "NativeEngine":
         """Load an exported Hugging Face directory, FP8 or BF16. Raises CheckpointError."""
         model = Decoder.from_hf(directory, compute_dtype=compute_dtype).to(device)
-        return cls(model, section.max_running_requests, section.cache_gib)
+        return cls(model, section.max_running_requests, section.cache_gib, decode=decode)
 
     @property
     def scale_format(self) -> str | None:

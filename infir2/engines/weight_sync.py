@@ -15,6 +15,7 @@ from infir2.config.schema import RlRecipe
 from infir2.engines.native import NativeEngine
 from infir2.engines.pool import EnginePool
 from infir2.engines.ray import RayEngines
+from infir2.engines.response_text import Decode
 from infir2.engines.servers import open_pool
 from infir2.engines.types import OffersDigest, RolloutEngine
 from infir2.engines.weight_probe import trainer_probe
@@ -26,14 +27,17 @@ from infir2.parallel.parallel_model import ParallelModel
 
 @contextlib.contextmanager
 def open_engine(
-    recipe: RlRecipe, parallel_model: ParallelModel, policy_version: int
+    recipe: RlRecipe,
+    parallel_model: ParallelModel,
+    policy_version: int,
+    decode: Decode | None = None,
 ) -> Iterator[tuple[RolloutEngine, str]]:
     """Open `rollout.model`: this rank's own engine, the engines that `infir2 launch` reserved, or
     servers, which end with the block.
 
     The engine's weights are compared with the trainer's before anything is generated. A resumed run
     (`policy_version` > 0) publishes the trainer's weights first, because the exported files are
-    older; servers always get them.
+    older; servers always get them. An engine in this process needs `decode` for stop texts.
 
     Yields:
         The engine, and one digest of the weights it holds.
@@ -57,7 +61,7 @@ def open_engine(
     else:
         device = parallel_model.layout.device
         directory = Path(section.model)
-        engine = NativeEngine.from_hf(directory, section, dtype, device)
+        engine = NativeEngine.from_hf(directory, section, dtype, device, decode)
     if policy_version > 0:
         yield engine, publish(parallel_model, engine, policy_version)
     else:

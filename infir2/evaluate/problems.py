@@ -35,21 +35,15 @@ def encode_problem(
 ) -> tuple[list[int], str]:
     """The problem as a chat up to where the model continues, and the text that begins a response.
 
-    A response begins with `response_prefix`, and with the "<think>" that a chat template opens: a
-    prefix that repeats it is not written twice. Raises DataError for a problem that the template
-    rejects.
+    Raises DataError for a problem that the template rejects.
     """
     messages = problem.messages
     if section.system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": section.system_prompt}, *messages]
     try:
-        token_ids, opened = tokenizer.encode_prompt(messages)
+        return tokenizer.encode_prompt(messages, section.response_prefix)
     except RowError as error:
         raise DataError(f"{problem.origin}: {error}; fix the row, or name another model") from None
-    prefix = section.response_prefix
-    if opened and opened.strip() == prefix.strip():
-        return token_ids, opened
-    return [*token_ids, *tokenizer.encode_with_special_tokens(prefix)], opened + prefix
 
 
 def response_requests(

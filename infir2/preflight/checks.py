@@ -96,7 +96,8 @@ class Preflight:
         from infir2.train.build import open_tokenizer
 
         data = self.recipe.data if isinstance(self.recipe, TrainRecipe) else None
-        self._tokenizer = open_tokenizer(self._model_section(), data)
+        options = self.recipe.rl.template_options if self.verb == "rl" else ()
+        self._tokenizer = open_tokenizer(self._model_section(), data, template_options=options)
         detail = check_tokenizer(self._tokenizer, self.verb)
         return Finding("tokenizer", "ok", f"{self._tokenizer.directory}: {detail}")
 

@@ -9,12 +9,13 @@ are depends on neither the engine's speed nor on how many engines there are. Gro
 finished then are dropped, or continue in the next step with its weights (`rl.partial`).
 """
 
+import bisect
 import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infir2.config.schema import RlSection
@@ -26,6 +27,7 @@ from infir2.engines.generate import (
     group_requests,
     items_of_rank,
 )
+from infir2.engines.native import NativeEngine
 from infir2.engines.types import Completion, Engine, Request, SamplingParams
 from infir2.faults import fault
 from infir2.parallel.ranks import Ranks
@@ -173,7 +175,9 @@ class GroupGenerator:
     def _requests(self, group: RunningGroup) -> list[Request]:
         """Requests for the next chunk of the responses that are not finished."""
         rl, stop_ids = self._rl, self._tokenizer.eos_token_ids
-        params = SamplingParams(rl.temperature, rl.max_response_tokens, stop_ids)
+        # Servers have no tokenizer: `_until_stop` cuts their responses.
+        stop = rl.stop if isinstance(self._engine, NativeEngine) else ()
+        params = SamplingParams(rl.temperature, rl.max_response_tokens, stop_ids, stop_texts=stop)
         prompts, version = [(group.name, group.drawn.token_ids)], self._engine.policy_version
         requests = group_requests(prompts, rl.group_size, params, self._seed, version)
         chunk = rl.chunk_tokens or rl.max_response_tokens
@@ -194,9 +198,27 @@ class GroupGenerator:
         return [
             response
             if response is not None and self._is_finished(response)
-            else continue_completion(response, next(new))
+            else self._until_stop(continue_completion(response, next(new)))
             for response in group.responses
         ]
+
+    def _until_stop(self, response: Completion) -> Completion:
+        """A response up to the first token that completes a text of `rl.stop`."""
+
+        def has_stop(count: int) -> bool:
+            text = self._tokenizer.decode(response.token_ids[:count])
+            return any(stop in text for stop in self._rl.stop)
+
+        num_tokens = len(response.token_ids)
+        if not self._rl.stop or not has_stop(num_tokens):
+            return response
+        end = bisect.bisect_left(range(num_tokens), True, key=has_stop)
+        return replace(
+            response,
+            token_ids=response.token_ids[:end],
+            rollout_logprobs=response.rollout_logprobs[:end],
+            finish="stop",
+        )
 
     def _record(
         self, key: str, begun: list[Completion], drawn: DrawnPrompt

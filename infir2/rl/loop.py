@@ -55,7 +55,9 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         begin_phase("reading the prompts")
         rows = load_prompts(recipe.data, quarantine, tokenizer, labels_of(rl))
         cursor = _saved_cursor(supervisor.checkpoint)
-        prompts = PromptStream(rows, tokenizer, rl.max_prompt_tokens, seed, cursor)
+        prompts = PromptStream(
+            rows, tokenizer, rl.max_prompt_tokens, seed, cursor, rl.response_prefix
+        )
         model_config = planned_config(supervisor.model)
         limit = ("rl.max_response_tokens", rl.max_response_tokens)
         check_positions(model_config, *limit, prompts.longest_prompt_tokens)
@@ -65,7 +67,7 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         finished = supervisor.start(trainer, last_step)
         begin_phase("loading the engine")
         engine, digest = exit_stack.enter_context(
-            open_engine(recipe, trainer.parallel_model, policy_version=finished)
+            open_engine(recipe, trainer.parallel_model, finished, tokenizer.decode)
         )
         supervisor.begin_steps()
         journal = Journal(supervisor.dir, supervisor.ranks, supervisor.store.check_in_place)

@@ -16,7 +16,7 @@ class DrawnPrompt:
     name: str  # "epoch/id", which seeds the sampling and differs within a step
     prompt: Prompt
     token_ids: list[int]
-    opened_thought: str = ""  # "<think>\n" if the chat template begins the response with it
+    opened_thought: str = ""  # beginning of the response that the prompt ends with: "<think>\n"
 
 
 class PromptStream:
@@ -35,11 +35,15 @@ class PromptStream:
         max_prompt_tokens: int,
         seed: int,
         cursor: int = 0,
+        response_prefix: str = "",
     ) -> None:
         """Raises DataError when no prompt is short enough."""
         self.cursor = cursor
         self._seed = seed
-        rendered = [(prompt, *tokenizer.encode_prompt(prompt.messages)) for prompt in prompts]
+        rendered = [
+            (prompt, *tokenizer.encode_prompt(prompt.messages, response_prefix))
+            for prompt in prompts
+        ]
         self._prompts = [each for each in rendered if len(each[1]) <= max_prompt_tokens]
         self.num_too_long = len(rendered) - len(self._prompts)
         if not self._prompts:

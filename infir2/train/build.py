@@ -1,6 +1,7 @@
 """Build the model that a recipe names: a new one, a Hugging Face model, or a run's weights."""
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from infir2.checkpoint import open_checkpoint
 from infir2.checkpoint.fingerprint import is_run
 from infir2.config.paths import check_model_directory
+from infir2.config.rl_section import template_variables
 from infir2.config.schema import DataSection, Fp8Section, ModelSection, RunSection
 from infir2.convert.weights import tokenizer_directory
 from infir2.data import ChatTokenizer
@@ -89,7 +91,10 @@ def _empty_decoder(config: ModelConfig, dtype: torch.dtype, device: torch.device
 
 
 def open_tokenizer(
-    model: ModelSection, data: DataSection | None = None, today: str = ""
+    model: ModelSection,
+    data: DataSection | None = None,
+    today: str = "",
+    template_options: Sequence[str] = (),
 ) -> ChatTokenizer:
     """The tokenizer of `data.tokenizer` if that is set, else the model's own.
 
@@ -110,7 +115,8 @@ def open_tokenizer(
         path = path if data.tokenizer else tokenizer_directory(run)
         if not model.template_date and "template_date" in run.state:
             written = run.value("template_date", str)
-    return ChatTokenizer(path, data.document_bos, written)
+    variables = template_variables(template_options)
+    return ChatTokenizer(path, data.document_bos, written, variables)
 
 
 def _check_tokenizer_directory(path: Path, configured: bool) -> None:

@@ -11,6 +11,7 @@ from datetime import date
 from typing import Any
 
 from infir2.config.load import Loaded
+from infir2.config.schema import RlRecipe
 from infir2.data import Batch, ChatTokenizer, Loader, TrainingKind, validation_batches
 from infir2.data.streams import State
 from infir2.errors import CheckpointCorruptError
@@ -80,7 +81,9 @@ def make_trainer(supervisor: Supervisor, vocab_size: int) -> Trainer:
 def open_run_tokenizer(supervisor: Supervisor) -> ChatTokenizer:
     """The run's tokenizer, with the same date on every rank."""
     today = supervisor.ranks.broadcast_from_rank0(lambda: date.today().isoformat())
-    return open_tokenizer(supervisor.model, supervisor.recipe.data, today)
+    recipe = supervisor.recipe
+    options = recipe.rl.template_options if isinstance(recipe, RlRecipe) else ()
+    return open_tokenizer(supervisor.model, recipe.data, today, options)
 
 
 def describe_model(
