@@ -30,6 +30,7 @@ from infir2.errors import RankError, first_line
 from infir2.parallel.ranks import Ranks
 
 Value = TypeVar("Value")
+Finished = queue.SimpleQueue[list[Completion] | BaseException]
 POLL_SECONDS = 0.5
 CLOSE_SECONDS = 10.0
 
@@ -59,7 +60,7 @@ class EnginePool:
         self.probe: WeightProbe | None = None
         self._ranks, self._publisher = ranks, publisher
         self._unfinished_ids: set[str] = set()
-        self._finished: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
+        self._finished: Finished = queue.SimpleQueue()
         self._publish_metrics: dict[str, float] = {}
         self._may_sleep, self._is_asleep, self._freed_bytes = may_sleep, False, 0.0
         self._loop = asyncio.new_event_loop()
@@ -89,14 +90,15 @@ class EnginePool:
         an engine does not hold."""
         completions = []
         try:
-            item = self._finished.get(timeout=POLL_SECONDS)
+            items = self._finished.get(timeout=POLL_SECONDS)
             while True:
-                if isinstance(item, BaseException):
-                    raise item
-                if item.id in self._unfinished_ids:  # else it was canceled
-                    self._unfinished_ids.remove(item.id)
-                    completions.append(item)
-                item = self._finished.get_nowait()
+                if isinstance(items, BaseException):
+                    raise items
+                for item in items:
+                    if item.id in self._unfinished_ids:  # else it was canceled
+                        self._unfinished_ids.remove(item.id)
+                        completions.append(item)
+                items = self._finished.get_nowait()
         except queue.Empty:
             return completions
 
@@ -185,7 +187,7 @@ def _free_bytes() -> float:
 async def _open_dispatcher(
     hosts: Sequence[EngineHost],
     limits: PoolLimits,
-    finished: "queue.SimpleQueue[Completion | BaseException]",
+    finished: Finished,
 ) -> "_Dispatcher":
     return _Dispatcher(hosts, limits, finished)
 
@@ -197,10 +199,11 @@ class _Dispatcher:
         self,
         hosts: Sequence[EngineHost],
         limits: PoolLimits,
-        finished: "queue.SimpleQueue[Completion | BaseException]",
+        finished: Finished,
     ) -> None:
         self.limits, self.weights, self.num_engines = limits, None, len(hosts)
         self._finished = finished
+        self._fresh: list[Completion] = []
         self._waiting: deque[Request] = deque()
         self._failed_at: dict[str, list[PoolMember]] = {}
         self._counts: Counter[str] = Counter()
@@ -263,7 +266,15 @@ class _Dispatcher:
 
     def finish(self, completion: Completion) -> None:
         self._failed_at.pop(completion.id, None)
-        self._finished.put(completion)
+        if (
+            not self._fresh
+        ):  # what arrives together is handed over together: each time wakes a thread
+            asyncio.get_running_loop().call_soon(self._hand_over)
+        self._fresh.append(completion)
+
+    def _hand_over(self) -> None:
+        fresh, self._fresh = self._fresh, []
+        self._finished.put(fresh)
 
     def retry(self, request: Request, member: PoolMember, error: EngineError) -> None:
         self.count(f"retries_{error.reason}")
@@ -284,6 +295,8 @@ class _Dispatcher:
 
     def changed(self) -> None:
         self._changes.set()
+        if not self._waiting:
+            return
         serving = [member for member in self._members if member.serves(self.weights)]
         room = sum(max(0, self.limits.max_queued - len(member.running)) for member in serving)
         for _ in range(min(room, len(self._waiting))):

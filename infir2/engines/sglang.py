@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,18 @@ class SglangClient:
             raise
         self._server_ids.pop(request.id, None)  # after a cancellation `cancel` needs it
         with reading_answer(self.url):
-            meta, token_ids = answer["meta_info"], [int(token) for token in answer["output_ids"]]
-            pairs = [(entry[0], entry[1]) for entry in meta["output_token_logprobs"]]
+            meta, token_ids = answer["meta_info"], list(map(int, answer["output_ids"]))
+            entries = meta["output_token_logprobs"]
+            logprobs = list(map(itemgetter(0), entries))
+            named_ids = list(map(itemgetter(1), entries))
             version, reason = meta["weight_version"], meta["finish_reason"]
         if version != str(policy_version):
             raise BadAnswerError("version", f"{self.url} answers with weights {version!r}")
         if isinstance(reason, dict) and reason.get("type") == "abort":
             raise BadAnswerError("aborted", f"{self.url} aborted request {request.id}: {reason}")
-        if [token for _, token in pairs] != token_ids:
+        if named_ids != token_ids:
             raise BadAnswerError("logprobs", f"{self.url}: log-probabilities of other tokens")
-        return checked_completion(request, token_ids, [p for p, _ in pairs], policy_version)
+        return checked_completion(request, token_ids, logprobs, policy_version)
 
     async def cancel(self, request_ids: Sequence[str]) -> None:
         """As `EngineClient`."""

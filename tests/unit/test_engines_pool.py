@@ -1,9 +1,12 @@
 """The pool: what one engine fails at, the others do; no wrong answer comes back."""
 
+import asyncio
+import queue
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine_servers import FakeServer, scripted_response
@@ -11,10 +14,10 @@ from engine_servers import FakeServer, scripted_response
 import infir2.engines.pool_member
 from infir2.engines.generate import generate, generate_all
 from infir2.engines.infir2_server import Infir2Client
-from infir2.engines.pool import EnginePool
+from infir2.engines.pool import EnginePool, Finished, _Dispatcher
 from infir2.engines.pool_member import PoolLimits
 from infir2.engines.remote import EngineGoneError
-from infir2.engines.types import Request, SamplingParams
+from infir2.engines.types import Completion, Request, SamplingParams
 from infir2.engines.weight_directory import WeightDirectory
 from infir2.errors import CheckFailedError, RankError
 from infir2.model.hf_names import weights_digest
@@ -234,3 +237,24 @@ def wait_for(condition, seconds: float = 10.0) -> None:  # type: ignore[no-untyp
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
+
+
+def test_what_arrives_together_wakes_the_trainer_once() -> None:
+    """Each time costs both threads a change of Python's lock."""
+    completions = [Completion(str(i), [1], np.zeros(1, np.float32), "stop", 0) for i in range(100)]
+    finished: Finished = queue.SimpleQueue()
+
+    async def run() -> None:
+        dispatcher = _Dispatcher([], PoolLimits(8, 1.0, 1.0), finished)
+        for number, completion in enumerate(completions):
+            dispatcher.finish(completion)
+            if number == 59:
+                await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await dispatcher.close()
+
+    asyncio.run(run())
+    assert [finished.get_nowait() for _ in range(finished.qsize())] == [
+        completions[:60],
+        completions[60:],
+    ]
