@@ -1,0 +1,178 @@
+"""recipes/parity and bench/parity.py: a shortened study on a CPU, statistics in closed form."""
+
+import gzip
+import json
+import math
+import random
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import parity  # noqa: E402
+import parity_data  # noqa: E402
+import parity_report  # noqa: E402
+
+from infir2.config.load import load  # noqa: E402
+from infir2.config.schema import TrainRecipe  # noqa: E402
+from infir2.data.indexed import IndexedDocuments  # noqa: E402
+
+STUDIES = tomllib.loads((ROOT / "recipes/parity/studies.toml").read_text())
+TINY = [
+    "--model.shape.hidden_size=32",
+    "--model.shape.num_layers=2",
+    "--model.shape.num_heads=1",
+    "--model.shape.num_kv_heads=1",
+    "--model.shape.head_dim=32",
+    "--model.shape.ffn_size=64",
+    "--data.sequence_tokens=32",
+    "--data.micro_batch_tokens=64",
+    "--data.batch_sequences=2",
+    "--train.validation_batches=1",
+    "--run.device=cpu",
+    "--run.threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of bench/parity_data.py, from a small corpus without packages."""
+    folder = tmp_path_factory.mktemp("parity")
+    draw = random.Random(0)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rows = [{"text": " ".join(draw.choices(words, k=200))} for _ in range(300)]
+    (folder / "corpus").mkdir()
+    with gzip.open(folder / "corpus/words.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in [*rows, rows[0], {"text": "short"}])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity_data, "PACKAGES", ())
+        patch.setattr(parity_data, "PIECE_TOKENS", 150)
+        to = ["--to", str(folder / "data/parity"), "--vocab-size=300"]
+        parity_data.main(["--corpus", str(folder / "corpus"), *to])
+    return folder
+
+
+def test_documents_are_used_once_held_out_and_cut(data: Path) -> None:
+    about = json.loads((data / "data/parity/about.json").read_text())
+    counts = {name: about[name]["documents"] for name in ("train", "validation")}
+    assert sum(counts.values()) == 300
+    assert 0 < counts["validation"] < 30
+    for name in counts:
+        pieces = IndexedDocuments(data / "data/parity" / name)
+        lengths = [len(pieces.read(index)["token_ids"]) for index in range(len(pieces))]
+        assert max(lengths) == 150
+        assert sum(lengths) == about[name]["tokens"]
+        assert len(lengths) == about[name]["pieces"]
+
+
+def test_a_shortened_study_runs_and_its_table_has_every_arm(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = ["run", "seeds", "--to=runs", "--seeds", "1", "--steps=5", "--jobs=3", *TINY]
+    assert parity.main(command) == 0, capsys.readouterr().out
+    capsys.readouterr()
+    assert parity.main(command) == 0
+    assert capsys.readouterr().out == ""  # every run is finished: none started again
+    assert parity.main(["collect", "runs", "--to=parity.json"]) == 0
+    study = json.loads(Path("parity.json").read_text())["seeds"]
+    assert {run["arm"]: run["steps"] for run in study["runs"]} == dict.fromkeys(study["arms"], 5)
+    first = {run["arm"]: run["validation"][0] for run in study["runs"]}
+    assert first["bf16"][1] == pytest.approx(first["pow2"][1], rel=1e-2)  # the same weights
+    assert {row["step"] for row in study["runs"][0]["operands"]} == {1, 2, 3, 4, 5}
+    table = parity_report.table(study)
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| bf16", "| pow2", "| fp32"]
+    assert "one seed" in table[3]
+    lines = parity_report.worst_layers(study["runs"][0]["operands"])
+    assert sum(line.startswith("| gradient") for line in lines) == 3
+    pytest.importorskip("matplotlib", reason="plots need matplotlib (pip install 'infir2[plots]')")
+    assert parity.main(["report", "parity.json", "--to=report"]) == 0
+    assert len(list(Path("report").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_of_a_study_is_a_valid_recipe_of_its_length(name: str, tmp_path: Path) -> None:
+    study = STUDIES[name]
+    for steps in (study["steps"], 60):
+        runs = parity.plan(study, tmp_path, steps, study["seeds"], [])
+        assert len(runs) == len(study["arms"]) * len(study["seeds"])
+        for run in runs:
+            words = run.command[4:]
+            files = [word for word in words if not word.startswith("--")]
+            recipe = load(TrainRecipe, files, [word for word in words if word not in files]).recipe
+            assert recipe.run.seed == run.seed
+            assert recipe.schedule.total_steps in (steps, steps - steps // 10)
+            if run.after is not None:
+                start = int(recipe.checkpoint.branch_from.rpartition("-")[2])
+                schedule = recipe.schedule
+                assert start == schedule.total_steps - schedule.decay_steps
+                assert start % recipe.checkpoint.save_every == 0
+                assert run.after in [other.dir for other in runs]
+    assert study["baseline"] in study["arms"]
+
+
+def test_the_recipes_own_length_is_that_of_their_study(tmp_path: Path) -> None:
+    for name in ("seeds", "large"):
+        for run in parity.plan(STUDIES[name], tmp_path, STUDIES[name]["steps"], [1], []):
+            files = [word for word in run.command[4:] if not word.startswith("--")]
+            given = [word for word in run.command[4:] if word.startswith("--")]
+            own, planned = (
+                load(TrainRecipe, files, []).recipe,
+                load(TrainRecipe, files, given).recipe,
+            )
+            assert own.schedule == planned.schedule
+
+
+def test_the_gap_is_paired_by_seed_and_has_students_interval() -> None:
+    baseline = {seed: 2.0 + 0.1 * seed for seed in range(1, 6)}
+    gaps = (0.1, 0.2, 0.3, 0.4, 0.5)  # per cent: mean 0.3, deviation sqrt(0.025)
+    arm = {seed: baseline[seed] * (1 + gaps[seed - 1] / 100) for seed in baseline}
+    found = parity_report.gap(arm | {9: 1.0}, baseline)
+    assert found is not None
+    assert found["seeds"] == 5
+    assert found["mean"] == pytest.approx(0.3)
+    assert found["half_width"] == pytest.approx(2.776 * math.sqrt(0.025 / 5))
+    assert 0.1 < found["low"] < 0.25
+    assert 0.35 < found["high"] < 0.5
+    assert parity_report.gap({1: 2.0}, {2: 2.0}) is None
+    one = parity_report.gap({1: 2.1}, baseline)
+    assert one is not None
+    assert math.isnan(one["half_width"])
+
+
+def test_a_run_that_waits_for_another_starts_after_it(tmp_path: Path) -> None:
+    runs = parity.plan(STUDIES["wsd"], tmp_path, 60, [1], [])
+    ready = parity._next_ready([run for run in runs if run.after is not None])
+    assert ready is None
+    (tmp_path / "stable-1").mkdir()
+    (tmp_path / "stable-1/finished.json").write_text("{}\n")
+    ready = parity._next_ready([run for run in runs if run.after is not None])
+    assert ready is not None
+    assert ready.arm == "branch-long"
+
+
+def test_a_failed_run_ends_with_its_log_and_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit('broken')"]
+    waits = parity.Run("b", 1, tmp_path / "b-1", command, after=tmp_path / "a-1")
+    assert parity.run_all([parity.Run("a", 1, tmp_path / "a-1", command, None), waits], 1, 0) == 1
+    assert "broken" in capsys.readouterr().out
+
+
+def test_the_limit_stops_what_runs_and_exits_75(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    runs = [parity.Run("a", seed, tmp_path / f"a-{seed}", command, None) for seed in (1, 2)]
+    assert parity.run_all(runs, 1, 0.5) == 1  # which does not save on SIGTERM
+    command = [
+        sys.executable,
+        "-c",
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); time.sleep(60)",
+    ]
+    runs = [parity.Run("a", seed, tmp_path / f"b-{seed}", command, None) for seed in (1, 2)]
+    assert parity.run_all(runs, 1, 1.5) == 75
