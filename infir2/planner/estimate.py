@@ -11,7 +11,7 @@ from infir2.parallel.mesh import Sizes
 from infir2.planner.gpus import Gpu
 from infir2.planner.step_time import step_seconds
 from infir2.planner.work import Attention, Load
-from infir2.preflight.gpu_memory import gpu_ledger, num_parameters
+from infir2.preflight.gpu_memory import gpu_ledger, num_parameters, server_bytes
 
 Recompute = Literal["none", "selective", "full"]
 USABLE = 0.94  # of a GPU's memory; the rest is CUDA's, NCCL's and lost to fragments
@@ -104,7 +104,7 @@ def estimate(job: Job, sizes: Sizes, recompute: Recompute | None = None) -> Esti
     memory = gpu_ledger(job.config, recipe, sizes)
     seconds = step_seconds(load, job.gpu)
     if isinstance(recipe, RlRecipe):
-        memory |= _engine_memory(job, recipe)
+        memory |= _engine_memory(job, recipe) | server_bytes(recipe, job.gpu.memory_gib * GIB)
         seconds["generation"] = _generation_seconds(job, recipe)
         # The trainer's log-probabilities of the responses: one forward of three passes.
         computing = ("GEMMs of the layers", "attention")

@@ -22,6 +22,17 @@ def pass_tokens(recipe: TrainRecipe) -> int:
     return tokens
 
 
+def server_bytes(recipe: TrainRecipe, gpu_bytes: float) -> dict[str, int]:
+    """RL only: what servers on the trainer's own GPUs keep of each while it trains."""
+    if not isinstance(recipe, RlRecipe):
+        return {}
+    rollout = recipe.rollout
+    is_apart = bool(rollout.urls) or rollout.weight_transfer == "nccl"
+    if rollout.engine not in ("sglang", "vllm") or is_apart or rollout.sleep:
+        return {}
+    return {"servers": int(rollout.memory_fraction * gpu_bytes)}
+
+
 def gpu_ledger(
     config: ModelConfig, recipe: TrainRecipe, sizes: Sizes | None = None
 ) -> dict[str, int]:

@@ -9,7 +9,7 @@ from infir2.errors import ConfigError
 from infir2.model.memory import GIB, device_memory, host_memory
 from infir2.parallel.mesh import Sizes
 from infir2.preflight.finding import Finding
-from infir2.preflight.gpu_memory import gpu_ledger, pass_tokens
+from infir2.preflight.gpu_memory import gpu_ledger, pass_tokens, server_bytes
 from infir2.preflight.model import ModelFacts
 from infir2.train.plan import device_of
 
@@ -27,6 +27,8 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> Findin
     """
     device = device_of(recipe.run)
     parts, available = memory_parts(recipe, model, device.type, sizes), device_memory(device)
+    if device.type == "cuda" and not _have_spare_gpus(recipe, sizes):
+        parts |= server_bytes(recipe, available)
     total = sum(parts.values())
     if total <= available:
         parts |= _cache_part(recipe, model, available - total)
@@ -133,6 +135,14 @@ def _engine_weights(recipe: TrainRecipe, model: ModelFacts) -> dict[str, int]:
     elif _generates_here(recipe):
         parts["engine"] = held
     return parts | ({"reference": held} if recipe.rl.reference else {})
+
+
+def _have_spare_gpus(recipe: TrainRecipe, sizes: Sizes) -> bool:
+    """Whether this machine has GPUs for the servers that no rank uses."""
+    if not isinstance(recipe, RlRecipe):
+        return False
+    needed = recipe.rollout.engines * recipe.rollout.tensor_parallel
+    return torch.cuda.device_count() - sizes.world >= needed
 
 
 def _generates_here(recipe: TrainRecipe) -> bool:

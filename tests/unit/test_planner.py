@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from infir2.cli import main
+from infir2.config import load
+from infir2.config.schema import RlRecipe
 from infir2.planner.gpus import find_gpu, package_json
 from infir2.planner.rows import Row, measured_rows
 
@@ -90,6 +92,23 @@ def test_a_plan_as_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert written["days"] == pytest.approx(hours / 24, 1e-2)
     assert made["recommended"]["step_seconds"] <= written["step_seconds"]
     assert made["recommended"]["fits"]
+
+
+@pytest.mark.parametrize("stage", ["rl1", "rl2"])
+def test_rl_as_the_reference_ran_it_fits_beside_its_servers(
+    stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """4 nodes of 8 GPUs with 80 GB; SGLang on the same GPUs, 4 to a server, half of the memory."""
+    path = RECIPES / f"qwen2.5-7b/{stage}.toml"
+    recipe = load(RlRecipe, [path]).recipe
+    assert recipe.rollout.engine == "sglang"
+    assert recipe.rollout.engines * recipe.rollout.tensor_parallel == 32
+    made = plan_json(capsys, path, "--gpu=h100", "--gpus=8", "--nodes=4")["written"]
+    assert made["parallel"] == {"dp_replicate": 1, "dp": 4, "cp": 2, "tp": 4}
+    assert made["memory_bytes"]["servers"] / 2**30 == pytest.approx(79.1 / 2, abs=0.1)
+    assert made["fits"]
+    asleep = plan_json(capsys, path, "--gpu=h100", "--gpus=8", "--nodes=4", "--rollout.sleep=true")
+    assert "servers" not in asleep["written"]["memory_bytes"]
 
 
 def test_the_recommended_options_make_the_recommended_plan(
