@@ -239,6 +239,13 @@ def _rl(recipe: RlRecipe) -> list[Rule]:
             f"({rl.max_response_tokens}).",
         ),
         *_sampling(recipe),
+        (
+            recipe.rollout.exact
+            and recipe.rollout.precision
+            not in ("trainer", "fp8" if recipe.fp8.enabled else "bf16"),
+            "rollout.exact",
+            f"and rollout.precision = {recipe.rollout.precision} exclude each other; remove one.",
+        ),
         *_objective(recipe.rl),
         *reward_rules(recipe.rl),
         *rollout_rules(recipe.rollout),

@@ -223,6 +223,11 @@ class RolloutSection(Section):
         description="what generates. native: this process, or the engines of infir2 launch ray; "
         "infir2 (infir2 serve), sglang, vllm: servers; see docs/engines.md",
     )
+    precision: Literal["trainer", "fp8", "bf16"] = Field(
+        "trainer",
+        description="of the engine's linear layers and of rollout.model: the trainer's, FP8 with "
+        "fp8.scale_format, or BF16; another one than the trainer's samples from another policy",
+    )
     exact: bool = Field(
         False,
         description="stop the run if one sampled token has other bits than the trainer's "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from infir2.config.schema import RlRecipe, RolloutSection
+from infir2.engines.engine_weights import engine_scale_format
 from infir2.engines.http_client import check_url, is_loopback
 from infir2.engines.infir2_server import Infir2Client, infir2_command
 from infir2.engines.pool import EnginePool
@@ -211,7 +212,7 @@ def _num_local_ranks() -> int:
 def check_info(name: str, info: ServerInfo, recipe: RlRecipe) -> None:
     """Raise ConfigError for a server of another model, tokenizer, scale format or context."""
     directory, rl = Path(recipe.rollout.model), recipe.rl
-    scale_format = _scale_format(recipe)
+    scale_format = engine_scale_format(recipe)
     # Prompts of the run and their responses fit the model: that is checked before.
     positions = int(read_json(directory / "config.json").get("max_position_embeddings") or 0)
     wanted = min(rl.max_prompt_tokens + rl.max_response_tokens, positions)
@@ -249,16 +250,12 @@ def _compare_configs(name: str, config: dict[str, Any], directory: Path) -> None
 
 def _check_scale_format(recipe: RlRecipe) -> None:
     path = Path(recipe.rollout.model)
-    found = _declared_format(read_json(path / "config.json"))
-    if found != _scale_format(recipe):
+    found, wanted = _declared_format(read_json(path / "config.json")), engine_scale_format(recipe)
+    if found != wanted:
         raise ConfigError(
-            f"rollout.model: {path} has {found} scales, and the trainer {_scale_format(recipe)}: "
-            "export it again with the same fp8.scale_format."
+            f"rollout.model: {path} has {found} scales, and the trainer {wanted}: export it again "
+            "with the same fp8.scale_format, or say that they differ: rollout.precision."
         )
-
-
-def _scale_format(recipe: RlRecipe) -> str:
-    return recipe.fp8.scale_format if recipe.fp8.enabled else "none"
 
 
 def _declared_format(config: dict[str, Any]) -> str:

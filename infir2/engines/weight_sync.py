@@ -12,6 +12,7 @@ from torch import Tensor
 from infir2.checkpoint.fingerprint import is_run
 from infir2.config.paths import check_model_directory
 from infir2.config.schema import RlRecipe
+from infir2.engines.engine_weights import engine_weights
 from infir2.engines.native import NativeEngine
 from infir2.engines.pool import EnginePool
 from infir2.engines.ray import RayEngines
@@ -52,7 +53,7 @@ def open_engine(
     if uses_servers:
         device, run_dir = parallel_model.layout.device, Path(recipe.run.dir)
         with contextlib.closing(open_pool(recipe, parallel_model.ranks, device, run_dir)) as pool:
-            yield pool, publish(parallel_model, pool, policy_version)
+            yield pool, publish(parallel_model, pool, policy_version, recipe)
         return
     section, dtype = recipe.rollout, parallel_model.model.compute_dtype
     engine: RolloutEngine
@@ -63,9 +64,9 @@ def open_engine(
         directory = Path(section.model)
         engine = NativeEngine.from_hf(directory, section, dtype, device, decode)
     if policy_version > 0:
-        yield engine, publish(parallel_model, engine, policy_version)
+        yield engine, publish(parallel_model, engine, policy_version, recipe)
     else:
-        digests = weights_digest(parallel_model.exported())
+        digests = weights_digest(engine_weights(parallel_model, recipe))
         yield engine, _prove_equal(parallel_model, digests, engine)
 
 
@@ -83,7 +84,9 @@ def check_rollout_model(path: str) -> None:
         )
 
 
-def publish(parallel_model: ParallelModel, engine: RolloutEngine, policy_version: int) -> str:
+def publish(
+    parallel_model: ParallelModel, engine: RolloutEngine, policy_version: int, recipe: RlRecipe
+) -> str:
     """Send the trainer's weights to the engine, and compare digests if the engine offers one.
 
     Every rank calls this at the same point. Returns one digest of the weights. Raises
@@ -93,7 +96,7 @@ def publish(parallel_model: ParallelModel, engine: RolloutEngine, policy_version
     is_pool = isinstance(engine, EnginePool)
 
     def exported_with_digests() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in parallel_model.exported():
+        for name, tensor in engine_weights(parallel_model, recipe):
             if is_pool and tensor.is_cuda:
                 digests[name] = _sum_of_bits(tensor)
             else:
@@ -147,5 +150,5 @@ def _compare(trainer: dict[str, str], engine: dict[str, str]) -> None:
             raise CheckFailedError(
                 f"{name} {state} between the trainer and the rollout engine: export the trainer's "
                 "starting weights again (infir2 export hf, infir2 export fp8) with the same "
-                "fp8.scale_format and fp8.skip_modules"
+                "fp8.scale_format and fp8.skip_modules, or say that they differ: rollout.precision"
             )

@@ -117,14 +117,15 @@ def _extend(
     local.fsdp_post_all_gather = shard.post_all_gather
 
 
-def exported_shards(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def exported_shards(root: nn.Module, masters: bool = False) -> Iterator[tuple[str, Tensor]]:
     """`exported_fp8_weights` of a sharded module: yield the weights gathered over the shard group.
 
-    Gathers one parameter at a time; every rank must exhaust the iterator.
+    With `masters` as `exported_weights`. Gathers one parameter at a time; every rank must exhaust
+    the iterator.
     """
     for name, parameter in root.named_parameters():
         shard: _Shard = local_tensor(parameter).fsdp_pre_all_gather.__self__  # type: ignore[attr-defined]
-        payload, scale = shard.payload()
+        payload, scale = shard.masters() if masters else shard.payload()
         gathered = all_gather_raw(payload, shard.group)[: shard.shape[0]]
         yield name, gathered.to(torch.bfloat16) if scale is None else gathered.view(E4M3)
         if scale is not None:
@@ -210,6 +211,10 @@ class _Shard:
     def payload(self) -> tuple[Tensor, Tensor | None]:
         """(this rank's rows as they are sent [rows, ...], scales of the global weight if FP8)."""
         return self.padded(self.local.detach().to(self.wire_dtype)), None
+
+    def masters(self) -> tuple[Tensor, None]:
+        """(this rank's rows of the masters in BF16 [rows, ...], None)."""
+        return self.padded(self.local.detach().to(torch.bfloat16)), None
 
     def post_all_gather(
         self, outputs: Sequence[Tensor], scale: Any, dtype: torch.dtype, *, out: Any = None

@@ -17,7 +17,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from infir2.data import Batch
 from infir2.model import Decoder
-from infir2.model.hf_names import SCALE_SUFFIX, exported_fp8_weights
+from infir2.model.hf_names import SCALE_SUFFIX, exported_fp8_weights, exported_weights
 from infir2.numerics.formats import GROUP
 from infir2.numerics.weight_cache import local_tensor
 from infir2.parallel.collectives import all_gather_raw
@@ -92,16 +92,16 @@ class ParallelModel:
         return values
 
     @torch.no_grad()
-    def exported(self) -> Iterator[tuple[str, Tensor]]:
+    def exported(self, masters: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield the global weights, as `exported_fp8_weights` of a single process.
 
-        They have the same bytes on every rank. Gathers one parameter at a time; every rank must
-        exhaust the iterator.
+        With `masters` as `exported_weights`: FP8 layers' masters in BF16. They have the same bytes
+        on every rank. Gathers one parameter at a time; every rank must exhaust the iterator.
         """
         weights = (
-            exported_fp8_weights(self.model)
+            (exported_weights if masters else exported_fp8_weights)(self.model)
             if self.layout.shard_mesh is None
-            else exported_shards(self.model)
+            else exported_shards(self.model, masters)
         )
         for name, weight in weights:
             shard = self.tensor_shards.get(name.removesuffix(SCALE_SUFFIX), TensorShard())

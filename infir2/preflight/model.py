@@ -17,6 +17,7 @@ from infir2.convert.serving import (
     unservable_sentence,
 )
 from infir2.convert.weights import PARAMETERS, file_scale_format, parameter_shapes
+from infir2.engines.engine_weights import engine_fp8
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import HfWeights, ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX
@@ -116,16 +117,21 @@ def check_engine(recipe: RlRecipe, model: ModelFacts) -> Finding:
             f"rollout.model: {path} has other shapes than {model.origin}; "
             "export the start of this run."
         )
-    scale_format = file_scale_format(path)
-    if recipe.fp8.enabled and scale_format != recipe.fp8.scale_format:
+    fp8 = engine_fp8(recipe)
+    if fp8.enabled and (scale_format := file_scale_format(path)) != fp8.scale_format:
         raise ConfigError(
             f"rollout.model: {path} has {scale_format} scales, "
-            f"and fp8.scale_format is {recipe.fp8.scale_format}."
+            f"and fp8.scale_format is {fp8.scale_format}."
         )
     if recipe.rollout.engine in ("sglang", "vllm"):
-        require_servable("rollout.model", path, recipe.fp8)
+        require_servable("rollout.model", path, fp8)
         require_loadable("rollout.model", path, recipe.rollout.tensor_parallel)
     num_fp8 = sum(name.endswith(SCALE_SUFFIX) for name in HfWeights(path).names())
+    if num_fp8 and not fp8.enabled:
+        raise ConfigError(
+            f"rollout.model: {path} is in FP8 and the trainer in BF16: name an export in BF16 "
+            "(infir2 export hf), or sample in FP8 (rollout.precision = fp8)."
+        )
     return Finding("engine", "ok", f"{path}: {num_fp8} FP8 weights, shapes as the trainer's")
 
 

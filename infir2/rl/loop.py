@@ -21,6 +21,7 @@ from infir2.config.schema import RlRecipe
 from infir2.convert.serving import require_loadable, require_servable
 from infir2.data import load_prompts
 from infir2.data.labels import labels_of
+from infir2.engines.engine_weights import engine_fp8
 from infir2.engines.weight_sync import check_rollout_model, open_engine
 from infir2.rl.dynamic_sampling import GroupGenerator, Rollouts
 from infir2.rl.evaluation import InLoopEvaluation
@@ -77,7 +78,7 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
             supervisor.log.event(finished, "prompts_too_long", detail)
         description = describe_model(trainer, supervisor, tokenizer)
         with RolloutPipeline(
-            rl, prompts, generator, journal, engine, digest, supervisor
+            recipe, prompts, generator, journal, engine, digest, supervisor
         ) as pipeline:
             if evaluation.is_due(finished) and not _is_evaluated(supervisor, finished):
                 pipeline.sync_weights(finished)
@@ -100,7 +101,7 @@ def _check_recipe(recipe: RlRecipe) -> None:
     check_rollout_model(recipe.rollout.model)
     if recipe.rollout.engine in ("sglang", "vllm"):
         path, gpus = Path(recipe.rollout.model), recipe.rollout.tensor_parallel
-        require_servable("rollout.model", path, recipe.fp8)
+        require_servable("rollout.model", path, engine_fp8(recipe))
         require_loadable("rollout.model", path, gpus)
 
 

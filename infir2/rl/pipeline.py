@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from infir2.checkpoint import Checkpoint
-from infir2.config.schema import RlSection
+from infir2.config.schema import RlRecipe
 from infir2.engines.types import CanSleep, OffersMetrics, RolloutEngine
 from infir2.engines.weight_sync import publish
 from infir2.errors import Interrupted
@@ -50,7 +50,7 @@ class RolloutPipeline:
 
     def __init__(
         self,
-        rl: RlSection,
+        recipe: RlRecipe,
         prompts: PromptStream,
         generator: GroupGenerator,
         journal: Journal,
@@ -62,7 +62,8 @@ class RolloutPipeline:
         self.state: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self._publish_seconds = 0.0
-        self._rl, self._prompts, self._generator, self._journal = rl, prompts, generator, journal
+        self._recipe, self._rl, self._prompts = recipe, recipe.rl, prompts
+        self._generator, self._journal = generator, journal
         self._engine, self._digest = engine, weights_digest
         self._supervisor = supervisor
         self._last_step = last_step_of(supervisor.recipe, supervisor.recipe.schedule)
@@ -118,7 +119,7 @@ class RolloutPipeline:
         if self._engine.policy_version != policy_version:
             start = time.monotonic()
             parallel_model = self._supervisor.trainer.parallel_model
-            self._digest = publish(parallel_model, self._engine, policy_version)
+            self._digest = publish(parallel_model, self._engine, policy_version, self._recipe)
             self._publish_seconds += time.monotonic() - start
 
     def engine_metrics(self) -> dict[str, float]:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from infir2.config.schema import OptimizerSection, ShapeSection
 from infir2.data import Batch
 from infir2.model import Decoder
-from infir2.model.hf_names import exported_fp8_weights, weights_digest
+from infir2.model.hf_names import exported_fp8_weights, exported_weights, weights_digest
 from infir2.numerics import Fp8Linear, convert_to_fp8, ops
 from infir2.numerics.quantize import quantize_weight
 from infir2.numerics.weight_cache import local_tensor
@@ -143,6 +143,7 @@ def count_collectives() -> Counter[str]:
 def compare(ranks: Ranks, sizes: Sizes, kind: str, **other: Any) -> dict[str, Any]:
     reference = make_model(kind, **other)
     exported = weights_digest(exported_fp8_weights(reference))
+    masters = weights_digest(exported_weights(reference))
     expected, wanted, _ = ranks.broadcast_from_rank0(
         lambda: (*one_step(reference, batches(), None)[:2], None)
     )
@@ -156,6 +157,7 @@ def compare(ranks: Ranks, sizes: Sizes, kind: str, **other: Any) -> dict[str, An
     untrained = ParallelModel(make_model(kind, **other), layout)
     with torch.inference_mode():  # as an engine receives them
         same_export = weights_digest(untrained.exported()) == exported
+        same_export &= weights_digest(untrained.exported(masters=True)) == masters
     parallel_model = ParallelModel(model, layout)
     seen = spy_on_codes(model)
     counts = count_collectives()

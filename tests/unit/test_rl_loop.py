@@ -91,6 +91,27 @@ def test_the_engine_is_the_trainer_and_the_policy_moves(
     assert trained[0]["publish_seconds"] == 0 < trained[1]["publish_seconds"]
 
 
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_an_engine_of_another_precision_than_the_trainer(
+    precision: str, world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It samples from another policy, close to the trainer's, and gets its weights each step."""
+    monkeypatch.setattr(infir2.rl.dynamic_sampling, "rate", reward_even_lengths)
+    files = start / "fp8"
+    if precision == "bf16":
+        files = tmp_path / "bf16"
+        assert main(["export", "hf", str(start / "cpt"), "--to", str(files)]) == 0
+    given = {"fp8__enabled": str(precision == "bf16").lower(), "rollout__model": files}
+    asked = words(world, start, tmp_path / "rl", **given)
+    assert main(["check", *asked[1:]]) != 0  # never by accident
+    run([*asked, f"--rollout.precision={precision}"])
+    trained = lines(tmp_path / "rl", "train")
+    assert [line["policy_version"] for line in trained] == [1, 2, 3, 4]
+    for line in trained:
+        assert 0 < line["mismatch_mean"] < 0.3  # of random weights
+        assert line["mismatch_equal"] < 0.5
+
+
 def test_a_reference_an_entropy_bonus_and_two_passes(
     world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
