@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +110,20 @@ def print_part(text: str, dim: bool = False) -> None:
         text = _without_controls(text)
     stream.write(f"\033[2m{text}\033[0m" if dim and is_terminal else text)
     stream.flush()
+
+
+def print_marked(runs: Iterable[tuple[str, bool]]) -> None:
+    """Print runs of text to stdout, the marked ones green on a terminal, else between ⟦ and ⟧.
+
+    The text may be of a data set: on a terminal, control characters are escaped.
+    """
+    is_terminal = sys.stdout.isatty()
+    begin, end = ("\033[32m", "\033[0m") if is_terminal else ("⟦", "⟧")
+    parts = []
+    for text, marked in runs:
+        clean = _without_controls(text) if is_terminal else text
+        parts.append(f"{begin}{clean}{end}" if marked else clean)
+    print_result("".join(parts))
 
 
 def read_line(prompt: str) -> str | None:

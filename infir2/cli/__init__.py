@@ -37,7 +37,10 @@ class Verb(NamedTuple):
 
 VERBS = {
     "demo": Verb("demo", "demo", "the whole recipe on a tiny model, on a CPU, in minutes"),
-    "data": Verb("demo", "data", "write the demo's data: infir2 data demo --to DIR"),
+    "init": Verb("data", "init", "write a recipe: init DIR --model DIR --task sft --data FILE"),
+    "data": Verb(
+        "data", "data", "look at data: data inspect SOURCE --tokenizer DIR; data demo --to DIR"
+    ),
     "cpt": Verb("train", "cpt", "continual pre-training on documents", has_run=True),
     "sft": Verb("train", "sft", "supervised fine-tuning on conversations", has_run=True),
     "rl": Verb("rl", "rl", "reinforcement learning with verified rewards", has_run=True),

@@ -207,7 +207,12 @@ class DocumentTokenizer:
 
     def token_text(self, token_id: int) -> str:
         """The text of one token, special or not; U+FFFD for a part of a character."""
-        return self._hf.decode([token_id], skip_special_tokens=False)
+        return self.tokens_text([token_id])
+
+    def tokens_text(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens with the special ones among them."""
+        text: str = self._hf.decode(token_ids, skip_special_tokens=False)
+        return text
 
     def _without_special(self, text: str, token_ids: list[int]) -> list[int]:
         """Return `token_ids` of `text`, or an encoding of `text` that has no control token."""
