@@ -15,12 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-_NORMAL_95 = 1.959963984540054
+_NORMAL_95, _NORMAL_90 = 1.959963984540054, 1.6448536269514722
 _RESAMPLES = 2000
 _BATCH_CELLS = 1 << 21  # resampled questions at one time: 16 MiB
-# Of one question: what 30 questions that were all wrong do not say about the next one. Chosen by
-# simulation for 94 to 97 % coverage at 30 questions with accuracies from 0.03 to 0.97.
-_UNSEEN = 0.06
+# Chosen by simulation for 94 to 97 % coverage at 30 questions with accuracies from 0.03 to 0.97
+# (docs/results/evaluation.md). Variance, in questions: what questions that were all wrong, or all
+# alike, do not say about the next one.
+_UNSEEN, _UNSEEN_DIFFERENCE = 0.18, 0.06
+# One end of an interval has all 5 % of the error where the chance that n questions are all wrong is
+# at least 1 / _NEVER_BEYOND: every interval has to contain such a truth then.
+_NEVER_BEYOND = 6.0
 
 
 class Estimate(NamedTuple):
@@ -74,8 +78,10 @@ def clustered_mean(question_means: Sequence[float]) -> Estimate:
     The bootstrapped quantity is t = (mean - mu) / sqrt(phi * mu * (1 - mu) / n): the variance of a
     proportion at mu, times the measured share phi of it that lies between questions. So the
     interval stays in [0, 1], and it is never narrower than Wilson's with that phi, which it is for
-    0 of n. The interval of one question is [0, 1]. Raises ValueError for an empty
-    list and for values outside [0, 1].
+    0 of n. Near 0 and 1 the truth cannot lie beyond one of the ends, because every interval
+    contains it when no answer is right, or all are; the other end has up to 5 % instead of 2.5 %
+    there, so that both together keep 5 % (Blyth and Still 1983). The interval of one question is
+    [0, 1]. Raises ValueError for an empty list and for values outside [0, 1].
     """
     values = _checked(question_means)
     if values.min() < 0 or values.max() > 1:
@@ -84,13 +90,17 @@ def clustered_mean(question_means: Sequence[float]) -> Estimate:
     if n == 1:
         return Estimate(mean, 0.0, 1.0)
     phi = float(_between_share(n, mean, (values**2).mean()))
-    lower, upper = -_student_95(n), _student_95(n)
+    tails = np.array([0.025, 0.05, 0.95, 0.975])
+    t = _student(n)
     if 0 < mean < 1:
         means, squares = _resampled(values, values**2)
-        t = (means - mean) / np.sqrt(_between_share(n, means, squares) * mean * (1 - mean) / n)
-        lower, upper = _at_least_student(t, n)
+        pivots = (means - mean) / np.sqrt(_between_share(n, means, squares) * mean * (1 - mean) / n)
+        # A set of questions that are nearly all wrong has too few different resamples.
+        t = np.maximum(t, np.quantile(pivots, tails) * (-1, -1, 1, 1))
     return Estimate(
-        mean, _score_bound(mean, upper, -1, phi, n), _score_bound(mean, lower, 1, phi, n)
+        mean,
+        _lower_end(mean, float(t[3]), float(t[2]), phi, n),
+        1 - _lower_end(1 - mean, float(t[0]), float(t[1]), phi, n),
     )
 
 
@@ -109,8 +119,13 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estima
     means, squares = _resampled(values, values**2)
     error = math.sqrt(_difference_variance(n, mean, (values**2).mean()))
     t = (means - mean) / np.sqrt(_difference_variance(n, means, squares))
-    lower, upper = _at_least_student(t, n)
-    return Estimate(mean, max(-1.0, mean - upper * error), min(1.0, mean - lower * error))
+    far = float(_student(n)[0])
+    lower, upper = np.quantile(t, (0.025, 0.975))
+    return Estimate(
+        mean,
+        max(-1.0, mean - max(float(upper), far) * error),
+        min(1.0, mean + max(-float(lower), far) * error),
+    )
 
 
 def average_at_k(scores: Sequence[Sequence[float]]) -> Estimate:
@@ -221,28 +236,33 @@ def _between_share(n: int, mean: np.ndarray | float, square: np.ndarray | float)
 def _difference_variance(
     n: int, mean: np.ndarray | float, square: np.ndarray | float
 ) -> np.ndarray:
-    return (n * np.maximum(square - np.square(mean), 0.0) + _UNSEEN) / (n * (n - 1))
+    return (n * np.maximum(square - np.square(mean), 0.0) + _UNSEEN_DIFFERENCE) / (n * (n - 1))
 
 
-def _student_95(n: int) -> float:
-    """The 97.5 % quantile of Student's t with n - 1 degrees of freedom, to 1 % from n = 8 on."""
-    return _NORMAL_95 + (_NORMAL_95**3 + _NORMAL_95) / (4 * (n - 1))
+def _student(n: int) -> np.ndarray:
+    """Quantiles of Student's t with n - 1 degrees of freedom, to 1 % from n = 8 on.
 
-
-def _at_least_student(t: np.ndarray, n: int) -> tuple[float, float]:
-    """The 2.5 and 97.5 % quantiles, but never closer to 0 than Student's.
-
-    A set of questions that are nearly all wrong has too few different resamples.
+    Of 2.5, 5, 95 and 97.5 %, without their signs.
     """
-    lower, upper = np.quantile(t, (0.025, 0.975))
-    return min(float(lower), -_student_95(n)), max(float(upper), _student_95(n))
+    z = np.array([_NORMAL_95, _NORMAL_90, _NORMAL_90, _NORMAL_95])
+    return z + (z**3 + z) / (4 * (n - 1))
 
 
-def _score_bound(mean: float, t: float, side: int, phi: float, n: int) -> float:
-    """The mu on one side (-1 or 1) of the mean with |mean - mu| = |t| sqrt(phi mu (1 - mu) / n)."""
-    a = t * t * phi / n
-    root = math.sqrt(a * (mean * (1 - mean) + a / 4))
-    return min(1.0, max(0.0, (mean + a / 2 + side * root) / (1 + a)))
+def _lower_end(mean: float, t_half: float, t_whole: float, phi: float, n: int) -> float:
+    """The mu below the mean with mean - mu = t sqrt(phi mu (1 - mu) / n).
+
+    t goes from `t_half`, of 2.5 %, to `t_whole`, of 5 %, where no interval can lie below mu.
+    """
+    low, high = 0.0, mean
+    for _ in range(50):
+        mu = (low + high) / 2
+        share = min(1.0, _NEVER_BEYOND * (1 - mu) ** n)
+        t = t_half + share * (t_whole - t_half)
+        if mean - mu > t * math.sqrt(phi * mu * (1 - mu) / n):
+            low = mu
+        else:
+            high = mu
+    return low
 
 
 def _resampled(*columns: np.ndarray) -> tuple[np.ndarray, ...]:
