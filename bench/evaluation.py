@@ -49,13 +49,15 @@ def work_of(run: Path) -> list[tuple[str, int, int]]:
     return [(p, usage["prompt_tokens"], usage["completion_tokens"]) for p, usage in usages]
 
 
-async def alone(host: ServerProcess, place: list[Place], batch: dict[str, Any]) -> list[float]:
-    """Seconds of the batch, three times, each with an empty prefix cache."""
+async def alone(
+    host: ServerProcess, place: list[Place], batch: dict[str, Any], repeats: int
+) -> list[float]:
+    """Seconds of the batch, each time with an empty prefix cache."""
     client = await host.start()
     await client.close()
     http = HttpClient(f"http://127.0.0.1:{place[-1].port}", place[-1].api_key)
     seconds = []
-    for _ in range(3):
+    for _ in range(repeats):
         await http.post("/flush_cache", {})
         start = time.perf_counter()
         await http.post("/generate", batch)
@@ -95,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "alone", command, SglangClient, lambda *_: None, Path(directory), max_restarts=0
         )
         try:
-            seconds = asyncio.run(alone(host, places, batch))
+            seconds = asyncio.run(alone(host, places, batch, arguments.repeats))
         finally:
             host.kill()
     return {
@@ -122,6 +124,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path)
     parser.add_argument("--python", default="")
     parser.add_argument("--parallel", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory-fraction", type=float, default=0.5)
     parser.add_argument("--option", action="append", default=[])
     parser.add_argument("--out", type=Path)

@@ -14,10 +14,21 @@ from typing import Any
 from urllib.parse import urlsplit
 
 
-def run(_directory: Path, tasks: Sequence[Mapping[str, Any]], _log: Path) -> None:
-    """In the place of `infir2.evaluate.evalscope.run`, for AIME."""
-    for task in tasks:
-        _run(task)
+class Processes:
+    """In the place of `infir2.evaluate.evalscope.Processes`, for AIME."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, tasks: Sequence[Mapping[str, Any]]) -> None:
+        for task in tasks:
+            _run(task)
 
 
 def make_environment(directory: Path) -> Path:
@@ -96,4 +107,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    run(Path(), json.loads(sys.stdin.readline())["tasks"], Path())
+    Processes().run(json.loads(sys.stdin.readline())["tasks"])

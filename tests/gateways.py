@@ -21,10 +21,15 @@ QUICK = Patience(
 
 @contextmanager
 def open_gateway(
-    directory: Path, urls: Sequence[str], patience: Patience = QUICK, begin: str = ""
+    directory: Path,
+    urls: Sequence[str],
+    patience: Patience = QUICK,
+    begin: str = "",
+    parallel: int = 64,
 ) -> Iterator[Gateway]:
     journal = Journal(directory)
-    upstream = Upstream([Engine(url, "tiny", HttpClient(url, "secret")) for url in urls], patience)
+    engines = [Engine(url, "tiny", HttpClient(url, "secret")) for url in urls]
+    upstream = Upstream(engines, patience, parallel=parallel)
     tasks = {"aime24": Task(samples=4, seed=1, begin=begin)}
     with Gateway(tasks, journal, upstream) as gateway:
         yield gateway

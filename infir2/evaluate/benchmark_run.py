@@ -71,8 +71,12 @@ def run_benchmarks(options: BenchmarkOptions) -> list[BenchmarkResult]:
         begin_phase("reading the questions")
         copied = [_copy(options, profile.adapt(each)) for each in options.benchmarks]
         _settle(options, model, copied)
-        with _open_gateway(options, model, copied) as gateway:
-            seconds = _run_evalscope(environment, options, copied, gateway)
+        log_file = _evalscope_log(options.run_dir)
+        with (
+            evalscope.Processes(environment, log_file, len(copied)) as processes,
+            _open_gateway(options, model, copied) as gateway,
+        ):
+            seconds = _run_evalscope(processes, options, copied, gateway)
             _check_verdicts(gateway)
             found = [_gather(options, each, gateway) for each in copied]
         results = [_score(options, *each, seconds) for each in zip(copied, found, strict=True)]
@@ -170,7 +174,7 @@ def _open_gateway(
     journal = Journal(options.run_dir)
     progress = _Progress(total, journal)
     judge = CodeJudge(*problems)
-    upstream = Upstream([], options.patience)
+    upstream = Upstream([], options.patience, parallel=options.parallel)
     directory, own = options.run_dir / "engines", _engines(options)
     forget_nodes(directory)
     others = (NodeEngine(directory, *each) for each in _engines_elsewhere(options))
@@ -241,19 +245,26 @@ class _Progress:
         self._bar.close()
 
 
+def _evalscope_log(run_dir: Path) -> Path:
+    (run_dir / "evalscope").mkdir(exist_ok=True)
+    return run_dir / "evalscope/evalscope.log"
+
+
 def _run_evalscope(
-    environment: Path, options: BenchmarkOptions, copied: Sequence[Copied], gateway: Gateway
+    processes: evalscope.Processes,
+    options: BenchmarkOptions,
+    copied: Sequence[Copied],
+    gateway: Gateway,
 ) -> dict[str, float]:
     """Seconds of each benchmark."""
     folder, seconds = options.run_dir / "evalscope", {}
-    folder.mkdir(exist_ok=True)
     for each in copied:
         name, start = each.benchmark.name, time.monotonic()
         begin_phase(f"evalscope runs {name}")
         shutil.rmtree(folder / name, ignore_errors=True)
         task = {"url": gateway.url(name), "judge_url": gateway.judge_url(name), "key": gateway.key}
         config = PROFILES[options.profile].task_config(options, each, folder / name)
-        evalscope.run(environment, [task | {"config": config}], folder / "evalscope.log")
+        processes.run([task | {"config": config}])
         if gateway.failure is not None:
             raise gateway.failure
         seconds[name] = time.monotonic() - start

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,32 +114,61 @@ def require(directory: Path, release: Release = CURRENT) -> None:
         )
 
 
-def run(directory: Path, tasks: Sequence[Mapping[str, Any]], log: Path) -> None:
-    """Run evalscope's tasks (see evalscope_driver.py); its output goes to `log`.
+class Processes:
+    """evalscope's processes, one for each benchmark; the next one imports while one runs."""
 
-    Raises CheckFailedError if it fails.
-    """
-    environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "NO_PROXY": "*"}
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [str(directory / "bin/python"), "-I", str(DRIVER)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            env=environment | offline,
-            start_new_session=True,
-        )
+    def __init__(self, directory: Path, log: Path, number: int) -> None:
+        """`number` processes of the environment `directory` in all; their output goes to `log`."""
+        self._directory, self._log, self._left = directory, log, number
+        self._ready: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> "Processes":
+        self._prepare()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._ready:
+            _end(self._ready.pop())
+
+    def run(self, tasks: Sequence[Mapping[str, Any]]) -> None:
+        """Run evalscope's tasks (see evalscope_driver.py). Raises CheckFailedError if it fails."""
+        process = self._ready.pop()
         try:
+            self._prepare()
             process.communicate(json.dumps({"tasks": list(tasks)}).encode() + b"\n")
         finally:
-            process.kill()
-            process.wait()
-    if process.returncode:
-        end = log.read_bytes()[-_LAST_CHARACTERS:].decode(errors="replace").strip()
-        raise CheckFailedError(
-            f"evalscope ended with code {process.returncode}; its output {log} ends with:\n{end}"
-        )
+            _end(process)
+        if process.returncode:
+            end = self._log.read_bytes()[-_LAST_CHARACTERS:].decode(errors="replace").strip()
+            raise CheckFailedError(
+                f"evalscope ended with code {process.returncode}; its output {self._log} ends "
+                f"with:\n{end}"
+            )
+
+    def _prepare(self) -> None:
+        if not self._left:
+            return
+        self._left -= 1
+        environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "NO_PROXY": "*"}
+        with self._log.open("ab") as output:
+            process = subprocess.Popen(
+                [str(self._directory / "bin/python"), "-I", str(DRIVER)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=environment | offline,
+                start_new_session=True,
+            )
+        self._ready.append(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.wait()
+    if process.stdin is not None:
+        with suppress(OSError):
+            process.stdin.close()
 
 
 def read_samples(work_dir: Path, samples: int) -> list[Sample]:

@@ -25,6 +25,7 @@ from infir2.files import read_json_lines, read_regular
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 THINK = "<think>\n"
 LIVE_CODE_BENCH_WINDOW = (datetime(2024, 8, 1), datetime(2025, 2, 1))  # v5; its last moment too
+_AHEAD = 2  # an asking thread of evalscope scores its answer; meanwhile others wait at the gateway
 _FILTERS = {"filters": {"remove_until": "</think>"}}
 _REFERENCE_AIME = {
     "system_prompt": (
@@ -94,7 +95,7 @@ def _task_config(options: BenchmarkOptions, each: Copied, work_dir: Path) -> dic
         "datasets": [benchmark.name],
         "dataset_args": {benchmark.name: _dataset_arguments(each, _prompts(benchmark))},
         "repeats": options.samples_of(benchmark),
-        "eval_batch_size": options.parallel,
+        "eval_batch_size": _AHEAD * options.parallel,
         "work_dir": str(work_dir.resolve()),
         "no_timestamp": True,
         "ignore_errors": True,  # of missing answers, which the result counts
@@ -163,7 +164,7 @@ def _reference_config(options: BenchmarkOptions, each: Copied, work_dir: Path) -
         "eval_type": "service",
         "datasets": [name],
         "dataset_args": {name: _dataset_arguments(each, _reference_prompts(benchmark))},
-        "eval_batch_size": max(1, options.parallel // k),
+        "eval_batch_size": max(1, _AHEAD * options.parallel // k),
         "work_dir": str(work_dir.resolve()),
         "timeout": 10_000_000,
         "ignore_errors": True,

@@ -88,12 +88,18 @@ class Answer:
 class Upstream:
     """The engines. All methods belong to one event loop.
 
-    `faults` counts what was retried, by kind: "429", "503", "gone", "timeout", "empty", "cut".
+    `parallel` answers are asked for at one time; others wait, so the engines have work while
+    evalscope scores. `faults` counts what was retried, by kind: "429", "503", "gone", "timeout",
+    "empty", "cut".
     """
 
     engines: list[Engine]
     patience: Patience = field(default_factory=Patience)
     faults: Counter[str] = field(default_factory=Counter)
+    parallel: int = 1024
+
+    def __post_init__(self) -> None:
+        self._free = asyncio.Semaphore(self.parallel)
 
     def replace(self, number: int, url: str, api_key: str = "") -> None:
         """An engine has come back at another address."""
@@ -106,6 +112,10 @@ class Upstream:
 
         Raises NoAnswerError; ConfigError if an engine refuses the key.
         """
+        async with self._free:
+            return await self._first_usable(body)
+
+    async def _first_usable(self, body: dict[str, Any]) -> Answer:
         start = time.monotonic()
         trial = _Trial(self.patience, start + self.patience.outage_seconds)
         while True:

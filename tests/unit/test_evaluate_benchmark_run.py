@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """evalscope's place is taken, and nothing is waited for."""
-    monkeypatch.setattr(evalscope, "run", fake_evalscope.run)
+    monkeypatch.setattr(evalscope, "Processes", fake_evalscope.Processes)
     monkeypatch.setattr(evalscope, "require", lambda *_: None)
     real = benchmark_options.BenchmarkOptions
 
@@ -328,6 +329,40 @@ def test_real_evalscope_gives_the_scores_that_the_result_says(
         assert each["mean"] == pytest.approx(sum(recount) / len(recount))
         assert each["evalscope_score"] == pytest.approx(each["mean"], abs=5e-5)
         assert each["missing"] == 0
+
+
+SCORING = """
+import sys, time
+sys.path.append({directory!r})
+import evalscope_driver as driver
+from evalscope.metrics.math import parser
+
+if __name__ == "__main__":
+    same = [parser.compare_answers(a, b) for a, b in {pairs!r}]
+    scorers = driver.Scorers()
+    scorers.replace_forks()
+    assert [parser.compare_answers(a, b) for a, b in {pairs!r}] == same
+    try:
+        scorers.run(None, ("$1$", "answer"), 0.0, "extract_answer")
+        sys.exit("it had no time")
+    except parser.MathEvaluationError as error:
+        assert "deadline" in str(error)
+    try:
+        parser.compare_answers(None, "1")
+        sys.exit("it compared nothing")
+    except parser.MathEvaluationError:
+        print(sum(each.matched for each in same))
+"""
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="evalscope is not installed: infir2 eval --setup")
+def test_our_processes_score_as_evalscopes_own_forks(tmp_path: Path) -> None:
+    pairs = [("1/2", "\\frac{1}{2}"), ("2", "3"), ("x+1", "1+x"), ("", "1")]
+    script = tmp_path / "score.py"
+    directory = str(Path(evalscope.DRIVER).parent)
+    script.write_text(SCORING.format(directory=directory, pairs=pairs))
+    result = subprocess.run([REAL, script], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout.strip()) == (0, "2"), result.stderr
 
 
 REFERENCE = evalscope.environment_directory(evalscope.REFERENCE) / "bin/python"

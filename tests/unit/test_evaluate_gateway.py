@@ -166,6 +166,18 @@ def test_requests_are_spread_over_the_engines_that_answer(tmp_path: Path) -> Non
     assert max(script.most_running for script in scripts) >= 2
 
 
+def test_more_requests_than_the_engines_get_at_one_time_wait(tmp_path: Path) -> None:
+    script = Script(latency=0.05)
+    with (
+        serving(script) as server,
+        open_gateway(tmp_path, [server.url], parallel=3) as gateway,
+        ThreadPoolExecutor(12) as threads,
+    ):
+        answers = list(threads.map(lambda i: ask(gateway, f"q{i}"), range(12)))
+    assert [status for status, _ in answers] == [200] * 12
+    assert script.most_running == 3
+
+
 def test_an_engine_that_died_and_came_back_on_another_port_is_used(tmp_path: Path) -> None:
     script = Script()
     with ExitStack() as stack:
