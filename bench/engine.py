@@ -38,9 +38,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 VOCABULARY = 151936
 
 
-def build(shape: str, fp8: bool) -> Decoder:
+def build(shape: str, fp8: bool, vocabulary: int = VOCABULARY, **changes: Any) -> Decoder:
     """A model with random weights; with FP8, codes without masters, as an engine loads them."""
-    config = ModelConfig.from_shape(ShapeSection(**SHAPES[shape]), VOCABULARY)
+    config = ModelConfig.from_shape(ShapeSection(**(SHAPES[shape] | changes)), vocabulary)
     with torch.device("meta"):
         model = Decoder(config)
     model.to_empty(device="cuda")

@@ -7,7 +7,7 @@
 The evaluation's time is that of its benchmarks, from the start of each evalscope to its verdicts.
 SGLang alone gets as many prompts and responses of the same lengths in one batch to /generate, with
 the same samples for each prompt; no token ends a response there. With --make SHAPE it writes MODEL
-with random weights and the tokenizer of --tokenizer, and nothing else.
+in FP8 with random weights and the tokenizer of --tokenizer, and nothing else.
 """
 
 import argparse
@@ -20,26 +20,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import SHAPES
+from engine import SHAPES, build
 
-from infir2.config.schema import RolloutSection, ShapeSection
+from infir2.config.schema import RolloutSection
 from infir2.data import load_tokenizer
 from infir2.engines.http_client import HttpClient
 from infir2.engines.server_process import Place, ServerCommand, ServerProcess
 from infir2.engines.sglang import SglangClient, sglang_command
-from infir2.model import Decoder, exported_weights, write_hf
+from infir2.model import write_hf
+from infir2.model.hf_names import exported_fp8_weights, quantization_config
 
 
 def make(arguments: argparse.Namespace) -> None:
-    """Random weights whose responses reach their limit: a stop token is never among the likely."""
-    shape = SHAPES[arguments.make] | {"max_positions": 4096, "tie_embeddings": False}
+    """An FP8 export whose responses reach their limit: a stop token is never among the likely."""
     tokenizer = load_tokenizer(arguments.tokenizer)
-    decoder = Decoder.from_shape(ShapeSection(**shape), tokenizer.vocab_size, seed=1)
+    changes = {"max_positions": 8192, "tie_embeddings": False}
+    decoder = build(arguments.make, fp8=True, vocabulary=tokenizer.vocab_size, **changes)
     with torch.no_grad():
         decoder.head_weight.mul_(10.0)
         decoder.head_weight[list(tokenizer.eos_token_ids)] = 0.0
-    tensors = exported_weights(decoder)
-    write_hf(arguments.model, tensors, decoder.config.to_hf(), arguments.tokenizer)
+    config = decoder.config.to_hf() | {"quantization_config": quantization_config(decoder)}
+    write_hf(arguments.model, exported_fp8_weights(decoder), config, arguments.tokenizer)
 
 
 def work_of(run: Path) -> list[tuple[str, int, int]]:
