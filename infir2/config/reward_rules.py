@@ -16,6 +16,11 @@ def is_server(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
+def is_gym(name: str) -> bool:
+    """Whether a reward is a task of reasoning-gym, which makes its own prompts."""
+    return name.startswith(GYM)
+
+
 def is_function(name: str) -> bool:
     """Whether a reward is a function, `package.module:function`."""
     return bool(re.fullmatch(r"[\w.]+:\w+", name)) and not name.startswith(GYM)

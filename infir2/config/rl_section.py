@@ -182,6 +182,18 @@ class RlSection(Section):
     reward_failures: int = Field(
         16, ge=0, description="responses of a step whose reward may fail before the run stops"
     )
+    rest_epochs: int = Field(
+        0, ge=0, description="epochs for which a prompt rests that all responses have got right"
+    )
+    gym_problems: int = Field(
+        1000, gt=0, description="problems of a task of reasoning-gym in an epoch"
+    )
+    gym_raise_at: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="a task gets harder after a step with at least this mean score",
+    )
     reward: tuple[RewardSection, ...] = Field(
         (RewardSection(name="math"),), description="the rewards; their weighted sum is trained"
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from infir2.config.reward_rules import reward_rules
+from infir2.config.reward_rules import is_gym, reward_rules
 from infir2.config.rollout_rules import Rule, rollout_rules
 from infir2.config.schema import (
     DataSection,
@@ -60,7 +60,11 @@ def _training(recipe: TrainRecipe) -> list[Rule]:
             "data.tokenizer",
             "is missing; a model initialized from model.shape has no tokenizer of its own.",
         ),
-        (not data.sources, "data.sources", "is empty; name at least one file of training data."),
+        (
+            not data.sources and not _makes_prompts(recipe),
+            "data.sources",
+            "is empty; name at least one file of training data.",
+        ),
         (
             recipe.parallel.dp == 0,
             "parallel.dp",
@@ -68,6 +72,11 @@ def _training(recipe: TrainRecipe) -> list[Rule]:
         ),
         *_schedule(recipe.schedule, recipe.train.epochs),
     ]
+
+
+def _makes_prompts(recipe: TrainRecipe) -> bool:
+    """Whether a reward makes the prompts that it rates."""
+    return isinstance(recipe, RlRecipe) and any(is_gym(each.name) for each in recipe.rl.reward)
 
 
 def _model(model: ModelSection) -> list[Rule]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from infir2.config.reward_rules import is_function, is_server
+from infir2.config.reward_rules import is_function, is_gym, is_server
 from infir2.config.rl_section import RewardSection, RlSection
 from infir2.data.messages import find
 from infir2.data.types import RowError
@@ -14,6 +14,7 @@ from infir2.verify.choices import choice_letters
 from infir2.verify.programs import read_tests
 
 MATH = RewardSection(name="math")
+GYM_FIELD = "reasoning_gym"  # of a generated problem: {"task": "reasoning_gym:NAME", ...}
 
 
 def text_label(value: Any, field: str) -> str:
@@ -68,7 +69,7 @@ class Labels:
     @property
     def are_required(self) -> bool:
         """Whether every row has a label."""
-        return all(reward.name in LABELS for reward in self.rewards)
+        return all(each.name in LABELS or is_gym(each.name) for each in self.rewards)
 
     @property
     def need_whole_rows(self) -> bool:
@@ -95,14 +96,29 @@ class Labels:
             return "", fields
 
     def of_row(self, fields: dict[str, Any]) -> list[RewardSection]:
-        """The rewards of a row with these fields. Raises RowError if there is none."""
-        if not self.field:
-            return list(self.rewards)
-        value = str(find(fields, self.field))
-        chosen = [each for each in self.rewards if value in (each.rows or (each.name,))]
+        """The rewards of a row with these fields. Raises RowError if there is none.
+
+        A generated problem has its task's reward and those that need no label; a row of a file has
+        no task's.
+        """
+        task = gym_task(fields)
+        value = task or (str(find(fields, self.field)) if self.field else "")
+        chosen = [
+            each
+            for each in self.rewards
+            if (not self.field or value in (each.rows or (each.name,)))
+            and (each.name == task or not (each.name in LABELS if task else is_gym(each.name)))
+        ]
         if not chosen:
-            raise RowError("bad_field", f"`{self.field}` is {value[:50]!r}: no rl.reward is for it")
+            cause = f"`{self.field}` is {value[:50]!r}: " if self.field else ""
+            raise RowError("bad_field", f"{cause}no rl.reward is for it")
         return chosen
+
+
+def gym_task(fields: dict[str, Any]) -> str:
+    """The task of reasoning-gym that has generated a prompt with these fields, or ""."""
+    problem = fields.get(GYM_FIELD)
+    return str(problem.get("task", "")) if isinstance(problem, dict) else ""
 
 
 def labels_of(rl: RlSection) -> Labels:

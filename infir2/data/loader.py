@@ -211,7 +211,7 @@ def load_prompts(
         labels: what the rewards need of a row; None: an answer.
 
     Raises:
-        ConfigError: the sources have different weights, which are not used for prompts.
+        ConfigError: sources of an evaluation have different weights, which it does not use.
         DataError: a source cannot be used, or too many of its rows, or all.
     """
     section = (
@@ -219,10 +219,9 @@ def load_prompts(
         if isinstance(data, DataSection)
         else DataSection(sources=tuple(data), max_quarantined_fraction=0.0)
     )
-    if len({source.weight for source in section.sources}) > 1:
+    if section is not data and len({source.weight for source in section.sources}) > 1:
         raise ConfigError(
-            "data.sources.weight: prompts are all used equally often; remove the weights, or "
-            "repeat rows in the files."
+            "evaluate.problems.weight: all problems are used equally often; remove the weights."
         )
     counts = Quarantine(section.max_quarantined_fraction, quarantine)
     prompts = [

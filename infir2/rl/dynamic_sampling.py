@@ -284,5 +284,6 @@ def collect_rollouts(
     rollouts.trained.sort(key=lambda group: order.index(group.name))
     rollouts.num_unfinished = len(running)
     running = running if rl.partial else []
-    rollouts.state = {"cursor": prompts.cursor, "carried": [group.name for group in running]}
+    prompts.observe(rollouts.groups)
+    rollouts.state = prompts.state | {"carried": [group.name for group in running]}
     return rollouts, running

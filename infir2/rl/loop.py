@@ -54,11 +54,11 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         _check_recipe(recipe)
         quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
         begin_phase("reading the prompts")
-        rows = load_prompts(recipe.data, quarantine, tokenizer, labels_of(rl))
-        cursor = _saved_cursor(supervisor.checkpoint)
-        prompts = PromptStream(
-            rows, tokenizer, rl.max_prompt_tokens, seed, cursor, rl.response_prefix
-        )
+        sources, system_prompt = recipe.data.sources, recipe.data.system_prompt
+        rows = load_prompts(recipe.data, quarantine, tokenizer, labels_of(rl)) if sources else []
+        weights = [source.weight for source in sources]
+        state = _saved_prompts(supervisor.checkpoint)
+        prompts = PromptStream(rows, tokenizer, rl, seed, state, weights, system_prompt)
         model_config = planned_config(supervisor.model)
         limit = ("rl.max_response_tokens", rl.max_response_tokens)
         check_positions(model_config, *limit, prompts.longest_prompt_tokens)
@@ -73,9 +73,10 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         supervisor.begin_steps()
         journal = Journal(supervisor.dir, supervisor.ranks, supervisor.store.check_in_place)
         generator = GroupGenerator(engine, tokenizer, rl, seed, journal, supervisor.ranks)
-        if prompts.num_too_long:
-            detail = f"{prompts.num_too_long} prompts dropped"
-            supervisor.log.event(finished, "prompts_too_long", detail)
+        dropped = {"too_long": prompts.num_too_long, "duplicates": prompts.num_duplicates}
+        for reason, count in dropped.items():
+            if count:
+                supervisor.log.event(finished, f"prompts_{reason}", f"{count} prompts dropped")
         description = describe_model(trainer, supervisor, tokenizer)
         with RolloutPipeline(
             recipe, prompts, generator, journal, engine, digest, supervisor
@@ -105,10 +106,15 @@ def _check_recipe(recipe: RlRecipe) -> None:
         require_loadable("rollout.model", path, gpus)
 
 
-def _saved_cursor(checkpoint: Checkpoint | None) -> int:
-    """Prompts drawn so far; a branch from a run of another kind has drawn none."""
-    has_cursor = checkpoint is not None and "cursor" in checkpoint.state
-    return checkpoint.value("cursor", int) if checkpoint and has_cursor else 0
+def _saved_prompts(checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Where the prompts begin; a branch from a run of another kind has drawn none."""
+    saved = checkpoint.state if checkpoint is not None else {}
+    kinds = {"cursor": int, "resting": dict, "levels": dict}
+    return {
+        name: checkpoint.value(name, kind)
+        for name, kind in kinds.items()
+        if checkpoint is not None and name in saved
+    }
 
 
 def _has_nothing_left(supervisor: Supervisor, evaluation: InLoopEvaluation, last_step: int) -> bool:

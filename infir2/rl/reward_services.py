@@ -7,14 +7,17 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
+from infir2.config.reward_rules import GYM
 from infir2.config.schema import RlSection
 from infir2.data import Prompt
+from infir2.data.labels import GYM_FIELD
 from infir2.engines.http_client import HttpClient
 from infir2.engines.remote import BadAnswerError, EngineGoneError
 from infir2.errors import ConfigError, first_line
 from infir2.rl.reward_score import Score, failure, score_of_value
 from infir2.verify.answers import extract_answer
 from infir2.verify.functions import call_function
+from infir2.verify.gym import make_problem
 from infir2.verify.pool import Outcome
 
 KEY_VARIABLE = "INFIR2_REWARD_KEY"
@@ -31,13 +34,23 @@ def function_reward(name: str, texts: Sequence[str], prompt: Prompt, rl: RlSecti
 def gym_reward(texts: Sequence[str], prompt: Prompt, task: str, rl: RlSection) -> list[Score]:
     """What reasoning-gym's scorer gives for the final answer of each response."""
     answers = [extract_answer(text, "answer_line") for text in texts]
-    question = prompt.messages[-1]["content"]
-    items = [(answer, question, task, *prompt.fields[task]) for answer in answers]
+    problem = (prompt.messages[-1]["content"], task, *prompt.fields[GYM_FIELD]["problem"])
+    items = [(answer, *problem) for answer in answers]
     outcomes = call_function("infir2.verify.gym:score_answer", items, rl.reward_seconds)
     return [
         Score(0.0, "no_answer") if answer is None else _score_of_outcome(outcome)
         for answer, outcome in zip(answers, outcomes, strict=True)
     ]
+
+
+def make_prompt(name: str, seed: int, level: int, number: int, system_prompt: str = "") -> Prompt:
+    """A problem of the task `reasoning_gym:NAME`, which is a function of the other arguments."""
+    problem = make_problem(name.removeprefix(GYM), seed, level, number)
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": problem["question"]})
+    fields = {GYM_FIELD: {"task": name, "problem": [seed, level, number]}}
+    prompt_id = f"{name}/{level}/{number}"
+    return Prompt(prompt_id, messages, str(problem["answer"]), level, prompt_id, fields)
 
 
 def _score_of_outcome(outcome: Outcome) -> Score:

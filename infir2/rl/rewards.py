@@ -4,7 +4,7 @@ penalty for overlong responses if the recipe asks for it."""
 from collections.abc import Sequence
 from functools import partial
 
-from infir2.config.reward_rules import GYM, is_function, is_server
+from infir2.config.reward_rules import GYM, is_function, is_gym, is_server
 from infir2.config.schema import RewardSection, RlSection
 from infir2.data import Prompt
 from infir2.data.labels import labels_of
@@ -38,7 +38,7 @@ REPLY, TESTS = "```python\nprint(1)\n```", '[{"input": "", "output": "1"}]'
 
 def find_reward(name: str, rl: RlSection) -> Reward:
     """The reward of that name, which `config.reward_rules` has accepted."""
-    if name.startswith(GYM):
+    if is_gym(name):
         return partial(gym_reward, task=name.removeprefix(GYM), rl=rl)
     if is_function(name) or is_server(name):
         return partial(function_reward if is_function(name) else server_reward, name, rl=rl)
@@ -58,7 +58,7 @@ def require_rewards(rl: RlSection) -> None:
     """Raises ConfigError for a function or a task that is not there, for a URL that is none, and
     for programs on a machine without jails."""
     for each in rl.reward:
-        if each.name.startswith(GYM):
+        if is_gym(each.name):
             require_task(each.name.removeprefix(GYM))
         elif is_function(each.name):
             require_function(each.name)

@@ -13,10 +13,12 @@ groups_sampled, groups_without_signal, groups_all_right, groups_all_wrong: of th
     every response is right, or every one is wrong.
 groups_unfinished: groups that were not finished when enough had signal; they continue in the next
     step (rl.partial) or are dropped.
+prompts_resting, level_NAME: prompts that rest after the step, and each task's level.
 staleness: versions between the weights that sampled the oldest token and the newest.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +38,7 @@ def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, 
     return {
         "tokens_per_second": float(lengths.sum()) / seconds,
         **_reward_metrics(responses),
+        **_prompt_metrics(rollouts.state),
         "response_tokens": float(lengths.mean()),
         "response_tokens_p50": float(np.percentile(lengths, 50)),
         "response_tokens_p95": float(np.percentile(lengths, 95)),
@@ -49,6 +52,11 @@ def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, 
         "groups_unfinished": rollouts.num_unfinished,
         "staleness": step - 1 - min(versions),
     }
+
+
+def _prompt_metrics(state: dict[str, Any]) -> dict[str, float]:
+    levels = {f"level_{name}": level for name, level in state.get("levels", {}).items()}
+    return {"prompts_resting": sum(map(len, state.get("resting", {}).values()))} | levels
 
 
 def _reward_metrics(responses: Sequence[Response]) -> dict[str, float]:

@@ -513,7 +513,7 @@ def test_load_prompts(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "quarantine.jsonl").read_text())["reason"] == "bad_json"
     with pytest.raises(DataError, match="1 of 51 rows"):  # an evaluation allows no unusable problem
         load_prompts(section.sources)
-    with pytest.raises(ConfigError, match=r"data\.sources\.weight"):
+    with pytest.raises(ConfigError, match=r"evaluate\.problems\.weight"):
         load_prompts([SourceSection(path=str(path)), SourceSection(path=str(path), weight=2.0)])
 
 

@@ -375,7 +375,9 @@ def test_an_answer_inside_an_unfinished_thought_earns_nothing(
     demo_dir: Path, tmp_path: Path, template: str
 ) -> None:
     tokenizer = load_tokenizer(with_template(demo_dir, tmp_path / "t", template))
-    (drawn,) = PromptStream([problem()], tokenizer, 100, seed=0).draw(1)
+    (drawn,) = PromptStream([problem()], tokenizer, RlSection(max_prompt_tokens=100), seed=0).draw(
+        1
+    )
     assert drawn.opened_thought == "<think>\n"
     assert tokenizer._hf.decode(drawn.token_ids).endswith("<|im_start|>assistant\n<think>\n")
 

@@ -413,6 +413,9 @@ def test_metrics_of_a_step_tell_why_a_reward_is_flat() -> None:
     assert rollout_metrics(rollouts, step=5, seconds=2.0) == {
         "tokens_per_second": 30.0,
         "reward": 0.5,
+        "reward_raw": 0.5,
+        "reward_failures": 0,
+        "prompts_resting": 0,
         "accuracy": 0.5,
         "response_tokens": 10.0,
         "response_tokens_p50": 7.0,
