@@ -19,7 +19,7 @@ from infir2.checkpoint import Checkpoint
 from infir2.config.load import Loaded
 from infir2.config.schema import RlRecipe
 from infir2.convert.serving import require_loadable, require_servable
-from infir2.data import load_prompts
+from infir2.data import ChatTokenizer, load_prompts
 from infir2.data.labels import labels_of
 from infir2.engines.engine_weights import engine_fp8
 from infir2.engines.weight_sync import check_rollout_model, open_engine
@@ -52,13 +52,8 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
             return
         tokenizer = open_run_tokenizer(supervisor)
         _check_recipe(recipe)
-        quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
         begin_phase("reading the prompts")
-        sources, system_prompt = recipe.data.sources, recipe.data.system_prompt
-        rows = load_prompts(recipe.data, quarantine, tokenizer, labels_of(rl)) if sources else []
-        weights = [source.weight for source in sources]
-        state = _saved_prompts(supervisor.checkpoint)
-        prompts = PromptStream(rows, tokenizer, rl, seed, state, weights, system_prompt)
+        prompts = _open_prompts(recipe, supervisor, tokenizer)
         model_config = planned_config(supervisor.model)
         limit = ("rl.max_response_tokens", rl.max_response_tokens)
         check_positions(model_config, *limit, prompts.longest_prompt_tokens)
@@ -104,6 +99,18 @@ def _check_recipe(recipe: RlRecipe) -> None:
         path, gpus = Path(recipe.rollout.model), recipe.rollout.tensor_parallel
         require_servable("rollout.model", path, engine_fp8(recipe))
         require_loadable("rollout.model", path, gpus)
+
+
+def _open_prompts(
+    recipe: RlRecipe, supervisor: Supervisor, tokenizer: ChatTokenizer
+) -> PromptStream:
+    """The prompts from where the run that is resumed had drawn them. Raises DataError."""
+    quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
+    data, rl = recipe.data, recipe.rl
+    rows = load_prompts(data, quarantine, tokenizer, labels_of(rl)) if data.sources else []
+    state = _saved_prompts(supervisor.checkpoint)
+    weights = [source.weight for source in data.sources]
+    return PromptStream(rows, tokenizer, rl, recipe.run.seed, state, weights, data.system_prompt)
 
 
 def _saved_prompts(checkpoint: Checkpoint | None) -> dict[str, Any]:
