@@ -88,22 +88,23 @@ def run_all(runs: Sequence[Run], jobs: int, seconds: float) -> int:
     end = time.monotonic() + (seconds or float("inf"))
     waiting = [run for run in runs if not run.finished]
     active: dict[subprocess.Popen[bytes], Run] = {}
-    failed = 0
-    while (waiting or active) and time.monotonic() < end:
-        while len(active) < jobs and (run := _next_ready(waiting)) is not None:
-            waiting.remove(run)
-            active[_start(run, jobs)] = run
-        if not active:
-            break  # what the rest waits for has failed
-        time.sleep(0.2)
-        for process in [process for process in active if process.poll() is not None]:
-            failed += _finish(active.pop(process), process.returncode)
-    stopped = _stop(list(active)) if active else 0
-    for process, run in active.items():
-        failed += _finish(run, process.returncode)
-    if failed:
+    codes = []
+    try:
+        while (waiting or active) and time.monotonic() < end:
+            while len(active) < jobs and (run := _next_ready(waiting)) is not None:
+                waiting.remove(run)
+                active[_start(run, jobs)] = run
+            if not active:
+                break  # what the rest waits for has failed
+            time.sleep(0.2)
+            for process in [process for process in active if process.poll() is not None]:
+                codes.append(_finish(active.pop(process), process.returncode))
+    finally:
+        _stop(list(active))
+        codes += [_finish(run, process.returncode) for process, run in active.items()]
+    if set(codes) - {0, Preempted.exit_code}:
         return 1
-    return Preempted.exit_code if stopped or waiting else 0
+    return Preempted.exit_code if waiting or any(codes) else 0
 
 
 def _next_ready(waiting: Sequence[Run]) -> Run | None:
@@ -120,18 +121,17 @@ def _start(run: Run, jobs: int) -> subprocess.Popen[bytes]:
 
 
 def _finish(run: Run, code: int) -> int:
-    """Mark a finished run, tell of a failed one; returns 1 if it failed."""
+    """Mark a finished run, tell of a failed one; returns its exit code."""
     if code == 0:
         (run.dir / "finished.json").write_text("{}\n")
     print(f"{run.dir.name}: exit code {code}", flush=True)
-    if code in (0, Preempted.exit_code):
-        return 0
-    print(run.dir.with_suffix(".log").read_text(errors="replace")[-2000:], flush=True)
-    return 1
+    if code not in (0, Preempted.exit_code):
+        print(run.dir.with_suffix(".log").read_text(errors="replace")[-2000:], flush=True)
+    return code
 
 
-def _stop(active: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Let the runs save and stop; returns how many there were."""
+def _stop(active: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Let the runs save and stop."""
     for process in active:
         process.send_signal(signal.SIGTERM)
     end = time.monotonic() + LIMIT_GRACE_SECONDS
@@ -141,7 +141,6 @@ def _stop(active: Sequence[subprocess.Popen[bytes]]) -> int:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    return len(active)
 
 
 def watch_gpu(path: Path) -> subprocess.Popen[bytes] | None:
@@ -203,6 +202,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(Preempted.exit_code))
     if options.verb == "run":
         return run_study(options)
     if options.verb == "collect":
