@@ -110,6 +110,13 @@ class ServeClient(Infir2Client):
         """As `EngineClient`: nothing is asked."""
         return ServerInfo("infir2")
 
+    async def check_progress(self) -> None:
+        """Return once the engine has ended a step: its own thread answers, between two of them.
+
+        The server's /health says only that the engine was ready once. Raises as `HttpClient.get`.
+        """
+        await self._http.get("/metrics")
+
 
 def serve_host(
     name: str,

@@ -73,7 +73,10 @@ class StartedEngine:
         return self._host.has_ended
 
     async def watch(self) -> None:
-        """Kill it when it is not healthy for HANG_SECONDS; who asks it starts it again."""
+        """Kill it when it ends no step for HANG_SECONDS; who asks it starts it again.
+
+        An engine of SGLang or vLLM behind it has a watch of its own (`RemoteEngine`).
+        """
         healthy, seconds = time.monotonic(), HANG_SECONDS
         while True:
             await asyncio.sleep(min(PROBE_SECONDS, seconds / 4))
@@ -83,7 +86,7 @@ class StartedEngine:
                 continue
             try:
                 async with asyncio.timeout(max(0.0, healthy + seconds - now)):
-                    await client.check_health()
+                    await client.check_progress()
                 healthy = time.monotonic()
             except (EngineError, TimeoutError):
                 if time.monotonic() >= healthy + seconds:

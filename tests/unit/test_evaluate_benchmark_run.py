@@ -236,6 +236,42 @@ def test_an_engine_that_hangs_is_started_again(
     assert len(engines) == 2
 
 
+HANGING = """
+import os, sys, time
+
+if "serve" in sys.orig_argv:
+    from infir2.engines.server.driver import EngineDriver
+
+    turn = EngineDriver._turn
+
+    def hanging(self):
+        if self.counts["generated_tokens"] and not os.path.exists({mark!r}):
+            open({mark!r}, "w").close()
+            time.sleep(3600)
+        turn(self)
+
+    EngineDriver._turn = hanging
+"""
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_engine_that_hangs_while_its_server_is_healthy_is_started_again(
+    tmp_path: Path, data: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, run = tmp_path / "site", tmp_path / "run"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(HANGING.format(mark=str(tmp_path / "mark")))
+    paths = [str(site), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.setattr(engine_start, "HANG_SECONDS", 4.0)
+    monkeypatch.setattr(sys.modules[__name__], "QUICK", Patience(first_wait_seconds=0.1))
+    words = command(str(model_dir), data, run, "--max-tokens", "3", "--parallel", "1")
+    assert main([*words, "--samples", "4"]) == 0
+    assert (tmp_path / "mark").exists()
+    result = json.loads((run / "result.json").read_text())
+    assert (result["complete"], result["retried"]["restart"]) == (True, 1)
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_port_in_use_is_refused_and_a_free_one_is_used(
     tmp_path: Path, data: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
