@@ -52,6 +52,8 @@ _EVAL = {
 _SERVER = dict.fromkeys(
     ("SERVED_NAME", "TP_SIZE", "API_PORT"), "the model is loaded in this process"
 )
+# Of a recipe that names benchmarks, whose engines are servers.
+_BENCHMARKS = {"DATASET_LOCAL": "benchmarks.data", "TP_SIZE": "rollout.tensor_parallel"}
 _UNUSED = {"LOG_DIR": "logs and metrics are in the run directory", **_SERVER}
 SOURCES = ("data.sources", "evaluate.problems")
 
@@ -64,20 +66,22 @@ def variables_of(recipe_class: Recipe) -> dict[str, str]:
 
 
 def set_variables(
-    recipe_class: Recipe, environ: Mapping[str, str], run_dir: str
+    recipe_class: Recipe, environ: Mapping[str, str], run_dir: str, has_benchmarks: bool = False
 ) -> Iterator[Variable]:
     """Yield the variables of this kind of recipe that are set and not empty.
 
     Args:
         run_dir: `run.dir` of the recipe files. A LOAD_DIR equal to the run directory sets no key,
             because the run resumes from there anyway.
+        has_benchmarks: whether the recipe files name benchmarks.
 
     Raises:
         ConfigError: two variables set one key to different values, or REF_LOAD is a checkpoint that
             has to be converted.
     """
-    values = {name: environ[name] for name in variables_of(recipe_class) if environ.get(name)}
-    keys = {name: key for name, key in variables_of(recipe_class).items() if name in values}
+    known = variables_of(recipe_class) | (_BENCHMARKS if has_benchmarks else {})
+    values = {name: environ[name] for name in known if environ.get(name)}
+    keys = {name: key for name, key in known.items() if name in values}
     if keys.get("HF_CHECKPOINT") == "model.path" and "REF_LOAD" in values:
         keys["HF_CHECKPOINT"] = "data.tokenizer"
     run_dir = os.path.normpath(values.get("SAVE_DIR", run_dir) or ".")

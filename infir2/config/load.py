@@ -225,9 +225,9 @@ def sections_in(paths: Sequence[str | Path]) -> set[str]:
 
 def _merge_environment(layers: _Layers, environ: Mapping[str, str]) -> tuple[str, ...]:
     notes = []
-    for variable in set_variables(
-        layers.recipe_class, environ, str(layers.values.get("run", {}).get("dir", ""))
-    ):
+    run_dir = str(layers.values.get("run", {}).get("dir", ""))
+    has_benchmarks = bool(layers.values.get("benchmarks", {}).get("names"))
+    for variable in set_variables(layers.recipe_class, environ, run_dir, has_benchmarks):
         if variable.key:
             set_value = layers.set_source if variable.key in SOURCES else layers.set_text
             set_value(variable.key, variable.value, f"environment {variable.name}")

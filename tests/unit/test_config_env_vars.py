@@ -115,6 +115,15 @@ def test_variables_of_evaluation(recipe: str) -> None:
     assert any(note.startswith("API_PORT is set but not needed") for note in loaded.notes)
 
 
+def test_variables_of_an_evaluation_of_benchmarks() -> None:
+    recipe = Path(__file__).parents[2] / "recipes/qwen2.5-7b/eval-gpqa.toml"
+    environ = {"DATASET_LOCAL": "/data/gpqa", "TP_SIZE": "2", "GENERATED_NUM": "4"}
+    loaded = load(EvalRecipe, [recipe], ["--rollout.engine=sglang", "--rollout.python=p"], environ)
+    assert loaded.recipe.benchmarks.data == "/data/gpqa"
+    assert loaded.recipe.evaluate.problems == ()
+    assert (loaded.recipe.rollout.tensor_parallel, loaded.recipe.evaluate.samples) == (2, 4)
+
+
 @pytest.mark.parametrize("size", ["1.5b", "7b"])
 def test_rollouts_are_counted_in_steps(size: str) -> None:
     recipes = Path(__file__).parents[2] / "recipes" / f"qwen2.5-{size}"
