@@ -72,6 +72,9 @@ VERBS = {
         "tokenize",
         "text to Megatron's .bin/.idx files: tokenize SOURCE... --tokenizer DIR --out PREFIX",
     ),
+    "completion": Verb(
+        "completion", "completion", "completion of verbs, options and keys: completion bash"
+    ),
     "report": Verb("report", "report", "one HTML page about one or more runs"),
 }
 
@@ -208,8 +211,8 @@ def _usage() -> str:
         f"{verbs}\n\n"
         "infir2 VERB --help describes a verb's arguments; "
         "infir2 --version prints the versions of the libraries.\n"
-        "--quiet leaves results and errors only; --json prints the results of check, demo, eval "
-        "and report as JSON."
+        "--quiet leaves results and errors only; --json prints the results of check, data inspect, "
+        "demo, doctor, eval, plan and report as JSON."
     )
 
 

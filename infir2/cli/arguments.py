@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
 
@@ -43,8 +43,26 @@ RECIPE_CLASSES: dict[str, type[TrainRecipe] | type[EvalRecipe]] = {
 }
 
 
+class DescribedError(Exception):
+    """Raised instead of parsing while `Parser.describes` is set; has the verb's parser."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse that raises ConfigError, so that its errors look and exit like all others."""
+    """argparse that raises ConfigError, so that its errors look and exit like all others.
+
+    While `describes` is set, a verb's function only builds its parser, for shell completion.
+    """
+
+    describes = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if Parser.describes:
+            raise DescribedError(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; {self._advice(message)}see `{self.prog} --help`.")

@@ -10,14 +10,15 @@ _SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 
 
 def chat(arguments: Sequence[str]) -> None:
-    """infir2 chat MODEL | --url URL"""
+    """infir2 chat MODEL | --url URL [--beside MODEL]"""
     options = _parser().parse_args(arguments)
     engine = take_engine_options(vars(options))
     from infir2.engines.chat import ChatOptions, run_chat
 
     values = {name: getattr(options, name) for name in _SAMPLING}
     sampling = {name: value for name, value in values.items() if value is not None}
-    run_chat(ChatOptions(options.model, options.url, options.system, sampling, engine))
+    given = (options.model, options.url, options.system, sampling, engine, options.beside)
+    run_chat(ChatOptions(*given))
 
 
 def _parser() -> Parser:
@@ -37,6 +38,12 @@ def _parser() -> Parser:
     )
     url_help = "a running server instead; its key is INFIR2_ENGINE_KEY"
     parser.add_argument("--url", default="", metavar="URL", help=url_help)
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        metavar="MODEL",
+        help="a second model that answers too, such as the BF16 export of an FP8 one",
+    )
     parser.add_argument("--system", default="", metavar="TEXT", help="system message")
     parser.add_argument("--temperature", type=float, default=0.6, help="default 0.6; 0: greedy")
     parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")

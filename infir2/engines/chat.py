@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from infir2.engines.probe import KEY_VARIABLE
 from infir2.engines.remote import BadAnswerError, EngineError
 from infir2.engines.server_process import ServerProcess
 from infir2.errors import ConfigError, UserError, first_line
+from infir2.model.safetensors_io import read_json
 from infir2.terminal import log, log_error, print_part, read_line
 
 
@@ -35,13 +36,17 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What `infir2 chat` is told; `sampling` are fields of a request, `engine` is MODEL's."""
+    """What `infir2 chat` is told; `sampling` are fields of a request, `engine` is MODEL's.
+
+    `beside` is a second model, which answers every message too.
+    """
 
     model: Path | None
     url: str
     system: str
     sampling: dict[str, Any]
     engine: EngineOptions = field(default_factory=EngineOptions)
+    beside: Path | None = None
 
 
 def run_chat(options: ChatOptions) -> None:
@@ -54,15 +59,69 @@ def run_chat(options: ChatOptions) -> None:
         raise ConfigError("infir2 chat needs MODEL, or --url of a running server, and not both.")
     if options.url and options.engine != EngineOptions():
         raise ConfigError("--engine and its options are for MODEL; leave them out beside --url.")
+    if options.beside is not None and options.beside == options.model:
+        raise ConfigError("--beside names MODEL itself; name another, such as its BF16 export.")
     with contextlib.ExitStack() as stack:
-        if options.model is not None:
-            url, key = stack.enter_context(own_server(options.model, options.engine))
-        else:
-            url, key = options.url, os.environ.get(KEY_VARIABLE, "")
-            check_url("--url", url, key)
-        client = stack.enter_context(ChatClient(url, key))
-        log(f"{client.model}; /reset begins anew, /quit ends, Ctrl-C stops a response.", "chat")
-        Conversation(client, options.system, options.sampling).run()
+        conversations = [_conversation(stack, options.model, options)]
+        if options.beside is not None:
+            conversations.append(_conversation(stack, options.beside, options))
+        names = " beside ".join(each.name for each in conversations)
+        log(f"{names}; /reset begins anew, /quit ends, Ctrl-C stops a response.", "chat")
+        talk(conversations)
+
+
+def _conversation(
+    stack: contextlib.ExitStack, model: Path | None, options: ChatOptions
+) -> "Conversation":
+    """One with a server of `model`, or with that of `options.url`."""
+    if model is not None:
+        url, key = stack.enter_context(own_server(model, options.engine))
+    else:
+        url, key = options.url, os.environ.get(KEY_VARIABLE, "")
+        check_url("--url", url, key)
+    client = stack.enter_context(ChatClient(url, key))
+    name = f"{client.model} ({_precision(model)})" if model else client.model
+    return Conversation(client, options.system, options.sampling, name)
+
+
+def _precision(model: Path) -> str:
+    """The precision of a Hugging Face directory's weights: FP8, BF16, ..."""
+    config = read_json(model / "config.json")
+    if "quantization_config" in config:
+        return "FP8"
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}.get(dtype, dtype)
+
+
+def talk(conversations: "Sequence[Conversation]") -> None:
+    """Until the end of the input, /quit or Ctrl-C; each conversation gets every message."""
+    while (line := read_line("> ")) is not None:
+        match line.strip():
+            case "":
+                continue
+            case "/quit":
+                return
+            case "/reset":
+                for conversation in conversations:
+                    conversation.messages = []
+                log("a new conversation.", "chat")
+            case text:
+                for conversation in conversations:
+                    if len(conversations) > 1:
+                        print_part(f"{conversation.name}:\n")
+                    conversation.ask({"role": "user", "content": text})
+                if len(conversations) > 1:
+                    log(_agreement([each.messages for each in conversations]), "chat")
+
+
+def _agreement(histories: Sequence[list[dict[str, str]]]) -> str:
+    """How far the newest answers are the same text."""
+    first, second = (history[-1]["content"] if history else "" for history in histories)
+    if first == second:
+        return f"the same {len(first):,} characters."
+    pairs = enumerate(zip(first, second, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+    return f"the first {same:,} characters are the same, of {len(first):,} and {len(second):,}."
 
 
 class ChatClient:
@@ -124,35 +183,24 @@ def _pieces(chunk: Any) -> tuple[str, str]:
 
 @dataclass
 class Conversation:
-    """Reads messages and prints answers.
+    """Messages to one server and its answers.
 
     Attributes:
         client: of the server.
         system: the system message; "" for none.
         sampling: fields of each request.
+        name: of the model.
         messages: those so far, the system message left out.
     """
 
     client: ChatClient
     system: str
     sampling: dict[str, Any]
+    name: str
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def run(self) -> None:
-        """Until the end of the input, /quit or Ctrl-C."""
-        while (line := read_line("> ")) is not None:
-            match line.strip():
-                case "":
-                    continue
-                case "/quit":
-                    return
-                case "/reset":
-                    self.messages = []
-                    log("a new conversation.", "chat")
-                case text:
-                    self._ask({"role": "user", "content": text})
-
-    def _ask(self, message: dict[str, str]) -> None:
+    def ask(self, message: dict[str, str]) -> None:
+        """Send a message and print the answer."""
         first = [{"role": "system", "content": self.system}] if self.system else []
         pieces = self.client.stream([*first, *self.messages, message], self.sampling)
         answer, shown = "", _Shown()

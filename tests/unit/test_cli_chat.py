@@ -160,3 +160,25 @@ def read_until(terminal: int, text: str) -> str:
         assert part, shown
         shown += part.decode(errors="replace")
     return shown
+
+
+def test_two_models_answer_side_by_side(
+    world: Path,
+    server: OwnServer,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The second model has a server of its own; every message goes to both."""
+    fp8 = write_model(tmp_path, world / "tokenizer", fp8=True)
+    options = ["--temperature=0", "--max-tokens=12", f"--beside={fp8}"]
+    talk(monkeypatch, url, "2 + 3\n/reset\n4 + 5\n", *options)
+    output = capsys.readouterr()
+    names = [line for line in output.out.splitlines() if line.endswith(":")]
+    assert len(names) == 4
+    assert names[1] == f"{fp8.name} (FP8):"
+    assert names[2:] == names[:2]
+    assert output.err.count(" characters") == 2
+    assert "a new conversation." in output.err
+    talk(monkeypatch, url, "", f"--beside={tmp_path / 'nothing'}", code=2)
