@@ -30,7 +30,14 @@ from infir2.engines.response_text import Decode as DecodeText
 from infir2.engines.response_text import ResponseText
 from infir2.engines.runner import Decode, Runner, Sampled, SamplingRows
 from infir2.engines.sampling import uniforms
-from infir2.engines.types import Completion, Request, Tokens, TopLogprobs, check_request
+from infir2.engines.types import (
+    CacheTooSmallError,
+    Completion,
+    Request,
+    Tokens,
+    TopLogprobs,
+    check_request,
+)
 from infir2.model import Decoder
 
 
@@ -161,13 +168,14 @@ class Scheduler:
         return self._max_pages * self._runner.page_size
 
     def submit(self, request: Request) -> None:
-        """As `Engine.submit`; also ValueError for a request that the cache cannot hold."""
+        """As `Engine.submit`; also CacheTooSmallError."""
         check_request(request, self._unfinished)
         if (needed := self._pool.pages_for(request.max_total_tokens)) > self._max_pages:
-            raise ValueError(
+            raise CacheTooSmallError(
                 f"request {request.id}: {request.max_total_tokens} tokens need "
                 f"{needed * self._page_bytes / 2**30:.2f} GiB of KV cache, and the engine has "
-                f"{self._cache_bytes / 2**30:.2f} GiB; allow fewer tokens or a larger cache"
+                f"{self._cache_bytes / 2**30:.2f} GiB; allow fewer tokens or a larger cache "
+                "(rollout.cache_gib)"
             )
         text, stop_texts = None, request.params.stop_texts
         if stop_texts:

@@ -1,6 +1,7 @@
 """The servers of `[rollout]` as one pool: what each kind is, and what it must be to be used."""
 
 import os
+import shutil
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -157,6 +158,11 @@ def _hosts(recipe: RlRecipe, bundles: Sequence[Bundle], directory: Path) -> list
             )
             for index, bundle in enumerate(bundles)
         ]
+    if rollout.python and not shutil.which(rollout.python):
+        raise ConfigError(
+            f"rollout.python: {rollout.python} is no program here; name the interpreter of an "
+            f"environment with {rollout.engine}, such as {rollout.engine}-env/bin/python."
+        )
     count, size = rollout.engines, rollout.tensor_parallel
     return [
         make_server(recipe, index, directory, "127.0.0.1", ",".join(gpus_of(index, count, size)))

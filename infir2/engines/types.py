@@ -12,6 +12,8 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
+from infir2.errors import ConfigError
+
 MAX_TOP_LOGPROBS = 20
 TopLogprobs = list[tuple[int, float]]  # token ids and log-probabilities, the most likely first
 
@@ -105,6 +107,12 @@ class RequestFailedError(Exception):
     def __init__(self, request_id: str, message: str) -> None:
         super().__init__(message)
         self.id = request_id
+
+
+class CacheTooSmallError(ConfigError, ValueError):
+    """A request is longer than the whole KV cache: the user's to repair, wherever it shows."""
+
+    reported_by_rank0 = False  # the ranks have requests of their own
 
 
 class Engine(Protocol):

@@ -15,7 +15,15 @@ from infir2.engines.kv_cache import page_bytes
 from infir2.engines.native import NativeEngine
 from infir2.engines.runner import ReferenceRunner
 from infir2.engines.scheduler import Scheduler
-from infir2.engines.types import Completion, Engine, OffersDigest, Request, SamplingParams
+from infir2.engines.types import (
+    CacheTooSmallError,
+    Completion,
+    Engine,
+    OffersDigest,
+    Request,
+    SamplingParams,
+)
+from infir2.errors import ConfigError
 from infir2.model import Decoder
 from infir2.model.hf_names import exported_fp8_weights
 from infir2.numerics import convert_to_fp8, token_logprobs
@@ -322,8 +330,9 @@ def test_a_kept_cache_serves_the_next_turn_until_the_weights_change(
 
 def test_a_request_that_the_cache_cannot_hold_is_refused(model: Decoder) -> None:
     engine = NativeEngine(model, 4, cache_gib(model, 3))
-    with pytest.raises(ValueError, match=r"r0: 49 tokens need .* GiB of KV cache"):
+    with pytest.raises(CacheTooSmallError, match=r"r0: 49 tokens need .* GiB of KV cache") as error:
         engine.submit(request(0, SamplingParams(1.0, 9, stop_ids=()), length=40))
+    assert isinstance(error.value, ConfigError), "a run that meets it says one sentence"
     engine.submit(request(1, SamplingParams(1.0, 8, stop_ids=()), length=40))
     assert len(run_to_end(engine)["r1"].token_ids) == 8
 

@@ -1,6 +1,7 @@
 """Which servers a recipe may use: what is refused before the first rollout, and which GPUs."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from infir2.config.schema import RlRecipe, RolloutSection
 from infir2.engines.remote import ServerInfo
-from infir2.engines.servers import check_info, gpus_of, require_own_gpus, weight_directory
+from infir2.engines.servers import _hosts, check_info, gpus_of, require_own_gpus, weight_directory
 from infir2.errors import ConfigError
 
 CONFIG = {
@@ -96,3 +97,9 @@ def test_nccl_needs_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     require_own_gpus(rollout.model_copy(update={"engines": 9}), torch.device("cpu"))
     with pytest.raises(ConfigError, match="needs 4 GPUs for the servers beside those of the train"):
         require_own_gpus(rollout.model_copy(update={"tensor_parallel": 2}), torch.device("cuda"))
+
+
+def test_an_interpreter_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout.python: /no/python is no program here"):
+        _hosts(recipe(tmp_path / "ours", python="/no/python"), [], tmp_path)
+    assert len(_hosts(recipe(tmp_path / "ours", python=sys.executable), [], tmp_path)) == 1
