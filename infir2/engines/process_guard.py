@@ -42,8 +42,7 @@ def main(command: list[str]) -> int:
             preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
         )
     except OSError as error:
-        sys.stderr.write(f"{command[0]}: {error.strerror}\n")
-        return 127
+        sys.exit(f"{command[0]}: {error.strerror}")
     while server.poll() is None and not is_over and os.getppid() == trainer:
         if select.select([0], [], [], POLL_SECONDS)[0] and not os.read(0, 4096):
             break
