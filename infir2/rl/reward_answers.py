@@ -60,9 +60,12 @@ def code_reward(texts: Sequence[str], prompt: Prompt, rl: RlSection) -> list[Sco
     tests = json.loads(prompt.answer)
     limits = Limits(rl.reward_seconds, MAX_TESTS_SECONDS * rl.reward_seconds)
 
-    def judge(text: str) -> Score:
-        program = extract_program(text)
-        return score_of(run_code(program, tests, limits) if program else Verdict("no_answer"))
+    programs = [extract_program(text) for text in texts]
 
+    def judge(program: str) -> Score:
+        return score_of(run_code(program, tests, limits))
+
+    distinct = list(dict.fromkeys(filter(None, programs)))  # a policy repeats itself
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as threads:
-        return list(threads.map(judge, texts))
+        scores = dict(zip(distinct, threads.map(judge, distinct), strict=True))
+    return [scores.get(each or "", Score(0.0, "no_answer")) for each in programs]
