@@ -3,6 +3,8 @@
 import asyncio
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ from test_engines_sglang import FakeSglang, exported  # noqa: F401
 
 import infir2.engines.weight_buckets
 from infir2.engines.broadcast_group import BroadcastGroup, local_address
+from infir2.engines.generate import generate_all
 from infir2.engines.pool import EnginePool
 from infir2.engines.pool_member import PoolLimits
 from infir2.engines.remote import EngineError, PublishedWeights, WeightsDifferError
 from infir2.engines.sglang import SglangClient
 from infir2.engines.sglang_checksum import checksums
+from infir2.engines.types import Request, SamplingParams
 from infir2.engines.weight_buckets import WeightBuckets
 from infir2.engines.weight_memory import WeightMemory
 from infir2.errors import CheckFailedError, CheckpointError
@@ -212,3 +216,76 @@ def test_the_group_listens_where_the_server_is() -> None:
     group = BroadcastGroup(local_address("http://127.0.0.1:30000"), 2, CPU)
     assert group.address[0] == "127.0.0.1"
     assert not dist.is_initialized()
+
+
+class TwoRanks(BroadcastSglang):
+    """With `tensor_parallel` 2: both ranks receive every tensor and keep their part."""
+
+    def call(self, route: str, body: Any) -> Any:
+        if route == "/server_info":
+            return super().call(route, body) | {"tp_size": 2}
+        with ThreadPoolExecutor(1) as other_rank:
+            other = None
+            if route == "/init_weights_update_group":
+                assert (body["world_size"], body["rank_offset"]) == (3, 1)
+                other = other_rank.submit(self._join, body)
+            elif route == "/update_weights_from_distributed":
+                other = other_rank.submit(self._receive, body)
+            answer = super().call(route, body)
+            if other is not None:
+                other.result()
+        if route == "/weights_checker":
+            held = WeightBuckets.of(self.group.held.items(), CPU)
+            weights = PublishedWeights(self.model, 0, 0, buckets=held)
+            self.checksums = [dict(checksums(weights, rank, 2)) for rank in range(2)]
+            return FakeSglang.call(self, route, body)
+        return answer
+
+    def _join(self, body: Any) -> None:
+        store: Any = dist.TCPStore(body["master_address"], int(body["master_port"]))
+        for prefix in (body["group_name"], f"{body['group_name']}/", "cpu/"):
+            store = dist.PrefixStore(prefix, store)
+        self.second = dist.ProcessGroupGloo(store, 2, 3, timedelta(seconds=20))
+        self.num_bytes = 0
+
+    def _receive(self, body: Any) -> None:
+        sizes = zip(body["shapes"], body["dtypes"], strict=True)
+        count = sum(torch.empty(s, dtype=getattr(torch, d), device="meta").nbytes for s, d in sizes)
+        options = dist.BroadcastOptions()
+        self.second.broadcast([torch.empty(count, dtype=torch.uint8)], options).wait()
+        self.num_bytes += count
+
+
+def test_every_rank_of_a_server_receives_and_is_proved(published: PublishedWeights) -> None:
+    with TwoRanks(published.directory) as server:
+        publish(server, published)
+        assert server.num_bytes == published.num_bytes
+        server.group.held["model.layers.0.mlp.down_proj.weight_scale_inv"] *= 2
+        with pytest.raises(WeightsDifferError, match=r"rank 0 of 2"):
+            ask(server, lambda client: client.prove_weights(published))
+
+
+def test_two_servers_have_groups_of_their_own(
+    published: PublishedWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One dies within its transfer; the other holds the weights and generates."""
+    monkeypatch.setattr("infir2.engines.pool_member.RESTART_SECONDS", 0.05)
+    monkeypatch.setattr("infir2.engines.sglang.MAX_PROBE_DIFFERENCE", float("inf"))
+    hosts = [Host(published.directory), Host(published.directory)]
+    hosts[1].name, hosts[1].servers = "engine 2", [BroadcastSglang(published.directory)]
+    limits = PoolLimits(max_queued=4, silence_seconds=5.0, start_seconds=20.0)
+    pool = EnginePool(hosts, limits, WeightMemory(published.directory, CPU), Ranks())
+    try:
+        for version in (7, 8):
+            pool.update_weights(HfWeights(published.directory), version)
+        servers = [host.servers[-1] for host in hosts]
+        assert [server.policy_version for server in servers] == [8, 8]
+        assert len({name for server in servers for name in server.group._groups}) == 2
+        params = SamplingParams(1.0, 5, ())
+        requests = [Request(str(i), [i + 1], params, i) for i in range(16)]
+        assert all(each.policy_version == 8 for each in generate_all(pool, requests))
+        assert all(server.routes_called().count("/generate") > 0 for server in servers)
+    finally:
+        pool.close()
+        for host in hosts:
+            host.kill()
