@@ -1,6 +1,6 @@
 """Which tensors live at a step's peak, from the allocator's own record, by the line that made them.
 
-    python bench/peak.py [--cases 1.5B-32k] [--keep-transposed no] [--lines 25] --out peak.json
+    python bench/peak.py [--cases 1.5B-32k] [--lines 25] --out peak.json
 
 `bench/launches.py --peak` predicts the same list without a GPU.
 """
@@ -8,7 +8,6 @@
 import argparse
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +83,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file for all lines")
     parser.add_argument("--cases", default="1.5B-32k", help="of bench/step.py, comma-separated")
-    parser.add_argument("--keep-transposed", default="yes", choices=("yes", "no"))
     parser.add_argument("--lines", type=int, default=25, help="number of lines to print")
     options = parser.parse_args()
     report = {}
     for name in options.cases.split(","):
         for kind in ("FP8", "BF16"):
-            case = CASES[name][kind]
-            keep = options.keep_transposed == "yes"
-            case = replace(case, saved=replace(case.saved, keep_transposed_weights=keep))
-            found = report[f"{name} {kind}"] = record(case)
+            found = report[f"{name} {kind}"] = record(CASES[name][kind])
             print(f"{name} {kind}: peak {found['peak'] / 2**30:.2f} GiB", flush=True)
             for size, number, line in found["lines"][: options.lines]:
                 print(f"    {size / 2**20:10.1f} MiB {number:5d} {line}", flush=True)

@@ -128,6 +128,7 @@ def plan(options: argparse.Namespace) -> list[Job]:
         if tiny:
             settings = small
         settings["small"] = (model, length) == ("7B", 8192)
+        settings["gathers"] = length == 8192 and sizes == (1, n, 1, 1)
         name = next(
             name
             for name, numbers in ({"one GPU": (1, 1, 1, 1)} | layouts(ranks)).items()
@@ -138,8 +139,8 @@ def plan(options: argparse.Namespace) -> list[Job]:
 
     dp, tp, cp = (1, n, 1, 1), (1, n // 2, 1, 2), (1, n // 2, 2, 1)
     cases = [
-        ("7B", 8192, n, dp, 1.0),
-        ("1.5B", 8192, n, dp, 0.6),
+        ("7B", 8192, n, dp, 2.0),
+        ("1.5B", 8192, n, dp, 1.2),
         ("1.5B", 8192, 1, (1, 1, 1, 1), 0.6),
     ]
     cases += [

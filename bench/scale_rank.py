@@ -36,6 +36,14 @@ from infir2.parallel.ranks import Ranks, init_ranks, shutdown_ranks
 from infir2.train.losses import NextTokenLoss, TokenScores, next_token_loss
 from infir2.train.trainer import Trainer
 
+# Keys of the section `parallel` that are measured beside the default.
+WHEN_GATHERED: dict[str, dict[str, Any]] = {
+    "gathered once": {"reshard_after_forward": False},
+    "gathered once, two blocks at a time": {
+        "reshard_after_forward": False,
+        "blocks_per_gather": 2,
+    },
+}
 # "small" splits over 8 tensor-parallel ranks without cutting an FP8 block; "tiny" takes a second on
 # a CPU.
 SHAPES["small"] = SHAPES["1.5B"] | {
@@ -96,17 +104,21 @@ class Bench:
             partial.write_text(json.dumps(self.report, indent=1), encoding="utf-8")
             partial.replace(self.out)
 
-    def trainer(self, case: Case, sizes: Sizes, single_process: bool = False) -> Trainer:
-        """A trainer whose weights are the same in every layout, sharded unless `single_process`."""
+    def trainer(
+        self, case: Case, sizes: Sizes, single_process: bool = False, **gathers: Any
+    ) -> Trainer:
+        """A trainer whose weights are the same in every layout, sharded unless `single_process`.
+
+        `gathers`: keys of the section `parallel` that say when weights are gathered.
+        """
         torch.manual_seed(0)
         gc.collect()  # FSDP2's modules form reference cycles
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         model = build(case, str(self.device))
-        parallel_model = (
-            None if single_process else ParallelModel(model, Layout(sizes, self.ranks, self.device))
-        )
+        layout = Layout(sizes, self.ranks, self.device)
+        parallel_model = None if single_process else ParallelModel(model, layout, **gathers)
         return Trainer(model, OptimizerSection(), case.loss_chunk_tokens, parallel_model)
 
     def synchronize(self) -> None:
@@ -371,12 +383,16 @@ def throughput(bench: Bench) -> None:
         {"FP8": (True, SavedActivations()), "BF16": (False, SavedActivations())} | small
     ).items():
         bench.record(name, measure(bench, replace(case_of(bench.job, fp8), saved=saved)))
+    for name, gathers in WHEN_GATHERED.items() if bench.job.get("gathers") else ():
+        for fp8 in (True, False):
+            row = measure(bench, case_of(bench.job, fp8), **gathers)
+            bench.record(f"{'FP8' if fp8 else 'BF16'}, {name}", row)
 
 
-def measure(bench: Bench, case: Case) -> dict[str, float]:
+def measure(bench: Bench, case: Case, **gathers: Any) -> dict[str, float]:
     """Medians over steps, defined as in bench/step.py; tokens and operations per GPU."""
     sizes, marks = Sizes(*bench.job["sizes"]), Marks(bench.cuda)
-    trainer = bench.trainer(case, sizes)
+    trainer = bench.trainer(case, sizes, **gathers)
     batch = batch_of(tokens(case, trainer.parallel_model.layout.data_rank, ""), case.length)
 
     class TimedLoss(NextTokenLoss):

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,7 +155,10 @@ def build(case: Case, device: str = "cuda") -> Decoder:
                 parameter.normal_(0, 0.02)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    model.saved_activations, model.recompute = case.saved, case.recompute
+    recipe = case.recipe()
+    cached = not case.fp8 or recipe.fp8.caches_transposed(recipe.model)
+    model.saved_activations = replace(case.saved, keep_transposed_weights=cached)
+    model.recompute = case.recompute
     return convert_to_fp8(model, case.scale_format) if case.fp8 else model
 
 
@@ -226,7 +229,7 @@ class Step:
                 stacked = stack(layers)
                 assert stacked is not None
                 stacked.operand()
-                stacked.operand_t(self.case.saved.keep_transposed_weights)
+                stacked.operand_t(self.model.saved_activations.keep_transposed_weights)
 
 
 def measure(case: Case, steps: int) -> dict[str, float]:

@@ -152,7 +152,26 @@ def _fp8(codes: Tensor | None, scale: Tensor, scale_format: str) -> Fp8Tensor:
     return Fp8Tensor(codes, scale, TILE_BLOCK, scale_format)
 
 
+def _stacked(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
+    parts = [kernels.quantize(part, TILE_BLOCK, scale_format) for part in _parts(x)]
+    return [kernels.stack(parts[-n:], transposed) for n in (2, 3) for transposed in (False, True)]
+
+
+def _stacked_expected(x: Tensor, scale_format: str) -> list[Fp8Tensor]:
+    found = []
+    for n in (2, 3):
+        whole = quantize_reference(torch.cat(_parts(x)[-n:]), TILE_BLOCK, scale_format)
+        found += [whole, transpose_reference(whole)]
+    return found
+
+
+def _parts(x: Tensor) -> list[Tensor]:
+    """Three matrices, of which two have 128 and 256 rows."""
+    return [x.new_ones(128, x.shape[1]), x.new_full((256, x.shape[1]), 3.0), x]
+
+
 CONVERSIONS: dict[str, Check] = {
+    "stacked": (_stacked, _stacked_expected),
     "weights at once": (_weights_at_once, _weights_one_by_one),
     "weight in shards": (_weight_in_shards, lambda x, f: _weights_one_by_one(x, f)[:1]),
     "rows": (

@@ -94,13 +94,17 @@ class Fp8Section(Section):
     )
     keep_transposed: bool = Field(
         True,
-        description="cache FP8 weights in both layouts (GPU only); false halves that memory and "
-        "transposes each weight in the backward",
+        description="cache FP8 weights in both layouts (GPU only); false, or model.recompute = "
+        "'full', halves that memory and transposes each weight in the backward",
     )
     skip_modules: tuple[str, ...] = Field(
         (),
         description="glob patterns of exported module names to keep in BF16: 'model.layers.0.*'",
     )
+
+    def caches_transposed(self, model: ModelSection) -> bool:
+        """Whether transposed codes are kept: not by a model that recomputes to save memory."""
+        return self.enabled and self.keep_transposed and model.recompute != "full"
 
 
 class OptimizerSection(Section):
@@ -312,6 +316,18 @@ class ParallelSection(Section):
     tp: int = Field(1, ge=1, description="tensor- and sequence-parallel ranks")
     cp: int = Field(
         1, ge=1, description="context-parallel ranks, which split the tokens of a micro-batch"
+    )
+    reshard_after_forward: bool = Field(
+        True,
+        description="free a block's gathered weights after its forward and gather them again for "
+        "its backward; false gathers half as often and keeps the weights of all blocks (one byte "
+        "per parameter in FP8, two in BF16)",
+    )
+    blocks_per_gather: int = Field(
+        1,
+        ge=1,
+        description="blocks whose weights are gathered, and gradients reduced, together: fewer and "
+        "larger collectives, and as many blocks in memory",
     )
     timeout_seconds: float = Field(
         600.0,

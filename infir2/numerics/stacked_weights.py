@@ -46,16 +46,18 @@ class Stack:
 
     def bias(self) -> Tensor | None:
         """FP32 [N], with zeros for layers without bias; None if no layer has one."""
-        if all(layer.bias is None for layer in self.layers):
-            return None
-        return torch.cat(
-            [
-                layer.weight.new_zeros(layer.out_features)
-                if layer.bias is None
-                else layer.bias.detach()
-                for layer in self.layers
-            ]
-        )
+        biases = [layer.bias for layer in self.layers]
+        present = [bias for bias in biases if bias is not None]
+
+        def compute() -> Tensor:
+            sizes = zip(biases, self.sizes, strict=True)
+            return torch.cat(
+                [present[0].new_zeros(n) if b is None else b.detach() for b, n in sizes]
+            )
+
+        if len(biases) == 1:
+            return None if biases[0] is None else biases[0].detach()
+        return cached_jointly(present, "stacked bias", compute) if present else None
 
     def operand(self) -> Operand:
         """W as the forward reads it: codes [N, K], or BF16."""
@@ -66,6 +68,12 @@ class Stack:
 
         `keep`: cache the transposed codes until the weights change.
         """
+        if (
+            self.scale_format
+            and len(self.layers) > 1
+            and hasattr(self.layers[0].weight, "precomputed")
+        ):
+            return kernels.stack(_codes_of(self.layers), transposed=True)  # gathered one by one
         codes = self.operand()
         if isinstance(codes, Tensor):
             return codes
@@ -143,20 +151,20 @@ def _cache_codes(layers: tuple[nn.Linear, ...], codes: Fp8Tensor) -> None:
 
 
 def _stacked_codes(layers: tuple[nn.Linear, ...]) -> Fp8Tensor:
-    parts: list[Fp8Tensor] = [cast(Any, layer).quantized_weight() for layer in layers]
+    parts = _codes_of(layers)
     if len(parts) == 1:
         return parts[0]
 
     def compute() -> Fp8Tensor:
-        codes = torch.cat([part.codes.view(torch.uint8) for part in parts])
-        scale = torch.cat([part.scale for part in parts])
-        stacked = Fp8Tensor(
-            codes.view(parts[0].codes.dtype), scale, TILE_BLOCK, parts[0].scale_format
-        )
+        stacked = kernels.stack(parts)
         _replace_by_views(layers, stacked)
         return stacked
 
     return cached_jointly([_versioned_tensor(layer) for layer in layers], "stacked codes", compute)
+
+
+def _codes_of(layers: tuple[nn.Linear, ...]) -> list[Fp8Tensor]:
+    return [cast(Any, layer).quantized_weight() for layer in layers]
 
 
 def _replace_by_views(layers: tuple[nn.Linear, ...], stacked: Fp8Tensor) -> None:

@@ -16,9 +16,11 @@ FP32. Autograd sees an FP32 tensor in all cases (`GatheredWeight`), so that grad
 the operation to the optimizer.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
+from types import MethodType
 from typing import Any
 
 import torch
@@ -44,6 +46,8 @@ def shard_module(
     wire_dtype: torch.dtype = torch.float32,
     forward: str = "forward",
     keep_codes: bool = True,
+    reshard_after_forward: bool = True,
+    blocks_per_gather: int = 1,
 ) -> None:
     """Shard any module in place with FSDP2; FP8 weights are gathered as codes.
 
@@ -54,46 +58,52 @@ def shard_module(
 
     Args:
         root: the module.
-        blocks: its submodules that are gathered and freed as units, in the order of the forward.
-            The gather of each overlaps with the computation of the one before.
+        blocks: its submodules that are gathered and freed, in the order of the forward. The gather
+            of each overlaps with the computation of the one before.
         mesh: 1-D (shard) or 2-D (replicate, shard).
         wire_dtype: dtype in which matrices other than FP8 weights are gathered: FP32, or BF16 if
             every operation rounds them to BF16 anyway.
         forward: name of the method of `root` that runs its forward.
         keep_codes: keep the codes of this rank's shards between gathers, one byte per value;
             otherwise each gather computes them again, which reads the masters of its unit.
+        reshard_after_forward: free gathered weights after the forward of their blocks, and gather
+            them again for the backward.
+        blocks_per_gather: number of blocks that are gathered and freed as a unit.
     """
     from torch.distributed.fsdp import (  # slow import; a single process does not need it
         fully_shard,
         register_fsdp_forward_method,
     )
 
-    modules = [*blocks, root]
+    modules, size = list(blocks), blocks_per_gather
+    units = [*(modules[i : i + size] for i in range(0, len(modules), size)), [root]]
     for parameter in root.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    for module in modules:
-        fully_shard(module, mesh=mesh)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
+    for unit in units:
+        # None: the root, which the backward begins with, stays gathered.
+        reshard = None if unit[0] is root else reshard_after_forward
+        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=reshard)
+        unit[0].set_gradient_divide_factor(1.0)  # of the whole unit
+        unit[0].set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
     # FSDP2 prefetches in the backward by itself, in the forward on request.
-    for module, following in pairwise(modules[:-1]):
-        module.set_modules_to_forward_prefetch([following])
+    for unit, following in pairwise(units[:-1]):
+        unit[0].set_modules_to_forward_prefetch([following[0]])
     if forward != "forward":
         register_fsdp_forward_method(root, forward)
     shard_mesh = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim == 2 else mesh
-    _extend_parameters(modules, shard_mesh, wire_dtype, keep_codes)
+    _extend_parameters(units, shard_mesh, wire_dtype, keep_codes)
 
 
 def _extend_parameters(
-    units: Iterable[Any], shard_mesh: Any, wire_dtype: torch.dtype, keep_codes: bool
+    units: Iterable[Sequence[Any]], shard_mesh: Any, wire_dtype: torch.dtype, keep_codes: bool
 ) -> None:
     """Set FSDP2's extension hooks, `fsdp_pre_all_gather` and `fsdp_post_all_gather`."""
     gather = Fp8Gather(shard_mesh.get_group(), keep_codes)
     seen: set[Any] = set()
-    for unit_module in units:  # the root last, for what the others leave
+    for modules in units:  # the root last, for what the others leave
         unit = Fp8Unit(gather)
-        for module in unit_module.modules():
+        for module in chain.from_iterable(module.modules() for module in modules):
             if module not in seen:
                 seen.add(module)
                 for name, parameter in module.named_parameters(recurse=False):
@@ -110,10 +120,12 @@ def _extend(
     if isinstance(module, Fp8Linear) and name == "weight":
         shard = _Fp8Shard(local, parameter.shape, rows, first, module, unit)
         unit.shards.append(shard)
+        # Gathered codes need no `Fp8Linear.__setattr__`, and without one FSDP2 sets weights faster.
+        module.__dict__["__setattr__"] = MethodType(nn.Module.__setattr__, module)
         unit.gather.shards.append(shard)
     else:
         shard = _Shard(local, parameter.shape, rows, unit.gather.group, wire_dtype)
-    local.fsdp_pre_all_gather = shard.pre_all_gather
+    local.fsdp_pre_all_gather = shard
     local.fsdp_post_all_gather = shard.post_all_gather
 
 
@@ -124,7 +136,7 @@ def exported_shards(root: nn.Module, masters: bool = False) -> Iterator[tuple[st
     the iterator.
     """
     for name, parameter in root.named_parameters():
-        shard: _Shard = local_tensor(parameter).fsdp_pre_all_gather.__self__  # type: ignore[attr-defined]
+        shard: _Shard = local_tensor(parameter).fsdp_pre_all_gather  # type: ignore[attr-defined]
         payload, scale = shard.masters() if masters else shard.payload()
         gathered = all_gather_raw(payload, shard.group)[: shard.shape[0]]
         yield name, gathered.to(torch.bfloat16) if scale is None else gathered.view(E4M3)
@@ -201,10 +213,13 @@ class _Shard:
         self.local, self.shape, self.rows, self.group = local, shape, rows, group
         self.wire_dtype = wire_dtype if len(shape) == 2 else torch.float32
 
-    def pre_all_gather(
+    # FSDP2 asks for the hook's signature at each gather, and a method's takes eight times as long.
+    __signature__ = inspect.signature(lambda mesh, size, stride, module, policy: None)
+
+    def __call__(
         self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """(tensors to gather, metadata for `post_all_gather`)."""
+        """`fsdp_pre_all_gather`: (tensors to gather, metadata for `post_all_gather`)."""
         payload, scale = self.payload()
         return (payload,), scale
 

@@ -32,14 +32,21 @@ from infir2.parallel.tensor import parallelize_blocks, shard_layers
 class ParallelModel:
     """Shards `model` in place over `layout`.
 
-    Every rank constructs it at the same point, with the same unsharded model.
+    Every rank constructs it at the same point, with the same unsharded model. See `shard_module`
+    for the other arguments.
 
     Attributes:
         tensor_shards: tensor-parallel shard of each parameter; empty without tensor parallelism.
         shard_specs: this rank's shard of each parameter in the global tensor.
     """
 
-    def __init__(self, model: Decoder, layout: Layout) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        layout: Layout,
+        reshard_after_forward: bool = True,
+        blocks_per_gather: int = 1,
+    ) -> None:
         self.model, self.layout, self.ranks = model, layout, layout.ranks
         self.tensor_shards: dict[str, TensorShard] = {}
         self._fsdp: Any = model  # fully_shard adds methods to the model
@@ -60,6 +67,8 @@ class ParallelModel:
                 forward="hidden_states",
                 # A model that recomputes to save memory does not keep what a gather can make again.
                 keep_codes=model.recompute != "full",
+                reshard_after_forward=reshard_after_forward,
+                blocks_per_gather=blocks_per_gather,
             )
         self.shard_specs = {name: self._shard_spec(name, shape) for name, shape in shapes.items()}
 
@@ -124,7 +133,8 @@ class ParallelModel:
     def reshard(self) -> None:
         """Free weights that a forward without a backward left gathered."""
         if self.layout.shard_mesh is not None:
-            self._fsdp.reshard()
+            for module in (*self.model.model.layers, self._fsdp):
+                module.reshard()  # no-op where the forward has freed them
 
     def finish_gradients(self) -> None:
         """All-reduce gradients of parameters that several tp ranks hold, once per group."""

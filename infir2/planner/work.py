@@ -110,7 +110,8 @@ def _weight_traffic(load: Load) -> float:
     linear, recipe = linear_parameters(load.config), load.recipe
     shards = load.sizes.num_shards * load.sizes.tp
     gradient = 4 if recipe.optimizer.grad_dtype == "fp32" else 2
-    transposes = 0 if recipe.fp8.keep_transposed or not recipe.fp8.enabled else 2 * linear
+    cached = recipe.fp8.caches_transposed(recipe.model) or not recipe.fp8.enabled
+    transposes = 0 if cached else 2 * linear
     added = (load.micro_batches - 1) * 2 * gradient * linear / load.sizes.tp
     return 6.0 * linear / shards + load.micro_batches * transposes + added
 

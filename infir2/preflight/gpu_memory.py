@@ -50,11 +50,11 @@ def gpu_ledger(
     linear, total = linear_parameters(config), num_parameters(config)
     head = config.vocab_size * config.hidden_size
     fp8, optimizer = recipe.fp8, recipe.optimizer
-    code_copies = (2 if fp8.keep_transposed else 1) * linear if fp8.enabled else 2 * linear
+    copies = 1 if fp8.enabled and not fp8.caches_transposed(recipe.model) else 2
     moments = 0.0 if optimizer.offload else _MOMENTS_BYTES[optimizer.moment_dtype]
     parts = {
         "weights": 4 * total,
-        "FP8 copies" if fp8.enabled else "BF16 copies": code_copies + 2 * head,
+        "FP8 copies" if fp8.enabled else "BF16 copies": copies * linear + 2 * head,
         "optimizer": int(moments * total),
     }
     return parts | _backward_peak(config, recipe, total, head)
@@ -121,19 +121,23 @@ def _sharded_ledger(config: ModelConfig, recipe: TrainRecipe, sizes: Sizes) -> d
     local = (linear / sizes.tp + root) / sizes.num_shards
     moments = (8 if recipe.optimizer.moment_dtype == "fp32" else 4) * (not recipe.optimizer.offload)
     code = 1 if recipe.fp8.enabled else 2
+    keeps_codes = recipe.fp8.enabled and recipe.model.recompute != "full"
+    unit = recipe.parallel.blocks_per_gather * block
     parts = {
         "weights": 4 * local,
-        "FP8 copies": linear / sizes.tp / sizes.num_shards if recipe.fp8.enabled else 0,
+        "FP8 copies": linear / sizes.tp / sizes.num_shards if keeps_codes else 0,
         "optimizer": moments * local,
-        # The root in BF16; two blocks, each as it is received and as the GEMMs read it.
-        "gathered weights": 2 * root + 4 * code * block,
+        # The root in BF16; two units, each as it is received and as the GEMMs read it.
+        "gathered weights": 2 * root + 4 * code * unit,
     }
+    if not recipe.parallel.reshard_after_forward:
+        parts["gathered weights"] = 2 * root + code * (linear / sizes.tp + 2 * unit)
     named = {name: int(size) for name, size in parts.items() if size}
-    return named | _sharded_backward_peak(config, recipe, sizes, local, block)
+    return named | _sharded_backward_peak(config, recipe, sizes, local, unit)
 
 
 def _sharded_backward_peak(
-    config: ModelConfig, recipe: TrainRecipe, sizes: Sizes, local: float, block: float
+    config: ModelConfig, recipe: TrainRecipe, sizes: Sizes, local: float, unit: float
 ) -> dict[str, int]:
     """The larger of the two moments of `_backward_peak` on one of several ranks."""
     root = num_parameters(config) - linear_parameters(config)
@@ -144,8 +148,8 @@ def _sharded_backward_peak(
     saved = tokens * (_saved_bytes(config, recipe) + 6 * config.hidden_size)
     earlier = local if accumulates(recipe, sizes.num_data) else 0
     start = 4 * (earlier + head)
-    # The root's until the end of the backward; one block's as computed and as it is sent.
-    end = 4 * (local + root + 2 * block)
+    # The root's until the end of the backward; one unit's as computed and as it is sent.
+    end = 4 * (local + root + 2 * unit)
     if end + working > start + saved + start_working:
         return _moment(end, 0, working)
     return _moment(start, saved, start_working)

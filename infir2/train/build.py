@@ -61,7 +61,7 @@ def build_model(
     decoder.saved_activations = SavedActivations(
         recompute="selective" if model.recompute == "selective" else "none",
         pre_activations="fp8" if model.pre_activation_dtype == "fp8" else "bf16",
-        keep_transposed_weights=fp8.keep_transposed,
+        keep_transposed_weights=fp8.caches_transposed(model),
     )
     decoder = decoder.to(device)
     return convert_to_fp8(decoder, fp8.scale_format, fp8.skip_modules) if fp8.enabled else decoder

@@ -74,7 +74,10 @@ def make_trainer(supervisor: Supervisor, vocab_size: int) -> Trainer:
     """The recipe's model, sharded over the supervisor's ranks, and its optimizer."""
     recipe, resumed = supervisor.recipe, supervisor.checkpoint is not None
     model = build_model(supervisor.model, recipe.fp8, recipe.run, vocab_size, resumed)
-    parallel_model = ParallelModel(model, supervisor.layout)
+    gathers = recipe.parallel
+    parallel_model = ParallelModel(
+        model, supervisor.layout, gathers.reshard_after_forward, gathers.blocks_per_gather
+    )
     return Trainer(model, recipe.optimizer, recipe.train.loss_chunk_tokens, parallel_model)
 
 

@@ -41,11 +41,13 @@ SHAPE: dict[str, Any] = {"architecture": "qwen2", "hidden_size": 192, "num_layer
 SHAPE |= {"num_heads": 2, "num_kv_heads": 2, "head_dim": 128, "ffn_size": 256}
 # Changes of the model's shape for layouts whose name contains the key.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "recompute": {"recompute": "full"},
+    "recompute": {"recompute": "full", "blocks_per_gather": 2, "num_layers": 3},
+    "gathered": {"reshard_after_forward": False, "blocks_per_gather": 2},
     "repeated": {"num_kv_heads": 1},
     "qwen3": {"architecture": "qwen3"},
     "pairs": {"num_heads": 4, "ffn_size": 512},
 }
+GATHERS = ("reshard_after_forward", "blocks_per_gather")  # arguments of ParallelModel
 MICRO_BATCHES = [
     [200, 312],
     [512],
@@ -80,6 +82,7 @@ def batches() -> list[Batch]:
 
 def make_model(kind: str, **other: Any) -> Decoder:
     recompute = other.pop("recompute", "none")
+    other = {name: value for name, value in other.items() if name not in GATHERS}
     model = Decoder.from_shape(
         ShapeSection(**SHAPE | other),
         vocab_size=61,
@@ -154,11 +157,12 @@ def compare(ranks: Ranks, sizes: Sizes, kind: str, **other: Any) -> dict[str, An
         if isinstance(layer, Fp8Linear)
     }
     layout = Layout(sizes, ranks, torch.device("cpu"))
-    untrained = ParallelModel(make_model(kind, **other), layout)
+    gathers = {name: value for name, value in other.items() if name in GATHERS}
+    untrained = ParallelModel(make_model(kind, **other), layout, **gathers)
     with torch.inference_mode():  # as an engine receives them
         same_export = weights_digest(untrained.exported()) == exported
         same_export &= weights_digest(untrained.exported(masters=True)) == masters
-    parallel_model = ParallelModel(model, layout)
+    parallel_model = ParallelModel(model, layout, **gathers)
     seen = spy_on_codes(model)
     counts = count_collectives()
     result, gradients, trainer = one_step(
@@ -284,7 +288,7 @@ def launches_of_codes(ranks: Ranks) -> list[int]:
         ParallelModel(model, Layout(Sizes(dp=ranks.size), ranks, torch.device("cpu")))
         local: Any = local_tensor(model.model.layers[0].mlp.up_proj.weight)
         with CountLaunches() as count:
-            local.fsdp_pre_all_gather.__self__.payload()
+            local.fsdp_pre_all_gather.payload()
         found.append(count.num)
     fsdp.largest_magnitudes, fsdp.encode_weights = kernels
     return found

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 TWO = {
     "fsdp": "1,2,1,1",
     "fsdp-recompute": "1,2,1,1",
+    "fsdp-gathered": "1,2,1,1",
     "copies": "2,1,1,1",
     "tp": "1,1,1,2",
     "cp": "1,1,2,1",
@@ -88,6 +89,10 @@ def test_number_of_collectives_in_a_step(found: Found) -> None:
         assert sorted(found[name][0]["collectives"].values()) == sorted(
             [all_reduces, 2 * (3 + 2), 2 * 3]
         )
+    together = sorted(found["fsdp-gathered-fp8"][0]["collectives"].values())
+    assert together == sorted([3, 2 * (1 + 1), 2 * (1 + 1)]), (
+        "two blocks are one gather, which lasts until their backward"
+    )
     assert found["copies-fp8"][0]["collectives"] == {"all_reduce": 3 + 3}, (
         "replicas exchange gradients only after the last micro-batch"
     )

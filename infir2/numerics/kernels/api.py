@@ -12,6 +12,7 @@ from torch import Tensor
 
 from infir2.numerics import quantize_reference as reference
 from infir2.numerics.formats import (
+    E4M3,
     GROUP,
     ROW_BLOCK,
     TILE_BLOCK,
@@ -28,6 +29,7 @@ from infir2.numerics.kernels.rope import rope as rope
 from infir2.numerics.kernels.sampling import sample_rows as sample_rows
 from infir2.numerics.kernels.softmax import label_logprobs as label_logprobs
 from infir2.numerics.kernels.softmax import label_logprobs_backward as label_logprobs_backward
+from infir2.numerics.kernels.stacking import MOST_PARTS, stack_tiles
 from infir2.numerics.kernels.swiglu import swiglu_backward as swiglu_backward
 
 swiglu_product = swiglu.swiglu
@@ -55,6 +57,20 @@ def transpose(t: Fp8Tensor) -> Fp8Tensor:
             'use quantize(x.T, (128, 128), "fp32")'
         )
     return _fp8(conversions.transpose_rows(t.codes, t.scale), TILE_BLOCK, "pow2")
+
+
+def stack(parts: Sequence[Fp8Tensor], transposed: bool = False) -> Fp8Tensor:
+    """128x128 matrices [N_i, K] as one [N, K], or transposed [K, N].
+
+    All but the last have a multiple of 128 rows.
+    """
+    if len(parts) > MOST_PARTS:
+        codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(E4M3)
+        scale = torch.cat([part.scale for part in parts])
+        stacked = Fp8Tensor(codes, scale, TILE_BLOCK, parts[0].scale_format)
+        return transpose(stacked) if transposed else stacked
+    codes_and_scales = [part.codes for part in parts], [part.scale for part in parts]
+    return _fp8(stack_tiles(*codes_and_scales, transposed), TILE_BLOCK, parts[0].scale_format)
 
 
 def dequantize(t: Fp8Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
