@@ -70,29 +70,34 @@ def shard_module(
             them again for the backward.
         blocks_per_gather: number of blocks that are gathered and freed as a unit.
     """
-    from torch.distributed.fsdp import (  # slow import; a single process does not need it
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed.fsdp import register_fsdp_forward_method  # slow import, rarely needed
 
     modules, size = list(blocks), blocks_per_gather
     units = [*(modules[i : i + size] for i in range(0, len(modules), size)), [root]]
     for parameter in root.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
+    _shard_units(units, mesh, reshard_after_forward)
+    if forward != "forward":
+        register_fsdp_forward_method(root, forward)
+    shard_mesh = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim == 2 else mesh
+    _extend_parameters(units, shard_mesh, wire_dtype, keep_codes)
+
+
+def _shard_units(units: Sequence[Sequence[Any]], mesh: Any, reshard_after_forward: bool) -> None:
+    """Apply FSDP2 to each unit; the last is the root, which stays gathered until the backward."""
+    from torch.distributed.fsdp import fully_shard
+
     for unit in units:
-        # None: the root, which the backward begins with, stays gathered.
-        reshard = None if unit[0] is root else reshard_after_forward
-        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=reshard)
+        reshard = None if unit is units[-1] else reshard_after_forward
+        fully_shard(
+            list(unit) if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=reshard
+        )
         unit[0].set_gradient_divide_factor(1.0)  # of the whole unit
         unit[0].set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
     # FSDP2 prefetches in the backward by itself, in the forward on request.
     for unit, following in pairwise(units[:-1]):
         unit[0].set_modules_to_forward_prefetch([following[0]])
-    if forward != "forward":
-        register_fsdp_forward_method(root, forward)
-    shard_mesh = mesh[mesh.mesh_dim_names[-1]] if mesh.ndim == 2 else mesh
-    _extend_parameters(units, shard_mesh, wire_dtype, keep_codes)
 
 
 def _extend_parameters(
