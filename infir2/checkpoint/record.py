@@ -4,6 +4,7 @@ import math
 import os
 import queue
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,20 @@ from infir2.files import (
 from infir2.terminal import log
 
 _CLOSE_SECONDS = 5.0
+Show = Callable[[dict[str, float], int], object]
 
 
 class MetricsWriter:
-    """Appends one JSON object per line to metrics.jsonl and mirrors numbers to TensorBoard events.
+    """Appends one JSON object per line to metrics.jsonl and mirrors numbers to views.
+
+    These are TensorBoard events and `view`.
 
     On resume, lines of steps after `resumed_step` are dropped: those steps run again, and the file
     stays one curve. Raises CheckpointError if the disk refuses that; a later refusal only delays
     lines (`JsonLinesWriter`).
     """
 
-    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+    def __init__(self, run_dir: Path, resumed_step: int, view: "View | None" = None) -> None:
         self._lines = JsonLinesWriter(run_dir / "metrics.jsonl")
         self._samples = JsonLinesWriter(run_dir / "samples.jsonl")
         self._operands = JsonLinesWriter(run_dir / "operands.jsonl")
@@ -36,7 +40,8 @@ class MetricsWriter:
                 keep_json_lines(lines.path, lambda row: _step_of(row) <= resumed_step)
         self._lines.append()  # creates the file, so that readers find it before step 1
         with disk_errors(f"{run_dir}: cannot be read"):
-            self._view = TensorBoardView(run_dir, resumed_step)
+            self._views: list[View] = [TensorBoardView(run_dir, resumed_step)]
+        self._views += [view] if view else []
 
     def values(self, kind: str, name: str) -> list[tuple[int, float]]:
         """(step, value) of every line of `kind` that has a number for `name`."""
@@ -51,9 +56,9 @@ class MetricsWriter:
         self._lines.append(
             {"kind": kind, "step": step} | {name: _plain(value) for name, value in values.items()}
         )
-        for name, value in values.items():
-            if _is_finite(value):
-                self._view.add(f"{kind}/{name}", value, step)
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if _is_finite(value)}
+        for view in self._views:
+            view.show(numbers, step)
 
     def write_samples(self, rows: list[dict[str, Any]]) -> None:
         """Append readable responses to samples.jsonl."""
@@ -67,47 +72,79 @@ class MetricsWriter:
     def close(self) -> None:
         for lines in (self._lines, self._samples, self._operands):
             lines.close()
-        self._view.close()
+        for view in self._views:
+            view.close()
 
 
-class TensorBoardView:
-    """TensorBoard events, written by a thread: a run neither waits for them nor fails with them.
+class View:
+    """Shows numbers elsewhere by a thread: a run neither waits for it nor fails with it.
 
-    The thread, and with it the file, begins with the first number.
+    The thread, and with it what it opens, begins with the first number.
     """
 
+    name = "the view"
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[tuple[dict[str, float], int] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def add(self, name: str, value: float, step: int) -> None:
+        """Show one number."""
+        self.show({name: value}, step)
+
+    def show(self, values: dict[str, float], step: int) -> None:
+        """Show the numbers of a line."""
+        if not values:
+            return
+        if self._thread.ident is None:
+            self._thread.start()
+        self._waiting.put((values, step))
+
+    def close(self) -> None:
+        """Write the queued numbers, for at most `_CLOSE_SECONDS`."""
+        if self._thread.ident is not None:
+            self._waiting.put(None)
+            self._thread.join(_CLOSE_SECONDS)
+
+    def open(self) -> tuple[Show, Callable[[], object]]:
+        """What shows a line's numbers, and what ends it. A slow import that only runs need."""
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        try:
+            show, end = self.open()
+            for item in iter(self._waiting.get, None):
+                show(*item)
+            end()
+        except Exception as error:  # of any of the libraries behind it
+            log(f"{self.name} stopped ({error}); metrics.jsonl is still written")
+
+
+class TensorBoardView(View):
+    """TensorBoard events in the run directory."""
+
+    name = "TensorBoard events"
+
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
-        self._waiting: queue.SimpleQueue[tuple[str, float, int] | None] = queue.SimpleQueue()
+        super().__init__()
+        self._resumed_step = resumed_step
         # The writer opens its file by path, again and again: by this one it finds the directory
         # wherever that is moved.
         self._held = HeldDirectory(run_dir)
         by_descriptor = f"/proc/self/fd/{self._held.fd}"
         self._directory = by_descriptor if os.path.exists(by_descriptor) else str(run_dir)
-        self._thread = threading.Thread(target=self._run, args=(resumed_step,), daemon=True)
 
-    def add(self, name: str, value: float, step: int) -> None:
-        if self._thread.ident is None:
-            self._thread.start()
-        self._waiting.put((name, value, step))
+    def open(self) -> tuple[Show, Callable[[], object]]:
+        from torch.utils.tensorboard.writer import SummaryWriter
 
-    def close(self) -> None:
-        """Write the queued events, for at most `_CLOSE_SECONDS`."""
-        if self._thread.ident is not None:
-            self._waiting.put(None)
-            self._thread.join(_CLOSE_SECONDS)
+        purge_step = self._resumed_step + 1 if self._resumed_step else None
+        writer = SummaryWriter(self._directory, purge_step=purge_step)
 
-    def _run(self, resumed_step: int) -> None:
-        try:
-            # A slow import that only runs need.
-            from torch.utils.tensorboard.writer import SummaryWriter
+        def show(values: dict[str, float], step: int) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
 
-            purge_step = resumed_step + 1 if resumed_step else None
-            writer = SummaryWriter(self._directory, purge_step=purge_step)
-            for item in iter(self._waiting.get, None):
-                writer.add_scalar(*item)
-            writer.close()
-        except Exception as error:  # of any of the libraries behind the writer
-            log(f"TensorBoard events stopped ({error}); metrics.jsonl is still written")
+        return show, writer.close
 
 
 def _is_finite(value: Any) -> bool:

@@ -29,6 +29,7 @@ SAFE_KEYS = (
     "train.on_spike",
     "train.loss_chunk_tokens",
     "train.log_every",
+    "train.tracker",
     "train.observe_every",
     "checkpoint",
     "parallel",

@@ -180,6 +180,12 @@ class TrainSection(Section):
         2048, gt=0, description="tokens per chunk of the loss; bounds the memory of the logits"
     )
     log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
+    tracker: Literal["tensorboard", "wandb", "trackio"] = Field(
+        "tensorboard",
+        description="where metrics are shown, beside metrics.jsonl: TensorBoard events in the run "
+        "directory, and with wandb (WANDB_MODE=offline without a network) or trackio there too, "
+        "under the same names (docs/metrics.md)",
+    )
     observe_every: int = Field(
         0,
         ge=0,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from infir2.checkpoint.record import MetricsWriter
+from infir2.checkpoint.record import MetricsWriter, View
 from infir2.terminal import StepProgress, log
 
 
@@ -18,9 +18,12 @@ class RunLog:
         self._metrics: MetricsWriter | None = None  # set by open_files
         self._progress: StepProgress | None = None  # set by start_progress
 
-    def open_files(self, run_dir: Path, saved_step: int) -> None:
-        """Open metrics.jsonl and drop its lines after `saved_step`. Rank 0 only."""
-        self._metrics = MetricsWriter(run_dir, saved_step)
+    def open_files(self, run_dir: Path, saved_step: int, view: View | None = None) -> None:
+        """Open metrics.jsonl and drop its lines after `saved_step`. Rank 0 only.
+
+        `view` shows the numbers too, beside TensorBoard.
+        """
+        self._metrics = MetricsWriter(run_dir, saved_step, view)
 
     def start_progress(self, total_steps: int, resumed_step: int) -> None:
         """Show the progress bar (or plain lines) from now on."""

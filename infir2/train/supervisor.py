@@ -26,6 +26,7 @@ import torch
 
 from infir2.checkpoint import Checkpoint, Store, open_checkpoint
 from infir2.checkpoint.environment import describe_environment
+from infir2.config.keys import flatten
 from infir2.config.load import Loaded
 from infir2.config.resume import dump
 from infir2.config.schema import ModelSection, TrainRecipe
@@ -59,6 +60,7 @@ from infir2.train.plan import (
 from infir2.train.run_log import RunLog
 from infir2.train.saver import Saver
 from infir2.train.stop import StopFlag
+from infir2.train.trackers import make_tracker
 from infir2.train.trainer import StepResult, Trainer
 from infir2.train.watches import SkipWatch, SpikeWatch
 
@@ -158,7 +160,8 @@ class Supervisor:
         self._last_step = (saved_step, {})
 
         def open_log() -> tuple[set[int], list[float]]:
-            self.log.open_files(self.dir, saved_step)
+            view = make_tracker(self.recipe.train.tracker, self.dir, flatten(self.recipe))
+            self.log.open_files(self.dir, saved_step, view)
             validated = {step for step, _ in self.log.values("validation", "validation_loss")}
             return validated, [loss for _, loss in self.log.values("train", "loss")]
 
