@@ -3,7 +3,6 @@
 import math
 from itertools import pairwise, product
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -296,57 +295,3 @@ def test_rows_of_a_weight_have_the_bytes_of_the_whole(
     encoded = WeightRows(part, first, whole.scale, found.codes)
     encode_weights([encoded], scale_format)
     assert torch.equal(found.codes.view(torch.uint8), codes_of(whole)[first : first + rows])
-
-
-def divided_once_per_block(x: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """x / s as the kernels compute it (`kernels/codec.quotient`), FP32.
-
-    FP64 holds each fused multiply-add exactly: products have 48 bits, sums at most 50.
-    """
-    high = (np.float32(1) / s).astype(np.float32)
-    above = 1 - high.astype(np.float64) * s < 0
-    high = (high.view(np.int32) - above).astype(np.int32).view(np.float32)
-    low = (1 - high.astype(np.float64) * s).astype(np.float32) / s
-    return (x.astype(np.float64) * high + (x * low)).astype(np.float32)
-
-
-def encoded(values: np.ndarray) -> np.ndarray:
-    clamped = torch.from_numpy(values).clamp(-448, 448)
-    return clamped.to(E4M3).view(torch.uint8).numpy()
-
-
-def test_two_divisions_per_block_give_the_codes_of_one_per_value() -> None:
-    """Every case in which an error of 2**-44 could move a quotient over a boundary of two codes.
-
-    x / s rounds to the other side of a boundary b only if x is within that error of s (b +- ulp/2).
-    b has at most 5 bits, so b +- ulp/2 is the integer M = b' 2**20 +- 1 (or +- 1/2), and X 2**t of
-    24 bits is within e <= 64 of S M only if S, of 24 bits, is within 64 of a multiple of 2**20.
-    """
-    near = [c * 2**20 + e for c in range(8, 17) for e in range(-64, 65)]
-    x, s = [], []
-    for boundary in range(1, 32, 2):  # in units of 2**-10
-        wide = boundary << (24 - boundary.bit_length())
-        for factor in (2 * wide - 1, 2 * wide, 2 * wide + 1, 4 * wide - 1, 4 * wide + 1):
-            for scale in (scale for scale in near if 2**23 <= scale < 2**24):
-                product = scale * factor
-                shift = product.bit_length() - 24
-                for value in range((product >> shift) - 1, (product >> shift) + 3):
-                    exponent = round(math.log2(boundary * 2.0**-10 * scale / value))
-                    x.append(math.ldexp(value, exponent))
-                    s.append(scale)
-    values, divisors = np.array(x, np.float32), np.array(s, np.float32)
-    expected = encoded((values / divisors).astype(np.float32))
-    assert np.array_equal(encoded(divided_once_per_block(values, divisors)), expected)
-    assert len(np.unique(expected)) == 17, "both sides of every boundary"
-
-
-def test_two_divisions_per_block_for_every_bf16_value_and_scale() -> None:
-    mantissas = np.arange(128, 256).astype(np.float32)
-    x = (mantissas[:, None] * np.exp2(-np.arange(24.0))).astype(np.float32).ravel()
-    for largest in mantissas:
-        s = np.full_like(x, largest / np.float32(448))
-        inside = np.abs(x) <= largest
-        found = encoded(divided_once_per_block(x, s))[inside]
-        assert np.array_equal(found, encoded(x / s)[inside]), largest
-    zeros = divided_once_per_block(np.array([-0.0, 0.0], np.float32), np.full(2, 3, np.float32))
-    assert np.array_equal(np.signbit(zeros), [True, False])

@@ -81,27 +81,23 @@ def reciprocal_of_power(scale):
 
 @triton.jit
 def quotient(x, scale):
-    """x / scale up to its last bit, with the E4M3 code of the IEEE quotient; both float32.
-
-    scale broadcasts against x.
-    """
+    """x / scale rounded as IEEE division rounds it; scale broadcasts against x, both float32."""
     if INTERPRET:
         return tl.div_rn(x, scale)
     else:
-        # Divisions per block instead of per value: 1 / scale = high + low, to 2**-47. The sum is
-        # rounded once, and no quotient is so close to a boundary between two codes that the rest
-        # of the error moves it there (every case: tests/unit/test_numerics_quantize.py). high is
-        # rounded down, so that low is not negative and the product keeps the sign of -0. Extreme
-        # scales are multiplied by a power of two, so that neither part overflows or is subnormal.
+        # One division per block instead of one per value: with r = RN(1 / s), a first correction
+        # makes the quotient faithful and a second one rounds it correctly (Markstein). Tiny scales
+        # are multiplied by 2**96, which is exact, so that 1 / s does not overflow and no remainder
+        # becomes subnormal.
         lift = tl.where(scale < 5.421010862427522e-20, 7.922816251426434e28, 1.0)
-        lift = tl.where(scale > 1.8446744073709552e19, 1.262177448353619e-29, lift)
         divisor = scale * lift
-        high = tl.div_rn(1.0, divisor)
-        above = tl.fma(-high, divisor, 1.0) < 0.0
-        high = (high.to(tl.int32, bitcast=True) - above.to(tl.int32)).to(tl.float32, bitcast=True)
-        low = tl.div_rn(tl.fma(-high, divisor, 1.0), divisor)
-        x = x * lift
-        return tl.fma(x, tl.broadcast_to(high, x.shape), x * low)
+        inverse = tl.broadcast_to(tl.div_rn(1.0, divisor), x.shape)
+        divisor = tl.broadcast_to(divisor, x.shape)
+        dividend = x * lift
+        q = dividend * inverse
+        q = tl.fma(tl.fma(-q, divisor, dividend), inverse, q)
+        q = tl.fma(tl.fma(-q, divisor, dividend), inverse, q)
+        return tl.where((x == 0.0) & (scale == scale), x, q)  # the corrections lose the sign of -0
 
 
 @triton.jit
