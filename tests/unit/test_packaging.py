@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from importlib.util import find_spec
@@ -26,9 +27,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("wheel")
     source = directory / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     no_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "recipes", source / "recipes")
     shutil.copytree(ROOT / "infir2", source / "infir2", ignore=no_caches)
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
     command = [sys.executable, "-m", "pip", "wheel", *options, "-w", str(directory), str(source)]
@@ -68,6 +70,49 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
         "infir2/report/hover.js",
         "infir2/demo/recipes/cpt.toml",
     } <= packed
+
+
+def test_the_wheel_carries_recipes_and_licence(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    packed = {name.partition("/share/infir2/")[2] for name in names if "/share/infir2/" in name}
+    recipes = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "recipes").rglob("*.toml")
+        if path.parent.name != "demo"
+    }
+    assert packed == recipes
+    (licence,) = (name for name in names if name.endswith("licenses/LICENSE"))
+    assert b"Apache License" in zipfile.ZipFile(wheel).read(licence)
+
+
+def test_pip_installs_the_wheel_into_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    """The libraries are this environment's; infir2 itself is the wheel's."""
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    options = ["--no-deps", "--no-index", "--quiet", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", *options, str(wheel)]
+    subprocess.run(pip, check=True)
+    site = next(environment.glob("lib/python*/site-packages"))
+    here = Path(sysconfig.get_path("purelib"))
+    (site / "libraries.pth").write_text(f"{here}\n")  # after site, so that the wheel is first
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def infir2(*arguments: str) -> str:
+        command = [str(environment / "bin" / "infir2"), *arguments]
+        result = subprocess.run(command, cwd=empty, env=environ, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "usage: infir2 demo" in infir2("demo", "--help")
+    where = "import infir2; print(infir2.__file__)"
+    found = subprocess.run([str(python), "-c", where], cwd=empty, env=environ, capture_output=True)
+    assert str(site) in found.stdout.decode()
+    recipe = environment / "share/infir2/recipes/qwen2.5-7b/cpt.toml"
+    assert "how sure" in infir2("plan", str(recipe), "--gpu=h100", "--gpus=8")
+    assert not list(empty.iterdir())
 
 
 def test_recipes_demo_is_the_packages(tmp_path: Path) -> None:
