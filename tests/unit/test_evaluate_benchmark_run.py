@@ -339,12 +339,35 @@ def test_a_missing_or_other_evalscope_is_refused(
 REAL = evalscope.environment_directory() / "bin/python"
 
 
+@pytest.fixture
+def four(tmp_path: Path) -> Path:
+    """Data of all four benchmarks; AIME 2024 with the columns of the hub's copies, invented."""
+    data = tmp_path / "four"
+    for name in ("aime25", "gpqa", "lcb"):
+        shutil.copytree(FIXTURES / name, data / name)
+    (data / "AIME_2024").mkdir()
+    rows = [
+        {
+            "ID": f"2024-III-{number}",
+            "Problem": f"A shelf has {number} rows of $25$ jars. How many jars are on it?",
+            "Solution": "Multiply.",
+            "Answer": 25 * number,
+        }
+        for number in range(1, 4)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (data / "AIME_2024/aime_2024_problems.jsonl").write_text(text)
+    return data
+
+
 @pytest.mark.skipif(not REAL.exists(), reason="evalscope is not installed: infir2 eval --setup")
 @pytest.mark.skipif(not FIXTURES.exists(), reason="the benchmark-shaped fixtures are not here")
 def test_real_evalscope_gives_the_scores_that_the_result_says(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, four: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rules = json.loads((FIXTURES / "rules.json").read_text())
+    jars = {"match": "has 2 rows", "answers": ["\\boxed{050}", "\\boxed{050}", "\\boxed{51}", ""]}
+    rules = [jars, {"match": "How many jars", "answers": ["no box", "75", "25.0"]}, *rules]
     turns: dict[str, int] = {}
 
     def scripted(body: dict[str, Any]) -> dict[str, Any]:
@@ -353,12 +376,14 @@ def test_real_evalscope_gives_the_scores_that_the_result_says(
         answers = next(rule["answers"] for rule in rules if rule["match"] in asked)
         return {"content": answers[turns[asked] % len(answers)]}
 
-    names = "aime25,gpqa_diamond,live_code_bench"
-    words = ["--benchmarks", names, "--data", str(FIXTURES), "--run.dir", str(tmp_path / "run")]
+    names = "aime24,aime25,gpqa_diamond,live_code_bench"
+    words = ["--benchmarks", names, "--data", str(four), "--run.dir", str(tmp_path / "run")]
     with serving(Script(answer=scripted)) as server:
         assert main(["eval", server.url, *words, "--samples", "4", "--json"]) == 0
     scores = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
     assert (scores["aime25"]["mean"], scores["live_code_bench"]["mean"]) == (0.5, 0.5)
+    assert 0 < scores["aime24"]["mean"] < 1
+    assert 0 < scores["gpqa_diamond"]["mean"] < 1
     questions = json.loads((tmp_path / "run/result.json").read_text())["questions"]
     for name, each in scores.items():
         recount = [s["score"] for question in questions[name] for s in question["samples"]]
@@ -407,20 +432,21 @@ REFERENCE = evalscope.environment_directory(evalscope.REFERENCE) / "bin/python"
 @pytest.mark.skipif(not REFERENCE.exists(), reason="needs infir2 eval --setup --profile reference")
 @pytest.mark.skipif(not FIXTURES.exists(), reason="the benchmark-shaped fixtures are not here")
 def test_the_references_own_evalscope_sends_its_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, four: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A benchmark of each kind; half of the samples are right, and a second run asks nothing."""
     code = "```python\nprint(2 * int(input()))\n```"
-    right = {"0": "\\boxed{101}", "1": code}
+    right = {"0": "\\boxed{101}", "1": code, "2": "\\boxed{50}"}
 
     def scripted(body: dict[str, Any]) -> dict[str, Any]:
         asked = body["messages"][-1]["content"]
-        kind = "1" if "### Question" in asked else "0"
+        kind = "1" if "### Question" in asked else "2" if "jars" in asked else "0"
         good = "A" if asked.startswith("Here are") else right[kind]
         return {"content": f"so\n</think>\n{good if body['seed'] % 2 else 'B'}"}
 
     script, run = Script(answer=scripted), tmp_path / "run"
-    words = ["--benchmarks", "aime25,gpqa_diamond,live_code_bench", "--data", str(FIXTURES)]
+    names = "aime24,aime25,gpqa_diamond,live_code_bench"
+    words = ["--benchmarks", names, "--data", str(four)]
     words += ["--run.dir", str(run), "--samples", "4", "--profile", "reference", "--json"]
     with serving(script) as server:
         assert main(["eval", server.url, *words]) == 0
