@@ -142,8 +142,8 @@ def _parser() -> Parser:
         ("--seed", "of all samples (default 0)"),
         ("--port", "of loopback, of the first engine (default: a free one)"),
     ):
-        parser.add_argument(name, type=_count, default=0, metavar="N", help=meaning)
-    parser.add_argument("--temperature", type=_temperature, default=0.65, help="(default 0.65)")
+        parser.add_argument(name, type=whole_number, default=0, metavar="N", help=meaning)
+    parser.add_argument("--temperature", type=temperature, default=0.65, help="(default 0.65)")
     parser.add_argument("--top-p", type=fraction, default=0.95, help="(default 0.95)")
     parser.add_argument(
         "--parallel",
@@ -161,13 +161,13 @@ def _parser() -> Parser:
     return parser
 
 
-def _temperature(text: str) -> float:
+def temperature(text: str) -> float:
     if not 0 <= float(text) < math.inf:
         raise ValueError
     return float(text)
 
 
-def _count(text: str) -> int:
+def whole_number(text: str) -> int:
     if not text.isdecimal():
         raise ValueError
     return int(text)

@@ -96,7 +96,10 @@ def _check_directory(directory: Path) -> None:
         return
     names = {path.name for path in directory.iterdir()} if directory.is_dir() else {"no directory"}
     foreign = sorted(name for name in names if not name.startswith((LOCK, *OWN_FILES)))
-    if foreign or (names - {LOCK} and SETTINGS not in names):
+    others = {name for name in names if not name.startswith(LOCK)}
+    # A command that was refused for its questions, or killed while it read them, leaves a copy.
+    has_questions_only = others == {"data"} and len(others) < len(names)
+    if foreign or (others and SETTINGS not in names and not has_questions_only):
         raise OutputExistsError(
             f"--run.dir: {directory} exists and has no run of benchmarks "
             f"({', '.join(foreign or sorted(names))[:80]}); name another one, nothing was written."

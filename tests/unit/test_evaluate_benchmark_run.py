@@ -185,6 +185,22 @@ def test_what_cannot_run_is_refused_before_anything_is_asked(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_command_that_was_refused_for_its_questions_runs_with_others(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with serving(Script(answer=answer)) as server:
+        words = command(server.url, data.parent, run)
+        assert main([*words, "--benchmarks", "aime24,gpqa_diamond"]) == 4
+        assert "has no data of gpqa_diamond" in capsys.readouterr().err
+        assert main(words) == 0
+        (tmp_path / "own/data/aime24").mkdir(parents=True)
+        assert main(command(server.url, data, tmp_path / "own")) == 2
+    assert "has no run of benchmarks (data)" in capsys.readouterr().err
+    assert (tmp_path / "own/data/aime24").is_dir()
+
+
 @pytest.fixture(scope="module")
 def model_dir(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(world, tmp_path_factory.mktemp("model") / "hf")
