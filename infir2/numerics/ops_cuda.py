@@ -31,7 +31,6 @@ from infir2.numerics.operands_cuda import (
 )
 from infir2.numerics.ops_reference import (
     Rope,
-    apply_rope,
     restored_pre_activations,
     saved_pre_activations,
 )
@@ -86,7 +85,7 @@ def attention_inputs(
         )
     outputs = linear(rms_norm(x, weight, eps), layers, x.dtype, x.dtype)
     q, k, v = (y.unflatten(1, (-1, head_dim)) for y in outputs)
-    return (x, q, k, v) if rope is None else (x, apply_rope(q, *rope), apply_rope(k, *rope), v)
+    return (x, q, k, v) if rope is None else (x, *_Rope.apply(q, k, v, *rope))
 
 
 def add_linear(residual: Tensor, x: Tensor, layer: nn.Linear, saved: SavedActivations) -> Tensor:
@@ -145,6 +144,28 @@ class _SwiGlu(torch.autograd.Function):
         gate, up = restored_pre_activations(ctx.saved_tensors, ctx.dtype)
         grad_gate, grad_up = kernels.swiglu_backward(grad, gate, up).chunk(2, dim=1)
         return grad_gate, grad_up, None
+
+
+class _Rope(torch.autograd.Function):
+    """(q, k, v, cos, sin) -> q and k rotated, and v; heads [T, N, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, cos, sin = inputs
+        ctx.save_for_backward(cos, sin)
+        return _Rope.heads(inputs[:3], kernels.rope(q, k, v, None, cos, sin, False))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rotated = kernels.rope(*grads, None, *ctx.saved_tensors, True)
+        return *_Rope.heads(grads, rotated), None, None
+
+    @staticmethod
+    def heads(like: Sequence[Tensor], joined: Tensor) -> tuple[Tensor, ...]:
+        """The parts of `joined` [T, (N + 2 G) H] that have the shapes of `like`."""
+        heads = joined.view(len(joined), -1, like[0].shape[2])
+        return heads.split([part.shape[1] for part in like], dim=1)
 
 
 class _NormLinear(torch.autograd.Function):

@@ -98,9 +98,7 @@ def quantize_weights(groups: Iterable[Sequence[nn.Linear]]) -> None:
     Args:
         groups: the layers of each operation; other than FP8 layers with masters are left out.
     """
-    stacks = [
-        stacked for group in groups if (stacked := stack(group)) and _has_stale_codes(stacked)
-    ]
+    stacks = [each for group in groups for each in _stacks_of(group) if _has_stale_codes(each)]
     outputs = [_empty_stack(stacked) for stacked in stacks]
     for scale_format in {stacked.scale_format for stacked in stacks}:
         chosen = [
@@ -114,6 +112,12 @@ def quantize_weights(groups: Iterable[Sequence[nn.Linear]]) -> None:
     for stacked, codes in zip(stacks, outputs, strict=True):
         nonfinite_blocks.add(codes.scale)
         _cache_codes(stacked.layers, codes)
+
+
+def _stacks_of(layers: Sequence[nn.Linear]) -> list[Stack]:
+    """The layers as one matrix, or as one each."""
+    stacked = stack(layers)
+    return [stacked] if stacked else [Stack((layer,)) for layer in layers]
 
 
 def _has_stale_codes(stacked: Stack) -> bool:
