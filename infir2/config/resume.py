@@ -36,6 +36,7 @@ SAFE_KEYS = (
     "rl.max_mismatch_kl",
     "rl.max_mismatch_prob_error",
     "rl.evaluate_every",
+    "rl.keep_rollouts",
     "rollout",
     "evaluate",
 )

@@ -171,6 +171,11 @@ class RlSection(Section):
         "a response; 0: sample and train in turn; else sample while the trainer works, with new "
         "weights every so many steps",
     )
+    keep_rollouts: bool = Field(
+        False,
+        description="keep every step's prompts, responses and rewards in run.dir/kept_rollouts, "
+        "for the report and for --train-only (about 50 bytes a token)",
+    )
     evaluate_every: int = Field(20, ge=0, description="steps between evaluations (0: never)")
     answer_format: AnswerFormat = Field("boxed", description=ANSWER_FORMAT)
     reward_field: str = Field(

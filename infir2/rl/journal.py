@@ -36,7 +36,7 @@ from infir2.parallel.ranks import Ranks
 from infir2.rl.groups import Response
 from infir2.terminal import log
 
-_CHECKSUM = "sha256"
+CHECKSUM = "sha256"
 _FILE = re.compile(r"(?:step-(?P<step>\d+)-\d+|carried-(?P<carried>\d+))\.jsonl")
 
 
@@ -101,7 +101,7 @@ class Journal:
         """Append a finished group. A resumed run samples again what could not be written."""
         # JSON's decimals give every float32 back exactly
         row = {"key": key, "responses": [asdict(response) for response in responses]}
-        self._lines.append({_CHECKSUM: _checksum(row)} | row)
+        self._lines.append({CHECKSUM: checksum(row)} | row)
 
     def add_unfinished(self, key: str, completions: Sequence[Completion]) -> None:
         """Append a group of which a chunk was generated."""
@@ -128,10 +128,10 @@ def _read_file(
     num_read = 0
     for row in read_json_lines(path):
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
-            if row.pop(_CHECKSUM) != _checksum(row):
+            if row.pop(CHECKSUM) != checksum(row):
                 continue
             if "responses" in row:
-                groups[row["key"]] = [_response(each) for each in row["responses"]]
+                groups[row["key"]] = [response_from_row(each) for each in row["responses"]]
             else:
                 unfinished[row["key"]] = [_completion(each) for each in row["unfinished"]]
             num_read += 1
@@ -141,14 +141,16 @@ def _read_file(
 
 def _unfinished_row(key: str, completions: Sequence[Completion]) -> dict[str, Any]:
     row = {"key": key, "unfinished": [asdict(completion) for completion in completions]}
-    return {_CHECKSUM: _checksum(row)} | row
+    return {CHECKSUM: checksum(row)} | row
 
 
-def _checksum(row: dict[str, Any]) -> str:
+def checksum(row: dict[str, Any]) -> str:
+    """SHA-256 of a line without its checksum."""
     return hashlib.sha256(encode_json_line(row)).hexdigest()
 
 
-def _response(row: dict[str, Any]) -> Response:
+def response_from_row(row: dict[str, Any]) -> Response:
+    """A response that `asdict` has made a row."""
     return Response(_completion(row.pop("completion")), **row)
 
 

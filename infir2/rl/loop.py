@@ -11,6 +11,8 @@ How the data flows through a step:
 """
 
 import time
+from collections import deque
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from infir2.engines.weight_sync import check_rollout_model, open_engine
 from infir2.rl.dynamic_sampling import GroupGenerator, Rollouts
 from infir2.rl.evaluation import InLoopEvaluation
 from infir2.rl.journal import Journal
+from infir2.rl.kept_rollouts import KeptRollouts, LastKept, last_kept, sampling_keys, write_kept
 from infir2.rl.pipeline import RolloutPipeline
 from infir2.rl.policy_loss import find_objective
 from infir2.rl.policy_update import PolicyUpdate, open_policy_update
@@ -42,22 +45,23 @@ from infir2.train.trainer import StepResult
 SAMPLES_PER_STEP = 2  # responses written to samples.jsonl
 
 
-def run_rl(loaded: Loaded[RlRecipe]) -> None:
-    """Train to the last rollout step, from the newest checkpoint in `run.dir`."""
+def run_rl(loaded: Loaded[RlRecipe], rollout_only: bool = False) -> None:
+    """Train to the last rollout step, from the newest checkpoint in `run.dir`.
+
+    `rollout_only` samples all steps with the weights of the start, keeps them and trains nothing.
+    """
     recipe = loaded.recipe
     rl, seed, last_step = recipe.rl, recipe.run.seed, last_step_of(recipe, recipe.schedule)
     evaluation = InLoopEvaluation(recipe)
     with Supervisor(loaded, "rl") as supervisor, ExitStack() as exit_stack:
-        if _has_nothing_left(supervisor, evaluation, last_step):
+        if not rollout_only and _has_nothing_left(supervisor, evaluation, last_step):
             return
         tokenizer = open_run_tokenizer(supervisor)
         _check_recipe(recipe)
-        begin_phase("reading the prompts")
-        prompts = _open_prompts(recipe, supervisor, tokenizer)
-        model_config = planned_config(supervisor.model)
-        limit = ("rl.max_response_tokens", rl.max_response_tokens)
-        check_positions(model_config, *limit, prompts.longest_prompt_tokens)
-        evaluation.check_positions(model_config, tokenizer)
+        keys = sampling_keys(recipe, tokenizer.fingerprint())
+        kept = last_kept(supervisor.dir, keys, supervisor.ranks) if rollout_only else None
+        prompts = _open_prompts(recipe, supervisor, tokenizer, kept)
+        evaluation.check_positions(planned_config(supervisor.model), tokenizer)
         trainer = make_trainer(supervisor, tokenizer.vocab_size)
         update = open_policy_update(recipe, trainer)
         finished = supervisor.start(trainer, last_step)
@@ -68,26 +72,85 @@ def run_rl(loaded: Loaded[RlRecipe]) -> None:
         supervisor.begin_steps()
         journal = Journal(supervisor.dir, supervisor.ranks, supervisor.store.check_in_place)
         generator = GroupGenerator(engine, tokenizer, rl, seed, journal, supervisor.ranks)
-        dropped = {"too_long": prompts.num_too_long, "duplicates": prompts.num_duplicates}
-        for reason, count in dropped.items():
-            if count:
-                supervisor.log.event(finished, f"prompts_{reason}", f"{count} prompts dropped")
-        description = describe_model(trainer, supervisor, tokenizer)
-        with RolloutPipeline(
-            recipe, prompts, generator, journal, engine, digest, supervisor
-        ) as pipeline:
+        _log_dropped(supervisor, prompts, finished)
+        words = (recipe, prompts, generator, journal, engine, digest, supervisor)
+        if kept is not None:
+            with RolloutPipeline(*words, fixed_state=kept.state) as pipeline:
+                sample_steps(supervisor, tokenizer, pipeline, kept.step)
+            return
+
+        def evaluate(step: int) -> None:
+            pipeline.sync_weights(step)
+            evaluation.run(engine, tokenizer, step, supervisor)
+
+        with RolloutPipeline(*words) as pipeline:
             if evaluation.is_due(finished) and not _is_evaluated(supervisor, finished):
-                pipeline.sync_weights(finished)
-                evaluation.run(engine, tokenizer, finished, supervisor)
-            for step in range(finished + 1, last_step + 1):
-                supervisor.heartbeat(f"step {step}")
-                metrics, result, rollouts = _one_step(recipe, supervisor, pipeline, update, step)
-                supervisor.log.write_samples(_readable_samples(rollouts, step))
-                state = description | pipeline.state
-                supervisor.finish_step(step, step == last_step, result, metrics, state)
+                evaluate(finished)
+            for step in train_steps(supervisor, tokenizer, pipeline, update, finished):
                 if evaluation.is_due(step):
-                    pipeline.sync_weights(step)
-                    evaluation.run(engine, tokenizer, step, supervisor)
+                    evaluate(step)
+
+
+def train_steps(
+    supervisor: Supervisor,
+    tokenizer: ChatTokenizer,
+    pipeline: RolloutPipeline | KeptRollouts,
+    update: PolicyUpdate,
+    finished: int,
+) -> Iterator[int]:
+    """Train on the rollouts of the steps after `finished`; yields each step once it is finished."""
+    recipe = update.recipe
+    last_step = last_step_of(recipe, recipe.schedule)
+    keys = sampling_keys(recipe, tokenizer.fingerprint())
+    description = describe_model(update.trainer, supervisor, tokenizer)
+    for step in range(finished + 1, last_step + 1):
+        supervisor.heartbeat(f"step {step}")
+        metrics, result, rollouts = _one_step(recipe, pipeline, update, step)
+        supervisor.log.write_samples(_readable_samples(rollouts, step))
+        if recipe.rl.keep_rollouts and supervisor.ranks.is_rank0:
+            write_kept(supervisor.dir, step, rollouts, keys, update.kept_logprobs)
+        state = description | pipeline.state
+        supervisor.finish_step(step, step == last_step, result, metrics, state)
+        yield step
+
+
+def run_train_only(loaded: Loaded[RlRecipe], run_dir: str) -> None:
+    """Train on the rollouts that the run in `run_dir` has kept, without an engine."""
+    recipe = loaded.recipe
+    last_step = last_step_of(recipe, recipe.schedule)
+    with Supervisor(loaded, "rl") as supervisor:
+        if supervisor.is_finished(last_step):
+            return
+        tokenizer = open_run_tokenizer(supervisor)
+        find_objective(recipe.rl.loss)
+        keys = sampling_keys(recipe, tokenizer.fingerprint())
+        kept = KeptRollouts(run_dir, keys, supervisor.ranks)
+        kept.require(supervisor.saved_step + 1, last_step)
+        trainer = make_trainer(supervisor, tokenizer.vocab_size)
+        update = open_policy_update(recipe, trainer)
+        finished = supervisor.start(trainer, last_step)
+        supervisor.begin_steps()
+        deque(train_steps(supervisor, tokenizer, kept, update, finished), maxlen=0)
+
+
+def sample_steps(
+    supervisor: Supervisor, tokenizer: ChatTokenizer, pipeline: RolloutPipeline, finished: int
+) -> None:
+    """Sample and keep the rollouts of the steps after `finished`."""
+    recipe = supervisor.recipe
+    assert isinstance(recipe, RlRecipe)
+    last_step = last_step_of(recipe, recipe.schedule)
+    keys = sampling_keys(recipe, tokenizer.fingerprint())
+    for step in range(finished + 1, last_step + 1):
+        supervisor.heartbeat(f"step {step}")
+        start = time.monotonic()
+        rollouts = pipeline.next_rollouts(step)
+        metrics = rollout_metrics(rollouts, step, time.monotonic() - start)
+        if supervisor.ranks.is_rank0:
+            write_kept(supervisor.dir, step, rollouts, keys, {})
+        words = f"reward {metrics['reward']:.3f}, {metrics['groups_sampled']} groups"
+        supervisor.log.message(f"step {step}: {words} are kept")
+    supervisor.log.message(f"the rollouts of {last_step} steps are in {supervisor.dir}")
 
 
 def _check_recipe(recipe: RlRecipe) -> None:
@@ -102,15 +165,29 @@ def _check_recipe(recipe: RlRecipe) -> None:
 
 
 def _open_prompts(
-    recipe: RlRecipe, supervisor: Supervisor, tokenizer: ChatTokenizer
+    recipe: RlRecipe, supervisor: Supervisor, tokenizer: ChatTokenizer, kept: LastKept | None
 ) -> PromptStream:
-    """The prompts from where the run that is resumed had drawn them. Raises DataError."""
+    """The prompts from where the run that is resumed had drawn them.
+
+    Raises DataError, and ConfigError if they and their responses exceed the model's positions.
+    """
+    begin_phase("reading the prompts")
     quarantine = supervisor.dir / "quarantine.jsonl" if supervisor.ranks.is_rank0 else None
     data, rl = recipe.data, recipe.rl
     rows = load_prompts(data, quarantine, tokenizer, labels_of(rl)) if data.sources else []
-    state = _saved_prompts(supervisor.checkpoint)
+    state = kept.state if kept else _saved_prompts(supervisor.checkpoint)
     weights = [source.weight for source in data.sources]
-    return PromptStream(rows, tokenizer, rl, recipe.run.seed, state, weights, data.system_prompt)
+    prompts = PromptStream(rows, tokenizer, rl, recipe.run.seed, state, weights, data.system_prompt)
+    limit = ("rl.max_response_tokens", rl.max_response_tokens)
+    check_positions(planned_config(supervisor.model), *limit, prompts.longest_prompt_tokens)
+    return prompts
+
+
+def _log_dropped(supervisor: Supervisor, prompts: PromptStream, finished: int) -> None:
+    dropped = {"too_long": prompts.num_too_long, "duplicates": prompts.num_duplicates}
+    for reason, count in dropped.items():
+        if count:
+            supervisor.log.event(finished, f"prompts_{reason}", f"{count} prompts dropped")
 
 
 def _saved_prompts(checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -142,8 +219,7 @@ def _is_evaluated(supervisor: Supervisor, step: int) -> bool:
 
 def _one_step(
     recipe: RlRecipe,
-    supervisor: Supervisor,
-    pipeline: RolloutPipeline,
+    pipeline: RolloutPipeline | KeptRollouts,
     update: PolicyUpdate,
     step: int,
 ) -> tuple[dict[str, Any], StepResult, Rollouts]:

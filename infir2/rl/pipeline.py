@@ -57,18 +57,20 @@ class RolloutPipeline:
         engine: RolloutEngine,
         weights_digest: str,
         supervisor: Supervisor,
+        fixed_state: dict[str, Any] | None = None,
     ) -> None:
-        """`weights_digest` is that of the weights that `engine` holds."""
+        """`weights_digest` is that of the weights that `engine` holds. If nothing is trained, so
+        that all steps are sampled with these, `fixed_state` is that of the last sampled step."""
         self.state: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self._publish_seconds = 0.0
         self._recipe, self._rl, self._prompts = recipe, recipe.rl, prompts
         self._generator, self._journal = generator, journal
         self._engine, self._digest = engine, weights_digest
-        self._supervisor = supervisor
+        self._supervisor, self._is_fixed = supervisor, fixed_state is not None
         self._last_step = last_step_of(supervisor.recipe, supervisor.recipe.schedule)
         self._carried: list[RunningGroup] = []
-        self._resume(supervisor.checkpoint)
+        self._resume(supervisor.checkpoint, fixed_state)
         # Sampling ahead: in a thread of rank 0, which exchanges nothing with other ranks.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-rollouts")
         self._canceled = threading.Event()
@@ -77,12 +79,14 @@ class RolloutPipeline:
         self._futures: deque[Future[Rollouts]] = deque()  # theirs, on rank 0 only
         self._collected: deque[Rollouts] = deque()  # on every rank
 
-    def _resume(self, checkpoint: Checkpoint | None) -> None:
+    def _resume(self, checkpoint: Checkpoint | None, fixed_state: dict[str, Any] | None) -> None:
         """Learn which weights had sampled the next steps, and which groups they continue."""
         self._earlier_digests, self._carried_names = [
             checkpoint.value(name, list) if checkpoint and name in checkpoint.state else []
             for name in ("ahead", "carried")
         ]
+        if fixed_state is not None:
+            self._earlier_digests, self._carried_names = [], fixed_state.get("carried", [])
         self._earlier_until = self._end_of_block(checkpoint.step if checkpoint else 0)
 
     def _end_of_block(self, step: int) -> int:
@@ -99,13 +103,14 @@ class RolloutPipeline:
         was_ahead = bool(self._collected)
         rollouts = self._collected.popleft() if was_ahead else self._sample(step)
         is_ahead = self._num_ahead > 0 or bool(self._collected)
-        if self._rl.max_off_policy_steps and step < self._last_step and not is_ahead:
+        samples_ahead = self._rl.max_off_policy_steps and not self._is_fixed
+        if samples_ahead and step < self._last_step and not is_ahead:
             self.sync_weights(step - 1)
             self._start_ahead(step + 1)
             is_ahead = True
         self.state = rollouts.state | ({"ahead": self._ahead_digests} if is_ahead else {})
         self._split(time.monotonic() - start, was_ahead)
-        if isinstance(self._engine, CanSleep):
+        if isinstance(self._engine, CanSleep) and not self._is_fixed:
             self._engine.sleep()
         return rollouts
 
@@ -116,7 +121,7 @@ class RolloutPipeline:
         """
         while self._num_ahead:
             self._collect_ahead()
-        if self._engine.policy_version != policy_version:
+        if self._engine.policy_version != policy_version and not self._is_fixed:
             start = time.monotonic()
             parallel_model = self._supervisor.trainer.parallel_model
             self._digest = publish(parallel_model, self._engine, policy_version, self._recipe)
@@ -142,7 +147,8 @@ class RolloutPipeline:
 
     def _sample(self, step: int) -> Rollouts:
         self.sync_weights(step - 1)
-        self._journal.open(step, step, self._supervisor.saved_step)
+        saved_step = step - 1 if self._is_fixed else self._supervisor.saved_step
+        self._journal.open(step, step, saved_step)
         self._find_carried()
         return self._collect(step, self._digests(step), self._supervisor.all_gather_results)
 

@@ -1,8 +1,9 @@
 """The update of the policy from one step's groups: pack, score with the trainer, compare, step."""
 
+import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -25,6 +26,8 @@ class PolicyUpdate:
     trainer: Trainer
     loss: PolicyLoss
     reference: ReferencePolicy | None  # for a KL term
+    # Of the last step, on every rank, if rl.keep_rollouts: see kept_rollouts.py
+    kept_logprobs: dict[bytes, list[float]] = field(default_factory=dict)
 
     def __call__(self, groups: Sequence[Group], rate: float) -> tuple[StepResult, dict[str, float]]:
         """One optimizer step per mini-batch of groups and pass over them.
@@ -44,13 +47,18 @@ class PolicyUpdate:
         if not mini_batches:
             return combine([]), {}
         ranks = self.trainer.parallel_model.layout.ranks
-        mismatch = mismatch_metrics([b for batches in mini_batches for b in batches], ranks)
+        batches = [batch for mini_batch in mini_batches for batch in mini_batch]
+        mismatch = mismatch_metrics(batches, ranks)
+        if rl.keep_rollouts:
+            self.kept_logprobs.clear()
+            for part in ranks.all_gather(_logprobs_of_sequences(batches)):
+                self.kept_logprobs.update(part)
         scored = time.monotonic()
         check_mismatch(mismatch, rl, self.recipe.rollout.exact)
         results = [
-            self.trainer.step(batches, self.loss, rate, temperature=rl.temperature)
+            self.trainer.step(mini_batch, self.loss, rate, temperature=rl.temperature)
             for _ in range(rl.passes)
-            for batches in mini_batches
+            for mini_batch in mini_batches
         ]
         seconds = {"logprobs_seconds": scored - start, "update_seconds": time.monotonic() - scored}
         return combine(results), mismatch | seconds
@@ -64,6 +72,17 @@ class PolicyUpdate:
             batch = add_importance(add_trainer_logprobs(self.trainer, batch, rl.temperature), rl)
             batches.append(self.reference.add_logprobs(batch) if self.reference else batch)
         return batches
+
+
+def _logprobs_of_sequences(batches: Sequence[Batch]) -> dict[bytes, list[float]]:
+    """The trainer's log-probabilities of each trained token, by the bytes of the sequence's ids."""
+    found = {}
+    for batch in batches:
+        logprobs = batch.token_inputs["trainer_logprobs"]
+        for start, end in itertools.pairwise(batch.cu_seqlens.tolist()):
+            token_ids = batch.token_ids[start:end].to(torch.int32).cpu().numpy()
+            found[token_ids.tobytes()] = logprobs[start:end][batch.loss_mask[start:end]].tolist()
+    return found
 
 
 def open_policy_update(recipe: RlRecipe, trainer: Trainer) -> PolicyUpdate:

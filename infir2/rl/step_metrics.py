@@ -14,6 +14,8 @@ groups_sampled, groups_without_signal, groups_all_right, groups_all_wrong: of th
 groups_unfinished: groups that were not finished when enough had signal; they continue in the next
     step (rl.partial) or are dropped.
 prompts_resting, level_NAME: prompts that rest after the step, and each task's level.
+reward_source_N, response_tokens_source_N: means over the prompts of data.sources.N, if there are
+    several.
 staleness: versions between the weights that sampled the oldest token and the newest.
 """
 
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from infir2.rl.dynamic_sampling import Rollouts
-from infir2.rl.groups import Response
+from infir2.rl.groups import Group, Response
 
 JUDGED = ("ok", "wrong", "no_answer")
 
@@ -51,12 +53,29 @@ def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, 
         "groups_all_wrong": solved.count(0),
         "groups_unfinished": rollouts.num_unfinished,
         "staleness": step - 1 - min(versions),
+        **_source_metrics(groups),
     }
 
 
 def _prompt_metrics(state: dict[str, Any]) -> dict[str, float]:
     levels = {f"level_{name}": level for name, level in state.get("levels", {}).items()}
     return {"prompts_resting": sum(map(len, state.get("resting", {}).values()))} | levels
+
+
+def _source_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    by_source: dict[str, list[Response]] = {}
+    for group in groups:
+        source = group.prompt.id.partition("/")[0]
+        by_source.setdefault(source, []).extend(group.responses)
+    if len(by_source) < 2:
+        return {}
+    metrics: dict[str, float] = {}
+    for source, responses in sorted(by_source.items()):
+        rewards = [response.reward for response in responses if response.is_rated]
+        lengths = [len(response.completion.token_ids) for response in responses]
+        metrics[f"reward_source_{source}"] = sum(rewards) / max(1, len(rewards))
+        metrics[f"response_tokens_source_{source}"] = sum(lengths) / len(lengths)
+    return metrics
 
 
 def _reward_metrics(responses: Sequence[Response]) -> dict[str, float]:

@@ -1,0 +1,187 @@
+"""Whole rollouts on disk, to look at and to train on again.
+
+`rl.keep_rollouts` and `infir2 rl --rollout-only` write `kept_rollouts/step-N.jsonl`: a first line
+with the keys that the rollouts depend on and the number of groups, then a line per group: prompt,
+token ids, log-probabilities of engine and trainer, rewards. Each has the SHA-256 of its rest.
+`infir2 rl --train-only DIR` trains on them: the same recipe ends with the same bits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from infir2.config.schema import RlRecipe
+from infir2.data import Prompt
+from infir2.errors import ConfigError, DataError, disk_reason
+from infir2.files import (
+    encode_json_line,
+    make_own_directory,
+    read_json_lines,
+    write_atomically,
+)
+from infir2.parallel.ranks import Ranks
+from infir2.rl.dynamic_sampling import Rollouts
+from infir2.rl.groups import Group, Response
+from infir2.rl.journal import CHECKSUM, checksum, response_from_row
+from infir2.terminal import log
+
+DIRECTORY = "kept_rollouts"
+# Keys of [rl] that say what is made of a rollout; the others say how it is sampled and rewarded.
+OF_TRAINING = {
+    *("mini_batches", "passes", "loss", "loss_mean", "clip_low", "clip_high", "clip_dual"),
+    *("correction", "correction_level", "correction_cap", "correction_floor", "kl_coefficient"),
+    *("kl_estimator", "reference", "entropy_coefficient", "mask_truncated", "normalize_by_std"),
+    *("unbiased_std", "max_mismatch_kl", "max_mismatch_prob_error", "evaluate_every"),
+    "keep_rollouts",
+}
+# By the bytes of the token ids of prompt and response: the trainer's log-probabilities.
+TrainerLogprobs = Mapping[bytes, list[float]]
+
+
+def sampling_keys(recipe: RlRecipe, tokenizer_fingerprint: str) -> dict[str, Any]:
+    """What rollouts must have in common with the recipe that trains on them."""
+    rl = recipe.rl.model_dump(mode="json", exclude=OF_TRAINING)
+    keys = {f"rl.{name}": value for name, value in rl.items()}
+    return keys | {"the tokenizer": tokenizer_fingerprint}
+
+
+def write_kept(
+    run_dir: Path,
+    step: int,
+    rollouts: Rollouts,
+    keys: dict[str, Any],
+    logprobs: TrainerLogprobs,
+) -> None:
+    """Write the rollouts of a step. A disk that refuses stops no training."""
+    groups = [(True, each) for each in rollouts.trained]
+    groups += [(False, each) for each in rollouts.without_signal]
+    header = {"step": step, "groups": len(groups), "state": rollouts.state, "keys": keys}
+    header |= {"unfinished": rollouts.num_unfinished}
+    rows = [header, *(_row(group, is_trained, logprobs) for is_trained, group in groups)]
+    path = run_dir / DIRECTORY / f"step-{step}.jsonl"
+    lines = (encode_json_line({CHECKSUM: checksum(row)} | row) for row in rows)
+    try:
+        make_own_directory(path.parent)
+        write_atomically(path, b"".join(lines))
+    except OSError as error:
+        log(f"{path} cannot be written ({disk_reason(error)}); training goes on", "rl")
+
+
+def _row(group: Group, is_trained: bool, logprobs: TrainerLogprobs) -> dict[str, Any]:
+    responses = []
+    for response in group.responses:
+        tokens = [*group.prompt_token_ids, *response.completion.token_ids]
+        scored = logprobs.get(np.array(tokens, dtype=np.int32).tobytes(), [])
+        responses.append(asdict(response) | {"trainer_logprobs": scored})
+    return {
+        "name": group.name,
+        "trained": is_trained,
+        "prompt": asdict(group.prompt),
+        "prompt_token_ids": group.prompt_token_ids,
+        "responses": responses,
+    }
+
+
+class KeptRollouts:
+    """In the place of a `RolloutPipeline`: the rollouts that a run has kept.
+
+    Attributes:
+        state, seconds: as those of the pipeline.
+    """
+
+    def __init__(self, run_dir: str, keys: dict[str, Any], ranks: Ranks) -> None:
+        """Raises ConfigError for a directory without rollouts."""
+        self._dir, self._keys, self._ranks = Path(run_dir) / DIRECTORY, keys, ranks
+        if not self._dir.is_dir():
+            raise ConfigError(
+                f"--train-only: {run_dir} has no {DIRECTORY}: name the run.dir of a run with "
+                "rl.keep_rollouts = true, or of infir2 rl --rollout-only."
+            )
+        self.state: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+
+    def require(self, first: int, last: int) -> None:
+        """Raise DataError unless the rollouts of all these steps are there."""
+        for step in range(first, last + 1):
+            if not self._path(step).is_file():
+                raise DataError(
+                    f"--train-only: {self._path(step)} is missing, and the run has steps {first} "
+                    f"to {last}: set train.stop_after_step = {step - 1}, or name another directory."
+                )
+
+    def next_rollouts(self, step: int) -> Rollouts:
+        """The rollouts of a step. Every rank calls this. Raises DataError, ConfigError."""
+        rollouts = self._ranks.broadcast_from_rank0(lambda: self._read(step))
+        self.state = rollouts.state
+        return rollouts
+
+    def engine_metrics(self) -> dict[str, float]:
+        """There is no engine."""
+        return {}
+
+    def _path(self, step: int) -> Path:
+        return self._dir / f"step-{step}.jsonl"
+
+    def _read(self, step: int) -> Rollouts:
+        path = self._path(step)
+        try:
+            header, *rows = [_checked(row) for row in read_json_lines(path)]
+            groups = [(bool(row["trained"]), _group(row)) for row in rows]
+            if (step, len(groups)) != (header["step"], header["groups"]):
+                raise ValueError
+            keys, state, unfinished = header["keys"], header["state"], header["unfinished"]
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({disk_reason(error)})") from error
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{path} is damaged or not complete: copy it again from the run that wrote it."
+            ) from error
+        self._compare(path, keys)
+        return Rollouts(
+            [group for is_trained, group in groups if is_trained],
+            [group for is_trained, group in groups if not is_trained],
+            unfinished,
+            state,
+        )
+
+    def _compare(self, path: Path, keys: dict[str, Any]) -> None:
+        for name in self._keys | keys:
+            ours, theirs = self._keys.get(name), keys.get(name)
+            if ours != theirs:
+                raise ConfigError(
+                    f"--train-only: {path} was sampled with {name} = {theirs!r}, and the recipe "
+                    f"has {ours!r}; name rollouts of this recipe, or restore the value."
+                )
+
+
+class LastKept(NamedTuple):
+    """The last step from 1 on whose rollouts are kept, and where the next one begins."""
+
+    step: int
+    state: dict[str, Any]
+
+
+def last_kept(run_dir: Path, keys: dict[str, Any], ranks: Ranks) -> LastKept:
+    """What an earlier --rollout-only has kept in `run_dir`. Raises as `KeptRollouts`."""
+    step = 0
+    while (run_dir / DIRECTORY / f"step-{step + 1}.jsonl").is_file():
+        step += 1
+    state = KeptRollouts(str(run_dir), keys, ranks).next_rollouts(step).state if step else {}
+    return LastKept(step, state)
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    if row.pop(CHECKSUM) != checksum(row):
+        raise ValueError
+    return row
+
+
+def _group(row: dict[str, Any]) -> Group:
+    responses: list[Response] = []
+    for each in row["responses"]:
+        each.pop("trainer_logprobs")
+        responses.append(response_from_row(each))
+    return Group(row["name"], Prompt(**row["prompt"]), row["prompt_token_ids"], responses)

@@ -1,0 +1,138 @@
+"""Rollouts that are kept, and trained on again: the same weights, or one sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from stages import assert_same_state, curve, guessing, lines, make_guessing_start, options, run
+
+from infir2.cli import main
+
+STEPS = 3
+VALUES = {
+    "schedule__total_steps": STEPS,
+    "rl__mini_batches": 1,
+    "rl__evaluate_every": 0,
+    "rl__max_response_tokens": 24,
+    "rl__chunk_tokens": 10,
+    "rl__partial": "true",
+    "rl__over_sample_prompts": 9,
+}
+NAMES = ("loss", "reward", "gradient_norm", "response_tokens", "groups_sampled", "mismatch_max")
+
+
+@pytest.fixture(scope="module")
+def start(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_guessing_start(world, tmp_path_factory.mktemp("start"))
+
+
+def words(world: Path, start: Path, run_dir: Path, **values: object) -> list[str]:
+    return options(world, run_dir, "rl1", **(VALUES | guessing(start) | values))
+
+
+@pytest.fixture(scope="module")
+def kept(world: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("kept") / "run"
+    run(words(world, start, directory, rl__keep_rollouts="true"))
+    return directory
+
+
+def test_training_on_kept_rollouts_repeats_the_run_bit_for_bit(
+    world: Path, start: Path, kept: Path, tmp_path: Path
+) -> None:
+    run([*words(world, start, tmp_path / "b"), f"--train-only={kept}"])
+    assert curve(tmp_path / "b", *NAMES) == curve(kept, *NAMES)
+    assert_same_state(tmp_path / "b", kept)
+    assert not (tmp_path / "b" / "rollouts").exists(), "nothing is sampled"
+
+
+def test_kept_rollouts_have_the_log_probabilities_of_both(kept: Path) -> None:
+    for step in range(1, STEPS + 1):
+        path = kept / "kept_rollouts" / f"step-{step}.jsonl"
+        header, *groups = [json.loads(line) for line in path.read_text().splitlines()]
+        assert header["groups"] == len(groups)
+        differences = []
+        for group in groups:
+            for response in group["responses"]:
+                trainer = response["trainer_logprobs"]
+                rollout = response["completion"]["rollout_logprobs"]
+                assert len(trainer) == (len(rollout) if group["trained"] else 0)
+                differences += [abs(a - b) for a, b in zip(trainer, rollout, strict=False)]
+        logged = lines(kept, "train")[step - 1]["mismatch_max"]
+        assert max(differences) == pytest.approx(logged, abs=1e-6)
+
+
+def test_rollouts_without_training_then_training(world: Path, start: Path, tmp_path: Path) -> None:
+    """The first step is that of an ordinary run; the others come from the same weights."""
+    sampled = words(world, start, tmp_path / "a")
+    run([*sampled, "--train.stop_after_step=1", "--rollout-only"])
+    first = tmp_path / "a" / "kept_rollouts" / "step-1.jsonl"
+    before = first.stat().st_mtime_ns
+    run([*sampled, "--rollout-only"])
+    assert not list((tmp_path / "a").glob("checkpoints/step-*"))
+    assert sorted(path.name[5] for path in first.parent.iterdir()) == ["1", "2", "3"]
+    assert first.stat().st_mtime_ns == before, "what is kept is not sampled again"
+    versions = {
+        response["completion"]["policy_version"]
+        for path in (tmp_path / "a" / "kept_rollouts").iterdir()
+        for line in path.read_text().splitlines()[1:]
+        for response in json.loads(line)["responses"]
+    }
+    assert versions == {0}
+    lenient = {"rl__max_mismatch_kl": 1e9, "rl__max_mismatch_prob_error": 1e9}
+    run([*words(world, start, tmp_path / "b", **lenient), "--train-only", str(tmp_path / "a")])
+    run(words(world, start, tmp_path / "c", schedule__total_steps=1))
+    assert curve(tmp_path / "b", *NAMES)[:1] == curve(tmp_path / "c", *NAMES)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_a_line(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def change_a_reward(path: Path) -> None:
+    path.write_text(path.read_text().replace('"reward": 1.0', '"reward": 9.0', 1))
+
+
+@pytest.mark.parametrize(
+    ("harm", "option", "code", "sentence"),
+    [
+        (cut, "", 4, "step-2.jsonl is damaged or not complete"),
+        (lose_a_line, "", 4, "step-2.jsonl is damaged or not complete"),
+        (change_a_reward, "", 4, "step-2.jsonl is damaged or not complete"),
+        (Path.unlink, "", 4, "set train.stop_after_step = 1"),
+        (None, "--rl.temperature=0.9", 2, "was sampled with rl.temperature = 1.0"),
+        (None, "--rl.group_size=5", 2, "was sampled with rl.group_size = 4"),
+        (None, "--rollout-only", 2, "exclude each other"),
+    ],
+)
+def test_rollouts_of_another_recipe_or_cut_short_are_refused(
+    world: Path,
+    start: Path,
+    kept: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    harm: object,
+    option: str,
+    code: int,
+    sentence: str,
+) -> None:
+    shutil.copytree(kept / "kept_rollouts", tmp_path / "a" / "kept_rollouts")
+    if callable(harm):
+        harm(tmp_path / "a" / "kept_rollouts" / "step-2.jsonl")
+    arguments = [*words(world, start, tmp_path / "b"), f"--train-only={tmp_path / 'a'}"]
+    assert main([*arguments, *filter(None, [option])]) == code
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+
+
+def test_a_directory_without_rollouts_is_named(
+    world: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words(world, start, tmp_path / "b"), f"--train-only={tmp_path}"]) == 2
+    assert "has no kept_rollouts" in capsys.readouterr().err
