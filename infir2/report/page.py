@@ -23,6 +23,7 @@ from infir2.evaluate.statistics import Evaluation
 from infir2.files import write_atomically
 from infir2.report.appendix import commands_html, environment_html, recipe_html, samples_html
 from infir2.report.curves import final_difference, precision_section, run_charts, twins
+from infir2.report.groups import PAGE_BYTES, groups_html
 from infir2.report.read import Run, read_runs
 from infir2.report.stages import CHANGE, HEADINGS, StageRow, accuracy_text, stage_rows
 from infir2.report.text import compact, counted, duration, html_table, percent
@@ -57,12 +58,14 @@ def render(runs: Sequence[Run]) -> str:
             precision_section(run, pairs[run.name], points) for run in leaders if run.name in pairs
         ),
         "Runs": "".join(_run(run, pairs.get(run.name), points) for run in leaders),
+        "Groups of responses": "".join(groups_html(run, PAGE_BYTES // len(runs)) for run in runs),
         "Sample responses": "".join(map(samples_html, runs)),
         "Configuration": "".join(map(recipe_html, runs)),
         "Environment": environment_html(runs),
         "How to reproduce": commands_html(runs),
     }
-    missing = ", ".join(name for name, html in sections.items() if not html)
+    optional = {"Groups of responses"}  # of RL, and only if it keeps them
+    missing = ", ".join(n for n, html in sections.items() if not html and n not in optional)
     notes = ([f"Nothing recorded for: {missing}."] if missing else []) + [
         f"{run.name}: {note}." for run in runs for note in run.notes
     ]
@@ -73,10 +76,11 @@ def render(runs: Sequence[Run]) -> str:
     body = "".join(
         f'<section id="{anchor}"><h2>{name}</h2>{html}</section>' for anchor, name, html in shown
     )
-    style, script = (
+    style, *scripts = (
         resources.files("infir2.report").joinpath(name).read_text(encoding="utf-8")
-        for name in ("style.css", "hover.js")
+        for name in ("style.css", "hover.js", "groups.js")
     )
+    script = "\n".join(scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "

@@ -15,6 +15,7 @@ import numpy as np
 
 from infir2.config.schema import RlRecipe
 from infir2.data import Prompt
+from infir2.engines.response_text import Decode, ResponseText
 from infir2.errors import ConfigError, DataError, disk_reason
 from infir2.files import (
     encode_json_line,
@@ -29,6 +30,7 @@ from infir2.rl.journal import CHECKSUM, checksum, response_from_row
 from infir2.terminal import log
 
 DIRECTORY = "kept_rollouts"
+SHOWN_TRAINED, SHOWN_OTHERS, SHOWN_TOKENS = 3, 2, 600  # groups of a step, tokens of a response
 # Keys of [rl] that say what is made of a rollout; the others say how it is sampled and rewarded.
 OF_TRAINING = {
     *("mini_batches", "passes", "loss", "loss_mean", "clip_low", "clip_high", "clip_dual"),
@@ -54,8 +56,12 @@ def write_kept(
     rollouts: Rollouts,
     keys: dict[str, Any],
     logprobs: TrainerLogprobs,
+    decode: Decode,
 ) -> None:
-    """Write the rollouts of a step. A disk that refuses stops no training."""
+    """Write the rollouts of a step, and `shown-N.jsonl` with some groups for the report.
+
+    A disk that refuses stops no training.
+    """
     groups = [(True, each) for each in rollouts.trained]
     groups += [(False, each) for each in rollouts.without_signal]
     header = {"step": step, "groups": len(groups), "state": rollouts.state, "keys": keys}
@@ -63,9 +69,13 @@ def write_kept(
     rows = [header, *(_row(group, is_trained, logprobs) for is_trained, group in groups)]
     path = run_dir / DIRECTORY / f"step-{step}.jsonl"
     lines = (encode_json_line({CHECKSUM: checksum(row)} | row) for row in rows)
+    trained, flat = [row for row in rows[1:] if row["trained"]], rows[1 + len(rollouts.trained) :]
+    shown = [_shown(row, decode) for row in [*trained[:SHOWN_TRAINED], *flat[:SHOWN_OTHERS]]]
     try:
         make_own_directory(path.parent)
         write_atomically(path, b"".join(lines))
+        shown_path = path.with_name(f"shown-{step}.jsonl")
+        write_atomically(shown_path, b"".join(map(encode_json_line, shown)))
     except OSError as error:
         log(f"{path} cannot be written ({disk_reason(error)}); training goes on", "rl")
 
@@ -83,6 +93,28 @@ def _row(group: Group, is_trained: bool, logprobs: TrainerLogprobs) -> dict[str,
         "prompt_token_ids": group.prompt_token_ids,
         "responses": responses,
     }
+
+
+def _shown(row: dict[str, Any], decode: Decode) -> dict[str, Any]:
+    """A group as the report shows it: the beginning of each response, token by token."""
+    responses = []
+    for response in row["responses"]:
+        completion, trainer = response["completion"], response["trainer_logprobs"]
+        token_ids, text = completion["token_ids"], ResponseText(decode)
+        pairs = zip(trainer[:SHOWN_TOKENS], completion["rollout_logprobs"], strict=False)
+        pieces = [text.add(token) for token in token_ids[:SHOWN_TOKENS]]
+        pieces[-1] += text.finish()
+        shown = {name: response[name] for name in ("reason", "reward", "parts")}
+        shown |= {
+            "pieces": pieces,
+            "differences": [float(a) - float(b) for a, b in pairs],
+            "num_tokens": len(token_ids),
+            "truncated": completion["finish"] == "length",
+            "versions": len(completion["earlier"]) + 1,
+        }
+        responses.append(shown)
+    prompt = {name: row["prompt"][name] for name in ("messages", "answer")}
+    return {"trained": row["trained"], "prompt": prompt, "responses": responses}
 
 
 class KeptRollouts:

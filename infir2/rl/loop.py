@@ -108,7 +108,8 @@ def train_steps(
         metrics, result, rollouts = _one_step(recipe, pipeline, update, step)
         supervisor.log.write_samples(_readable_samples(rollouts, step))
         if recipe.rl.keep_rollouts and supervisor.ranks.is_rank0:
-            write_kept(supervisor.dir, step, rollouts, keys, update.kept_logprobs)
+            logprobs = update.kept_logprobs
+            write_kept(supervisor.dir, step, rollouts, keys, logprobs, tokenizer.decode)
         state = description | pipeline.state
         supervisor.finish_step(step, step == last_step, result, metrics, state)
         yield step
@@ -147,7 +148,7 @@ def sample_steps(
         rollouts = pipeline.next_rollouts(step)
         metrics = rollout_metrics(rollouts, step, time.monotonic() - start)
         if supervisor.ranks.is_rank0:
-            write_kept(supervisor.dir, step, rollouts, keys, {})
+            write_kept(supervisor.dir, step, rollouts, keys, {}, tokenizer.decode)
         words = f"reward {metrics['reward']:.3f}, {metrics['groups_sampled']} groups"
         supervisor.log.message(f"step {step}: {words} are kept")
     supervisor.log.message(f"the rollouts of {last_step} steps are in {supervisor.dir}")

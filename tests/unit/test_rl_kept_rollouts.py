@@ -8,6 +8,9 @@ import pytest
 from stages import assert_same_state, curve, guessing, lines, make_guessing_start, options, run
 
 from infir2.cli import main
+from infir2.report.groups import groups_html
+from infir2.report.page import write_report
+from infir2.report.read import read_runs
 
 STEPS = 3
 VALUES = {
@@ -71,11 +74,11 @@ def test_rollouts_without_training_then_training(world: Path, start: Path, tmp_p
     before = first.stat().st_mtime_ns
     run([*sampled, "--rollout-only"])
     assert not list((tmp_path / "a").glob("checkpoints/step-*"))
-    assert sorted(path.name[5] for path in first.parent.iterdir()) == ["1", "2", "3"]
+    assert sorted(path.name[5] for path in first.parent.glob("step-*")) == ["1", "2", "3"]
     assert first.stat().st_mtime_ns == before, "what is kept is not sampled again"
     versions = {
         response["completion"]["policy_version"]
-        for path in (tmp_path / "a" / "kept_rollouts").iterdir()
+        for path in (tmp_path / "a" / "kept_rollouts").glob("step-*")
         for line in path.read_text().splitlines()[1:]
         for response in json.loads(line)["responses"]
     }
@@ -84,6 +87,32 @@ def test_rollouts_without_training_then_training(world: Path, start: Path, tmp_p
     run([*words(world, start, tmp_path / "b", **lenient), "--train-only", str(tmp_path / "a")])
     run(words(world, start, tmp_path / "c", schedule__total_steps=1))
     assert curve(tmp_path / "b", *NAMES)[:1] == curve(tmp_path / "c", *NAMES)
+
+
+def test_the_report_shows_groups_and_survives_damaged_ones(kept: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(kept, run_dir, ignore=shutil.ignore_patterns("checkpoints", "rollouts"))
+    shown = run_dir / "kept_rollouts" / f"shown-{STEPS}.jsonl"
+    first, *others = shown.read_text().splitlines()
+    row = json.loads(first)
+    row["prompt"]["messages"][-1]["content"] = "<script>alert(1)</script>"
+    row["responses"][0] |= {"pieces": ["a", "<b>", "c"], "differences": [0.0, -0.7, 0.2]}
+    row["responses"][0]["parts"] = {"math": 1.0, "overlong": -0.25}
+    damaged = ['{"trained": true}', "[7]", "nonsense", json.dumps(row | {"responses": 3})]
+    shown.write_text("\n".join([json.dumps(row), *damaged, *others]) + "\n")
+    page = write_report([run_dir], tmp_path / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    colored = 'a<i class="d3" title="0.7">&lt;b&gt;</i><i class="d2" title="0.2">c</i>'
+    assert colored in page
+    assert '<span class="badge">overlong −0.25</span>' in page
+    num_shown = sum(
+        len(path.read_text().splitlines()) for path in shown.parent.glob("shown-*.jsonl")
+    )
+    assert page.count('<details class="sample group"') == num_shown - len(damaged)
+    assert page.count('class="sample"><summary><span class="badge') >= num_shown
+    (small,) = [groups_html(run, 3000) for run in read_runs([run_dir])]
+    assert 0 < len(small) < 6000
 
 
 def cut(path: Path) -> None:
