@@ -76,11 +76,7 @@ def render(runs: Sequence[Run]) -> str:
     body = "".join(
         f'<section id="{anchor}"><h2>{name}</h2>{html}</section>' for anchor, name, html in shown
     )
-    style, *scripts = (
-        resources.files("infir2.report").joinpath(name).read_text(encoding="utf-8")
-        for name in ("style.css", "hover.js", "groups.js")
-    )
-    script = "\n".join(scripts)
+    style, script = _asset("style.css"), _asset("hover.js") + "\n" + _asset("groups.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
@@ -97,6 +93,10 @@ def render(runs: Sequence[Run]) -> str:
         f'<nav aria-label="Sections">{nav}</nav></header><main>{body}</main>{_footer(notes)}'
         f"<script>{script}</script></body></html>\n"
     )
+
+
+def _asset(name: str) -> str:
+    return resources.files("infir2.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def parameter_count(config: Mapping[str, Any]) -> int:
