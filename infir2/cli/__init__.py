@@ -195,6 +195,7 @@ def _verb_advice(name: str, rest: list[str]) -> str:
         verb = next((word for word in rest if word in VERBS), "cpt")
         return f"the verb comes first: infir2 {verb} {name}"
     words = {"train": "train", "finetune": "sft", "evaluate": "eval", "convert": "export"}
+    words |= {"inspect": "data inspect", "estimate": "plan", "benchmark": "bench"}
     near = difflib.get_close_matches(name, [*VERBS, *words], 1)
     if near and words.get(near[0], near[0]) == "train":
         return "training is infir2 cpt, sft or rl, followed by a recipe."

@@ -58,10 +58,12 @@ class Parser(argparse.ArgumentParser):
     """
 
     describes = False
+    _given: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if Parser.describes:
             raise DescribedError(self)
+        self._given = [str(word) for word in args or ()]
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -70,6 +72,8 @@ class Parser(argparse.ArgumentParser):
     def _advice(self, message: str) -> str:
         """The known word that resembles the wrong one in argparse's message, if there is one."""
         wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: ([^ =]*)", message)
+        if "are required: " in message:
+            return self._misspelt()
         if not wrong:
             return ""
         options = [name for action in self._actions for name in action.option_strings]
@@ -77,6 +81,15 @@ class Parser(argparse.ArgumentParser):
         word = wrong[1] or wrong[2]
         near = difflib.get_close_matches(word.lower(), choices if wrong[1] else options, 1)
         return f"did you mean {near[0]}? " if near else ""
+
+    def _misspelt(self) -> str:
+        """What may be meant by an option that was given where a required one is missing."""
+        options = [name for action in self._actions for name in action.option_strings]
+        for word in (word.partition("=")[0] for word in self._given if word.startswith("--")):
+            near = difflib.get_close_matches(word, options, 1)
+            if word not in options and near:
+                return f"{word} is not an option, did you mean {near[0]}? "
+        return ""
 
 
 def split_recipe_arguments(

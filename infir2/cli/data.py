@@ -8,6 +8,7 @@ from infir2 import __version__
 from infir2.cli.arguments import Parser
 from infir2.cli.demo import SEED
 from infir2.cli.outputs import write_once
+from infir2.errors import ConfigError, DataError
 from infir2.terminal import print_json, print_marked, print_result
 
 KINDS = ("documents", "messages", "prompts")
@@ -77,6 +78,13 @@ def _inspect(options: argparse.Namespace) -> None:
     from infir2.starter.inspection import inspect_sources
     from infir2.starter.words import as_json, contamination, describe, shown
 
+    if not (options.tokenizer / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"--tokenizer {options.tokenizer}: not a directory with a tokenizer.json; name the "
+            "model's directory."
+        )
+    if options.problems and not options.problems.exists():
+        raise DataError(f"--problems {options.problems} does not exist; name test questions.")
     tokenizer = load_tokenizer(options.tokenizer)
     found = inspect_sources(options.sources, tokenizer, options.kind, max(0, options.rows))
     overlap = find_contamination(options.sources, options.problems) if options.problems else None

@@ -1,8 +1,10 @@
 """Verb check: a recipe's preflight."""
 
+import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from infir2.cli.arguments import (
     RECIPE_CLASSES,
@@ -15,7 +17,7 @@ from infir2.cli.arguments import (
 from infir2.config import load
 from infir2.config.load import sections_in
 from infir2.config.schema import RlRecipe, TrainRecipe
-from infir2.errors import CheckFailedError
+from infir2.errors import CheckFailedError, ConfigError
 from infir2.preflight.checks import Preflight
 from infir2.preflight.finding import Finding
 from infir2.terminal import print_json, print_result
@@ -61,6 +63,10 @@ def _split_verb(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     """
     if arguments and arguments[0] in RECIPE_CLASSES:
         return arguments[0], arguments[1:]
+    if arguments and not arguments[0].startswith("-") and not Path(arguments[0]).suffix:
+        near = difflib.get_close_matches(arguments[0], RECIPE_CLASSES, 1)
+        if near and not Path(arguments[0]).exists():
+            raise ConfigError(f"{arguments[0]} is not a verb of check; did you mean {near[0]}?")
     paths, options = split_recipe_arguments(arguments, "check")
     sections = sections_in(paths)
     if "rl" in sections:

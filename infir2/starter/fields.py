@@ -1,11 +1,13 @@
 """What kind of rows a source has, and under which names, found from its first usable row."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from infir2.config.schema import SourceSection
+from infir2.data.indexed import is_indexed
 from infir2.data.messages import decode_messages
 from infir2.data.rows import RowKind
 from infir2.data.sources import Source
@@ -32,6 +34,7 @@ def detect(path: Path, kind: RowKind | None = None) -> tuple[RowKind, SourceSect
     Raises:
         DataError: the source cannot be read, or its rows are none of the kind.
     """
+    _require(path)
     row = _first_row(Source(path))
     for candidate in (kind,) if kind else ("messages", "prompts", "documents"):
         assert candidate is not None
@@ -48,6 +51,19 @@ def detect(path: Path, kind: RowKind | None = None) -> tuple[RowKind, SourceSect
         f"{path}: its rows have the fields {', '.join(sorted(row))}, and none of those of {kinds}; "
         "rename a field, or name it in the recipe with the source's ..._field keys."
     )
+
+
+def _require(path: Path) -> None:
+    """Raise DataError for a path that does not exist."""
+    if path.exists() or is_indexed(path):
+        return
+    advice = "name a file or a directory with data"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix:
+        advice = (
+            "infir2 downloads nothing: hf download --repo-type dataset "
+            f"{path} --local-dir data/{path.name}, and name that"
+        )
+    raise DataError(f"{path} does not exist; {advice}.")
 
 
 def _first_row(source: Source) -> dict[str, Any]:
