@@ -71,6 +71,31 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """A part of a response: its tokens, and what `Completion` says of each.
+
+    Attributes:
+        token_ids, top_logprobs: as in `Completion`.
+        logprobs: one per token, float32 values.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+
+    def part(self, start: int, end: int | None = None) -> "Tokens":
+        """The tokens from number `start` up to `end`."""
+        which = slice(start, end)
+        return Tokens(self.token_ids[which], self.logprobs[which], self.top_logprobs[which])
+
+    def extend(self, later: "Tokens") -> None:
+        """Add the part of the same response that follows."""
+        self.token_ids.extend(later.token_ids)
+        self.logprobs.extend(later.logprobs)
+        self.top_logprobs.extend(later.top_logprobs)
+
+
+@dataclass(frozen=True)
 class Completion:
     """One generated response.
 
@@ -94,6 +119,11 @@ class Completion:
     policy_version: int
     top_logprobs: Sequence[TopLogprobs] = ()
     earlier: Sequence[tuple[int, int]] = ()
+
+    @property
+    def tokens(self) -> Tokens:
+        """All of the response."""
+        return Tokens(self.token_ids, self.rollout_logprobs.tolist(), list(self.top_logprobs))
 
     @property
     def oldest_version(self) -> int:
@@ -164,31 +194,6 @@ class WeightSink(Protocol):
 
 class RolloutEngine(Engine, WeightSink, Protocol):
     """What RL needs of an engine."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A part of a response: its tokens, and what `Completion` says of each.
-
-    Attributes:
-        token_ids, top_logprobs: as in `Completion`.
-        logprobs: one per token, float32 values.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    top_logprobs: list[TopLogprobs] = field(default_factory=list)
-
-    def part(self, start: int, end: int | None = None) -> "Tokens":
-        """The tokens from number `start` up to `end`."""
-        which = slice(start, end)
-        return Tokens(self.token_ids[which], self.logprobs[which], self.top_logprobs[which])
-
-    def extend(self, later: "Tokens") -> None:
-        """Add the part of the same response that follows."""
-        self.token_ids.extend(later.token_ids)
-        self.logprobs.extend(later.logprobs)
-        self.top_logprobs.extend(later.top_logprobs)
 
 
 class OffersProgress(Protocol):

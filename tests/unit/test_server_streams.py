@@ -121,7 +121,7 @@ def test_a_step_wakes_the_event_loop_once(monkeypatch: pytest.MonkeyPatch) -> No
     asyncio.run(run())
 
 
-def test_a_reader_that_is_behind_gets_all_tokens_in_one_event() -> None:
+def test_a_reader_that_is_behind_gets_eight_tokens_in_one_event() -> None:
     async def run() -> None:
         engine = Script()
         driver = await started(engine)
@@ -131,14 +131,17 @@ def test_a_reader_that_is_behind_gets_all_tokens_in_one_event() -> None:
         await steps(engine, 1)
         assert [(await reading)[0], (await anext(events))[0]] == [0, 1]
         await steps(engine, 20)
-        for number in (0, 1):
-            found, event = await anext(events)
-            assert (found, event.token_ids) == (number, list(range(1, 21)))
-            assert isinstance(event, Tokens)
-            assert event.logprobs == [0.0] * 20
+        merged = [await anext(events) for _ in range(6)]
+        assert [(number, event.token_ids) for number, event in merged] == [
+            (number, list(range(start, min(start + 8, 21))))
+            for start in (1, 9, 17)
+            for number in (0, 1)
+        ]
+        assert all(event.logprobs == [0.0] * len(event.token_ids) for _, event in merged)
         await steps(engine, NUM_TOKENS - 21)
         rest = [each async for each in events]
-        assert [(number, event.token_ids) for number, event in rest] == [
+        assert len(rest) == 2 * 4
+        assert [(number, event.token_ids) for number, event in rest[-2:]] == [
             (number, list(range(NUM_TOKENS))) for number in (0, 1)
         ]
         assert driver.close(1)

@@ -61,10 +61,7 @@ class Choice:
         return Piece(thought, text, tokens, offsets, finish)
 
     def _new_tokens(self, event: Completion | Tokens) -> Tokens:
-        if isinstance(event, Tokens):
-            return event
-        start, logprobs = self.num_tokens, event.rollout_logprobs.tolist()
-        return Tokens(event.token_ids, logprobs, list(event.top_logprobs)).part(start)
+        return event if isinstance(event, Tokens) else event.tokens.part(self.num_tokens)
 
     def _visible(self, token_ids: list[int]) -> list[int]:
         """Without the stop token."""

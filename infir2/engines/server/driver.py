@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from infir2.engines.types import (
 T = TypeVar("T")
 E = TypeVar("E", bound=ServedEngine)
 Event = Completion | Tokens | Exception
+MERGED_TOKENS = 8
 IDLE_SECONDS = 1.0  # then an engine may say that it has ended
 _WARM_UP = Request("warm-up", [0], SamplingParams(0.0, max_tokens=1, stop_ids=()), key=0)
 
@@ -47,22 +48,24 @@ class WrongVersionError(Exception):
 class _Inbox:
     """What has arrived for requests that are answered together; lives in the event loop.
 
-    A reader that is behind finds the newest state of each request: tokens that it has not taken yet
-    join those that follow, and a completion, which has all tokens, takes their place. So the work
-    of a stream is bounded by what its reader can do, however fast the engine is.
+    While a reader is behind, the tokens of a request are taken together, up to about
+    MERGED_TOKENS: so an event is rare where the engine is fast, and a stream stays one.
     """
 
     def __init__(self) -> None:
-        self._events: dict[int, Any] = {}
+        self._events = deque[tuple[int, Any]]()
+        self._newest: dict[int, Any] = {}  # of each request, among `_events`
         self._is_read: asyncio.Future[None] | None = None
 
     def put(self, number: int, event: Any) -> None:
         """Add an event of the request `number`, and wake who waits."""
-        before = self._events.get(number)
-        if isinstance(before, Tokens) and isinstance(event, Tokens):
-            before.extend(event)
+        newest = self._newest.get(number)
+        is_part = isinstance(event, Tokens) and isinstance(newest, Tokens)
+        if is_part and newest is not None and len(newest.token_ids) < MERGED_TOKENS:
+            newest.extend(event)
         else:
-            self._events[number] = event
+            self._newest[number] = event
+            self._events.append((number, event))
         if self._is_read is not None and not self._is_read.done():
             self._is_read.set_result(None)
 
@@ -71,8 +74,10 @@ class _Inbox:
         while not self._events:
             self._is_read = asyncio.get_running_loop().create_future()
             await self._is_read
-        number = next(iter(self._events))
-        return number, self._events.pop(number)
+        number, event = self._events.popleft()
+        if self._newest[number] is event:
+            del self._newest[number]
+        return number, event
 
 
 @dataclass
@@ -83,11 +88,13 @@ class _Waiter:
         inbox: receives its events.
         number: of the request among those that share `inbox`.
         request: what is generated.
+        num_shown: tokens that were sent before the completion.
     """
 
     inbox: _Inbox
     number: int
     request: Request
+    num_shown: int = 0
 
 
 class EngineDriver(Generic[E]):
@@ -226,12 +233,20 @@ class EngineDriver(Generic[E]):
             for completion in self._engine.step():
                 waiter = self._waiters.pop(completion.id)
                 self._count(completion, waiter)
+                if waiter.request.streams:
+                    self._show(waiter, completion.tokens.part(waiter.num_shown))
                 self._results.append((waiter, completion))
         except RequestFailedError as error:
             self._results.append((self._waiters.pop(error.id), error))
         for name, tokens in self._engine.new_tokens().items():
-            self._results.append((self._waiters[name], tokens))
+            self._show(self._waiters[name], tokens)
         self._send()
+
+    def _show(self, waiter: _Waiter, tokens: Tokens) -> None:
+        """Also what a slow turn has gathered, or the end brings, is shown in parts."""
+        waiter.num_shown += len(tokens.token_ids)
+        for start in range(0, len(tokens.token_ids), MERGED_TOKENS):
+            self._results.append((waiter, tokens.part(start, start + MERGED_TOKENS)))
 
     def _count(self, completion: Completion, waiter: _Waiter) -> None:
         self.counts[f"finished_{completion.finish}"] += 1
