@@ -75,7 +75,7 @@ def test_a_stop_text_ends_the_request_at_the_server(server: OwnServer) -> None:
 
 def test_a_server_that_hangs_is_the_end(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Silent about a request and without an answer to a health check; slow alone is no hang."""
-    for name, seconds in (("WATCH", 0.05), ("SILENCE", 0.3), ("HEALTH", 1.0)):
+    for name, seconds in (("WATCH", 0.05), ("SILENCE", 0.3), ("HEALTH", 5.0)):
         monkeypatch.setattr(remote_engine, f"{name}_SECONDS", seconds)
     hung, answers = threading.Event(), list[tuple[int, Any]]()
     with OwnServer(model, kind="vllm").run() as server:
