@@ -32,12 +32,13 @@ def _draw_losses(study: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     colors = dict(zip(study["arms"], COLORS, strict=False))
     labelled = set()
-    for run in study["runs"]:
+    finished = [run for run in study["runs"] if run["finished"] and run["validation"]]
+    for run in finished:
         steps, losses = zip(*run["validation"], strict=True)
         label = None if run["arm"] in labelled else run["arm"]
         labelled.add(run["arm"])
         axes.plot(steps, losses, color=colors[run["arm"]], linewidth=0.9, alpha=0.7, label=label)
-    lowest = min(loss for run in study["runs"] for _, loss in run["validation"])
+    lowest = min((loss for run in finished for _, loss in run["validation"]), default=0.0)
     axes.set_ylim(lowest - 0.05, lowest + 1.5)
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss")
@@ -47,7 +48,8 @@ def _draw_losses(study: Mapping[str, Any], path: Path) -> None:
 
 def _draw_gaps(study: Mapping[str, Any], path: Path) -> None:
     baseline = final_losses(study, study["baseline"])
-    arms = [arm for arm in study["arms"] if arm != study["baseline"]]
+    others = [arm for arm in study["arms"] if arm != study["baseline"]]
+    arms = [arm for arm in others if final_losses(study, arm)]
     figure, axes = plt.subplots(figsize=(6, 1.2 + 0.6 * len(arms)))
     axes.axvspan(-GOAL_PERCENT, GOAL_PERCENT, color="#2e8b57", alpha=0.12, label="goal: 0.1 %")
     axes.axvline(0, color="#4c566a", linewidth=0.8)
