@@ -9,6 +9,7 @@ from infir2.config.schema import RlSection
 
 REWARDS = ("math", "answer", "require_thinking", "format", "choice", "code")
 GYM = "reasoning_gym:"
+ENVIRONMENTS = ("calculator",)
 
 
 def is_server(name: str) -> bool:
@@ -38,6 +39,11 @@ def reward_rules(rl: RlSection) -> list[Rule]:
     unused = next((i for i, each in enumerate(rl.reward) if each.rows and not rl.reward_field), 0)
     return [
         *(_known(f"rl.reward.{index}.name", name) for index, name in enumerate(names)),
+        (
+            rl.environment not in ("", *ENVIRONMENTS) and not is_function(rl.environment),
+            "rl.environment",
+            f"= {rl.environment!r} is unknown; name calculator or package.module:Class.",
+        ),
         (not names, "rl.reward", "is empty; name a reward, such as math."),
         (bool(twice), "rl.reward", f"has {twice!r} twice; remove one, or add their weights."),
         (

@@ -187,6 +187,14 @@ class RlSection(Section):
     reward_failures: int = Field(
         16, ge=0, description="responses of a step whose reward may fail before the run stops"
     )
+    environment: str = Field(
+        "",
+        description="answers the policy's turns: calculator, or your own class with reset and step "
+        "as package.module:Class (empty: one turn)",
+    )
+    max_turns: int = Field(
+        4, gt=1, description="turns of the policy in an episode, with rl.environment"
+    )
     rest_epochs: int = Field(
         0, ge=0, description="epochs for which a prompt rests that all responses have got right"
     )

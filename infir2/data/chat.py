@@ -189,6 +189,24 @@ class ChatTokenizer(DocumentTokenizer):
         prefix = self.encode_with_special_tokens(response_prefix)
         return [*token_ids, *prefix], opened + response_prefix
 
+    def encode_answer(self, content: str, with_end: bool) -> list[int]:
+        """Return the tokens of a user's message between two turns of the assistant.
+
+        They follow the first turn's end token, or begin with it (`with_end`), and end with the
+        generation prompt of the second turn. The tokens of neither turn have a part in them.
+
+        Raises:
+            RowError: the template rewrites the first turn, has no end token after it, or rejects
+                the message.
+        """
+        before = self.apply_chat_template([QUESTION, ANSWER])
+        messages = [QUESTION, ANSWER, {"role": "user", "content": content}]
+        after = self.apply_chat_template(messages, add_generation_prompt=True)
+        ends = [index for index, token in enumerate(before) if token in self.eos_token_ids]
+        if not ends or after[: len(before)] != before:
+            raise RowError("template_alters", "the chat template does not continue a turn as it is")
+        return after[ends[-1] + (not with_end) :]
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendering:
         """Render a conversation to text with placeholders. Errors as `apply_chat_template`."""
         messages = self.template.with_thoughts(messages)

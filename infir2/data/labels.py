@@ -65,6 +65,7 @@ class Labels:
 
     rewards: tuple[RewardSection, ...] = (MATH,)
     field: str = ""
+    keep_rows: bool = False  # for an environment of one's own
 
     @property
     def are_required(self) -> bool:
@@ -74,7 +75,8 @@ class Labels:
     @property
     def need_whole_rows(self) -> bool:
         """Whether a reward may read any field of a row."""
-        return any(is_function(each.name) or is_server(each.name) for each in self.rewards)
+        own = (is_function(each.name) or is_server(each.name) for each in self.rewards)
+        return self.keep_rows or any(own)
 
     def read(self, row: dict[str, Any], answer_field: str) -> tuple[str, dict[str, Any]]:
         """The label as text ("" for none), and the fields that rewards need of the row.
@@ -123,4 +125,4 @@ def gym_task(fields: dict[str, Any]) -> str:
 
 def labels_of(rl: RlSection) -> Labels:
     """The reader of a recipe's labels."""
-    return Labels(rl.reward, rl.reward_field)
+    return Labels(rl.reward, rl.reward_field, is_function(rl.environment))

@@ -127,7 +127,8 @@ def continue_completion(begun: Completion | None, rest: Completion) -> Completio
         earlier = (*earlier, (begun.policy_version, num_tokens))
     logprobs = np.concatenate([begun.rollout_logprobs, rest.rollout_logprobs])
     token_ids = [*begun.token_ids, *rest.token_ids]
-    return replace(rest, token_ids=token_ids, rollout_logprobs=logprobs, earlier=earlier)
+    whole = replace(rest, token_ids=token_ids, rollout_logprobs=logprobs)
+    return replace(whole, earlier=earlier, outside=begun.outside)
 
 
 def items_of_rank(engine: Engine, ranks: Ranks, items: Sequence[Item]) -> Sequence[Item]:

@@ -110,6 +110,7 @@ class Completion:
             empty unless the request asks for them.
         earlier: (policy version, number of tokens) of the beginnings that other versions generated,
             in order; only RL continues a response with newer weights (`continue_completion`).
+        outside: [start, end) of tokens that an environment has written and not the policy (RL).
     """
 
     id: str
@@ -119,6 +120,7 @@ class Completion:
     policy_version: int
     top_logprobs: Sequence[TopLogprobs] = ()
     earlier: Sequence[tuple[int, int]] = ()
+    outside: Sequence[tuple[int, int]] = ()
 
     @property
     def tokens(self) -> Tokens:

@@ -35,6 +35,7 @@ from infir2.rl.groups import Group, Response
 from infir2.rl.journal import Journal
 from infir2.rl.prompts import DrawnPrompt, PromptStream
 from infir2.rl.rewards import FailureBudget, rate
+from infir2.rl.turns import Episodes, turn_spans
 
 Check = Callable[[], None]
 CARRIED = "carried"  # in place of the weights' digest
@@ -97,6 +98,7 @@ class GroupGenerator:
         self._journal, self._ranks = journal, ranks
         self._checker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="infir2-verify")
         self._failures = FailureBudget(rl.reward_failures)
+        self._episodes = Episodes(rl, tokenizer)
         self._generate_seconds = self._verify_seconds = 0.0
 
     def start(self, drawn: DrawnPrompt) -> RunningGroup:
@@ -203,16 +205,17 @@ class GroupGenerator:
         ]
 
     def _until_stop(self, response: Completion) -> Completion:
-        """A response up to the first token that completes a text of `rl.stop`."""
+        """A response up to the first token of its last turn that completes a text of `rl.stop`."""
+        start, _ = turn_spans(response)[-1]
 
         def has_stop(count: int) -> bool:
-            text = self._tokenizer.decode(response.token_ids[:count])
+            text = self._tokenizer.decode(response.token_ids[start:count])
             return any(stop in text for stop in self._rl.stop)
 
         num_tokens = len(response.token_ids)
         if not self._rl.stop or not has_stop(num_tokens):
             return response
-        end = bisect.bisect_left(range(num_tokens), True, key=has_stop)
+        end = bisect.bisect_left(range(num_tokens), True, lo=start, key=has_stop)
         return replace(
             response,
             token_ids=response.token_ids[:end],
@@ -225,6 +228,9 @@ class GroupGenerator:
     ) -> Group | RunningGroup:
         """Write a chunk to the journal; reward a group whose responses are all finished."""
         fault("rollout.group")
+        if self._rl.environment:
+            opened = drawn.opened_thought
+            begun = [self._episodes.answer(each, drawn.prompt, opened) for each in begun]
         if all(map(self._is_finished, begun)):
             return _group(drawn, self._finish(key, begun, drawn))
         self._journal.add_unfinished(key, begun)
@@ -235,7 +241,9 @@ class GroupGenerator:
     ) -> list[Response]:
         """Reward a group and write it to the journal."""
         texts = [drawn.opened_thought + self._tokenizer.decode(c.token_ids) for c in completions]
-        responses = rate(completions, texts, drawn.prompt, self._rl)
+        last = [self._episodes.turns(c, drawn.opened_thought)[-1] for c in completions]
+        rated = rate(completions, last, drawn.prompt, self._rl)
+        responses = [replace(each, text=text) for each, text in zip(rated, texts, strict=True)]
         self._failures.spend(drawn.prompt, responses)
         self._journal.add(key, responses)
         return responses

@@ -86,6 +86,14 @@ def group_advantages(rewards: list[float], rl: RlSection) -> np.ndarray:
     return centered / (values.std(ddof=rl.unbiased_std) + 1e-6) if rl.normalize_by_std else centered
 
 
+def trained_tokens(response: Completion) -> np.ndarray:
+    """Whether the policy has written each token, and not an environment, bool [n]."""
+    mask = np.ones(len(response.token_ids), dtype=np.bool_)
+    for start, end in response.outside:
+        mask[start:end] = False
+    return mask
+
+
 def training_samples(groups: Sequence[Group], rl: RlSection) -> list[Sample]:
     """One sample per response that is trained: prompt and response, whose tokens are trained.
 
@@ -99,7 +107,7 @@ def training_samples(groups: Sequence[Group], rl: RlSection) -> list[Sample]:
         advantages = group_advantages(rewards, rl)
         rated += list(zip(repeat(group), group.rated, advantages, strict=False))
     kept = [each for each in rated if not (rl.mask_truncated and each[1].is_truncated)]
-    lengths = [len(response.completion.token_ids) for _, response, _ in kept]
+    lengths = [int(trained_tokens(response.completion).sum()) for _, response, _ in kept]
     weights = response_weights(lengths, rl)
     return [_sample(*each, weight) for each, weight in zip(kept, weights, strict=True)]
 
@@ -107,9 +115,9 @@ def training_samples(groups: Sequence[Group], rl: RlSection) -> list[Sample]:
 def response_weights(lengths: Sequence[int], rl: RlSection) -> np.ndarray:
     """The weight of a token of each response, so that the mean over all tokens is rl.loss_mean's.
 
-    `lengths` are those of all responses of an update. token: 1; response: every response counts
-    the same; constant: a response's sum counts 1 / max_response_tokens (Dr. GRPO, arXiv
-    2503.20783).
+    `lengths` are the trained tokens of all responses of an update. token: 1; response: every
+    response counts the same; constant: a response's sum counts 1 / max_response_tokens (Dr. GRPO,
+    arXiv 2503.20783).
     """
     tokens = np.asarray(lengths, dtype=np.float64)
     if rl.loss_mean == "token" or not lengths:
@@ -128,5 +136,5 @@ def _sample(group: Group, response: Response, advantage: float, weight: float) -
         "rollout_logprobs": rollout_logprobs,
         "weights": np.full(len(token_ids), weight, dtype=np.float32),
     }
-    loss_mask = np.arange(len(token_ids)) >= num_prompt
+    loss_mask = np.concatenate([np.zeros(num_prompt, np.bool_), trained_tokens(completion)])
     return Sample(token_ids, loss_mask, group.prompt.origin, token_inputs)

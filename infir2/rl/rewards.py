@@ -57,6 +57,8 @@ def find_reward(name: str, rl: RlSection) -> Reward:
 def require_rewards(rl: RlSection) -> None:
     """Raises ConfigError for a function or a task that is not there, for a URL that is none, and
     for programs on a machine without jails."""
+    if is_function(rl.environment):
+        require_function(rl.environment)
     for each in rl.reward:
         if is_gym(each.name):
             require_task(each.name.removeprefix(GYM))
