@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from stages import begin, curve, lines, make_rl_start, options, run, torchrun
+from stages import begin, curve, lines, make_rl_start, of_today, options, run, torchrun
 
 from infir2.checkpoint import open_checkpoint
 from infir2.config import load
@@ -94,8 +94,12 @@ def test_f6_two_ranks_train_and_save_what_one_does(
     assert max((a[name].float() - b[name].float()).abs().max().item() for name in a) < 1e-2
 
 
+DEATHS = ("train.loss:2:kill", "train.loss:2:exit", "train.loss:2:enospc", "train.step:2:hang")
+
+
 @pytest.mark.parametrize(
-    ("start", "num", "cp"), [("by_two", 1, 1), ("single_process", 4, 1), ("single_process", 2, 2)]
+    ("start", "num", "cp"),
+    of_today([("by_two", 1, 1), ("single_process", 4, 1), ("single_process", 2, 2)], 2),
 )
 def test_f6_a_checkpoint_goes_on_with_another_number_of_ranks(
     world: Path, tmp_path: Path, request: pytest.FixtureRequest, start: str, num: int, cp: int
@@ -118,7 +122,9 @@ def test_f6_a_checkpoint_goes_on_with_another_number_of_ranks(
     ), "the data's place has no layout"
 
 
-@pytest.mark.parametrize(("fault", "saved"), [("train.start:1", 1), ("train.step:3", 3)])
+@pytest.mark.parametrize(
+    ("fault", "saved"), of_today([("train.start:1", 1), ("train.step:3", 3)], 1)
+)
 def test_f8_sigterm_on_one_rank_saves_the_same_step_on_all(
     world: Path, single_process: Path, tmp_path: Path, fault: str, saved: int
 ) -> None:
@@ -197,7 +203,7 @@ def test_f9_a_nan_on_one_rank_changes_no_rank(world: Path, tmp_path: Path) -> No
     assert codes == [17, 17], said
 
 
-@pytest.mark.parametrize(("point", "saved"), [("validate:2", 2), ("validate:1", 0)])
+@pytest.mark.parametrize(("point", "saved"), of_today([("validate:2", 2), ("validate:1", 0)], 1))
 def test_f8_sigterm_on_one_rank_in_a_validation_ends_all_there(
     world: Path, single_process: Path, tmp_path: Path, point: str, saved: int
 ) -> None:
@@ -260,9 +266,7 @@ def test_the_watchdog_lets_a_collective_fail_first(pause: float, code: int) -> N
     assert ("rank 1 sent no heartbeat for 1 s in step 7" in said) == bool(code)
 
 
-@pytest.mark.parametrize(
-    "faults", ["train.loss:2:kill", "train.loss:2:exit", "train.loss:2:enospc", "train.step:2:hang"]
-)
+@pytest.mark.parametrize("faults", of_today(DEATHS, 2))
 def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(
     world: Path, tmp_path: Path, faults: str
 ) -> None:

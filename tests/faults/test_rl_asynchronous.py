@@ -64,7 +64,7 @@ KILLS = (
 )
 
 
-@pytest.mark.parametrize(("faults", "save_every"), of_today(itertools.product(KILLS, (1, 2)), 4))
+@pytest.mark.parametrize(("faults", "save_every"), of_today(itertools.product(KILLS, (1, 2)), 2))
 def test_killed_anywhere(
     world: Path, start: Path, tmp_path: Path, faults: str, save_every: int
 ) -> None:

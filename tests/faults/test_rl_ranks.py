@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from stages import curve, guessing, lines, make_guessing_start, options, run
+from stages import curve, guessing, lines, make_guessing_start, of_today, options, run
 from test_rank_faults import ranks
 
 from infir2.checkpoint import open_checkpoint
@@ -78,7 +78,7 @@ def close(found: Path, wanted: Path) -> None:
     assert scores == expected
 
 
-@pytest.mark.parametrize("layout", [{}, {"parallel__cp": 2}])
+@pytest.mark.parametrize("layout", of_today([{}, {"parallel__cp": 2}], 1))
 def test_rollouts_and_the_first_step_are_those_of_one_process(
     world: Path, start: Path, single_process: Path, tmp_path: Path, layout: dict[str, int]
 ) -> None:

@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import campaign
 import pytest
 import torch
-from stages import SHAPE, assert_same_state, begin, curve, lines, options, run
+from stages import SHAPE, assert_same_state, begin, curve, lines, of_today, options, run
 
 import infir2.train.loop as train_run
 from infir2 import faults
@@ -230,7 +230,7 @@ def long(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("policy", "free"), [("stop", 0), ("warn", 68)])
+@pytest.mark.parametrize(("policy", "free"), of_today([("stop", 0), ("warn", 68)], 1))
 def test_f3_a_real_full_disk_stops_the_run_or_is_told_and_harms_nothing(
     world: Path, tmp_path: Path, long: Path, policy: str, free: int
 ) -> None:

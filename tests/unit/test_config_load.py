@@ -4,6 +4,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from shipped_recipes import class_of, name_of, recipe_files, stage_of
 
 from infir2.config import Loaded, load
 from infir2.config.rules import violations
@@ -389,21 +390,13 @@ def test_evaluation_needs_a_model_and_problems(recipe: str) -> None:
         load(EvalRecipe, ["e.toml"], ["--model.path=m"])
 
 
-def recipe_files() -> list[Path]:
-    return sorted(path for path in (ROOT / "recipes").rglob("*.toml") if path.name != "base.toml")
-
-
-@pytest.mark.parametrize(
-    "path", recipe_files(), ids=lambda path: str(path.relative_to(ROOT / "recipes"))
-)
+@pytest.mark.parametrize("path", recipe_files(), ids=name_of)
 def test_every_shipped_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    kind = path.stem[:4].rstrip("0123456789-.")
-    recipe_class = {"rl": RlRecipe, "eval": EvalRecipe}.get(kind, TrainRecipe)
-    options = ["--model.path=m", "--run.dir=r"] if kind == "eval" else []
-    loaded = load(
-        recipe_class, [path], options, verb="" if recipe_class is not TrainRecipe else path.stem[:3]
-    )
+    recipe_class, stage = class_of(path), stage_of(path)
+    options = ["--model.path=m", "--run.dir=r"] if stage == "eval" else []
+    verb = stage if stage in ("cpt", "sft") else ""
+    loaded = load(recipe_class, [path], options, verb=verb)
     assert not list(violations(loaded.recipe))
 
 

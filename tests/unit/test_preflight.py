@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shipped_recipes import class_of, name_of, recipe_files
 
 from infir2.cli import main
 from infir2.config import dump, load
@@ -35,7 +36,6 @@ micro_batch_tokens = 256
 learning_rate = 1e-3
 total_steps = 10
 """
-RECIPES = Path(__file__).parents[2] / "recipes"
 CPT = '[[data.sources]]\npath = "{world}/cpt.jsonl"\n'
 
 
@@ -137,14 +137,9 @@ def test_a_value_that_is_hardly_meant_is_questioned(
     assert sentence in finding.detail
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in RECIPES.glob("*/*.toml") if path.stem != "base"],
-    ids=lambda path: f"{path.parent.name}/{path.stem}",
-)
+@pytest.mark.parametrize("path", recipe_files(), ids=name_of)
 def test_no_value_of_a_recipe_is_questioned(path: Path) -> None:
-    kinds = {"rl": RlRecipe, "eval": EvalRecipe}
-    kind = kinds.get(path.stem.partition("-")[0].rstrip("12"), TrainRecipe)
+    kind = class_of(path)
     named = ["--model.path=m", "--run.dir=r"] if kind is EvalRecipe else []
     assert Preflight(load(kind, [path], named, {}), "check").resolved().status == "ok"
 
