@@ -2,7 +2,7 @@
 # make test          every test that needs no GPU
 # make lint          style and types
 # make test-gpu      tests of kernels and training on a Hopper GPU; PYTHON=... names a python with torch
-# make test-faults   every case of tests/faults, and 30 kills at random moments (minutes)
+# make test-faults   every case of tests/faults, all costly tests, 30 kills at random moments (minutes)
 # make test-hostile  hostile files, answers and programs for every reader, and failing disks (minutes)
 # make test-cluster  real Ray and, as root with its packages, real SLURM
 # make test-engines  real vLLM on a CPU, and SGLang's own HTTP server, in environments of their own
@@ -52,6 +52,7 @@ test-gpu:
 
 test-faults: $(VENV)/.installed-test
 	INFIR2_ALL_CASES=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/faults $(PYTEST_OPTIONS)
+	INFIR2_ALL_CASES=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m costly tests/unit $(PYTEST_OPTIONS)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --kills 30 --to docs/results/faults.md
 
 test-hostile: $(VENV)/.installed-test

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from stages import end_leftovers, make_world
+from stages import end_leftovers, make_world, of_today
 
 from infir2.demo.tokenizer import write_tokenizer
 from infir2.demo.world import build_vocabulary, every_phrase
@@ -18,6 +18,13 @@ from infir2.demo.world import build_vocabulary, every_phrase
 # import it first, because megatron-core does so late (through torch.utils.cpp_extension).
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Half of the costly tests a day; `make test-faults` runs all of them."""
+    costly = [item for item in items if item.get_closest_marker("costly")]
+    for item in set(costly) - set(of_today(costly, -(-len(costly) // 2))):
+        item.add_marker(pytest.mark.skip(reason="costly, on another day; make test-faults"))
 
 
 @pytest.fixture(autouse=True)

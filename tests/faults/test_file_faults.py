@@ -11,6 +11,7 @@ def campaign(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Campaign:
     return Campaign(world, tmp_path_factory.mktemp("campaign"))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", ["cpt", "resume"])
 def test_a_file_operation_that_fails_is_one_sentence_and_loses_nothing(
     campaign: Campaign, kind: str

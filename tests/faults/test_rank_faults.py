@@ -173,6 +173,7 @@ def rows_of_step(world: Path, rank: int, step: int) -> set[str]:
     return {origin for batch in batches for origin in batch.origins}
 
 
+@pytest.mark.costly
 def test_f9_a_nan_on_one_rank_changes_no_rank(world: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = words(
@@ -220,6 +221,7 @@ def test_f8_sigterm_on_one_rank_in_a_validation_ends_all_there(
     close(run_dir, single_process)
 
 
+@pytest.mark.costly
 def test_f8_sigterm_on_one_rank_in_an_evaluation_ends_all_there(
     world: Path, tmp_path: Path
 ) -> None:
@@ -309,6 +311,7 @@ def test_f11_a_rank_that_dies_raises_or_hangs_ends_all_and_says_where(
     assert not list(run_dir.glob("checkpoints/.tmp*"))
 
 
+@pytest.mark.costly
 def test_f13_uneven_data_and_ranks_without_trained_tokens(
     world: Path, single_process: Path, tmp_path: Path
 ) -> None:

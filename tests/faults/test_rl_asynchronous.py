@@ -74,6 +74,7 @@ def test_killed_anywhere(
     assert_each_step_once(tmp_path / "run", STEPS)
 
 
+@pytest.mark.costly
 def test_killed_in_an_update_it_goes_on_bit_for_bit(
     world: Path, start: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +96,7 @@ def test_killed_in_an_update_it_goes_on_bit_for_bit(
     assert_same_state(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.costly
 def test_without_its_journal_the_step_is_sampled_from_newer_weights(
     world: Path, start: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +108,7 @@ def test_without_its_journal_the_step_is_sampled_from_newer_weights(
     assert [staleness for _, staleness in curve(tmp_path / "run", "staleness")] == [0, 1, 0, 1, 1]
 
 
+@pytest.mark.costly
 def test_a_signal_while_the_next_step_is_sampled(world: Path, start: Path, tmp_path: Path) -> None:
     arguments = words(world, start, tmp_path / "run", checkpoint__save_every=100)
     codes, said = ranks(tmp_path, 1, arguments, struck=0, faults="rollout.group:6:term")
@@ -115,6 +118,7 @@ def test_a_signal_while_the_next_step_is_sampled(world: Path, start: Path, tmp_p
     assert_each_step_once(tmp_path / "run", STEPS)
 
 
+@pytest.mark.costly
 def test_ranks_that_share_their_processors_with_engines_are_refused(
     world: Path, start: Path, tmp_path: Path
 ) -> None:

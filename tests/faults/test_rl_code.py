@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from stages import lines, options, run
 
 from infir2.demo.tokenizer import build_vocabulary, write_tokenizer
@@ -16,6 +17,7 @@ def rows(path: Path, values: list[dict[str, object]]) -> Path:
     return path
 
 
+@pytest.mark.costly
 def test_the_pass_rate_of_a_small_model_rises(world: Path, tmp_path: Path) -> None:
     """The jails of the reward run what the model writes; nothing else tells it what is right."""
     guesses = [

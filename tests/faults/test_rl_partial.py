@@ -3,7 +3,6 @@ curve goes on bit for bit."""
 
 import itertools
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -90,7 +89,7 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(
     )
 
 
-@pytest.mark.skipif(not os.environ.get("INFIR2_ALL_CASES"), reason="make test-faults runs it")
+@pytest.mark.costly
 def test_two_servers_generate_the_same_chunks(
     world: Path, start: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +123,7 @@ def test_without_partial_what_is_unfinished_is_dropped(
     assert not list((tmp_path / "run" / "rollouts").glob("carried-*"))
 
 
+@pytest.mark.costly
 def test_sampling_two_steps_ahead(world: Path, start: Path, tmp_path: Path) -> None:
     """New weights every second step; killed while the trainer is inside such a block."""
     values = {"rl__max_off_policy_steps": 2, "schedule__total_steps": 6, "rl__partial": "true"}

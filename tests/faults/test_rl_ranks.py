@@ -104,6 +104,7 @@ def test_rollouts_and_the_first_step_are_those_of_one_process(
     assert max(line["mismatch_max"] for line in lines(run_dir, "train")) < (0.2 if layout else 1e-4)
 
 
+@pytest.mark.costly
 def test_a_killed_rank_ends_the_other_and_one_process_goes_on(
     world: Path, start: Path, single_process: Path, tmp_path: Path
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_killed_rank_ends_the_other_and_one_process_goes_on(
     close(run_dir, single_process)
 
 
+@pytest.mark.costly
 def test_a_nan_and_a_signal_on_one_rank_are_all_ranks(
     world: Path, start: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +141,7 @@ def test_a_nan_and_a_signal_on_one_rank_are_all_ranks(
     assert [line["skipped"] for line in lines(run_dir, "train")] == [True, False, False]
 
 
+@pytest.mark.costly
 def test_two_ranks_go_on_where_one_process_stopped(
     world: Path, start: Path, single_process: Path, tmp_path: Path
 ) -> None:

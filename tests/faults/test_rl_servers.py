@@ -41,6 +41,7 @@ def server_pids() -> list[int]:
     return sorted(found)
 
 
+@pytest.mark.costly
 def test_one_server_killed_and_one_stopped_in_a_batch(
     world: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

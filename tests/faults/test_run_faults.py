@@ -76,6 +76,7 @@ def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.costly
 def test_three_random_kills_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(campaign, "STEPS", {"cpt": 20, "sft": 20, "rl": 4})
     runs = campaign.Campaign(tmp_path, seed=7)
@@ -843,6 +844,7 @@ echo $?
 """
 
 
+@pytest.mark.costly
 def test_f27_a_restart_under_another_host_name_goes_on(
     world: Path, tmp_path: Path, undisturbed: Path
 ) -> None:

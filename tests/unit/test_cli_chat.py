@@ -162,6 +162,7 @@ def read_until(terminal: int, text: str) -> str:
     return shown
 
 
+@pytest.mark.costly
 def test_two_models_answer_side_by_side(
     world: Path,
     server: OwnServer,

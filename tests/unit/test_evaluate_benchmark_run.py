@@ -226,6 +226,7 @@ def test_an_engine_is_started_for_a_model_and_ends_with_the_run(
     assert key not in json.dumps(recorded)
 
 
+@pytest.mark.costly
 @pytest.mark.usefixtures("quick")
 def test_an_engine_that_hangs_is_started_again(
     tmp_path: Path, data: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
@@ -270,6 +271,7 @@ if "serve" in sys.orig_argv:
 """
 
 
+@pytest.mark.costly
 @pytest.mark.usefixtures("quick")
 def test_an_engine_that_hangs_while_its_server_is_healthy_is_started_again(
     tmp_path: Path, data: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
@@ -288,6 +290,7 @@ def test_an_engine_that_hangs_while_its_server_is_healthy_is_started_again(
     assert (result["complete"], result["retried"]["restart"]) == (True, 1)
 
 
+@pytest.mark.costly
 @pytest.mark.usefixtures("quick")
 def test_a_port_in_use_is_refused_and_a_free_one_is_used(
     tmp_path: Path, data: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]

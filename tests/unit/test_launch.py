@@ -231,6 +231,7 @@ def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str]"
         time.sleep(0.05)
 
 
+@pytest.mark.costly
 def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(world: Path, tmp_path: Path) -> None:
     def words(name: str) -> list[str]:
         return options(
@@ -284,6 +285,7 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_75(world: Path, tmp_path: P
     assert "Traceback" not in errors
 
 
+@pytest.mark.costly
 def test_a_stopped_evaluation_says_that_it_resumes(world: Path, tmp_path: Path) -> None:
     run(options(world, tmp_path / "cpt", "cpt", schedule__total_steps=4))
     words = [

@@ -119,6 +119,7 @@ def reward_even_sums(completions, texts, prompt, rl):  # type: ignore[no-untyped
     ]
 
 
+@pytest.mark.costly
 def test_a_resumed_run_with_resting_prompts_has_the_same_bits(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_rollout_logprobs_equal_the_trainers_in_fp8(model_dir: Path) -> None:
         assert difference.mean() <= 1e-7
 
 
+@pytest.mark.costly
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the text corpus in ../shared/data")
 def test_fp8_perplexity_is_close_to_bf16(model_dir: Path) -> None:
     from smollm2 import Result, perplexity

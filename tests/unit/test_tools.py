@@ -20,6 +20,7 @@ def run_tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.costly
 def test_both_tools_convert_and_false_means_false(tmp_path, make_run):  # noqa: F811
     run = make_run(make_decoder())
     export_hf(run, tmp_path / "hf")
