@@ -13,6 +13,7 @@ from infir2.engines.remote import BadAnswerError, EngineError, EngineGoneError
 
 LONGEST_SLEEP_SECONDS = 1.0  # an engine may be replaced meanwhile
 FULL = (408, 425, 429)  # like 5xx: the same request may succeed later
+_UNANSWERED = "without sending a response"
 CONTEXT = ("context length", "context_length", "maximum context", "max_model_len", "too long")
 
 
@@ -158,7 +159,8 @@ class Upstream:
             return "timeout", f"{engine.url} did not answer within {seconds:g} s", None
         except BadAnswerError as error:
             if error.reason != "status":
-                return "cut", str(error), None
+                # The engine has ended, or closed a connection that was idle: no answer at all.
+                return "gone" if _UNANSWERED in str(error) else "cut", str(error), None
             if error.status in FULL or error.status >= 500:
                 return str(error.status), str(error), None
             beyond = any(word in str(error).lower() for word in CONTEXT)
