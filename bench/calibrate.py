@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scale_rank import case_of
-from step import CASES, SHAPES, SMALL_OPTIMIZER, Case, SavedActivations
+from scale_bench import case_of
+from step_cases import CASES, SHAPES, SMALL_OPTIMIZER, Case
 
 from infir2.config.keys import flatten
 from infir2.config.schema import ScheduleSection, TrainRecipe
+from infir2.numerics import SavedActivations
 from infir2.planner.gpus import find_gpu
 from infir2.planner.rows import Row
 from infir2.planner.step_time import HOST, PARTS, host_seconds, terms

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import CASES, Case, Step
+from step import Step
+from step_cases import CASES, Case
 from torch.profiler import ProfilerActivity, profile
 
 TINY = 128  # tokens: one block of every kernel

@@ -28,7 +28,8 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from step import CASES, SHAPES, Case, Step
+from step import Step
+from step_cases import CASES, SHAPES, Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

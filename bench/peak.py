@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import CASES, Step
+from step import Step
+from step_cases import CASES
 
 ROOT = str(Path(__file__).resolve().parents[1])
 

@@ -24,19 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from server import PROMPT_TOKENS, ROUNDS, in_process
 
 from infir2.cli import main as infir2
 from infir2.engines import native
-from infir2.engines.generate import generate
 from infir2.engines.kv_cache import KvCache, NewTokens
 from infir2.engines.native import NativeEngine
 from infir2.engines.runner import Decode, Sampled, SamplingRows
 from infir2.engines.server import engine_process, engine_worker
-from infir2.engines.types import Request, SamplingParams, TopLogprobs
+from infir2.engines.types import TopLogprobs
 from infir2.model import Decoder
 
 DECODE_CALLS, PREFILL_CALLS = 12, 300  # of torch in a pass; each frees Python's lock
-PROMPT_TOKENS, ROUNDS = 24, 5
 STEP_VARIABLE = "BENCH_STEP_SECONDS"
 
 
@@ -89,15 +88,6 @@ def bodies(arguments: argparse.Namespace, vocabulary: int, seed: int) -> list[di
         | ({} if arguments.plain and number % 2 else {"stream": True})
         for number in range(arguments.clients)
     ]
-
-
-def in_process(engine: NativeEngine, requests: list[dict[str, Any]]) -> float:
-    """Tokens/s of the same requests."""
-    params = SamplingParams(1.0, requests[0]["max_tokens"], stop_ids=())
-    batch = [Request(str(i), each["prompt"], params, key=i) for i, each in enumerate(requests)]
-    start = time.perf_counter()
-    tokens = sum(len(completion.token_ids) for completion in generate(engine, batch))
-    return tokens / (time.perf_counter() - start)
 
 
 def connect(port: int, body: dict[str, Any]) -> socket.socket:

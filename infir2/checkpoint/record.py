@@ -4,6 +4,7 @@ import math
 import os
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class MetricsWriter:
             view.close()
 
 
-class View:
+class View(ABC):
     """Shows numbers elsewhere by a thread: a run neither waits for it nor fails with it.
 
     The thread, and with it what it opens, begins with the first number.
@@ -106,9 +107,9 @@ class View:
             self._waiting.put(None)
             self._thread.join(_CLOSE_SECONDS)
 
+    @abstractmethod
     def open(self) -> tuple[Show, Callable[[], object]]:
         """What shows a line's numbers, and what ends it. A slow import that only runs need."""
-        raise NotImplementedError
 
     def _run(self) -> None:
         try:
