@@ -138,7 +138,8 @@ def scale_rows(path: Path) -> Iterator[Row]:
             if "gate/up" in name:
                 case = replace(case, saved=SavedActivations(pre_activations="fp8"))
             row = row_of(path.name, f"{model}-{length} {match[3]} {name}", gpu, case, result)
-            yield replace(row, sizes=sizes_of(match[3]))
+            sizes, attention = sizes_of(match[3]), run.get("attention", "torch")
+            yield replace(row, sizes=sizes, attention=attention)
 
 
 def sizes_of(layout: str) -> tuple[int, int, int, int]:

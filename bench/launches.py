@@ -226,15 +226,19 @@ def count_step(case: Case, peak: bool = False, device: str = "meta") -> dict[str
 
 
 def block_counts(case: Case) -> dict[str, dict[str, float]]:
-    """The counts that one block adds: (a step of three layers - a step of one) / 2."""
+    """The counts that one block adds: (a step of three layers - a step of one) / 2.
+
+    "once" has those of the whole step of one layer: head, clipping and what all weights share.
+    """
     few, many = (count_step(replace(case, layers=layers)) for layers in (1, 3))
-    return {
-        name: {
-            kind: (many[name].totals()[kind] - few[name].totals()[kind]) / 2
-            for kind in few[name].totals()
-        }
-        for name in few
+    totals = {name: (few[name].totals(), many[name].totals()) for name in few}
+    added = {
+        name: {kind: (three[kind] - one[kind]) / 2 for kind in one}
+        for name, (one, three) in totals.items()
     }
+    kinds = next(iter(added.values()))
+    once = {kind: float(sum(one[kind] for one, _ in totals.values())) for kind in kinds}
+    return added | {"once": once}
 
 
 def block_of(name: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -59,10 +59,8 @@ class Bench:
             partial.write_text(json.dumps(self.report, indent=1), encoding="utf-8")
             partial.replace(self.out)
 
-    def trainer(
-        self, case: Case, sizes: Sizes, single_process: bool = False, **gathers: Any
-    ) -> Trainer:
-        """A trainer whose weights are the same in every layout, sharded unless `single_process`.
+    def trainer(self, case: Case, sizes: Sizes | None, **gathers: Any) -> Trainer:
+        """A trainer whose weights are the same in every layout; without `sizes`: a single process.
 
         `gathers`: keys of the section `parallel` that say when weights are gathered.
         """
@@ -72,8 +70,9 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         model = build(case, str(self.device))
-        layout = Layout(sizes, self.ranks, self.device)
-        parallel_model = None if single_process else ParallelModel(model, layout, **gathers)
+        parallel_model = None
+        if sizes is not None:
+            parallel_model = ParallelModel(model, Layout(sizes, self.ranks, self.device), **gathers)
         return Trainer(model, OptimizerSection(), case.loss_chunk_tokens, parallel_model)
 
     def synchronize(self) -> None:

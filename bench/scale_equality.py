@@ -132,13 +132,13 @@ def equality(bench: Bench) -> None:
         case, job = case_of(bench.job, fp8), bench.job
         name = "FP8" if fp8 else "BF16"
         # Every rank trains the full model at the same time, so no rank waits into a timeout.
-        trainer = bench.trainer(case, Sizes(), single_process=True)
+        trainer = bench.trainer(case, None)
         full = first_gradients(trainer)
         single_process = losses(trainer, case, job, slice(None))
         del trainer
         bench.record(f"{name} single process", single_process)
         # A repetition shows how far a GPU's summation order alone differs.
-        trainer = bench.trainer(case, Sizes(), single_process=True)
+        trainer = bench.trainer(case, None)
         again = first_gradients(trainer)
         repeated = losses(trainer, case, job, slice(None))
         row = {

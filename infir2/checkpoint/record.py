@@ -89,10 +89,6 @@ class View(ABC):
         self._waiting: queue.SimpleQueue[tuple[dict[str, float], int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def add(self, name: str, value: float, step: int) -> None:
-        """Show one number."""
-        self.show({name: value}, step)
-
     def show(self, values: dict[str, float], step: int) -> None:
         """Show the numbers of a line."""
         if not values:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from infir2.cli.arguments import ACCEPT_CHANGES, JSON, RECIPE_CLASSES, DescribedError, Parser
+from infir2.cli.rl import ROLLOUT_ONLY, TRAIN_ONLY
 from infir2.config.keys import leaf_keys, lookup
 from infir2.config.schema import RlRecipe
 from infir2.errors import ConfigError
@@ -34,7 +35,8 @@ _OVERRIDES = (*RECIPE_CLASSES, "check", "plan")
 def completion(arguments: Sequence[str]) -> None:
     """infir2 completion bash; infir2 completion words -- WORD... prints what may follow."""
     if arguments[:2] == ["words", "--"]:
-        print_result("\n".join(completions(list(arguments[2:]) or [""])))
+        if found := completions(list(arguments[2:]) or [""]):  # an empty line would be a match
+            print_result("\n".join(found))
         return
     parser = Parser(
         prog="infir2 completion",
@@ -67,7 +69,11 @@ def completions(words: list[str]) -> list[str]:
 
 def _keys(verb: str) -> list[str]:
     known = RECIPE_CLASSES.get(verb, RlRecipe)
-    own = {"eval": [JSON], "check": [JSON, ACCEPT_CHANGES]}.get(verb, [ACCEPT_CHANGES])
+    own = {
+        "eval": [JSON],
+        "check": [JSON, ACCEPT_CHANGES],
+        "rl": [ACCEPT_CHANGES, ROLLOUT_ONLY, f"{TRAIN_ONLY}="],
+    }.get(verb, [ACCEPT_CHANGES])
     return [*(f"--{key.name}=" for key in leaf_keys(known)), *own, "--help"]
 
 

@@ -25,7 +25,7 @@ EXTRAS = {
 
 def check_versions() -> Finding:
     """Every package that infir2 requires is here in a version of its range."""
-    wrong = []
+    wrong, wanted = [], []
     for text in requires("infir2") or []:
         requirement = Requirement(text)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
@@ -33,8 +33,9 @@ def check_versions() -> Finding:
         found = _version(requirement.name)
         if not requirement.specifier.contains(found.partition("+")[0] or "0", prereleases=True):
             wrong.append(f"{requirement.name} is {found or 'missing'}, not {requirement.specifier}")
+            wanted.append(f"'{requirement.name}{requirement.specifier}'")
     if wrong:
-        detail = f"{'; '.join(wrong)}: pip install --upgrade infir2"
+        detail = f"{'; '.join(wrong)}: pip install {' '.join(wanted)}"
         return Finding("versions", "fail", detail)
     names = ("infir2", "torch", "transformers", "numpy")
     found = ", ".join(f"{name} {_version(name)}" for name in names)

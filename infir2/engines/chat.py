@@ -106,17 +106,18 @@ def talk(conversations: "Sequence[Conversation]") -> None:
                     conversation.messages = []
                 log("a new conversation.", "chat")
             case text:
+                answers = []
                 for conversation in conversations:
                     if len(conversations) > 1:
                         print_part(f"{conversation.name}:\n")
-                    conversation.ask({"role": "user", "content": text})
-                if len(conversations) > 1:
-                    log(_agreement([each.messages for each in conversations]), "chat")
+                    answers.append(conversation.ask({"role": "user", "content": text}))
+                given = [answer for answer in answers if answer is not None]
+                if len(given) == 2:
+                    log(_agreement(*given), "chat")
 
 
-def _agreement(histories: Sequence[list[dict[str, str]]]) -> str:
-    """How far the newest answers are the same text."""
-    first, second = (history[-1]["content"] if history else "" for history in histories)
+def _agreement(first: str, second: str) -> str:
+    """How far two answers are the same text."""
     if first == second:
         return f"the same {len(first):,} characters."
     pairs = enumerate(zip(first, second, strict=False))
@@ -199,8 +200,8 @@ class Conversation:
     name: str
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def ask(self, message: dict[str, str]) -> None:
-        """Send a message and print the answer."""
+    def ask(self, message: dict[str, str]) -> str | None:
+        """Send a message, print the answer and return it; None if the server refuses."""
         first = [{"role": "system", "content": self.system}] if self.system else []
         pieces = self.client.stream([*first, *self.messages, message], self.sampling)
         answer, shown = "", _Shown()
@@ -211,11 +212,12 @@ class Conversation:
                     answer += text
         except RefusedError as error:
             log_error(str(error), "chat")
-            return
+            return None
         except KeyboardInterrupt:
             log(" stopped.", "chat")
         shown.end()
         self.messages += [message, {"role": "assistant", "content": answer}]
+        return answer
 
 
 class _Shown:

@@ -16,7 +16,7 @@ from typing import Any
 import httpx2
 from pydantic_core import from_json
 
-from infir2.engines.remote import BadAnswerError, EngineGoneError
+from infir2.engines.remote import BadAnswerError, EngineGoneError, HungUpError
 from infir2.errors import ConfigError, first_line
 
 MAX_ANSWER_BYTES = 2**26  # 32,768 tokens with their log-probabilities are 2 MB
@@ -120,11 +120,14 @@ class HttpClient:
         label = f"{self.url}{route}"
         content = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if content is not None else {}
-        client = self._idle.pop() if self._idle else self._open()
+        client, is_answered = self._idle.pop() if self._idle else self._open(), False
         try:
             async with client.stream(method, route, content=content, headers=headers) as response:
+                is_answered = True
                 yield response
         except (httpx2.RemoteProtocolError, httpx2.DecodingError) as error:
+            if not is_answered and "disconnected" in str(error):
+                raise HungUpError(f"{label}: {first_line(error)}") from error
             raise BadAnswerError("cut", f"{label}: {first_line(error)}") from error
         except httpx2.TransportError as error:
             raise EngineGoneError(f"{label}: {first_line(error)}") from error
@@ -181,8 +184,12 @@ def _decode(status: int, data: bytes, label: str, is_text: bool) -> Any:
     if is_text or not data.strip():
         return data.decode(errors="replace") or None
     try:
-        return from_json(data)  # exact as json.loads, at 2.5 times its speed
-    except ValueError as error:
+        return from_json(data)  # as json.loads, but for half a surrogate pair; 2.5 times as fast
+    except ValueError:
+        pass
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise BadAnswerError("cut", f"{label}: no JSON ({first_line(error)})") from error
 
 

@@ -266,9 +266,8 @@ class _Dispatcher:
 
     def finish(self, completion: Completion) -> None:
         self._failed_at.pop(completion.id, None)
-        if (
-            not self._fresh
-        ):  # what arrives together is handed over together: each time wakes a thread
+        # What arrives together is handed over together, because each time wakes a thread.
+        if not self._fresh:
             asyncio.get_running_loop().call_soon(self._hand_over)
         self._fresh.append(completion)
 

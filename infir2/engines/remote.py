@@ -41,6 +41,10 @@ class EngineGoneError(EngineError):
         super().__init__("gone", message)
 
 
+class HungUpError(EngineGoneError):
+    """The server had the request and closed the connection without an answer."""
+
+
 class BadAnswerError(EngineError):
     """An answer that must not be trained on.
 

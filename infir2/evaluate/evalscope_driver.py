@@ -117,7 +117,8 @@ class Scorers:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._idle: queue.SimpleQueue[tuple[Any, Connection] | None] = queue.SimpleQueue()
+        # The most recently used one first, so that no more start than work at one time.
+        self._idle: queue.LifoQueue[tuple[Any, Connection] | None] = queue.LifoQueue()
 
     def replace_forks(self) -> None:
         """Put these in the place of evalscope's forks, if this release has them."""
@@ -128,7 +129,7 @@ class Scorers:
         parser.run_isolated = self.run
         self._context.set_forkserver_preload([_PARSER, *_IMPORTED_LATER[1:3]])
         forkserver.ensure_running()
-        for _ in range(os.cpu_count() or 1):
+        for _ in os.sched_getaffinity(0):
             self._idle.put(None)
 
     def run(
@@ -143,17 +144,22 @@ class Scorers:
         """As evalscope's `run_isolated`: the result of its function `label`."""
         from evalscope.metrics.math.contracts import MathEvaluationError
 
-        process, connection = self._idle.get() or self._start()
+        scorer = self._idle.get()
         try:
+            scorer = scorer or self._start()
+            connection = scorer[1]
             connection.send((label, args, kwargs or {}))
             if not connection.poll(deadline):
                 raise MathEvaluationError(f"{label}: missed the deadline of {deadline} s")
             is_result, found, issued = connection.recv()
-        except (OSError, EOFError, MathEvaluationError) as error:
-            process.kill()
+        except BaseException as error:  # also what cannot be pickled: its place must not be lost
+            if scorer is not None:
+                scorer[0].kill()
             self._idle.put(None)
+            if not isinstance(error, Exception):
+                raise
             raise MathEvaluationError(str(error) or f"{label}: its process ended") from error
-        self._idle.put((process, connection))
+        self._idle.put(scorer)
         for text, category in issued:
             warnings.warn(text, category, stacklevel=3)
         if not is_result:

@@ -175,9 +175,8 @@ def write_results(directory: Path, scores: Evaluation, rows: list[Row]) -> None:
     """Write all responses, in order, and last the scores. Raises CheckpointError."""
     metrics = scores_as_json(scores)
     view = TensorBoardView(directory, 0)
-    for name, value in metrics.items():
-        if isinstance(value, int | float):
-            view.add(f"evaluation/{name}", value, 1)
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    view.show({f"evaluation/{name}": value for name, value in numbers.items()}, 1)
     view.close()
     samples = b"".join(encode_json_line(_sample_line(row)) for row in rows)
     with disk_errors(f"{directory}: the scores above cannot be written"):

@@ -77,11 +77,11 @@ def clustered_mean(question_means: Sequence[float]) -> Estimate:
 
     The bootstrapped quantity is t = (mean - mu) / sqrt(phi * mu * (1 - mu) / n): the variance of a
     proportion at mu, times the measured share phi of it that lies between questions. So the
-    interval stays in [0, 1], and it is never narrower than Wilson's with that phi, which it is for
-    0 of n. Near 0 and 1 the truth cannot lie beyond one of the ends, because every interval
-    contains it when no answer is right, or all are; the other end has up to 5 % instead of 2.5 %
-    there, so that both together keep 5 % (Blyth and Still 1983). The interval of one question is
-    [0, 1]. Raises ValueError for an empty list and for values outside [0, 1].
+    interval stays in [0, 1]; that of 0 of n is Wilson's with that phi. Near 0 and 1 the truth
+    cannot lie beyond one of the ends, because every interval contains it when no answer is right,
+    or all are; the other end has up to 5 % instead of 2.5 % there, so that both together keep 5 %
+    (Blyth and Still 1983). The interval of one question is [0, 1]. Raises ValueError for an empty
+    list and for values outside [0, 1].
     """
     values = _checked(question_means)
     if values.min() < 0 or values.max() > 1:

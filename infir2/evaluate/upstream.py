@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from infir2.engines.http_client import HttpClient
-from infir2.engines.remote import BadAnswerError, EngineError, EngineGoneError
+from infir2.engines.remote import BadAnswerError, EngineError, EngineGoneError, HungUpError
 
 LONGEST_SLEEP_SECONDS = 1.0  # an engine may be replaced meanwhile
 FULL = (408, 425, 429)  # like 5xx: the same request may succeed later
-_UNANSWERED = "without sending a response"
+HANG_UPS = 3  # times Patience.bad_answers: a request may be in flight at an engine's end
 CONTEXT = ("context length", "context_length", "maximum context", "max_model_len", "too long")
 
 
@@ -90,8 +90,8 @@ class Upstream:
     """The engines. All methods belong to one event loop.
 
     `parallel` answers are asked for at one time; others wait, so the engines have work while
-    evalscope scores. `faults` counts what was retried, by kind: "429", "503", "gone", "timeout",
-    "empty", "cut".
+    evalscope scores. `faults` counts what was retried, by kind: "429", "503", "gone", "hung up",
+    "timeout", "empty", "cut".
     """
 
     engines: list[Engine]
@@ -152,6 +152,8 @@ class Upstream:
         try:
             call = engine.client.post("/chat/completions", body | {"model": engine.model})
             response = await asyncio.wait_for(call, self.patience.request_seconds)
+        except HungUpError as error:
+            return "hung up", str(error), None
         except EngineGoneError as error:
             return "gone", str(error), None
         except TimeoutError:
@@ -159,8 +161,7 @@ class Upstream:
             return "timeout", f"{engine.url} did not answer within {seconds:g} s", None
         except BadAnswerError as error:
             if error.reason != "status":
-                # The engine has ended, or closed a connection that was idle: no answer at all.
-                return "gone" if _UNANSWERED in str(error) else "cut", str(error), None
+                return "cut", str(error), None
             if error.status in FULL or error.status >= 500:
                 return str(error.status), str(error), None
             beyond = any(word in str(error).lower() for word in CONTEXT)
@@ -181,8 +182,10 @@ class Upstream:
         """An engine that is gone or full rests; other faults are the answer's."""
         if fault in ("empty", "cut", "timeout"):
             return
-        if fault == "gone":
+        if fault in ("gone", "hung up"):
             await self._restart(engine)
+        if engine.not_before > time.monotonic():
+            return  # it rests already: many requests that fail together are one failure
         engine.failures += 1
         patience = self.patience
         wait = patience.first_wait_seconds * 2 ** min(engine.failures - 1, 20)
@@ -217,6 +220,7 @@ class _Trial:
     outage_ends: float
     attempts: int = 0
     bad: int = 0
+    hang_ups: int = 0
     last: tuple[str, str] = ("", "")
 
     def is_last(self) -> bool:
@@ -228,8 +232,11 @@ class _Trial:
             if self.is_last():
                 raise NoAnswerError(fault, message)
             self.bad += 1
-        else:
-            self.check_outage(time.monotonic())
+            return
+        self.hang_ups += fault == "hung up"
+        if self.hang_ups > HANG_UPS * self.patience.bad_answers:
+            raise NoAnswerError(fault, message)
+        self.check_outage(time.monotonic())
 
     def check_outage(self, now: float) -> None:
         if now > self.outage_ends:

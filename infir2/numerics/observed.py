@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from infir2.numerics.composed import Composed
 from infir2.numerics.formats import E4M3_MAX, ROW_BLOCK, Fp8Tensor
 from infir2.numerics.linear import Fp8Linear
 from infir2.numerics.ops import Operations
-from infir2.numerics.ops_reference import Rope, apply_rope, scale_format_of
+from infir2.numerics.ops_reference import rotate, scale_format_of
 from infir2.numerics.quantize import dequantize, quantize, quantize_weight
-from infir2.numerics.saved_activations import SavedActivations
 
 MEASURES = ("underflow", "saturation", "cosine", "relative_error", "kurtosis")
 
@@ -68,6 +68,9 @@ class Observed:
         self._base, self._names, self._found = base, names, found
         self._scale_format = scale_format
         self.rms_norm, self.swiglu = base.rms_norm, base.swiglu
+        composed = Composed(self.linear, base.rms_norm, base.swiglu, rotate)
+        self.attention_inputs, self.add_linear = composed.attention_inputs, composed.add_linear
+        self.feed_forward = composed.feed_forward
 
     def linear(
         self, x: Tensor, layers: Sequence[nn.Linear], dtype: torch.dtype, out_dtype: torch.dtype
@@ -88,46 +91,11 @@ class Observed:
     def _await_gradient(self, layer: nn.Linear, out: Tensor) -> None:
         def measure_gradient(grad: Tensor) -> None:
             form = scale_format_of(layer) or self._scale_format
-            values = grad.to(torch.bfloat16) if out.dtype == torch.bfloat16 else grad
-            found = measure(values, quantize(values, ROW_BLOCK, form))
+            found = measure(grad, quantize(grad, ROW_BLOCK, form))
             self._found[self._names[layer], "gradient"] = found
 
         if out.requires_grad:
             out.register_hook(measure_gradient)
-
-    def attention_inputs(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        eps: float,
-        layers: Sequence[nn.Linear],
-        head_dim: int,
-        rope: Rope | None,
-        saved: SavedActivations,
-    ) -> tuple[Tensor, ...]:
-        outputs = self.linear(self.rms_norm(x, weight, eps), layers, x.dtype, x.dtype)
-        q, k, v = (y.unflatten(1, (-1, head_dim)) for y in outputs)
-        return (x, q, k, v) if rope is None else (x, apply_rope(q, *rope), apply_rope(k, *rope), v)
-
-    def add_linear(
-        self, residual: Tensor, x: Tensor, layer: nn.Linear, saved: SavedActivations
-    ) -> Tensor:
-        return residual + self.linear(x, (layer,), x.dtype, x.dtype)[0]
-
-    def feed_forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        eps: float,
-        gate: nn.Linear,
-        up: nn.Linear,
-        down: nn.Linear,
-        saved: SavedActivations,
-    ) -> Tensor:
-        normed = self.rms_norm(x, weight, eps)
-        gate_out, up_out = self.linear(normed, (gate, up), x.dtype, x.dtype)
-        product = self.swiglu(gate_out, up_out, saved)
-        return x + self.linear(product, (down,), x.dtype, x.dtype)[0]
 
 
 def _measure_weight(layer: nn.Linear, scale_format: str) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from infir2.numerics import ops_reference
+from infir2.numerics.composed import Rope
 from infir2.numerics.kernels import usable
-from infir2.numerics.ops_reference import Rope
 from infir2.numerics.saved_activations import SavedActivations
 
 _SAVE_ALL = SavedActivations()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from infir2.numerics.composed import Composed, Rope
 from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor
 from infir2.numerics.kernels import api as kernels
 from infir2.numerics.operands_cuda import (
@@ -30,7 +31,6 @@ from infir2.numerics.operands_cuda import (
     weight_gradients,
 )
 from infir2.numerics.ops_reference import (
-    Rope,
     restored_pre_activations,
     saved_pre_activations,
 )
@@ -83,9 +83,7 @@ def attention_inputs(
         return _NormLinear.apply(
             x, weight, eps, stacked, head_dim, rope, saved, *stacked.parameters
         )
-    outputs = linear(rms_norm(x, weight, eps), layers, x.dtype, x.dtype)
-    q, k, v = (y.unflatten(1, (-1, head_dim)) for y in outputs)
-    return (x, q, k, v) if rope is None else (x, *_Rope.apply(q, k, v, *rope))
+    return _composed.attention_inputs(x, weight, eps, layers, head_dim, rope, saved)
 
 
 def add_linear(residual: Tensor, x: Tensor, layer: nn.Linear, saved: SavedActivations) -> Tensor:
@@ -109,8 +107,7 @@ def feed_forward(
         return _FeedForward.apply(
             x, weight, eps, gate_up, last, saved, *gate_up.parameters, *last.parameters
         )
-    gate_out, up_out = linear(rms_norm(x, weight, eps), (gate, up), x.dtype, x.dtype)
-    return x + linear(swiglu(gate_out, up_out, saved), (down,), x.dtype, x.dtype)[0]
+    return _composed.feed_forward(x, weight, eps, gate, up, down, saved)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -166,6 +163,9 @@ class _Rope(torch.autograd.Function):
         """The parts of `joined` [T, (N + 2 G) H] that have the shapes of `like`."""
         heads = joined.view(len(joined), -1, like[0].shape[2])
         return heads.split([part.shape[1] for part in like], dim=1)
+
+
+_composed = Composed(linear, rms_norm, swiglu, _Rope.apply)
 
 
 class _NormLinear(torch.autograd.Function):

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from infir2.numerics import gemm_reference as gemm
+from infir2.numerics.composed import Composed
 from infir2.numerics.formats import ROW_BLOCK, Fp8Tensor
 from infir2.numerics.quantize import dequantize, quantize
 from infir2.numerics.saved_activations import SavedActivations
 from infir2.numerics.weight_cache import rounded
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, FP32 [T, 1, H / 2]
 _PLAIN = ""  # the scale format of a layer that is not quantized
 
 
@@ -57,38 +57,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def attention_inputs(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    layers: Sequence[nn.Linear],
-    head_dim: int,
-    rope: Rope | None,
-    saved: SavedActivations,
-) -> tuple[Tensor, ...]:
-    """(x, q, k, v): heads [T, N, H] of `layer(rms_norm(x))`, q and k rotated if `rope` is given."""
-    outputs = linear(rms_norm(x, weight, eps), layers, x.dtype, x.dtype)
-    q, k, v = (y.unflatten(1, (-1, head_dim)) for y in outputs)
-    return (x, q, k, v) if rope is None else (x, apply_rope(q, *rope), apply_rope(k, *rope), v)
+def rotate(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """`apply_rope` of q and k, and v."""
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
 
-def add_linear(residual: Tensor, x: Tensor, layer: nn.Linear, saved: SavedActivations) -> Tensor:
-    """`residual + layer(x)`, both [T, N]; x [T, K]."""
-    return residual + linear(x, (layer,), x.dtype, x.dtype)[0]
-
-
-def feed_forward(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    gate: nn.Linear,
-    up: nn.Linear,
-    down: nn.Linear,
-    saved: SavedActivations,
-) -> Tensor:
-    """`x + down(silu(gate(n)) * up(n))` with n = rms_norm(x), [T, D] -> [T, D]."""
-    gate_out, up_out = linear(rms_norm(x, weight, eps), (gate, up), x.dtype, x.dtype)
-    return x + linear(swiglu(gate_out, up_out, saved), (down,), x.dtype, x.dtype)[0]
+_composed = Composed(linear, rms_norm, swiglu, rotate)
+attention_inputs, add_linear = _composed.attention_inputs, _composed.add_linear
+feed_forward = _composed.feed_forward
 
 
 def scale_format_of(layer: nn.Linear) -> str:

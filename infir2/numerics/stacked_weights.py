@@ -90,13 +90,15 @@ def stack(layers: Sequence[nn.Linear]) -> Stack | None:
     return Stack(tuple(layers)) if len(formats) == 1 and aligned else None
 
 
+@torch.inference_mode(False)  # tensors of an engine's pass would serve no training step
+@torch.no_grad()
 def quantize_weights(groups: Iterable[Sequence[nn.Linear]]) -> None:
     """Quantize the FP8 weights that changed, in one launch, as `Stack.operand` reads them.
 
     Optional: `Stack.operand` quantizes one weight at a time, at four launches or more for a group.
 
     Args:
-        groups: the layers of each operation; other than FP8 layers with masters are left out.
+        groups: the layers of each operation; other than FP8 layers with FP32 masters are left out.
     """
     stacks = [each for group in groups for each in _stacks_of(group) if _has_stale_codes(each)]
     outputs = [_empty_stack(stacked) for stacked in stacks]
@@ -123,9 +125,9 @@ def _stacks_of(layers: Sequence[nn.Linear]) -> list[Stack]:
 def _has_stale_codes(stacked: Stack) -> bool:
     key = ("fp8", stacked.scale_format)
     weights = [layer.weight for layer in stacked.layers]
-    return bool(stacked.scale_format) and any(
-        [weight is not None and is_missing(weight, key) for weight in weights]
-    )
+    if not stacked.scale_format or any(w is None or w.dtype != torch.float32 for w in weights):
+        return False
+    return any([is_missing(weight, key) for weight in weights])
 
 
 def _empty_stack(stacked: Stack) -> Fp8Tensor:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
@@ -72,8 +73,18 @@ def find_gpu(name: str) -> Gpu:
 def _gpu(values: dict[str, Any]) -> Gpu:
     known = {field.name for field in fields(Gpu)}
     gpu = Gpu(**{name: value for name, value in values.items() if name in known})
-    numbers = [gpu.memory_gib, gpu.bandwidth, gpu.bf16_tflops, gpu.link_gb_s, gpu.network_gb_s]
-    numbers += [*gpu.flash_tflops, *gpu.torch_tflops]
-    if not all(isinstance(number, int | float) and number > 0 for number in numbers):
+    pairs = [*gpu.flash_tflops, *gpu.torch_tflops]
+    texts = {"name", "origin"}
+    plain = known - texts - {"flash_tflops", "torch_tflops", "fp8_tflops"}
+    rates = [*pairs, *(getattr(gpu, name) for name in plain)]
+    if len(pairs) != 4 or not all(_is_number(rate) and rate > 0 for rate in rates):
         raise ValueError("a rate is not a positive number")
+    if not _is_number(gpu.fp8_tflops) or gpu.fp8_tflops < 0:
+        raise ValueError("fp8_tflops is not a number")
+    if not all(isinstance(getattr(gpu, name), str) for name in texts):
+        raise ValueError("its name or origin is no text")
     return gpu
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

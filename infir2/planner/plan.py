@@ -10,12 +10,12 @@ from infir2.errors import ConfigError, UserError
 from infir2.model.memory import GIB
 from infir2.parallel.mesh import Sizes, check_model, plan_sizes
 from infir2.planner.estimate import Estimate, Job, estimate
-from infir2.planner.gpus import Gpu, package_json
+from infir2.planner.gpus import Gpu, find_gpu, package_json
 from infir2.planner.layouts import best, fp8_gain, reasons
 from infir2.planner.model import mean_tokens, shape_of
 from infir2.train.plan import check_optimizer
 
-MEASURED_GPUS = 2  # of one node; more were never measured
+MEASURED, MEASURED_GPUS = ("h100", "h200"), 2  # of one node; more were never measured
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,6 @@ class Plan:
     fp8_ratio: float = 0.0
     fp8_from_tokens: int = 0
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def is_better(self) -> bool:
-        """Whether the recommended layout is another than the written one, and worth a change."""
-        chosen, written = self.chosen, self.written
-        if chosen is None:
-            return False
-        return not written.fits(self.job.gpu) or chosen.total_seconds < 0.98 * written.total_seconds
 
     def certainty(self) -> tuple[str, str]:
         """(high, medium or low; why)."""
@@ -54,7 +46,10 @@ class Plan:
             return "low", f"{base}; sampling rests on one measured model: take +-50 %"
         if "never" in self.job.gpu.origin:
             return "low", f"{base}; {self.job.gpu.name} was not: take +-30 %"
-        if self.job.world > MEASURED_GPUS or self.written.sizes.tp * self.written.sizes.cp > 1:
+        if self.job.gpu not in map(find_gpu, MEASURED):
+            return "medium", f"{base}; those were not on this GPU: take +-30 %"
+        sizes = (self.chosen or self.written).sizes
+        if self.job.world > MEASURED_GPUS or sizes.tp * sizes.cp > 1:
             return "medium", f"{base}; on two GPUs at most, sharded weights only: take +-25 %"
         return "high", base
 
@@ -80,6 +75,8 @@ def make_plan(recipe: TrainRecipe, gpu: Gpu, gpus: int, nodes: int, sample_token
     job = Job(config, recipe, gpu, gpus, nodes, row_tokens)
     written = estimate(job, sizes)
     chosen, found = best(job)
+    if chosen and written.fits(gpu) and chosen.total_seconds > 0.98 * written.total_seconds:
+        chosen = written  # not worth a change
     ratio, tokens = _fp8(job, sizes)
     return Plan(
         job=job,
@@ -163,7 +160,7 @@ def as_text(plan: Plan) -> str:
     lines += ["", "as the recipe is written:", *_estimate_lines(plan, plan.written)]
     if plan.chosen is None:
         lines += ["", "no layout of these GPUs fits; " + _remedy(plan)]
-    elif plan.is_better:
+    elif plan.chosen is not plan.written:
         lines += ["", f"recommended: {keys_of(plan)}", *_estimate_lines(plan, plan.chosen)]
     else:
         lines += ["", "recommended: as it is written"]

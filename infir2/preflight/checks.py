@@ -79,6 +79,10 @@ class Preflight:
 
         A warning if a value is possible but hardly meant.
         """
+        if isinstance(self.recipe, TrainRecipe):
+            from infir2.train.trackers import check_tracker
+
+            check_tracker(self.recipe.train.tracker)
         values = flatten(self.recipe)
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
         origins = self.loaded.provenance.values()

@@ -38,7 +38,7 @@ def detect(path: Path, kind: RowKind | None = None) -> tuple[RowKind, SourceSect
     row = _first_row(Source(path))
     for candidate in (kind,) if kind else ("messages", "prompts", "documents"):
         assert candidate is not None
-        fields = _fields(row, candidate)
+        fields = _fields(row, candidate, asked=kind is not None)
         if fields is not None:
             return candidate, SourceSection.model_validate({"path": str(path), **fields})
     wanted = {
@@ -76,8 +76,11 @@ def _first_row(source: Source) -> dict[str, Any]:
     raise DataError(f"{source.path}: its first rows are unusable ({error}); fix the file.")
 
 
-def _fields(row: dict[str, Any], kind: RowKind) -> dict[str, str] | None:
-    """The ..._field keys for rows of this kind; None if the row has no such fields."""
+def _fields(row: dict[str, Any], kind: RowKind, asked: bool) -> dict[str, str] | None:
+    """The ..._field keys for rows of this kind; None if the row has no such fields.
+
+    `asked`: the rows should be of this kind, so that an answer may be what to train on.
+    """
     if kind == "documents":
         found = "text" if "token_ids" in row else _first(row, TEXTS)
         return {"text_field": found} if found else None
@@ -88,7 +91,9 @@ def _fields(row: dict[str, Any], kind: RowKind) -> dict[str, str] | None:
     for name in MESSAGES:
         if isinstance(decode_messages(row.get(name)), list):
             return {"messages_field": name}
-    solution = _first(row, SOLUTIONS)
+    if question == "instruction" and row.get("input"):
+        return None  # half of the question is in another field
+    solution = _first(row, SOLUTIONS + ANSWERS if asked else SOLUTIONS)
     return {"prompt_field": question, "solution_field": solution} if question and solution else None
 
 

@@ -1,7 +1,7 @@
 """Write the first recipe for a model and data, with comments on what each value does.
 
-Learning rates follow the paper's at 1.5B and 7B (2e-5 at 7B for SFT, 1e-4 for CPT, 1e-6 for RL) and
-grow with the root of a smaller size.
+Learning rates are the paper's at 7B (2e-5 for SFT, 1e-4 for CPT, 1e-6 for RL) and grow with the
+root of a smaller size, which is a start and not measured.
 """
 
 import json
@@ -201,8 +201,10 @@ warmup_fraction = 0.05
 
 
 def _rl(start: _Start) -> str:
-    prompt = 1 << max(7, (start.found.percentiles()["max"] - 1).bit_length())
-    response = max(16, min(8192, start.config.max_positions - prompt))
+    # Longer prompts are dropped: half of the positions are the response's.
+    longest = 1 << max(7, (start.found.percentiles()["max"] - 1).bit_length())
+    prompt = min(longest, start.config.max_positions // 2)
+    response = min(8192, start.config.max_positions - prompt)
     groups = max(1, min(128, start.found.num_rows // 4))
     evaluate = ""
     if start.validation:

@@ -42,10 +42,11 @@ def fast_path(device: torch.device, fp8: bool = True) -> list[Library]:
         return []
     extra = "pip install 'infir2[gpu]'"
     loads = find_spec("triton") is not None
-    libraries = [Library("Triton", "triton", loads, "an FP8 step is many times slower", extra)]
+    loss = "an FP8 step is many times slower" if fp8 else "norms, SwiGLU and the head are slower"
+    libraries = [Library("Triton", "triton", loads, loss, extra)]
     if missing_block_scaling(device):  # not Hopper
         return libraries
-    loss = "a step is 3 % slower (6 % with sequences of 32,768 tokens)"
+    loss = "a step is 3 % slower (of 8,192 tokens; more with longer sequences)"
     loads = flash_attention_4() is not None
     libraries.append(Library("FlashAttention 4", "flash-attn-4", loads, loss, extra))
     if fp8 and torch.__version__.startswith(DEEP_GEMM_TORCH):

@@ -39,6 +39,9 @@ def observe(
         for name, layer in model.model.named_modules(prefix="model")
         if isinstance(layer, nn.Linear)
     }
+    for layer in layers:
+        if isinstance(layer, Fp8Linear):
+            layer.quantized_weight()  # counted for the step that follows, which finds it made
     found: dict[tuple[str, str], Tensor] = {}
     device = model.head_weight.device
     with (
@@ -46,7 +49,8 @@ def observe(
         nonfinite_blocks.ignored(device),
         replaced(lambda base: Observed(base, layers, scale_format, found)),
     ):
-        loss, _ = next_token_loss(score_batch(model, batch, 1.0, chunk_tokens))
+        scores = score_batch(model, batch, 1.0, chunk_tokens, uniform_gradient=True)
+        loss, _ = next_token_loss(scores)
         # The embedding is the first parameter: its gradient runs the backward of every block.
         torch.autograd.grad(loss / batch.num_trained_tokens, [model.model.embed_tokens.weight])
     numbers = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))

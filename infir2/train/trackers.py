@@ -21,14 +21,17 @@ def make_tracker(name: str, run_dir: Path, recipe: dict[str, Any]) -> View | Non
 
     Raises ConfigError if its library is not installed.
     """
-    if name == "tensorboard":
-        return None
-    if find_spec(name) is None:
+    check_tracker(name)
+    return None if name == "tensorboard" else Tracker(name, run_dir, recipe)
+
+
+def check_tracker(name: str) -> None:
+    """Raises ConfigError if the library that `train.tracker` names is not installed."""
+    if name != "tensorboard" and find_spec(name) is None:
         raise ConfigError(
             f"train.tracker is {name}, which is not installed: pip install 'infir2[{name}]', or "
             "set train.tracker = 'tensorboard'."
         )
-    return Tracker(name, run_dir, recipe)
 
 
 class Tracker(View):

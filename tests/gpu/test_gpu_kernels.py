@@ -11,6 +11,7 @@ from infir2.config.schema import OptimizerSection
 from infir2.numerics import gemm_scaled as gemm_backends
 from infir2.numerics.error import relative_error
 from infir2.numerics.formats import ROW_BLOCK, TILE_BLOCK, Fp8Tensor
+from infir2.numerics.kernels import api as kernels
 from infir2.numerics.kernels import usable
 from infir2.numerics.quantize_reference import quantize as quantize_reference
 from infir2.train.optimizer import make_optimizer, update
@@ -42,6 +43,15 @@ def test_conversions_are_bit_equal_to_the_reference(
         kernel(x.cuda(), scale_format), reference(x, scale_format), strict=True
     ):
         assert cases.mismatches(actual, expected) == 0
+
+
+@pytest.mark.parametrize("tokens", [156, 1000])
+def test_a_row_of_the_head_depends_on_no_other(tokens: int) -> None:
+    hidden, weight = (torch.randn(n, 512, device="cuda").bfloat16() for n in (300, tokens))
+    whole = kernels.head_product(hidden, weight)
+    for count in (1, 7, 64, 129):
+        assert torch.equal(kernels.head_product(hidden[:count], weight), whole[:count])
+        assert torch.equal(kernels.head_product(hidden[100:][:count], weight), whole[100:][:count])
 
 
 @pytest.mark.parametrize("name", cases.FUSED)

@@ -74,6 +74,14 @@ def test_the_script_completes_in_bash(tmp_path: Path, capsys: pytest.CaptureFixt
     assert result.stdout.splitlines() == ["report", "true", "--tokenizer"], result.stderr
 
 
+def test_nothing_to_complete_is_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty line is a match for bash, which then completes no file name."""
+    assert main(["completion", "words", "--", "cpt", "rec"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["completion", "words", "--", "rl", "x", "--rollout-o"]) == 0
+    assert capsys.readouterr().out == "--rollout-only\n"
+
+
 def test_a_wrong_shell_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "bsh"]) == 2
     assert "did you mean bash?" in capsys.readouterr().err

@@ -109,8 +109,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_what_a_step_loses_without_a_library(hopper: pytest.MonkeyPatch) -> None:
     assert missing_libraries(GPU, fp8=True) == (
-        "without FlashAttention 4 a step is 3 % slower (6 % with sequences of 32,768 tokens): "
-        "pip install 'infir2[gpu]'; without DeepGEMM a step is 2 to 3 % slower: "
+        "without FlashAttention 4 a step is 3 % slower (of 8,192 tokens; more with longer "
+        "sequences): pip install 'infir2[gpu]'; without DeepGEMM a step is 2 to 3 % slower: "
         "pip install --no-deps sgl-deep-gemm==0.0.1"
     )
     assert "DeepGEMM" not in missing_libraries(GPU, fp8=False)

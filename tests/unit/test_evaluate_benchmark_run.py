@@ -256,18 +256,19 @@ def test_an_engine_that_hangs_is_started_again(
 HANGING = """
 import os, sys, time
 
-if "serve" in sys.orig_argv:
-    from infir2.engines.server.driver import EngineDriver
+if "infir2.engines.server.engine_worker" in sys.orig_argv:
+    from infir2.engines.native import NativeEngine
 
-    turn = EngineDriver._turn
+    steps, step = [], NativeEngine.step
 
     def hanging(self):
-        if self.counts["generated_tokens"] and not os.path.exists({mark!r}):
+        steps.append(self)
+        if len(steps) > 5 and not os.path.exists({mark!r}):
             open({mark!r}, "w").close()
             time.sleep(3600)
-        turn(self)
+        return step(self)
 
-    EngineDriver._turn = hanging
+    NativeEngine.step = hanging
 """
 
 

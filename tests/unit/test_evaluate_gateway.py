@@ -66,7 +66,7 @@ def test_after_a_restart_answers_come_from_the_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "counted"),
     [
-        ("500", "500"), ("429", "429"), ("503", "503"), ("drop", "gone"), ("cut", "cut"),
+        ("500", "500"), ("429", "429"), ("503", "503"), ("drop", "hung up"), ("cut", "cut"),
         ("html", "cut"), ("nochoices", "cut"), ("empty", "empty"), ("null", "empty"),
     ],
 )  # fmt: skip
@@ -76,7 +76,7 @@ def test_a_fault_is_asked_again(tmp_path: Path, fault: str, counted: str) -> Non
         assert ask(gateway)[0] == 200
         assert sum(gateway.upstream.faults.values()) == 1
         found = next(iter(gateway.upstream.faults))
-    assert found == counted or {found, counted} == {"gone", "cut"}
+    assert found == counted
     assert len(script.requests) == 2
     assert json.loads((tmp_path / ANSWERS).read_text())["attempts"] == 2
 

@@ -42,8 +42,9 @@ def test_a_measured_step_is_met(row: Row) -> None:
 def test_the_package_has_the_rows_of_the_documents() -> None:
     """Compared as JSON, where a tuple is a list."""
     documents = [json.loads(json.dumps(asdict(row))) for row in ROWS]
+    packaged = [json.loads(json.dumps(asdict(row))) for row in measured_rows()]
     assert len(documents) >= 30
-    assert not [row.name for row in measured_rows() if asdict(row) not in documents]
+    assert packaged == documents, "after a new measurement: python bench/calibrate.py --write"
 
 
 def test_rows_that_a_fit_has_not_seen_are_met_too() -> None:
@@ -184,6 +185,8 @@ def test_rates_of_another_gpu_are_read_from_a_file(
         ("--gpu=h10", "--gpu h10 is not one of h100, h200, a100; did you mean h100?"),
         ("--gpu=b200", "`infir2 bench --to FILE.json` on a machine with that GPU"),
         ("--gpu=broken.json", "--gpu broken.json: not a file of infir2 bench"),
+        ("--gpu=words.json", "--gpu words.json: not a file of infir2 bench (a rate is not"),
+        ("--gpu=three.json", "--gpu three.json: not a file of infir2 bench (a rate is not"),
         ("--gpu=missing.json", "--gpu missing.json: not a file of infir2 bench"),
         ("--gpu=h100 --gpus=0", "argument --gpus: invalid positive integer value: '0'"),
         ("--gpu=h100 --gpus=eight", "argument --gpus: invalid positive integer value: 'eight'"),
@@ -211,6 +214,9 @@ def test_mistakes_of_plan(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.json").write_text('{"name": 3')
+    rates = package_json("gpus.json")["h100"]
+    Path("words.json").write_text(json.dumps(rates | {"launch_us": "x"}))
+    Path("three.json").write_text(json.dumps(rates | {"flash_tflops": [1, 2, 3]}))
     code = main(["plan", str(RECIPES / "qwen2.5-1.5b/cpt.toml"), *options.split()])
     output = capsys.readouterr()
     assert code == 2

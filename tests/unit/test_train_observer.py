@@ -117,12 +117,13 @@ def test_the_observed_gradient_is_that_of_the_layers_output() -> None:
 def test_observing_changes_no_gradient_weight_random_state_or_count() -> None:
     model = convert_to_fp8(Decoder.from_shape(SHAPE, vocab_size=61, seed=3))
     model.model.layers[0].self_attn.q_proj.bias.data[0] = math.nan  # blocks that are not finite
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan  # counted by the step itself
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     nonfinite_blocks.take(torch.device("cpu"))
     quantize(torch.full((1, 128), math.inf))
     observe(model, [batch([30])], "pow2", 16)
-    assert int(nonfinite_blocks.take(torch.device("cpu"))) == 1
+    assert int(nonfinite_blocks.take(torch.device("cpu"))) == 2
     assert torch.equal(state, torch.get_rng_state())
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, tensor in model.state_dict().items():

@@ -48,7 +48,7 @@ class WrongVersionError(Exception):
 class _Inbox:
     """What has arrived for requests that are answered together; lives in the event loop.
 
-    While a reader is behind, the tokens of a request are taken together, up to about
+    While a reader is behind, the tokens of a request are taken together, up to
     MERGED_TOKENS: so an event is rare where the engine is fast, and a stream stays one.
     """
 
@@ -60,8 +60,11 @@ class _Inbox:
     def put(self, number: int, event: Any) -> None:
         """Add an event of the request `number`, and wake who waits."""
         newest = self._newest.get(number)
-        is_part = isinstance(event, Tokens) and isinstance(newest, Tokens)
-        if is_part and newest is not None and len(newest.token_ids) < MERGED_TOKENS:
+        if (
+            isinstance(event, Tokens)
+            and isinstance(newest, Tokens)
+            and len(newest.token_ids) + len(event.token_ids) <= MERGED_TOKENS
+        ):
             newest.extend(event)
         else:
             self._newest[number] = event

@@ -8,6 +8,7 @@ share no lock, and exchange one message per step of the engine, whatever the num
 
 import marshal
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from infir2 import errors
 from infir2.engines.types import Completion, Request, RequestFailedError, Tokens, check_request
 from infir2.errors import RankError, UserError
 
-COMMAND = [sys.executable, "-m", "infir2.engines.server.engine_worker"]
+COMMAND = [sys.executable, "-P", "-m", "infir2.engines.server.engine_worker"]
 POLL_SECONDS = 0.005  # a new request waits so long at most, while others run
 
 
@@ -45,6 +46,7 @@ class EngineWorker:
             self._process = subprocess.Popen(
                 [*COMMAND, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is the server's
             )
@@ -81,7 +83,6 @@ class ProcessEngine:
         self._finished: list[Completion] = []
         self._failed: list[tuple[int, str]] = []
         self._replies: list[tuple[str, Any]] = []
-        self._gauges: dict[str, int] = {}
         facts = self._ask("open", settings)
         self.cache_tokens: int = facts["cache_tokens"]
         self.max_running_requests: int = facts["max_running_requests"]
@@ -98,8 +99,9 @@ class ProcessEngine:
         return len(self._unfinished)
 
     def gauges(self) -> dict[str, int]:
-        """As `ServedEngine`, as of the newest message."""
-        return dict(self._gauges)
+        """As `ServedEngine`, of the other side between two steps: it says that they end."""
+        gauges: dict[str, int] = self._ask("gauges")
+        return gauges
 
     def submit(self, request: Request) -> None:
         """As `Engine`; a request that the cache cannot hold fails in `step`."""
@@ -171,7 +173,7 @@ class ProcessEngine:
             message = marshal.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
             raise self._ended() from error
-        new, finished, failed, replies, gauges = message
+        new, finished, failed, replies, self.policy_version = message
         for number, *tokens in new:
             if request := self._requests.get(number):
                 self._new.setdefault(request.id, Tokens([], [])).extend(Tokens(*tokens))
@@ -181,8 +183,6 @@ class ProcessEngine:
                 self._finished.append(Completion(request.id, token_ids, values, *rest))
         self._failed += failed
         self._replies += replies
-        self.policy_version = gauges.pop("policy_version", self.policy_version)
-        self._gauges = gauges or self._gauges
 
     def _ended(self) -> RankError:
         how = self._worker.how_it_ended()

@@ -50,7 +50,6 @@ class EngineLoop:
         names = ("cache_tokens", "max_running_requests", "scale_format")
         self._replies = [("", {name: getattr(engine, name) for name in names})]
         self._failed: list[tuple[int, str]] = []
-        self._gauges: dict[str, int] = {}  # as the other end knows them
 
     def run(self) -> None:
         """Returns after the command "end"."""
@@ -78,22 +77,24 @@ class EngineLoop:
         update = partial(self._engine.update_from_directory, Path(directory), policy_version)
         self._replies.append(outcome(update))
 
+    def _gauges(self) -> None:
+        self._replies.append(("", self._engine.gauges()))
+
     def _digest(self) -> None:
         self._replies.append(outcome(self._engine.weights_digest))
 
     def _report(self, finished: list[Completion]) -> None:
         """Send what has happened, in one message; nothing if nothing has."""
-        gauges = self._engine.gauges() | {"policy_version": self._engine.policy_version}
         message = (
             [(int(name), *vars(new).values()) for name, new in self._engine.new_tokens().items()],
             [_fields(completion) for completion in finished],
             self._failed,
             self._replies,
-            gauges if gauges != self._gauges else {},
+            self._engine.policy_version,
         )
-        if any(message):
+        if any(message[:4]):
             self._connection.send_bytes(marshal.dumps(message))
-        self._failed, self._replies, self._gauges = [], [], gauges
+        self._failed, self._replies = [], []
 
 
 def outcome(function: Callable[[], Any]) -> tuple[str, Any]:
@@ -137,7 +138,7 @@ def run_engine(
     _, settings = commands.get()
     kind, value = outcome(lambda: open_engine(**settings))
     if kind:
-        connection.send_bytes(marshal.dumps(([], [], [], [(kind, value)], {})))
+        connection.send_bytes(marshal.dumps(([], [], [], [(kind, value)], 0)))
     else:
         with contextlib.suppress(BrokenPipeError):
             EngineLoop(value, connection, commands).run()

@@ -100,6 +100,7 @@ def _launch(weights: Sequence[WeightRows], pow2: bool, action: tl.constexpr) -> 
 
 def _table_row(rows: WeightRows) -> tuple[int, ...]:
     assert rows.values.is_contiguous(), "masters are"
+    assert rows.values.dtype == torch.float32, "masters are"
     codes = 0 if rows.codes is None else rows.codes.data_ptr()
     addresses = (rows.values.data_ptr(), codes, rows.scale.data_ptr())
     return *addresses, *rows.values.shape, rows.first, rows.scale.stride(0)
