@@ -5,7 +5,7 @@ import json
 import os
 import urllib.parse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from infir2.config.reward_rules import GYM
 from infir2.config.schema import RlSection
@@ -17,8 +17,9 @@ from infir2.errors import ConfigError, first_line
 from infir2.rl.reward_score import Score, failure, score_of_value
 from infir2.verify.answers import extract_answer
 from infir2.verify.functions import call_function
-from infir2.verify.gym import make_problem
+from infir2.verify.gym import SCORER, make_problem
 from infir2.verify.pool import Outcome
+from infir2.verify.verdict import Reason
 
 KEY_VARIABLE = "INFIR2_REWARD_KEY"
 ATTEMPTS, PAUSE_SECONDS = 3, 0.5
@@ -35,12 +36,20 @@ def gym_reward(texts: Sequence[str], prompt: Prompt, task: str, rl: RlSection) -
     """What reasoning-gym's scorer gives for the final answer of each response."""
     answers = [extract_answer(text, "answer_line") for text in texts]
     problem = (prompt.messages[-1]["content"], task, *prompt.fields[GYM_FIELD]["problem"])
-    items = [(answer, *problem) for answer in answers]
-    outcomes = call_function("infir2.verify.gym:score_answer", items, rl.reward_seconds)
+    items = [(answer, *problem) for answer in answers if answer is not None]
+    outcomes = iter(call_function(SCORER, items, rl.reward_seconds, is_own=False))
     return [
-        Score(0.0, "no_answer") if answer is None else _score_of_outcome(outcome)
-        for answer, outcome in zip(answers, outcomes, strict=True)
+        Score(0.0, "no_answer") if answer is None else _gym_score(task, next(outcomes))
+        for answer in answers
     ]
+
+
+def _gym_score(task: str, outcome: Outcome) -> Score:
+    if outcome.reason:  # the answer's fault: the scorer has accepted that of a problem
+        return Score(0.0, cast(Reason, outcome.reason), outcome.detail)
+    if outcome.value is None:
+        return failure(f"{task} makes another problem in another process")
+    return score_of_value(outcome.value)
 
 
 def make_prompt(name: str, seed: int, level: int, number: int, system_prompt: str = "") -> Prompt:

@@ -12,13 +12,16 @@ _lock = threading.Lock()
 _pools: dict[tuple[int, str], Pool] = {}  # by process id, because of forks, and by function
 
 
-def call_function(name: str, items: Sequence[Sequence[Any]], seconds: float) -> list[Outcome]:
+def call_function(
+    name: str, items: Sequence[Sequence[Any]], seconds: float, is_own: bool = True
+) -> list[Outcome]:
     """What `module:function` returns for each list of arguments, in order.
 
-    A call that takes longer than `seconds` is killed, and its process is replaced. Raises
+    A call that takes longer than `seconds` is killed, and its process is replaced. Only a function
+    of the user's own (`is_own`) has this process's keys and as much memory as it wants. Raises
     ConfigError if the function cannot be imported.
     """
-    return _pool(name).run(items, seconds)
+    return _pool(name, is_own).run(items, seconds)
 
 
 def require_function(name: str) -> None:
@@ -26,13 +29,14 @@ def require_function(name: str) -> None:
     _pool(name).start()
 
 
-def _pool(name: str) -> Pool:
+def _pool(name: str, is_own: bool = True) -> Pool:
     with _lock:
         key = (os.getpid(), name)
         if key not in _pools:
             remedy = f"install or fix the module of {name}, or set PYTHONPATH"
             size = min(8, max(2, (os.cpu_count() or 1) // 2))
-            _pools[key] = Pool(name, size, memory_bytes=0, remedy=remedy)
+            own: dict[str, Any] = {"memory_bytes": 0, "has_keys": True} if is_own else {}
+            _pools[key] = Pool(name, size, remedy=remedy, **own)
         return _pools[key]
 
 

@@ -2,14 +2,26 @@
 
 A task's problem is a function of its seed, level and number, so that a process that scores an
 answer makes the problem again. The package is an extra: pip install 'infir2[gym]'.
+
+Some scorers evaluate an answer as Python, which a model has written: an audit hook of the process
+that scores refuses it, and what a program would do.
 """
 
 import difflib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 from infir2.errors import ConfigError
+from infir2.verify.functions import call_function
 
+SCORER = f"{__name__}:score_answer"
+EVALUATES = "its scorer evaluates the answer as a program"
+REFUSED = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.", "socket.")
+TRIAL_SECONDS = 60.0
 MAX_LEVEL = 50
 PROBLEMS = 1 << 30  # of an endless data set; problems are made when they are read
 
@@ -40,11 +52,25 @@ def require_task(task: str) -> None:
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(DATASETS))}."
         raise ConfigError(f"rl.reward = reasoning_gym:{task} is no task of reasoning-gym; {hint}")
     try:
-        make_problem(task, 0, 0, 0)
+        problem = make_problem(task, 0, 0, 0)
     except Exception as error:  # whatever the package raises
         raise ConfigError(
             f"rl.reward = reasoning_gym:{task} makes no problem ({error}); name another task."
         ) from error
+    _require_scorer(task, problem)
+
+
+def _require_scorer(task: str, problem: dict[str, Any]) -> None:
+    """Raises ConfigError for a scorer that fails on the problem's own answer."""
+    item = (str(problem["answer"]), problem["question"], task, 0, 0, 0)
+    (outcome,) = call_function(SCORER, [item], TRIAL_SECONDS, is_own=False)
+    if EVALUATES in outcome.detail:
+        cause = "evaluates answers as programs, which infir2 does not do with a model's text"
+    elif outcome.reason:
+        cause = f"fails on its own answer ({outcome.reason}: {outcome.detail})"
+    else:
+        return
+    raise ConfigError(f"rl.reward = reasoning_gym:{task}: its scorer {cause}; name another task.")
 
 
 def make_problem(task: str, seed: int, level: int, number: int) -> dict[str, Any]:
@@ -68,11 +94,59 @@ def highest_level(task: str, seed: int, level: int) -> int:
     return level
 
 
+def prepare() -> None:
+    """Of a process that scores: import the package, and install the guard."""
+    import reasoning_gym.factory  # noqa: F401
+
+    sys.dont_write_bytecode = True
+    sys.addaudithook(_guard)
+
+
 def score_answer(
     answer: str | None, question: str, task: str, seed: int, level: int, number: int
-) -> float:
-    """The score of an answer, 0 to 1. Raises ValueError if the task made another problem."""
-    problem = make_problem(task, seed, level, number)
+) -> float | None:
+    """The score of an answer, 0 to 1; None if the task makes another problem in this process.
+
+    Raises what the scorer raises, and RuntimeError if it evaluates the answer as a program.
+    """
+    try:
+        problem = make_problem(task, seed, level, number)
+    except Exception:  # whatever the package raises
+        return None
     if problem["question"] != question:
-        raise ValueError(f"{task} makes another problem number {number} in another process")
-    return float(_dataset(task, seed, level).score_answer(answer, problem))
+        return None
+    with _guard.scoring():
+        return float(_dataset(task, seed, level).score_answer(answer, problem))
+
+
+class _Guard:
+    """An audit hook: while an answer is scored, no text becomes a program, and none acts."""
+
+    def __init__(self) -> None:
+        self._is_on = self._has_refused = False
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self._is_on and _is_refused(event, arguments):
+            self._has_refused = True
+            raise RuntimeError(EVALUATES)
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        self._is_on, self._has_refused = True, False
+        try:
+            yield
+        finally:
+            self._is_on = False
+            if self._has_refused:  # the scorer may have caught the error
+                raise RuntimeError(EVALUATES)
+
+
+def _is_refused(event: str, arguments: tuple[Any, ...]) -> bool:
+    if event == "compile":  # from a text and not, as imports, from a file
+        return not isinstance(arguments[1], str) or arguments[1].startswith("<")
+    if event == "open":
+        return bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    return event.startswith(REFUSED)
+
+
+_guard = _Guard()

@@ -8,6 +8,7 @@ timer ends a busy one (worker.py).
 
 import os
 import queue
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 from infir2.errors import ConfigError
 from infir2.verify.process import Channel, kill_tree
 
+KEYS = re.compile(r"INFIR2_\w*KEY|HF_TOKEN$|\w*API_KEY$|AWS_")  # variables that hold a secret
 START_SECONDS, START_ATTEMPTS = 120.0, 3
 REMEDY = "reinstall infir2 with its dependencies"
 UNLIMITED_SECONDS = threading.TIMEOUT_MAX / 2  # a queue accepts no infinity
@@ -40,7 +42,7 @@ class Outcome:
 class _Worker:
     """A worker process and the socket that is its standard input."""
 
-    def __init__(self, function: str, memory_bytes: int) -> None:
+    def __init__(self, function: str, memory_bytes: int, has_keys: bool) -> None:
         root = str(Path(__file__).resolve().parents[2])
         search_path = os.pathsep.join([root, *(entry for entry in sys.path if entry)])
         parent_end, child_end = socket.socketpair()
@@ -51,7 +53,7 @@ class _Worker:
                 command,
                 stdin=child_end.fileno(),
                 stdout=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": search_path},
+                env=_environment(has_keys) | {"PYTHONPATH": search_path},
                 start_new_session=True,
             )
 
@@ -65,14 +67,20 @@ class Pool:
     """At most `size` workers that call `function` ("module:name"), shared by all threads.
 
     Its arguments and value must be JSON-serializable. `memory_bytes` bounds a worker's address
-    space; 0 means no bound. `remedy` is what to do if it cannot be imported.
+    space; 0 means no bound. `remedy` is what to do if it cannot be imported. Only with `has_keys`
+    does its environment have this process's keys.
     """
 
     def __init__(
-        self, function: str, size: int, memory_bytes: int = 1 << 30, remedy: str = REMEDY
+        self,
+        function: str,
+        size: int,
+        memory_bytes: int = 1 << 30,
+        remedy: str = REMEDY,
+        has_keys: bool = False,
     ) -> None:
         self._function, self._size, self._memory_bytes = function, size, memory_bytes
-        self._remedy = remedy
+        self._remedy, self._has_keys = remedy, has_keys
         self._workers: set[_Worker] = set()
         # The most recently used worker comes first; None stands for one that is not started yet.
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
@@ -150,7 +158,7 @@ class Pool:
         return worker if worker is not None and worker.is_ready else self._started(worker, deadline)
 
     def _spawn(self) -> _Worker:
-        worker = _Worker(self._function, self._memory_bytes)
+        worker = _Worker(self._function, self._memory_bytes, self._has_keys)
         self._workers.add(worker)
         return worker
 
@@ -175,6 +183,10 @@ class Pool:
     def _kill(self, worker: _Worker) -> None:
         worker.kill()
         self._workers.discard(worker)
+
+
+def _environment(has_keys: bool) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if has_keys or not KEYS.match(name)}
 
 
 def _outcome(reply: dict[str, Any] | None, seconds: float) -> Outcome:

@@ -18,7 +18,7 @@ from infir2.engines.types import Completion
 from infir2.errors import ConfigError, DataError
 from infir2.rl.groups import Group, Response
 from infir2.rl.prompts import DrawnPrompt, PromptStream
-from infir2.rl.rewards import find_reward
+from infir2.rl.rewards import find_reward, require_rewards
 from infir2.verify import gym
 from infir2.verify.functions import close_functions
 
@@ -165,6 +165,26 @@ class Sums:
     def score_answer(self, answer, entry):
         while answer == "hang": pass
         return 1.0 if answer == entry["answer"] else 0.25 * bool(answer)
+class Evaluated(Sums):
+    def score_answer(self, answer, entry):
+        try: return float(eval(answer) == eval(entry["answer"]))
+        except Exception: return 0.01
+class Broken(Sums):
+    def score_answer(self, answer, entry): return entry["metadata"]["x"]
+class Careless(Sums):
+    def score_answer(self, answer, entry):
+        import os, socket, subprocess
+        if answer == "keys":
+            return float(any(name in os.environ for name in ("HF_TOKEN", "INFIR2_REWARD_KEY")))
+        if answer == "memory": bytes(2 << 30)
+        actions = {
+            "eval": lambda: eval("1"), "exec": lambda: exec("1"), "system": lambda: os.system(":"),
+            "run": lambda: subprocess.run(["true"]), "socket": socket.socket,
+            "write": lambda: open("x", "w"), "create": lambda: os.open("x", os.O_CREAT),
+        }
+        try: actions.get(answer, lambda: 0)()
+        except Exception: pass
+        return 1.0
 class Attribute:
     levels = [1, 2, 3]
 class Curriculum:
@@ -172,7 +192,8 @@ class Curriculum:
     def set_global_level(self, level): self.level = level
     def generate_configuration(self, options):
         return Config(**options, digits=Attribute.levels[self.level])
-DATASETS = {"sums": (Sums, Config)}
+DATASETS = {"sums": (Sums, Config), "evaluated": (Evaluated, Config)}
+DATASETS |= {"broken": (Broken, Config), "careless": (Careless, Config)}
 CURRICULA = {"sums": Curriculum}
 def create_dataset(name, **options): return DATASETS[name][0](DATASETS[name][1](**options))
 """
@@ -229,17 +250,48 @@ def test_its_scorer_is_the_reward_in_a_process_that_can_be_killed(
     texts = [f"\\boxed{{{drawn.prompt.answer}}}", "Answer: 0", "no answer", "Answer: hang"]
     scores = find_reward(TASK, rl)(texts, drawn.prompt)
     assert [score.value for score in scores] == [1.0, 0.25, 0.0, 0.0]
-    assert [score.reason for score in scores] == ["ok", "wrong", "no_answer", "reward_error"]
+    assert [score.reason for score in scores] == ["ok", "wrong", "no_answer", "timeout"]
+
+
+def test_a_scorer_runs_no_program_and_has_no_keys(
+    package: None, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("INFIR2_REWARD_KEY", "secret")
+    name = "reasoning_gym:careless"
+    require_rewards(rl := RlSection(reward=(RewardSection(name=name),)))
+    (drawn,) = PromptStream([], tokenizer, rl, seed=3).draw(1)
+    acts = ["eval", "exec", "system", "run", "socket", "write", "create"]
+    scores = find_reward(name, rl)([f"Answer: {each}" for each in [*acts, "keys"]], drawn.prompt)
+    assert [score.value for score in scores] == [0.0] * 8
+    assert [score.reason for score in scores] == [*(["error"] * 7), "wrong"]
+    assert all("evaluates the answer as a program" in score.detail for score in scores[:7])
+    (score,) = find_reward(name, rl)(["Answer: memory"], drawn.prompt)
+    assert (score.value, score.reason) == (0.0, "oom")
+
+
+def test_another_problem_in_another_process_is_a_failure(
+    package: None, tokenizer: ChatTokenizer
+) -> None:
+    rl = RlSection(reward=(RewardSection(name=TASK),))
+    (drawn,) = PromptStream([], tokenizer, rl, seed=3).draw(1)
+    drawn.prompt.messages[-1]["content"] = "another?"
+    (score,) = find_reward(TASK, rl)(["Answer: 1"], drawn.prompt)
+    assert (score.reason, "makes another problem" in score.detail) == ("reward_error", True)
 
 
 def test_a_task_that_is_not_there_is_named_with_the_nearest(package: None) -> None:
     gym.require_task("sums")
     with pytest.raises(ConfigError, match=r"reasoning_gym:sum is no task .* did you mean sums"):
         gym.require_task("sum")
+    with pytest.raises(ConfigError, match="its scorer evaluates answers as programs, which inf"):
+        gym.require_task("evaluated")
+    with pytest.raises(ConfigError, match=r"its scorer fails on its own answer .*KeyError: 'x'"):
+        gym.require_task("broken")
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("reasoning_gym"), reason="needs reasoning-gym")
-@pytest.mark.parametrize("task", ["chain_sum", "base_conversion", "countdown", "number_sorting"])
+@pytest.mark.parametrize("task", ["chain_sum", "base_conversion", "word_sorting"])
 def test_the_real_package_makes_problems_that_its_scorers_accept(task: str) -> None:
     gym.require_task(task)
     for level in (0, 1):
