@@ -39,12 +39,8 @@ def open_source(section: SourceSection, kind: RowKind, labels: Labels | None = N
     """
     labels = labels or Labels()
     fields = _fields(section, kind, labels)
-    columns = {
-        *fields,
-        section.answer_field,
-        *(field.split(".")[0] for field in fields),
-        "difficulty",
-    }
+    named = [*fields, section.answer_field]
+    columns = {*named, *(field.split(".")[0] for field in named), "difficulty"}
     columns |= set(REASONING_KEYS if kind == "messages" else ())
     columns |= {"input"} if "instruction" in fields else set()
     source = Source(section.path, () if labels.need_whole_rows else columns)

@@ -110,6 +110,18 @@ def test_whole_rows_of_parquet_reach_a_function(tmp_path: Path) -> None:
     assert prompt.fields["other"] == [1, 2]
 
 
+def test_a_label_within_a_field_of_parquet_beside_a_reward_that_needs_none(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist([{"prompt": "q", "extra": {"answer": "5"}, "kind": "math"}])
+    pq.write_table(table, tmp_path / "rl.parquet")
+    source = SourceSection(path=str(tmp_path / "rl.parquet"), answer_field="extra.answer")
+    section = DataSection(sources=(source,), max_quarantined_fraction=0.0)
+    (prompt,) = load_prompts(section, labels=labels("math", "format", field="kind"))
+    assert prompt.answer == "5"
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
