@@ -32,7 +32,7 @@ from infir2.engines.types import Completion, Engine, Request, SamplingParams
 from infir2.faults import fault
 from infir2.parallel.ranks import Ranks
 from infir2.rl.groups import Group, Response
-from infir2.rl.journal import Journal
+from infir2.rl.journal import OF_TRAINING, Journal
 from infir2.rl.prompts import DrawnPrompt, PromptStream
 from infir2.rl.rewards import FailureBudget, rate
 from infir2.rl.turns import Episodes, turn_spans
@@ -250,7 +250,7 @@ class GroupGenerator:
 
     def journal_key(self, group: RunningGroup, digest: str) -> str:
         """Hash of everything that determines the next chunk of a group and its rewards."""
-        rl, drawn = self._rl.model_dump_json(), group.drawn
+        rl, drawn = self._rl.model_dump_json(exclude=OF_TRAINING), group.drawn
         begun = [(r.token_ids, r.policy_version, r.earlier) for r in group.responses if r]
         text = f"{self._seed}/{drawn.name}/{drawn.token_ids}/{digest}/{rl}/{json.dumps(begun)}"
         return hashlib.sha256(text.encode()).hexdigest()

@@ -4,7 +4,8 @@
 log-probabilities, verdicts and rewards, with the SHA-256 of the rest of the line. With
 `rl.chunk_tokens` it also has a line per chunk of a group that is not finished, without verdicts. A
 line is reused, by any number of ranks, only for the same request: its `key` hashes prompt, sampling
-parameters, weights and the tokens so far. What a damaged line had is sampled again.
+parameters, rewards, weights and the tokens so far, but no key of the recipe that only training
+reads. What a damaged line had is sampled again.
 
 `rollouts/carried-N.jsonl` holds the unfinished groups with which step N begins (`rl.partial`).
 Files of steps that a checkpoint holds are removed.
@@ -37,6 +38,14 @@ from infir2.rl.groups import Response
 from infir2.terminal import log
 
 CHECKSUM = "sha256"
+# Keys of [rl] that say what is made of a rollout; the others say how it is sampled and rewarded.
+OF_TRAINING = {
+    *("mini_batches", "passes", "loss", "loss_mean", "clip_low", "clip_high", "clip_dual"),
+    *("correction", "correction_level", "correction_cap", "correction_floor", "kl_coefficient"),
+    *("kl_estimator", "reference", "entropy_coefficient", "mask_truncated", "normalize_by_std"),
+    *("unbiased_std", "max_mismatch_kl", "max_mismatch_prob_error", "evaluate_every"),
+    "keep_rollouts",
+}
 _FILE = re.compile(r"(?:step-(?P<step>\d+)-\d+|carried-(?P<carried>\d+))\.jsonl")
 
 

@@ -26,19 +26,11 @@ from infir2.files import (
 from infir2.parallel.ranks import Ranks
 from infir2.rl.dynamic_sampling import Rollouts
 from infir2.rl.groups import Group, Response
-from infir2.rl.journal import CHECKSUM, checksum, response_from_row
+from infir2.rl.journal import CHECKSUM, OF_TRAINING, checksum, response_from_row
 from infir2.terminal import log
 
 DIRECTORY = "kept_rollouts"
 SHOWN_TRAINED, SHOWN_OTHERS, SHOWN_TOKENS = 3, 2, 600  # groups of a step, tokens of a response
-# Keys of [rl] that say what is made of a rollout; the others say how it is sampled and rewarded.
-OF_TRAINING = {
-    *("mini_batches", "passes", "loss", "loss_mean", "clip_low", "clip_high", "clip_dual"),
-    *("correction", "correction_level", "correction_cap", "correction_floor", "kl_coefficient"),
-    *("kl_estimator", "reference", "entropy_coefficient", "mask_truncated", "normalize_by_std"),
-    *("unbiased_std", "max_mismatch_kl", "max_mismatch_prob_error", "evaluate_every"),
-    "keep_rollouts",
-}
 # By the bytes of the token ids of prompt and response: the trainer's log-probabilities.
 TrainerLogprobs = Mapping[bytes, list[float]]
 

@@ -2,17 +2,23 @@
 
 import json
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from infir2.config.resume import is_safe
+from infir2.config.schema import RlSection
+from infir2.data import Prompt
 from infir2.engines.types import Completion
 from infir2.errors import CheckpointError
 from infir2.parallel.ranks import Ranks
+from infir2.rl.dynamic_sampling import GroupGenerator
 from infir2.rl.groups import Response
-from infir2.rl.journal import Journal
+from infir2.rl.journal import OF_TRAINING, Journal
+from infir2.rl.prompts import DrawnPrompt
 
 
 def response(number: int) -> Response:
@@ -132,3 +138,19 @@ def test_a_journal_of_a_moved_run_removes_nothing(file: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="moved"):
         journal.open(2, 2, saved_step=1)
     assert file.exists()
+
+
+def key_of(rl: RlSection) -> str:
+    generator = GroupGenerator(None, None, rl, 0, None, Ranks())  # type: ignore[arg-type]
+    drawn = DrawnPrompt("0/p", Prompt("p", [], "5", None, "rl.jsonl:1"), [1, 2])
+    return generator.journal_key(generator.start(drawn), "digest")
+
+
+def test_a_key_that_a_resumed_run_may_change_loses_no_group() -> None:
+    """Nor does any other that only training reads; whatever else changes is sampled again."""
+    fields, before = RlSection.model_fields, key_of(RlSection())
+    assert {name for name in fields if is_safe(f"rl.{name}")} <= OF_TRAINING
+    for name in fields:
+        changed = RlSection().model_copy(update={name: 123})
+        with warnings.catch_warnings(action="ignore"):  # a number in the place of a text
+            assert (key_of(changed) == before) == (name in OF_TRAINING), name
