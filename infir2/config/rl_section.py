@@ -185,7 +185,9 @@ class RlSection(Section):
         10.0, gt=0, description="time limit of a test of code, a function or a server, seconds"
     )
     reward_failures: int = Field(
-        16, ge=0, description="responses of a step whose reward may fail before the run stops"
+        16,
+        ge=0,
+        description="responses of a step whose reward may fail on a rank before the run stops",
     )
     environment: str = Field(
         "",

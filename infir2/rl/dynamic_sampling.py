@@ -101,6 +101,10 @@ class GroupGenerator:
         self._episodes = Episodes(rl, tokenizer)
         self._generate_seconds = self._verify_seconds = 0.0
 
+    def begin(self) -> None:
+        """The sampling of a step begins."""
+        self._failures.begin()
+
     def start(self, drawn: DrawnPrompt) -> RunningGroup:
         """A group of which nothing is generated."""
         return RunningGroup(drawn, [None] * self._rl.group_size)
@@ -273,6 +277,7 @@ def collect_rollouts(
     `carried` come first. At most `over_sample_prompts` prompts are sampled. Digests as in
     `GroupGenerator.generate`. Returns the rollouts, and the groups to carry into the next step.
     """
+    generator.begin()
     rollouts, running = Rollouts(), list(carried)
     order = [group.name for group in running]
     while len(rollouts.trained) < rl.prompts_per_step:

@@ -108,19 +108,21 @@ def _response(
 
 
 class FailureBudget:
-    """Counts the failed rewards of a step, and ends the run when there are too many."""
+    """Counts the failed rewards of a step, and ends the run when this rank has too many."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._count, self._version = limit, 0, -1
+        self._limit, self._count = limit, 0
+
+    def begin(self) -> None:
+        """The sampling of a step begins."""
+        self._count = 0
 
     def spend(self, prompt: Prompt, responses: Sequence[Response]) -> None:
         """Count the failures among the responses to a prompt, and name its row.
 
         Raises:
-            DataError: more than `rl.reward_failures` since the policy's version changed.
+            DataError: more than `rl.reward_failures` since the step began.
         """
-        version = responses[0].completion.policy_version
-        self._count, self._version = (self._count if version == self._version else 0), version
         failed = [response for response in responses if not response.is_rated]
         if not failed:
             return

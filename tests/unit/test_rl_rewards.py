@@ -16,6 +16,7 @@ from infir2.config.schema import RewardSection, RlSection
 from infir2.data import Prompt
 from infir2.engines.types import Completion
 from infir2.errors import ConfigError, DataError
+from infir2.rl.dynamic_sampling import collect_rollouts
 from infir2.rl.groups import Group, Response, training_samples
 from infir2.rl.rewards import FailureBudget, find_reward, rate, require_rewards
 from infir2.rl.step_metrics import _reward_metrics
@@ -309,14 +310,34 @@ def test_failures_are_named_left_out_and_end_the_run_over_the_budget(
     assert _reward_metrics(responses)["reward_failures"] == 1
 
 
-def test_the_budget_is_that_of_a_step() -> None:
+def test_the_budget_is_that_of_a_step_whichever_versions_sampled() -> None:
     failed = Response(completion(), "", "reward_error", 0.0)
     later = Response(Completion("p", [5], np.zeros(1), "stop", 4), "", "jail_error", 0.0)
     budget = FailureBudget(1)
-    budget.spend(prompt(), [failed])
-    budget.spend(prompt(), [later])
-    with pytest.raises(DataError):
+    for _ in range(3):  # --rollout-only: one version for all steps
+        budget.begin()
+        budget.spend(prompt(), [failed])
+    with pytest.raises(DataError):  # rl.partial: versions alternate within a step
         budget.spend(prompt(), [later])
+
+
+def test_the_sampling_of_a_step_begins_its_budget() -> None:
+    begun: list[int] = []
+
+    class Generator:
+        def begin(self) -> None:
+            begun.append(1)
+
+    class Stream:
+        state: ClassVar[dict[str, Any]] = {}
+
+        def observe(self, groups: list[Group]) -> None:
+            assert not groups
+
+    rl = RlSection().model_copy(update={"prompts_per_step": 0})
+    for count in (1, 2):
+        collect_rollouts(Stream(), Generator(), rl, [], [], lambda _: [])  # type: ignore[arg-type]
+        assert sum(begun) == count
 
 
 def test_an_advantage_is_that_of_the_responses_that_have_a_reward() -> None:
