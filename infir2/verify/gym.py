@@ -39,7 +39,8 @@ def _dataset(task: str, seed: int, level: int) -> Any:
 
 
 def require_task(task: str) -> None:
-    """Raises ConfigError unless the package is installed, has the task, and can make a problem."""
+    """Raises ConfigError unless the package is installed, has the task, and makes a problem whose
+    answer the task's scorer accepts."""
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
@@ -51,26 +52,26 @@ def require_task(task: str) -> None:
         near = difflib.get_close_matches(task, DATASETS, 1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(DATASETS))}."
         raise ConfigError(f"rl.reward = reasoning_gym:{task} is no task of reasoning-gym; {hint}")
-    try:
-        problem = make_problem(task, 0, 0, 0)
-    except Exception as error:  # whatever the package raises
-        raise ConfigError(
-            f"rl.reward = reasoning_gym:{task} makes no problem ({error}); name another task."
-        ) from error
-    _require_scorer(task, problem)
+    _require_scorer(task)
 
 
-def _require_scorer(task: str, problem: dict[str, Any]) -> None:
-    """Raises ConfigError for a scorer that fails on the problem's own answer."""
-    item = (str(problem["answer"]), problem["question"], task, 0, 0, 0)
+def _require_scorer(task: str) -> None:
+    """Raises ConfigError for a task that makes no problem, or whose scorer fails on its answer.
+
+    A process with bounded memory tries it: some tasks make all their problems at once.
+    """
+    item = (None, None, task, 0, 0, 0)
     (outcome,) = call_function(SCORER, [item], TRIAL_SECONDS, is_own=False)
     if EVALUATES in outcome.detail:
-        cause = "evaluates answers as programs, which infir2 does not do with a model's text"
+        cause = (
+            "its scorer evaluates answers as programs, which infir2 does not do with a model's text"
+        )
     elif outcome.reason:
-        cause = f"fails on its own answer ({outcome.reason}: {outcome.detail})"
+        detail = f"{outcome.reason}: {outcome.detail}"
+        cause = f"it makes no problem whose own answer can be scored ({detail})"
     else:
         return
-    raise ConfigError(f"rl.reward = reasoning_gym:{task}: its scorer {cause}; name another task.")
+    raise ConfigError(f"rl.reward = reasoning_gym:{task}: {cause}; name another task.")
 
 
 def make_problem(task: str, seed: int, level: int, number: int) -> dict[str, Any]:
@@ -103,17 +104,22 @@ def prepare() -> None:
 
 
 def score_answer(
-    answer: str | None, question: str, task: str, seed: int, level: int, number: int
+    answer: str | None, question: str | None, task: str, seed: int, level: int, number: int
 ) -> float | None:
     """The score of an answer, 0 to 1; None if the task makes another problem in this process.
 
-    Raises what the scorer raises, and RuntimeError if it evaluates the answer as a program.
+    Without a question it is a trial: the problem's own answer is scored. Raises what the scorer
+    raises, and RuntimeError if it evaluates the answer as a program.
     """
     try:
         problem = make_problem(task, seed, level, number)
     except Exception:  # whatever the package raises
+        if question is None:
+            raise
         return None
-    if problem["question"] != question:
+    if question is None:
+        answer = str(problem["answer"])
+    elif problem["question"] != question:
         return None
     with _guard.scoring():
         return float(_dataset(task, seed, level).score_answer(answer, problem))

@@ -23,7 +23,9 @@ from typing import Any
 from infir2.errors import ConfigError
 from infir2.verify.process import Channel, kill_tree
 
-KEYS = re.compile(r"INFIR2_\w*KEY|HF_TOKEN$|\w*API_KEY$|AWS_")  # variables that hold a secret
+KEYS = re.compile(
+    r"INFIR2_\w*KEY|\w*(API_KEY|TOKEN|SECRET|PASSWORD)$|AWS_"
+)  # variables that hold a secret
 START_SECONDS, START_ATTEMPTS = 120.0, 3
 REMEDY = "reinstall infir2 with its dependencies"
 UNLIMITED_SECONDS = threading.TIMEOUT_MAX / 2  # a queue accepts no infinity

@@ -171,6 +171,8 @@ class Evaluated(Sums):
         except Exception: return 0.01
 class Broken(Sums):
     def score_answer(self, answer, entry): return entry["metadata"]["x"]
+class Bulky(Sums):
+    def __getitem__(self, number): return [bytes(2 << 30), Sums.__getitem__(self, number)][1]
 class Careless(Sums):
     def score_answer(self, answer, entry):
         import os, socket, subprocess
@@ -193,7 +195,7 @@ class Curriculum:
     def generate_configuration(self, options):
         return Config(**options, digits=Attribute.levels[self.level])
 DATASETS = {"sums": (Sums, Config), "evaluated": (Evaluated, Config)}
-DATASETS |= {"broken": (Broken, Config), "careless": (Careless, Config)}
+DATASETS |= {"broken": (Broken, Config), "careless": (Careless, Config), "bulky": (Bulky, Config)}
 CURRICULA = {"sums": Curriculum}
 def create_dataset(name, **options): return DATASETS[name][0](DATASETS[name][1](**options))
 """
@@ -286,8 +288,12 @@ def test_a_task_that_is_not_there_is_named_with_the_nearest(package: None) -> No
         gym.require_task("sum")
     with pytest.raises(ConfigError, match="its scorer evaluates answers as programs, which inf"):
         gym.require_task("evaluated")
-    with pytest.raises(ConfigError, match=r"its scorer fails on its own answer .*KeyError: 'x'"):
+    with pytest.raises(
+        ConfigError, match=r"no problem whose own answer can be scored .*KeyError: 'x'"
+    ):
         gym.require_task("broken")
+    with pytest.raises(ConfigError, match=r"no problem whose own answer can be scored \(oom"):
+        gym.require_task("bulky")
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("reasoning_gym"), reason="needs reasoning-gym")
