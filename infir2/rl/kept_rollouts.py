@@ -25,7 +25,7 @@ from infir2.files import (
 )
 from infir2.parallel.ranks import Ranks
 from infir2.rl.dynamic_sampling import Rollouts
-from infir2.rl.groups import Group, Response
+from infir2.rl.groups import Group, Response, trained_tokens
 from infir2.rl.journal import CHECKSUM, OF_TRAINING, checksum, response_from_row
 from infir2.terminal import log
 
@@ -77,6 +77,11 @@ def _row(group: Group, is_trained: bool, logprobs: TrainerLogprobs) -> dict[str,
     for response in group.responses:
         tokens = [*group.prompt_token_ids, *response.completion.token_ids]
         scored = logprobs.get(np.array(tokens, dtype=np.int32).tobytes(), [])
+        if scored:  # 0 for an environment's tokens, as their rollout_logprobs
+            mask = trained_tokens(response.completion)
+            scores = np.zeros(len(mask))
+            scores[mask] = scored
+            scored = scores.tolist()
         responses.append(asdict(response) | {"trainer_logprobs": scored})
     return {
         "name": group.name,

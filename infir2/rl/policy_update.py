@@ -42,6 +42,7 @@ class PolicyUpdate:
             CheckFailedError: the engine's log-probabilities are too far from the trainer's.
         """
         rl, start = self.recipe.rl, time.monotonic()
+        self.kept_logprobs.clear()
         parts = [training_samples(part, rl) for part in split_evenly(groups, rl.mini_batches)]
         mini_batches = [self._scored(samples) for samples in parts if samples]
         if not mini_batches:
@@ -50,7 +51,6 @@ class PolicyUpdate:
         batches = [batch for mini_batch in mini_batches for batch in mini_batch]
         mismatch = mismatch_metrics(batches, ranks)
         if rl.keep_rollouts:
-            self.kept_logprobs.clear()
             for part in ranks.all_gather(_logprobs_of_sequences(batches)):
                 self.kept_logprobs.update(part)
         scored = time.monotonic()

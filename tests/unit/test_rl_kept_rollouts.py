@@ -3,14 +3,23 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from stages import assert_same_state, curve, guessing, lines, make_guessing_start, options, run
 
 from infir2.cli import main
+from infir2.config.schema import RlSection
+from infir2.data import Prompt
+from infir2.engines.types import Completion
 from infir2.report.groups import groups_html
 from infir2.report.page import write_report
 from infir2.report.read import read_runs
+from infir2.rl.dynamic_sampling import Rollouts
+from infir2.rl.groups import Group, Response
+from infir2.rl.kept_rollouts import write_kept
+from infir2.rl.policy_update import PolicyUpdate
 
 STEPS = 3
 VALUES = {
@@ -64,6 +73,31 @@ def test_kept_rollouts_have_the_log_probabilities_of_both(kept: Path) -> None:
                 differences += [abs(a - b) for a, b in zip(trainer, rollout, strict=False)]
         logged = lines(kept, "train")[step - 1]["mismatch_max"]
         assert max(differences) == pytest.approx(logged, abs=1e-6)
+
+
+def test_log_probabilities_of_the_trainer_are_at_their_tokens_around_an_environments_answer(
+    tmp_path: Path,
+) -> None:
+    rollout = np.array([-1, -2, 0, 0, -3], dtype=np.float32)
+    completion = Completion("p/0", [11, 12, 13, 14, 15], rollout, "stop", 0, outside=((2, 4),))
+    asked = Prompt("p", [{"role": "user", "content": "q"}], "5", None, "rl.jsonl:1")
+    group = Group("0/p", asked, [7], [Response(completion, "", "ok", 1.0)])
+    key = np.array([7, 11, 12, 13, 14, 15], dtype=np.int32).tobytes()
+    scored = {key: [-1.5, -2.25, -3.125]}
+    write_kept(tmp_path, 1, Rollouts([group]), {}, scored, lambda ids: "x" * len(ids))
+    step, shown = (tmp_path / "kept_rollouts" / f"{name}-1.jsonl" for name in ("step", "shown"))
+    (response,) = json.loads(step.read_text().splitlines()[1])["responses"]
+    assert response["trainer_logprobs"] == [-1.5, -2.25, 0, 0, -3.125]
+    (response,) = json.loads(shown.read_text())["responses"]
+    assert response["differences"] == [-0.5, -0.25, 0, 0, -0.125]
+    assert len(response["pieces"]) == 5
+
+
+def test_a_step_without_samples_keeps_no_log_probabilities_of_the_one_before() -> None:
+    recipe = SimpleNamespace(rl=RlSection(keep_rollouts=True))
+    update = PolicyUpdate(recipe, None, None, None, {b"earlier": [-1.0]})  # type: ignore[arg-type]
+    update([], 1e-6)
+    assert update.kept_logprobs == {}
 
 
 def test_rollouts_without_training_then_training(world: Path, start: Path, tmp_path: Path) -> None:
