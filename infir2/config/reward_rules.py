@@ -36,6 +36,7 @@ def reward_rules(rl: RlSection) -> list[Rule]:
     """The rules about `rl.reward`."""
     names = [each.name for each in rl.reward]
     twice = next((name for name, count in Counter(names).items() if count > 1), "")
+    chosen = next((i for i, each in enumerate(rl.reward) if each.rows and is_gym(each.name)), None)
     unused = next((i for i, each in enumerate(rl.reward) if each.rows and not rl.reward_field), 0)
     return [
         *(_known(f"rl.reward.{index}.name", name) for index, name in enumerate(names)),
@@ -50,6 +51,11 @@ def reward_rules(rl: RlSection) -> list[Rule]:
             not rl.reward_field and any(each.rows for each in rl.reward),
             f"rl.reward.{unused}.rows",
             "has no effect without rl.reward_field, the field of the rows that chooses.",
+        ),
+        (
+            chosen is not None,
+            f"rl.reward.{chosen}.rows",
+            "must be empty: a task of reasoning_gym rates the problems that it makes, and no rows.",
         ),
     ]
 

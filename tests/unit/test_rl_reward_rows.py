@@ -131,6 +131,13 @@ def test_a_label_within_a_field_of_parquet_beside_a_reward_that_needs_none(tmp_p
         ({"rl__reward": '[{name = "math", weight = -1}]'}, "weight must be greater than 0, not -1"),
         ({"rl__reward": '[{name = "math", weight = nan}]'}, "weight must be a finite number"),
         ({"rl__reward": '[{name = "math", rows = ["a"]}]'}, "rl.reward.0.rows has no effect"),
+        (
+            {
+                "rl__reward": '["math", {name = "reasoning_gym:sums", rows = ["a"]}]',
+                "rl__reward_field": "kind",
+            },
+            "rl.reward.1.rows must be empty: a task",
+        ),
         ({"rl__reward": "no_module_here:f"}, "No module named 'no_module_here'"),
         ({"rl__reward": "http://example.com/x"}, "set INFIR2_REWARD_KEY"),
         ({"rl__reward": "http://127.0.0.1:99999/x"}, "is no URL"),
