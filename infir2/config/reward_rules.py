@@ -9,6 +9,7 @@ from infir2.config.schema import RlSection
 
 REWARDS = ("math", "answer", "require_thinking", "format", "choice", "code")
 GYM = "reasoning_gym:"
+KEY_VARIABLE = "INFIR2_REWARD_KEY"  # of servers
 ENVIRONMENTS = ("calculator",)
 
 

@@ -129,9 +129,13 @@ class Preflight:
         return Finding("model", "ok", f"{self._model}{serving_note(self.recipe, self._model)}")
 
     def verifier(self) -> Finding:
-        """A right answer passes and a wrong one does not, through the worker processes."""
+        """A right answer passes and a wrong one does not, through the worker processes; and what
+        `rl.reward` and `rl.environment` name is there."""
+        from infir2.preflight.rewards import require_rewards
         from infir2.preflight.verifiers import check_verifier
 
+        if self.verb == "rl":
+            require_rewards(self.recipe.rl)
         return check_verifier()
 
     def jail(self) -> Finding:

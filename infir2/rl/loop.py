@@ -25,6 +25,7 @@ from infir2.data import ChatTokenizer, load_prompts
 from infir2.data.labels import labels_of
 from infir2.engines.engine_weights import engine_fp8
 from infir2.engines.weight_sync import check_rollout_model, open_engine
+from infir2.preflight.rewards import require_rewards
 from infir2.rl.dynamic_sampling import GroupGenerator, Rollouts
 from infir2.rl.evaluation import InLoopEvaluation
 from infir2.rl.journal import Journal
@@ -33,7 +34,6 @@ from infir2.rl.pipeline import RolloutPipeline
 from infir2.rl.policy_loss import find_objective
 from infir2.rl.policy_update import PolicyUpdate, open_policy_update
 from infir2.rl.prompts import PromptStream
-from infir2.rl.rewards import require_rewards
 from infir2.rl.step_metrics import rollout_metrics
 from infir2.terminal import begin_phase
 from infir2.train.loop import describe_model, make_trainer, open_run_tokenizer

@@ -7,7 +7,7 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Any, cast
 
-from infir2.config.reward_rules import GYM
+from infir2.config.reward_rules import GYM, KEY_VARIABLE
 from infir2.config.schema import RlSection
 from infir2.data import Prompt
 from infir2.data.labels import GYM_FIELD
@@ -21,7 +21,6 @@ from infir2.verify.gym import SCORER, make_problem
 from infir2.verify.pool import Outcome
 from infir2.verify.verdict import Reason
 
-KEY_VARIABLE = "INFIR2_REWARD_KEY"
 ATTEMPTS, PAUSE_SECONDS = 3, 0.5
 MAX_CONNECTIONS = 16
 
@@ -77,7 +76,7 @@ def server_reward(url: str, texts: Sequence[str], prompt: Prompt, rl: RlSection)
 
 async def _ask_all(url: str, bodies: Sequence[Any], seconds: float) -> list[Score]:
     address = urllib.parse.urlsplit(url)
-    client = HttpClient(f"{address.scheme}://{address.netloc}", reward_key())
+    client = HttpClient(f"{address.scheme}://{address.netloc}", os.environ.get(KEY_VARIABLE, ""))
     slots = asyncio.Semaphore(MAX_CONNECTIONS)
     try:
         asked = (_ask(client, address.path or "/", body, seconds, slots) for body in bodies)
@@ -118,8 +117,3 @@ def _score_of_reply(reply: Any) -> Score:
     if not isinstance(reply, dict) or "reward" not in reply:
         return failure('the server\'s answer is not {"reward": number}')
     return score_of_value(reply["reward"])
-
-
-def reward_key() -> str:
-    """The key for servers of rewards."""
-    return os.environ.get(KEY_VARIABLE, "")

@@ -8,7 +8,6 @@ from infir2.config.reward_rules import GYM, is_function, is_gym, is_server
 from infir2.config.schema import RewardSection, RlSection
 from infir2.data import Prompt
 from infir2.data.labels import labels_of
-from infir2.engines.http_client import check_url
 from infir2.engines.types import Completion
 from infir2.errors import DataError
 from infir2.rl.groups import OVERLONG, Response
@@ -20,20 +19,9 @@ from infir2.rl.reward_answers import (
     thinking_reward,
 )
 from infir2.rl.reward_score import Reward, Score
-from infir2.rl.reward_services import (
-    KEY_VARIABLE,
-    function_reward,
-    gym_reward,
-    reward_key,
-    server_reward,
-)
+from infir2.rl.reward_services import function_reward, gym_reward, server_reward
 from infir2.terminal import log
-from infir2.verify.functions import require_function
-from infir2.verify.gym import require_task
 from infir2.verify.verdict import FAILURES
-
-# Tried once before a run: a machine without jails stops it at its start.
-REPLY, TESTS = "```python\nprint(1)\n```", '[{"input": "", "output": "1"}]'
 
 
 def find_reward(name: str, rl: RlSection) -> Reward:
@@ -52,22 +40,6 @@ def find_reward(name: str, rl: RlSection) -> Reward:
         "code": partial(code_reward, rl=rl),
     }
     return rewards[name]
-
-
-def require_rewards(rl: RlSection) -> None:
-    """Raises ConfigError for a function or a task that is not there, for a URL that is none, and
-    for programs on a machine without jails."""
-    if is_function(rl.environment):
-        require_function(rl.environment)
-    for each in rl.reward:
-        if is_gym(each.name):
-            require_task(each.name.removeprefix(GYM))
-        elif is_function(each.name):
-            require_function(each.name)
-        elif is_server(each.name):
-            check_url("rl.reward", each.name, reward_key(), KEY_VARIABLE)
-        elif each.name == "code":
-            code_reward([REPLY], Prompt("", [], TESTS, None, ""), rl)
 
 
 def overlong_penalty(num_tokens: int, rl: RlSection) -> float:

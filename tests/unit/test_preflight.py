@@ -487,3 +487,21 @@ def test_the_jail_is_checked_for_rl_and_a_broken_one_is_reported(
     assert lines["jail"].startswith(
         ("ok honest ok, cheat error, endless loop timeout", "warn this machine refuses")
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--rl.reward=no_module_here:f", "No module named 'no_module_here'"),
+        ("--rl.environment=no_module_here:F", "No module named 'no_module_here'"),
+        ("--rl.reward=http://example.com/x", "set INFIR2_REWARD_KEY"),
+        ("--rl.reward=reasoning_gym:no_such_task", "reasoning_gym:no_such_task"),
+    ],
+)
+def test_a_reward_that_is_not_there_fails_before_the_run(
+    recipe: Path, world: Path, capsys: pytest.CaptureFixture[str], option: str, sentence: str
+) -> None:
+    words = ["rl", recipe, f"--data.sources.0.path={world}/rl1.jsonl", "--rollout.model=/nowhere"]
+    _, lines = check(capsys, *words, option)
+    assert lines["verifier"].startswith("FAIL")
+    assert sentence in lines["verifier"]

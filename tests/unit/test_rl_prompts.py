@@ -16,9 +16,10 @@ from infir2.config.schema import RewardSection, RlSection
 from infir2.data import ChatTokenizer, Prompt, load_tokenizer
 from infir2.engines.types import Completion
 from infir2.errors import ConfigError, DataError
+from infir2.preflight.rewards import require_rewards
 from infir2.rl.groups import Group, Response
 from infir2.rl.prompts import DrawnPrompt, PromptStream
-from infir2.rl.rewards import find_reward, require_rewards
+from infir2.rl.rewards import find_reward
 from infir2.verify import gym
 from infir2.verify.functions import close_functions
 

@@ -16,9 +16,10 @@ from infir2.config.schema import RewardSection, RlSection
 from infir2.data import Prompt
 from infir2.engines.types import Completion
 from infir2.errors import ConfigError, DataError
+from infir2.preflight.rewards import require_rewards
 from infir2.rl.dynamic_sampling import collect_rollouts
 from infir2.rl.groups import Group, Response, training_samples
-from infir2.rl.rewards import FailureBudget, find_reward, rate, require_rewards
+from infir2.rl.rewards import FailureBudget, find_reward, rate
 from infir2.rl.step_metrics import _reward_metrics
 from infir2.verify.functions import close_functions
 

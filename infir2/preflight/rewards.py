@@ -1,0 +1,28 @@
+"""What the rewards of a recipe need, known before a run starts."""
+
+import os
+
+from infir2.config.reward_rules import GYM, KEY_VARIABLE, is_function, is_gym, is_server
+from infir2.config.schema import RlSection
+from infir2.engines.http_client import check_url
+from infir2.verify import run_code
+from infir2.verify.functions import require_function
+from infir2.verify.gym import require_task
+
+PROGRAM, TESTS = "print(1)", [{"input": "", "output": "1"}]
+
+
+def require_rewards(rl: RlSection) -> None:
+    """Raises ConfigError for a function or a task that is not there, for a URL that is none, and
+    for programs on a machine without jails."""
+    if is_function(rl.environment):
+        require_function(rl.environment)
+    for each in rl.reward:
+        if is_gym(each.name):
+            require_task(each.name.removeprefix(GYM))
+        elif is_function(each.name):
+            require_function(each.name)
+        elif is_server(each.name):
+            check_url("rl.reward", each.name, os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE)
+        elif each.name == "code":
+            run_code(PROGRAM, TESTS)
