@@ -11,7 +11,7 @@ from infir2.numerics.error import snr_db
 from infir2.numerics.gemm_scaled import missing_block_scaling
 from infir2.numerics.kernels import usable
 from infir2.preflight.finding import Finding
-from infir2.train.fast_path import DEEP_GEMM_TORCH, fast_path
+from infir2.train.fast_path import fast_path, missing_libraries
 
 MIN_OUTPUT_DB = 45.0  # against the product of the dequantized operands, which BF16 rounds
 MIN_GRADIENT_DB = 25.0  # against FP32, which FP8 rounds
@@ -35,13 +35,9 @@ def check_kernels(device: torch.device) -> Finding:
 
 def check_speed(device: torch.device) -> Finding:
     """The libraries that would make a step faster."""
-    missing = [each for each in fast_path(device) if not each.loads]
-    if missing:
-        text = "; ".join(f"without {each.name} {each.loss}: {each.install}" for each in missing)
-        return Finding("fast path", "warn", text)
+    if missing := missing_libraries(device, fp8=True):
+        return Finding("fast path", "warn", missing)
     installed = ", ".join(f"{each.name} {each.version}" for each in fast_path(device))
-    if device.type == "cuda" and "DeepGEMM" not in installed:
-        installed += f"; DeepGEMM's wheel fits torch {DEEP_GEMM_TORCH} only"
     return Finding("fast path", "ok", installed or "nothing to install for a CPU")
 
 

@@ -18,10 +18,12 @@ import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
 from infir2.errors import ConfigError
@@ -31,6 +33,11 @@ from infir2.numerics.kernels.custom_op import operator
 BACKENDS = ("cublas", "deepgemm", "emulation")
 _ALIGNMENT = 16
 _TIMED_CALLS = 7
+# Releases of sgl-deep-gemm by the torch whose symbols they were built with. With another torch one
+# is missing, which ends the process at the first call, without an exception. (Those for 2.13 have
+# not run on a GPU of ours.)
+DEEP_GEMM_RELEASES = {"2.11": "<=0.1.5", "2.13": ">=0.1.5.post3,<0.2"}
+_MAX_DEVIATION = 1e-2  # of another backend's product from cuBLAS's, relative; BF16 rounds by 2e-3
 
 
 @dataclass(frozen=True)
@@ -204,6 +211,9 @@ def candidates(a: Operand, b: Operand, out_dtype: torch.dtype) -> tuple[str, ...
 @cache
 def deep_gemm() -> ModuleType | None:
     """DeepGEMM (sgl-deep-gemm), or None; warns if it is installed and does not load."""
+    if reason := _unfit_release():
+        warnings.warn(f"DeepGEMM is not used: {reason}; using cuBLAS", stacklevel=2)
+        return None
     try:
         import deep_gemm as module
     except ModuleNotFoundError as error:
@@ -212,12 +222,26 @@ def deep_gemm() -> ModuleType | None:
                 f"DeepGEMM is installed, but {error.name} is not; using cuBLAS", stacklevel=2
             )
         return None
-    except Exception as error:  # built for one torch and one CUDA, it asserts on both
+    except Exception as error:  # built for one CUDA, whose compiler it needs, it asserts on both
+        reason = str(error) or "it needs CUDA's compiler: put nvcc on the PATH or set CUDA_HOME"
         warnings.warn(
-            f"DeepGEMM is installed but does not load ({error}); using cuBLAS", stacklevel=2
+            f"DeepGEMM is installed but does not load ({reason}); using cuBLAS", stacklevel=2
         )
         return None
     return module
+
+
+def _unfit_release() -> str:
+    """Why the installed wheel does not fit this torch, or "" (it fits, or there is none)."""
+    try:
+        release = version("sgl-deep-gemm")
+    except PackageNotFoundError:
+        return ""
+    release_of_torch = ".".join(torch.__version__.split(".")[:2])
+    fitting = DEEP_GEMM_RELEASES.get(release_of_torch, "none")
+    if fitting != "none" and SpecifierSet(fitting).contains(release):
+        return ""
+    return f"sgl-deep-gemm {release} was built for another torch than {torch.__version__}"
 
 
 def _cublas(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
@@ -305,6 +329,17 @@ def _rounded(size: int) -> int:
     return -(-size // step) * step
 
 
+def _require_agreement(name: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> None:
+    """Raise ValueError if a backend's product is not cuBLAS's, in about 256 rows."""
+    if name == "cublas":
+        return
+    every = max(1, a.codes.shape[0] // 256)
+    expected, product = (_RUN[each](a, b, out_dtype)[::every].double() for each in ("cublas", name))
+    deviation = (product - expected).norm() / expected.norm().clamp_min(1e-30)
+    if not deviation <= _MAX_DEVIATION:  # also NaN
+        raise ValueError(f"its product deviates from cuBLAS's by {deviation:.1e}")
+
+
 def _milliseconds(name: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> float:
     """Median time of one product; infinite, with a warning, if the backend fails."""
     times = []
@@ -316,6 +351,7 @@ def _milliseconds(name: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> 
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end))
+        _require_agreement(name, a, b, out_dtype)
     except Exception as error:  # no compiler, or no support for the shape: use the other backend
         warnings.warn(
             f"the {name} GEMM failed on {[*a.codes.shape]} x {[*b.codes.shape]} "

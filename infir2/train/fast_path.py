@@ -14,18 +14,22 @@ import torch
 from infir2.model.attention_cuda import flash_attention_4
 from infir2.numerics.gemm_scaled import deep_gemm, missing_block_scaling
 
-DEEP_GEMM_TORCH = "2.11"  # which the wheel of sgl-deep-gemm 0.0.1 was built against
+INSTALL = "pip install 'infir2[gpu]'"  # brings them all, with the torch that they fit
 
 
 @dataclass(frozen=True)
 class Library:
-    """A library of the fast path. `loss` says how much slower a step is without it."""
+    """A library of the fast path.
+
+    Attributes:
+        loads: whether it can be used.
+        loss: how much slower a step is without it.
+    """
 
     name: str
     package: str
     loads: bool
     loss: str
-    install: str
 
     @property
     def version(self) -> str:
@@ -35,33 +39,34 @@ class Library:
         except PackageNotFoundError:
             return ""
 
+    @property
+    def advice(self) -> str:
+        """What it costs not to have it, and what to do."""
+        found = f" ({self.package} {self.version} does not load; a warning says why)"
+        return f"without {self.name} {self.loss}{found if self.version else ''}: {INSTALL}"
+
 
 def fast_path(device: torch.device, fp8: bool = True) -> list[Library]:
     """The libraries that a step on this device would use; none on a CPU and on AMD's GPUs."""
     if device.type != "cuda" or torch.version.hip is not None:
         return []
-    extra = "pip install 'infir2[gpu]'"
     loads = find_spec("triton") is not None
     loss = "an FP8 step is many times slower" if fp8 else "norms, SwiGLU and the head are slower"
-    libraries = [Library("Triton", "triton", loads, loss, extra)]
+    libraries = [Library("Triton", "triton", loads, loss)]
     if missing_block_scaling(device):  # not Hopper
         return libraries
     loss = "a step is 3 % slower (of 8,192 tokens; more with longer sequences)"
     loads = flash_attention_4() is not None
-    libraries.append(Library("FlashAttention 4", "flash-attn-4", loads, loss, extra))
-    if fp8 and torch.__version__.startswith(DEEP_GEMM_TORCH):
-        # pip cannot resolve it beside FlashAttention 4: it asks for an older apache-tvm-ffi, and
-        # runs with the newer one.
-        install = "pip install --no-deps sgl-deep-gemm==0.0.1"
+    libraries.append(Library("FlashAttention 4", "flash-attn-4", loads, loss))
+    if fp8:
         loss, loads = "a step is 2 to 3 % slower", deep_gemm() is not None
-        libraries.append(Library("DeepGEMM", "sgl-deep-gemm", loads, loss, install))
+        libraries.append(Library("DeepGEMM", "sgl-deep-gemm", loads, loss))
     return libraries
 
 
 def missing_libraries(device: torch.device, fp8: bool) -> str:
     """What a run should be told, or "".
 
-    Example: "without DeepGEMM a step is 2 to 3 % slower: pip install ..."
+    Example: "without DeepGEMM a step is 2 to 3 % slower: pip install 'infir2[gpu]'"
     """
-    missing = [library for library in fast_path(device, fp8) if not library.loads]
-    return "; ".join(f"without {each.name} {each.loss}: {each.install}" for each in missing)
+    return "; ".join(each.advice for each in fast_path(device, fp8) if not each.loads)

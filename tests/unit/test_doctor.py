@@ -2,20 +2,25 @@
 
 import json
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from stages import make_world, options
 
 from infir2.cli import main
 from infir2.doctor import kernels, machine
 from infir2.doctor.kernels import check_kernels, check_layer, check_speed
 from infir2.doctor.machine import check_cpu, check_gpus, check_versions
+from infir2.numerics.gemm_scaled import DEEP_GEMM_RELEASES
 from infir2.train import fast_path
 from infir2.train.fast_path import missing_libraries
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -111,17 +116,41 @@ def test_what_a_step_loses_without_a_library(hopper: pytest.MonkeyPatch) -> None
     assert missing_libraries(GPU, fp8=True) == (
         "without FlashAttention 4 a step is 3 % slower (of 8,192 tokens; more with longer "
         "sequences): pip install 'infir2[gpu]'; without DeepGEMM a step is 2 to 3 % slower: "
-        "pip install --no-deps sgl-deep-gemm==0.0.1"
+        "pip install 'infir2[gpu]'"
     )
     assert "DeepGEMM" not in missing_libraries(GPU, fp8=False)
     assert missing_libraries(CPU, fp8=True) == ""
     assert check_speed(GPU).status == "warn"
     hopper.setattr(fast_path, "flash_attention_4", lambda: print)
     assert missing_libraries(GPU, fp8=True).startswith("without DeepGEMM")
-    hopper.setattr(torch, "__version__", "2.13.0+cu130")
+    hopper.setattr(fast_path, "version", lambda _: "0.1.7")
+    assert "(sgl-deep-gemm 0.1.7 does not load; a warning says why)" in check_speed(GPU).detail
+    hopper.setattr(fast_path, "deep_gemm", lambda: object())
     assert missing_libraries(GPU, fp8=True) == ""
-    assert "fits torch 2.11 only" in check_speed(GPU).detail
     assert check_speed(GPU).status == "ok"
+    assert "DeepGEMM 0.1.7" in check_speed(GPU).detail
+
+
+def test_the_extra_is_the_fast_path() -> None:
+    """Every library that a run asks for, on the only system that has its wheel, in releases that
+    fit the torch of the extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = {each.name: each for each in map(Requirement, project["optional-dependencies"]["gpu"])}
+    assert wanted.keys() == {"torch", "triton", "flash-attn-4", "sgl-deep-gemm"}
+    for name in ("flash-attn-4", "sgl-deep-gemm"):
+        for system, machine_name, expected in [
+            ("linux", "x86_64", True), ("linux", "aarch64", False), ("darwin", "x86_64", False),
+        ]:  # fmt: skip
+            environment = {"sys_platform": system, "platform_machine": machine_name}
+            assert wanted[name].marker.evaluate(environment) is expected
+    (release,) = wanted["sgl-deep-gemm"].specifier
+    (fitting,) = (
+        each for torch_release, each in DEEP_GEMM_RELEASES.items()
+        if wanted["torch"].specifier.contains(f"{torch_release}.0")
+    )  # fmt: skip
+    assert SpecifierSet(fitting).contains(release.version)
+    for name in ("README.md",):
+        assert f"sgl-deep-gemm=={release.version}" in (ROOT / name).read_text("utf-8")
 
 
 def test_which_kernels_are_used_and_why(hopper: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,9 @@
 """The GEMM backends where there is no FP8 hardware: emulation, choices, refusals, layouts."""
 
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -99,3 +103,69 @@ def test_fastest_backend_is_taken_and_a_failing_one_is_not(monkeypatch: pytest.M
         assert gemm_backends._fastest(a, b, torch.bfloat16, ("cublas", "deepgemm")) == "cublas"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+class Event:
+    """torch.cuda.Event where there is no GPU."""
+
+    def __init__(self, **_: bool) -> None: ...
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, _: "Event") -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1, float("nan")])
+def test_a_backend_with_another_product_is_not_used(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulation = gemm_backends._emulation
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setitem(gemm_backends._RUN, "cublas", emulation)
+    monkeypatch.setitem(gemm_backends._RUN, "deepgemm", lambda *all_: emulation(*all_) * factor)
+    arguments = (operand(600, 128, 1), operand(64, 128, 128), torch.bfloat16)
+    assert gemm_backends._milliseconds("cublas", *arguments) == 1.0
+    if factor == 1.0:
+        assert gemm_backends._milliseconds("deepgemm", *arguments) == 1.0
+        return
+    with pytest.warns(UserWarning, match="is not used: its product deviates from cuBLAS's by"):
+        assert gemm_backends._milliseconds("deepgemm", *arguments) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("torch_release", "release", "fits"),
+    [
+        ("2.11.0+cu130", "0.0.1", True),
+        ("2.11.0+cu130", "0.1.5", True),
+        ("2.11.0+cu130", "0.1.5.post3", False),
+        ("2.11.0+cu130", "0.1.7", False),
+        ("2.12.1", "0.1.5", False),
+        ("2.13.0+cu130", "0.1.7", True),
+        ("2.13.0+cu130", "0.1.5", False),
+        ("2.13.0+cu130", "0.2.5", False),
+    ],
+)
+def test_a_wheel_built_for_another_torch_is_not_loaded(
+    torch_release: str, release: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its missing symbol would end the process, without an exception."""
+    module = ModuleType("deep_gemm")
+    monkeypatch.setitem(sys.modules, "deep_gemm", module)
+    monkeypatch.setattr(torch, "__version__", torch_release)
+    monkeypatch.setattr(gemm_backends, "version", lambda _: release)
+    found = gemm_backends.deep_gemm.__wrapped__
+    if fits:
+        assert found() is module
+        return
+    with pytest.warns(UserWarning, match=f"sgl-deep-gemm {release} was built for another torch"):
+        assert found() is None
+
+
+def test_deep_gemm_without_a_compiler_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "deep_gemm.py").write_text("assert None is not None")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deep_gemm", raising=False)
+    with pytest.warns(UserWarning, match=r"put nvcc on the PATH or set CUDA_HOME\); using cuBLAS"):
+        assert gemm_backends.deep_gemm.__wrapped__() is None
