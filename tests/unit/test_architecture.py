@@ -241,3 +241,10 @@ def test_no_paths_or_package_addresses_of_one_workplace() -> None:
         for match in pattern.finditer(text)
     ]
     assert not found
+
+
+def test_pytest_and_ruff_skip_no_folder_of_tests(pytestconfig: pytest.Config) -> None:
+    """Both pass over folders of some names, such as dist, without a word."""
+    skipped = [*pytestconfig.getini("norecursedirs"), "site-packages", "buck-out"]
+    folders = {path.parent for path in (ROOT / "tests").rglob("*.py")}
+    assert not [folder for folder in folders if any(folder.match(name) for name in skipped)]
