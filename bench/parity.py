@@ -8,8 +8,10 @@
 `run` trains a study of recipes/parity/studies.toml, several runs at once on one GPU (small models
 leave it idle between launches). The same command again continues each run from its checkpoint;
 after --seconds it stops them all and exits with 75. OPTIONS, such as --run.device=cpu, are added to
-each `infir2 cpt`. `collect` gathers curves and operands of all studies in a compact file, `report`
-makes tables and plots (which need matplotlib: pip install 'infir2[plots]').
+each `infir2 cpt`. With --jobs 1 each run has the GPU alone, and its power and memory are recorded
+for the table of costs (the studies `cost` and `cost-large`). `collect` gathers curves and operands
+of all studies in a compact file, `report` makes tables and plots (which need matplotlib:
+pip install 'infir2[plots]').
 """
 
 import argparse
@@ -43,6 +45,7 @@ class Run:
     dir: Path
     command: list[str]
     after: Path | None  # the run that must be finished before
+    watcher: "subprocess.Popen[bytes] | None" = None  # of the GPU, while the run has it alone
 
     @property
     def finished(self) -> bool:
@@ -116,12 +119,14 @@ def _start(run: Run, jobs: int) -> subprocess.Popen[bytes]:
     run.dir.parent.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+    run.watcher = watch_gpu(run.dir.with_suffix(".gpu.csv")) if jobs == 1 else None
     with run.dir.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(run.command, stdout=log, stderr=log, env=environment)
 
 
 def _finish(run: Run, code: int) -> int:
     """Mark a finished run, tell of a failed one; returns its exit code."""
+    _end_watch(run.watcher)
     if code == 0:
         (run.dir / "finished.json").write_text("{}\n")
     print(f"{run.dir.name}: exit code {code}", flush=True)
@@ -153,6 +158,12 @@ def watch_gpu(path: Path) -> subprocess.Popen[bytes] | None:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL)
 
 
+def _end_watch(watcher: subprocess.Popen[bytes] | None) -> None:
+    if watcher is not None:
+        watcher.terminate()
+        watcher.wait()
+
+
 def run_study(options: argparse.Namespace) -> int:
     studies = tomllib.loads((RECIPES / "studies.toml").read_text())
     if options.study not in studies:
@@ -169,9 +180,7 @@ def run_study(options: argparse.Namespace) -> int:
         runs = plan(study, root, steps, seeds, options.options)
         return run_all(runs, options.jobs, options.seconds)
     finally:
-        if watcher is not None:
-            watcher.terminate()
-            watcher.wait()
+        _end_watch(watcher)
         with (root / "wall.jsonl").open("a") as file:
             wall = {"jobs": options.jobs, "seconds": round(time.monotonic() - start, 1)}
             file.write(json.dumps(wall) + "\n")
@@ -193,6 +202,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     report = verbs.add_parser("report")
     report.add_argument("results", type=Path)
     report.add_argument("--to", type=Path, required=True)
+    report.add_argument("--price", type=float, default=3.0, help="dollars for an hour of the GPU")
     options, rest = parser.parse_known_args(arguments)
     if rest and (options.verb != "run" or not all(word.startswith("--") for word in rest)):
         parser.error(f"unknown: {' '.join(rest)}")
@@ -208,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verb == "collect":
         options.to.write_text(json.dumps(collect(options.runs), separators=(",", ":")) + "\n")
     else:
-        write_report(json.loads(options.results.read_text()), options.to)
+        write_report(json.loads(options.results.read_text()), options.to, options.price)
     return 0
 
 

@@ -3,13 +3,17 @@
 A gap is the mean over seeds of (loss of the arm - loss of the baseline) of one seed: both began
 with the same weights and read the same data in the same order. Its interval is Student's over the
 seeds, and beside it a bootstrap of them; the seed spread is the standard deviation of the baseline.
+
+Two losses are compared: of the validation after the last step, and of the text that was trained on
+in the second half of the steps, each batch before its own update. In a run that repeats no text the
+second is as fair as the first, and a mean over many states of the model: less noisy.
 """
 
 import json
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ OPERANDS = ("activation", "weight", "gradient")
 GOAL_PERCENT = 0.1
 RESAMPLES = 10_000
 MAX_POINTS = 400  # of a training curve
+
+Losses = Callable[[Mapping[str, Any], str], dict[int, float]]
 
 
 def collect(root: Path) -> dict[str, Any]:
@@ -58,6 +64,7 @@ def _read_run(path: Path) -> dict[str, Any] | None:
         "skipped": sum(row["skipped"] for row in train),
         "tokens_per_second": round(statistics.median(speeds)),
         "step_seconds": round(sum(row["seconds"] for row in train), 2),
+        "gpu": _read_gpu(path.with_suffix(".gpu.csv"), start=0.5),
         "operands": [_rounded(row) for row in read_json_lines(path / "operands.jsonl")],
     }
 
@@ -66,8 +73,11 @@ def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
-def _read_gpu(path: Path) -> dict[str, float]:
-    """Means of the GPU's power, use and memory over the study; {} without samples."""
+def _read_gpu(path: Path, start: float = 0.0) -> dict[str, float]:
+    """Means of the GPU's power, use and memory; {} without samples.
+
+    `start` is the share of the samples that is left out: of one run its imports and compilations.
+    """
     if not path.exists():
         return {}
     rows = []
@@ -77,7 +87,8 @@ def _read_gpu(path: Path) -> dict[str, float]:
             rows.append([float(cell) for cell in cells])
     if not rows:
         return {}
-    watts, use, memory = (statistics.fmean(column) for column in zip(*rows, strict=True))
+    columns = list(zip(*rows[int(start * len(rows)) :], strict=True))
+    watts, use, memory = map(statistics.fmean, columns)
     return {
         "samples": len(rows),
         "mean_watts": round(watts, 1),
@@ -93,6 +104,17 @@ def final_losses(study: Mapping[str, Any], arm: str) -> dict[int, float]:
         run["seed"]: run["validation"][-1][1]
         for run in study["runs"]
         if run["arm"] == arm and run["finished"] and run["validation"]
+    }
+
+
+def late_losses(study: Mapping[str, Any], arm: str) -> dict[int, float]:
+    """{seed: mean training loss of the second half of the steps} of the finished runs of an arm."""
+    return {
+        run["seed"]: statistics.fmean(
+            loss for step, loss in run["train"] if step > run["steps"] / 2
+        )
+        for run in study["runs"]
+        if run["arm"] == arm and run["finished"]
     }
 
 
@@ -119,20 +141,24 @@ def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
     return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
 
 
-def table(study: Mapping[str, Any]) -> list[str]:
+def table(
+    study: Mapping[str, Any],
+    losses_of: Losses = final_losses,
+    title: str = "final validation loss",
+) -> list[str]:
     """The study as lines of Markdown."""
-    baseline = final_losses(study, study["baseline"])
+    baseline = losses_of(study, study["baseline"])
     lines = [
-        f"| arm | seeds | final validation loss | seed spread | gap to {study['baseline']} "
+        f"| arm | seeds | {title} | seed spread | gap to {study['baseline']} "
         "| 95 % (Student) | 95 % (bootstrap) | tokens/s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in study["arms"]:
-        losses = list(final_losses(study, arm).values())
+        losses = list(losses_of(study, arm).values())
         if not losses:
             continue
         spread = f"{_spread(losses):.3f} %" if len(losses) > 1 else ""
-        own = gap(final_losses(study, arm), baseline) if arm != study["baseline"] else None
+        own = gap(losses_of(study, arm), baseline) if arm != study["baseline"] else None
         speeds = [run["tokens_per_second"] for run in study["runs"] if run["arm"] == arm]
         cells = [arm, str(len(losses)), f"{statistics.fmean(losses):.5f}", spread, *_cells(own)]
         lines.append(f"| {' | '.join(cells)} | {statistics.median(speeds):,.0f} |")
@@ -154,6 +180,29 @@ def _cells(own: Mapping[str, float] | None) -> list[str]:
         f"{own['mean'] - own['half_width']:+.3f} to {own['mean'] + own['half_width']:+.3f} %",
         f"{own['low']:+.3f} to {own['high']:+.3f} %",
     ]
+
+
+def late_table(study: Mapping[str, Any]) -> list[str]:
+    """As `table`, of the text that was trained on in the second half of the steps."""
+    return table(study, late_losses, "loss of new text, second half")
+
+
+def cost_table(study: Mapping[str, Any], price: float) -> list[str]:
+    """What each arm costs alone on its GPU, at `price` dollars an hour; [] if none ran alone."""
+    alone = [run for run in study["runs"] if run.get("gpu")]
+    lines = [
+        "| arm | tokens/s | GPU busy | peak memory | power | energy of 10^9 tokens "
+        f"| at ${price:g} an hour |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in alone:
+        gpu, hours = run["gpu"], 1e9 / run["tokens_per_second"] / 3600
+        lines.append(
+            f"| {run['arm']} | {run['tokens_per_second']:,} | {gpu['mean_use_percent']:.0f} % "
+            f"| {gpu['peak_memory_mib'] / 1024:.1f} GiB | {gpu['mean_watts']:.0f} W "
+            f"| {gpu['mean_watts'] * hours / 1000:.2f} kWh | ${price * hours:.2f} |"
+        )
+    return lines if alone else []
 
 
 def seed_table(study: Mapping[str, Any]) -> list[str]:
@@ -191,7 +240,7 @@ def worst_layers(rows: Sequence[Mapping[str, Any]], count: int = 3) -> list[str]
     return lines
 
 
-def write_report(studies: Mapping[str, Any], target: Path) -> None:
+def write_report(studies: Mapping[str, Any], target: Path, price: float) -> None:
     """Write tables.md, parity.json and PNG plots into the directory `target`."""
     import parity_plots  # matplotlib is an extra
 
@@ -199,7 +248,8 @@ def write_report(studies: Mapping[str, Any], target: Path) -> None:
     lines = []
     for name, study in studies.items():
         lines += [f"## {name}", "", f"{study['steps']} steps a run. {_cost(study)}", ""]
-        lines += [*table(study), "", *seed_table(study), ""]
+        for part in (table(study), late_table(study), seed_table(study), cost_table(study, price)):
+            lines += [*part, ""]
         for run in study["runs"]:
             if run["operands"]:
                 lines += [f"Operands of {run['arm']}, seed {run['seed']}.", ""]

@@ -6,6 +6,7 @@ import math
 import random
 import sys
 import tomllib
+import zlib
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,20 @@ def test_documents_are_used_once_held_out_and_cut(data: Path) -> None:
         assert max(lengths) == 150
         assert sum(lengths) == about[name]["tokens"]
         assert len(lengths) == about[name]["pieces"]
+
+
+def test_no_document_is_more_of_the_validation_than_its_share(tmp_path: Path) -> None:
+    checksums = (
+        (zlib.crc32(text.encode()), text) for text in (f"{i} " * 20_000 for i in range(99))
+    )
+    held_out = next(text for checksum, text in checksums if checksum % parity_data.HELD_OUT == 0)
+    with gzip.open(tmp_path / "long.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in (held_out, "a " * 50_000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity_data, "PACKAGES", ())
+        counts = parity_data.split(tmp_path, tmp_path)
+    assert counts["validation"]["long"] == parity_data.HELD_OUT_CHARACTERS
+    assert counts["train"]["long"] == 100_000  # training text stays whole
 
 
 def test_a_shortened_study_runs_and_its_table_has_every_arm(
@@ -143,6 +158,44 @@ def test_the_gap_is_paired_by_seed_and_has_students_interval() -> None:
     one = parity_report.gap({1: 2.1}, baseline)
     assert one is not None
     assert math.isnan(one["half_width"])
+
+
+def test_the_loss_of_new_text_is_that_of_the_second_half() -> None:
+    train = [(step, 9.0 if step <= 4 else step - 1.0) for step in range(1, 9)]
+    run = {"arm": "a", "seed": 3, "finished": True, "steps": 8, "train": train}
+    study = {"runs": [run, run | {"seed": 4, "finished": False}], "baseline": "a", "arms": ["a"]}
+    assert parity_report.late_losses(study, "a") == {3: 5.5}
+    assert (
+        "| a | 1 | 5.50000 |"
+        in parity_report.late_table(study | {"runs": [run | {"tokens_per_second": 7}]})[2]
+    )
+
+
+def test_what_an_arm_costs_alone(tmp_path: Path) -> None:
+    samples = ["0.1, 0, 9000"] * 4 + ["600.0, 80, 20480", "[N/A], 80, 1", "800.0, 90, 10240"] * 2
+    (tmp_path / "a-1.gpu.csv").write_text("\n".join(samples))
+    gpu = parity_report._read_gpu(tmp_path / "a-1.gpu.csv", start=0.5)
+    assert gpu["mean_watts"] == 700  # not the first half, of imports
+    runs = [{"arm": "a", "tokens_per_second": 500_000, "gpu": gpu}, {"arm": "b", "gpu": {}}]
+    lines = parity_report.cost_table({"runs": runs}, price=3.6)
+    cells = "| a | 500,000 | 85 % | 20.0 GiB | 700 W | 0.39 kWh | $2.00 |"
+    assert lines[2:] == [cells]
+    assert parity_report.cost_table({"runs": runs[1:]}, price=3.6) == []
+
+
+def test_a_run_alone_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '500.0, 50, 1024'\nexec sleep 60\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    command = [sys.executable, "-c", "import time; time.sleep(0.5)"]
+    for jobs, name in ((1, "alone-1"), (2, "shared-1")):
+        run = parity.Run(name[:-2], 1, tmp_path / name, command, None)
+        run.dir.mkdir()
+        assert parity.run_all([run], jobs, 0) == 0
+        assert run.watcher is None or run.watcher.poll() is not None
+    assert parity_report._read_gpu(tmp_path / "alone-1.gpu.csv")["mean_watts"] == 500
+    assert not (tmp_path / "shared-1.gpu.csv").exists()
 
 
 def test_a_run_that_waits_for_another_starts_after_it(tmp_path: Path) -> None:
