@@ -1,0 +1,381 @@
+"""The precisions of RL: scales x trainer x engine, what each costs in log-probabilities and reward.
+
+    infir2 data demo --to world                     # or prompts of your own
+    python bench/ablation.py run --model sft2-hf --to runs/ablation --out ablation.json \\
+        [--engines native sglang] [--python sglang-env/bin/python] [--servers 2] [--seconds 500] \\
+        [--server-option=--attention-backend=triton ...] -- --data.sources.0.path=world/rl1.jsonl \\
+        --data.tokenizer=world/tokenizer [further options of each infir2 rl]
+    python bench/ablation.py table ablation.json [another.json ...]
+
+Arms: scales pow2 or fp32, trainer and engine each in FP8 or BF16; where both are BF16 there are no
+scales, so seven arms. Each is an `infir2 rl` with recipes/demo/rl1.toml, --jobs of them at once on
+one GPU. Servers are started once per format of weights and serve one run after another. Gates on
+the mismatch are off. The same command again skips what is finished; after --seconds all runs are
+stopped, and what they have measured counts. A failed run prints its last lines, the others go on.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from infir2.config.schema import RolloutSection
+from infir2.engines.probe import KEY_VARIABLE
+from infir2.engines.server_process import ServerProcess
+from infir2.engines.servers import KINDS
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo" / "rl1.toml"
+FORMATS = ("pow2", "fp32", "bf16")  # of an engine's weights
+MEASURES = ("kl", "k1", "max", "p999", "prob_error", "equal", "mean")
+GRACE_SECONDS = 20.0
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % of Student's t, by number of seeds
+
+
+class Arm(NamedTuple):
+    """Precisions of one way of training; `scales` is "" where nothing is FP8."""
+
+    scales: str
+    trainer: str
+    engine: str
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, self))
+
+    @property
+    def format(self) -> str:
+        """Of the engine's weights."""
+        return self.scales if self.engine == "fp8" else "bf16"
+
+
+ARMS = [
+    *(Arm(s, t, e) for t, e in (("fp8", "fp8"), ("bf16", "fp8"), ("fp8", "bf16"))
+      for s in ("pow2", "fp32")),
+    Arm("", "bf16", "bf16"),
+]  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One `infir2 rl`, whose files are `dir` and `dir`.log."""
+
+    arm: Arm
+    engine: str
+    seed: int
+    dir: Path
+    command: list[str]
+    server: ServerProcess | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.dir.with_suffix(".finished").exists()
+
+
+@dataclass
+class Servers:
+    """Servers that have started, by the format of their weights; each serves one run at a time."""
+
+    hosts: list[tuple[str, ServerProcess]] = field(default_factory=list)
+    free: dict[str, list[ServerProcess]] = field(default_factory=dict)
+    thread: threading.Thread | None = None
+
+    def begin(self, options: argparse.Namespace, kind: str, formats: Iterable[str]) -> None:
+        """Start `options.servers` of `kind` for each format; they become free one by one."""
+        for name in formats:
+            rollout = RolloutSection(
+                engine=kind,  # type: ignore[arg-type]
+                model=str(options.to / name),
+                python=options.python,
+                memory_fraction=options.memory_fraction if kind != "infir2" else 0,
+                cache_gib=options.cache_gib,
+                max_running_requests=options.requests,
+                server_options=tuple(options.server_option),
+            )
+
+            def command(place: Any, rollout: RolloutSection = rollout) -> Any:
+                return KINDS[kind].command(rollout, place)
+
+            for index in range(options.servers):
+                words = (f"{name}-{index}", command, KINDS[kind].open_client, lambda *_: None)
+                self.hosts.append((name, ServerProcess(*words, options.to / "servers", 0)))
+
+        async def start(name: str, host: ServerProcess) -> None:
+            begun = time.monotonic()
+            try:
+                client = await host.start()
+                await client.close()
+            except Exception as error:  # whatever a server dies of, the other runs go on
+                say(f"no server {host.name}: {error}")
+                return
+            say(f"server {host.name} after {time.monotonic() - begun:.0f} s")
+            self.free.setdefault(name, []).append(host)
+
+        async def start_all() -> None:
+            await asyncio.gather(*(start(*each) for each in self.hosts))
+
+        self.thread = threading.Thread(target=asyncio.run, args=(start_all(),), daemon=True)
+        self.thread.start()
+
+    @property
+    def starting(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def end(self) -> None:
+        for _, host in self.hosts:
+            host.kill()
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def plan(options: argparse.Namespace) -> list[Run]:
+    """All runs, one engine after another, all arms of the first seed first."""
+    runs = []
+    for engine in options.engines:
+        for seed in options.seeds:
+            for arm in (arm for arm in ARMS if not options.arms or arm.name in options.arms):
+                name = f"{engine}-{arm.name}-{seed}"
+                words = rl_options(options, arm, engine, seed, options.to / name)
+                command = [sys.executable, "-m", "infir2", "rl", str(RECIPE), *words]
+                runs.append(Run(arm, engine, seed, options.to / name, command))
+    return runs
+
+
+def rl_options(
+    options: argparse.Namespace, arm: Arm, engine: str, seed: int, run_dir: Path
+) -> list[str]:
+    """Of one `infir2 rl`."""
+    return [
+        f"--run.dir={run_dir}",
+        f"--run.seed={seed}",
+        f"--model.path={options.model}",
+        f"--schedule.total_steps={options.steps}",
+        f"--fp8.enabled={str(arm.trainer == 'fp8').lower()}",
+        f"--fp8.scale_format={arm.scales or 'pow2'}",
+        f"--rollout.engine={engine}",
+        f"--rollout.precision={arm.engine}",
+        f"--rollout.model={options.to / arm.format}",
+        f"--rollout.cache_gib={options.cache_gib}",
+        f"--rollout.max_running_requests={options.requests}",
+        "--rl.max_mismatch_kl=1e9",
+        "--rl.max_mismatch_prob_error=1e9",
+        "--checkpoint.save_every=100000",
+        *options.rl_options,
+    ]
+
+
+def export(options: argparse.Namespace) -> None:
+    """The model in each format, in `options.to`."""
+    options.to.mkdir(parents=True, exist_ok=True)
+    if not (options.to / "bf16").exists():
+        (options.to / "bf16").symlink_to(options.model.resolve())
+    started = []
+    for name in FORMATS[:2]:
+        if not (options.to / name).exists():
+            words = ["export", "fp8", str(options.model), "--to", str(options.to / name)]
+            words += ["--scale-format", name]
+            started.append(subprocess.Popen([sys.executable, "-m", "infir2", *words]))
+    if any([process.wait() for process in started]):
+        sys.exit("the export failed")
+
+
+def run_all(runs: Sequence[Run], servers: Servers, jobs: int, seconds: float) -> dict[str, int]:
+    """Run, at most `jobs` at once, for `seconds`. Returns exit codes by name of the run."""
+    end, codes = time.monotonic() + seconds, dict[str, int]()
+    waiting, active = [run for run in runs if not run.finished], dict[Any, Run]()
+    try:
+        while (waiting or active) and time.monotonic() < end:
+            while len(active) < jobs and (run := _take(waiting, servers)) is not None:
+                active[_start(run)] = run
+            if not active and not servers.starting:
+                break  # what is left has no server
+            time.sleep(0.1)
+            for process in [process for process in active if process.poll() is not None]:
+                _finish(active.pop(process), process.returncode, servers, codes)
+    finally:
+        for process in active:
+            process.send_signal(signal.SIGTERM)
+        stop = time.monotonic() + GRACE_SECONDS
+        for process, run in active.items():
+            try:
+                process.wait(max(0.1, stop - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            _finish(run, process.returncode, servers, codes)
+    return codes
+
+
+def _take(waiting: list[Run], servers: Servers) -> Run | None:
+    """The first run that needs no server, or whose server is free."""
+    for run in waiting:
+        if run.engine == "native" or servers.free.get(run.arm.format):
+            run.server = None if run.engine == "native" else servers.free[run.arm.format].pop(0)
+            waiting.remove(run)
+            return run
+    return None
+
+
+def _start(run: Run) -> "subprocess.Popen[bytes]":
+    command, environment = run.command, dict(os.environ)
+    environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
+    if run.server is not None:
+        assert run.server.place is not None
+        command = [*command, f"--rollout.urls={json.dumps([run.server.place.url])}"]
+        environment[KEY_VARIABLE] = run.server.place.api_key
+    with run.dir.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def _finish(run: Run, code: int, servers: Servers, codes: dict[str, int]) -> None:
+    codes[run.dir.name] = code
+    if run.server is not None:
+        servers.free[run.arm.format].append(run.server)
+    if code == 0:
+        run.dir.with_suffix(".finished").touch()
+    say(f"{run.dir.name}: exit code {code}, {len(steps_of(run.dir))} steps")
+    if code not in (0, 75):  # 75: stopped by us
+        print(run.dir.with_suffix(".log").read_text(errors="replace")[-800:], flush=True)
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics of each step of a run."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["kind"] == "train"]
+
+
+def collect(run: Run, code: int | None) -> dict[str, Any] | None:
+    """What a run has measured; None before its first step."""
+    rows = steps_of(run.dir)
+    if not rows:
+        return None
+
+    def mismatch(row: dict[str, Any]) -> dict[str, float]:
+        return {name: row[f"mismatch_{name}"] for name in MEASURES if f"mismatch_{name}" in row}
+
+    by_step = {row["step"]: row for row in rows}
+    trained = [row for row in rows if "mismatch_kl" in row]  # some steps have nothing to train
+    return {
+        "arm": run.arm.name, "engine": run.engine, "seed": run.seed, "exit_code": code,
+        "finished": run.finished, "steps": len(rows),
+        "at": {str(step): mismatch(by_step[step]) for step in (1, 2) if step in by_step}
+        | {"last": mismatch(trained[-1]) if trained else {}},
+        "reward": [row["reward"] for row in rows],
+        "k3": [row.get("mismatch_kl") for row in rows],
+        "seconds": [round(row["seconds"], 3) for row in rows],
+    }  # fmt: skip
+
+
+def table(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Means over the seeds and their range; the rise with its 95 % interval (Student's t)."""
+    header = (
+        "| engine | arm | seeds | k3, step 1 | k3, step 2 | k3, last | equal, step 2 "
+        "| prob. error, step 2 | p99.9, max, step 2 | reward, first 3 | reward, last 5 | rise "
+        "| s/step |"
+    )
+    lines = [header, "|" + "---|" * (header.count("|") - 1)]
+    keys = dict.fromkeys((run["engine"], run["arm"]) for run in runs)
+    for engine, arm in keys:
+        own = [run for run in runs if (run["engine"], run["arm"]) == (engine, arm)]
+
+        def at(step: str, name: str, own: list[dict[str, Any]] = own) -> str:
+            found = [run["at"].get(step, {}).get(name) for run in own]
+            return spread([value for value in found if value is not None])
+
+        ends = [run for run in own if run["finished"]]
+        first = [statistics.fmean(run["reward"][:3]) for run in ends]
+        last = [statistics.fmean(run["reward"][-5:]) for run in ends]
+        pace = [statistics.median(run["seconds"]) for run in own]
+        cells = [engine, arm, f"{len(ends)} of {len(own)}", at("1", "kl"), at("2", "kl")]
+        cells += [at("last", "kl"), at("2", "equal"), at("2", "prob_error")]
+        cells += [f"{at('2', 'p999')}, {at('2', 'max')}", spread(first), spread(last)]
+        cells += [interval([b - a for a, b in zip(first, last, strict=True)]), spread(pace)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and range. Example: "0.2 [0.1, 0.3]"."""
+    if not values:
+        return ""
+    low, high, mean = min(values), max(values), statistics.fmean(values)
+    return f"{mean:.4g}" if low == high else f"{mean:.4g} [{low:.3g}, {high:.3g}]"
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and the half-width of its 95 % interval over the seeds."""
+    if len(values) not in STUDENT:
+        return spread(values)
+    width = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):+.4f} ± {width:.4f}"
+
+
+def run_command(options: argparse.Namespace) -> None:
+    begun = time.monotonic()
+    export(options)
+    runs, servers, codes = plan(options), Servers(), dict[str, int]()
+    kinds = [kind for kind in options.engines if kind != "native"]
+    wanted = [run for run in runs if run.engine != "native" and not run.finished]
+    try:
+        if wanted:
+            servers.begin(options, kinds[0], dict.fromkeys(run.arm.format for run in wanted))
+        left = options.seconds - (time.monotonic() - begun)
+        codes = run_all(runs, servers, options.jobs, left)
+    finally:
+        servers.end()
+        found = [collect(run, codes.get(run.dir.name)) for run in runs]
+        result = {"steps": options.steps, "options": options.rl_options}
+        result |= {"seconds": time.monotonic() - begun, "runs": list(filter(None, found))}
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(table(result["runs"])))
+
+
+def arguments_of(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument("--model", type=Path, required=True, help="BF16 Hugging Face directory")
+    run.add_argument("--to", type=Path, required=True)
+    run.add_argument("--out", type=Path, required=True)
+    kinds = ["native", *KINDS]
+    run.add_argument("--engines", nargs="+", default=["native"], choices=kinds, help="one server")
+    run.add_argument("--arms", nargs="+", default=[], choices=[arm.name for arm in ARMS])
+    run.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    run.add_argument("--steps", type=int, default=30)
+    run.add_argument("--jobs", type=int, default=8, help="runs at once")
+    run.add_argument("--seconds", type=float, default=math.inf)
+    run.add_argument("--requests", type=int, default=384, help="an engine runs at once")
+    run.add_argument("--cache-gib", type=float, default=1.0)
+    run.add_argument("--python", default="", help="of the servers' environment")
+    run.add_argument("--servers", type=int, default=1, help="of each format")
+    run.add_argument("--memory-fraction", type=float, default=0.0)
+    run.add_argument("--server-option", action="append", default=[])
+    run.add_argument("rl_options", nargs="*")
+    commands.add_parser("table").add_argument("files", nargs="+", type=Path)
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str]) -> None:
+    options = arguments_of(words)
+    if options.command == "run":
+        run_command(options)
+        return
+    runs = [run for path in options.files for run in json.loads(path.read_text())["runs"]]
+    print("\n".join(table(runs)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
