@@ -7,7 +7,9 @@ from typing import NoReturn, TypeVar, cast
 from torch import Tensor, nn
 
 from infir2.errors import ConfigError
+from infir2.numerics.formats import TILE_BLOCK, check_format
 from infir2.numerics.linear import Fp8Linear
+from infir2.numerics.weight_cache import local_tensor
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -27,27 +29,29 @@ def convert_to_fp8(
 
     Not converted: the language-model head (a module named `lm_head`, the output embeddings of a
     Hugging Face model, or a Linear that shares its weight with an embedding), subclasses of
-    nn.Linear, and `skip_modules`.
+    nn.Linear, and `skip_modules`. Layers that are FP8 already stay as they are.
 
     Args:
         module: any nn.Module; parameters may be on the meta device.
         scale_format: "pow2" or "fp32", see `infir2.numerics.formats`.
-        skip_modules: shell-style patterns of module names, such as "model.layers.0.*".
+        skip_modules: shell-style patterns of module names, such as "model.layers.0.*"; a module
+            that is no Linear stands for the Linears inside it.
 
     Raises:
-        ConfigError: a pattern matches no module.
+        ConfigError: a pattern matches no Linear, the module has none to convert, or some are
+            sharded already, or FP8 in another scale format.
         ValueError: unknown scale format.
     """
-    _check_patterns(module, skip_modules)
+    check_format(TILE_BLOCK, scale_format)
+    skip_modules = (skip_modules,) if isinstance(skip_modules, str) else skip_modules
+    found = _convertible(module)
+    _check(module, found, scale_format, skip_modules)
     old_parameters = list(module.parameters())
-    heads = _head_weights(module)
     masters: dict[Tensor, nn.Parameter] = {}  # tied weights stay tied
     layers: dict[nn.Module, Fp8Linear] = {}  # a layer that is used twice stays one layer
     converted: nn.Module = module
-    for name, child in list(module.named_modules(remove_duplicate=False)):
-        if type(child) is not nn.Linear or id(child.weight) in heads:
-            continue
-        if name.rpartition(".")[2] == "lm_head" or _matches(name, skip_modules):
+    for name, child in found.items():
+        if isinstance(child, Fp8Linear) or _matches(name, skip_modules):
             continue
         if child not in layers:
             layers[child] = Fp8Linear.from_linear(child, scale_format, masters)
@@ -59,18 +63,58 @@ def convert_to_fp8(
     return cast(AnyModule, converted)
 
 
+def _convertible(module: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears that are FP8 or can be, by name; one that is used twice has two names."""
+    heads = _head_weights(module)
+    return {
+        name: child
+        for name, child in module.named_modules(remove_duplicate=False)
+        if isinstance(child, Fp8Linear)
+        or (
+            type(child) is nn.Linear
+            and id(child.weight) not in heads
+            and name.rpartition(".")[2] != "lm_head"
+        )
+    }
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a pattern matches a module's name, or that of a module around it."""
+    parts = name.split(".")
+    names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatchcase(outer, pattern) for outer in names for pattern in patterns)
 
 
-def _check_patterns(module: nn.Module, skip_modules: Sequence[str]) -> None:
-    names = [name for name, _ in module.named_modules()]
+def _check(
+    module: nn.Module, found: dict[str, nn.Linear], scale_format: str, skip_modules: Sequence[str]
+) -> None:
+    """Raise ConfigError for what `convert_to_fp8` would ignore. `found`: of `_convertible`."""
+    if not found:
+        raise ConfigError(
+            f"convert_to_fp8: {type(module).__name__} has no nn.Linear besides heads, so nothing "
+            "would be FP8; subclasses and other classes (Conv1D of GPT-2) are not converted"
+        )
+    sharded = [
+        name for name, child in found.items() if child.weight is not local_tensor(child.weight)
+    ]
+    if sharded:
+        raise ConfigError(
+            f"convert_to_fp8: the weight of {sharded[0]!r} is sharded already; call convert_to_fp8 "
+            "before fully_shard, which remembers the layers that it finds"
+        )
+    linears = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
     for pattern in skip_modules:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(_matches(name, (pattern,)) for name in linears):
             raise ConfigError(
-                f"fp8.skip_modules: {pattern!r} matches no module; "
-                "use names such as 'model.layers.0.mlp.down_proj'"
+                f"fp8.skip_modules: {pattern!r} matches no Linear of the model; "
+                f"use names such as {next(iter(found))!r}"
             )
+    formats = {child.scale_format for child in found.values() if isinstance(child, Fp8Linear)}
+    if formats - {scale_format}:
+        raise ConfigError(
+            f"convert_to_fp8: some layers are FP8 already, with scale_format={min(formats)!r}; "
+            f"build the model anew to convert it with {scale_format!r}"
+        )
 
 
 def _head_weights(module: nn.Module) -> set[int]:

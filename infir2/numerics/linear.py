@@ -33,15 +33,29 @@ This file has the layer. `ops_reference.linear` defines the autograd node over t
 `gemm_reference` their operands; `ops_cuda` runs them on a GPU.
 """
 
+import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from infir2.numerics.formats import E4M3, TILE_BLOCK, Fp8Tensor, check_format, scale_shape
+from infir2.numerics.gemm_scaled import missing_block_scaling
+from infir2.numerics.kernels import usable
 from infir2.numerics.ops import linear
 from infir2.numerics.quantize import dequantize, quantize_weight
 from infir2.numerics.weight_cache import cached, invalidate
+
+_NOT_TRACED = (
+    "an FP8 layer is not traced, because its codes belong to one version of the weight; "
+    "use torch.compile without fullgraph=True, which compiles what lies between the layers"
+)
+_KEPT_FP32 = (
+    "FP8 layers keep their FP32 masters, which a conversion to another dtype would round; "
+    "all other parameters of the model are converted"
+)
 
 
 class Fp8Linear(nn.Linear):
@@ -161,9 +175,36 @@ class Fp8Linear(nn.Linear):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype, or in autocast's dtype."""
-        out = linear(x.reshape(-1, self.in_features), (self,))[0]
-        return out.view(*x.shape[:-1], self.out_features)
+        """x [..., K] -> [..., N] in x's dtype, or in autocast's dtype.
+
+        torch.compile does not trace it: it compiles what lies between two FP8 layers.
+        """
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=_NOT_TRACED)
+            return _eager_product(self, x)
+        return _product(self, x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Fp8Linear":
+        """Moves the layer as `nn.Module._apply` does, but keeps FP32 masters in FP32."""
+
+        def keep_fp32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.dtype != torch.float32 or moved.dtype == torch.float32:
+                return moved
+            warnings.warn(_KEPT_FP32, stacklevel=2)
+            return tensor.to(moved.device)
+
+        return super()._apply(keep_fp32, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Loads as nn.Module does; `assign=True` makes FP32 masters of tensors of another dtype."""
+        if local_metadata.get("assign_to_params_buffers"):
+            for name in (f"{prefix}{leaf}" for leaf in self._parameters):
+                if name in state_dict:
+                    state_dict[name] = state_dict[name].float()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale_format={self.scale_format}"
@@ -181,6 +222,43 @@ class Fp8Linear(nn.Linear):
             )
         self.quantizations += 1
         return quantize_weight(self.weight, self.scale_format)
+
+
+def _product(layer: Fp8Linear, x: Tensor) -> Tensor:
+    """`layer(x)`: x [..., K] -> [..., N]."""
+    if x.shape[-1] != layer.in_features:
+        raise ValueError(
+            f"{layer} needs an input of {layer.in_features} features; got {list(x.shape)}"
+        )
+    if x.is_cuda:
+        autocast = torch.is_autocast_enabled("cuda")
+        _warn_if_emulated(x.device, torch.get_autocast_dtype("cuda") if autocast else x.dtype)
+    out = linear(x.reshape(-1, layer.in_features), (layer,))[0]
+    return out.view(*x.shape[:-1], layer.out_features)
+
+
+# torch.compiler.disable would import torch._dynamo now, which takes longer than all of infir2.
+_eager_product: Callable[[Fp8Linear, Tensor], Tensor] = torch._disable_dynamo(_product)
+
+
+@cache  # once per device and dtype
+def _warn_if_emulated(device: torch.device, dtype: torch.dtype) -> None:
+    """Warn if FP8 layers of this GPU are slow, because no kernel reads this input."""
+    reason = missing_block_scaling(device)
+    if reason:
+        warnings.warn(f"FP8 is emulated, and slower than BF16: {reason}", stacklevel=2)
+    elif dtype != torch.bfloat16:
+        warnings.warn(
+            f"FP8 is emulated, many times slower than BF16, for inputs of {dtype}; run the "
+            "forward under torch.autocast('cuda', torch.bfloat16)",
+            stacklevel=2,
+        )
+    elif not usable(device):
+        warnings.warn(
+            "FP8 is emulated, many times slower than BF16: Triton is missing; "
+            "pip install 'infir2[gpu]'",
+            stacklevel=2,
+        )
 
 
 def _master(parameter: Tensor, masters: dict[Tensor, nn.Parameter]) -> nn.Parameter:

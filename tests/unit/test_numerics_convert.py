@@ -2,10 +2,12 @@
 
 import copy
 import fnmatch
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +68,79 @@ def test_a_mistyped_pattern_is_an_error_and_converts_nothing() -> None:
         convert_to_fp8(model, skip_modules=("layers.7.*",))
     assert fp8_names(model) == []
     assert len(fp8_names(convert_to_fp8(model))) == 4
+
+
+@pytest.mark.parametrize(
+    ("patterns", "left"),
+    [("layers.0.*", 2), (["layers.0"], 2), (["layers"], 0), (["lm_head"], 4), (["*.up_proj"], 2)],
+)
+def test_a_pattern_may_name_the_module_around_and_stand_alone(patterns: Any, left: int) -> None:
+    assert len(fp8_names(convert_to_fp8(Model(), skip_modules=patterns))) == left
+
+
+def test_a_pattern_that_names_no_linear_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"'embed_tokens' matches no Linear .* 'layers\.0\.up_pr"):
+        convert_to_fp8(Model(), skip_modules=("embed_tokens",))
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Sequential(nn.Conv1d(3, 3, 1)),
+        nn.Sequential(Subclass(3, 3)),
+        nn.ModuleDict({"lm_head": nn.Linear(3, 3)}),
+    ],
+)
+def test_a_model_without_a_linear_to_convert_is_an_error(module: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=r"has no nn\.Linear besides heads"):
+        convert_to_fp8(module)
+
+
+def test_converting_twice_changes_nothing_and_another_format_is_refused() -> None:
+    model = convert_to_fp8(Model())
+    layers = [m for m in model.modules() if isinstance(m, Fp8Linear)]
+    assert all(
+        a is b
+        for a, b in zip(convert_to_fp8(model).modules(), model.modules(), strict=True)
+        if isinstance(a, Fp8Linear)
+    )
+    assert [m for m in model.modules() if isinstance(m, Fp8Linear)] == layers
+    with pytest.raises(ConfigError, match="FP8 already, with scale_format='pow2'"):
+        convert_to_fp8(model, scale_format="fp32")
+
+
+CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "bfloat16": lambda model: model.bfloat16(),
+    "half": lambda model: model.half(),
+    "to": lambda model: model.to(dtype=torch.bfloat16),
+    "double": lambda model: model.double(),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_a_conversion_of_the_model_keeps_the_masters_and_says_so(name: str) -> None:
+    model = convert_to_fp8(Model())
+    masters = [p for m in model.modules() if isinstance(m, Fp8Linear) for p in m.parameters()]
+    before = [master.detach().clone() for master in masters]
+    with pytest.warns(UserWarning, match="FP8 layers keep their FP32 masters"):
+        CONVERSIONS[name](model)
+    assert all(torch.equal(a, b) for a, b in zip(masters, before, strict=True))
+    assert {master.dtype for master in masters} == {torch.float32}
+    assert model.embed_tokens.weight.dtype != torch.float32
+    assert all(m.weight.is_meta for m in model.to("meta").modules() if isinstance(m, Fp8Linear))
+
+
+def test_loading_tensors_of_another_dtype_by_assignment_makes_fp32_masters() -> None:
+    model, values = convert_to_fp8(Model()), Model().bfloat16().state_dict()
+    model.load_state_dict(values, assign=True)
+    layer = model.layers[0].up_proj
+    assert layer.weight.dtype == layer.bias.dtype == torch.float32
+    assert torch.equal(layer.weight, values["layers.0.up_proj.weight"].float())
+    assert model.embed_tokens.weight.dtype == values["layers.0.up_proj.weight"].dtype
 
 
 def test_a_single_linear_and_meta_parameters() -> None:
@@ -172,7 +247,7 @@ def test_a_replaced_parameter_frees_its_memory_and_a_copy_of_the_model_trains() 
 def test_the_package_offers_the_conversion_without_importing_torch() -> None:
     code = (
         "import sys, infir2; assert 'torch' not in sys.modules\n"
-        "from infir2 import convert_to_fp8; print(convert_to_fp8.__module__)"
+        "from infir2 import convert_to_fp8, Fp8Linear; print(convert_to_fp8.__module__)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -180,6 +255,12 @@ def test_the_package_offers_the_conversion_without_importing_torch() -> None:
     assert result.stdout.strip() == "infir2.numerics.convert"
     with pytest.raises(AttributeError, match="no_such_name"):
         getattr(infir2, "no_such_name")  # noqa: B009
+    assert {"convert_to_fp8", "Fp8Linear"} <= set(dir(infir2))
+
+
+def test_type_checkers_know_the_names_that_the_package_imports_late() -> None:
+    stub = Path(infir2.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    assert {*re.findall(r"import (\w+) as", stub), "__version__"} == set(infir2.__all__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,7 +3,10 @@ an input.
 """
 
 import copy
+import gc
+import importlib
 import math
+import sys
 
 import pytest
 import torch
@@ -19,8 +22,10 @@ from infir2.numerics import (
     quantize,
     snr_db,
 )
+from infir2.numerics.linear import _warn_if_emulated
 from infir2.numerics.weight_cache import rounded
 
+linear_module = importlib.import_module("infir2.numerics.linear")  # not the function
 FORMATS = ["pow2", "fp32"]
 GATE_DB = 28.0
 
@@ -451,3 +456,59 @@ def test_a_plain_weight_is_rounded_once_per_version() -> None:
     assert torch.equal(
         rounded(weight, torch.bfloat16, torch.float64), weight.detach().bfloat16().double()
     )
+
+
+def train_small_model(compiled: bool) -> list[float]:
+    torch.manual_seed(0)
+    layers = (Fp8Linear(128, 256), nn.GELU(), Fp8Linear(256, 128))
+    model: nn.Module = nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    call = torch.compile(model, backend="aot_eager") if compiled else model
+    x, losses = torch.randn(32, 128), []
+    for _ in range(4):
+        loss = call(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_compiled_model_trains_with_the_same_bits(monkeypatch, recwarn) -> None:
+    """Codes are never stale, layers are not traced (which warned and broke weak references)."""
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    expected = train_small_model(False)
+    assert expected[-1] < expected[0] / 2
+    assert train_small_model(True) == expected
+    gc.collect()
+    assert not ignored
+    assert not [w for w in recwarn if "lru_cache" in str(w.message)]
+
+
+def test_a_graph_without_breaks_is_refused_with_the_remedy() -> None:
+    torch._dynamo.reset()
+    layer = torch.compile(Fp8Linear(128, 128), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"use torch\.compile without fullgraph=True"):
+        layer(torch.randn(2, 128))
+
+
+def test_an_input_of_another_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs an input of 10 features; got \[2, 20\]"):
+        Fp8Linear(10, 3)(torch.randn(2, 20))
+
+
+@pytest.mark.parametrize(
+    ("reason", "dtype", "triton", "sentence"),
+    [
+        (None, torch.bfloat16, True, None),
+        (None, torch.float32, True, "run the forward under torch.autocast"),
+        (None, torch.bfloat16, False, "Triton is missing"),
+        ("this GPU is a T4", torch.bfloat16, True, "this GPU is a T4"),
+    ],
+)
+def test_a_gpu_that_emulates_says_so(monkeypatch, recwarn, reason, dtype, triton, sentence) -> None:
+    monkeypatch.setattr(linear_module, "missing_block_scaling", lambda device: reason)
+    monkeypatch.setattr(linear_module, "usable", lambda device: triton)
+    _warn_if_emulated.__wrapped__(torch.device("cuda"), dtype)
+    assert [sentence in str(w.message) for w in recwarn] == [True] * (sentence is not None)
