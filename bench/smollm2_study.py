@@ -2,12 +2,14 @@
 
     python bench/smollm2_study.py --make-data SHARED --to data/smollm2
     python bench/smollm2_study.py --model DIR --to runs/smollm2 --format pow2 --seed 1 [OPTIONS]
+    python bench/smollm2_study.py --to runs/smollm2 --summary
 
 SHARED has corpus/, train/ and eval/ as bench/smollm2.py reads them. A stage that is finished is
 left alone and one that was stopped continues, so the same command again goes on. Compare two runs
 with `infir2 eval compare TO/pow2-1/eval-rl-sums TO/bf16-1/eval-rl-sums`. OPTIONS, such as
---train.stop_after_step=2, are added to every training; --stages, --max-problems and --samples
-shorten the study.
+--train.stop_after_step=2, are added to every training, those of --evaluate to every evaluation;
+--stages, --tasks, --max-problems and --samples shorten the study. The stage `start` scores the
+model as it comes. --summary prints every score and the differences of the formats over seeds.
 """
 
 import argparse
@@ -21,10 +23,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from smollm2_summary import summary
+
 RECIPES = Path(__file__).parents[1] / "recipes" / "smollm2"
 BOOKS = ("stacks_project", "openlogic", "hott_book", "openstax_ccby")
 MATHEMATICS = ("algebra", "statistics", "mathematics", "Stacks", "OpenLogic", "HoTT")
 STAGES = {"cpt": "cpt", "sft1": "sft", "sft2": "sft", "rl": "rl"}
+START = "start"
 STARTS = {"sft1": "cpt", "sft2": "sft1"}
 PROBLEM = "--evaluate.problems.0"
 TASKS = {"gsm8k": [f"{PROBLEM}.prompt_field=problem", f"{PROBLEM}.answer_field=answer"], "sums": []}
@@ -92,16 +97,23 @@ def run_study(options: argparse.Namespace, extra: Sequence[str]) -> None:
     form = ["--fp8.enabled=false"]
     if options.format != "bf16":
         form = [f"--fp8.scale_format={options.format}"]
+    scored = [word for word in extra if word.startswith("--evaluate.")]
+    trained = [word for word in extra if word not in scored]
     for stage in options.stages:
-        before = options.rl_from if stage == "rl" else STARTS.get(stage)
-        start = root / before if before else options.model
-        words = [f"--model.path={start}", f"--run.dir={root / stage}", f"--run.seed={options.seed}"]
-        words.append(f"--run.device={options.device}")
-        if stage == "rl":
-            words.append(f"--rollout.model={_exported(start, options.format)}")
-        _infir2(STAGES[stage], str(RECIPES / f"study-{stage}.toml"), *words, *form, *extra)
-        for task, fields in TASKS.items():
-            _evaluate(root, stage, task, options, [*form, *fields])
+        if stage != START:
+            _train(root, stage, options, [*form, *trained])
+        for task in options.tasks:
+            _evaluate(root, stage, task, options, [*form, *TASKS[task], *scored])
+
+
+def _train(root: Path, stage: str, options: argparse.Namespace, extra: Sequence[str]) -> None:
+    before = options.rl_from if stage == "rl" else STARTS.get(stage)
+    start = root / before if before else options.model
+    words = [f"--model.path={start}", f"--run.dir={root / stage}", f"--run.seed={options.seed}"]
+    words.append(f"--run.device={options.device}")
+    if stage == "rl":
+        words.append(f"--rollout.model={_exported(start, options.format)}")
+    _infir2(STAGES[stage], str(RECIPES / f"study-{stage}.toml"), *words, *extra)
 
 
 def _exported(run: Path, form: str) -> Path:
@@ -122,7 +134,8 @@ def _evaluate(
     target = root / f"eval-{stage}-{task}"
     if (target / "result.json").exists() or (target / "metrics.jsonl").exists():
         return
-    own = [f"--model.path={root / stage}", f"--run.dir={target}"]
+    model = options.model if stage == START else root / stage
+    own = [f"--model.path={model}", f"--run.dir={target}"]
     own += [f"{PROBLEM}.path=data/smollm2/{task}-test.jsonl"]
     own += [f"--evaluate.max_problems={options.max_problems}", f"--run.seed={options.seed}"]
     own += [f"--evaluate.samples={options.samples}", f"--run.device={options.device}"]
@@ -141,7 +154,10 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="Hugging Face directory of the model")
     parser.add_argument("--format", choices=("pow2", "fp32", "bf16"), default="pow2")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    stages = (START, *STAGES)
+    parser.add_argument("--stages", nargs="+", choices=stages, default=list(stages))
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--summary", action="store_true", help="print the results in --to, and end")
     parser.add_argument("--max-problems", type=int, default=0, help="of each evaluation (0: all)")
     parser.add_argument("--samples", type=int, default=4, help="responses to each problem")
     parser.add_argument("--rl-from", choices=("sft1", "sft2"), default="sft2")
@@ -149,6 +165,9 @@ def main() -> int:
     options, extra = parser.parse_known_args()
     if options.make_data is not None:
         make_data(options.make_data, options.to)
+        return 0
+    if options.summary:
+        print("\n".join(summary(options.to, (START, *STAGES), list(TASKS))))
         return 0
     if options.model is None:
         parser.error("--model is missing: a Hugging Face directory")
