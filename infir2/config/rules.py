@@ -283,9 +283,9 @@ def _sampling(recipe: RlRecipe) -> list[Rule]:
             "or 0 for whole responses.",
         ),
         (
-            rl.partial and not rl.chunk_tokens,
+            rl.partial and not rl.chunk_tokens and not rl.environment,
             "rl.partial",
-            "needs rl.chunk_tokens: whole responses leave nothing unfinished.",
+            "needs rl.chunk_tokens or rl.environment: whole responses leave nothing unfinished.",
         ),
         ("" in rl.stop, "rl.stop", "has an empty text, which would end every response; remove it."),
         (

@@ -374,6 +374,11 @@ def test_combinations_of_rl(recipe: str, option: str, key: str) -> None:
         load(RlRecipe, [recipe], [*options, *option.split()])
 
 
+def test_an_environment_leaves_groups_unfinished_that_may_go_on(recipe: str) -> None:
+    options = ["--data.batch_samples=0", "--rl.partial=true", "--rl.environment=calculator"]
+    assert load(RlRecipe, [recipe], options).recipe.rl.partial
+
+
 def test_evaluation_needs_a_model_and_problems(recipe: str) -> None:
     Path("e.toml").write_text("[[evaluate.problems]]\npath = 'p.jsonl'\n")
     assert (
