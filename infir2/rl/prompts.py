@@ -76,12 +76,12 @@ class PromptStream:
             distinct.setdefault(normalized(prompt), prompt)
         self.num_duplicates = len(prompts) - len(distinct)
         rendered = list(map(self._render, distinct.values()))
-        kept = [each for each in rendered if len(each.token_ids) <= rl.max_prompt_tokens]
+        self._sources = self._split(rendered, weights)
+        kept = [each for source in self._sources for each in source]
         self.num_too_long = len(rendered) - len(kept)
-        self._sources = self._split(kept, weights)
         self._mixture = self._mix(weights)
         self._epoch, self._order = -1, np.empty(0, dtype=int)  # of the one source of files
-        self._row_of = {each.prompt.id: each for source in self._sources for each in source}
+        self._row_of = {each.prompt.id: each for each in kept}
         longest = [len(each.token_ids) for each in kept]
         self.longest_prompt_tokens = max(longest) if not self._tasks else rl.max_prompt_tokens
         # The epoch until which a prompt rests, by its id.
@@ -148,14 +148,22 @@ class PromptStream:
         prefix = self._rl.response_prefix
         return _Rendered(prompt, *self._tokenizer.encode_prompt(prompt.messages, prefix))
 
-    def _split(self, kept: list[_Rendered], weights: Sequence[float]) -> list[list[_Rendered]]:
-        """The prompts by source; all in one if they are drawn equally often."""
+    def _split(self, rendered: list[_Rendered], weights: Sequence[float]) -> list[list[_Rendered]]:
+        """The prompts that are not too long by source; all in one if drawn equally often."""
+        kept = [each for each in rendered if len(each.token_ids) <= self._rl.max_prompt_tokens]
         sources = [kept] if kept else []
         if len(set(weights)) > 1:
             sources = [
                 [each for each in kept if each.prompt.id.startswith(f"{number}/")]
                 for number in range(len(weights))
             ]
+        for number, source in enumerate(sources):
+            own = (each.prompt.id.startswith(f"{number}/") for each in rendered)
+            if not source and not any(own):
+                raise DataError(
+                    f"data.sources.{number}: each of its prompts is also in an earlier source; "
+                    "remove the source, or give all sources the same weight"
+                )
         if not all(sources) or not (sources or self._tasks):
             raise DataError(
                 f"no prompt{' of a source' * (len(sources) > 1)} has at most "

@@ -80,6 +80,15 @@ def test_a_source_without_a_usable_prompt_is_named(tokenizer: ChatTokenizer) -> 
         PromptStream(rows, tokenizer, RlSection(max_prompt_tokens=30), 0, None, (1.0, 2.0))
 
 
+def test_a_source_whose_prompts_are_all_in_an_earlier_one_is_named(
+    tokenizer: ChatTokenizer,
+) -> None:
+    rows = [*prompts("a", "b"), *prompts("B", " a", source=1)]
+    with pytest.raises(DataError, match=r"data\.sources\.1: each of its prompts is also in"):
+        PromptStream(rows, tokenizer, RlSection(), 0, None, (1.0, 2.0))
+    assert PromptStream(rows, tokenizer, RlSection(), 0, None, (1.0, 1.0)).num_duplicates == 2
+
+
 def test_a_solved_prompt_rests_for_the_stated_epochs(tokenizer: ChatTokenizer) -> None:
     rl = RlSection(rest_epochs=2)
     stream = PromptStream(prompts("a", "b", "c"), tokenizer, rl, seed=0)
