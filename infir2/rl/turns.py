@@ -30,14 +30,16 @@ class Episodes:
     def answer(self, response: Completion, prompt: Prompt, opened: str = "") -> Completion:
         """The response with the environment's answer to its last turn, to be continued.
 
-        The response itself if its last turn is not finished, the last one (`rl.max_turns`), or
-        without an answer. `opened` is the beginning of the response that the prompt ends with.
+        The response itself if its last turn is not finished, the last one (`rl.max_turns`), the
+        end of its tokens, or without an answer. `opened` is the beginning of the response that the
+        prompt ends with.
 
         Raises:
             DataError: the environment failed, which names the prompt's row.
         """
         turns = self.turns(response, opened)
-        if response.finish != "stop" or len(turns) >= self._rl.max_turns:
+        has_room = len(response.token_ids) < self._rl.max_response_tokens
+        if response.finish != "stop" or len(turns) >= self._rl.max_turns or not has_room:
             return response
         text = self._observe(prompt, turns)
         return response if text is None else self._with_answer(response, text, prompt)

@@ -49,7 +49,8 @@ def calculate(text: str) -> str:
     """
     try:
         value = _value(ast.parse(text[: MAX_CHARACTERS + 1].strip(), mode="eval").body)
-        return str(value) if len(text) <= MAX_CHARACTERS and math.isfinite(value) else "error"
+        is_number = isinstance(value, int) or math.isfinite(value)
+        return str(value) if len(text) <= MAX_CHARACTERS and is_number else "error"
     except (ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError, TypeError):
         return "error"
 

@@ -77,6 +77,9 @@ def test_an_episode_ends_without_a_call_at_the_last_turn_and_at_the_limit(
     assert episodes.answer(final, prompt()) is final, "no call"
     short = Episodes(RL.model_copy(update={"max_response_tokens": 18}), tokenizer)
     assert len(short.answer(turn(tokenizer, CALL), prompt()).token_ids) == 18
+    whole = turn(tokenizer, CALL)
+    full = Episodes(RL.model_copy(update={"max_response_tokens": len(whole.token_ids)}), tokenizer)
+    assert full.answer(whole, prompt()) is whole, "no room for an answer, so this turn is rated"
 
 
 def test_only_the_policys_tokens_are_trained(tokenizer: ChatTokenizer) -> None:
@@ -105,6 +108,7 @@ def test_only_the_policys_tokens_are_trained(tokenizer: ChatTokenizer) -> None:
         ("1/4", "0.25"),
         ("7//2 + 7%2", "4"),
         ("2**0.5", "1.4142135623730951"),
+        ("10**320 + 1", f"1{'0' * 319}1"),
         ("1/0", "error"),
         ("9**9**9", "error"),
         ("10**999*10**999", "error"),
