@@ -171,7 +171,7 @@ class GroupGenerator:
         for index, completions in generate_groups(self._engine, requests, check):
             group = running[index]
             key, begun = self.journal_key(group, digest), self._continue(group, completions)
-            recorded.append(self._checker.submit(self._record, key, begun, group.drawn))
+            recorded.append(self._checker.submit(self._record, key, begun, group))
         generated = time.monotonic()
         sampled = [future.result() for future in recorded]
         self._generate_seconds += generated - start
@@ -228,13 +228,17 @@ class GroupGenerator:
         )
 
     def _record(
-        self, key: str, begun: list[Completion], drawn: DrawnPrompt
+        self, key: str, begun: list[Completion], before: RunningGroup
     ) -> Group | RunningGroup:
         """Write a chunk to the journal; reward a group whose responses are all finished."""
         fault("rollout.group")
+        drawn = before.drawn
         if self._rl.environment:
-            opened = drawn.opened_thought
-            begun = [self._episodes.answer(each, drawn.prompt, opened) for each in begun]
+            new = [i for i, each in enumerate(before.responses) if not self._is_finished(each)]
+            asked = [begun[i] for i in new]
+            answered = self._episodes.answer(asked, drawn.prompt, drawn.opened_thought)
+            for i, response in zip(new, answered, strict=True):
+                begun[i] = response
         if all(map(self._is_finished, begun)):
             return _group(drawn, self._finish(key, begun, drawn))
         self._journal.add_unfinished(key, begun)

@@ -5,6 +5,7 @@ is a message of the user, in the tokens of the chat template between two turns o
 `Completion.outside` says which tokens these are, and they are not trained.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,43 +28,52 @@ class Episodes:
     def __init__(self, rl: RlSection, tokenizer: ChatTokenizer) -> None:
         self._rl, self._tokenizer = rl, tokenizer
 
-    def answer(self, response: Completion, prompt: Prompt, opened: str = "") -> Completion:
-        """The response with the environment's answer to its last turn, to be continued.
+    def answer(
+        self, responses: Sequence[Completion], prompt: Prompt, opened: str = ""
+    ) -> list[Completion]:
+        """The responses with the environment's answers to their last turns, to be continued.
 
-        The response itself if its last turn is not finished, the last one (`rl.max_turns`), the
-        end of its tokens, or without an answer. `opened` is the beginning of the response that the
+        A response itself if its last turn is not finished, the last one (`rl.max_turns`), the end
+        of its tokens, or without an answer. `opened` is the beginning of the responses that the
         prompt ends with.
 
         Raises:
             DataError: the environment failed, which names the prompt's row.
         """
-        turns = self.turns(response, opened)
+        asked = [each for each in responses if self._is_asked(each)]
+        texts = iter(self._observe(prompt, [self.turns(each, opened) for each in asked]))
+        return [
+            self._with_answer(each, next(texts), prompt) if self._is_asked(each) else each
+            for each in responses
+        ]
+
+    def _is_asked(self, response: Completion) -> bool:
         has_room = len(response.token_ids) < self._rl.max_response_tokens
-        if response.finish != "stop" or len(turns) >= self._rl.max_turns or not has_room:
-            return response
-        text = self._observe(prompt, turns)
-        return response if text is None else self._with_answer(response, text, prompt)
+        num_turns = len(turn_spans(response))
+        return response.finish == "stop" and num_turns < self._rl.max_turns and has_room
 
     def turns(self, response: Completion, opened: str = "") -> list[str]:
         """The texts of the policy's turns."""
         texts = [self._tokenizer.decode(response.token_ids[a:b]) for a, b in turn_spans(response)]
         return [opened + texts[0], *texts[1:]]
 
-    def _observe(self, prompt: Prompt, turns: list[str]) -> str | None:
+    def _observe(self, prompt: Prompt, episodes: Sequence[list[str]]) -> list[str | None]:
+        """The answers to the last of each episode's turns."""
         name = self._rl.environment
         if name in BUILT_IN:
-            return observe(BUILT_IN[name], prompt.fields, turns)
-        items = [(name, prompt.fields, turns)]
-        (outcome,) = call_function(OBSERVE, items, self._rl.reward_seconds)
-        if outcome.reason:
+            return [observe(BUILT_IN[name], prompt.fields, turns) for turns in episodes]
+        items = [(name, prompt.fields, turns) for turns in episodes]
+        outcomes = call_function(OBSERVE, items, self._rl.reward_seconds)
+        if failed := next((each for each in outcomes if each.reason), None):
             raise DataError(
-                f"{prompt.origin}: rl.environment = {name} failed ({outcome.reason}: "
-                f"{outcome.detail}); fix it, or the row"
+                f"{prompt.origin}: rl.environment = {name} failed ({failed.reason}: "
+                f"{failed.detail}); fix it, or the row"
             )
-        text: str | None = outcome.value
-        return text
+        return [each.value for each in outcomes]
 
-    def _with_answer(self, response: Completion, text: str, prompt: Prompt) -> Completion:
+    def _with_answer(self, response: Completion, text: str | None, prompt: Prompt) -> Completion:
+        if text is None:
+            return response
         start = len(response.token_ids)
         ended = response.token_ids[-1] in self._tokenizer.eos_token_ids
         try:

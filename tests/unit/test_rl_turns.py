@@ -15,10 +15,13 @@ from infir2.demo.tokenizer import build_vocabulary, write_tokenizer
 from infir2.engines.generate import continue_completion
 from infir2.engines.types import Completion
 from infir2.errors import DataError
+from infir2.rl.dynamic_sampling import GroupGenerator, RunningGroup
 from infir2.rl.groups import Group, Response, training_samples
+from infir2.rl.prompts import DrawnPrompt
 from infir2.rl.turns import Episodes, turn_spans
 from infir2.verify.environments import calculate
 from infir2.verify.functions import close_functions
+from infir2.verify.pool import Outcome
 
 CALL = "<calculator>2+3</calculator>"
 ASK = {"role": "user", "content": "2+3=?"}
@@ -42,11 +45,16 @@ def turn(tokenizer: ChatTokenizer, text: str, ended: bool = True) -> Completion:
     return Completion("p/0", token_ids, logprobs, "stop", 0)
 
 
+def answer(episodes: Episodes, response: Completion, **fields: Any) -> Completion:
+    (answered,) = episodes.answer([response], prompt(**fields))
+    return answered
+
+
 @pytest.mark.parametrize("ended", [True, False])
 def test_the_tokens_are_those_of_the_conversation(tokenizer: ChatTokenizer, ended: bool) -> None:
     """After a turn with its end token, or with a stop text, whose end token the answer has."""
     begun = turn(tokenizer, CALL, ended)
-    answered = Episodes(RL, tokenizer).answer(begun, prompt())
+    answered = answer(Episodes(RL, tokenizer), begun)
     said = {"role": "assistant", "content": CALL}
     conversation = [ASK, said, {"role": "user", "content": "5"}]
     whole = tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
@@ -65,26 +73,26 @@ def test_an_episode_ends_without_a_call_at_the_last_turn_and_at_the_limit(
 ) -> None:
     episodes, response = Episodes(RL, tokenizer), turn(tokenizer, CALL)
     unfinished = replace(response, finish="length")
-    assert episodes.answer(unfinished, prompt()) is unfinished
+    assert answer(episodes, unfinished) is unfinished
     for number in range(1, RL.max_turns):
-        response = episodes.answer(response, prompt())
+        response = answer(episodes, response)
         assert response.finish == "length"
         assert len(turn_spans(response)) == number + 1
         response = continue_completion(response, turn(tokenizer, CALL))
-    assert episodes.answer(response, prompt()) is response, "three turns"
+    assert answer(episodes, response) is response, "three turns"
     assert episodes.turns(response, "<think>") == [f"<think>{CALL}", CALL, CALL]
     final = turn(tokenizer, "\\boxed{5}")
-    assert episodes.answer(final, prompt()) is final, "no call"
+    assert answer(episodes, final) is final, "no call"
     short = Episodes(RL.model_copy(update={"max_response_tokens": 18}), tokenizer)
-    assert len(short.answer(turn(tokenizer, CALL), prompt()).token_ids) == 18
+    assert len(answer(short, turn(tokenizer, CALL)).token_ids) == 18
     whole = turn(tokenizer, CALL)
     full = Episodes(RL.model_copy(update={"max_response_tokens": len(whole.token_ids)}), tokenizer)
-    assert full.answer(whole, prompt()) is whole, "no room for an answer, so this turn is rated"
+    assert answer(full, whole) is whole, "no room for an answer, so this turn is rated"
 
 
 def test_only_the_policys_tokens_are_trained(tokenizer: ChatTokenizer) -> None:
     first, last = turn(tokenizer, CALL), turn(tokenizer, "\\boxed{5}")
-    episode = continue_completion(Episodes(RL, tokenizer).answer(first, prompt()), last)
+    episode = continue_completion(answer(Episodes(RL, tokenizer), first), last)
     responses = [Response(episode, "", "ok", 1.0), Response(last, "", "wrong", 0.0)]
     rl = RL.model_copy(update={"loss_mean": "response"})
     sample, other = training_samples([Group("0/p", prompt(), [7, 8], responses)], rl)
@@ -155,17 +163,41 @@ def test_an_environment_of_ones_own(
         return Episodes(RL.model_copy(update=own), tokenizer)
 
     response = turn(tokenizer, "2")
-    for answer in ("2", "1"):
-        response = episodes("Countdown").answer(response, prompt(start=3))
+    for said in ("2", "1"):
+        response = answer(episodes("Countdown"), response, start=3)
         start, end = response.outside[-1]
-        assert answer in tokenizer.decode(response.token_ids[start:end])
+        assert said in tokenizer.decode(response.token_ids[start:end])
         response = continue_completion(response, turn(tokenizer, "2"))
     for name, sentence in (("Broken", "RuntimeError: no more"), ("Hangs", "timeout")):
         with pytest.raises(
             DataError, match=rf"rl\.jsonl:3: rl\.environment = own_worlds:{name} .*{sentence}"
         ):
-            episodes(name).answer(turn(tokenizer, "2"), prompt(start=3))
+            answer(episodes(name), turn(tokenizer, "2"), start=3)
     close_functions()
+
+
+def test_only_what_a_chunk_has_generated_is_asked_about_and_in_one_call(
+    tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[list[str]]] = []
+
+    def call(name: str, items: list[Any], seconds: float) -> list[Outcome]:
+        calls.append([turns for _, _, turns in items])
+        return [Outcome("5") for _ in items]
+
+    class Memory:
+        def add_unfinished(self, key: str, responses: Any) -> None: ...
+
+    monkeypatch.setattr("infir2.rl.turns.call_function", call)
+    rl = RL.model_copy(update={"environment": "own:World", "group_size": 4})
+    generator = GroupGenerator(None, tokenizer, rl, 0, Memory(), None)  # type: ignore[arg-type]
+    finished, begun = turn(tokenizer, "4"), replace(turn(tokenizer, "3"), finish="length")
+    before = RunningGroup(DrawnPrompt("0/p", prompt(), [7]), [finished, None, begun, None])
+    responses = [finished, turn(tokenizer, CALL), begun, turn(tokenizer, "2")]
+    after = generator._record("key", responses, before)
+    assert calls == [[[CALL], ["2"]]]
+    assert isinstance(after, RunningGroup)
+    assert [len(each.outside) for each in after.responses if each] == [0, 1, 0, 1]
 
 
 def test_rl_with_a_calculator_trains_what_the_engine_sampled(world: Path, tmp_path: Path) -> None:
