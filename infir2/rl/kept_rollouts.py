@@ -42,6 +42,17 @@ def sampling_keys(recipe: RlRecipe, tokenizer_fingerprint: str) -> dict[str, Any
     return keys | {"the tokenizer": tokenizer_fingerprint}
 
 
+def sampling_origin(recipe: RlRecipe, weights_digest: str) -> dict[str, Any]:
+    """What else all steps that --rollout-only samples have in common."""
+    return {
+        "run.seed": recipe.run.seed,
+        "data.sources": [source.model_dump(mode="json") for source in recipe.data.sources],
+        "data.system_prompt": recipe.data.system_prompt,
+        "rollout.precision": recipe.rollout.precision,
+        "the digest of the engine's weights": weights_digest,
+    }
+
+
 def write_kept(
     run_dir: Path,
     step: int,
@@ -49,15 +60,16 @@ def write_kept(
     keys: dict[str, Any],
     logprobs: TrainerLogprobs,
     decode: Decode,
+    origin: dict[str, Any] | None = None,
 ) -> None:
     """Write the rollouts of a step, and `shown-N.jsonl` with some groups for the report.
 
-    A disk that refuses stops no training.
+    `origin` is None if they were sampled to be trained on. A disk that refuses stops no training.
     """
     groups = [(True, each) for each in rollouts.trained]
     groups += [(False, each) for each in rollouts.without_signal]
     header = {"step": step, "groups": len(groups), "state": rollouts.state, "keys": keys}
-    header |= {"unfinished": rollouts.num_unfinished}
+    header |= {"unfinished": rollouts.num_unfinished, "origin": origin}
     rows = [header, *(_row(group, is_trained, logprobs) for is_trained, group in groups)]
     path = run_dir / DIRECTORY / f"step-{step}.jsonl"
     lines = (encode_json_line({CHECKSUM: checksum(row)} | row) for row in rows)
@@ -119,6 +131,7 @@ class KeptRollouts:
 
     Attributes:
         state, seconds: as those of the pipeline.
+        origin: as `write_kept` was given it for these rollouts.
     """
 
     def __init__(self, run_dir: str, keys: dict[str, Any], ranks: Ranks) -> None:
@@ -131,6 +144,7 @@ class KeptRollouts:
             )
         self.state: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
+        self.origin: dict[str, Any] | None = None
 
     def require(self, first: int, last: int) -> None:
         """Raise DataError unless the rollouts of all these steps are there."""
@@ -143,7 +157,7 @@ class KeptRollouts:
 
     def next_rollouts(self, step: int) -> Rollouts:
         """The rollouts of a step. Every rank calls this. Raises DataError, ConfigError."""
-        rollouts = self._ranks.broadcast_from_rank0(lambda: self._read(step))
+        rollouts, self.origin = self._ranks.broadcast_from_rank0(lambda: self._read(step))
         self.state = rollouts.state
         return rollouts
 
@@ -154,7 +168,7 @@ class KeptRollouts:
     def _path(self, step: int) -> Path:
         return self._dir / f"step-{step}.jsonl"
 
-    def _read(self, step: int) -> Rollouts:
+    def _read(self, step: int) -> tuple[Rollouts, dict[str, Any] | None]:
         path = self._path(step)
         try:
             header, *rows = [_checked(row) for row in read_json_lines(path)]
@@ -162,6 +176,7 @@ class KeptRollouts:
             if (step, len(groups)) != (header["step"], header["groups"]):
                 raise ValueError
             keys, state, unfinished = header["keys"], header["state"], header["unfinished"]
+            origin = header["origin"]
         except OSError as error:
             raise DataError(f"{path} cannot be read ({disk_reason(error)})") from error
         except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -169,12 +184,9 @@ class KeptRollouts:
                 f"{path} is damaged or not complete: copy it again from the run that wrote it."
             ) from error
         self._compare(path, keys)
-        return Rollouts(
-            [group for is_trained, group in groups if is_trained],
-            [group for is_trained, group in groups if not is_trained],
-            unfinished,
-            state,
-        )
+        trained = [group for is_trained, group in groups if is_trained]
+        others = [group for is_trained, group in groups if not is_trained]
+        return Rollouts(trained, others, unfinished, state), origin
 
     def _compare(self, path: Path, keys: dict[str, Any]) -> None:
         for name in self._keys | keys:
@@ -187,10 +199,29 @@ class KeptRollouts:
 
 
 class LastKept(NamedTuple):
-    """The last step from 1 on whose rollouts are kept, and where the next one begins."""
+    """The last step from 1 on whose rollouts are kept, and where the next one begins.
+
+    `origin` as in `write_kept`.
+    """
 
     step: int
     state: dict[str, Any]
+    origin: dict[str, Any] | None = None
+
+    def require(self, origin: dict[str, Any]) -> None:
+        """Raise ConfigError if these steps were sampled from elsewhere."""
+        if not self.step:
+            return
+        if self.origin is None:
+            raise ConfigError(
+                "--rollout-only: run.dir has the rollouts of a run that trains; name another one."
+            )
+        for name, ours in origin.items():
+            if (theirs := self.origin[name]) != ours:
+                raise ConfigError(
+                    f"--rollout-only: run.dir has {self.step} steps that were sampled with {name} "
+                    f"= {theirs!r}, and now it is {ours!r}; name another run.dir, or restore it."
+                )
 
 
 def last_kept(run_dir: Path, keys: dict[str, Any], ranks: Ranks) -> LastKept:
@@ -198,8 +229,10 @@ def last_kept(run_dir: Path, keys: dict[str, Any], ranks: Ranks) -> LastKept:
     step = 0
     while (run_dir / DIRECTORY / f"step-{step + 1}.jsonl").is_file():
         step += 1
-    state = KeptRollouts(str(run_dir), keys, ranks).next_rollouts(step).state if step else {}
-    return LastKept(step, state)
+    if not step:
+        return LastKept(0, {})
+    kept = KeptRollouts(str(run_dir), keys, ranks)
+    return LastKept(step, kept.next_rollouts(step).state, kept.origin)
 
 
 def _checked(row: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,14 @@ from infir2.preflight.rewards import require_rewards
 from infir2.rl.dynamic_sampling import GroupGenerator, Rollouts
 from infir2.rl.evaluation import InLoopEvaluation
 from infir2.rl.journal import Journal
-from infir2.rl.kept_rollouts import KeptRollouts, LastKept, last_kept, sampling_keys, write_kept
+from infir2.rl.kept_rollouts import (
+    KeptRollouts,
+    LastKept,
+    last_kept,
+    sampling_keys,
+    sampling_origin,
+    write_kept,
+)
 from infir2.rl.pipeline import RolloutPipeline
 from infir2.rl.policy_loss import find_objective
 from infir2.rl.policy_update import PolicyUpdate, open_policy_update
@@ -76,7 +83,8 @@ def run_rl(loaded: Loaded[RlRecipe], rollout_only: bool = False) -> None:
         words = (recipe, prompts, generator, journal, engine, digest, supervisor)
         if kept is not None:
             with RolloutPipeline(*words, fixed_state=kept.state) as pipeline:
-                sample_steps(supervisor, tokenizer, pipeline, kept.step)
+                origin = sampling_origin(recipe, digest)
+                sample_steps(supervisor, tokenizer, pipeline, kept, origin)
             return
 
         def evaluate(step: int) -> None:
@@ -135,20 +143,28 @@ def run_train_only(loaded: Loaded[RlRecipe], run_dir: str) -> None:
 
 
 def sample_steps(
-    supervisor: Supervisor, tokenizer: ChatTokenizer, pipeline: RolloutPipeline, finished: int
+    supervisor: Supervisor,
+    tokenizer: ChatTokenizer,
+    pipeline: RolloutPipeline,
+    kept: LastKept,
+    origin: dict[str, Any],
 ) -> None:
-    """Sample and keep the rollouts of the steps after `finished`."""
+    """Sample and keep the rollouts of the steps after those of `kept`.
+
+    Raises ConfigError if those have another origin.
+    """
+    kept.require(origin)
     recipe = supervisor.recipe
     assert isinstance(recipe, RlRecipe)
     last_step = last_step_of(recipe, recipe.schedule)
     keys = sampling_keys(recipe, tokenizer.fingerprint())
-    for step in range(finished + 1, last_step + 1):
+    for step in range(kept.step + 1, last_step + 1):
         supervisor.heartbeat(f"step {step}")
         start = time.monotonic()
         rollouts = pipeline.next_rollouts(step)
         metrics = rollout_metrics(rollouts, step, time.monotonic() - start)
         if supervisor.ranks.is_rank0:
-            write_kept(supervisor.dir, step, rollouts, keys, {}, tokenizer.decode)
+            write_kept(supervisor.dir, step, rollouts, keys, {}, tokenizer.decode, origin)
         words = f"reward {metrics['reward']:.3f}, {metrics['groups_sampled']} groups"
         supervisor.log.message(f"step {step}: {words} are kept")
     supervisor.log.message(f"the rollouts of {last_step} steps are in {supervisor.dir}")

@@ -10,15 +10,17 @@ import pytest
 from stages import assert_same_state, curve, guessing, lines, make_guessing_start, options, run
 
 from infir2.cli import main
-from infir2.config.schema import RlSection
+from infir2.config import load
+from infir2.config.schema import RlRecipe, RlSection
 from infir2.data import Prompt
 from infir2.engines.types import Completion
+from infir2.errors import ConfigError
 from infir2.report.groups import groups_html
 from infir2.report.page import write_report
 from infir2.report.read import read_runs
 from infir2.rl.dynamic_sampling import Rollouts
 from infir2.rl.groups import Group, Response
-from infir2.rl.kept_rollouts import write_kept
+from infir2.rl.kept_rollouts import LastKept, sampling_origin, write_kept
 from infir2.rl.policy_update import PolicyUpdate
 
 STEPS = 3
@@ -100,7 +102,38 @@ def test_a_step_without_samples_keeps_no_log_probabilities_of_the_one_before() -
     assert update.kept_logprobs == {}
 
 
-def test_rollouts_without_training_then_training(world: Path, start: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--run.seed=7",
+        "--data.sources=[{path = 'x.jsonl'}]",
+        "--data.system_prompt=Think.",
+        "--rollout.precision=bf16",
+    ],
+)
+def test_rollouts_go_on_from_the_same_prompts_and_weights_only(
+    world: Path, start: Path, tmp_path: Path, option: str
+) -> None:
+    arguments = words(world, start, tmp_path)[1:]
+    recipe, changed = (
+        load(RlRecipe, arguments[:1], [*arguments[1:], *more]).recipe for more in ([], [option])
+    )
+    origin = sampling_origin(recipe, "a")
+    kept = LastKept(2, {}, json.loads(json.dumps(origin)))
+    kept.require(origin)
+    name = option[2:].partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"2 steps that were sampled with {name} = "):
+        kept.require(sampling_origin(changed, "a"))
+    with pytest.raises(ConfigError, match=r"sampled with the digest .* = 'a', and now it is 'b'"):
+        kept.require(sampling_origin(recipe, "b"))
+    with pytest.raises(ConfigError, match="a run that trains"):
+        LastKept(2, {}).require(origin)
+    LastKept(0, {}).require(origin)
+
+
+def test_rollouts_without_training_then_training(
+    world: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The first step is that of an ordinary run; the others come from the same weights."""
     sampled = words(world, start, tmp_path / "a")
     run([*sampled, "--train.stop_after_step=1", "--rollout-only"])
@@ -117,6 +150,8 @@ def test_rollouts_without_training_then_training(world: Path, start: Path, tmp_p
         for response in json.loads(line)["responses"]
     }
     assert versions == {0}
+    assert main([*sampled, "--run.seed=77", "--rollout-only"]) == 2
+    assert "3 steps that were sampled with run.seed = " in capsys.readouterr().err
     lenient = {"rl__max_mismatch_kl": 1e9, "rl__max_mismatch_prob_error": 1e9}
     run([*words(world, start, tmp_path / "b", **lenient), "--train-only", str(tmp_path / "a")])
     run(words(world, start, tmp_path / "c", schedule__total_steps=1))
