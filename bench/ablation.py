@@ -38,7 +38,7 @@ from infir2.engines.servers import KINDS
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo" / "rl1.toml"
 FORMATS = ("pow2", "fp32", "bf16")  # of an engine's weights
 MEASURES = ("kl", "k1", "max", "p999", "prob_error", "equal", "mean")
-GRACE_SECONDS = 20.0
+GRACE_SECONDS = 12.0
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % of Student's t, by number of seeds
 
 
@@ -205,17 +205,24 @@ def run_all(runs: Sequence[Run], servers: Servers, jobs: int, seconds: float) ->
             for process in [process for process in active if process.poll() is not None]:
                 _finish(active.pop(process), process.returncode, servers, codes)
     finally:
-        for process in active:
-            process.send_signal(signal.SIGTERM)
-        stop = time.monotonic() + GRACE_SECONDS
+        _stop(active)
         for process, run in active.items():
-            try:
-                process.wait(max(0.1, stop - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
             _finish(run, process.returncode, servers, codes)
     return codes
+
+
+def _stop(active: Iterable["subprocess.Popen[bytes]"]) -> None:
+    """Let the runs save and end; whatever happens, none is left."""
+    for process in active:
+        process.send_signal(signal.SIGTERM)
+    stop = time.monotonic() + GRACE_SECONDS
+    try:
+        while any(process.poll() is None for process in active) and time.monotonic() < stop:
+            time.sleep(0.1)
+    finally:
+        for process in active:
+            process.kill()
+            process.wait()
 
 
 def _take(waiting: list[Run], servers: Servers) -> Run | None:
@@ -245,21 +252,21 @@ def _finish(run: Run, code: int, servers: Servers, codes: dict[str, int]) -> Non
         servers.free[run.arm.format].append(run.server)
     if code == 0:
         run.dir.with_suffix(".finished").touch()
-    say(f"{run.dir.name}: exit code {code}, {len(steps_of(run.dir))} steps")
+    say(f"{run.dir.name}: exit code {code}, {len(rows_of(run.dir, 'train'))} steps")
     if code not in (0, 75):  # 75: stopped by us
         print(run.dir.with_suffix(".log").read_text(errors="replace")[-800:], flush=True)
 
 
-def steps_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics of each step of a run."""
+def rows_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of a kind in metrics.jsonl: "train" for each step's, "evaluation"."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [row for row in map(json.loads, lines) if row["kind"] == "train"]
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
 def collect(run: Run, code: int | None) -> dict[str, Any] | None:
     """What a run has measured; None before its first step."""
-    rows = steps_of(run.dir)
+    rows = rows_of(run.dir, "train")
     if not rows:
         return None
 
@@ -273,6 +280,7 @@ def collect(run: Run, code: int | None) -> dict[str, Any] | None:
         "finished": run.finished, "steps": len(rows),
         "at": {str(step): mismatch(by_step[step]) for step in (1, 2) if step in by_step}
         | {"last": mismatch(trained[-1]) if trained else {}},
+        "evaluations": rows_of(run.dir, "evaluation"),
         "reward": [row["reward"] for row in rows],
         "k3": [row.get("mismatch_kl") for row in rows],
         "seconds": [round(row["seconds"], 3) for row in rows],
@@ -284,7 +292,7 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
     header = (
         "| engine | arm | seeds | k3, step 1 | k3, step 2 | k3, last | equal, step 2 "
         "| prob. error, step 2 | p99.9, max, step 2 | reward, first 3 | reward, last 5 | rise "
-        "| s/step |"
+        "| held-out, last | s/step |"
     )
     lines = [header, "|" + "---|" * (header.count("|") - 1)]
     keys = dict.fromkeys((run["engine"], run["arm"]) for run in runs)
@@ -298,11 +306,13 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
         ends = [run for run in own if run["finished"]]
         first = [statistics.fmean(run["reward"][:3]) for run in ends]
         last = [statistics.fmean(run["reward"][-5:]) for run in ends]
+        held_out = [row["avg_at_k"] for run in ends for row in run["evaluations"][-1:]]
         pace = [statistics.median(run["seconds"]) for run in own]
         cells = [engine, arm, f"{len(ends)} of {len(own)}", at("1", "kl"), at("2", "kl")]
         cells += [at("last", "kl"), at("2", "equal"), at("2", "prob_error")]
         cells += [f"{at('2', 'p999')}, {at('2', 'max')}", spread(first), spread(last)]
-        cells += [interval([b - a for a, b in zip(first, last, strict=True)]), spread(pace)]
+        cells += [interval([b - a for a, b in zip(first, last, strict=True)]), spread(held_out)]
+        cells.append(spread(pace))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
