@@ -290,6 +290,24 @@ def _read_holder(fd: int) -> dict[str, object]:
     return holder if is_whole else {}
 
 
+def is_running(run_dir: Path) -> bool:
+    """Whether a job uses this run directory, without acquiring its lock.
+
+    A job of another host is believed for STALE_SECONDS after its last heartbeat.
+    """
+    try:
+        fd = open_own(run_dir / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        holder, age = _read_holder(fd), time.time() - os.fstat(fd).st_mtime
+    finally:
+        os.close(fd)
+    if holder.get("host") == socket.gethostname():
+        return _runs_on_this_host(holder)
+    return bool(holder) and age < STALE_SECONDS
+
+
 def _describe(holder: dict[str, object]) -> str:
     if not holder:
         return "which is only starting"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from infir2.cli.arguments import load_recipe, recipe_help, wants_help
+from infir2.cli.report import own_page
 from infir2.cli.train import RESUME
 from infir2.config.schema import RlRecipe
 from infir2.errors import ConfigError
@@ -29,10 +30,11 @@ def rl(arguments: Sequence[str]) -> None:
     loaded = load_recipe(RlRecipe, arguments, "rl")
     from infir2.rl.loop import run_rl, run_train_only
 
-    if run_dir:
-        run_train_only(loaded, run_dir)
-    else:
-        run_rl(loaded, rollout_only)
+    with own_page(loaded.recipe.run.dir):
+        if run_dir:
+            run_train_only(loaded, run_dir)
+        else:
+            run_rl(loaded, rollout_only)
 
 
 def _split_modes(arguments: Sequence[str]) -> tuple[list[str], bool, str]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from infir2.cli.arguments import load_recipe, recipe_help, wants_help
+from infir2.cli.report import own_page
 from infir2.config.schema import TrainRecipe
 from infir2.terminal import print_result
 
@@ -26,4 +27,5 @@ def _train(verb: str, arguments: Sequence[str], description: str) -> None:
     loaded = load_recipe(TrainRecipe, arguments, verb)
     from infir2.train.loop import run_training
 
-    run_training(loaded, verb)
+    with own_page(loaded.recipe.run.dir):
+        run_training(loaded, verb)

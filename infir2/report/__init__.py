@@ -1,4 +1,5 @@
 """One self-contained HTML page per run or recipe, and the table of each stage's accuracy."""
 
+from infir2.report.live import follow
 from infir2.report.page import write_report
 from infir2.report.stages import StageRow, render_stage_table, stage_table

@@ -1,14 +1,16 @@
-"""The parts of the page that are text: sample responses, configuration, environment, commands."""
+"""The parts of the page that are text: sample responses, configuration, environment."""
 
 import itertools
-import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
-from infir2.report.read import Row, Run
+from infir2.report.commands import Paths
+from infir2.report.read import Run
+from infir2.report.samples import Row
 from infir2.report.text import compact, html_table
 
-SAMPLES_PER_RUN, SAMPLE_CHARACTERS, RECIPE_CHARACTERS = 8, 6_000, 30_000
+SAMPLES_PER_RUN, SAMPLE_CHARACTERS, RECIPE_CHARACTERS = 24, 6_000, 30_000
+SAMPLES_BYTES = 600_000  # of all samples on a page
 
 
 def pick_samples(samples: Sequence[Row], count: int) -> list[Row]:
@@ -33,23 +35,68 @@ def _alternate(samples: Sequence[Row], count: int) -> list[Row]:
     return list(itertools.islice(turns, count))
 
 
-def samples_html(run: Run) -> str:
-    """Responses that open on a click."""
-    items = []
+def samples_html(run: Run, budget: int = SAMPLES_BYTES) -> str:
+    """Responses that open on a click, with a filter; as many as fit into `budget` characters."""
+    items, chosen, size = list[str](), list[Row](), 0
     for sample in pick_samples(run.samples, SAMPLES_PER_RUN):
-        quality = "good" if sample["reward"] > 0 else "bad"
-        badges = f'<span class="badge {quality}">reward {compact(sample["reward"])}</span>'
-        badges += '<span class="badge">truncated</span>' if sample.get("truncated") else ""
-        step = f'<span class="step">step {sample["step"]:.0f}</span>' if run.train else ""
-        question = escape(" ".join(str(sample.get("prompt")).split())[:160])
-        parts = (("Prompt", "prompt"), ("Response", "response"), ("Expected answer", "answer"))
-        body = "".join(
-            f"<dt>{title}</dt><dd><pre>{_long(str(sample.get(name, '')))}</pre></dd>"
-            for title, name in parts
+        item = _sample_html(sample, bool(run.train))
+        size += len(item)
+        if items and size > budget:
+            break
+        items.append(item)
+        chosen.append(sample)
+    if not items:
+        return ""
+    steps = {f"{row['step']:.0f}": f"step {row['step']:.0f}" for row in chosen}
+    verdicts = {verdict_of(row): verdict_of(row) for row in chosen}
+    selects = {"step": ("all steps", steps)} if len(steps) > 1 else {}
+    bar = filters_html(selects | {"verdict": ("all verdicts", verdicts)})
+    note = f'<p class="note">{len(items)} of {run.num_samples:,} recorded samples.</p>'
+    box = f'<div class="items" tabindex="0">{"".join(items)}</div>'
+    return f'<h3>{escape(run.name)}</h3><div class="filtered">{bar}{note}{box}</div>'
+
+
+def verdict_of(sample: Row) -> str:
+    """What the reward said of a response; right or wrong if only its reward is recorded."""
+    verdict = sample.get("verdict")
+    if isinstance(verdict, str) and verdict:
+        return "right" if verdict == "ok" else verdict[:40]
+    return "right" if sample["reward"] > 0 else "wrong"
+
+
+def _sample_html(sample: Row, has_steps: bool) -> str:
+    verdict, quality = verdict_of(sample), "good" if sample["reward"] > 0 else "bad"
+    badges = f'<span class="badge {quality}">{escape(verdict)}</span>'
+    badges += f'<span class="badge">reward {compact(sample["reward"])}</span>'
+    badges += '<span class="badge">truncated</span>' if sample.get("truncated") else ""
+    step = f'<span class="step">step {sample["step"]:.0f}</span>' if has_steps else ""
+    question = escape(" ".join(str(sample.get("prompt")).split())[:160])
+    parts = {"Prompt": "prompt", "Response": "response", "Expected answer": "answer"}
+    parts |= {"Answer found": "extracted"} if "extracted" in sample else {}
+    body = "".join(
+        f"<dt>{title}</dt><dd><pre>{_long(str(sample.get(name, '')))}</pre></dd>"
+        for title, name in parts.items()
+    )
+    body += f"<dt>Verdict</dt><dd>{escape(verdict)}</dd>"
+    summary = f'<summary>{step}{badges}<span class="question">{question}</span></summary>'
+    data = f'data-step="{sample["step"]:.0f}" data-verdict="{escape(verdict)}"'
+    return f'<details class="sample" {data}>{summary}<dl>{body}</dl></details>'
+
+
+def filters_html(selects: Mapping[str, tuple[str, Mapping[str, str]]]) -> str:
+    """A search and selects, which the page's script shows and acts on.
+
+    `selects` has, by the name of a data attribute, the text for all items and {value: text}.
+    """
+    html = '<input type="search" placeholder="Search" aria-label="Search prompts and responses">'
+    for name, (everything, values) in selects.items():
+        options = "".join(
+            f'<option value="{escape(value)}">{escape(text)}</option>'
+            for value, text in values.items()
         )
-        summary = f'<summary>{step}{badges}<span class="question">{question}</span></summary>'
-        items.append(f'<details class="sample">{summary}<dl>{body}</dl></details>')
-    return f"<h3>{escape(run.name)}</h3>{''.join(items)}" if items else ""
+        html += f'<select name="{name}" aria-label="{name}">'
+        html += f'<option value="">{everything}</option>{options}</select>'
+    return f'<div class="filters" hidden>{html}<output></output></div>'
 
 
 def _long(text: str) -> str:
@@ -61,9 +108,9 @@ def _long(text: str) -> str:
     return f"{escape(text[:half])}\n{omitted}\n{escape(text[-half:])}"
 
 
-def recipe_html(run: Run) -> str:
-    """The resolved recipe, folded."""
-    text = escape(run.recipe_text[:RECIPE_CHARACTERS])
+def recipe_html(run: Run, paths: Paths) -> str:
+    """The resolved recipe, folded, without the paths of the machine."""
+    text = escape(paths.portable(run.recipe_text[:RECIPE_CHARACTERS]))
     more = (
         "\n# … the run directory has the rest" if len(run.recipe_text) > RECIPE_CHARACTERS else ""
     )
@@ -89,24 +136,3 @@ def environment_html(runs: Sequence[Run]) -> str:
         if rows
     )
     return "".join(tables)
-
-
-def commands_html(runs: Sequence[Run]) -> str:
-    """The command of each run, and where to find every value that it used."""
-    commands = [
-        command for run in runs if isinstance(command := run.environment.get("command"), list)
-    ]
-    lines = [shlex.join(["infir2", *map(str, command[1:])]) for command in commands if command]
-    if not lines:
-        return ""
-    commits = sorted(
-        {str(run.environment["commit"]) for run in runs if run.environment.get("commit")}
-    )
-    note = (
-        "Each run directory's recipe.toml has every value that was used, "
-        "and runs again under a new run.dir."
-    )
-    note += f" Commit: {', '.join(commits)}." if commits else ""
-    return (
-        f"<pre>{escape(chr(10).join(dict.fromkeys(lines)))}</pre><p class=note>{escape(note)}</p>"
-    )

@@ -1,24 +1,27 @@
-"""Charts as inline SVG: lines over steps. Colors and fonts come from style.css.
+"""Charts as inline SVG: lines over steps, tokens or time. Colors and fonts come from style.css.
 
 A unit of a viewBox is about one CSS pixel at the size of the chart, so that text stays readable on
 a phone. Lines are thinned to a number of points that keeps the minimum and the maximum of every
-bucket, and broken where values are NaN. hover.js reads `data-x` (differences of steps) and `data-y`
-(values) of a line; the table below a chart has the values for readers without scripts.
+bucket, and broken where values are NaN. charts.js reads `data-x` (differences of steps), `data-y`
+(values) and `data-raw` (values before smoothing) of a line, and redraws it along another axis or
+with another smoothing; the table below a chart has the values for readers without scripts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
 import numpy as np
 
+from infir2.report.axes import Axis, Clock, linear_ticks, log_ticks, nice_step, time_unit
 from infir2.report.text import compact, html_table, percent
 
 LEFT, TOP, BOTTOM, LABEL_GAP, CHARACTER = 46, 10, 34, 13, 7.0
 TABLE_ROWS = 12
 MARKED_POINTS = 30  # a line with at most this many points shows each as a dot
+FLAT = 1e-3  # the range of a flat line, relative to its size
 LOG_RATIO = 8  # an auto axis is logarithmic if the maximum is this many times the median
 
 
@@ -26,7 +29,9 @@ LOG_RATIO = 8  # an auto axis is logarithmic if the maximum is this many times t
 class Series:
     """One line: integer steps x [n] and values y float64 [n], NaN for a gap.
 
-    `color` is an index into the palette of style.css; `low` and `high` [n] are ends of intervals.
+    `color` is an index into the palette of style.css; `low` and `high` [n] are ends of intervals;
+    `raw` [n] are the values before smoothing, of a line that the page may smooth otherwise; `clock`
+    is the run's.
     """
 
     label: str
@@ -36,6 +41,12 @@ class Series:
     style: Literal["line", "dashed", "faint", "points"] = "line"
     low: np.ndarray | None = None
     high: np.ndarray | None = None
+    raw: np.ndarray | None = None
+    clock: Clock | None = None
+
+    def along(self, axis: str, steps: np.ndarray) -> np.ndarray:
+        """Where steps lie on an axis: as they are, by tokens or by seconds."""
+        return self.clock.at(axis, steps) if self.clock else steps
 
     @property
     def finite(self) -> np.ndarray:
@@ -55,7 +66,7 @@ class Chart:
     """Several lines over the same x.
 
     `scale="auto"` is logarithmic if the largest values would otherwise flatten the rest. `marks`
-    are (step, text) of triangles on the x axis.
+    are (step, text) of triangles on the x axis. With `short_labels` lines end in their value alone.
     """
 
     title: str
@@ -66,6 +77,19 @@ class Chart:
     from_zero: bool = False
     marks: tuple[tuple[float, str], ...] = ()
     note: str = ""
+    axis: str = "step"
+    short_labels: bool = False
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether no line says more than one number: each is constant to three digits."""
+        drawn = [series.finite for series in self.series if series.style != "faint"]
+        return all(np.ptp(y) <= FLAT * np.abs(y).max() for y in drawn if len(y))
+
+    @property
+    def summary(self) -> str:
+        """Title and last values. Example: "Groups: all 24, all right 6"."""
+        return f"{self.title}: {', '.join(text for _, text in _end_labels(self))}"
 
     @property
     def drawable(self) -> bool:
@@ -84,50 +108,6 @@ class Chart:
 
     def text(self, value: float) -> str:
         return percent(value, 2 if abs(value) < 0.01 else 1) if self.percent else compact(value)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Maps values in [low, high] to positions in [start, end], in viewBox units."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def positions(self, values: np.ndarray) -> np.ndarray:
-        low, high = self.low, self.high
-        if self.log:
-            values, low, high = np.log(values), math.log(low), math.log(high)
-        return self.start + (values - low) / (high - low) * (self.end - self.start)
-
-    def position(self, value: float) -> float:
-        return float(self.positions(np.array([value]))[0])
-
-
-def nice_step(span: float, count: int) -> float:
-    """The smallest of 1, 2, 5 x 10^n that divides `span` into at most `count` parts."""
-    raw = span / max(count, 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
-
-
-def linear_ticks(low: float, high: float, count: int) -> list[float]:
-    step = nice_step(high - low, count)
-    return [
-        index * step
-        for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten; also 2 and 5 times a power if the range is below two decades."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1, 2, 5) if math.log10(high / low) < 2 else (1,)
-    every = max(1, math.ceil((last - first) / 7))
-    ticks = [factor * 10.0**power for power in range(first, last + 1, every) for factor in factors]
-    return [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
 
 
 def smooth(y: np.ndarray, window: int) -> np.ndarray:
@@ -199,32 +179,56 @@ def _spread(positions: list[float], top: float, bottom: float) -> list[float]:
     return spread
 
 
-def _path(series: Series, x_axis: Axis, y_axis: Axis, points: int) -> str:
+def bucket_means(x: np.ndarray, y: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The mean of finite y [n] around each x that is kept [m], ascending; NaN for none. [m]"""
+    good = np.isfinite(y)
+    nearest = np.searchsorted((kept[1:] + kept[:-1]) / 2, x[good])
+    counts = np.bincount(nearest, minlength=len(kept))
+    sums = np.bincount(nearest, y[good], minlength=len(kept))
+    return np.divide(sums, counts, out=np.full(len(kept), np.nan), where=counts > 0)
+
+
+def _numbers(values: np.ndarray) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def _path(series: Series, axis: str, x_axis: Axis, y_axis: Axis, points: int) -> str:
     """A line, the dots of a short one, and the whiskers of its intervals."""
     x, y = thin(series.x, series.y, points)
     good = np.isfinite(y) & ((y > 0) | (not y_axis.log))
-    px, py = x_axis.positions(x), y_axis.positions(np.where(good, y, y_axis.high))
+    px, py = (
+        x_axis.positions(series.along(axis, x)),
+        y_axis.positions(np.where(good, y, y_axis.high)),
+    )
     dots = "".join(f"M{px[i]:.1f} {py[i]:.1f}h0" for i in np.flatnonzero(good))
     line = dots if series.style == "points" else _line(px, py, good)
-    steps = " ".join(f"{step:.0f}" for step in np.diff(x[good], prepend=0))
-    values = " ".join(f"{value:.4g}" for value in y[good])
-    svg = (
-        f'<path class="{series.style} c{series.color}" d="{line}" '
-        f'data-label="{escape(series.label)}" data-x="{steps}" data-y="{values}"/>'
-    )
+    steps = _steps(x[good], series)
+    data = f'{steps} data-label="{escape(series.label)}" data-y="{_numbers(y[good])}"'
+    if series.raw is not None:
+        means = bucket_means(series.x, series.raw, x)[good]
+        data += f' data-raw="{_numbers(np.where(np.isfinite(means), means, y[good]))}"'
+    svg = f'<path class="{series.style} c{series.color}" d="{line}"{data}/>'
     if series.style in ("line", "dashed") and len(x) <= MARKED_POINTS:
-        svg += f'<path class="small points c{series.color}" d="{dots}"/>'
-    if series.low is not None and series.high is not None and len(x) == len(series.x):
-        low, high = (
-            y_axis.positions(np.clip(end, y_axis.low, y_axis.high))
-            for end in (series.low, series.high)
-        )
-        bars = "".join(
-            f"M{px[i]:.1f} {low[i]:.1f}V{high[i]:.1f}"
-            for i in np.flatnonzero(np.isfinite(low + high))
-        )
-        svg += f'<path class="whisker c{series.color}" d="{bars}"/>'
-    return svg
+        svg += f'<path class="small points c{series.color}" d="{dots}"{steps}/>'
+    return svg + _whiskers(series, px, y_axis)
+
+
+def _steps(x: np.ndarray, series: Series) -> str:
+    """Attributes: differences of the steps of a path's points, and the run."""
+    steps = " ".join(f"{step:.0f}" for step in np.diff(x, prepend=0))
+    run = f' data-run="{escape(series.clock.name)}"' if series.clock else ""
+    return f' data-x="{steps}"{run}'
+
+
+def _whiskers(series: Series, px: np.ndarray, y_axis: Axis) -> str:
+    if series.low is None or series.high is None or len(px) != len(series.x):
+        return ""
+    low, high = (
+        y_axis.positions(np.clip(end, y_axis.low, y_axis.high)) for end in (series.low, series.high)
+    )
+    good = np.isfinite(low + high)
+    bars = "".join(f"M{px[i]:.1f} {low[i]:.1f}V{high[i]:.1f}" for i in np.flatnonzero(good))
+    return f'<path class="whisker c{series.color}" d="{bars}"{_steps(series.x[good], series)}/>'
 
 
 def _line(px: np.ndarray, py: np.ndarray, good: np.ndarray) -> str:
@@ -242,7 +246,8 @@ def _end_labels(chart: Chart) -> list[tuple[Series, str]]:
     """The last value of every line, with its label if there are several."""
     lines = [series for series in chart.series if series.style != "faint" and len(series.finite)]
     lines = [series for series in lines if series.style != "points"] or lines
-    labels = [f"{series.label} " if len(lines) > 1 else "" for series in lines]
+    named = len(lines) > 1 and not chart.short_labels
+    labels = [f"{series.label} " if named else "" for series in lines]
     return [
         (series, label + chart.text(float(series.finite[-1])))
         for series, label in zip(lines, labels, strict=True)
@@ -254,8 +259,8 @@ def line_svg(chart: Chart, width: int, height: int, points: int) -> str:
     labels = _end_labels(chart)
     right, bottom = width - 12 - CHARACTER * max(len(text) for _, text in labels), height - BOTTOM
     y_axis, y_ticks = _y_axis(chart, TOP, bottom)
-    steps = np.concatenate([series.x for series in chart.series])
-    low, high = float(steps.min()), float(steps.max())
+    places = np.concatenate([series.along(chart.axis, series.x) for series in chart.series])
+    low, high = float(places.min()), float(places.max())
     margin = 0 if high > low else 1
     x_axis = Axis(low - margin, high + margin, LEFT + 4, right)
     drawn = sorted(
@@ -263,23 +268,30 @@ def line_svg(chart: Chart, width: int, height: int, points: int) -> str:
     )
     parts = [
         _y_ticks(chart, y_axis, y_ticks, right),
-        _x_ticks(x_axis, low, high, bottom),
+        f'<g class="x">{_x_ticks(chart.axis, x_axis, (low, high), height)}</g>',
         f'<path class="base" d="M{LEFT} {bottom}H{right:.1f}"/>',
-        f'<text class="mid" x="{(LEFT + right) / 2:.1f}" y="{height - 4}">step</text>',
-        *(
-            f'<path class="mark" d="M{x_axis.position(step):.1f} {bottom}l-4 7h8z">'
-            f"<title>{escape(text)}</title></path>"
-            for step, text in chart.marks[:200]
-        ),
-        *(_path(series, x_axis, y_axis, points) for series in drawn if len(series.finite)),
+        *_marks(chart, x_axis, bottom),
+        *(_path(line, chart.axis, x_axis, y_axis, points) for line in drawn if len(line.finite)),
         _label_texts(labels, y_axis, right, bottom),
     ]
-    summary = escape(f"{chart.title}: {', '.join(text for _, text in labels)}")
     return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{summary}" '
-        f'data-area="{LEFT} {TOP} {right:.1f} {bottom}" data-percent="{int(chart.percent)}">'
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(chart.summary)}" '
+        f'data-area="{LEFT} {TOP} {right:.1f} {bottom}" data-percent="{int(chart.percent)}" '
+        f'data-scale="{y_axis.low:.8g} {y_axis.high:.8g} {int(y_axis.log)}">'
         f"{''.join(parts)}</svg>"
     )
+
+
+def _marks(chart: Chart, axis: Axis, bottom: float) -> Iterator[str]:
+    owner = chart.series[0]
+    for step, text in chart.marks[:200]:
+        at = np.array([step])
+        (x,) = axis.positions(owner.along(chart.axis, at))
+        yield (
+            f'<path class="mark" d="M{x:.1f} {bottom}l-4 7h8z"'
+            f"{_steps(at, owner)}><title>{escape(text)}</title></path>"
+        )
 
 
 def _y_ticks(chart: Chart, axis: Axis, ticks: Sequence[float], right: float) -> str:
@@ -293,17 +305,25 @@ def _y_ticks(chart: Chart, axis: Axis, ticks: Sequence[float], right: float) -> 
     return "".join(parts)
 
 
-def _x_ticks(axis: Axis, low: float, high: float, bottom: float) -> str:
-    """Ticks at integer steps in [low, high]; at `low` if there is none."""
-    ticks = linear_ticks(axis.low, axis.high, max(2, int((axis.end - LEFT) / 62)))
+def _x_ticks(kind: str, axis: Axis, ends: tuple[float, float], height: int) -> str:
+    """Ticks between the ends, integer steps on a step axis; at the low end if there is none."""
+    title, unit = ("step", 1.0) if kind == "step" else ("trained tokens", 1.0)
+    if kind == "time":
+        title, unit = time_unit(ends[1])
+        title = f"training time, {title}"
+    low, high, bottom = ends[0] / unit, ends[1] / unit, height - BOTTOM
+    count = max(2, int((axis.end - LEFT) / 62))
+    ticks = linear_ticks(axis.low / unit, axis.high / unit, count)
+    ticks = [tick for tick in ticks if low <= tick <= high and (unit > 1 or tick == int(tick))]
     parts = []
-    for tick in [tick for tick in ticks if low <= tick <= high and tick == int(tick)] or [low]:
-        x = axis.position(tick)
+    for tick in ticks or [low]:
+        x, text = axis.position(tick * unit), compact(float(f"{tick:.6g}"))
         parts.append(
             f'<path class="base" d="M{x:.1f} {bottom}v4"/>'
-            f'<text class="mid" x="{x:.1f}" y="{bottom + 16}">{compact(tick)}</text>'
+            f'<text class="mid" x="{x:.1f}" y="{bottom + 16}">{text}</text>'
         )
-    return "".join(parts)
+    middle = (LEFT + axis.end) / 2
+    return f'{"".join(parts)}<text class="mid" x="{middle:.1f}" y="{height - 4}">{title}</text>'
 
 
 def _label_texts(

@@ -8,7 +8,9 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 
 from infir2.files import open_own
-from infir2.report.read import Row, Run, number
+from infir2.report.appendix import filters_html
+from infir2.report.read import Run
+from infir2.report.samples import Row, number
 from infir2.report.text import compact, counted
 
 KEPT = "kept_rollouts"
@@ -21,47 +23,68 @@ KINDS = {"mixed": "right and wrong", "right": "all right", "wrong": "all wrong"}
 
 
 def groups_html(run: Run, budget: int = PAGE_BYTES) -> str:
-    """The groups of some steps, with filters; "" if the run has kept none."""
-    items, steps, size = list[str](), list[int](), 0
-    for step in _some(_kept_steps(run.path)):
-        for row in _read(run.path / KEPT / f"shown-{step}.jsonl"):
+    """The groups of the newest steps, with filters; "" if the run has kept none.
+
+    At most `budget` characters: of a step at a time, so that memory does not grow with the run.
+    """
+    kept = _kept_steps(run.path)
+    shown, items, steps, size = kept[:STEPS_SHOWN], list[str](), list[int](), 0
+    left_out = num_cut = 0
+    for step in shown:
+        path = run.path / KEPT / f"shown-{step}.jsonl"
+        num_cut += _is_cut(path)
+        for row in _read(path):
             item = _group(step, row)
+            if size + len(item) > budget:
+                left_out += 1
+                continue
             size += len(item)
-            if size > budget:
-                break
             items.append(item)
             steps.append(step)
-    if not items:
+    if not items and not left_out and not num_cut:
         return ""
-    options = "".join(f'<option value="{step}">step {step}</option>' for step in sorted({*steps}))
-    kinds = "".join(f'<option value="{kind}">{words}</option>' for kind, words in KINDS.items())
-    filters = (
-        '<input type="search" placeholder="Search" aria-label="Search prompts and responses">'
-        f'<select aria-label="Step"><option value="">all steps</option>{options}</select>'
-        f'<select aria-label="Verdicts"><option value="">all verdicts</option>{kinds}</select>'
-        "<output></output>"
+    texts = {str(step): f"step {step}" for step in sorted({*steps}, reverse=True)}
+    selects = {"step": ("all steps", texts), "kind": ("all verdicts", KINDS)}
+    return (
+        f'<h3>{escape(run.name)}</h3><div class="filtered">{filters_html(selects)}'
+        f'<p class="note">{_extent(len(kept), len(shown), left_out, num_cut)}</p>'
+        f'<p class="note legend">{_legend()}</p><div class="items">{"".join(items)}</div></div>'
     )
-    legend = " ".join(
+
+
+def _extent(num_kept: int, num_shown: int, left_out: int, num_cut: int) -> str:
+    """Which of the kept rollouts are shown, in sentences."""
+    text = f"Groups of {counted(num_shown, 'step')}."
+    if num_shown < num_kept:
+        text = f"Groups of the newest {num_shown} of {num_kept:,} steps that were kept."
+    if left_out:
+        text += f" To bound the page {counted(left_out, 'group')} of them left out."
+    if num_cut:
+        text += f" Of {counted(num_cut, 'file')} above {MAX_FILE_BYTES >> 20} MiB the first part."
+    return text
+
+
+def _legend() -> str:
+    levels = " ".join(
         f'<span><i class="d{level}">&nbsp;a&nbsp;</i> {"above" if level else "up to"} '
         f"{LIMITS[max(0, level - 1)]}</span>"
         for level in range(4)
     )
-    note = "|log-probability of the trainer − of the engine| of a token:"
-    return (
-        f'<h3>{escape(run.name)}</h3><div class="groups"><div class="filters">{filters}</div>'
-        f'<p class="note legend">{note} {legend}</p>{"".join(items)}</div>'
-    )
+    return f"|log-probability of the trainer − of the engine| of a token: {levels}"
 
 
 def _kept_steps(run_dir: Path) -> list[int]:
+    """The newest first."""
     names = (path.stem.removeprefix("shown-") for path in (run_dir / KEPT).glob("shown-*.jsonl"))
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def _some(steps: Sequence[int]) -> Sequence[int]:
-    """The last step first, then others at equal distances."""
-    stride = max(1, -(-len(steps) // STEPS_SHOWN))
-    return list(reversed(steps))[::stride]
+def _is_cut(path: Path) -> bool:
+    """Whether the file is so large that only its beginning is read."""
+    try:
+        return path.lstat().st_size > MAX_FILE_BYTES
+    except OSError:
+        return False
 
 
 def _read(path: Path) -> Iterator[Row]:

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from infir2.config import toml
 from infir2.errors import DataError
 from infir2.evaluate.statistics import Evaluation
 from infir2.files import open_own, read_own
+from infir2.report.axes import AXES, Clock, cumulative
+from infir2.report.samples import Row, Samples, number
 
 EVALUATION_PREFIX = "eval-"
-LARGEST = 1e100
 MAX_BYTES = 2**24  # of recipe.toml, environment.json and state.json
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,14 @@ class Run:
     validation: Table
     evaluations: Table
     events: tuple[Row, ...]
-    samples: tuple[Row, ...]  # of samples.jsonl
+    samples: tuple[Row, ...]  # of samples.jsonl, of a large one its first and last rows
+    num_samples: int
+    scores: dict[str, float]  # of an evaluation: question -> mean score
     recipe: Row
     recipe_text: str
     environment: Row
     state: Row  # state.json of the newest checkpoint, with `kind` and `model_config`
+    started: float  # Unix time of the first start; NaN if no file says it
     notes: tuple[str, ...]
 
     @property
@@ -81,6 +85,23 @@ class Run:
     def fp8(self) -> bool | None:
         """Whether the recipe trains in FP8; None without a recipe."""
         return bool(self.recipe.get("fp8", {}).get("enabled", True)) if self.recipe else None
+
+    @property
+    def kind(self) -> str:
+        """cpt, sft or rl; of a run without checkpoint and environment rl or train."""
+        command = self.environment.get("command")
+        verb = command[1] if isinstance(command, list) and len(command) > 1 else ""
+        known = (self.state.get("kind"), verb, "rl" if self.is_rl else "train")
+        return next(str(kind) for kind in known if kind in ("cpt", "sft", "rl", "train"))
+
+    @cached_property
+    def clock(self) -> Clock:
+        """Tokens and seconds of training by step."""
+        steps, columns = self.train.steps, {"tokens": "trained_tokens", "time": "seconds"}
+        totals = {axis: cumulative(steps, self.train[name]) for axis, name in columns.items()}
+        axes = [axis for axis in AXES if axis == "step" or self.train.has(columns[axis])]
+        before = np.concatenate([steps[:1] - 1, steps])
+        return Clock(self.name, before, totals["tokens"], totals["time"], tuple(axes))
 
     @property
     def base(self) -> str:
@@ -132,15 +153,6 @@ class Run:
         )
 
 
-def number(value: Any) -> float:
-    """A float of a size that charts can add and scale; NaN for anything else (null, Infinity)."""
-    try:
-        result = float(value) if isinstance(value, int | float) else math.nan
-    except OverflowError:
-        return math.nan
-    return result if abs(result) < LARGEST else math.nan
-
-
 def read_runs(run_dirs: Iterable[Path]) -> list[Run]:
     """Read runs in the given order.
 
@@ -185,13 +197,13 @@ def _bases_first(runs: list[Run]) -> list[Run]:
 def read_run(run_dir: Path) -> Run:
     """Read one run directory."""
     notes: list[str] = []
-    rows = _read_lines(run_dir / "metrics.jsonl", notes)
+    rows: list[Row] = []
+    _read_lines(run_dir / "metrics.jsonl", notes, lambda row, _: rows.append(row))
     recipe_text, recipe = _read_file(run_dir / "recipe.toml", toml.parse, notes)
-    samples = (
-        _read_lines(run_dir / "samples.jsonl", notes)
-        if os.path.lexists(run_dir / "samples.jsonl")
-        else []
-    )
+    samples = Samples()
+    if os.path.lexists(run_dir / "samples.jsonl"):
+        _read_lines(run_dir / "samples.jsonl", notes, samples.add)
+        notes += samples.notes
     checkpoints = {
         int(path.name[5:]): path
         for path in run_dir.glob("checkpoints/step-*")
@@ -204,17 +216,24 @@ def read_run(run_dir: Path) -> Run:
         validation=_by_step(rows, "validation"),
         evaluations=_by_step(rows, "evaluation"),
         events=tuple(row for row in rows if row.get("kind") == "event"),
-        samples=tuple(
-            row | {name: number(row.get(name, 0)) for name in ("step", "reward")} for row in samples
-        ),
+        samples=samples.rows,
+        num_samples=samples.num_rows,
+        scores=samples.scores,
         recipe={name: value for name, value in recipe.items() if isinstance(value, dict)},
         recipe_text=recipe_text,
         environment=_read_file(run_dir / "environment.json", json.loads, notes)[1],
         state=_read_file(checkpoints[max(checkpoints)] / "state.json", json.loads, [])[1]
         if checkpoints
         else {},
+        started=_started(run_dir),
         notes=tuple(notes),
     )
+
+
+def _started(run_dir: Path) -> float:
+    """From the names of TensorBoard's files, events.out.tfevents.SECONDS.HOST..."""
+    times = (path.name.split(".")[3] for path in run_dir.glob("events.out.tfevents.*"))
+    return min((float(t) for t in times if t.isdecimal() and len(t) < 11), default=math.nan)
 
 
 def _read_file(path: Path, parse: Callable[[str], Any], notes: list[str]) -> tuple[str, Row]:
@@ -239,9 +258,9 @@ def _missing(path: Path, error: OSError) -> str:
     return f"no {path.name}" if is_absent else f"{path.name} cannot be read ({error.strerror})"
 
 
-def _read_lines(path: Path, notes: list[str]) -> list[Row]:
-    """The lines that are JSON objects, in file order."""
-    rows, num_bad = [], 0
+def _read_lines(path: Path, notes: list[str], add: Callable[[Row, int], object]) -> None:
+    """Pass the lines that are JSON objects, with their bytes, to `add`, in file order."""
+    num_bad = 0
     try:
         with open(path, "rb", opener=open_own) as file:
             for line in filter(bytes.strip, file):
@@ -250,7 +269,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
                 except (ValueError, RecursionError):
                     value = None
                 if isinstance(value, dict):
-                    rows.append(value)
+                    add(value, len(line))
                 else:
                     num_bad += 1
     except OSError as error:
@@ -259,7 +278,6 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
         notes.append(
             f"{path.name}: {num_bad} unreadable {'line' if num_bad == 1 else 'lines'} left out"
         )
-    return rows
 
 
 def _by_step(rows: list[Row], kind: str) -> Table:

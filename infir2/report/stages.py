@@ -2,57 +2,81 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from infir2.evaluate.statistics import Evaluation
+from infir2.evaluate.statistics import Evaluation, paired_difference
 from infir2.report.read import EVALUATION_PREFIX, Run, read_runs
 from infir2.report.text import minus, percent
 
 HEADINGS = ("stage", "avg@k", "change, points", "pass@k", "truncated", "k", "problems")
+_FREE_SETTINGS = ("problems", "max_problems")  # which questions: compared by themselves
 CHANGE = HEADINGS.index("change, points")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A difference of two accuracies with the ends of its 95 % interval, in fractions of 1.
+
+    `num_paired` is the number of questions if both evaluations asked the same ones: the interval is
+    then that of the differences by question. 0 for independent intervals, added in quadrature.
+    """
+
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    num_paired: int = 0
+
+    @property
+    def interval(self) -> float:
+        """Half the length of the interval."""
+        return (self.high - self.low) / 2
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def text(self) -> str:
+        """'+21.0 ± 5.1', in points of 1 %."""
+        if not math.isfinite(self.value):
+            return "–"
+        interval = f" ± {100 * self.interval:.1f}" if math.isfinite(self.interval) else ""
+        return minus(f"{100 * self.value:+.1f}{interval}")
 
 
 @dataclass(frozen=True)
 class StageRow:
     """One stage's accuracy, in fractions of 1.
 
-    Example: StageRow("rl1", Path("runs/rl1"), evaluation, 0.21, 0.05, "sft2")
+    Example: StageRow("rl1", Path("runs/eval-rl1"), evaluation, Change(0.21, 0.16, 0.26), "sft2")
 
-    `change` is the difference in avg@k from the row `compared_with` (NaN and '' without one).
-    `change_interval` adds both half-widths in quadrature, as for independent problems; for the same
-    problems it is too wide.
+    `change` is that of avg@k from the row `compared_with` (NaN and '' without one). `scores` and
+    `settings` are what a change is paired by.
     """
 
     stage: str
     run: Path
     evaluation: Evaluation
-    change: float
-    change_interval: float
+    change: Change
     compared_with: str
-
-    @property
-    def is_sure(self) -> bool:
-        """Whether the change is larger than its interval."""
-        return abs(self.change) > self.change_interval
+    scores: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cells(self) -> list[str]:
         """The row as text under HEADINGS: '61.2 ± 3.9 %', '+21.0 ± 5.1' in points of 1 %, ..."""
         result = self.evaluation
-        interval = (
-            f" ± {100 * self.change_interval:.1f}" if math.isfinite(self.change_interval) else ""
-        )
-        change = minus(f"{100 * self.change:+.1f}{interval}") if math.isfinite(self.change) else "–"
         rates = (percent(result.pass_at_k), percent(result.truncated_fraction))
         return [
             self.stage,
             accuracy_text(result),
-            change,
+            self.change.text,
             *rates,
             str(result.k or "–"),
             str(result.num_problems or "–"),
@@ -60,9 +84,8 @@ class StageRow:
 
     def as_json(self) -> dict[str, Any]:
         """The row for `json.dumps`, which has no NaN or infinity: null stands for them."""
-        values = asdict(self.evaluation) | {
-            "change": self.change, "change_interval": self.change_interval
-        }  # fmt: skip
+        values = asdict(self.evaluation) | {"change": self.change.value}
+        values |= {"change_interval": self.change.interval, "paired": self.change.num_paired}
         return {"stage": self.stage, "run": str(self.run), "compared_with": self.compared_with} | {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
@@ -89,14 +112,28 @@ def stage_rows(runs: Sequence[Run]) -> list[StageRow]:
         evaluation = run.evaluation
         assert evaluation is not None
         base = _compared_row(trained[order], trained, rows) if order >= 0 else None
-        change = evaluation.avg_at_k - base.evaluation.avg_at_k if base else math.nan
-        interval = (
-            math.hypot(half_width(evaluation), half_width(base.evaluation)) if base else math.nan
-        )
-        rows.append(
-            StageRow(stage, run.path, evaluation, change, interval, base.stage if base else "")
-        )
+        name = base.stage if base else ""
+        row = StageRow(stage, run.path, evaluation, Change(), name, run.scores, _settings(run))
+        rows.append(replace(row, change=change_between(base, row)) if base else row)
     return rows
+
+
+def change_between(before: StageRow, after: StageRow) -> Change:
+    """The change of avg@k, paired by question if both evaluations asked the same ones."""
+    first, second = before.evaluation, after.evaluation
+    if before.scores.keys() == after.scores.keys() and before.settings == after.settings != {}:
+        pairs = [(before.scores[question], after.scores[question]) for question in before.scores]
+        if pairs:
+            return Change(*paired_difference(*zip(*pairs, strict=True)), num_paired=len(pairs))
+    change = second.avg_at_k - first.avg_at_k
+    interval = math.hypot(half_width(first), half_width(second))
+    return Change(change, change - interval, change + interval)
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What decides an evaluation's answers, beside its questions."""
+    section = run.recipe.get("evaluate", {})
+    return {key: value for key, value in section.items() if key not in _FREE_SETTINGS}
 
 
 def _subject(evaluation: Run, trained: Sequence[Run]) -> Run | None:
@@ -147,7 +184,7 @@ def render_stage_table(rows: Sequence[StageRow]) -> RichTable:
             heading, justify="left" if heading == HEADINGS[0] else "right", no_wrap=True
         )
     for row in rows:
-        style = ("green" if row.change > 0 else "red") if row.is_sure else ""
+        style = ("green" if row.change.value > 0 else "red") if row.change.is_sure else ""
         table.add_row(
             *(Text(cell, style if index == CHANGE else "") for index, cell in enumerate(row.cells))
         )

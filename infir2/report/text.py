@@ -48,13 +48,19 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+def html_table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    text_columns: int = 1,
+    stack: bool = False,
+) -> str:
     """A table that scrolls in its own box.
 
     Args:
         head: HTML of the column titles.
         rows: HTML of the cells, or whole `<td>` elements; the first cell is the title of its row.
         text_columns: the columns from this one on are numbers.
+        stack: on a phone, each row is a list of titles and cells.
     """
 
     def cell(index: int, html: str) -> str:
@@ -62,7 +68,9 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns:
             return f'<th scope="row">{html}</th>'
         if html.startswith("<td"):
             return html
-        return f"<td{' class=num' if index >= text_columns else ''}>{html}</td>"
+        title = f' data-title="{head[index]}"' if stack else ""
+        html = f"<span>{html}</span>" if stack else html
+        return f"<td{' class=num' if index >= text_columns else ''}{title}>{html}</td>"
 
     names = (
         f'<th scope="col"{" class=num" if index >= text_columns else ""}>{name}</th>'
@@ -71,7 +79,8 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns:
     body = (
         f"<tr>{''.join(cell(index, html) for index, html in enumerate(row))}</tr>" for row in rows
     )
-    style = ' class="text"' if text_columns > 1 else ""
+    kinds = ["text"] * (text_columns > 1) + ["stack"] * stack
+    style = f' class="{" ".join(kinds)}"' if kinds else ""
     header = f"<thead><tr>{''.join(names)}</tr></thead>"
     table = f"<table{style}>{header}<tbody>{''.join(body)}</tbody></table>"
     return f'<div class="scroll" tabindex="0">{table}</div>'

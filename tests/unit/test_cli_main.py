@@ -263,9 +263,12 @@ def test_wrong_arguments_are_one_sentence_and_exit_2(
         ("verify-weights runs/a m", ("verify_weights", Path("runs/a"), Path("m"))),
         ("data demo --to d --seed 4", ("make_demo_world", Path("d"), 4)),
         ("demo d --seed 4", ("run_demo", Path("d"), 4, False)),
-        ("report runs/a", ("write_report", [Path("runs/a")], Path("runs/a/report.html"))),
-        ("report a b", ("write_report", [Path("a"), Path("b")], Path("report.html"))),
-        ("report a --to p.html", ("write_report", [Path("a")], Path("p.html"))),
+        ("report .", ("write_report", [Path()], Path("report.html"), "step")),
+        ("report . ..", ("write_report", [Path(), Path("..")], Path("report.html"), "step")),
+        (
+            "report . --to p.html --axis time",
+            ("write_report", [Path()], Path("p.html"), "time"),
+        ),
     ],
 )
 def test_arguments_reach_their_function(

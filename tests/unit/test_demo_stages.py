@@ -1,7 +1,6 @@
 """The demo's plan and the README's commands are the same commands, and each of them parses."""
 
 import json
-import math
 import re
 import shlex
 from itertools import pairwise
@@ -17,6 +16,7 @@ from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
 from infir2.demo.stages import STAGES, Stage, plan
 from infir2.evaluate.statistics import Evaluation
 from infir2.report import StageRow
+from infir2.report.stages import Change
 
 ROOT = Path(__file__).parents[2]
 CLASSES = {"cpt": TrainRecipe, "sft": TrainRecipe, "rl": RlRecipe, "eval": EvalRecipe}
@@ -79,7 +79,7 @@ def test_the_table_of_stages_as_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     scores = Evaluation(0.5, 0.0, 1.0, 4, 0.75, 0.5, 1, 0.0, 0.0, 0.0, 9.0, 12.0, {})
-    row = StageRow("sft1", tmp_path / "sft1", scores, math.nan, math.nan, "")
+    row = StageRow("sft1", tmp_path / "sft1", scores, Change(), "")
     echo = Stage("data", ())
     monkeypatch.setattr(Stage, "command", property(lambda _: ["echo", "of a stage"]))
     monkeypatch.setattr(infir2.demo.stages, "plan", lambda *_: ([echo], []))

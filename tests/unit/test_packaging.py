@@ -67,8 +67,9 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     assert {
         "infir2/py.typed",
         "infir2/report/style.css",
-        "infir2/report/groups.js",
-        "infir2/report/hover.js",
+        "infir2/report/filters.js",
+        "infir2/report/charts.js",
+        "infir2/report/page.js",
         "infir2/demo/recipes/cpt.toml",
     } <= packed
 

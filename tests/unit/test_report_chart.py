@@ -10,20 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infir2.evaluate.statistics import Evaluation
+from infir2.report.accuracy import interval_plot
+from infir2.report.axes import Axis, linear_ticks, log_ticks, nice_step
 from infir2.report.chart import (
-    Axis,
     Chart,
     Series,
     _spread,
     figure,
     line_svg,
-    linear_ticks,
-    log_ticks,
-    nice_step,
     smooth,
     thin,
 )
-from infir2.report.page import interval_plot
 from infir2.report.text import compact, duration, percent
 
 STEPS = np.arange(1.0, 5001.0)

@@ -12,11 +12,11 @@ from report_runs import MODEL, demo_recipe, describe, evaluation, rl_rows, sampl
 
 from infir2.report import render_stage_table, stage_table, write_report
 from infir2.report.appendix import pick_samples
-from infir2.report.curves import final_difference, twins
-from infir2.report.page import parameter_count
+from infir2.report.precision import differences, half_interval, twins
 from infir2.report.read import read_run, read_runs
+from infir2.report.runs import parameter_count
 
-VOID = {"meta", "path", "circle"}
+VOID = {"meta", "path", "circle", "input"}
 
 
 class Page(HTMLParser):
@@ -100,7 +100,8 @@ def test_the_page_loads_nothing(recipe: Path, tmp_path: Path) -> None:
     text, page = page_of([recipe], tmp_path / "report.html")
     assert all(target.startswith("#") and target[1:] in page.ids for target in page.targets)
     assert not re.findall(r"url\(|@import|https?:", text)
-    assert page.tags["link"] == page.tags["img"] == 0
+    assert page.tags["link"] == page.tags["img"] == page.tags["meta"] - 4 == 0
+    assert "data-reload" not in text.split("<main>")[0], "a page that is not followed"
     assert page.tags["script"] == 1
 
 
@@ -177,42 +178,87 @@ def test_twins_are_found_by_recipe_and_by_name(tmp_path: Path) -> None:
     }
 
 
-def test_final_difference_takes_the_last_validation_both_have(tmp_path: Path) -> None:
-    def run(name: str, losses: dict[int, float | None]) -> Path:
-        train = [
-            {"kind": "train", "step": step, "loss": 2.0 if name == "a" else 2.5}
-            for step in range(1, 31)
-        ]
-        write(
-            tmp_path / name,
-            [
-                *train,
-                *(
-                    {"kind": "validation", "step": s, "validation_loss": v}
-                    for s, v in losses.items()
-                ),
-            ],
-        )
-        return tmp_path / name
+def write_losses(run_dir: Path, train: list[float], validation: dict[int, float | None]) -> Path:
+    rows = [
+        {"kind": "train", "step": step, "loss": loss} for step, loss in enumerate(train, start=1)
+    ]
+    rows += [
+        {"kind": "validation", "step": step, "validation_loss": loss}
+        for step, loss in validation.items()
+    ]
+    write(run_dir, rows)
+    return run_dir
 
+
+def test_differences_tell_validation_and_training_apart(tmp_path: Path) -> None:
     a, b = (
-        read_run(run("a", {10: 3.0, 20: 2.02, 30: None})),
-        read_run(run("b", {10: 3.0, 20: 2.0, 30: 1.9})),
+        read_run(write_losses(tmp_path / "a", [2.0] * 30, {10: 3.0, 20: 2.02, 30: None})),
+        read_run(write_losses(tmp_path / "b", [2.5] * 30, {10: 3.0, 20: 2.0, 30: 1.9})),
     )
-    difference = final_difference(a, b)
-    assert difference is not None
-    assert (difference.name, difference.step, difference.text) == (
+    validation, training = differences(a, b)
+    assert (validation.name, validation.step, validation.text) == (
         "validation loss",
         20,
         "1.00 % above BF16",
     )
-    difference = final_difference(a, read_run(run("b", {})))
-    assert difference is not None
-    assert (difference.name, difference.step, difference.text) == (
-        "training loss",
-        30,
-        "20.00 % below BF16",
+    assert (training.name, training.step, training.num_steps) == ("training loss", 30, 20)
+    assert training.text == "20.00 ± 0.00 % below BF16"
+    (training,) = differences(a, read_run(write_losses(tmp_path / "c", [2.5] * 5, {})))
+    assert training.text == "20.00 % below BF16", "five steps have no interval"
+
+
+def test_the_interval_of_a_training_loss_covers_its_mean(tmp_path: Path) -> None:
+    """In about 95 of 100 draws, of independent steps and of ones that resemble their neighbors."""
+    generator = np.random.default_rng(0)
+    for weights in ([1.0], [0.25] * 4):
+        draws = [np.convolve(generator.normal(size=163), weights, "valid") for _ in range(400)]
+        covered = [abs(draw.mean()) <= half_interval(draw) for draw in draws]
+        assert 0.90 <= np.mean(covered) <= 0.99
+
+
+def test_the_headline_has_intervals(recipe: Path, tmp_path: Path) -> None:
+    text, _ = page_of([recipe], tmp_path / "report.html")
+    (title,) = re.findall("<h1>(.*?)</h1>", text)
+    title = title.replace("\N{NO-BREAK SPACE}", " ")
+    assert "78.2 % after rl2, +75.1 ± 4.2 points" in title
+    assert re.search(r"cpt: training loss 0\.\d\d ± 0\.\d\d % above BF16, validation loss", title)
+
+
+def evaluated(root: Path, name: str, rewards: list[list[float]], temperature: float = 1.0) -> None:
+    """An evaluation of as many problems, with its samples."""
+    score = float(np.mean(rewards))
+    write(root / f"eval-{name}", [evaluation(0, score, half=0.2, problems=len(rewards))])
+    rows = [
+        sample(0, reward, problem=f"{name}/{index}", sample=k, prompt=f"question {index}")
+        for index, own in enumerate(rewards)
+        for k, reward in enumerate(own)
+    ]
+    write(root / f"eval-{name}", rows, "samples.jsonl")
+    (root / f"eval-{name}" / "recipe.toml").write_text(
+        f'[model]\npath = "{root / name}"\n[evaluate]\ntemperature = {temperature}\n'
     )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_change_is_paired_where_the_questions_are_the_same(
+    tmp_path: Path, temperature: float
+) -> None:
+    before = [[float(index % 2), float(index % 3 > 0)] for index in range(60)]
+    after = [[1.0, max(own)] for own in before]
+    write(describe(tmp_path / "sft", "sft"), train_rows(3, 2.0, 1.0, 0))
+    write(describe(tmp_path / "rl", "rl", base=str(tmp_path / "sft")), train_rows(3, 2.0, 1.0, 0))
+    evaluated(tmp_path, "sft", before)
+    evaluated(tmp_path, "rl", after, temperature)
+    change = stage_table([tmp_path])[1].change
+    difference = float(np.mean(after) - np.mean(before))
+    assert change.value == pytest.approx(difference)
+    if temperature == 1.0:
+        assert change.num_paired == 60
+        assert change.low < difference < change.high
+        assert change.interval < 0.15
+    else:
+        assert change.num_paired == 0, "other settings: the answers are not of the same questions"
+        assert change.interval == pytest.approx(np.hypot(0.2, 0.2), abs=0.1)
 
 
 def test_stage_rows_compare_with_the_stage_they_started_from(recipe: Path) -> None:
@@ -227,9 +273,9 @@ def test_stage_rows_compare_with_the_stage_they_started_from(recipe: Path) -> No
     assert rows[3].run.name == "eval-rl1", (
         "an evaluation of its own stands before the one in the loop"
     )
-    assert rows[3].change == pytest.approx(0.225)
-    assert rows[3].change_interval == pytest.approx(np.hypot(0.03, 0.03))
-    assert rows[3].is_sure
+    assert rows[3].change.value == pytest.approx(0.225)
+    assert rows[3].change.interval == pytest.approx(np.hypot(0.03, 0.03))
+    assert rows[3].change.is_sure
 
 
 def test_a_stage_without_evaluation_is_stepped_over_and_a_base_model_counts(tmp_path: Path) -> None:
@@ -241,7 +287,7 @@ def test_a_stage_without_evaluation_is_stepped_over_and_a_base_model_counts(tmp_
     write(tmp_path / "eval-base", [evaluation(1, 0.30)])
     rows = stage_table([tmp_path / name for name in ("sft", "rl", "eval-base")])
     assert [(row.stage, row.compared_with) for row in rows] == [("base", ""), ("rl", "base")]
-    assert not rows[1].is_sure
+    assert not rows[1].change.is_sure
 
 
 def test_the_terminal_table_fits_eighty_columns(
