@@ -7,6 +7,7 @@
 # make test-cluster  real Ray and, as root with its packages, real SLURM
 # make test-engines  real vLLM on a CPU, and SGLang's own HTTP server, in environments of their own
 #                    (.venv-engines, 6 GB)
+# make docs          the documentation as a site in site/; a broken link is an error
 # make clean         remove what make wrote, except runs/
 # make venv          install into .venv only
 # make audit         look up known vulnerabilities of the pinned versions, and of the installed torch
@@ -35,7 +36,7 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 -c constraints.txt
 PYTEST_OPTIONS ?=
 
-.PHONY: demo test test-gpu test-faults test-hostile test-cluster test-engines lint venv audit hashes clean help
+.PHONY: demo test test-gpu test-faults test-hostile test-cluster test-engines lint venv docs audit hashes clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -90,6 +91,15 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[test]'
 	test -z "$(TRITON)" || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps $(TRITON)
 	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+# -W: a link that leads nowhere is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . site
+	@echo "site/index.html"
 
 AUDIT := $(VENV)/audit
 
@@ -147,5 +157,5 @@ $(VENV)/.smollm2: $(VENV)/.installed-test
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(ENGINES) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find infir2 tests -name __pycache__ -type d -prune -exec rm -rf {} +
