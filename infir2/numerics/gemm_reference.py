@@ -9,15 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infir2.numerics.formats import GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor
+from infir2.numerics.formats import E4M3, GROUP, ROW_BLOCK, TILE_BLOCK, Fp8Tensor
 from infir2.numerics.quantize import dequantize, nonfinite_blocks, quantize
-from infir2.numerics.quantize_reference import as_tiles, block_scale, decode, tile_scales
+from infir2.numerics.quantize_reference import (
+    as_tiles,
+    block_amax,
+    block_scale,
+    chunks,
+    decode,
+    tile_scales,
+)
 
 _EXPONENT_BITS = 0x7F800000
 _SMALLEST_NORMAL = 2.0**-6
 # The last bit of 1.5 * 2**20 * p, p a power of two, is p / 8: adding it to a number in [p, 2p)
 # rounds the number to three bits after the leading one.
 _ROUNDER = 1.5 * 2.0**20
+# The same for multiples of the smallest number, 2**-9, whatever the leading bit.
+_SUBNORMAL_ROUNDER = 1.5 * 2.0**14
+# Scales that make the smallest normal number of E4M3 a normal one of FP32, and the largest number
+# times `_ROUNDER` finite.
+_MODERATE = (2.0**-120, 2.0**96)
 
 
 def plain_dtype(x: Tensor) -> torch.dtype:
@@ -73,14 +85,19 @@ def input_values(saved: Fp8Tensor) -> Tensor:
     """FP32 values [T, K] of the weight gradient's x, from the result of `input_for_backward`."""
     if saved.block == TILE_BLOCK:
         return dequantize(saved).t()
-    tiles = as_tiles(decode(saved.codes, torch.float32), GROUP)
-    scratch = tiles.abs()
-    row_scale, tile_scale = tile_scales(saved.scale, scratch.amax(dim=3) != 0)
-    moved = round_to_e4m3_(tiles.mul_((row_scale / tile_scale[:, None, :])[..., None]), scratch)
-    values = moved.mul_(tile_scale[:, None, :, None])
-    return values.view(values.shape[0] * GROUP, values.shape[2] * GROUP)[
-        : saved.shape[0], : saved.shape[1]
-    ]
+    codes = as_tiles(saved.codes.view(torch.uint8), GROUP)
+    # Eight codes at a time, without their signs.
+    magnitudes = codes.view(torch.int64) & 0x7F7F7F7F7F7F7F7F
+    row_scale, tile_scale = tile_scales(saved.scale, magnitudes.amax(dim=3) != 0)
+    ratio = (row_scale / tile_scale[:, None, :])[..., None]
+    values = torch.empty(codes.shape, device=codes.device)
+    for part in chunks(codes):
+        moved = decode(codes[part].view(E4M3), torch.float32, out=values[part]).mul_(ratio[part])
+        # Codes have four digits and a power of two keeps them: all that can be lost is below the
+        # smallest number, of which every E4M3 number is a multiple.
+        moved.add_(_SUBNORMAL_ROUNDER).sub_(_SUBNORMAL_ROUNDER)
+        moved.mul_(tile_scale[part, None, :, None])
+    return _without_padding(values, saved.shape)
 
 
 def gradient_values(
@@ -92,34 +109,18 @@ def gradient_values(
         The gradient quantized in 1x128 along N (for grad_x), and in 1x128 along the tokens (for
         grad_W), both [T, N].
     """
-    rows, columns = grad.shape
-    bottom, right = -rows % GROUP, -columns % GROUP
-    if bottom or right:
-        wide = F.pad(grad.float(), (0, right, 0, bottom))
-    else:
-        wide = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    # In place, with one scratch tensor: on a CPU, fresh memory costs as much as the arithmetic.
-    scratch = wide.abs()
-    along_columns = (rows + bottom, (columns + right) // GROUP, GROUP)
-    along_tokens = ((rows + bottom) // GROUP, GROUP, columns + right)
-    row_scale = _scale(scratch.view(along_columns), 2, scale_format) if by_row else None
-    column_scale = _scale(scratch.view(along_tokens), 1, scale_format) if by_column else None
-    row_values = column_values = None
-    if row_scale is not None:
-        scaled = wide.view(along_columns) / row_scale
-        row_values = (
-            round_to_e4m3_(scaled, scratch.view(along_columns))
-            .mul_(row_scale)
-            .view_as(wide)[:rows, :columns]
-        )
-    if column_scale is not None:
-        scaled = wide.view(along_tokens).div_(column_scale)
-        column_values = (
-            round_to_e4m3_(scaled, scratch.view(along_tokens))
-            .mul_(column_scale)
-            .view_as(wide)[:rows, :columns]
-        )
-    return row_values, column_values
+    tiles = as_tiles(grad, GROUP)
+    dims = [dim for dim, wanted in ((3, by_row), (1, by_column)) if wanted]
+    scales = [_scale(tiles, dim, scale_format) for dim in dims]
+    values = [torch.empty(tiles.shape, device=grad.device) for _ in dims]
+    shifts = scale_format == "pow2" and not grad.is_cuda and all(map(_are_moderate, scales))
+    for part in chunks(tiles):
+        wide = tiles[part].float()
+        rounder = _powers_of_two(wide).mul_(_ROUNDER) if shifts else None
+        for scale, out in zip(scales, values, strict=True):
+            _round_blocks(wide, scale[part], rounder, out[part])
+    by_dim = {d: _without_padding(v, grad.shape) for d, v in zip(dims, values, strict=True)}
+    return by_dim.get(3), by_dim.get(1)
 
 
 def round_to_e4m3_(values: Tensor, scratch: Tensor) -> Tensor:
@@ -132,8 +133,41 @@ def round_to_e4m3_(values: Tensor, scratch: Tensor) -> Tensor:
     return values.add_(rounder).sub_(rounder)
 
 
-def _scale(magnitude: Tensor, dim: int, scale_format: str) -> Tensor:
-    """Scales of blocks along `dim` of FP32 magnitudes, with keepdim; counts non-finite blocks."""
-    scale = block_scale(magnitude.amax(dim=dim, keepdim=True), scale_format)
+def _round_blocks(wide: Tensor, scale: Tensor, rounder: Tensor | None, out: Tensor) -> None:
+    """Write FP32 values, rounded to E4M3 numbers times `scale`.
+
+    `rounder` is None, or for moderate powers of two as scales the power of two in each value times
+    `_ROUNDER`: rounding then commutes with scaling, so nothing is divided and multiplied.
+    """
+    if rounder is None:
+        scaled = torch.div(wide, scale, out=out)
+        round_to_e4m3_(scaled, torch.empty_like(scaled)).mul_(scale)
+    else:
+        rounder = torch.maximum(rounder, scale * (_SMALLEST_NORMAL * _ROUNDER))
+        torch.add(wide, rounder, out=out).sub_(rounder)
+
+
+def _are_moderate(scale: Tensor) -> bool:
+    """Whether all scales lie where `_round_blocks` may leave values unscaled; False for a NaN."""
+    if not scale.numel():
+        return True
+    smallest, largest = scale.aminmax()
+    return bool(smallest >= _MODERATE[0]) and bool(largest <= _MODERATE[1])
+
+
+def _powers_of_two(values: Tensor) -> Tensor:
+    """The power of two in each FP32 value, 0 for a subnormal, Inf if it is not finite."""
+    return (values.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+
+
+def _without_padding(tiles: Tensor, shape: torch.Size) -> Tensor:
+    """The matrix of `shape` in tiles [R / 128, 128, C / 128, 128]."""
+    padded = tiles.view(tiles.shape[0] * GROUP, tiles.shape[2] * GROUP)
+    return padded[: shape[0], : shape[1]]
+
+
+def _scale(tiles: Tensor, dim: int, scale_format: str) -> Tensor:
+    """Scales of blocks along `dim` of tiles, with keepdim; counts non-finite blocks."""
+    scale = block_scale(block_amax(tiles, dim), scale_format)
     nonfinite_blocks.add(scale)
     return scale

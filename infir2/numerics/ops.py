@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from infir2.numerics import ops_reference
 from infir2.numerics.composed import Rope
+from infir2.numerics.joint_weights import quantize_together
 from infir2.numerics.kernels import usable
 from infir2.numerics.saved_activations import SavedActivations
 
@@ -91,7 +92,8 @@ def replaced(replacement: Callable[[Operations], Operations]) -> Iterator[None]:
 def quantize_weights(x: Tensor, groups: Iterable[Sequence[nn.Linear]]) -> None:
     """Quantize the FP8 weights that changed, before a forward of x; all in one launch on a GPU.
 
-    Without it, and on a CPU, each operation quantizes its own weights when it needs them.
+    On a CPU, the small ones together. Without it, each operation quantizes its own weights when it
+    needs them.
 
     Args:
         x: as the operations will get it, or of the same dtype and device.
@@ -101,6 +103,8 @@ def quantize_weights(x: Tensor, groups: Iterable[Sequence[nn.Linear]]) -> None:
         from infir2.numerics import stacked_weights
 
         stacked_weights.quantize_weights(groups)
+    elif x.device.type == "cpu":
+        quantize_together(layer for group in groups for layer in group)
 
 
 class RMSNorm(nn.Module):

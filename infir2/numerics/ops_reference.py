@@ -19,6 +19,7 @@ from infir2.numerics import gemm_reference as gemm
 from infir2.numerics.composed import Composed
 from infir2.numerics.formats import ROW_BLOCK, Fp8Tensor
 from infir2.numerics.quantize import dequantize, quantize
+from infir2.numerics.quantize_reference import chunks
 from infir2.numerics.saved_activations import SavedActivations
 from infir2.numerics.weight_cache import rounded
 
@@ -216,21 +217,38 @@ class _SwiGlu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, save_fp8: bool) -> Tensor:
         ctx.save_for_backward(*saved_pre_activations(gate, up, save_fp8))
         ctx.dtype = gate.dtype
-        return F.silu(gate.double()).mul_(up).to(gate.dtype)
+        out = torch.empty_like(gate)
+        for part in chunks(gate):
+            out[part] = F.silu(gate[part].double()).mul_(up[part].double())
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         gate, up = restored_pre_activations(ctx.saved_tensors, ctx.dtype)
-        grad, wide = grad.float(), gate.float()
-        sigmoid = torch.sigmoid(wide)
-        silu = wide * sigmoid
-        grad_up = (grad * silu).to(up.dtype) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, grad_up, None
-        # d silu / d gate = silu + sigmoid * (1 - silu)
-        slope = silu + sigmoid * (1.0 - silu)
-        return (slope.mul_(up).mul_(grad)).to(gate.dtype), grad_up, None
+        wanted = ctx.needs_input_grad[:2]
+        grads = [torch.empty_like(gate) if each else None for each in wanted]
+        for part in chunks(gate):
+            pieces = _swiglu_gradients(gate[part], up[part], grad[part], *wanted)
+            for whole, piece in zip(grads, pieces, strict=True):
+                if whole is not None and piece is not None:
+                    whole[part] = piece
+        return grads[0], grads[1], None
+
+
+def _swiglu_gradients(
+    gate: Tensor, up: Tensor, grad: Tensor, need_gate: bool, need_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """FP32 gradients of gate and up, if needed."""
+    grad, wide = grad.float(), gate.float()
+    sigmoid = torch.sigmoid(wide)
+    silu = wide * sigmoid
+    grad_up = grad * silu if need_up else None
+    if not need_gate:
+        return None, grad_up
+    # d silu / d gate = silu + sigmoid * (1 - silu)
+    slope = (1.0 - silu).mul_(sigmoid).add_(silu)
+    return slope.mul_(up).mul_(grad), grad_up
 
 
 def saved_pre_activations(gate: Tensor, up: Tensor, save_fp8: bool) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ They check their input, count non-finite blocks, and choose the definition (`_de
 `quantize_reference` defines the bits, `kernels.api` reproduces them on a GPU.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -123,7 +124,8 @@ class NonFiniteBlocks:
 
     def add(self, scale: Tensor) -> None:
         """Count the NaN scales in `scale` (float32, any shape)."""
-        if scale.is_meta:
+        # Scales are positive: their sum is NaN only if one is. A CPU reads it at once.
+        if scale.is_meta or (scale.device.type == "cpu" and not math.isnan(scale.sum().item())):
             return
         if scale.is_cuda and scale.numel() < _SMALL_SCALES:
             # A weight's scales: count many weights at once, a launch costs more than the count.

@@ -70,6 +70,27 @@ def test_extreme_gradients_go_the_same_way() -> None:
         assert torch.equal(columns.t(), dequantize(quantize(grad.t(), (1, 128), scale_format)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("power", [-149, -133, -126, -123, -118, -60, 0, 60, 95, 103, 110, 120])
+def test_gradients_of_any_magnitude_go_the_same_way(power, dtype) -> None:
+    """Blocks around this power of two: subnormals of both formats, ties, zeros, overflow, NaN."""
+    torch.manual_seed(power)
+    grad = torch.randn(300, 260) * 2.0 ** max(power, -126) * 2.0 ** min(0, power + 126)
+    grad[::7] = -0.0
+    grad[1::7] *= 2.0**-9
+    grad[2::7] = (torch.randint(8, 16, (260,)) + 0.5) * 2.0 ** max(power, -126)
+    for bad in (None, math.nan, -math.inf):
+        if bad is not None:
+            grad[131, 5] = bad
+        whole = grad.to(dtype)
+        rows, columns = gradient_values(whole, "pow2", by_row=True, by_column=True)
+        expected = dequantize(quantize(whole)), dequantize(quantize(whole.t())).t()
+        torch.testing.assert_close((rows, columns), expected, rtol=0, atol=0, equal_nan=True)
+        saved = quantize(whole)
+        expected = dequantize(transpose(saved)).t()
+        torch.testing.assert_close(input_values(saved), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_nonfinite_gradients_reach_both_operands_and_the_counter() -> None:
     grad = torch.randn(256, 256)
     grad[2, 3] = math.inf

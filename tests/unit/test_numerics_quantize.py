@@ -276,6 +276,22 @@ def test_transposing_keeps_nan_and_refuses_fp32_rows() -> None:
         transpose(quantize(x, (1, 128), "fp32"))
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_matrix_of_several_chunks_has_the_bytes_of_its_parts(block) -> None:
+    x = torch.randn(1024, 513, generator=torch.Generator().manual_seed(2)).bfloat16()
+    x[0], x[500, 7], x[901, 512] = -0.0, torch.nan, torch.inf
+    assert len(list(quantize_reference.chunks(x))) > 1
+    whole = quantize(x, block)
+    for start in range(0, 1024, 128):
+        part = quantize(x[start : start + 128], block)
+        assert torch.equal(codes_of(part), codes_of(whole)[start : start + 128])
+        for dtype in (torch.float32, torch.float64):
+            values = dequantize(whole, dtype)[start : start + 128]
+            torch.testing.assert_close(
+                values, dequantize(part, dtype), equal_nan=True, rtol=0, atol=0
+            )
+
+
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize(("first", "rows"), [(0, 130), (64, 70), (200, 131)])
 def test_rows_of_a_weight_have_the_bytes_of_the_whole(
