@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from infir2.errors import CheckpointError, OutputExistsError, first_line
+from infir2.errors import CheckpointError, OutputExistsError, disk_reason, first_line
 from infir2.files import fsync_directory
 from infir2.terminal import log
 
@@ -43,7 +43,10 @@ def new_directory(target: Path) -> Iterator[Path]:
             _fsync_tree(work)
             publish(work, target)
         except OSError as error:
-            raise CheckpointError(f"{target} cannot be written: {first_line(error)}") from error
+            reason = disk_reason(error) if error.errno else first_line(error)
+            raise CheckpointError(
+                f"{target} cannot be written: {reason}; name another directory, or make room."
+            ) from error
 
 
 def remove_leftovers(target: Path) -> None:

@@ -27,12 +27,13 @@ _MAX_ERROR_CHARACTERS = 2000
 class _Output:
     """What this process prints: `quiet` leaves results and errors only.
 
-    `newest` is the time of the last line, `phase` what the command does meanwhile, `phase_start`
-    since when; a bar on a terminal moves by itself.
+    `owes_json`: the command was asked for JSON and has printed none yet. `newest` is the time of
+    the last line, `phase` what the command does meanwhile, `phase_start` since when; a bar on a
+    terminal moves by itself.
     """
 
     def __init__(self) -> None:
-        self.quiet, self.num_bars = False, 0
+        self.quiet, self.owes_json, self.num_bars = False, False, 0
         self.phase, self.newest = "", time.monotonic()
         self.phase_start = self.newest
 
@@ -40,9 +41,12 @@ class _Output:
 _output = _Output()
 
 
-def set_quiet(quiet: bool) -> None:
-    """Print results and errors only: no notes, no progress (`--quiet`)."""
-    _output.quiet = quiet
+def begin_output(quiet: bool, as_json: bool) -> None:
+    """Begin a command. `quiet`: print results and errors only (`--quiet`).
+
+    `as_json`: its stdout is to be one JSON document (`--json`), of an error too.
+    """
+    _output.quiet, _output.owes_json = quiet, as_json
 
 
 def begin_phase(phase: str) -> None:
@@ -144,7 +148,14 @@ def read_line(prompt: str) -> str | None:
 
 def print_json(value: Any) -> None:
     """Print the result of a command to stdout as one JSON document."""
+    _output.owes_json = False
     print_result(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def print_json_error(sentence: str, exit_code: int) -> None:
+    """Print an error as JSON too, if the command was asked for JSON and has printed none."""
+    if _output.owes_json:
+        print_json({"error": sentence, "exit_code": exit_code})
 
 
 def print_heading(title: str, detail: str = "") -> None:

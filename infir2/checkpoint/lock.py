@@ -131,6 +131,11 @@ class RunLock:
 def _create_directories(directory: Path) -> list[Path]:
     """Create `directory`; returns those that did not exist, the innermost first."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    if (directory / "config.json").is_file() and not (directory / "recipe.toml").exists():
+        raise ConfigError(
+            f"run.dir: {directory} holds a model (config.json), and a run would write into it; "
+            "name a new directory."
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:

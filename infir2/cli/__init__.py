@@ -15,13 +15,29 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-from infir2.errors import ConfigError, Interrupted, Preempted, UserError, system_error
+from infir2.errors import (
+    ConfigError,
+    Interrupted,
+    Preempted,
+    UserError,
+    first_line,
+    system_error,
+)
 from infir2.launch.ranks import code_for_torchrun
 from infir2.processes import process_signals
-from infir2.terminal import log, log_error, log_text, print_result, pulse, set_quiet
+from infir2.terminal import (
+    begin_output,
+    log,
+    log_error,
+    log_text,
+    print_json_error,
+    print_result,
+    pulse,
+)
 
 INTERNAL_ERROR = 70
-QUIET = "--quiet"
+QUIET, JSON = "--quiet", "--json"
+_REPORTING = ("check", "data", "demo", "doctor", "eval", "plan", "report")
 _HELP = ("-h", "--help", "help")
 RANK0_SECONDS = 20.0  # how long a failed rank waits for rank 0 to report the same error
 
@@ -90,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    set_quiet(QUIET in options)
+    begin_output(QUIET in options, JSON in options and options[0] in _REPORTING)
     if QUIET in options:
         arguments.remove(QUIET)
     with process_signals.command(_early_stop_message(arguments[:1])), _pulse(arguments[:1]):
@@ -144,6 +160,7 @@ def _run(arguments: list[str]) -> int:
             f"internal error in `{command}`; "
             "please report it with the lines above and the output of `infir2 --version`."
         )
+        print_json_error(f"internal error: {first_line(error)}", INTERNAL_ERROR)
         return INTERNAL_ERROR
 
 
@@ -170,6 +187,7 @@ def _report_error(error: UserError) -> int:
             log_text(f"infir2: {error}")
         else:
             log_error(str(error))
+        print_json_error(str(error), error.exit_code)
     return error.exit_code
 
 
@@ -196,6 +214,7 @@ def _verb_advice(name: str, rest: list[str]) -> str:
         return f"the verb comes first: infir2 {verb} {name}"
     words = {"train": "train", "finetune": "sft", "evaluate": "eval", "convert": "export"}
     words |= {"inspect": "data inspect", "estimate": "plan", "benchmark": "bench"}
+    words |= dict.fromkeys(("--hlep", "-help", "--usage", "?"), "--help")
     near = difflib.get_close_matches(name, [*VERBS, *words], 1)
     if near and words.get(near[0], near[0]) == "train":
         return "training is infir2 cpt, sft or rl, followed by a recipe."

@@ -13,28 +13,30 @@ from pydantic import BaseModel
 
 from infir2.config import Loaded, load
 from infir2.config.help import describe_keys, describe_variables
-from infir2.config.keys import leaf_keys, lookup
+from infir2.config.keys import lookup
+from infir2.config.paths import refuse_tildes
 from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
+from infir2.config.unknown import nearest_key
 from infir2.errors import ConfigError
 from infir2.terminal import log
 
 R = TypeVar("R", bound=BaseModel)
 
+ACCEPT_CHANGES, JSON = "--accept-changes", "--json"
+_MANY = "infir2 launch torchrun --gpus-per-node M -- VERB ... runs on several GPUs"
 _HABITS = {
     "resume": "The same command, run again, resumes",
     "dry_run": "infir2 check RECIPE.toml checks everything and trains nothing",
     "config": "A recipe is named without an option",
+    "verbose": "There is no such option; --quiet leaves results and errors only",
+    **dict.fromkeys(("gpus", "num_gpus", "nproc_per_node", "gpus_per_node", "nodes"), _MANY),
 }
-_SHORT = {
-    "lr": "learning_rate",
-    "steps": "total_steps",
-    "max_steps": "total_steps",
-    "num_train_epochs": "epochs",
-    "output_dir": "dir",
-    "model": "path",
-    "model_name_or_path": "path",
+_OWN_OPTIONS = {
+    "rl": ("--rollout-only", "--train-only", ACCEPT_CHANGES),
+    "eval": (JSON, "--benchmarks", "--setup"),
+    "check": (JSON, ACCEPT_CHANGES),
+    "plan": (JSON, "--gpu", "--gpus", "--nodes", ACCEPT_CHANGES),
 }
-ACCEPT_CHANGES, JSON = "--accept-changes", "--json"
 RECIPE_CLASSES: dict[str, type[TrainRecipe] | type[EvalRecipe]] = {
     "cpt": TrainRecipe,
     "sft": TrainRecipe,
@@ -64,9 +66,11 @@ class Parser(argparse.ArgumentParser):
         if Parser.describes:
             raise DescribedError(self)
         self._given = [str(word) for word in args or ()]
+        refuse_tildes(self._given)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"invalid \w+ value", lambda name: name[0].replace("_", " "), message)
         raise ConfigError(f"{message}; {self._advice(message)}see `{self.prog} --help`.")
 
     def _advice(self, message: str) -> str:
@@ -76,7 +80,12 @@ class Parser(argparse.ArgumentParser):
             return self._misspelt()
         if not wrong:
             return ""
-        options = [name for action in self._actions for name in action.option_strings]
+        options = [
+            name
+            for action in self._actions
+            for name in action.option_strings
+            if action.dest != "help"
+        ]
         choices = [str(word) for action in self._actions for word in action.choices or ()]
         word = wrong[1] or wrong[2]
         near = difflib.get_close_matches(word.lower(), choices if wrong[1] else options, 1)
@@ -101,6 +110,7 @@ def split_recipe_arguments(
     """
     paths: list[str] = []
     options: list[str] = []
+    refuse_tildes(arguments)
     for argument in arguments:
         if argument == ACCEPT_CHANGES and verb != "eval":
             continue
@@ -109,10 +119,11 @@ def split_recipe_arguments(
         elif argument.startswith("-") or _is_key_without_dashes(argument):
             raise ConfigError(
                 f"{argument} is not an option of infir2 {verb}; options are --section.key=value, "
-                f"see `infir2 {verb} --help`.{_option_advice(argument)}"
+                f"see `infir2 {verb} --help`.{_option_advice(argument, verb)}"
             )
         elif paths and options and "=" not in options[-1]:
-            raise ConfigError(f"option {options[-1]}: write it as {options[-1]}={argument}.")
+            value = "VALUE" if argument == "=" else argument.removeprefix("=")
+            raise ConfigError(f"option {options[-1]}: write it as {options[-1]}={value}.")
         else:
             paths.append(argument)
     if not paths and not options:
@@ -128,16 +139,17 @@ def _is_key_without_dashes(argument: str) -> bool:
     return bool(equals) and lookup(RlRecipe, key) is not None
 
 
-def _option_advice(argument: str) -> str:
-    """What a wrong option may have meant: habits of other programs, then keys of that name."""
+def _option_advice(argument: str, verb: str) -> str:
+    """What a wrong option may have meant: habits of other programs, our options, then keys."""
     name, equals, value = argument.partition("=")
     word = name.lstrip("-").replace("-", "_")
     if habit := _HABITS.get(word):
         return f" {habit}."
-    keys = [key.name for key in leaf_keys(RlRecipe)]
-    same = [key for key in keys if word in (key, key.rpartition(".")[2])]
-    near = same or [key for key in keys if key.rpartition(".")[2] == _SHORT.get(word)]
-    return f" Did you mean --{near[0]}{equals}{value}?" if near else ""
+    own = [*_OWN_OPTIONS.get(verb, (ACCEPT_CHANGES,)), "--help", "--quiet"]
+    near = difflib.get_close_matches(name.replace("_", "-"), own, 1, 0.75)
+    key = nearest_key(RECIPE_CLASSES.get(verb, RlRecipe), word)
+    meant = near[0] if near else f"--{key}" if key else ""
+    return f" Did you mean {meant}{equals}{value}?" if meant else ""
 
 
 def load_recipe(

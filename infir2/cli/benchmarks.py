@@ -37,7 +37,9 @@ def run_benchmarks(arguments: Sequence[str]) -> None:
     for name in ("target", "benchmarks", "data", "run_dir"):
         if not getattr(options, name):
             word = {"target": "a MODEL or URL", "run_dir": "--run.dir"}.get(name, f"--{name}")
-            raise ConfigError(f"infir2 eval --benchmarks needs {word}; see `... --help`.")
+            raise ConfigError(
+                f"infir2 eval --benchmarks needs {word}; see `infir2 eval --benchmarks --help`."
+            )
     _run(_options(vars(options)), options.json)
 
 

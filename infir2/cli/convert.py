@@ -9,7 +9,7 @@ from typing import get_args
 from infir2.cli.arguments import Parser
 from infir2.cli.outputs import write_once
 from infir2.config.data_sections import DocumentBos
-from infir2.config.paths import check_model_directory
+from infir2.config.paths import check_model_directory, check_tokenizer_directory
 from infir2.errors import CheckpointError, ConfigError
 from infir2.terminal import print_result
 
@@ -51,11 +51,7 @@ def _explained(export: str, source: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        try:
-            if not source.is_file():
-                check_model_directory("SRC", str(source))
-        except ConfigError as missing:
-            raise CheckpointError(str(missing)) from error
+        _check_source(export, source, error)
         if export == "hf" and not is_run(source) and (source / "config.json").is_file():
             raise CheckpointError(
                 f"{source}: is a Hugging Face directory already; infir2 export hf reads a run."
@@ -66,6 +62,23 @@ def _explained(export: str, source: Path) -> Iterator[None]:
                 "--to DIR writes it as a Hugging Face directory."
             ) from error
         raise
+
+
+def _check_source(export: str, source: Path, error: CheckpointError) -> None:
+    """Raise CheckpointError for a source that is no directory, or one of another format."""
+    if source.is_file() and (export or source.suffix != ".gguf"):
+        wanted = "a run or a model's directory" if export else "a model's directory or a .gguf file"
+        raise CheckpointError(f"SRC: {source} is a file; name {wanted}.") from error
+    try:
+        if not source.is_file():
+            check_model_directory("SRC", str(source))
+    except ConfigError as missing:
+        raise CheckpointError(str(missing)) from error
+    if export and not (source / "config.json").exists() and "neither a checkpoint" in str(error):
+        raise CheckpointError(
+            f"SRC: {source} is neither a run with a checkpoint (checkpoints/step-N) nor a Hugging "
+            "Face directory (config.json); name one."
+        ) from error
 
 
 def _export_parser() -> Parser:
@@ -184,8 +197,13 @@ def verify_weights(arguments: Sequence[str]) -> None:
         help="also compare a server's greedy tokens (OpenAI API; key in INFIR2_ENGINE_KEY)",
     )
     options = parser.parse_args(arguments)
+    from infir2.checkpoint.fingerprint import is_run
     from infir2.convert import verify_weights as compare
 
+    if is_run(options.hf_dir) and not is_run(options.run):
+        raise ConfigError(
+            f"the run comes first: infir2 verify-weights {options.hf_dir} {options.run}."
+        )
     num_tensors = compare(options.run, options.hf_dir)
     print_result(f"{num_tensors} tensors of {options.hf_dir} hold the bytes of {options.run}.")
     if options.engine:
@@ -201,13 +219,18 @@ def tokenize(arguments: Sequence[str]) -> None:
         raise ConfigError(
             f"--workers {options.workers}: set the number of processes, or 0 for one per CPU."
         )
+    if not 0 <= options.max_quarantined_fraction <= 1:
+        raise ConfigError(
+            f"--max-quarantined-fraction {options.max_quarantined_fraction:g}: name a fraction, "
+            "0 to 1."
+        )
+    if options.out.suffix in (".bin", ".idx"):
+        raise ConfigError(
+            f"--out {options.out}: name the prefix of the files, {options.out.with_suffix('')}."
+        )
+    check_tokenizer_directory("--tokenizer", options.tokenizer)
     from infir2.data.tokenize import tokenize as write
 
-    if not options.tokenizer.is_dir():
-        raise ConfigError(
-            f"--tokenizer {options.tokenizer}: there is no such directory; name one with "
-            "tokenizer.json."
-        )
     written = write(
         options.sources,
         options.tokenizer,

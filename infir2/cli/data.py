@@ -8,7 +8,8 @@ from infir2 import __version__
 from infir2.cli.arguments import Parser
 from infir2.cli.demo import SEED
 from infir2.cli.outputs import write_once
-from infir2.errors import ConfigError, DataError
+from infir2.config.paths import check_tokenizer_directory
+from infir2.errors import DataError
 from infir2.terminal import print_json, print_marked, print_result
 
 KINDS = ("documents", "messages", "prompts")
@@ -73,16 +74,12 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    check_tokenizer_directory("--tokenizer", options.tokenizer)
     from infir2.data import load_tokenizer
     from infir2.evaluate.contamination import find_contamination
     from infir2.starter.inspection import inspect_sources
     from infir2.starter.words import as_json, contamination, describe, shown
 
-    if not (options.tokenizer / "tokenizer.json").is_file():
-        raise ConfigError(
-            f"--tokenizer {options.tokenizer}: not a directory with a tokenizer.json; name the "
-            "model's directory."
-        )
     if options.problems and not options.problems.exists():
         raise DataError(f"--problems {options.problems} does not exist; name test questions.")
     tokenizer = load_tokenizer(options.tokenizer)

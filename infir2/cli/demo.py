@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
+from infir2.errors import ConfigError
 
 SEED = 1236
 
@@ -31,6 +32,17 @@ def demo(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the table of stages as JSON")
     options = parser.parse_args(arguments)
+    _check_directory(options.dir)
     from infir2.demo.stages import run_demo
 
     run_demo(options.dir, options.seed, options.json)
+
+
+def _check_directory(directory: Path) -> None:
+    """Raise ConfigError for a directory with something else than a demo."""
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not any((directory / name).is_dir() for name in ("logs", "world")):
+        raise ConfigError(
+            f"{directory} holds something else than a demo; name a new directory: infir2 demo DIR."
+        )

@@ -1,5 +1,6 @@
 """Verb eval: an evaluation of a recipe; compare and contamination read what there is."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,8 +43,11 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 def _check_target(arguments: Sequence[str]) -> None:
-    """Raise ConfigError for a model or URL, which benchmarks are for."""
+    """Raise ConfigError for a misspelt command, and for a model or URL."""
     first = arguments[0] if arguments else ""
+    near = difflib.get_close_matches(first, _COMMANDS, 1)
+    if near and not Path(first).exists():
+        raise ConfigError(f"infir2 eval {first}: did you mean infir2 eval {near[0]}?")
     if first.startswith(("http://", "https://")) or Path(first, "config.json").is_file():
         raise ConfigError(
             f"{first}: is no recipe; infir2 eval {first} --benchmarks NAMES --data DIR runs "

@@ -2,14 +2,22 @@
 
 import argparse
 import math
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from infir2.cli.arguments import RECIPE_CLASSES, Parser, split_recipe_arguments
+from infir2.cli.arguments import (
+    RECIPE_CLASSES,
+    Parser,
+    split_json,
+    split_recipe_arguments,
+    wants_help,
+)
+from infir2.cli.rl import split_modes
+from infir2.config import load
 from infir2.config.env_vars import variables_of
 from infir2.errors import ConfigError, Interrupted, LaunchedError, Preempted
 from infir2.launch import ray, slurm
@@ -27,6 +35,7 @@ from infir2.launch.torchrun import (
 )
 from infir2.terminal import log, print_result
 
+KINDS = ("torchrun", "ray", "slurm")
 _DESCRIPTION = (
     "Starts a training verb on many processes and nodes, and exits with the worst rank's code. "
     "SIGTERM and Ctrl-C reach every rank: they save, and the same command resumes. "
@@ -35,6 +44,9 @@ _DESCRIPTION = (
 
 
 _HABITS = {
+    "--gpus": "write --gpus-per-node M",
+    "--num-gpus": "write --gpus-per-node M",
+    "--num-nodes": "write --nodes N",
     "--nproc-per-node": "write --gpus-per-node M",
     "--nnodes": "write --nodes N",
     "--rdzv-endpoint": "write --endpoint HOST:PORT",
@@ -81,7 +93,9 @@ def _split_command(arguments: Sequence[str]) -> tuple[Sequence[str], list[str]]:
         return own, command
     for index, argument in enumerate(arguments):
         if argument in VERBS:
-            fixed = shlex.join([*arguments[:index], "--", *arguments[index:]])
+            own = arguments[:index]
+            kind = [] if any(each in own for each in KINDS) else ["torchrun"]
+            fixed = shlex.join([*kind, *own, "--", *arguments[index:]])
             raise ConfigError(
                 f"-- is missing before the verb {argument}: write infir2 launch {fixed}"
             )
@@ -157,11 +171,14 @@ def _launcher(
 
 
 def _check_recipes(command: list[str]) -> None:
-    for path in split_recipe_arguments(command[1:], command[0])[0]:
-        if not Path(path).exists():
-            raise ConfigError(
-                f"{path}: no such recipe; paths are relative to the current directory."
-            )
+    """Raise ConfigError for what every rank would refuse, before any is started or queued."""
+    verb, arguments = command[0], command[1:]
+    if wants_help(arguments):
+        return
+    if verb == "rl":
+        arguments = split_modes(arguments)[0]
+    paths, options = split_recipe_arguments(split_json(arguments)[1], verb)
+    load(RECIPE_CLASSES[verb], paths, options, os.environ, verb)
 
 
 def _parser() -> Parser:
@@ -172,7 +189,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "kind",
-        choices=("torchrun", "ray", "slurm"),
+        choices=KINDS,
         metavar="torchrun|ray|slurm",
         help="torchrun: this machine, or this node of several; ray; slurm",
     )

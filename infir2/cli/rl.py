@@ -26,7 +26,7 @@ def rl(arguments: Sequence[str]) -> None:
         )
         print_result(recipe_help(RlRecipe, "rl", description))
         return
-    arguments, rollout_only, run_dir = _split_modes(arguments)
+    arguments, rollout_only, run_dir = split_modes(arguments)
     loaded = load_recipe(RlRecipe, arguments, "rl")
     from infir2.rl.loop import run_rl, run_train_only
 
@@ -37,7 +37,7 @@ def rl(arguments: Sequence[str]) -> None:
             run_rl(loaded, rollout_only)
 
 
-def _split_modes(arguments: Sequence[str]) -> tuple[list[str], bool, str]:
+def split_modes(arguments: Sequence[str]) -> tuple[list[str], bool, str]:
     """(the other arguments, whether only to sample, whose rollouts to train on)."""
     rest, run_dir, words = list[str](), "", iter(arguments)
     for word in words:

@@ -6,7 +6,6 @@ earlier list, except that `data.sources.0.path` (an option, or a table `[data.so
 one element. A relative path is relative to the working directory; in `extends`, to the file.
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,13 @@ from infir2.config.keys import (
     is_text,
     is_text_list,
     item_class,
-    leaf_keys,
     lookup,
     section_class,
 )
+from infir2.config.paths import unusable_paths
 from infir2.config.rules import violations
-from infir2.config.toml import MAX_SHOWN, parse, read_chain, shown
+from infir2.config.toml import parse, read_chain, shown
+from infir2.config.unknown import unknown_key
 from infir2.errors import ConfigError
 
 R = TypeVar("R", bound=BaseModel)
@@ -57,9 +57,6 @@ class Loaded(Generic[R]):
     provenance: dict[str, str]
     notes: tuple[str, ...] = ()
     accept_changes: bool = False
-
-
-TRUNCATIONS = ("rl.top_p", "rl.top_k", "rl.min_p")  # of the sampling, in other frameworks
 
 
 class _Layers:
@@ -206,8 +203,9 @@ def load(
             raise ConfigError(f"option {option}: write it as --{key}=VALUE.")
         layers.set_text(key, text, "option")
     recipe = _validate(recipe_class, layers, _last_file(paths))
-    provenance = {key: layers.origins.get(key, "default") for key in flatten(recipe)}
-    for key, sentence in violations(recipe, verb):
+    values = flatten(recipe)
+    provenance = {key: layers.origins.get(key, "default") for key in values}
+    for key, sentence in [*unusable_paths(values), *violations(recipe, verb)]:
         origin = layers.origins.get(key, "default")
         location = _last_file(paths) if origin == "default" else _location(origin, key)
         raise ConfigError(f"{location}: {sentence}")
@@ -279,35 +277,15 @@ def _sentence(recipe_class: Recipe, key: str, error: Any) -> str:
     )
     if error["type"] in ("int_type", "float_type") and _has_unit(error["input"]):
         requirement += " without a unit"
+    if error["type"] == "int_type" and isinstance(number := error["input"], float):
+        whole = number.is_integer() and abs(number) < 2**53
+        requirement += f" ({int(number)}, without point and exponent)" if whole else ""
     return f"{key} {requirement}, not {shown(error['input'])}."
 
 
 def _has_unit(value: Any) -> bool:
     """Whether this is a number and a unit: "32k", "10 min", "5%"."""
     return isinstance(value, str) and bool(re.fullmatch(r"[+-]?[\d._]+\s*[a-zA-Z%]+", value))
-
-
-def unknown_key(recipe_class: Recipe, key: str) -> str:
-    """Return the sentence about a key that does not exist, with the nearest key that does."""
-    key = key if len(key) <= MAX_SHOWN else f"{key[:MAX_SHOWN]}…"
-    if key in TRUNCATIONS:
-        return (
-            f"{key} is not a key: neither engines nor the trainer compute log-probabilities of a "
-            "truncated distribution, so RL samples from all tokens; remove it (docs/rl.md)."
-        )
-    section = key.split(".")[0]
-    if section not in recipe_class.model_fields:
-        known = list(recipe_class.model_fields)
-        near = difflib.get_close_matches(section, known, 1, 0.6)
-        hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(known)}."
-        return f"{section} is not a section of this kind of recipe; {hint}"
-    known = [leaf.name for leaf in leaf_keys(recipe_class)]
-    leaf_name = key.rsplit(".", 1)[-1]
-    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf_name]
-    near = same_leaf[:1] or difflib.get_close_matches(key, known, 1, 0.6)
-    return f"{key} is not a key" + (
-        f"; did you mean {near[0]}?" if near else "; `infir2 VERB --help` lists the keys."
-    )
 
 
 def _tuples(value: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from infir2.config.toml_advice import toml_advice
 from infir2.errors import ConfigError
 from infir2.files import read_regular
 
@@ -43,17 +44,20 @@ def read_chain(path: Path, seen: tuple[str, ...] = ()) -> list[tuple[str, dict[s
 
 
 def _read(path: Path) -> dict[str, Any]:
+    text = ""
     try:
         if path.is_dir():
             raise ConfigError(
                 f"{path}: this is a directory; name a recipe, a .toml file (a model or a run is "
                 f"named by --model.path={path})."
             )
-        return parse(read_regular(path, MAX_BYTES).decode("utf-8-sig"))
+        text = read_regular(path, MAX_BYTES).decode("utf-8-sig")
+        return parse(text)
     except FileNotFoundError:
         raise ConfigError(f"{shown(path)}: there is no such recipe file; {_advice(path)}") from None
     except ValueError as error:
-        raise ConfigError(f"{shown(path)}: this is not valid TOML: {error}.") from None
+        advice = toml_advice(path, text, error)
+        raise ConfigError(f"{shown(path)}: this is not valid TOML: {error}{advice}.") from None
     except OSError as error:
         raise ConfigError(f"{shown(path)}: the recipe cannot be read: {error.strerror}.") from None
 
@@ -61,7 +65,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _advice(path: Path) -> str:
     """What to name instead of a recipe file that does not exist."""
     recipes = [*path.parent.glob("*.toml"), *Path("recipes").glob("*/*.toml")]
-    near = difflib.get_close_matches(str(path), map(str, recipes), 1, 0.8)
+    near = difflib.get_close_matches(str(path.with_suffix(".toml")), map(str, recipes), 1, 0.8)
     return f"did you mean {near[0]}?" if near else "recipes are in recipes/."
 
 

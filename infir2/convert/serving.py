@@ -18,9 +18,8 @@ from torch import nn
 from infir2.config.schema import Fp8Section
 from infir2.convert.weights import BLOCK, meta_decoder
 from infir2.errors import ConfigError
-from infir2.model import ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX
-from infir2.model.safetensors_io import HfWeights, read_json
+from infir2.model.safetensors_io import HfWeights, read_config, read_json
 from infir2.numerics import Fp8Linear
 
 _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -84,7 +83,7 @@ def require_loadable(key: str, directory: Path, tensor_parallel: int = 1) -> Non
 
     They cut the rows of q, k, v, gate and up, and the columns of o and down.
     """
-    config = ModelConfig.from_hf(read_json(directory / "config.json"))
+    config = read_config(directory)
     if config.num_heads % tensor_parallel:
         raise ConfigError(
             f"{key}: {directory} has {config.num_heads} attention heads, which SGLang and vLLM "

@@ -108,6 +108,16 @@ def _require_known_model(src: Path, raw: dict[str, Any]) -> None:
     ModelConfig.from_hf(raw)
 
 
+def _loading_problem(error: Exception) -> str:
+    """Of a file of pickles that needs code, torch says how to run that code; we do not."""
+    if "weights_only" in str(error):
+        return (
+            "its pickled weights (.bin, .pt) are damaged, or would have to run code, which is "
+            "refused; get the model as safetensors"
+        )
+    return f"transformers cannot load it: {first_line(error)}; copy the model again"
+
+
 @contextlib.contextmanager
 def _transformers_errors(src: Path) -> Iterator[None]:
     """Whatever transformers raises as a CheckpointError: any line of it can meet bad files.
@@ -125,7 +135,7 @@ def _transformers_errors(src: Path) -> Iterator[None]:
             f"{src}: transformers needs another package to read this: {first_line(error)}"
         ) from error
     except Exception as error:
-        raise CheckpointError(f"{src}: transformers cannot load it: {first_line(error)}") from error
+        raise CheckpointError(f"{src}: {_loading_problem(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
 

@@ -171,7 +171,8 @@ def hf_weights(path: Path, quantized: bool) -> Weights:
             else "a model that is not quantized yet"
         )
         raise CheckpointError(
-            f"{path / 'config.json'}: is not the config of {required}; give the other directory."
+            f"{path / 'config.json'}: is not the config of {required}; name the other directory"
+            + ("." if quantized else f", or infir2 import fp8 {path} --to DIR makes one.")
         )
     files = HfWeights(path)
     plain_config = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -230,9 +231,14 @@ def file_scale_format(path: Path) -> str:
         or section.get("quant_method") != "fp8"
         or section.get("weight_block_size") != list(BLOCK)
     ):
+        remedy = (
+            "convert it with software that knows its format"
+            if section
+            else f"it is not quantized, and infir2 export fp8 {path} --to DIR does that"
+        )
         raise CheckpointError(
             f"{path / 'config.json'}: quantization_config is not quant_method fp8"
-            " with weight_block_size [128, 128]."
+            f" with weight_block_size [128, 128]; {remedy}."
         )
     return "pow2" if section.get("scale_fmt") == "ue8m0" else "fp32"
 

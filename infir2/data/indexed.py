@@ -129,7 +129,7 @@ class IndexedDocuments:
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise DataError(
                 f"{path} is not the index of a Megatron data set: "
-                "fix the path in the recipe, or copy the file again."
+                "fix the path, or copy the file again."
             )
         _, version, code, sequences, bounds = HEADER.unpack(header)
         if version != 1 or code not in DTYPES:

@@ -3,6 +3,7 @@
 import math
 import os
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,19 +56,34 @@ def open_source(section: SourceSection, kind: RowKind, labels: Labels | None = N
             for field in fields
             if file.fields and not file.fields & {field, field.split(".")[0]}
         ]
-        if missing == [section.messages_field] and kind == "messages":
-            hint = (
-                "set messages_field of the source, or set prompt_field and solution_field, "
-                "or convert the file"
-            )
-        else:
-            hint = f"set the source's ..._field keys for {kind} to the file's field names"
         if missing:
             fields_found = ", ".join(sorted(file.fields))
             raise DataError(
-                f"{file.path} has no field `{missing[0]}` (it has {fields_found}): {hint}."
+                f"{file.path} has no field `{missing[0]}` (it has {fields_found}): "
+                f"{_field_advice(kind, file.fields)}."
             )
     return source
+
+
+_KEYS: dict[RowKind, str] = {
+    "documents": "text_field (infir2 tokenize: --text-field)",
+    "messages": "messages_field, or prompt_field and solution_field,",
+    "prompts": "prompt_field and answer_field",
+}
+_TYPICAL: dict[RowKind, tuple[str, str]] = {  # a field of such rows, and what they are for
+    "messages": ("messages", "conversations, for infir2 sft"),
+    "prompts": ("label", "prompts with answers, for infir2 rl and eval"),
+    "documents": ("text", "documents, for infir2 cpt"),
+}
+
+
+def _field_advice(kind: RowKind, fields: Collection[str]) -> str:
+    """What to do about rows without the fields that `kind` requires."""
+    advice = f"set {_KEYS[kind]} of the source to the file's field names, or convert the file"
+    for other, (field, meaning) in _TYPICAL.items():
+        if other != kind and field in fields:
+            return f"these look like {meaning}; {advice}"
+    return advice
 
 
 def parse_document(row: dict[str, Any], section: SourceSection) -> str:
@@ -214,7 +230,8 @@ class Quarantine:
             raise DataError(
                 f"{source.path}: {counts.total()} of {len(source)} rows are unusable "
                 f"({reasons}; the last is {origin}: {error}), more than the allowed fraction of "
-                f"{self._max_fraction:g}: fix the rows, or raise data.max_quarantined_fraction."
+                f"{self._max_fraction:g}: fix the rows, or raise data.max_quarantined_fraction "
+                "(infir2 tokenize: --max-quarantined-fraction)."
             )
 
     def state_dict(self) -> dict[str, dict[str, int]]:

@@ -30,6 +30,7 @@ METADATA = re.compile(
 SPLIT = re.compile(
     r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)", re.IGNORECASE
 )
+_HUB = re.compile(r"(?:(?:https?:/+huggingface\.co/|hf:/+)datasets/)?([\w-][\w.-]*/[\w.-]+)/?")
 MAX_TEXT_BYTES = 1 << 30
 
 
@@ -109,10 +110,22 @@ def _find(path: Path, columns: Collection[str]) -> list[Path]:
         if is_indexed(path):
             return [path]
         if not path.exists():
-            raise DataError(f"data source {path} does not exist: fix the path in the recipe.")
+            raise DataError(f"data source {path} does not exist: {missing_advice(path)}.")
         return _find_in_directory(path, columns) if path.is_dir() else [path]
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+def missing_advice(path: Path) -> str:
+    """What to do about a path that does not exist; users of other stacks write names of the hub."""
+    hub = _HUB.fullmatch(str(path))
+    is_file = path.name.lower().endswith((*SUFFIXES, ".txt", ".bin"))
+    if not hub or is_file or Path(hub[1].split("/")[0]).exists():
+        return "name a file or a directory with data"
+    return (
+        "infir2 downloads nothing; if it is a data set of the hub, hf download --repo-type "
+        f"dataset {hub[1]} --local-dir DIR, then name DIR or a file in it"
+    )
 
 
 def _find_in_directory(directory: Path, columns: Collection[str]) -> list[Path]:
@@ -128,8 +141,7 @@ def _find_in_directory(directory: Path, columns: Collection[str]) -> list[Path]:
             _check_read_once(directory, files)
             return files
     raise DataError(
-        f"directory {directory} has no .jsonl, .json, .parquet or .idx file: "
-        "fix the path in the recipe."
+        f"directory {directory} has no .jsonl, .json, .parquet or .idx file: fix the path."
     )
 
 
@@ -182,8 +194,8 @@ def _open(path: Path, columns: Collection[str], converter: ParquetConverter) -> 
         if name.endswith(".txt"):
             return TextFile(path)
         require_regular(path)
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    except OSError as error:  # of an indexed data set, one of two files
+        raise _unreadable(Path(str(error.filename or path)), error) from None
     raise DataError(
         f"{path} has an unknown file type: a source is a .jsonl, .ndjson or .json file (also .gz "
         "or .zst), a .parquet, .txt or .idx file, or a directory of such files."
@@ -192,6 +204,5 @@ def _open(path: Path, columns: Collection[str], converter: ParquetConverter) -> 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError(
-        f"{path} cannot be read ({error.strerror or error}): "
-        "fix the file, or the path in the recipe."
+        f"{path} cannot be read ({error.strerror or error}): fix the file, or the path."
     )

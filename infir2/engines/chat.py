@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infir2.engines.engine_options import EngineOptions, ServeClient, serve_host
+from infir2.engines.engine_options import EngineOptions, ServeClient, check_model, serve_host
 from infir2.engines.http_client import HttpClient, check_url
 from infir2.engines.probe import KEY_VARIABLE
 from infir2.engines.remote import BadAnswerError, EngineError
@@ -61,6 +61,9 @@ def run_chat(options: ChatOptions) -> None:
         raise ConfigError("--engine and its options are for MODEL; leave them out beside --url.")
     if options.beside is not None and options.beside == options.model:
         raise ConfigError("--beside names MODEL itself; name another, such as its BF16 export.")
+    for key, model in (("MODEL", options.model), ("--beside", options.beside)):
+        if model is not None:
+            check_model(key, model)
     with contextlib.ExitStack() as stack:
         conversations = [_conversation(stack, options.model, options)]
         if options.beside is not None:

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 import torch
 
+from infir2.checkpoint.fingerprint import is_run
+from infir2.config.paths import check_model_directory
 from infir2.config.schema import RolloutSection
 from infir2.engines.infir2_server import Infir2Client
 from infir2.engines.remote import EngineClient, ServerInfo
@@ -16,9 +18,21 @@ from infir2.engines.sglang import sglang_command
 from infir2.engines.streams import SGLANG_OPTIONS, VLLM_OPTIONS, SglangStreams, VllmStreams
 from infir2.engines.vllm_command import check_vllm_model, vllm_command
 from infir2.errors import ConfigError
+from infir2.model.safetensors_io import read_config
 
 EngineKind = Literal["native", "sglang", "vllm"]
 ENGINE_KINDS: tuple[str, ...] = get_args(EngineKind)
+
+
+def check_model(key: str, directory: Path) -> None:
+    """Raise ConfigError or CheckpointError unless `directory`, of `key`, is an exported model's."""
+    check_model_directory(key, str(directory))
+    if is_run(directory):
+        raise ConfigError(
+            f"{key}: {directory} is a run directory, and an engine loads an export: infir2 export "
+            f"fp8 {directory} --to DIR, then name DIR."
+        )
+    read_config(directory)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,10 @@ def find_data_files(data: Path) -> list[Path]:
     """All data files at or below a path, whatever their names. Raises DataError without one."""
     found = _data_files(data) if data.exists() else []
     if not found:
-        raise DataError(f"--data: {data} does not exist, or has no data files.")
+        raise DataError(
+            f"--data: {data} does not exist, or has no data files; name a file or directory of "
+            "questions."
+        )
     return found
 
 

@@ -4,11 +4,10 @@ import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infir2.checkpoint.fingerprint import fingerprint, is_run
-from infir2.config.paths import check_model_directory
+from infir2.checkpoint.fingerprint import fingerprint
 from infir2.data import load_tokenizer
 from infir2.data.types import RowError
-from infir2.engines.engine_options import EngineOptions
+from infir2.engines.engine_options import EngineOptions, check_model
 from infir2.engines.http_client import HttpClient, check_url
 from infir2.engines.remote import EngineError
 from infir2.errors import ConfigError
@@ -78,12 +77,7 @@ def identify_model(options: BenchmarkOptions) -> str:
 
 def _check_model(directory: Path) -> None:
     """Raise ConfigError unless it is a Hugging Face directory with a chat template."""
-    check_model_directory("MODEL", str(directory))
-    if is_run(directory):
-        raise ConfigError(
-            f"MODEL: {directory} is a run directory, and engines load an export: infir2 export fp8 "
-            f"{directory} --to DIR, then name DIR."
-        )
+    check_model("MODEL", directory)
     begin_phase("loading the tokenizer")
     try:
         load_tokenizer(directory).encode_prompt([{"role": "user", "content": "1"}])

@@ -25,7 +25,7 @@ from infir2.model.hf_names import load_directory
 from infir2.model.memory import require_memory
 from infir2.model.padding import plan_packing
 from infir2.model.rope import rope_tables
-from infir2.model.safetensors_io import read_json
+from infir2.model.safetensors_io import read_config
 from infir2.numerics import (
     RMSNorm,
     SavedActivations,
@@ -176,9 +176,7 @@ class Decoder(nn.Module):
         unsupported model, and ConfigError if it does not fit the memory.
         """
         with torch.device("meta"):
-            model = cls(
-                ModelConfig.from_hf(read_json(Path(directory) / "config.json")), compute_dtype
-            )
+            model = cls(read_config(Path(directory)), compute_dtype)
         load_directory(model, Path(directory), device)
         return model
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from infir2.directories import new_directory
 from infir2.errors import CheckpointError, first_line
-from infir2.files import read_json_object
+from infir2.files import open_regular, read_json_object
+from infir2.model.config import ModelConfig
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SCALES_FILE = "fp8_scales.st"  # safetensors; no engine loads a file of this suffix as weights
@@ -35,6 +36,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
 )
+_LFS = b"version https://git-lfs"
 _CHUNK_WORDS = 2**17  # stays in a core's cache
 _ONES, _SEVEN_BITS = 0x0101010101010101, 0x7F7F7F7F7F7F7F7F
 _SIGN_BITS = -0x7F7F7F7F7F7F7F80  # 0x8080808080808080 as int64
@@ -105,6 +107,11 @@ class HfWeights:
             try:
                 self._files[file_name] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError, ValueError) as error:
+                if _is_lfs_pointer(path):
+                    raise CheckpointError(
+                        f"{path} is a pointer of Git LFS, not the weights; run git lfs pull in "
+                        f"{self.directory}, or download the model with hf download"
+                    ) from error
                 raise CheckpointError(
                     f"{path} is not a complete safetensors file ({first_line(error)}); "
                     "copy the model again"
@@ -144,6 +151,24 @@ def read_json(path: Path) -> dict[str, Any]:
         path,
         lambda problem: CheckpointError(f"{problem}; name a complete Hugging Face model directory"),
     )
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The shape that a directory's config.json describes. Raises CheckpointError naming the file.
+
+    Example: `read_config(Path("Qwen2.5-1.5B")).num_layers` -> 28.
+    """
+    path = directory / "config.json"
+    if not path.exists() and (directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{directory} is a LoRA adapter, not a model; merge it into its base model "
+            "(merge_and_unload of peft), save that, and name its directory"
+        )
+    raw = read_json(path)
+    try:
+        return ModelConfig.from_hf(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}/{error}") from error
 
 
 def write_hf(
@@ -294,6 +319,11 @@ def _copy_side_files(source: Path, work: Path) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    with open_regular(path) as file:
+        return file.read(len(_LFS)) == _LFS
 
 
 def _no_weights(directory: Path) -> str:

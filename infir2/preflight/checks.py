@@ -63,6 +63,7 @@ class Preflight:
             checks |= {"verifier": self.verifier, "jail": self.jail}
         if self.verb == "rl":
             checks |= {"engine": self.engine}
+            checks |= {"rewards": self.rewards} if self._has_own_rewards() else {}
         if self.verb == "eval":
             checks |= {"memory": self.evaluation_memory}
         else:
@@ -149,6 +150,17 @@ class Preflight:
         from infir2.preflight.model import check_engine
 
         return check_engine(self.recipe, self._require_model())
+
+    def rewards(self) -> Finding:
+        """Rewards of one's own are imported as in a run, in a process of their own."""
+        from infir2.preflight.verifiers import check_rewards
+
+        return check_rewards(self.recipe.rl)
+
+    def _has_own_rewards(self) -> bool:
+        from infir2.preflight.verifiers import own_functions
+
+        return bool(own_functions(self.recipe.rl))
 
     def parallel(self) -> Finding:
         """The model and the steps can be split as `[parallel]` says."""

@@ -1,7 +1,6 @@
 """What kind of rows a source has, and under which names, found from its first usable row."""
 
 import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from infir2.config.schema import SourceSection
 from infir2.data.indexed import is_indexed
 from infir2.data.messages import decode_messages
 from infir2.data.rows import RowKind
-from infir2.data.sources import Source
+from infir2.data.sources import Source, missing_advice
 from infir2.data.types import RowError
 from infir2.errors import DataError
 
@@ -57,13 +56,7 @@ def _require(path: Path) -> None:
     """Raise DataError for a path that does not exist."""
     if path.exists() or is_indexed(path):
         return
-    advice = "name a file or a directory with data"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix:
-        advice = (
-            "infir2 downloads nothing: hf download --repo-type dataset "
-            f"{path} --local-dir data/{path.name}, and name that"
-        )
-    raise DataError(f"{path} does not exist; {advice}.")
+    raise DataError(f"{path} does not exist; {missing_advice(path)}.")
 
 
 def _first_row(source: Source) -> dict[str, Any]:

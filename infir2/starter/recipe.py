@@ -16,7 +16,7 @@ from infir2.data import ChatTokenizer, load_tokenizer
 from infir2.errors import ConfigError, DataError, OutputExistsError, disk_reason
 from infir2.files import write_atomically
 from infir2.model import ModelConfig
-from infir2.model.safetensors_io import read_json
+from infir2.model.safetensors_io import read_config
 from infir2.starter.fields import KIND_OF_TASK, detect
 from infir2.starter.inspection import Inspection, inspect_sources
 
@@ -64,7 +64,7 @@ def write_recipe(
             f"--model {model} has no config.json; name a Hugging Face directory (of a run: "
             f"infir2 export hf {model} --to DIR)."
         )
-    config = ModelConfig.from_hf(read_json(model / "config.json"))
+    config = read_config(model)
     tokenizer = load_tokenizer(model)
     found = _inspect(data, task, tokenizer)
     held_out = detect(validation, KIND_OF_TASK[task])[1] if validation else None

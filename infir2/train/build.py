@@ -8,7 +8,7 @@ import torch
 
 from infir2.checkpoint import open_checkpoint
 from infir2.checkpoint.fingerprint import is_run
-from infir2.config.paths import check_model_directory
+from infir2.config.paths import check_model_directory, check_tokenizer_directory
 from infir2.config.rl_section import template_variables
 from infir2.config.schema import DataSection, Fp8Section, ModelSection, RunSection
 from infir2.convert.weights import tokenizer_directory
@@ -122,10 +122,7 @@ def open_tokenizer(
 def _check_tokenizer_directory(path: Path, configured: bool) -> None:
     """Raise ConfigError unless `path` can hold the tokenizer, or is a run that names one."""
     if not path.is_dir():
-        raise ConfigError(
-            f"data.tokenizer: {path} has no tokenizer.json: there is no such directory; name "
-            "another (infir2 data demo writes the demo's)."
-        )
+        check_tokenizer_directory("data.tokenizer", path)
     if not configured and not is_run(path) and not (path / "tokenizer.json").is_file():
         raise ConfigError(
             f"model.path: {path} is not a run directory and has no tokenizer.json; name a model's "

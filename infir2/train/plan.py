@@ -24,7 +24,7 @@ from infir2.config.schema import (
 )
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import ModelConfig
-from infir2.model.safetensors_io import read_json
+from infir2.model.safetensors_io import read_config
 from infir2.parallel.mesh import Sizes
 
 
@@ -34,7 +34,7 @@ def device_of(section: RunSection) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if section.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "run.device is cuda, but torch sees no GPU: set run.device = 'cpu' or check the driver"
+            "run.device is cuda, but torch sees no GPU: set run.device = 'cpu' or check the driver."
         )
     return torch.device(section.device)
 
@@ -50,7 +50,7 @@ def planned_config(model: ModelSection, vocab_size: int = 1) -> ModelConfig:
     refuse_torch_dist(path)
     if is_run(path):
         return saved_config(read_state(path), path)
-    return ModelConfig.from_hf(read_json(path / "config.json"))
+    return read_config(path)
 
 
 def refuse_torch_dist(path: Path) -> None:

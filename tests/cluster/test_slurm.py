@@ -169,7 +169,7 @@ def test_ranks_of_two_nodes_meet_and_the_worst_code_comes_back(world: Path, tmp_
     launch = f"{INFIR2} launch slurm --cpu --nodes 2 --gpus-per-node 1 --max-restarts 0 --"
     script = f"""
     {launch} {shlex.join(words)}; echo "code $?"
-    {launch} {shlex.join([*words, "--run.sed=1"])}; echo "code $?"
+    {launch} {shlex.join([*words, "--run.seed=1"])}; echo "code $?"
     """
     result = on_slurm(script, tmp_path)
     log = "".join(path.read_text() for path in sorted(tmp_path.glob("infir2-cpt-*.log")))
@@ -177,7 +177,7 @@ def test_ranks_of_two_nodes_meet_and_the_worst_code_comes_back(world: Path, tmp_
         result.stdout + result.stderr + log
     )
     assert [step for step, _ in curve(tmp_path / "run", "loss")] == [1, 2, 3, 4]
-    assert "did you mean run.seed" in log
+    assert "this run was started with run.seed" in log
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ MISTAKES = [
     ("export hf run --to empty/../hf", 2, "exists already, and another command or another input"),
     ("import hf run --to o", 3, "run: is a run of infir2, which needs no import; infir2 export hf"),
     ("import hf Qwen/Qwen3-8B --to o", 3, "hf download Qwen/Qwen3-8B"),
-    ("tokenize x.jsonl --tokenizer nope --out o", 2, "--tokenizer nope: there is no such direct"),
+    ("tokenize x.jsonl --tokenizer nope --out o", 2, "nope has no tokenizer.json: there is"),
     # reports and the demo
     ("report run --to file.gguf/x.html", 2, "the page cannot be written (File exists, errno 17"),
     ("report run --too x", 2, "did you mean --to?"),

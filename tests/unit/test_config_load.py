@@ -153,7 +153,8 @@ def test_an_option_can_replace_the_list(recipe: str) -> None:
         ),
         (
             "--schedule.total_steps=1e3",
-            "option --schedule.total_steps: schedule.total_steps must be an integer, not 1000.0.",
+            "option --schedule.total_steps: schedule.total_steps must be an integer (1000, without "
+            "point and exponent), not 1000.0.",
         ),
         (
             "--schedule.learning_rate=true",

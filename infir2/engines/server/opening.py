@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from infir2.checkpoint.fingerprint import is_run
-from infir2.config.paths import check_model_directory
 from infir2.data import ChatTokenizer
-from infir2.engines.engine_options import EngineOptions, remote_host
+from infir2.engines.engine_options import EngineOptions, check_model, remote_host
 from infir2.engines.remote_engine import RemoteEngine
 from infir2.engines.server.engine_process import EngineWorker, ProcessEngine
 from infir2.engines.types import ServedEngine
@@ -38,12 +36,7 @@ class ServerOptions:
 
     def check(self) -> None:
         """Raise ConfigError for a directory that is no model's, or options that do not fit."""
-        check_model_directory("MODEL", str(self.model))
-        if is_run(self.model):
-            raise ConfigError(
-                f"MODEL: {self.model} is a run directory, and the engine loads an export: infir2 "
-                f"export fp8 {self.model} --to DIR, then name DIR."
-            )
+        check_model("MODEL", self.model)
         self.engine.check(self.model)
         kind = self.engine.engine
         if kind != "native" and self.weight_updates:

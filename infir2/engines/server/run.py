@@ -19,7 +19,7 @@ from infir2.engines.server.served import Served
 from infir2.errors import ConfigError, disk_reason
 from infir2.files import read_regular
 from infir2.model import ModelConfig
-from infir2.model.safetensors_io import read_json
+from infir2.model.safetensors_io import read_config
 from infir2.terminal import begin_phase, log
 
 DRAIN_SECONDS = 2  # for responses in progress, after SIGTERM
@@ -34,7 +34,7 @@ def run_server(options: ServerOptions) -> None:
     """
     key = _read_key(options)
     listening = _bind(options.host, options.port)
-    config = ModelConfig.from_hf(read_json(options.model / "config.json"))
+    config = read_config(options.model)
     name = options.served_name or options.model.resolve().name
     with contextlib.closing(engine_opening(options, f"{name} at {_address(listening)}/v1")) as each:
         driver = _serve(options, name, key, listening, config, each)
