@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from infir2.cli.arguments import (
@@ -75,6 +76,8 @@ def launch(arguments: Sequence[str]) -> None:
         return
     if options.kind == "torchrun":
         check_machine(layout)
+    if options.kind != "ray":
+        _check_keys(command)
     log(f"starting {command[0]} on {_size(options.kind, layout)}", "infir2 launch")
     code = start()
     if code in CODE_OF_SIGNAL.values():
@@ -93,7 +96,7 @@ def _split_command(arguments: Sequence[str]) -> tuple[Sequence[str], list[str]]:
         return own, command
     for index, argument in enumerate(arguments):
         if argument in VERBS:
-            own = arguments[:index]
+            own = list(arguments[:index])
             kind = [] if any(each in own for each in KINDS) else ["torchrun"]
             fixed = shlex.join([*kind, *own, "--", *arguments[index:]])
             raise ConfigError(
@@ -171,14 +174,25 @@ def _launcher(
 
 
 def _check_recipes(command: list[str]) -> None:
+    for path in _recipe_arguments(command)[0]:
+        if not Path(path).exists():
+            raise ConfigError(
+                f"{path}: no such recipe; paths are relative to the current directory."
+            )
+
+
+def _check_keys(command: list[str]) -> None:
     """Raise ConfigError for what every rank would refuse, before any is started or queued."""
-    verb, arguments = command[0], command[1:]
-    if wants_help(arguments):
-        return
+    if not runs_benchmarks(command) and not wants_help(command):
+        load(RECIPE_CLASSES[command[0]], *_recipe_arguments(command), os.environ, command[0])
+
+
+def _recipe_arguments(command: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(recipe paths, keys) of a verb's command line, without the verb's own options."""
+    verb, arguments = command[0], split_json(command[1:])[1]
     if verb == "rl":
         arguments = split_modes(arguments)[0]
-    paths, options = split_recipe_arguments(split_json(arguments)[1], verb)
-    load(RECIPE_CLASSES[verb], paths, options, os.environ, verb)
+    return split_recipe_arguments(arguments, verb)
 
 
 def _parser() -> Parser:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from infir2.config.keys import flatten
-from infir2.config.load import Loaded, R, load
+from infir2.config.load import Loaded, R, load, sections_in
 from infir2.errors import ConfigError, first_line
 from infir2.files import UnexpectedTypeError, disk_error, read_own
 
@@ -108,6 +108,20 @@ def is_safe(key: str) -> bool:
     return any(key == safe or key.startswith(f"{safe}.") for safe in SAFE_KEYS)
 
 
+def _check_same_kind(loaded: Loaded[Any], recipe_path: Path) -> None:
+    """Raise ConfigError if the run is one of another verb. What cannot be read has no kind."""
+    try:
+        was_rl = "rl" in sections_in([recipe_path])
+    except ConfigError:
+        return
+    is_rl = "rl" in type(loaded.recipe).model_fields
+    if was_rl != is_rl and not loaded.accept_changes:
+        verbs = "rl" if was_rl else "cpt or sft"
+        raise ConfigError(
+            f"{recipe_path.parent}: this is a run of infir2 {verbs}; name a new run.dir."
+        )
+
+
 def check_resume(loaded: Loaded[R], recipe_path: Path) -> list[str]:
     """Compare the recipe with the resolved recipe of the run directory that it resumes.
 
@@ -119,6 +133,7 @@ def check_resume(loaded: Loaded[R], recipe_path: Path) -> list[str]:
             `--accept-changes` was not given.
         CheckpointError: the disk does not let the earlier recipe be read now.
     """
+    _check_same_kind(loaded, recipe_path)
     fix = "name a new run.dir, restore the value, or resume with --accept-changes."
     try:
         read_own(recipe_path, MAX_BYTES)

@@ -24,7 +24,7 @@ from infir2.model import Decoder, ModelConfig
 from infir2.model.config import Architecture
 from infir2.model.hf_names import exported_weights, load_weights
 from infir2.model.memory import require_memory
-from infir2.model.safetensors_io import read_json, write_hf
+from infir2.model.safetensors_io import read_config, read_json, write_hf
 
 _OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
@@ -85,7 +85,7 @@ def _load_with_transformers(src: Path) -> tuple[Any, Any]:
         check_gguf_header(src)
         directory, options = src.parent, {**_OFFLINE, "gguf_file": src.name}
     else:  # absurd sizes would keep transformers busy for ever
-        _require_known_model(src, read_json(src / "config.json"))
+        _require_known_model(src)
         if (src / "tokenizer.json").exists():
             check_tokenizer_files(src)
     with _transformers_errors(src), _no_stdin():
@@ -99,13 +99,14 @@ def _load_with_transformers(src: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _require_known_model(src: Path, raw: dict[str, Any]) -> None:
+def _require_known_model(src: Path) -> None:
+    raw = read_json(src / "config.json") if (src / "config.json").exists() else {}
     if "auto_map" in raw and raw.get("model_type") not in get_args(Architecture):
         raise CheckpointError(
             f"{src}: its config.json asks for code of the model's own, which is never run; "
             "use a model that transformers itself implements"
         )
-    ModelConfig.from_hf(raw)
+    read_config(src)
 
 
 def _loading_problem(error: Exception) -> str:

@@ -17,7 +17,7 @@ from infir2.config.schema import Fp8Section
 from infir2.errors import CheckFailedError, CheckpointError
 from infir2.model import Decoder, ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX, checked_scale
-from infir2.model.safetensors_io import HfWeights, all_finite, read_json
+from infir2.model.safetensors_io import HfWeights, all_finite, read_config, read_json
 from infir2.numerics import Fp8Linear, Fp8Tensor, convert_to_fp8, dequantize
 
 PARAMETERS = "parameters/"
@@ -163,6 +163,7 @@ def hf_weights(path: Path, quantized: bool) -> Weights:
         CheckpointError: `path` is of the other kind, or stores tensors that its config does not
             know.
     """
+    read_config(path)
     config = read_json(path / "config.json")
     if quantized != (config.get("quantization_config") is not None):
         required = (

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,7 +106,9 @@ def test_refusals(
 
 def test_a_server_of_its_own(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "infir2", "chat"]
-    arguments = ([str(model), "--max-tokens=6", "--seed=1"], [str(tmp_path)])
+    shutil.copytree(model, tmp_path / "torn")
+    os.truncate(tmp_path / "torn/model.safetensors", 9000)
+    arguments = ([str(model), "--max-tokens=6", "--seed=1"], [str(tmp_path / "torn")])
     processes = [
         subprocess.Popen(
             [*command, *each],
