@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,9 +20,25 @@ if TYPE_CHECKING:
 
 _PLAIN_INTERVAL_SECONDS = 3.0  # with steps of two seconds, before a `pulse`
 _PULSE_SECONDS = 5.0
-_START_SECONDS = 3.0  # importing torch; a mistake is to be answered by one line
 _MIN_BAR_BYTES = 2**28
 _MAX_ERROR_CHARACTERS = 2000
+
+
+@dataclass
+class _Amount:
+    """How much of the current work is done, in bytes, since when."""
+
+    total: int
+    start: float
+    done: int = 0
+
+    def __str__(self) -> str:
+        """Example: ": 34 % of 12.0 GB, 80 s left"."""
+        if not 0 < self.done <= self.total:
+            return ""
+        seconds = (time.monotonic() - self.start) * (self.total - self.done) / self.done
+        size = f"{self.total / 1e9:.1f} GB" if self.total >= 1e9 else f"{self.total / 1e6:.0f} MB"
+        return f": {100 * self.done // self.total} % of {size}, {_duration(seconds)} left"
 
 
 class _Output:
@@ -35,6 +52,7 @@ class _Output:
     def __init__(self) -> None:
         self.quiet, self.owes_json, self.num_bars = False, False, 0
         self.phase, self.newest = "", time.monotonic()
+        self.amount: _Amount | None = None
         self.phase_start = self.newest
 
 
@@ -54,6 +72,7 @@ def begin_phase(phase: str) -> None:
 
     Example: "loading the model".
     """
+    _output.amount = None
     if phase != _output.phase:
         _output.phase, _output.phase_start = phase, time.monotonic()
 
@@ -77,7 +96,7 @@ def pulse(phase: str) -> Iterator[None]:
 
 
 def _pulse(stop: threading.Event) -> None:
-    wait = _PULSE_SECONDS + _START_SECONDS
+    wait = _PULSE_SECONDS
     while not stop.wait(wait):
         now = time.monotonic()
         wait = _output.newest + _PULSE_SECONDS - now
@@ -86,7 +105,8 @@ def _pulse(stop: threading.Event) -> None:
             if _output.phase and not _output.quiet and not _output.num_bars:
                 seconds = now - _output.phase_start
                 # The main thread may hold the lock of sys.stderr, or fork at this moment.
-                log_in_signal_handler(f"{_output.phase}, {seconds:.0f} s so far")
+                amount = _output.amount or ""
+                log_in_signal_handler(f"{_output.phase}{amount}, {seconds:.0f} s so far")
             _output.newest = now
 
 
@@ -276,11 +296,12 @@ def byte_progress(description: str, total_bytes: int) -> Iterator[Callable[[int]
     """Yield `advance(num_bytes)` for a progress bar of a conversion or a save.
 
     The bar appears on a terminal only, and only for 256 MiB or more: shorter work is done before
-    anyone could read it.
+    anyone could read it. Without a bar the lines of `pulse` say how much is done.
     """
     begin_phase(description)
     if not sys.stderr.isatty() or total_bytes < _MIN_BAR_BYTES or _output.quiet:
-        yield lambda num_bytes: None
+        with _pulsed_amount(total_bytes) as advance:
+            yield advance
         return
     from rich.console import Console
     from rich.progress import (
@@ -306,6 +327,20 @@ def byte_progress(description: str, total_bytes: int) -> Iterator[Callable[[int]
             yield lambda num_bytes: progress.advance(task, num_bytes)
     finally:
         _output.num_bars -= 1
+
+
+@contextmanager
+def _pulsed_amount(total_bytes: int) -> Iterator[Callable[[int], None]]:
+    amount = _output.amount = _Amount(total_bytes, time.monotonic())
+
+    def advance(num_bytes: int) -> None:
+        amount.done += num_bytes
+
+    try:
+        yield advance
+    finally:
+        if _output.amount is amount:  # a save in the background ends in another phase
+            _output.amount = None
 
 
 def _step_bar() -> "Progress":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from infir2.cli.arguments import Parser
 from infir2.cli.engine_options import add_engine_options, take_engine_options
+from infir2.terminal import pulse
 
 _SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 
@@ -12,8 +13,9 @@ _SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 def chat(arguments: Sequence[str]) -> None:
     """infir2 chat MODEL | --url URL [--beside MODEL]"""
     options = _parser().parse_args(arguments)
-    engine = take_engine_options(vars(options))
-    from infir2.engines.chat import ChatOptions, run_chat
+    with pulse("chat is starting"):
+        engine = take_engine_options(vars(options))
+        from infir2.engines.chat import ChatOptions, run_chat
 
     values = {name: getattr(options, name) for name in _SAMPLING}
     sampling = {name: value for name, value in values.items() if value is not None}

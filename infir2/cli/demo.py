@@ -5,6 +5,7 @@ from pathlib import Path
 
 from infir2.cli.arguments import Parser
 from infir2.errors import ConfigError
+from infir2.terminal import pulse
 
 SEED = 1236
 
@@ -33,7 +34,8 @@ def demo(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the table of stages as JSON")
     options = parser.parse_args(arguments)
     _check_directory(options.dir)
-    from infir2.demo.stages import run_demo
+    with pulse("demo is starting"):
+        from infir2.demo.stages import run_demo
 
     run_demo(options.dir, options.seed, options.json)
 

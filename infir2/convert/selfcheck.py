@@ -26,6 +26,7 @@ from infir2.errors import CheckFailedError, UserError, first_line
 from infir2.model import Decoder, ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX, load_weights
 from infir2.model.safetensors_io import read_json
+from infir2.terminal import begin_phase, byte_progress
 
 SMALL_MODEL_PARAMETERS = 20_000_000
 GREEDY_TOKENS = 16
@@ -73,8 +74,11 @@ def check_export(weights: Weights, directory: Path, quantized: set[str], out: Pa
 def _findings(weights: Weights, directory: Path, quantized: set[str], out: Path) -> list[str]:
     files = PlainReader(directory)
     compare_names(files.names(), set(weights.shapes), quantized, directory)
-    for name, source in weights.bf16():
-        _check_tensor(files, name, source, name in quantized)
+    with byte_progress("checking the export", weights.num_bf16_bytes) as on_bytes:
+        for name, source in weights.bf16():
+            _check_tensor(files, name, source, name in quantized)
+            on_bytes(source.nbytes)
+    begin_phase("comparing with transformers")
     finding = (
         f"{out}: {len(weights.shapes)} tensors read back, {len(quantized)} of them FP8,"
         " every value within half a step of its source."

@@ -25,6 +25,7 @@ from infir2.model.config import Architecture
 from infir2.model.hf_names import exported_weights, load_weights
 from infir2.model.memory import require_memory
 from infir2.model.safetensors_io import read_config, read_json, write_hf
+from infir2.terminal import begin_phase
 
 _OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
@@ -88,6 +89,7 @@ def _load_with_transformers(src: Path) -> tuple[Any, Any]:
         _require_known_model(src)
         if (src / "tokenizer.json").exists():
             check_tokenizer_files(src)
+    begin_phase(f"reading {src.name} with transformers")
     with _transformers_errors(src), _no_stdin():
         config = AutoConfig.from_pretrained(directory, **options)
     # refuse it before its weights are read, in BF16
@@ -128,7 +130,9 @@ def _transformers_errors(src: Path) -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     except ImportError as error:
@@ -139,6 +143,8 @@ def _transformers_errors(src: Path) -> Iterator[None]:
         raise CheckpointError(f"{src}: {_loading_problem(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _require_gguf_packages(src: Path) -> None:

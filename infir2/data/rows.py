@@ -66,9 +66,9 @@ def open_source(section: SourceSection, kind: RowKind, labels: Labels | None = N
 
 
 _KEYS: dict[RowKind, str] = {
-    "documents": "text_field (infir2 tokenize: --text-field)",
-    "messages": "messages_field, or prompt_field and solution_field,",
-    "prompts": "prompt_field and answer_field",
+    "documents": "set text_field of the source (infir2 tokenize: --text-field)",
+    "messages": "set messages_field of the source, or set prompt_field and solution_field",
+    "prompts": "set prompt_field and answer_field of the source",
 }
 _TYPICAL: dict[RowKind, tuple[str, str]] = {  # a field of such rows, and what they are for
     "messages": ("messages", "conversations, for infir2 sft"),
@@ -79,7 +79,7 @@ _TYPICAL: dict[RowKind, tuple[str, str]] = {  # a field of such rows, and what t
 
 def _field_advice(kind: RowKind, fields: Collection[str]) -> str:
     """What to do about rows without the fields that `kind` requires."""
-    advice = f"set {_KEYS[kind]} of the source to the file's field names, or convert the file"
+    advice = f"{_KEYS[kind]}, or convert the file"
     for other, (field, meaning) in _TYPICAL.items():
         if other != kind and field in fields:
             return f"these look like {meaning}; {advice}"

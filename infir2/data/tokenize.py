@@ -32,7 +32,7 @@ from infir2.data.types import RowError
 from infir2.errors import ConfigError, DataError, OutputExistsError
 from infir2.files import write_atomically
 from infir2.launch.ranks import die_with_parent
-from infir2.terminal import byte_progress
+from infir2.terminal import begin_phase, byte_progress
 
 CHUNK_BYTES = 1 << 22
 _BATCH_ROWS = 64
@@ -265,6 +265,7 @@ def _run(chunks: Sequence[_Chunk], workers: int, quarantine: Quarantine) -> None
 
 def _join(chunks: Sequence[_Chunk], parts: Path) -> np.ndarray:
     """Write bin and idx into the directory of the parts; return the lengths of the documents."""
+    begin_phase("joining the parts")
     lengths = []
     (parts / "idx").unlink(missing_ok=True)
     with (parts / "bin").open("wb") as file:

@@ -12,6 +12,7 @@ from infir2.data.types import RowError
 from infir2.errors import DataError
 from infir2.evaluate.benchmark_data import find_data_files, read_rows
 from infir2.evaluate.benchmarks import text_of
+from infir2.terminal import begin_phase
 
 NGRAM = 13  # words, as in GPT-3 (arXiv 2005.14165, appendix C)
 SHORTEST = 5  # a question of fewer words than an n-gram is looked for as a whole
@@ -76,6 +77,7 @@ def find_contamination(training: Sequence[Path], data: Path) -> Contamination:
     questions, grams = _questions(data)
     rows = bad = 0
     for path in training:
+        begin_phase(f"reading {path}")
         source = Source(path)
         if any(isinstance(file, IndexedDocuments) for file in source.files):
             raise DataError(f"{path} is tokenized: name the text that it was made of.")

@@ -17,6 +17,7 @@ from infir2.config.schema import TrainRecipe
 from infir2.config.usual import unusual_values
 from infir2.errors import UserError
 from infir2.preflight.finding import Finding, SkippedError
+from infir2.terminal import begin_phase
 
 if TYPE_CHECKING:
     from infir2.config.schema import ModelSection
@@ -42,6 +43,7 @@ class Preflight:
     def findings(self) -> Iterator[Finding]:
         """Run each check that applies and yield its finding; a UserError is a failed check."""
         for name, check in self.checks().items():
+            begin_phase(f"checking {name}")
             try:
                 finding = check()
             except SkippedError as error:

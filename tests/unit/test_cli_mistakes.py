@@ -262,7 +262,7 @@ def test_a_silent_command_says_what_it_does(tmp_path: Path) -> None:
     code = (
         "import sys, time; import infir2.terminal as terminal; import infir2.cli.report as report\n"
         "from infir2.cli import main\n"
-        "terminal._PULSE_SECONDS, terminal._START_SECONDS = 0.2, 0.0\n"
+        "terminal._PULSE_SECONDS = 0.2\n"
         "report.report = lambda _: time.sleep(1)\n"
         "sys.exit(main(sys.argv[1:]))"
     )

@@ -7,6 +7,7 @@ test_planner.py.
 """
 
 import json
+import re
 import shlex
 import shutil
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from stages import make_model, make_world, options, run
 
+from infir2 import terminal
 from infir2.cli import main
 
 COMMON = """[run]
@@ -498,3 +500,21 @@ def test_a_recipe_from_windows_runs(place: Path, tmp_path: Path, change: str) ->
     keys = [f"--run.dir={tmp_path / 'run'}", "--schedule.total_steps=1"]
     assert main(["cpt", str(tmp_path / "windows.toml"), *keys]) == 0
     assert (tmp_path / "run/checkpoints").is_dir()
+
+
+def test_long_work_says_how_much_is_done(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "_PULSE_SECONDS", 0.05)
+    with terminal.pulse("waiting"):
+        with terminal.byte_progress("exporting m", 4_000_000_000) as advance:
+            time.sleep(0.2)
+            advance(1_000_000_000)
+            time.sleep(0.3)
+        time.sleep(0.2)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "infir2: exporting m, 0 s so far"
+    halfway = re.compile(r"infir2: exporting m: 25 % of 4\.0 GB, \d+ s left, \d+ s so far")
+    assert any(halfway.fullmatch(line) for line in lines)
+    assert re.fullmatch(r"infir2: exporting m, \d+ s so far", lines[-1])
+    assert not any("\r" in line or "\033" in line for line in lines)
