@@ -26,6 +26,8 @@ def describe_environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes_per_node": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "command": sys.argv,
         "variables": {name: os.environ[name] for name in _RECORDED_VARIABLES if name in os.environ},
     }

@@ -1,10 +1,22 @@
 """The log of a run: metrics.jsonl, TensorBoard and the terminal, written by rank 0 alone."""
 
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from infir2.checkpoint.record import MetricsWriter, View
 from infir2.terminal import StepProgress, log
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that torch has allocated on a GPU; without one, that this process had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class RunLog:

@@ -57,7 +57,7 @@ from infir2.train.plan import (
     resume_changes,
     resumed_model,
 )
-from infir2.train.run_log import RunLog
+from infir2.train.run_log import RunLog, peak_memory_bytes
 from infir2.train.saver import Saver
 from infir2.train.stop import StopFlag
 from infir2.train.trackers import make_tracker
@@ -257,7 +257,8 @@ class Supervisor:
         self.stop.set(result.signal)
         self.heartbeat(f"the end of step {step}")
         if step % self.recipe.train.log_every == 0 or is_last or result.skipped:
-            self.log.write("train", step, **metrics)
+            memory = peak_memory_bytes(self.layout.device)
+            self.log.write("train", step, **metrics, peak_memory_bytes=memory)
         speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
         self.log.update(step, f"loss {metrics['loss']:.4f} {speed}")
         self._skips.check(step, result, batches, self.saved_step)
