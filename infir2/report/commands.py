@@ -77,7 +77,7 @@ def commands_html(runs: Sequence[Run], paths: Paths) -> str:
         "are, or name yours. Each run directory's recipe.toml has every value that was used, and "
         f"runs again under a new run.dir.{_commits(runs)}"
     )
-    text = escape("\n".join(lines))
+    text = "".join(f"<span>{escape(line)}\n</span>" for line in lines)
     return f'<div><pre class="command">{text}</pre></div><p class="note">{escape(note)}</p>'
 
 

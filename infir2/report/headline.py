@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
+from infir2.report.loop_change import loop_change
 from infir2.report.overlay import stages
 from infir2.report.precision import differences
 from infir2.report.read import Run
@@ -51,6 +52,8 @@ def _results(
         )
         change = change_between(scored[0], scored[-1])
         results.append(f"accuracy {first}, {last}, {change.text} points")
+    elif len(leaders) == 1 and (loop := loop_change(leaders[0])):
+        results.append(loop.text)
     for run in leaders:
         if run.name in pairs and (found := differences(run, pairs[run.name])):
             texts = (f"{difference.name} {difference.text}" for difference in reversed(found))

@@ -198,11 +198,11 @@ def read_run(run_dir: Path) -> Run:
     """Read one run directory."""
     notes: list[str] = []
     rows: list[Row] = []
-    _read_lines(run_dir / "metrics.jsonl", notes, lambda row, _: rows.append(row))
+    read_lines(run_dir / "metrics.jsonl", notes, lambda row, _: rows.append(row))
     recipe_text, recipe = _read_file(run_dir / "recipe.toml", toml.parse, notes)
     samples = Samples()
     if os.path.lexists(run_dir / "samples.jsonl"):
-        _read_lines(run_dir / "samples.jsonl", notes, samples.add)
+        read_lines(run_dir / "samples.jsonl", notes, samples.add)
         notes += samples.notes
     checkpoints = {
         int(path.name[5:]): path
@@ -258,7 +258,7 @@ def _missing(path: Path, error: OSError) -> str:
     return f"no {path.name}" if is_absent else f"{path.name} cannot be read ({error.strerror})"
 
 
-def _read_lines(path: Path, notes: list[str], add: Callable[[Row, int], object]) -> None:
+def read_lines(path: Path, notes: list[str], add: Callable[[Row, int], object]) -> None:
     """Pass the lines that are JSON objects, with their bytes, to `add`, in file order."""
     num_bad = 0
     try:

@@ -12,6 +12,7 @@ from infir2.convert.weights import parameter_shapes
 from infir2.errors import CheckpointError
 from infir2.report.commands import Paths
 from infir2.report.curves import Drawing, run_charts
+from infir2.report.loop_change import loop_change
 from infir2.report.read import Run
 from infir2.report.text import compact, counted, duration, html_table
 
@@ -115,10 +116,23 @@ def run_html(run: Run, twin: Run | None, drawing: Drawing, is_folded: bool, path
     num_skipped = int(np.nansum(run.train["skipped"]))
     facts += [f"{counted(num_skipped, 'step')} skipped"] if num_skipped else []
     text = f'<p class="facts">{escape(" · ".join(fact for fact in facts if fact != "–"))}</p>'
-    html = text + run_charts(run, twin, drawing) + _events(run)
+    html = text + _loop_html(run) + run_charts(run, twin, drawing) + _events(run)
     if not is_folded:
         return f"<h3>{escape(run.name)}</h3>{html}"
     return f"<details><summary>Charts of {escape(run.name)}</summary>{html}</details>"
+
+
+def _loop_html(run: Run) -> str:
+    """What the run's own evaluations say of it."""
+    loop = loop_change(run)
+    if not loop:
+        return ""
+    count = loop.change.num_paired
+    how = f"paired over {counted(count, 'question')}" if count else "as of independent questions"
+    return (
+        f'<p class="facts">Evaluation in the loop, held-out problems: <b>{escape(loop.text)}</b> '
+        f"(95 % interval, {how}).</p>"
+    )
 
 
 def _events(run: Run) -> str:

@@ -121,13 +121,21 @@ def stage_rows(runs: Sequence[Run]) -> list[StageRow]:
 def change_between(before: StageRow, after: StageRow) -> Change:
     """The change of avg@k, paired by question if both evaluations asked the same ones."""
     first, second = before.evaluation, after.evaluation
-    if before.scores.keys() == after.scores.keys() and before.settings == after.settings != {}:
-        pairs = [(before.scores[question], after.scores[question]) for question in before.scores]
-        if pairs:
-            return Change(*paired_difference(*zip(*pairs, strict=True)), num_paired=len(pairs))
+    if before.settings == after.settings != {} and (
+        paired := paired_change(before.scores, after.scores)
+    ):
+        return paired
     change = second.avg_at_k - first.avg_at_k
     interval = math.hypot(half_width(first), half_width(second))
     return Change(change, change - interval, change + interval)
+
+
+def paired_change(before: dict[str, float], after: dict[str, float]) -> Change | None:
+    """The mean difference of scores by question; None unless both have the same questions."""
+    if not before or before.keys() != after.keys():
+        return None
+    pairs = [(before[question], after[question]) for question in before]
+    return Change(*paired_difference(*zip(*pairs, strict=True)), num_paired=len(pairs))
 
 
 def _settings(run: Run) -> dict[str, Any]:

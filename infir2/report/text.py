@@ -69,8 +69,10 @@ def html_table(
         if html.startswith("<td"):
             return html
         title = f' data-title="{head[index]}"' if stack else ""
+        kinds = ["num"] * (index >= text_columns) + ["none"] * (stack and html == "–")
+        names = f' class="{" ".join(kinds)}"' if kinds else ""
         html = f"<span>{html}</span>" if stack else html
-        return f"<td{' class=num' if index >= text_columns else ''}{title}>{html}</td>"
+        return f"<td{names}{title}>{html}</td>"
 
     names = (
         f'<th scope="col"{" class=num" if index >= text_columns else ""}>{name}</th>'

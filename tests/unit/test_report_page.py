@@ -261,6 +261,26 @@ def test_a_change_is_paired_where_the_questions_are_the_same(
         assert change.interval == pytest.approx(np.hypot(0.2, 0.2), abs=0.1)
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_run_of_rl_alone_says_what_its_own_evaluations_say(tmp_path: Path, is_kept: bool) -> None:
+    run_dir = describe(tmp_path / "rl", "rl")
+    write(run_dir, rl_rows(30, 0.2, 0.6, 0))
+    first, last = 10, 30
+    scores = {row["step"]: row["avg_at_k"] for row in read_run(run_dir).evaluations.rows}
+    for step in (first, last) if is_kept else ():
+        solved = round(50 * scores[step])
+        rows = [
+            sample(step, float(n < solved), problem=f"p{n}", sample=0, prompt=f"question {n}")
+            for n in range(50)
+        ]
+        write(run_dir / "evaluations", rows, f"step-{step}.jsonl")
+    text, _ = page_of([run_dir], tmp_path / "report.html")
+    (title,) = re.findall("<h1>(.*?)</h1>", text)
+    assert re.search(r"accuracy \d+.\d % after step 10, \d+.\d % after step 30, \+\d+.\d", title)
+    how = "paired over 50 questions" if is_kept else "as of independent questions"
+    assert f"(95 % interval, {how})" in text
+
+
 def test_stage_rows_compare_with_the_stage_they_started_from(recipe: Path) -> None:
     rows = stage_table([recipe])
     assert [(row.stage, row.compared_with) for row in rows] == [
