@@ -26,6 +26,9 @@ release = __version__
 html_title = f"InfiR2 {release}"
 html_theme = "furo"
 html_copy_source = False
+html_show_copyright = False
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 include_patterns = ["docs/**", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -59,12 +62,13 @@ def _docstrings(text: str) -> str:
 def _keys() -> str:
     parts = [("cpt, sft and rl", RlRecipe), ("eval", EvalRecipe)]
     return "\n\n".join(
-        f"## Keys of {name}\n\n```text{describe_keys(of)}\n```" for name, of in parts
+        f"## Keys of {name}\n\n```text{describe_keys(of, 84)}\n```" for name, of in parts
     )
 
 
 def add_generated(_: Any, name: str, source: list[str]) -> None:
-    """Append what a page has only on the site."""
+    """Append what a page has only on the site, and call pages by their titles."""
+    source[0] = re.sub(r"\[[\w./-]+\.md\](\([\w./-]+\.md\))", r"[]\1", source[0])
     if name == "docs/index":
         source[0] += f"\n\n{_toctrees()}\n"
     elif name == "docs/results/index":
