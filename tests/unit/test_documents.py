@@ -19,7 +19,7 @@ from markdown_it.token import Token
 from infir2 import errors
 from infir2.cli import INTERNAL_ERROR, VERBS
 from infir2.cli.arguments import ACCEPT_CHANGES, RECIPE_CLASSES, Parser, split_recipe_arguments
-from infir2.cli.rl import _split_modes
+from infir2.cli.rl import split_modes
 from infir2.config.keys import Recipe, item_class, leaf_keys, lookup, section_class
 from infir2.config.schema import EvalRecipe, RlRecipe, SourceSection
 from infir2.data.rows import RowError, parse_conversation, parse_document, parse_prompt
@@ -147,7 +147,7 @@ def require_command(words: list[str]) -> None:
         known = arguments[0] in RECIPE_CLASSES
         return require_command(arguments if known else ["rl", *arguments])
     if verb == "rl":
-        arguments = _split_modes(arguments)[0]
+        arguments = split_modes(arguments)[0]
     own = verb == "eval" and not any(word.endswith(".toml") for word in arguments)
     if verb in RECIPE_CLASSES and not own and arguments != ["--help"]:
         arguments = [word for word in arguments if word != ACCEPT_CHANGES]
