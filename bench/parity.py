@@ -33,6 +33,7 @@ from parity_report import collect, write_report
 from infir2.errors import Preempted
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "parity"
+OUTSIDE = Path(__file__).with_name("parity_outside.py")
 LIMIT_GRACE_SECONDS = 60.0  # for the runs to save after the limit
 
 
@@ -80,7 +81,9 @@ def plan(
             if arm in study.get("observe", ()) and seed == seeds[0]:
                 given.append(f"--train.observe_every={max(1, steps // 10)}")
             own = [f"--run.dir={root / f'{arm}-{seed}'}", f"--run.seed={seed}"]
-            command = [sys.executable, "-m", "infir2", "cpt", *files, *length_options(steps)]
+            kind = study.get("outside", {}).get(arm)
+            trainer = ["-u", str(OUTSIDE), kind] if kind else ["-m", "infir2", "cpt"]
+            command = [sys.executable, *trainer, *files, *length_options(steps)]
             command += [*given, *own, *options]
             runs.append(Run(arm, seed, root / f"{arm}-{seed}", command, after))
     return runs

@@ -10,17 +10,21 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import parity  # noqa: E402
 import parity_data  # noqa: E402
+import parity_outside  # noqa: E402
 import parity_report  # noqa: E402
 
 from infir2.config.load import load  # noqa: E402
 from infir2.config.schema import TrainRecipe  # noqa: E402
 from infir2.data.indexed import IndexedDocuments  # noqa: E402
+from infir2.model import Decoder  # noqa: E402
+from infir2.numerics.ops import replaced  # noqa: E402
 
 STUDIES = tomllib.loads((ROOT / "recipes/parity/studies.toml").read_text())
 TINY = [
@@ -158,6 +162,43 @@ def test_the_gap_is_paired_by_seed_and_has_students_interval() -> None:
     one = parity_report.gap({1: 2.1}, baseline)
     assert one is not None
     assert math.isnan(one["half_width"])
+
+
+def test_arms_of_other_software_are_trained_by_their_own_script(tmp_path: Path) -> None:
+    runs = {run.arm: run for run in parity.plan(STUDIES["outside"], tmp_path, 60, [1], [])}
+    assert runs["bf16"].command[1:4] == ["-m", "infir2", "cpt"]
+    ours, other = runs["bf16"].command, runs["torchao-rowwise"].command
+    assert other[2:4] == [str(parity_outside.__file__), "rowwise"]
+    assert [word for word in other[4:] if "run.dir" not in word] == [
+        word for word in ours[4:] if "run.dir" not in word
+    ]
+
+
+@pytest.mark.parametrize("kind", ["torch", "rowwise", "tensorwise"])
+def test_the_layers_of_other_software_compute_the_same_model(kind: str) -> None:
+    if kind != "torch":
+        pytest.importorskip("torchao", reason="the comparison needs torchao (pip install torchao)")
+    files = [str(ROOT / "recipes/parity/small.toml"), str(ROOT / "recipes/parity/bf16.toml")]
+    recipe = load(TrainRecipe, files, TINY).recipe
+    assert recipe.model.shape is not None
+    tokens, bounds = torch.arange(64) % 50, torch.tensor([0, 40, 64])
+    positions = torch.cat([torch.arange(40), torch.arange(24)])
+    results = {}
+    for name in ("ours", kind):
+        model = Decoder.from_shape(recipe.model.shape, 300, seed=1)
+        names = [name for name, _ in model.named_parameters()]
+        if name == kind:
+            parity_outside.convert(model, kind)
+        assert names == [name for name, _ in model.named_parameters()]
+        with replaced(parity_outside.Outside if name == kind else lambda base: base):
+            logits = model(tokens, positions, bounds)
+            logits.square().mean().backward()
+        gradient = model.model.layers[1].mlp.up_proj.weight.grad
+        results[name] = [logits.detach(), gradient]
+    for found, expected in zip(results[kind], results["ours"], strict=True):
+        error = torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected)
+        assert error < (0.01 if kind == "torch" else 0.3)  # FP8 keeps three bits
+        assert kind == "torch" or error > 0.001
 
 
 def test_the_loss_of_new_text_is_that_of_the_second_half() -> None:
