@@ -6,7 +6,7 @@ from html import escape
 
 from infir2.report.loop_change import loop_change
 from infir2.report.overlay import stages
-from infir2.report.precision import differences
+from infir2.report.precision import Difference, across_pairs, differences
 from infir2.report.read import Run
 from infir2.report.runs import parameter_count
 from infir2.report.stages import StageRow, accuracy_text, change_between
@@ -54,11 +54,24 @@ def _results(
         results.append(f"accuracy {first}, {last}, {change.text} points")
     elif len(leaders) == 1 and (loop := loop_change(leaders[0])):
         results.append(loop.text)
-    for run in leaders:
-        if run.name in pairs and (found := differences(run, pairs[run.name])):
-            texts = (f"{difference.name} {difference.text}" for difference in reversed(found))
-            results.append(f"{run.name}: {', '.join(texts)}")
+    for group in stages(leaders):
+        results += _precision_results(
+            [(run, pairs[run.name]) for run in group if run.name in pairs]
+        )
     return results
+
+
+def _precision_results(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
+    """Of the FP8 runs of one stage: together if there are several, as of several seeds."""
+    if found := across_pairs(pairs):
+        return [f"over {len(pairs)} pairs: {_texts(found)}"]
+    each = ((run.name, differences(run, twin)) for run, twin in pairs)
+    return [f"{name}: {_texts(found)}" for name, found in each if found]
+
+
+def _texts(found: Sequence[Difference]) -> str:
+    """The number with an interval over steps first, then that of one validation."""
+    return ", ".join(f"{difference.name} {difference.text}" for difference in reversed(found))
 
 
 def _tiles(

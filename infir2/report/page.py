@@ -26,7 +26,7 @@ from infir2.report.curves import Drawing
 from infir2.report.groups import PAGE_BYTES, groups_html
 from infir2.report.headline import chain, headline_html
 from infir2.report.overlay import overlay_html, stages
-from infir2.report.precision import precision_section, twins
+from infir2.report.precision import across_html, precision_section, twins
 from infir2.report.read import Run, read_runs
 from infir2.report.runs import run_html, runs_table
 from infir2.report.stages import StageRow, stage_rows
@@ -102,9 +102,7 @@ def _sections(
     drawing = Drawing(int(np.clip(POINT_BUDGET / (LINES_PER_RUN * num_drawn), 30, 400)), axis)
     return {
         "What improved": accuracy_html(rows),
-        "FP8 against BF16": "".join(
-            precision_section(run, pairs[run.name], drawing) for run in leaders if run.name in pairs
-        ),
+        "FP8 against BF16": _precision(leaders, pairs, drawing),
         "Runs of one stage": "".join(overlay_html(group, drawing) for group in groups),
         "Runs": runs_table(trained)
         + "".join(
@@ -117,6 +115,14 @@ def _sections(
         "Environment": environment_html(runs),
         "How to reproduce": commands_html(runs, paths),
     }
+
+
+def _precision(leaders: Sequence[Run], pairs: Mapping[str, Run], drawing: Drawing) -> str:
+    html = ""
+    for group in stages(leaders):
+        own = [(run, pairs[run.name]) for run in group if run.name in pairs]
+        html += across_html(own) + "".join(precision_section(*pair, drawing) for pair in own)
+    return html
 
 
 def _leading(group: Sequence[Run], leaders: Sequence[Run]) -> list[Run]:

@@ -16,7 +16,8 @@ INTERVAL_NOTE = (
     "± is a 95 % interval over steps with the same batches in both runs; another seed may differ."
 )
 MIN_INTERVAL_STEPS, BLOCKS = 20, 10
-STUDENT = 2.262  # the 97.5 % quantile of Student's t with BLOCKS - 1 degrees of freedom
+# 97.5 % quantiles of Student's t, by the number of values; beyond, the last.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Difference:
     Example: Difference("training loss", 300, 1.930, 1.926, 0.0021, 0.0004, 30)
 
     `interval` is half the 95 % interval of `relative`, NaN for a single number; both are taken over
-    the last `num_steps` steps up to `step`.
+    the last `num_steps` steps up to `step`, or over so many pairs of runs.
     """
 
     name: str
@@ -123,8 +124,45 @@ def half_interval(values: np.ndarray) -> float:
     """
     if len(values) < MIN_INTERVAL_STEPS:
         return math.nan
-    means = [block.mean() for block in np.array_split(values, BLOCKS)]
-    return float(STUDENT * np.std(means, ddof=1) / math.sqrt(BLOCKS))
+    return student_half([block.mean() for block in np.array_split(values, BLOCKS)])
+
+
+def student_half(values: Sequence[float]) -> float:
+    """Half the 95 % interval of the mean of independent values; NaN for less than two."""
+    count = len(values)
+    if count < 2:
+        return math.nan
+    quantile = STUDENT[min(count - 2, len(STUDENT) - 1)]
+    return float(quantile * np.std(values, ddof=1) / math.sqrt(count))
+
+
+def across_pairs(pairs: Sequence[tuple[Run, Run]]) -> list[Difference]:
+    """The differences of several pairs of one stage, such as seeds: means over the pairs.
+
+    Their intervals say what another seed may give. Losses that not all pairs have are left out.
+    """
+    found = [{each.name: each for each in differences(*pair)} for pair in pairs]
+    means = []
+    for name in ("validation loss", "training loss"):
+        own = [each[name] for each in found if name in each]
+        if len(own) == len(pairs) > 1:
+            fp8, bf16, relative = (
+                float(np.mean(values))
+                for values in zip(*((e.fp8, e.bf16, e.relative) for e in own), strict=True)
+            )
+            interval = student_half([each.relative for each in own])
+            step = max(each.step for each in own)
+            means.append(Difference(name, step, fp8, bf16, relative, interval, len(pairs)))
+    return means
+
+
+def across_html(pairs: Sequence[tuple[Run, Run]]) -> str:
+    """HTML: what several pairs say together; "" for less than two."""
+    return "".join(
+        f'<p class="facts">Over {each.num_steps} pairs: {each.name} {each.fp8:.4f} in FP8, '
+        f"{each.bf16:.4f} in BF16, <b>{each.text}</b> (95 % interval over the pairs).</p>"
+        for each in across_pairs(pairs)
+    )
 
 
 def precision_section(fp8: Run, bf16: Run, drawing: Drawing) -> str:

@@ -216,6 +216,29 @@ def test_the_interval_of_a_training_loss_covers_its_mean(tmp_path: Path) -> None
         assert 0.90 <= np.mean(covered) <= 0.99
 
 
+def test_several_seeds_have_an_interval_of_their_own(tmp_path: Path) -> None:
+    """The pairs are those of a seed, and the mean of their differences has Student's interval."""
+    relative = (0.01, 0.02, 0.04)
+    for seed, each in enumerate(relative):
+        for name, fp8, loss in ((f"s{seed}", True, 2.0 * (1 + each)), (f"t{seed}", False, 2.0)):
+            run_dir = describe(tmp_path / name, "cpt", fp8=fp8)
+            recipe = run_dir / "recipe.toml"
+            recipe.write_text(recipe.read_text().replace("seed = 1236", f"seed = {9 - seed}"))
+            write_losses(run_dir, [loss] * 30, {30: loss})
+    runs = read_runs([tmp_path])
+    assert {name: twin.name for name, twin in twins(runs).items()} == {
+        "s0": "t0",
+        "s1": "t1",
+        "s2": "t2",
+    }
+    text, _ = page_of([tmp_path], tmp_path / "report.html")
+    half = 4.303 * np.std(relative, ddof=1) / np.sqrt(3)
+    (title,) = re.findall("<h1>(.*?)</h1>", text)
+    title = title.replace("\N{NO-BREAK SPACE}", " ")
+    assert f"over 3 pairs: training loss 2.33 ± {100 * half:.2f} % above BF16" in title
+    assert f"<b>2.33 ± {100 * half:.2f} % above BF16</b> (95 % interval over the pairs)" in text
+
+
 def test_the_headline_has_intervals(recipe: Path, tmp_path: Path) -> None:
     text, _ = page_of([recipe], tmp_path / "report.html")
     (title,) = re.findall("<h1>(.*?)</h1>", text)
