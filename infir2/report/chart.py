@@ -367,10 +367,16 @@ def _value_table(chart: Chart, shown: Sequence[Series]) -> str:
     steps = np.unique(np.concatenate([series.x[np.isfinite(series.y)] for series in shown]))
     num_rows = min(TABLE_ROWS, len(steps))
     steps = steps[np.unique(np.linspace(0, len(steps) - 1, num_rows).astype(int))]
-    values = [dict(zip(series.x, series.y, strict=True)) for series in shown]
+    columns = [_values_at(series, steps) for series in shown]
     rows = [
-        [f"{step:,.0f}", *(chart.text(float(value.get(step, math.nan))) for value in values)]
-        for step in steps
+        [f"{step:,.0f}", *(chart.text(float(value)) for value in values)]
+        for step, *values in zip(steps, *columns, strict=True)
     ]
     table = html_table(["step", *(escape(series.label) for series in shown)], rows)
     return f'<details class="values"><summary>Values</summary>{table}</details>'
+
+
+def _values_at(series: Series, steps: np.ndarray) -> np.ndarray:
+    """The values at some steps, ascending like the line's; NaN where the line has none."""
+    index = np.minimum(np.searchsorted(series.x, steps), len(series.x) - 1)
+    return np.where(series.x[index] == steps, series.y[index], np.nan)

@@ -23,7 +23,7 @@ from infir2.errors import DataError
 from infir2.evaluate.statistics import Evaluation
 from infir2.files import open_own, read_own
 from infir2.report.axes import AXES, Clock, cumulative
-from infir2.report.samples import Row, Samples, number
+from infir2.report.samples import LARGEST, Row, Samples, number
 
 EVALUATION_PREFIX = "eval-"
 MAX_BYTES = 2**24  # of recipe.toml, environment.json and state.json
@@ -44,9 +44,10 @@ class Table:
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.columns:
-            self.columns[name] = np.array(
-                [number(row.get(name)) for row in self.rows], dtype=np.float64
-            )
+            values = [row.get(name) for row in self.rows]
+            is_plain = all(type(value) is float for value in values)  # of most columns, and fast
+            column = np.array(values if is_plain else list(map(number, values)), dtype=np.float64)
+            self.columns[name] = np.where(np.abs(column) < LARGEST, column, np.nan)
         return self.columns[name]
 
     @property
