@@ -18,12 +18,11 @@ ENTRYPOINT ["infir2"]
 CMD ["--help"]
 
 # For Linux on x86_64. CUDA's libraries come with torch's wheels, so the host needs NVIDIA's driver and
-# container toolkit only. Triton compiles its launchers with gcc. DeepGEMM would compile with nvcc,
-# which is not here: cuBLAS takes its place (2 to 3 % slower).
+# container toolkit only. Triton compiles its launchers with gcc, DeepGEMM its kernels with nvcc and g++.
 FROM base AS gpu
 USER root
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && apt-get install --yes --no-install-recommends g++ libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 USER infir2
 RUN python -m venv .venv \

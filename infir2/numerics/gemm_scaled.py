@@ -18,25 +18,19 @@ import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
 from infir2.errors import ConfigError
+from infir2.numerics.deep_gemm_wheel import deep_gemm
 from infir2.numerics.formats import BLOCKS, GROUP, TILE_BLOCK
 from infir2.numerics.kernels.custom_op import operator
 
 BACKENDS = ("cublas", "deepgemm", "emulation")
 _ALIGNMENT = 16
 _TIMED_CALLS = 7
-# Releases of sgl-deep-gemm by the torch whose symbols they were built with. With another torch one
-# is missing, which ends the process at the first call, without an exception. (Those for 2.13 have
-# not run on a GPU of ours.)
-DEEP_GEMM_RELEASES = {"2.11": "<=0.1.5", "2.13": ">=0.1.5.post3,<0.2"}
 _MAX_DEVIATION = 1e-2  # of another backend's product from cuBLAS's, relative; BF16 rounds by 2e-3
 
 
@@ -206,42 +200,6 @@ def candidates(a: Operand, b: Operand, out_dtype: torch.dtype) -> tuple[str, ...
     ):
         return ("cublas", "deepgemm")
     return ("cublas",)
-
-
-@cache
-def deep_gemm() -> ModuleType | None:
-    """DeepGEMM (sgl-deep-gemm), or None; warns if it is installed and does not load."""
-    if reason := _unfit_release():
-        warnings.warn(f"DeepGEMM is not used: {reason}; using cuBLAS", stacklevel=2)
-        return None
-    try:
-        import deep_gemm as module
-    except ModuleNotFoundError as error:
-        if error.name != "deep_gemm":
-            warnings.warn(
-                f"DeepGEMM is installed, but {error.name} is not; using cuBLAS", stacklevel=2
-            )
-        return None
-    except Exception as error:  # built for one CUDA, whose compiler it needs, it asserts on both
-        reason = str(error) or "it needs CUDA's compiler: put nvcc on the PATH or set CUDA_HOME"
-        warnings.warn(
-            f"DeepGEMM is installed but does not load ({reason}); using cuBLAS", stacklevel=2
-        )
-        return None
-    return module
-
-
-def _unfit_release() -> str:
-    """Why the installed wheel does not fit this torch, or "" (it fits, or there is none)."""
-    try:
-        release = version("sgl-deep-gemm")
-    except PackageNotFoundError:
-        return ""
-    release_of_torch = ".".join(torch.__version__.split(".")[:2])
-    fitting = DEEP_GEMM_RELEASES.get(release_of_torch, "none")
-    if fitting != "none" and SpecifierSet(fitting).contains(release):
-        return ""
-    return f"sgl-deep-gemm {release} was built for another torch than {torch.__version__}"
 
 
 def _cublas(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:

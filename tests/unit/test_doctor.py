@@ -16,7 +16,7 @@ from infir2.cli import main
 from infir2.doctor import kernels, machine
 from infir2.doctor.kernels import check_kernels, check_layer, check_speed
 from infir2.doctor.machine import check_cpu, check_gpus, check_versions
-from infir2.numerics.gemm_scaled import DEEP_GEMM_RELEASES
+from infir2.numerics.deep_gemm_wheel import DEEP_GEMM_RELEASES
 from infir2.train import fast_path
 from infir2.train.fast_path import missing_libraries
 
@@ -136,8 +136,8 @@ def test_the_extra_is_the_fast_path() -> None:
     fit the torch of the extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     wanted = {each.name: each for each in map(Requirement, project["optional-dependencies"]["gpu"])}
-    assert wanted.keys() == {"torch", "triton", "flash-attn-4", "sgl-deep-gemm"}
-    for name in ("flash-attn-4", "sgl-deep-gemm"):
+    assert wanted.keys() == {"torch", "triton", "flash-attn-4", "sgl-deep-gemm", "cuda-toolkit"}
+    for name in ("flash-attn-4", "sgl-deep-gemm", "cuda-toolkit"):
         for system, machine_name, expected in [
             ("linux", "x86_64", True), ("linux", "aarch64", False), ("darwin", "x86_64", False),
         ]:  # fmt: skip

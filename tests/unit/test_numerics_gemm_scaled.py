@@ -1,9 +1,5 @@
 """The GEMM backends where there is no FP8 hardware: emulation, choices, refusals, layouts."""
 
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 
@@ -130,42 +126,3 @@ def test_a_backend_with_another_product_is_not_used(
         return
     with pytest.warns(UserWarning, match="is not used: its product deviates from cuBLAS's by"):
         assert gemm_backends._milliseconds("deepgemm", *arguments) == float("inf")
-
-
-@pytest.mark.parametrize(
-    ("torch_release", "release", "fits"),
-    [
-        ("2.11.0+cu130", "0.0.1", True),
-        ("2.11.0+cu130", "0.1.5", True),
-        ("2.11.0+cu130", "0.1.5.post3", False),
-        ("2.11.0+cu130", "0.1.7", False),
-        ("2.12.1", "0.1.5", False),
-        ("2.13.0+cu130", "0.1.7", True),
-        ("2.13.0+cu130", "0.1.5", False),
-        ("2.13.0+cu130", "0.2.5", False),
-    ],
-)
-def test_a_wheel_built_for_another_torch_is_not_loaded(
-    torch_release: str, release: str, fits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its missing symbol would end the process, without an exception."""
-    module = ModuleType("deep_gemm")
-    monkeypatch.setitem(sys.modules, "deep_gemm", module)
-    monkeypatch.setattr(torch, "__version__", torch_release)
-    monkeypatch.setattr(gemm_backends, "version", lambda _: release)
-    found = gemm_backends.deep_gemm.__wrapped__
-    if fits:
-        assert found() is module
-        return
-    with pytest.warns(UserWarning, match=f"sgl-deep-gemm {release} was built for another torch"):
-        assert found() is None
-
-
-def test_deep_gemm_without_a_compiler_says_what_it_needs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "deep_gemm.py").write_text("assert None is not None")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "deep_gemm", raising=False)
-    with pytest.warns(UserWarning, match=r"put nvcc on the PATH or set CUDA_HOME\); using cuBLAS"):
-        assert gemm_backends.deep_gemm.__wrapped__() is None
