@@ -16,7 +16,8 @@ NAVIGATION = {
     "Start": ["install", "first-cpu-run", "first-gpu-run", "data"],
     "Train": ["cpt", "sft", "rl", "evaluation", "answers", "use-the-model", "serving"],
     "Plan and launch": ["hardware", "plan", "launch", "parallel", "from-slime-megatron"],
-    "Reference": ["keys", "metrics", "formats", "engines", "troubleshooting", "glossary", "api"],
+    "Reference": ["keys", "metrics", "formats", "engines", "troubleshooting", "glossary"],
+    "Library": ["own-loop", "api"],
     "Background": ["recipe", "numerics", "DESIGN", "reliability", "results/index", "LOG"],
     "Project": ["/SECURITY", "/CONTRIBUTING", "/CHANGELOG"],
 }

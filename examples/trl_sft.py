@@ -3,8 +3,8 @@
 python examples/trl_sft.py                                        # a CPU, seconds, emulated FP8
 python examples/trl_sft.py --size 0.5b --batch 8 --length 2048    # a Hopper GPU; --bf16 beside it
 
-Give SFTTrainer a model and no name of one: it loads a named model in BF16. The tokenizer, one token
-per character, is made here because the example needs no network.
+Give SFTTrainer a model in FP32, not a name: it loads a named one in its file's dtype. The
+tokenizer, one token per character, is made here because the example needs no network.
 """
 
 import tempfile

@@ -8,7 +8,8 @@ writes move no counter:
   step on the local shard of a DTensor. The first weight that is cached therefore registers a hook
   on torch's optimizers, which moves the counters of cached weights (`watch_optimizer_steps`); no
   other parameter is touched, and importing this package registers nothing.
-- A write in place through `.data`. The caller has to call `invalidate(weight)`.
+- A write in place through `.data`. The caller has to call `invalidate(weight)`, or
+  `invalidate(model)`.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -16,7 +17,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -104,9 +105,14 @@ def replace_cached(weight: Tensor, key: Hashable, value: Any) -> None:
         version.values[key] = value
 
 
-def invalidate(weight: Tensor) -> None:
-    """Drop the cached values of `weight` after a write that moved no version counter."""
-    _versions.pop(weight, None)
+def invalidate(changed: Tensor | nn.Module) -> None:
+    """Drop the cached values of a weight, or of a module's weights.
+
+    Call it after a write that moved no version counter, such as `weight.data += delta`.
+    """
+    for weight in (changed,) if isinstance(changed, Tensor) else changed.parameters():
+        _versions.pop(local_tensor(weight), None)
+        _versions.pop(weight, None)
 
 
 def rounded(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:

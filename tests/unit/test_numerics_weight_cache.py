@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from infir2.numerics import Fp8Linear, convert_to_fp8, quantize
+from infir2.numerics import Fp8Linear, convert_to_fp8, invalidate, quantize
 from infir2.numerics.weight_cache import cached
 
 
@@ -75,3 +75,13 @@ def test_a_value_is_computed_once_per_version_and_key() -> None:
         weight.mul_(2)
     cached(weight, "a", lambda: calls.append("again"))
     assert calls == ["a", "b", "again"]
+
+
+def test_a_module_is_invalidated_after_writes_through_data() -> None:
+    model = convert_to_fp8(nn.Sequential(nn.Linear(128, 64, bias=False), nn.Linear(64, 128)))
+    x = torch.randn(3, 128)
+    model(x)
+    for layer in model:
+        layer.weight.data.zero_()
+    invalidate(model)
+    assert torch.equal(model(x), model[1].bias.expand(3, -1))
