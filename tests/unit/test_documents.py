@@ -211,6 +211,10 @@ def test_python_compiles_and_runs(block: Block) -> None:
         exec(code, {"__name__": "block"})
 
 
+def test_some_blocks_run() -> None:
+    assert sum(each.before == RUNS for page in PAGES for each in blocks(page)) >= 2
+
+
 def require_toml_keys(value: Any, annotation: Any, key: str) -> None:
     """Every key of a TOML value is in the schema."""
     if isinstance(value, list) and (item := item_class(annotation)):
@@ -268,6 +272,20 @@ def test_an_example_row_is_taken(verb: str, section: SourceSection, line: str) -
     assert turns
 
 
+FORMS = re.findall(
+    r"^    (\{.*?\})(?: \| (.*))?$",
+    (ROOT / "docs/formats.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(("row", "keys"), FORMS)
+def test_a_form_of_the_page_of_formats_is_taken(row: str, keys: str) -> None:
+    section = SourceSection(path="x", **tomllib.loads(keys.replace(", ", "\n")))
+    is_prompt = {"label", "reward_model"} & json.loads(row).keys()
+    assert READERS["rl" if is_prompt else "sft"](json.loads(row), section)
+
+
 REFUSED = re.findall(
     r"^\| (cpt|sft|rl) \| `(\{.*?\})` \| (.*) \|$",
     (ROOT / "docs/data.md").read_text(encoding="utf-8"),
@@ -284,6 +302,7 @@ def test_a_refused_row_has_this_sentence(verb: str, row: str, sentence: str) -> 
 
 def test_data_has_rows_of_each_kind() -> None:
     assert {verb for verb, _, _ in example_rows()} == set(READERS) == {each[0] for each in REFUSED}
+    assert len(FORMS) >= 8
 
 
 @pytest.mark.parametrize("name", ["docs/troubleshooting.md", "docs/DESIGN.md"])
