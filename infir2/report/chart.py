@@ -372,7 +372,8 @@ def _value_table(chart: Chart, shown: Sequence[Series]) -> str:
         [f"{step:,.0f}", *(chart.text(float(value)) for value in values)]
         for step, *values in zip(steps, *columns, strict=True)
     ]
-    table = html_table(["step", *(escape(series.label) for series in shown)], rows)
+    head = ["step", *(escape(series.label) for series in shown)]
+    table = html_table(head, rows, stack=len(head) > 5)
     return f'<details class="values"><summary>Values</summary>{table}</details>'
 
 

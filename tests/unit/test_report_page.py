@@ -1,6 +1,8 @@
 """The page and the stage table, from synthetic runs."""
 
 import re
+import shutil
+import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -103,6 +105,17 @@ def test_the_page_loads_nothing(recipe: Path, tmp_path: Path) -> None:
     assert page.tags["link"] == page.tags["img"] == page.tags["meta"] - 4 == 0
     assert "data-reload" not in text.split("<main>")[0], "a page that is not followed"
     assert page.tags["script"] == 1
+
+
+def test_the_script_parses(recipe: Path, tmp_path: Path) -> None:
+    """A page whose script has an error would show no values and no controls, and say nothing."""
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("node is not installed")
+    text, _ = page_of([recipe], tmp_path / "report.html")
+    (script,) = re.findall("(?s)<script>(.*)</script>", text)
+    (tmp_path / "page.js").write_text(script)
+    subprocess.run([node, "--check", tmp_path / "page.js"], check=True)
 
 
 def test_text_of_models_cannot_become_markup(tmp_path: Path) -> None:
