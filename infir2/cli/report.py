@@ -6,15 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
-from infir2.errors import (
-    ConfigError,
-    DataError,
-    Interrupted,
-    NonFiniteError,
-    Preempted,
-    UserError,
-    disk_reason,
-)
+from infir2.errors import ConfigError, DataError, UserError, disk_reason
 from infir2.terminal import begin_phase, log, print_json, print_result
 
 PAGE = "report.html"
@@ -153,16 +145,28 @@ def _check_target(page: Path) -> None:
 
 @contextmanager
 def own_page(run_dir: str) -> Iterator[None]:
-    """Write RUN_DIR/report.html when the run in the block has ended or was stopped.
+    """Write RUN_DIR/report.html when the run in the block has ended, was stopped or has failed.
 
     A page that cannot be written ends no run; a run that refused to begin gets none.
     """
+    directory = Path(run_dir)
+    before = _state(directory)
     try:
         yield
-    except (Preempted, Interrupted, NonFiniteError):
-        _write_own_page(Path(run_dir))
+    except UserError:
+        if _state(directory) != before:
+            _write_own_page(directory)
         raise
-    _write_own_page(Path(run_dir))
+    _write_own_page(directory)
+
+
+def _state(run_dir: Path) -> tuple[int, int]:
+    """Size and time of a run's metrics, which change as soon as it has a line."""
+    try:
+        found = (run_dir / "metrics.jsonl").stat()
+    except OSError:
+        return 0, 0
+    return (found.st_size, found.st_mtime_ns) if found.st_size else (0, 0)
 
 
 def _write_own_page(run_dir: Path) -> None:

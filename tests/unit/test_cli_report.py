@@ -1,5 +1,6 @@
 """The likely mistakes with `infir2 report`: each gets one sentence, and nothing is written."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,10 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(
     assert len(lines) == 1
     assert sentence in lines[0]
     assert lines[0].startswith("infir2: error: ")
-    assert output.out == ""
+    if "--json" in words:
+        assert json.loads(output.out)["exit_code"] == code
+    else:
+        assert output.out == ""
     assert sorted(place.rglob("*")) == before
 
 

@@ -15,7 +15,7 @@ from stages import options, run
 from infir2.checkpoint.lock import RunLock, is_running
 from infir2.cli import main
 from infir2.cli.report import own_page
-from infir2.errors import ConfigError, NonFiniteError, Preempted
+from infir2.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
 from infir2.report import follow
 
 LIVE = "data-reload="
@@ -111,21 +111,27 @@ def test_ctrl_c_ends_following_with_one_line_and_a_last_page(training: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("error", "is_written"),
+    ("error", "has_begun", "is_written"),
     [
-        (None, True),
-        (Preempted("stopped"), True),
-        (NonFiniteError("nan"), True),
-        (ConfigError("of another run"), False),
-        (RuntimeError("ours"), False),
+        (None, True, True),
+        (None, False, True),
+        (Preempted("stopped"), True, True),
+        (NonFiniteError("nan"), True, True),
+        (CheckpointError("disk full"), True, True),
+        (Preempted("before the first step"), False, False),
+        (ConfigError("of another run"), False, False),
+        (RuntimeError("ours"), True, False),
     ],
     ids=repr,
 )
-def test_a_run_writes_its_page_however_it_was_stopped(
-    training: Path, error: Exception | None, is_written: bool
+def test_a_run_writes_its_page_however_it_ends(
+    training: Path, error: Exception | None, has_begun: bool, is_written: bool
 ) -> None:
     def ends() -> None:
         with own_page(str(training)):
+            if has_begun:
+                with (training / "metrics.jsonl").open("a") as file:
+                    file.write('{"kind": "train", "step": 21, "loss": 1.0}\n')
             if error:
                 raise error
 
