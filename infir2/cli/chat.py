@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
-from infir2.cli.engine_options import add_engine_options, take_engine_options
+from infir2.cli.engine_options import (
+    add_engine_options,
+    require_server_packages,
+    take_engine_options,
+)
 from infir2.terminal import pulse
 
 _SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
@@ -13,6 +17,8 @@ _SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 def chat(arguments: Sequence[str]) -> None:
     """infir2 chat MODEL | --url URL [--beside MODEL]"""
     options = _parser().parse_args(arguments)
+    if options.model:
+        require_server_packages("chat MODEL")
     with pulse("chat is starting"):
         engine = take_engine_options(vars(options))
         from infir2.engines.chat import ChatOptions, run_chat

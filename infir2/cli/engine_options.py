@@ -1,8 +1,10 @@
 """Options that say what generates, for the verbs that start a server."""
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from infir2.cli.arguments import Parser
+from infir2.errors import ConfigError
 
 if TYPE_CHECKING:
     from infir2.engines.engine_options import EngineOptions
@@ -32,6 +34,16 @@ def add_engine_options(parser: Parser) -> None:
     parser.add_argument(
         "--memory-fraction", type=_below_one, default=0.0, metavar="F", help=fraction_help
     )
+
+
+def require_server_packages(command: str) -> None:
+    """Raise ConfigError where the packages of our server are not installed."""
+    for name in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"infir2 {command} needs {name}, which is not installed: "
+                "pip install 'infir2[serve]'."
+            )
 
 
 def take_engine_options(values: dict[str, Any]) -> "EngineOptions":

@@ -4,23 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
-from infir2.cli.engine_options import add_engine_options, positive_integer, take_engine_options
-from infir2.errors import ConfigError
+from infir2.cli.engine_options import (
+    add_engine_options,
+    positive_integer,
+    require_server_packages,
+    take_engine_options,
+)
 
 
 def serve(arguments: Sequence[str]) -> None:
     """infir2 serve MODEL [--port N] ..."""
     options = vars(_parser().parse_args(arguments))
-    try:
-        from infir2.convert.serving import require_loadable
-        from infir2.engines.server.opening import ServerOptions
-        from infir2.engines.server.run import run_server
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn"):
-            raise
-        raise ConfigError(
-            f"infir2 serve needs {error.name}, which is not installed: pip install 'infir2[serve]'."
-        ) from error
+    require_server_packages("serve")
+    from infir2.convert.serving import require_loadable
+    from infir2.engines.server.opening import ServerOptions
+    from infir2.engines.server.run import run_server
+
     checked = ServerOptions(engine=take_engine_options(options), **options)
     checked.check()
     if checked.engine.engine != "native":

@@ -196,6 +196,11 @@ def _open(path: Path, columns: Collection[str], converter: ParquetConverter) -> 
         require_regular(path)
     except OSError as error:  # of an indexed data set, one of two files
         raise _unreadable(Path(str(error.filename or path)), error) from None
+    if name.endswith((".csv", ".tsv", ".xlsx")):
+        raise DataError(
+            f"{path} is a table, which is not read: write it as .jsonl or .parquet, such as by "
+            "pandas.read_csv(FILE).to_json(FILE, orient='records', lines=True)."
+        )
     raise DataError(
         f"{path} has an unknown file type: a source is a .jsonl, .ndjson or .json file (also .gz "
         "or .zst), a .parquet, .txt or .idx file, or a directory of such files."

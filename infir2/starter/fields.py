@@ -84,8 +84,6 @@ def _fields(row: dict[str, Any], kind: RowKind, asked: bool) -> dict[str, str] |
     for name in MESSAGES:
         if isinstance(decode_messages(row.get(name)), list):
             return {"messages_field": name}
-    if question == "instruction" and row.get("input"):
-        return None  # half of the question is in another field
     solution = _first(row, SOLUTIONS + ANSWERS if asked else SOLUTIONS)
     return {"prompt_field": question, "solution_field": solution} if question and solution else None
 

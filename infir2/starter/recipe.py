@@ -91,11 +91,14 @@ def _inspect(data: Path, task: str, tokenizer: ChatTokenizer) -> Inspection:
 
 
 def _next_steps(start: _Start, path: Path) -> str:
+    run, fp8 = start.directory / "run", start.directory / "fp8"
     lines = [f"{path}: {start.task} of {start.model} on {start.found.section.path}", "Next:"]
     lines += [f"  {_export(start)}"] if start.task == "rl" else []
     lines += [
         f"  infir2 check {start.task} {path}    everything that would fail later fails now",
         f"  infir2 {start.task} {path}    trains; the same command resumes",
+        f"  infir2 export fp8 {run} --to {fp8}    for chat, serve, vLLM and SGLang",
+        f"  infir2 chat {fp8}",
     ]
     return "\n".join(lines)
 

@@ -38,6 +38,8 @@ def describe(found: Inspection, sequence_tokens: int) -> str:
         f"{found.section.path}: {found.num_rows:,} {found.kind}{read}, "
         f"{found.num_bytes / 1e6:,.1f} MB{_fields(found)}"
     ]
+    if found.kind == "prompts":
+        lines.append("  kind        of infir2 rl and eval; --kind messages: train on the answers")
     if found.reasons:
         counts = ", ".join(f"{number} {reason}" for reason, number in found.reasons.most_common())
         lines.append(f"  unusable    {found.reasons.total():,} rows: {counts}; {found.example}")

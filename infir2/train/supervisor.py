@@ -260,7 +260,8 @@ class Supervisor:
             memory = peak_memory_bytes(self.layout.device)
             self.log.write("train", step, **metrics, peak_memory_bytes=memory)
         speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
-        self.log.update(step, f"loss {metrics['loss']:.4f} {speed}")
+        reward = f"reward {metrics['reward']:.3f} " if "reward" in metrics else ""
+        self.log.update(step, f"{reward}loss {metrics['loss']:.4f} {speed}")
         self._skips.check(step, result, batches, self.saved_step)
         if self._spikes:
             self._spikes.check(step, result.loss, self.saved_step)

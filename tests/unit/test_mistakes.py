@@ -131,7 +131,7 @@ MISTAKES = [
     (f"cpt cpt.toml {SOURCE}=no/c.jsonl", 4, "no/c.jsonl does not exist: name a file or a direct"),
     (f"cpt cpt.toml {SOURCE}=alone.bin", 4, "alone.idx cannot be read (No such file or directory"),
     (f"cpt cpt.toml {SOURCE}=world/sft1.jsonl", 4, "these look like conversations, for infir2 sft"),
-    (f"cpt cpt.toml {SOURCE}=x.csv", 4, "x.csv has an unknown file type: a source is a .jsonl"),
+    (f"cpt cpt.toml {SOURCE}=x.csv", 4, "x.csv is a table, which is not read: write it as"),
     ("cpt rl.toml", 2, "rl is not a section of this kind of recipe; it is for infir2 rl."),
     ("cpt sft.toml", 2, "data.batch_samples is for SFT; set data.batch_sequences"),
     # sft
@@ -289,9 +289,9 @@ MISTAKES = [
     (f"tokenize allenai/c4 {TOKENIZER} --out o", 4, "hf download --repo-type dataset allenai/c4"),
     (f"tokenize empty.jsonl {TOKENIZER} --out o", 4, "empty.jsonl has no row: add rows, or remove"),
     (f"tokenize empty {TOKENIZER} --out o", 4, "directory empty has no .jsonl, .json, .parquet or"),
-    (f"tokenize bad.jsonl {TOKENIZER} --out o", 4, "set text_field (infir2 tokenize: --text-field"),
+    (f"tokenize bad.jsonl {TOKENIZER} --out o", 4, "set text_field of the source (infir2 tokenize"),
     (f"tokenize world/sft1.jsonl {TOKENIZER} --out o", 4, "these look like conversations, for inf"),
-    (f"tokenize x.csv {TOKENIZER} --out o", 4, "x.csv has an unknown file type"),
+    (f"tokenize x.csv {TOKENIZER} --out o", 4, "x.csv is a table, which is not read: wri"),
     (f"tokenize fake.parquet {TOKENIZER} --out o", 4, "fake.parquet cannot be read as Parquet"),
     (f"tokenize fake.jsonl.gz {TOKENIZER} --out o", 4, "is not a complete gzip file"),
     (f"tokenize world/cpt.jsonl {TOKENIZER} --out o.bin", 2, "name the prefix of the files, o."),
@@ -367,10 +367,10 @@ AS_JSON = [
     ("data inspect nope --tokenizer world/tokenizer --json", 4, "nope does not exist"),
     ("doctor --json --x", 2, "unrecognized arguments: --x"),
     ("eval compare run run --json", 4, "run has no answers of an evaluation"),
-    ("eval contamination --train x.csv --data world/heldout.jsonl --json", 4, "unknown file type"),
+    ("eval contamination --train x.csv --data world/heldout.jsonl --json", 4, "is a table"),
     ("eval nope.toml --json", 2, "nope.toml: there is no such recipe file"),
     ("plan nope.toml --gpu h100 --json", 2, "nope.toml: there is no such recipe file"),
-    ("report nope --json", 4, "nope holds no run"),
+    ("report nope --json", 4, "nope does not exist"),
     ("demo hf --json", 2, "hf holds something else than a demo"),
 ]
 

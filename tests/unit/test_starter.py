@@ -10,7 +10,7 @@ from stages import make_model, make_world
 from infir2.cli import main
 from infir2.config.schema import SourceSection
 from infir2.data import load_tokenizer
-from infir2.errors import DataError
+from infir2.data.rows import open_source, parse_conversation
 from infir2.starter.fields import detect
 from infir2.starter.inspection import Inspection, Rendered, inspect_sources
 from infir2.starter.words import histogram, shown
@@ -134,14 +134,15 @@ def test_fields_are_found_by_their_names(
 
 
 def test_rows_that_are_asked_to_be_conversations(tmp_path: Path) -> None:
-    """An answer is then what to train on; half of a question is none."""
+    """An answer is then what to train on, and Alpaca's input a part of the question."""
     path = write(tmp_path / "x.jsonl", [{"question": "1+1", "answer": "2"}])
     _, section = detect(path, "messages")
     assert (section.prompt_field, section.solution_field) == ("question", "answer")
     alpaca = {"instruction": "Translate.", "input": "Haus", "output": "house"}
-    with pytest.raises(DataError, match="have the fields input, instruction, output"):
-        detect(write(tmp_path / "y.jsonl", [alpaca]), "messages")
-    detect(write(tmp_path / "z.jsonl", [alpaca | {"input": ""}]), "messages")
+    _, section = detect(write(tmp_path / "y.jsonl", [alpaca]), "messages")
+    assert (section.prompt_field, section.solution_field) == ("instruction", "output")
+    message = parse_conversation(open_source(section, "messages").read(0), section, "")[0]
+    assert message["content"] == "Translate.\n\nHaus"
 
 
 def test_inspect_prints_each_part(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
