@@ -51,18 +51,28 @@ class PackedAttention:
 
 
 def softmax_values(
-    q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, want_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocked: Tensor,
+    want_lse: bool = False,
+    diagonal: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """FP64 softmax(q @ k.T) @ v for pre-scaled q [n*G, R*L, H] and k, v [n*G, S, H].
 
     `blocked` [n or 1, 1, L, S] marks keys that a query must not see: they contribute exactly zero.
-    Every query sees at least one key. Returns [n*G, R*L, H] and, with `want_lse`, the log-sum-exp
-    [n*G, R*L].
+    Every query sees at least one key. `diagonal` says that they are those after query + diagonal.
+    Returns [n*G, R*L, H] and, with `want_lse`, the log-sum-exp [n*G, R*L].
     """
     scores = torch.bmm(q, k.transpose(1, 2))
-    scores.view(blocked.shape[0], -1, *blocked.shape[2:]).masked_fill_(blocked, float("-inf"))
+    squares = scores.view(blocked.shape[0], -1, *blocked.shape[2:])
+    squares.masked_fill_(blocked, float("-inf"))
     largest = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(largest).exp_()
+    weights = scores.sub_(largest)
+    if diagonal is None:
+        weights.exp_()
+    else:  # -inf takes a CPU's exp five times as long as other numbers
+        squares.tril_(diagonal).exp_().tril_(diagonal)
     total = weights.sum(-1, keepdim=True)
     out = torch.bmm(weights, v).div_(total)
     return out, (largest + total.log()).squeeze(-1) if want_lse else None
@@ -141,7 +151,7 @@ def _forward_rectangle(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> tuple[Ten
         end = min(start + chunk, length)
         rows = q[:, :, :, start:end].reshape(n * groups, ratio * (end - start), size)
         part, part_lse = softmax_values(
-            rows, k[:, :end], v[:, :end], _blocked(start, end, q.device), want_lse=True
+            rows, k[:, :end], v[:, :end], _blocked(start, end, q.device), True, start
         )
         assert part_lse is not None
         out[:, :, :, start:end] = part.view(n, groups, ratio, end - start, size)
@@ -169,7 +179,7 @@ def _backward_rectangle(tensors: list[Tensor], chunk: int) -> tuple[Tensor, Tens
         )
         q_c = q_c * scale
         weights = torch.bmm(q_c, keys[:, :end].transpose(1, 2)).sub_(lse_c).exp_()
-        weights.view(1, -1, end - start, end).masked_fill_(_blocked(start, end, q.device), 0.0)
+        weights.view(-1, end - start, end).tril_(start)  # blocked keys
         grad_values[:, :end] += torch.bmm(weights.transpose(1, 2), go_c)
         # dS = P * (dP - D)
         grad_scores = torch.bmm(go_c, values[:, :end].transpose(1, 2)).sub_(sums_c).mul_(weights)

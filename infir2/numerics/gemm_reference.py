@@ -5,6 +5,8 @@ does not depend on the batch around it; the backward sums in FP32. The operands 
 temporary, so their values are computed without encoding and decoding codes (`round_to_e4m3_`).
 Tests hold them equal to `dequantize(quantize(...))` and `dequantize(transpose(...))`."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -109,11 +111,13 @@ def gradient_values(
         The gradient quantized in 1x128 along N (for grad_x), and in 1x128 along the tokens (for
         grad_W), both [T, N].
     """
-    tiles = as_tiles(grad, GROUP)
     dims = [dim for dim, wanted in ((3, by_row), (1, by_column)) if wanted]
-    scales = [_scale(tiles, dim, scale_format) for dim in dims]
+    if not dims:  # only the bias is trained
+        return None, None
+    tiles = as_tiles(grad, GROUP)
+    scales, are_moderate = _scales(tiles, dims, scale_format)
     values = [torch.empty(tiles.shape, device=grad.device) for _ in dims]
-    shifts = scale_format == "pow2" and not grad.is_cuda and all(map(_are_moderate, scales))
+    shifts = are_moderate and scale_format == "pow2"
     for part in chunks(tiles):
         wide = tiles[part].float()
         rounder = _powers_of_two(wide).mul_(_ROUNDER) if shifts else None
@@ -147,14 +151,6 @@ def _round_blocks(wide: Tensor, scale: Tensor, rounder: Tensor | None, out: Tens
         torch.add(wide, rounder, out=out).sub_(rounder)
 
 
-def _are_moderate(scale: Tensor) -> bool:
-    """Whether all scales lie where `_round_blocks` may leave values unscaled; False for a NaN."""
-    if not scale.numel():
-        return True
-    smallest, largest = scale.aminmax()
-    return bool(smallest >= _MODERATE[0]) and bool(largest <= _MODERATE[1])
-
-
 def _powers_of_two(values: Tensor) -> Tensor:
     """The power of two in each FP32 value, 0 for a subnormal, Inf if it is not finite."""
     return (values.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
@@ -166,8 +162,19 @@ def _without_padding(tiles: Tensor, shape: torch.Size) -> Tensor:
     return padded[: shape[0], : shape[1]]
 
 
-def _scale(tiles: Tensor, dim: int, scale_format: str) -> Tensor:
-    """Scales of blocks along `dim` of tiles, with keepdim; counts non-finite blocks."""
-    scale = block_scale(block_amax(tiles, dim), scale_format)
-    nonfinite_blocks.add(scale)
-    return scale
+def _scales(tiles: Tensor, dims: Sequence[int], scale_format: str) -> tuple[list[Tensor], bool]:
+    """Scales of blocks along each of `dims` of tiles, with keepdim; counts non-finite blocks.
+
+    Also whether all are `_MODERATE`; False on a GPU, where the host would have to wait.
+    """
+    largest = block_amax(tiles, dims)
+    joined = torch.cat([each.flatten() for each in largest])  # one small operation instead of two
+    scale = block_scale(joined, scale_format)
+    scales = scale.split([each.numel() for each in largest])
+    are_moderate = False
+    if scale.numel() and not scale.is_cuda:
+        smallest, greatest = scale.aminmax()
+        are_moderate = bool(smallest >= _MODERATE[0]) and bool(greatest <= _MODERATE[1])
+    if not are_moderate:  # moderate scales are no NaN
+        nonfinite_blocks.add(scale)
+    return [part.view_as(each) for part, each in zip(scales, largest, strict=True)], are_moderate

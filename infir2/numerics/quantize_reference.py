@@ -47,7 +47,7 @@ def quantize(
     """Quantize x [R, C] (any float dtype up to FP32) by the rules above."""
     rows, columns = x.shape
     tiles = as_tiles(x.detach(), block[0])
-    scale = block_scale(block_amax(tiles, 3).amax(dim=1).squeeze(2), scale_format)
+    scale = block_scale(block_amax(tiles, [3])[0].amax(dim=1).squeeze(2), scale_format)
     codes = torch.empty(tiles.shape, dtype=E4M3, device=x.device)
     for part in chunks(tiles):
         scaled = tiles[part].float() / scale[part, None, :, None]
@@ -174,11 +174,14 @@ def decode(codes: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tens
     return out
 
 
-def block_amax(x: Tensor, dim: int) -> Tensor:
-    """The largest magnitude along `dim` of x, FP32 with keepdim; NaN or Inf if x has one there."""
-    # The bits of magnitudes are ordered as the magnitudes, NaN last, and compared faster.
+def block_amax(x: Tensor, dims: Sequence[int]) -> list[Tensor]:
+    """The largest magnitudes along each of `dims` of x, FP32 with keepdim; NaN or Inf if x has one.
+
+    The bits of magnitudes have their order, NaN last, and are compared faster.
+    """
     integers, mask = (torch.int16, 0x7FFF) if x.element_size() == 2 else (torch.int32, 0x7FFFFFFF)
-    return (x.view(integers) & mask).amax(dim=dim, keepdim=True).view(x.dtype).float()
+    magnitudes = x.view(integers) & mask
+    return [magnitudes.amax(dim=dim, keepdim=True).view(x.dtype).float() for dim in dims]
 
 
 def chunks(x: Tensor) -> Iterator[slice]:

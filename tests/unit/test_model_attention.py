@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from infir2.model import padding as packing
-from infir2.model.attention import AttentionContext, PackedAttention
+from infir2.model.attention import AttentionContext, PackedAttention, softmax_values
 from infir2.model.attention_cuda import plan_varlen
 from infir2.model.padding import plan_packing
 
@@ -134,3 +134,24 @@ def test_a_long_document_beside_short_ones_keeps_to_the_score_budget() -> None:
 def test_a_stream_without_tokens_gives_no_rows() -> None:
     q, k, v, cu_seqlens = stream([0, 0], torch.bfloat16)
     assert attention(q, k, v, plan(cu_seqlens)).shape == (0, 6, 16)
+
+
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize("factor", [1.0, 40.0, 1e200])
+def test_causal_softmax_has_the_bits_of_any_other_mask(start: int, factor: float) -> None:
+    """A trainer's causal mask and an engine's mask of the same keys; later keys may be Inf."""
+    length, keys = 30, 30 + start
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (
+        torch.randn(4, n, 16, generator=generator, dtype=torch.float64)
+        for n in (3 * length, keys, keys)
+    )
+    k *= factor
+    k[1, 20] = torch.inf
+    blocked = torch.ones(1, 1, length, keys, dtype=torch.bool).triu(start + 1)
+    expected = softmax_values(q, k, v, blocked, True)
+    found = softmax_values(q, k, v, blocked, True, start)
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert not a.isnan().all()
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))

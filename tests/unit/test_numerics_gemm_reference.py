@@ -62,6 +62,18 @@ def test_input_operands_equal_the_codes_of_forward_and_backward(shape, scale_for
     assert saved.nbytes <= 1.05 * x.numel() + 4 * (x.shape[0] + x.shape[1])
 
 
+def test_only_the_requested_layouts_are_computed() -> None:
+    grad = gaussian((130, 260))
+    both = gradient_values(grad, "pow2", by_row=True, by_column=True)
+    rows, nothing = gradient_values(grad, "pow2", by_row=True, by_column=False)
+    assert nothing is None
+    assert torch.equal(rows, both[0])
+    nothing, columns = gradient_values(grad, "pow2", by_row=False, by_column=True)
+    assert nothing is None
+    assert torch.equal(columns, both[1])
+    assert gradient_values(grad, "pow2", by_row=False, by_column=False) == (None, None)
+
+
 def test_extreme_gradients_go_the_same_way() -> None:
     grad = torch.tensor([[3e38, -1e-45, 0.0, 1e-40], [1e30, 1e-30, -0.0, 5.0]])
     for scale_format in FORMATS:
