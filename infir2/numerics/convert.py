@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import NoReturn, TypeVar, cast
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from infir2.errors import ConfigError
 from infir2.numerics.formats import TILE_BLOCK, check_format
@@ -101,6 +102,10 @@ def _check(
         raise ConfigError(
             f"convert_to_fp8: the weight of {sharded[0]!r} is sharded already; call convert_to_fp8 "
             "before fully_shard, which remembers the layers that it finds"
+        )
+    if any(isinstance(child, DistributedDataParallel) for child in module.modules()):
+        raise ConfigError(
+            "convert_to_fp8: call it before DistributedDataParallel, which remembers the parameters"
         )
     linears = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
     for pattern in skip_modules:

@@ -140,10 +140,13 @@ def test_fsdp2_in_mixed_precision_reads_no_stale_codes(one_rank: Any) -> None:
     assert stale == [False] * (14 * 6)
 
 
-def test_a_model_that_is_sharded_already_is_refused(one_rank: Any) -> None:
-    model = fully_shard(nn.Sequential(nn.Linear(8, 8)), mesh=one_rank)
+def test_a_model_that_is_distributed_already_is_refused(one_rank: Any) -> None:
+    sharded = fully_shard(nn.Sequential(nn.Linear(8, 8)), mesh=one_rank)
     with pytest.raises(ConfigError, match="call convert_to_fp8 before fully_shard"):
-        convert_to_fp8(model)
+        convert_to_fp8(sharded)
+    replicated = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.raises(ConfigError, match="call it before DistributedDataParallel"):
+        convert_to_fp8(replicated)
 
 
 IDS = torch.arange(48).view(2, 24) * 5 % 256
