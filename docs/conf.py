@@ -14,7 +14,7 @@ from infir2.config.schema import EvalRecipe, RlRecipe
 
 NAVIGATION = {
     "Start": ["install", "first-cpu-run", "first-gpu-run", "data"],
-    "Train": ["cpt", "sft", "rl", "evaluation", "answers", "use-the-model", "serving"],
+    "Train": ["cpt", "sft", "rl", "report", "evaluation", "answers", "use-the-model", "serving"],
     "Plan and launch": ["hardware", "plan", "launch", "parallel", "from-slime-megatron"],
     "Reference": ["keys", "metrics", "formats", "engines", "troubleshooting", "glossary"],
     "Library": ["own-loop", "api"],
