@@ -30,6 +30,8 @@ from infir2.report.precision import across_html, precision_section, twins
 from infir2.report.read import Run, read_runs
 from infir2.report.runs import run_html, runs_table
 from infir2.report.stages import StageRow, stage_rows
+from infir2.report.text import counted
+from infir2.terminal import begin_phase
 
 POINT_BUDGET = 24_000  # vertices on a page, about 30 bytes each
 LINES_PER_RUN = 20  # lines that share them
@@ -54,6 +56,7 @@ def write_page(runs: Sequence[Run], out: Path, axis: str, reload_seconds: float 
                 f"{run.path}: its metrics.jsonl has no numbers for --axis {axis}; use --axis step"
             )
     out.parent.mkdir(parents=True, exist_ok=True)
+    begin_phase(f"drawing {counted(len(runs), 'run')}")
     html = render(runs, axis, reload_seconds)
     write_atomically(out, html.encode("utf-8", errors="replace"))
     return out

@@ -24,6 +24,7 @@ from infir2.evaluate.statistics import Evaluation
 from infir2.files import open_own, read_own
 from infir2.report.axes import AXES, Clock, cumulative
 from infir2.report.samples import LARGEST, Row, Samples, number
+from infir2.terminal import begin_phase
 
 EVALUATION_PREFIX = "eval-"
 MAX_BYTES = 2**24  # of recipe.toml, environment.json and state.json
@@ -197,6 +198,7 @@ def _bases_first(runs: list[Run]) -> list[Run]:
 
 def read_run(run_dir: Path) -> Run:
     """Read one run directory."""
+    begin_phase(f"reading {run_dir}")
     notes: list[str] = []
     rows: list[Row] = []
     read_lines(run_dir / "metrics.jsonl", notes, lambda row, _: rows.append(row))
