@@ -99,7 +99,8 @@ class Fp8Section(Section):
     )
     skip_modules: tuple[str, ...] = Field(
         (),
-        description="glob patterns of exported module names to keep in BF16: 'model.layers.0.*'",
+        description="glob patterns of exported module names to keep in BF16: '*.v_proj', or "
+        "'model.layers.0' for all in it",
     )
 
     def caches_transposed(self, model: ModelSection) -> bool:

@@ -202,6 +202,30 @@ def test_layers_whose_blocks_cannot_be_stacked_have_their_own_gemms(
     assert relative_error(*flat) < 0.1
 
 
+@pytest.mark.parametrize("scale_format", FORMATS)
+def test_a_layer_in_another_model_is_its_definition(
+    scale_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers calls it: FP32 [B, T, K] under autocast, a transposed gradient."""
+    results = []
+    for on_kernels in (False, True):
+        monkeypatch.setattr(
+            ops,
+            "runs_on_kernels",
+            lambda x, dtype=None, on=on_kernels: on and x.dtype == torch.bfloat16,
+        )
+        torch.manual_seed(3)
+        layer = convert_to_fp8(torch.nn.Linear(200, 130), scale_format)
+        x = torch.randn(2, 50, 200, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(x)
+        out.backward(torch.randn(130, 2, 50).bfloat16().permute(1, 2, 0))
+        results.append([out.detach(), x.grad, layer.weight.grad, layer.bias.grad])
+    for one, other in zip(*results, strict=True):
+        assert other.dtype == one.dtype
+        assert relative_error(one, other) < 3e-3
+
+
 def test_strided_input_is_read_in_place() -> None:
     wide = cases.hostile(70, 512)
     for view in (wide[:, 128:328], wide[::2], wide.t()):
