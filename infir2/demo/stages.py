@@ -1,11 +1,12 @@
 """`infir2 demo`: the whole recipe on a tiny model, through the commands that a user types.
 
 The stages from cpt to rl2 run in order, because each starts from the model of the one before. On a
-second core run the stages that no other stage needs: the BF16 comparison and the evaluations. A
-stage that is done is skipped and one that was interrupted resumes, so the demo can be stopped and
-run again.
+second core run the stages that no other stage needs: the BF16 comparison and the evaluations, with
+a lower priority. A stage that is done is skipped and one that was interrupted resumes, so the demo
+can be stopped and run again.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from infir2.terminal import print_heading, print_json, print_renderable, print_r
 RECIPES = Path(__file__).resolve().parent / "recipes"
 STAGES = ("cpt", "sft1", "sft2", "rl1", "rl2")  # each starts from the one before
 EVALUATED = STAGES[1:]
+SIDE_NICENESS = 10  # of side stages, above that of the others
 REPORTED = ("cpt", "cpt-bf16", *STAGES[1:], *(f"eval-{name}" for name in EVALUATED))
 
 
@@ -68,6 +70,9 @@ class SideStages:
             if stage.after == name and not stage.is_done:
                 with self._log(stage).open("wb") as log:
                     process = subprocess.Popen(stage.command, stdout=log, stderr=subprocess.STDOUT)
+                # Nothing but the end waits for a side stage: the others have the cores first.
+                niceness = os.getpriority(os.PRIO_PROCESS, 0) + SIDE_NICENESS
+                os.setpriority(os.PRIO_PROCESS, process.pid, min(niceness, 19))
                 self._running.append((stage, process))
 
     def wait(self) -> None:

@@ -1,8 +1,10 @@
 """The demo's plan and the README's commands are the same commands, and each of them parses."""
 
 import json
+import os
 import re
 import shlex
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from infir2.cli import main
 from infir2.cli.demo import SEED
 from infir2.config.load import load
 from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
-from infir2.demo.stages import STAGES, Stage, plan
+from infir2.demo.stages import SIDE_NICENESS, STAGES, SideStages, Stage, plan
 from infir2.evaluate.statistics import Evaluation
 from infir2.report import StageRow
 from infir2.report.stages import Change
@@ -118,3 +120,12 @@ def test_the_two_cpt_runs_differ_in_nothing_but_fp8(tmp_path: Path) -> None:
     fp8, bf16 = recipe_of(words["cpt"]).model_dump(), recipe_of(words["cpt-bf16"]).model_dump()  # type: ignore[attr-defined]
     assert {key for key in fp8 if fp8[key] != bf16[key]} == {"run", "fp8"}
     assert {key for key in fp8["run"] if fp8["run"][key] != bf16["run"][key]} == {"dir"}
+
+
+def test_a_side_stage_leaves_the_cores_to_the_others(tmp_path: Path, monkeypatch) -> None:
+    told = "import os, time; time.sleep(0.5); print(os.nice(0))"
+    monkeypatch.setattr(Stage, "command", property(lambda _: [sys.executable, "-c", told]))
+    side = SideStages([Stage("side", (), after="data")], tmp_path)
+    side.start_after("data")
+    side.wait()
+    assert int((tmp_path / "side.log").read_text()) == min(19, os.nice(0) + SIDE_NICENESS)
