@@ -6,6 +6,7 @@
         [--server-option=--attention-backend=triton ...] -- --data.sources.0.path=world/rl1.jsonl \\
         --data.tokenizer=world/tokenizer [further options of each infir2 rl]
     python bench/ablation.py table ablation.json [another.json ...]
+    python bench/ablation_plot.py ablation.json k3.png      # needs matplotlib
 
 Arms: scales pow2 or fp32, trainer and engine each in FP8 or BF16; where both are BF16 there are no
 scales, so seven arms. Each is an `infir2 rl` with recipes/demo/rl1.toml, --jobs of them at once on
@@ -283,6 +284,7 @@ def collect(run: Run, code: int | None) -> dict[str, Any] | None:
         "evaluations": rows_of(run.dir, "evaluation"),
         "reward": [row["reward"] for row in rows],
         "k3": [row.get("mismatch_kl") for row in rows],
+        "equal": [row.get("mismatch_equal") for row in rows],
         "seconds": [round(row["seconds"], 3) for row in rows],
     }  # fmt: skip
 

@@ -100,11 +100,16 @@ def test_the_table_has_means_over_seeds_and_students_interval(tmp_path: Path) ->
         for step in range(1, 11):
             reward = 0.5 if step < 6 else 0.5 + rise
             row = {"kind": "train", "step": step, "reward": reward, "seconds": 1.0}
-            rows.append(row | ({"mismatch_kl": step * 0.1 * seed} if step < 10 else {}))
+            mismatch = {"mismatch_kl": step * 0.1 * seed, "mismatch_equal": 1.0}
+            rows.append(row | (mismatch if step < 10 else {}))
         (run.dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
         found = ablation.collect(run, 0)
         assert found is not None
-        assert found["at"]["last"] == {"kl": pytest.approx(0.9 * seed)}  # step 10 trained nothing
+        assert found["at"]["last"] == {
+            "kl": pytest.approx(0.9 * seed),
+            "equal": 1.0,
+        }  # step 10 trained nothing
+        assert found["equal"] == [1.0] * 9 + [None]
         runs.append(found)
     row = ablation.table(runs)[2].split(" | ")
     assert row[2:5] == ["3 of 3", "0.2 [0.1, 0.3]", "0.4 [0.2, 0.6]"]
