@@ -6,7 +6,12 @@ from html import escape
 
 from infir2.report.loop_change import loop_change
 from infir2.report.overlay import stages
-from infir2.report.precision import Difference, across_pairs, differences
+from infir2.report.precision import (
+    Difference,
+    accuracy_difference,
+    across_pairs,
+    differences,
+)
 from infir2.report.read import Run
 from infir2.report.runs import parameter_count
 from infir2.report.stages import StageRow, accuracy_text, change_between
@@ -27,10 +32,11 @@ def headline_html(
     leaders: Sequence[Run], chain: str, rows: Sequence[StageRow], pairs: Mapping[str, Run]
 ) -> str:
     """HTML: what was trained and with which result, in one sentence and a few numbers."""
-    scored = [row for row in rows if math.isfinite(row.evaluation.avg_at_k)]
+    others = {twin.name for twin in pairs.values()}
+    scored = [r for r in rows if math.isfinite(r.evaluation.avg_at_k) and r.stage not in others]
     precision = {run.fp8 for run in leaders}
     suffix = " in FP8" if precision == {True} else " in BF16" if precision == {False} else ""
-    results = _results(leaders, scored, pairs)
+    results = [*_improvement(leaders, scored), *_precision(leaders, rows, pairs)]
     title = chain + suffix + (f": {'; '.join(results)}" if results else "")
     tiles = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
@@ -40,33 +46,45 @@ def headline_html(
     return f"<h1>{escape(title)}</h1>" + (f'<div class="tiles">{tiles}</div>' if tiles else "")
 
 
-def _results(
-    leaders: Sequence[Run], scored: Sequence[StageRow], pairs: Mapping[str, Run]
-) -> list[str]:
-    """Sentences: accuracy before and after, and the loss of FP8 against BF16."""
-    results = []
+def _improvement(leaders: Sequence[Run], scored: Sequence[StageRow]) -> Iterator[str]:
+    """The accuracy of the first and of the last stage, or of an RL run's own evaluations."""
     if len(scored) > 1:
+        word = "after" if _descends(scored) else "of"
         first, last = (
-            f"{percent(row.evaluation.avg_at_k)} after {row.stage}"
+            f"{percent(row.evaluation.avg_at_k)} {word} {row.stage}"
             for row in (scored[0], scored[-1])
         )
         change = change_between(scored[0], scored[-1])
-        results.append(f"accuracy {first}, {last}, {change.text} points")
+        yield f"accuracy {first}, {last}, {change.text} points"
     elif len(leaders) == 1 and (loop := loop_change(leaders[0])):
-        results.append(loop.text)
+        yield loop.text
+
+
+def _descends(rows: Sequence[StageRow]) -> bool:
+    """Whether the last stage started from the first; two seeds did not start from each other."""
+    before = {row.stage: row.compared_with for row in rows}
+    name, seen = rows[-1].stage, set[str]()
+    while name and name != rows[0].stage and name not in seen:
+        seen.add(name)
+        name = before.get(name, "")
+    return name == rows[0].stage
+
+
+def _precision(
+    leaders: Sequence[Run], rows: Sequence[StageRow], pairs: Mapping[str, Run]
+) -> Iterator[str]:
+    """FP8 against BF16, runs of one stage together if there are several, as of several seeds."""
     for group in stages(leaders):
-        results += _precision_results(
-            [(run, pairs[run.name]) for run in group if run.name in pairs]
-        )
-    return results
-
-
-def _precision_results(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
-    """Of the FP8 runs of one stage: together if there are several, as of several seeds."""
-    if found := across_pairs(pairs):
-        return [f"over {len(pairs)} pairs: {_texts(found)}"]
-    each = ((run.name, differences(run, twin)) for run, twin in pairs)
-    return [f"{name}: {_texts(found)}" for name, found in each if found]
+        own = [(run, pairs[run.name]) for run in group if run.name in pairs]
+        if found := across_pairs(own):
+            yield f"over {len(own)} pairs: {_texts(found)}"
+            continue
+        for run, twin in own:
+            texts = [_texts(differences(run, twin))]
+            if change := accuracy_difference(run, twin, rows):
+                texts.append(f"accuracy {change.text} points against BF16")
+            if any(texts):
+                yield f"{run.name}: {', '.join(filter(None, texts))}"
 
 
 def _texts(found: Sequence[Difference]) -> str:

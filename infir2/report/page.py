@@ -105,7 +105,7 @@ def _sections(
     drawing = Drawing(int(np.clip(POINT_BUDGET / (LINES_PER_RUN * num_drawn), 30, 400)), axis)
     return {
         "What improved": accuracy_html(rows),
-        "FP8 against BF16": _precision(leaders, pairs, drawing),
+        "FP8 against BF16": _precision(leaders, pairs, drawing, rows),
         "Runs of one stage": "".join(overlay_html(group, drawing) for group in groups),
         "Runs": runs_table(trained)
         + "".join(
@@ -120,11 +120,13 @@ def _sections(
     }
 
 
-def _precision(leaders: Sequence[Run], pairs: Mapping[str, Run], drawing: Drawing) -> str:
+def _precision(
+    leaders: Sequence[Run], pairs: Mapping[str, Run], drawing: Drawing, rows: Sequence[StageRow]
+) -> str:
     html = ""
     for group in stages(leaders):
         own = [(run, pairs[run.name]) for run in group if run.name in pairs]
-        html += across_html(own) + "".join(precision_section(*pair, drawing) for pair in own)
+        html += across_html(own) + "".join(precision_section(*pair, drawing, rows) for pair in own)
     return html
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from infir2.report.chart import Chart, Series, smooth
 from infir2.report.curves import Drawing, loss_series, marks, wide_figure, window
 from infir2.report.read import Run, Table
+from infir2.report.stages import Change, StageRow, change_between
 from infir2.report.text import counted, percent
 
 INTERVAL_NOTE = (
@@ -165,12 +166,34 @@ def across_html(pairs: Sequence[tuple[Run, Run]]) -> str:
     )
 
 
-def precision_section(fp8: Run, bf16: Run, drawing: Drawing) -> str:
+def accuracy_difference(fp8: Run, bf16: Run, rows: Sequence[StageRow]) -> Change | None:
+    """FP8's accuracy minus BF16's, if both were evaluated; paired if on the same questions."""
+    by_stage = {row.stage: row for row in rows}
+    if fp8.name not in by_stage or bf16.name not in by_stage:
+        return None
+    change = change_between(by_stage[bf16.name], by_stage[fp8.name])
+    return change if math.isfinite(change.value) else None
+
+
+def accuracy_difference_html(fp8: Run, bf16: Run, rows: Sequence[StageRow]) -> str:
+    """HTML: a sentence, or "" without evaluations."""
+    change = accuracy_difference(fp8, bf16, rows)
+    if change is None:
+        return ""
+    count = change.num_paired
+    how = f"paired over {counted(count, 'question')}" if count else "as of independent questions"
+    return (
+        f'<p class="facts">Accuracy, FP8 − BF16: <b>{change.text} points</b> (95 % interval, '
+        f"{how}).</p>"
+    )
+
+
+def precision_section(fp8: Run, bf16: Run, drawing: Drawing, rows: Sequence[StageRow] = ()) -> str:
     """HTML: the loss of both in one chart, and the relative difference of the smoothed losses."""
     html, width = f"<h3>{escape(fp8.name)}</h3>", window(fp8.train)
     for each in differences(fp8, bf16):
         html += f'<p class="facts">{each.sentence}, <b>{each.text}</b>.</p>'
-    html += f'<p class="note">{INTERVAL_NOTE}</p>'
+    html += f'<p class="note">{INTERVAL_NOTE}</p>{accuracy_difference_html(fp8, bf16, rows)}'
     note = f"Lines are means over {width} steps, faint lines the single steps." if width > 1 else ""
     loss = Chart(
         f"Loss of {fp8.name} and {bf16.name}",

@@ -297,6 +297,31 @@ def test_a_change_is_paired_where_the_questions_are_the_same(
         assert change.interval == pytest.approx(np.hypot(0.2, 0.2), abs=0.1)
 
 
+def test_accuracy_in_fp8_and_bf16_is_paired(tmp_path: Path) -> None:
+    """And the headline's before and after leaves the BF16 twin out."""
+    scores = [[float(index % 3 > 0)] for index in range(60)]
+    for name, fp8 in (("cpt", True), ("cpt-bf16", False)):
+        write(describe(tmp_path / name, "cpt", fp8=fp8), train_rows(30, 3.0, 1.0, 0))
+    write(describe(tmp_path / "sft", "sft", str(tmp_path / "cpt")), train_rows(3, 2.0, 1.0, 0))
+    evaluated(tmp_path, "cpt", scores)
+    evaluated(tmp_path, "cpt-bf16", [*scores[:-3], [1.0], [1.0], [1.0]])
+    evaluated(tmp_path, "sft", [[1.0]] * 60)
+    text, _ = page_of([tmp_path], tmp_path / "report.html")
+    (title,) = re.findall("<h1>(.*?)</h1>", text)
+    title = title.replace("\N{NO-BREAK SPACE}", " ")
+    assert "accuracy 66.7 % after cpt, 100.0 % after sft, +33.3 ± " in title
+    assert "accuracy −1.7 ± " in title
+    assert re.search("Accuracy, FP8 − BF16: <b>−1.7 ± .* points</b> .*paired over 60 quest", text)
+
+
+def test_two_seeds_are_not_before_and_after(tmp_path: Path) -> None:
+    for name, reward in (("a", 0.0), ("b", 1.0)):
+        write(describe(tmp_path / name, "sft", "models/m"), train_rows(3, 2.0, 1.0, 0))
+        evaluated(tmp_path, name, [[reward]] * 20)
+    text, _ = page_of([tmp_path], tmp_path / "report.html")
+    assert "accuracy 0.0 % of a, 100.0 % of b, +100.0" in text
+
+
 @pytest.mark.parametrize("is_kept", [True, False])
 def test_a_run_of_rl_alone_says_what_its_own_evaluations_say(tmp_path: Path, is_kept: bool) -> None:
     run_dir = describe(tmp_path / "rl", "rl")
