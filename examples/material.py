@@ -53,15 +53,17 @@ def build_model(name: str, size: str) -> nn.Module:
 
 def read_text(path: Path | None) -> bytes:
     """The file's bytes, or ten thousand sums: 12+34=46."""
-    return path.read_bytes() if path else "".join(
-        f"{a}+{b}={a + b}\n" for a in range(100) for b in range(100)
-    ).encode()  # fmt: skip
+    if path is None:
+        return "".join(f"{a}+{b}={a + b}\n" for a in range(100) for b in range(100)).encode()
+    if not path.is_file() or not (text := path.read_bytes()):
+        raise SystemExit(f"--text {path}: there is no such file, or it is empty")
+    return text
 
 
 def random_windows(text: bytes, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """`count` pieces of the text as token ids, int64 [count, length]."""
-    tokens = torch.tensor(list(text))
-    first = torch.randint(len(text) - length + 1, (count, 1), generator=generator)
+    """`count` pieces of the text, repeated if it is short, as token ids int64 [count, length]."""
+    tokens = torch.tensor(list(text)).repeat(1 + length // len(text))
+    first = torch.randint(len(tokens) - length + 1, (count, 1), generator=generator)
     return tokens[first + torch.arange(length)].to(DEVICE)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from infir2 import Fp8Linear, convert_to_fp8
+from infir2.convert import export_fp8
 from infir2.errors import ConfigError
+from infir2.model.hf_names import exported_fp8_weights, quantization_config
 from infir2.numerics.quantize import quantize_weight
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,3 +234,20 @@ def test_a_copy_computes_the_same_bits(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.zero_()
     assert torch.equal(twin(IDS).logits, expected)
+
+
+def test_an_export_of_a_saved_model_has_the_bytes_of_the_live_one(tmp_path: Path) -> None:
+    skipped = ["model.layers.0"]
+    model = convert_to_fp8(tiny(), skip_modules=skipped)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "plain")
+    export_fp8(tmp_path / "plain", tmp_path / "fp8", skip_modules=skipped)
+    stored = load_file(tmp_path / "fp8" / "model.safetensors")
+    live = dict(exported_fp8_weights(model))
+    assert stored.keys() == live.keys()
+    assert sum(value.dtype == torch.float8_e4m3fn for value in live.values()) == 7
+    for name, value in live.items():
+        assert torch.equal(stored[name].view(torch.uint8), value.view(torch.uint8)), name
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"] == quantization_config(model)
