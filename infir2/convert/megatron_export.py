@@ -6,6 +6,7 @@ that a GPTModel asks for are written empty. `megatron_names` documents keys and 
 """
 
 import argparse
+import errno
 import io
 import json
 import warnings
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from infir2.convert.megatron_names import ARGUMENTS, LAYER, LAYERS, OUTSIDE_LAYERS, QKV
 from infir2.convert.weights import Weights, hf_weights, run_weights
 from infir2.directories import new_directory
+from infir2.errors import first_line
 from infir2.model import ModelConfig
 from infir2.parallel.shard_spec import ShardSpec, unsharded
 from infir2.terminal import byte_progress
@@ -93,10 +95,23 @@ def _write(directory: Path, weights: Weights, config: ModelConfig) -> None:
         try:
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
         except dcp.api.CheckpointException as error:
-            raise error.failures[0][0] from None
+            raise _disk_error(error.failures[0][0]) from None
     common = {"iteration": 0, "checkpoint_version": 3.0, "args": _arguments(config)}
-    torch.save(common, directory / "common.pt")
+    try:
+        torch.save(common, directory / "common.pt")
+    except RuntimeError as error:
+        raise _disk_error(error) from None
     (directory / "metadata.json").write_text(json.dumps(_METADATA))
+
+
+def _disk_error(error: BaseException) -> BaseException:
+    """The OSError behind an error of torch's writer, which fails once more when it closes."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None and isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return OSError(errno.EIO, f"torch could not write it, {first_line(error)}")
+    return cause or error
 
 
 def _chunks(shapes: dict[str, tuple[int, ...]], num_layers: int) -> Iterator[_Chunk]:

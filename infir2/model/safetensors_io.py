@@ -208,7 +208,10 @@ def write_hf(
                 save_file(scales, work / SCALES_FILE)
             _write_json(work / "config.json", config)
     except SafetensorError as error:  # safetensors' form of an I/O error, such as a full disk
-        raise CheckpointError(f"{directory} cannot be written: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{directory} cannot be written: {first_line(error)}; name another directory, or make "
+            "room."
+        ) from error
 
 
 def _write_shards(

@@ -3,6 +3,7 @@
 Each prints one sentence, exits with the right code, and leaves no output.
 """
 
+import errno
 import json
 import resource
 import struct
@@ -13,7 +14,8 @@ import pytest
 from test_convert_export import make_decoder, make_run  # noqa: F401 (a fixture)
 
 from infir2.cli import main
-from infir2.convert import export_hf
+from infir2.convert import export_hf, export_megatron
+from infir2.errors import CheckpointError
 
 
 def cut(path):
@@ -74,3 +76,19 @@ def test_a_full_disk_is_exit_3_and_leaves_nothing(tmp_path, make_run, kind):  # 
     assert "cannot be written" in done.stderr
     assert done.stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_disk_is_named_behind_an_error_of_torchs_writer(tmp_path, make_run, monkeypatch):  # noqa: F811
+    """On a full disk the writer fails once more as it closes, and says nothing of the disk."""
+
+    def save(*_):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")  # noqa: B904
+
+    run = make_run(make_decoder())
+    monkeypatch.setattr("torch.save", save)
+    with pytest.raises(CheckpointError, match="No space left on device, errno 28 ENOSPC; name ano"):
+        export_megatron(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
