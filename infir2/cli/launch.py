@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import shlex
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
@@ -34,8 +35,9 @@ from infir2.launch.torchrun import (
     runs_benchmarks,
     torchrun_command,
 )
-from infir2.terminal import log, print_result
+from infir2.terminal import begin_phase, log, print_result, pulse
 
+_START_SECONDS = 9.0  # torchrun imports torch; then the ranks begin
 KINDS = ("torchrun", "ray", "slurm")
 _DESCRIPTION = (
     "Starts a training verb on many processes and nodes, and exits with the worst rank's code. "
@@ -79,12 +81,24 @@ def launch(arguments: Sequence[str]) -> None:
     if options.kind != "ray":
         _check_keys(command)
     log(f"starting {command[0]} on {_size(options.kind, layout)}", "infir2 launch")
-    code = start()
+    code = _run_torchrun(start) if options.kind == "torchrun" else start()
     if code in CODE_OF_SIGNAL.values():
         text = "Stopped. Run the same command to resume."
         raise (Preempted if code == Preempted.exit_code else Interrupted)(text)
     if code:
         raise LaunchedError(code)
+
+
+def _run_torchrun(start: Callable[[], int]) -> int:
+    """Start the ranks; say so until rank 0 speaks for itself."""
+    with pulse("the ranks are starting"):
+        timer = threading.Timer(_START_SECONDS, begin_phase, ("",))
+        timer.daemon = True
+        timer.start()
+        try:
+            return start()
+        finally:
+            timer.cancel()
 
 
 def _split_command(arguments: Sequence[str]) -> tuple[Sequence[str], list[str]]:
