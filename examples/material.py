@@ -44,8 +44,9 @@ def build_model(name: str, size: str) -> nn.Module:
         parts = {"embed": nn.Embedding(256, 128), "up": nn.Linear(128, 512), "act": nn.GELU(),
                  "down": nn.Linear(512, 128), "lm_head": nn.Linear(128, 256)}  # fmt: skip
         return nn.Sequential(OrderedDict(parts))
-    shape = dict(zip(KEYS, SIZES[size], strict=True))
-    config = getattr(transformers, f"{name}Config")(**shape, bos_token_id=0, eos_token_id=0)
+    shape = dict(zip(KEYS, SIZES[size], strict=True)) | {"bos_token_id": 0, "eos_token_id": 0}
+    tied = size != "tiny"  # as in Qwen2.5 of these sizes
+    config = getattr(transformers, f"{name}Config")(**shape, tie_word_embeddings=tied)
     with torch.device(DEVICE):
         model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
     return model
