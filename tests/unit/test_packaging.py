@@ -94,13 +94,14 @@ def test_pip_installs_the_wheel_into_an_empty_environment(wheel: Path, tmp_path:
     python = environment / "bin" / "python"
     options = ["--no-deps", "--no-index", "--quiet", "--disable-pip-version-check"]
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", *options, str(wheel)]
-    subprocess.run(pip, check=True)
+    # With PYTHONPATH pip would see the *.egg-info of a checkout, and install nothing.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(pip, check=True, env=environ)
     site = next(environment.glob("lib/python*/site-packages"))
     here = Path(sysconfig.get_path("purelib"))
     (site / "libraries.pth").write_text(f"{here}\n")  # after site, so that the wheel is first
     empty = tmp_path / "empty"
     empty.mkdir()
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def infir2(*arguments: str) -> str:
         command = [str(environment / "bin" / "infir2"), *arguments]
