@@ -8,7 +8,8 @@ parameters, rewards, weights and the tokens so far, but no key of the recipe tha
 reads. What a damaged line had is sampled again.
 
 `rollouts/carried-N.jsonl` holds the unfinished groups with which step N begins (`rl.partial`).
-Files of steps that a checkpoint holds are removed.
+Files of steps that a checkpoint holds are removed, but what step N begins with stays as long as the
+checkpoint of step N - 1, which a run goes on from if newer ones are damaged.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from infir2.checkpoint.reader import CHECKPOINTS, published_steps
 from infir2.engines.types import Completion
 from infir2.errors import disk_reason
 from infir2.files import (
@@ -63,6 +65,7 @@ class Journal:
 
     def __init__(self, run_dir: Path, ranks: Ranks, check_in_place: Callable[[], None]) -> None:
         self._dir, self._ranks, self._check_in_place = run_dir / "rollouts", ranks, check_in_place
+        self._checkpoints = run_dir / CHECKPOINTS
         self._groups: dict[str, list[Response]] = {}
         self._unfinished: dict[str, list[Completion]] = {}
 
@@ -87,13 +90,15 @@ class Journal:
         unfinished: dict[str, list[Completion]] = {}
         with disk_errors(f"{self._dir}: the groups of step {first} cannot be read"):
             make_own_directory(self._dir)
+            kept = published_steps(self._checkpoints)
             for path in self._dir.iterdir():
                 match = _FILE.fullmatch(path.name)
                 if match is None:
                     continue
                 step = int(match["step"] or match["carried"])
                 if step <= saved_step:
-                    path.unlink()
+                    if match["step"] or step - 1 not in kept:
+                        path.unlink()
                 elif first <= step <= last and (match["step"] or step == saved_step + 1):
                     _read_file(path, groups, unfinished)
         return groups, unfinished

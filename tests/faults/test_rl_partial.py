@@ -89,6 +89,22 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(
     )
 
 
+def test_an_older_checkpoint_has_what_it_carried(
+    world: Path, start: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The newest one is damaged: the groups with which the one before goes on are there still."""
+    values = {"rl__partial": "true", "checkpoint__save_every": 1, "checkpoint__keep": 2}
+    arguments = words(world, start, tmp_path / "run", **values)
+    assert ranks(tmp_path, 1, arguments, struck=0, faults="train.step:4")[0] == [-1]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-2", "step-3"]
+    assert open_checkpoint(checkpoints / "step-2").state["carried"]
+    (checkpoints / "step-3" / ".metadata").write_bytes(b"damaged")
+    run(arguments)
+    assert curve(tmp_path / "run", *NAMES) == curve(undisturbed, *NAMES)
+    assert_same_state(tmp_path / "run", undisturbed)
+
+
 @pytest.mark.costly
 def test_two_servers_generate_the_same_chunks(
     world: Path, start: Path, undisturbed: Path, tmp_path: Path

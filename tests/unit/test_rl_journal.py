@@ -113,6 +113,21 @@ def test_only_the_journals_own_files_are_read_and_removed(file: Path, tmp_path: 
     )
 
 
+def test_what_a_kept_checkpoint_carried_stays_as_long_as_it(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path)
+    for step in (2, 3, 4):
+        (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    journal.open(2, 2, saved_step=1)
+    for step in (2, 3, 4, 5):
+        journal.write_carried(step, {})
+    journal.open(5, 5, saved_step=4)
+    names = ["carried-3.jsonl", "carried-4.jsonl", "carried-5.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == names
+    (tmp_path / "checkpoints" / "step-2").rmdir()
+    journal.open(5, 5, saved_step=4)
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == names[1:]
+
+
 def test_a_link_or_a_directory_in_its_place_is_named(file: Path, tmp_path: Path) -> None:
     file.rename(tmp_path / "moved")
     file.symlink_to(tmp_path / "moved")
