@@ -7,6 +7,7 @@
     GPU ms       time during which a kernel runs in a step of real size, from the profiler
     step ms      median of steps of real size
     launches     kernels and copies of a step of real size
+    graphs       the same with the blocks as CUDA graphs (`train.cuda_graphs`)
 
 FP8 cannot be faster than the host: where host ms exceeds GPU ms, fewer launches make a step faster.
 `--operators` lists the host's own time in torch's operators and ours.
@@ -65,7 +66,7 @@ def one_step(step: Step) -> None:
 def gpu_milliseconds(step: Step, count: int = 5) -> dict[str, float]:
     """Busy time and launches of a step of real size, and the median time of a step."""
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
+    for _ in range(5):
         one_step(step)
     times = []
     for _ in range(count):
@@ -94,17 +95,21 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def measure(case: Case, number: int) -> dict[str, Any]:
+def measure(case: Case, number: int, graphs: bool) -> dict[str, Any]:
     """The row of one case."""
-    tiny = Step(replace(case, sequences=1, length=TINY))
-    for _ in range(2):
+    tiny, real = Step(replace(case, sequences=1, length=TINY)), Step(case)
+    if graphs:
+        tiny.use_graphs()
+        real.use_graphs()
+    for _ in range(5):
         one_step(tiny)
     row: dict[str, Any] = {"host": host_milliseconds(tiny)}
     if number:
         row["operators"] = operators(tiny, number)
     del tiny
     torch.cuda.empty_cache()
-    row |= gpu_milliseconds(Step(case))
+    row |= gpu_milliseconds(real)
+    del real
     torch.cuda.empty_cache()
     return row
 
@@ -121,11 +126,13 @@ def main() -> None:
     torch.manual_seed(0)
     report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     for name in options.cases.split(","):
-        for kind in ("BF16", "FP8"):
-            row = report[f"{name} {kind}"] = measure(CASES[name][kind], options.operators)
+        for kind, graphs in itertools.product(("BF16", "FP8"), (False, True)):
+            row = measure(CASES[name][kind], options.operators, graphs)
+            kind += ", graphs" if graphs else ""
+            report[f"{name} {kind}"] = row
             host = ", ".join(f"{key} {value:.1f}" for key, value in row["host"].items())
             print(
-                f"{name} {kind:4s} host ms: {host}; GPU ms {row['gpu']:.1f}, step ms "
+                f"{name} {kind:12s} host ms: {host}; GPU ms {row['gpu']:.1f}, step ms "
                 f"{row['step']:.1f}, launches {row['launches']}, peak GiB {row['peak_gib']:.2f}",
                 *(
                     f"    {ms:8.2f} ms {calls:5d} {key}"

@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,17 @@ class Step:
         self.bounds = torch.arange(0, case.tokens + 1, case.length)
         self.activations = 0
 
+    def use_graphs(self) -> None:
+        """Run the blocks as CUDA graphs from the third step on."""
+        self.model.use_block_graphs(self.case.tokens)
+
     def forward(self, measure_activations: bool = False) -> torch.Tensor:
         if measure_activations:  # quantize the weights before, so they do not count
             self._prepare_weights()
             before = torch.cuda.memory_allocated()
-        hidden = self.model.hidden_states(self.ids, self.positions, self.bounds)
+        graphs = self.model.block_graphs
+        with graphs.active() if graphs else nullcontext():
+            hidden = self.model.hidden_states(self.ids, self.positions, self.bounds)
         if measure_activations:
             self.activations = torch.cuda.memory_allocated() - before
         chunk = self.case.loss_chunk_tokens

@@ -187,6 +187,11 @@ class TrainSection(Section):
         "directory, and with wandb (WANDB_MODE=offline without a network) or trackio there too, "
         "under the same names (docs/metrics.md)",
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="one GPU: launch a micro-batch's blocks as CUDA graphs, so that a small model "
+        "does not wait for the host; not for micro-batches under 3/4 of data.micro_batch_tokens",
+    )
     observe_every: int = Field(
         0,
         ge=0,

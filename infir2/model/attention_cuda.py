@@ -33,15 +33,18 @@ _FASTEST_FIRST = [
 class VarlenAttention:
     """An `AttentionContext` over a packed stream, by the fastest library that is installed.
 
-    Example: lengths (3, 2) and cu_seqlens [0, 3, 5].
+    Example: lengths (3, 2), cu_seqlens [0, 3, 5] and longest 3.
 
     Attributes:
-        lengths: tokens of each sequence, on the host, without empty sequences.
+        lengths: tokens of each sequence, on the host, without empty sequences; () if only the
+            device knows them, as in a CUDA graph.
         cu_seqlens: where each sequence starts, then the total; int32 [B + 1] on the device.
+        longest: tokens of the longest sequence, or a bound of it.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
+    longest: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Causal attention of q [T, N, H] to k, v [T, G, H] within each sequence; [T, N, H]."""
@@ -51,18 +54,17 @@ class VarlenAttention:
 def plan_varlen(lengths: tuple[int, ...], device: torch.device) -> VarlenAttention:
     """The context of sequences of these lengths: one copy to the device, none back."""
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return VarlenAttention(lengths, bounds.to(device, non_blocking=True))
+    return VarlenAttention(lengths, bounds.to(device, non_blocking=True), max(lengths, default=0))
 
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: VarlenAttention) -> Tensor:
     flash = flash_attention_4() if q.is_cuda else None
-    longest = max(plan.lengths)
     if flash is not None:
         bounds = {
             "cu_seqlens_q": plan.cu_seqlens,
             "cu_seqlens_k": plan.cu_seqlens,
-            "max_seqlen_q": longest,
-            "max_seqlen_k": longest,
+            "max_seqlen_q": plan.longest,
+            "max_seqlen_k": plan.longest,
         }
         out = flash(
             q,
@@ -76,7 +78,7 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: VarlenAttention) ->
     if len(set(plan.lengths)) == 1:
         return _equal_lengths(q, k, v, len(plan.lengths))
     if q.is_cuda:
-        return varlen_causal(q, k, v, plan.cu_seqlens, longest)
+        return varlen_causal(q, k, v, plan.cu_seqlens, plan.longest)
     parts = zip(*(t.split(list(plan.lengths)) for t in (q, k, v)), strict=True)
     return torch.cat(
         [_equal_lengths(q_part, k_part, v_part, 1) for q_part, k_part, v_part in parts]

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from infir2.config.schema import ShapeSection
 from infir2.model.attention import AttentionContext, PackedAttention
 from infir2.model.attention_cuda import plan_varlen
+from infir2.model.block_graphs import BlockGraphs
 from infir2.model.config import ModelConfig
 from infir2.model.hf_names import load_directory
 from infir2.model.memory import require_memory
@@ -115,6 +116,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
         self.mlp = FeedForward(config)
 
+    @property
+    def groups(self) -> list[tuple[nn.Linear, ...]]:
+        """The layers that share an input."""
+        return [*self.self_attn.groups, *self.mlp.groups]
+
     def forward(
         self, x: Tensor, rope: Rope, context: AttentionContext, saved: SavedActivations
     ) -> Tensor:
@@ -143,6 +149,7 @@ class Decoder(nn.Module):
         compute_dtype: dtype of activations, BF16 or FP32; masters are FP32 either way.
         recompute: "full" saves only each block's input and runs its forward again in the backward.
         saved_activations: tensors that a block saves for its backward when recompute is "none".
+        block_graphs: runs the blocks as CUDA graphs (`use_block_graphs`); None: never.
     """
 
     def __init__(
@@ -158,6 +165,7 @@ class Decoder(nn.Module):
             recompute,
             SavedActivations(),
         )
+        self.block_graphs: BlockGraphs | None = None
         self.model = Backbone(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -274,6 +282,12 @@ class Decoder(nn.Module):
         x = self._run_blocks(token_ids, positions, context)
         return self.model.norm(x[:num_tokens])
 
+    def use_block_graphs(self, num_tokens: int) -> "BlockGraphs":
+        """Let `block_graphs.active()` run the blocks of micro-batches of `num_tokens` as graphs."""
+        rows = num_tokens + -num_tokens % GROUP
+        self.block_graphs = BlockGraphs(self.model.layers, self._blocks, rows)
+        return self.block_graphs
+
     def _uses_kernels(self, device: torch.device) -> bool:
         return self.compute_dtype == torch.bfloat16 and usable(device)
 
@@ -284,8 +298,15 @@ class Decoder(nn.Module):
         # The FP32 master's rows are rounded after the look-up, so that its gradient sums in FP32.
         x = self.model.embed_tokens(token_ids).to(self.compute_dtype)
         rope = rope_tables(self.config, positions)
+        if self.block_graphs is not None:
+            replayed = self.block_graphs.run(x, rope, context)
+            if replayed is not None:
+                return replayed
         blocks: Any = self.model.layers
-        quantize_weights(x, (g for b in blocks for g in (*b.self_attn.groups, *b.mlp.groups)))
+        quantize_weights(x, (group for block in blocks for group in block.groups))
+        return self._blocks(x, rope, context)
+
+    def _blocks(self, x: Tensor, rope: Rope, context: AttentionContext) -> Tensor:
         recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for block in self.model.layers:
             arguments = (x, rope, context, self.saved_activations)

@@ -107,6 +107,13 @@ def quantize_weights(x: Tensor, groups: Iterable[Sequence[nn.Linear]]) -> None:
         quantize_together(layer for group in groups for layer in group)
 
 
+def requantizer(groups: Iterable[Sequence[nn.Linear]]) -> Callable[[], Tensor] | None:
+    """`stacked_weights.requantizer`, on a GPU that has the kernels."""
+    from infir2.numerics import stacked_weights
+
+    return stacked_weights.requantizer(groups)
+
+
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x**2) + eps) * weight` over the last dimension.
 

@@ -135,6 +135,11 @@ class NonFiniteBlocks:
         else:
             self._count(scale)
 
+    def add_count(self, found: Tensor) -> None:
+        """Add a number of blocks, int64 [], whose memory may be written anew."""
+        count = self._counts.get(found.device)
+        self._counts[found.device] = found.clone() if count is None else count + found
+
     def take(self, device: torch.device) -> Tensor:
         """Blocks counted on `device` since the last call, int64 []; the host does not wait."""
         self._count_pending()
@@ -158,9 +163,7 @@ class NonFiniteBlocks:
 
     def _count(self, scale: Tensor) -> None:
         with torch.inference_mode(False):  # an inference tensor could not be added to outside
-            found = torch.isnan(scale).sum()
-            count = self._counts.get(scale.device)
-            self._counts[scale.device] = found if count is None else count + found
+            self.add_count(torch.isnan(scale).sum())
 
 
 nonfinite_blocks = NonFiniteBlocks()

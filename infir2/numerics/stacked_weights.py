@@ -6,7 +6,8 @@ The layers can be stacked if all are BF16, or if all are FP8 with one scale form
 but the last has a multiple of 128 rows, so that the 128x128 blocks of W are those of the layers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -100,20 +101,48 @@ def quantize_weights(groups: Iterable[Sequence[nn.Linear]]) -> None:
     Args:
         groups: the layers of each operation; other than FP8 layers with FP32 masters are left out.
     """
-    stacks = [each for group in groups for each in _stacks_of(group) if _has_stale_codes(each)]
+    stacks = [stacked for stacked in _with_masters(groups) if _has_stale_codes(stacked)]
     outputs = [_empty_stack(stacked) for stacked in stacks]
-    for scale_format in {stacked.scale_format for stacked in stacks}:
-        chosen = [
-            pair
-            for pair in zip(stacks, outputs, strict=True)
-            if pair[1].scale_format == scale_format
-        ]
-        kernels.quantize_weights(
-            [rows for pair in chosen for rows in _rows_of(*pair)], scale_format
-        )
+    for launch in _launches(stacks, outputs):
+        launch()
     for stacked, codes in zip(stacks, outputs, strict=True):
         nonfinite_blocks.add(codes.scale)
         _cache_codes(stacked.layers, codes)
+
+
+def requantizer(groups: Iterable[Sequence[nn.Linear]]) -> Callable[[], Tensor] | None:
+    """A function that quantizes all weights again, into the memory of the codes that are cached.
+
+    None without FP8 weights. It returns the number of blocks with an Inf or NaN, int64 []. It may
+    be captured in a CUDA graph, which then reads memory of the function and of the codes.
+
+    Args:
+        groups: as for `quantize_weights`, which has run.
+    """
+    stacks = _with_masters(groups)
+    outputs = [_stacked_codes(stacked.layers) for stacked in stacks]
+    launches = _launches(stacks, outputs)
+    if not stacks:
+        return None
+
+    def requantize() -> Tensor:
+        for launch in launches:
+            launch()
+        return torch.cat([codes.scale.flatten() for codes in outputs]).isnan().sum()
+
+    return requantize
+
+
+def _launches(stacks: Sequence[Stack], outputs: Sequence[Fp8Tensor]) -> list[Callable[[], None]]:
+    """One launch per scale format, which writes the outputs."""
+    rows: dict[str, list[WeightRows]] = defaultdict(list)
+    for stacked, codes in zip(stacks, outputs, strict=True):
+        rows[codes.scale_format] += _rows_of(stacked, codes)
+    return [kernels.weight_quantizer(each, scale_format) for scale_format, each in rows.items()]
+
+
+def _with_masters(groups: Iterable[Sequence[nn.Linear]]) -> list[Stack]:
+    return [each for group in groups for each in _stacks_of(group) if _has_masters(each)]
 
 
 def _stacks_of(layers: Sequence[nn.Linear]) -> list[Stack]:
@@ -122,12 +151,17 @@ def _stacks_of(layers: Sequence[nn.Linear]) -> list[Stack]:
     return [stacked] if stacked else [Stack((layer,)) for layer in layers]
 
 
+def _has_masters(stacked: Stack) -> bool:
+    """Whether the layers are FP8 layers with FP32 masters."""
+    weights = [layer.weight for layer in stacked.layers]
+    return bool(stacked.scale_format) and all(
+        weight is not None and weight.dtype == torch.float32 for weight in weights
+    )
+
+
 def _has_stale_codes(stacked: Stack) -> bool:
     key = ("fp8", stacked.scale_format)
-    weights = [layer.weight for layer in stacked.layers]
-    if not stacked.scale_format or any(w is None or w.dtype != torch.float32 for w in weights):
-        return False
-    return any([is_missing(weight, key) for weight in weights])
+    return any([is_missing(layer.weight, key) for layer in stacked.layers])
 
 
 def _empty_stack(stacked: Stack) -> Fp8Tensor:

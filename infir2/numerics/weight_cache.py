@@ -105,6 +105,26 @@ def replace_cached(weight: Tensor, key: Hashable, value: Any) -> None:
         version.values[key] = value
 
 
+CachedValues = list[dict[Hashable, Any]]
+
+
+def cached_values(weights: Sequence[Tensor]) -> CachedValues:
+    """All values of the weights' current versions."""
+    for weight in weights:
+        cached(weight, "version", object)
+    return [dict(_versions[weight].values) for weight in weights]
+
+
+def restore(weights: Sequence[Tensor], values: CachedValues) -> None:
+    """Give the weights' current versions `cached_values` of an earlier one.
+
+    The caller writes their memory anew.
+    """
+    for weight, of_weight in zip(weights, values, strict=True):
+        cached(weight, "version", object)
+        _versions[weight].values = dict(of_weight)
+
+
 def invalidate(changed: Tensor | nn.Module) -> None:
     """Drop the cached values of a weight, or of a module's weights.
 

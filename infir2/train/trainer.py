@@ -16,6 +16,7 @@ import math
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,8 @@ class Trainer:
 
     `parallel_model` is the model sharded over several ranks (default: one process). Every rank
     calls every method at the same point, with its own batches and the same number of them.
-    Raises CheckpointError for a model that has FP8 codes without masters.
+    `graph_tokens`: run micro-batches of about that many tokens as CUDA graphs (0: none), for a
+    model on one GPU. Raises CheckpointError for a model that has FP8 codes without masters.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Trainer:
         section: OptimizerSection,
         loss_chunk_tokens: int,
         parallel_model: ParallelModel | None = None,
+        graph_tokens: int = 0,
     ) -> None:
         if any(isinstance(layer, Fp8Linear) and layer.weight is None for layer in model.modules()):
             raise CheckpointError(
@@ -109,6 +112,7 @@ class Trainer:
             )
         self.model = model
         self.parallel_model = parallel_model or single_process(model)
+        self._graphs = model.use_block_graphs(graph_tokens) if graph_tokens else None
         self.optimizer = make_optimizer(model, section)
         self.clip_norm = section.clip_norm
         self.loss_chunk_tokens = loss_chunk_tokens
@@ -129,7 +133,8 @@ class Trainer:
         fault("train.step")
         self.model.train()
         trained_tokens = self._reduce_trained_tokens(batches)
-        loss_sum, metric_sums = self._backward(batches, loss, trained_tokens, temperature)
+        with self._graphs.active() if self._graphs else nullcontext():
+            loss_sum, metric_sums = self._backward(batches, loss, trained_tokens, temperature)
         self.parallel_model.finish_gradients()
         totals = self._reduce_measurements(batches, trained_tokens, loss_sum, metric_sums)
         result = totals.result()

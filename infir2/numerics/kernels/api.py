@@ -5,7 +5,7 @@ file imports triton but does not initialize a device. With TRITON_INTERPRET=1 se
 the kernels run on CPU tensors, so that tests can compare them with the reference without a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -118,6 +118,13 @@ def quantize_weight(master: Tensor, scale_format: str = "pow2") -> Fp8Tensor:
 def quantize_weights(weights: Sequence[WeightRows], scale_format: str = "pow2") -> None:
     """`quantize_weight` of many masters in one launch; fills in their codes and scales."""
     weight_kernels.quantize_weights(weights, _is_pow2(scale_format))
+
+
+def weight_quantizer(
+    weights: Sequence[WeightRows], scale_format: str = "pow2"
+) -> Callable[[], None]:
+    """`quantize_weights` to be launched any number of times, with the same memory."""
+    return weight_kernels.prepare(weights, _is_pow2(scale_format))
 
 
 def largest_magnitudes(weights: Sequence[WeightRows]) -> None:

@@ -6,7 +6,7 @@ A launch costs the host more than a small weight costs the GPU. The kernel reads
 addresses of every matrix, like AdamW's. Bytes per value of an FP32 master: 5 with codes, 4 without.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -66,7 +66,7 @@ def _weights_kernel(
 
 def quantize_weights(weights: Sequence[WeightRows], pow2: bool) -> None:
     """Write codes and scales of whole weights, rounded to BF16 first."""
-    _launch(weights, pow2, QUANTIZE)
+    prepare(weights, pow2)()
 
 
 def largest_magnitudes(weights: Sequence[WeightRows]) -> None:
@@ -74,16 +74,20 @@ def largest_magnitudes(weights: Sequence[WeightRows]) -> None:
 
     Blocks without a row are not written.
     """
-    _launch(weights, True, LARGEST)
+    prepare(weights, True, LARGEST)()
 
 
 def encode_weights(weights: Sequence[WeightRows], pow2: bool) -> None:
     """Write the codes of rows whose blocks have their scales."""
-    _launch(weights, pow2, ENCODE)
+    prepare(weights, pow2, ENCODE)()
 
 
-def _launch(weights: Sequence[WeightRows], pow2: bool, action: tl.constexpr) -> None:
+def prepare(
+    weights: Sequence[WeightRows], pow2: bool, action: tl.constexpr = QUANTIZE
+) -> Callable[[], None]:
+    """A function that launches the action, any number of times, with the same memory."""
     table = [_table_row(rows) for rows in weights if rows.values.numel()]
+    launches = []
     # Wide loads need addresses and sizes that 16 divides; other matrices get a second launch.
     for even in (True, False):
         chosen = [row for row in table if _is_even(row) == even]
@@ -93,9 +97,15 @@ def _launch(weights: Sequence[WeightRows], pow2: bool, action: tl.constexpr) -> 
             on_device = torch.tensor(
                 chosen, dtype=torch.int64, pin_memory=device.type == "cuda"
             ).to(device, non_blocking=True)
+            launches.append((on_device, tiles, even))
+
+    def launch() -> None:
+        for on_device, tiles, even in launches:
             _weights_kernel[(len(tiles),)](
                 on_device, tiles, POW2=pow2, ACTION=action.value, EVEN=even, num_warps=8
             )
+
+    return launch
 
 
 def _table_row(rows: WeightRows) -> tuple[int, ...]:
