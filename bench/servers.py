@@ -112,7 +112,7 @@ def publish(pool: EnginePool, model: Path, version: int) -> dict[str, float]:
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         files = HfWeights(model)
         for name in files.names():
-            yield name, files.read(name)
+            yield name, files.read(name).cuda()  # where a trainer has them
 
     pool.update_weights(weights(), version)
     return {name: value for name, value in pool.metrics().items() if name.startswith("publish")}

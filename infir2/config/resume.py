@@ -30,6 +30,7 @@ SAFE_KEYS = (
     "train.loss_chunk_tokens",
     "train.log_every",
     "train.tracker",
+    "train.cuda_graphs",
     "train.observe_every",
     "checkpoint",
     "parallel",
