@@ -53,6 +53,7 @@ def layouts(ranks: int) -> dict[str, tuple[int, int, int, int]]:
         f"dp{ranks}": (1, ranks, 1, 1),
         f"tp{ranks}": (1, 1, 1, ranks),
         f"cp{ranks}": (1, 1, ranks, 1),
+        f"copies{ranks}": (ranks, 1, 1, 1),
     }
     if ranks % 4 == 0:
         half = ranks // 2
@@ -117,6 +118,7 @@ def plan(options: argparse.Namespace) -> list[Job]:
     cases = [
         ("7B", 8192, n, dp, 2.0),
         ("1.5B", 8192, n, dp, 1.2),
+        ("1.5B", 8192, n, (n, 1, 1, 1), 0.8),
         ("1.5B", 8192, 1, (1, 1, 1, 1), 0.6),
     ]
     cases += [

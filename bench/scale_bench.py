@@ -59,10 +59,13 @@ class Bench:
             partial.write_text(json.dumps(self.report, indent=1), encoding="utf-8")
             partial.replace(self.out)
 
-    def trainer(self, case: Case, sizes: Sizes | None, **gathers: Any) -> Trainer:
+    def trainer(
+        self, case: Case, sizes: Sizes | None, graphs: bool = False, **gathers: Any
+    ) -> Trainer:
         """A trainer whose weights are the same in every layout; without `sizes`: a single process.
 
-        `gathers`: keys of the section `parallel` that say when weights are gathered.
+        `graphs`: as `train.cuda_graphs`. `gathers`: keys of the section `parallel` that say when
+        weights are gathered.
         """
         torch.manual_seed(0)
         gc.collect()  # FSDP2's modules form reference cycles
@@ -73,7 +76,9 @@ class Bench:
         parallel_model = None
         if sizes is not None:
             parallel_model = ParallelModel(model, Layout(sizes, self.ranks, self.device), **gathers)
-        return Trainer(model, OptimizerSection(), case.loss_chunk_tokens, parallel_model)
+        graph_tokens = case.tokens if graphs else 0
+        chunk_tokens = case.loss_chunk_tokens
+        return Trainer(model, OptimizerSection(), chunk_tokens, parallel_model, graph_tokens)
 
     def synchronize(self) -> None:
         if self.cuda:

@@ -42,7 +42,14 @@ def record_codes(model: Decoder) -> dict[str, str]:
                     seen[name] = digest(fp8.codes, fp8.scale)
                 return fp8
 
+            def read_values(
+                dtype: torch.dtype, layer: Fp8Linear = layer, read: Callable[[], Any] = read
+            ) -> Tensor:
+                read()
+                return Fp8Linear.weight_values(layer, dtype)
+
             layer.quantized_weight = read  # type: ignore[method-assign]
+            layer.weight_values = read_values  # type: ignore[method-assign]  # on a CPU
     return seen
 
 

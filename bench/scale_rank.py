@@ -54,16 +54,23 @@ def throughput(bench: Bench) -> None:
         {"FP8": (True, SavedActivations()), "BF16": (False, SavedActivations())} | small
     ).items():
         bench.record(name, measure(bench, replace(case_of(bench.job, fp8), saved=saved)))
-    for name, gathers in WHEN_GATHERED.items() if bench.job.get("gathers") else ():
+    others = WHEN_GATHERED if bench.job.get("gathers") else {}
+    sizes = Sizes(*bench.job["sizes"])
+    if bench.cuda and sizes.num_shards * sizes.tp == 1:
+        others = {"graphs": {"graphs": True}}
+    for name, options in others.items():
         for fp8 in (True, False):
-            row = measure(bench, case_of(bench.job, fp8), **gathers)
+            row = measure(bench, case_of(bench.job, fp8), **options)
             bench.record(f"{'FP8' if fp8 else 'BF16'}, {name}", row)
 
 
-def measure(bench: Bench, case: Case, **gathers: Any) -> dict[str, float]:
-    """Medians over steps, defined as in bench/step.py; tokens and operations per GPU."""
+def measure(bench: Bench, case: Case, **options: Any) -> dict[str, float]:
+    """Medians over steps, defined as in bench/step.py; tokens and operations per GPU.
+
+    `options`: of `Bench.trainer`.
+    """
     sizes, marks = Sizes(*bench.job["sizes"]), Marks(bench.cuda)
-    trainer = bench.trainer(case, sizes, **gathers)
+    trainer = bench.trainer(case, sizes, **options)
     batch = batch_of(tokens(case, trainer.parallel_model.layout.data_rank, ""), case.length)
 
     class TimedLoss(NextTokenLoss):

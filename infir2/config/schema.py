@@ -189,8 +189,9 @@ class TrainSection(Section):
     )
     cuda_graphs: bool = Field(
         False,
-        description="one GPU: launch a micro-batch's blocks as CUDA graphs, so that a small model "
-        "does not wait for the host; not for micro-batches under 3/4 of data.micro_batch_tokens",
+        description="where a GPU holds the whole model: launch a micro-batch's blocks as CUDA "
+        "graphs, so that a small model does not wait for the host; not for micro-batches under 3/4 "
+        "of data.micro_batch_tokens",
     )
     observe_every: int = Field(
         0,
@@ -323,7 +324,10 @@ class ParallelSection(Section):
         description="data-parallel ranks, which shard the weights (FSDP); -1: all remaining ranks",
     )
     dp_replicate: int = Field(
-        1, ge=1, description="replicas of the sharded model, such as one per node (HSDP)"
+        1,
+        ge=1,
+        description="replicas of the sharded model, such as one per node (HSDP); with dp = 1 of "
+        "the whole model, which are the fastest where it fits",
     )
     tp: int = Field(1, ge=1, description="tensor- and sequence-parallel ranks")
     cp: int = Field(

@@ -1,6 +1,7 @@
 """Differences between the supported versions of torch, 2.11 to 2.13."""
 
 import inspect
+import warnings
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,16 @@ from torch import Tensor
 
 # torch 2.13 renamed this collective and deprecates the old name.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def all_reduce_together(tensors: list[Tensor], group: Any) -> None:
+    """Sum tensors of one dtype over the ranks, in place; NCCL takes all in one launch.
+
+    torch marks the function as one to be deprecated and has no other that gloo knows, too.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        dist.all_reduce_coalesced(tensors, group=group)
 
 
 def varlen_causal(

@@ -149,6 +149,7 @@ class Layout:
     Attributes:
         data_rank: index among `sizes.num_data`; ranks with the same one read the same data.
         shard_mesh: device mesh of FSDP2, 1-D or (replicate, shard); None if weights are unsharded.
+        replica_group: process group of replicas that hold whole weights; None without.
         tp_group, cp_group: process groups; None if the axis has size 1.
     """
 
@@ -160,6 +161,7 @@ class Layout:
         self.replica, dp_rank = divmod(self.data_rank, sizes.dp)
         self.shard_rank = dp_rank * sizes.cp + self.cp_rank
         self.shard_mesh: Any = None
+        self.replica_group: Any = None
         self.tp_group: Any = None
         self.cp_group: Any = None
         if ranks.size > 1:
@@ -194,10 +196,11 @@ class Layout:
             (sizes.dp_replicate, sizes.num_shards, sizes.tp),
             mesh_dim_names=("replicate", "shard", "tp"),
         )
-        if sizes.dp_replicate > 1:
-            self.shard_mesh = weights["replicate", "shard"]
-        elif sizes.num_shards > 1:
-            self.shard_mesh = weights["shard"]
+        if sizes.num_shards > 1:
+            replicated = sizes.dp_replicate > 1
+            self.shard_mesh = weights["replicate", "shard"] if replicated else weights["shard"]
+        elif sizes.dp_replicate > 1:
+            self.replica_group = weights["replicate"].get_group()
         if sizes.tp > 1:
             self.tp_group = weights["tp"].get_group()
         if sizes.cp > 1:

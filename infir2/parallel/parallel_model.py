@@ -19,6 +19,7 @@ from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.model.hf_names import SCALE_SUFFIX, exported_fp8_weights, exported_weights
 from infir2.numerics.formats import GROUP
+from infir2.numerics.torch_compat import all_reduce_together
 from infir2.numerics.weight_cache import local_tensor
 from infir2.parallel.collectives import all_gather_raw
 from infir2.parallel.context import ContextParallel, pad_batch
@@ -137,7 +138,7 @@ class ParallelModel:
                 module.reshard()  # no-op where the forward has freed them
 
     def finish_gradients(self) -> None:
-        """All-reduce gradients of parameters that several tp ranks hold, once per group."""
+        """All-reduce gradients of parameters that several tp ranks or whole replicas hold."""
         by_group: dict[Any, list[Tensor]] = defaultdict(list)
         for name, parameter in self.model.named_parameters():
             shard = self.tensor_shards.get(name)
@@ -147,6 +148,8 @@ class ParallelModel:
             flat = _flatten_dense_tensors(gradients)
             dist.all_reduce(flat, group=group)
             torch._foreach_copy_(gradients, _unflatten_dense_tensors(flat, gradients))
+        if self.layout.replica_group is not None:
+            all_reduce_together(self.gradients(), self.layout.replica_group)
 
     def gradients(self) -> list[Tensor]:
         """The local shards of all gradients."""

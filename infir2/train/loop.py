@@ -82,8 +82,9 @@ def make_trainer(supervisor: Supervisor, vocab_size: int) -> Trainer:
     parallel_model = ParallelModel(
         model, supervisor.layout, gathers.reshard_after_forward, gathers.blocks_per_gather
     )
-    section, one_gpu = recipe.train, supervisor.layout.ranks.size == 1 and trains_on_kernels(model)
-    graph_tokens = recipe.data.micro_batch_tokens if section.cuda_graphs and one_gpu else 0
+    section, sizes = recipe.train, supervisor.layout.sizes
+    is_whole = sizes.num_shards * sizes.tp == 1 and trains_on_kernels(model)
+    graph_tokens = recipe.data.micro_batch_tokens if section.cuda_graphs and is_whole else 0
     return Trainer(model, recipe.optimizer, section.loss_chunk_tokens, parallel_model, graph_tokens)
 
 

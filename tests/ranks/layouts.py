@@ -59,6 +59,7 @@ if INTERPRETED:  # a thousand times slower
     SHAPE["num_layers"], MICRO_BATCHES = 1, [[100, 28], [128]]
 COLLECTIVES = (
     "all_reduce",
+    "all_reduce_coalesced",
     "all_gather_single",
     "reduce_scatter_single",
     "all_gather_into_tensor",
@@ -124,7 +125,14 @@ def spy_on_codes(model: Decoder) -> dict[str, Tensor]:
                 seen[name] = codes.codes.view(torch.uint8).clone()
                 return codes
 
+            def read_values(
+                dtype: torch.dtype, layer: Fp8Linear = layer, read: Callable[[], Any] = read
+            ) -> Tensor:
+                read()
+                return Fp8Linear.weight_values(layer, dtype)
+
             layer.quantized_weight = read  # type: ignore[method-assign]
+            layer.weight_values = read_values  # type: ignore[method-assign]
     return seen
 
 

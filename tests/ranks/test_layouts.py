@@ -93,8 +93,8 @@ def test_number_of_collectives_in_a_step(found: Found) -> None:
     assert together == sorted([3, 2 * (1 + 1), 2 * (1 + 1)]), (
         "two blocks are one gather, which lasts until their backward"
     )
-    assert found["copies-fp8"][0]["collectives"] == {"all_reduce": 3 + 3}, (
-        "replicas exchange gradients only after the last micro-batch"
+    assert found["copies-fp8"][0]["collectives"] == {"all_reduce": 2, "all_reduce_coalesced": 1}, (
+        "whole replicas exchange all gradients at once, after the last micro-batch"
     )
 
 
