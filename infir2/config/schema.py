@@ -189,9 +189,9 @@ class TrainSection(Section):
     )
     cuda_graphs: bool = Field(
         False,
-        description="where a GPU holds the whole model: launch a micro-batch's blocks as CUDA "
-        "graphs, so that a small model does not wait for the host; not for micro-batches under 3/4 "
-        "of data.micro_batch_tokens",
+        description="CPT and SFT where a GPU holds the whole model: launch a micro-batch's blocks "
+        "as CUDA graphs, so that a small model does not wait for the host; not for micro-batches "
+        "under 3/4 of data.micro_batch_tokens",
     )
     observe_every: int = Field(
         0,

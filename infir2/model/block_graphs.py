@@ -16,7 +16,7 @@ kernels without graphs.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ Run = Callable[[Tensor, Rope, AttentionContext], Tensor]
 
 _EAGER_BATCHES = 2  # micro-batches before the first capture: they compile and choose kernels
 _LEAST_FILLED = 0.75  # a micro-batch with fewer of its tokens runs eagerly, without padding
-_LEAST_SEQUENCES = 16
+_LEAST_SEQUENCES = 64
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,19 @@ class _Inputs:
 
     x: Tensor
     rope: Rope
-    bounds: Tensor  # int32 [most sequences + 1]; the last ones are empty
+    bounds: Tensor  # int32 [most sequences + 2]; the padding is one, and the last ones are empty
+
+    @property
+    def most_sequences(self) -> int:
+        """Sequences of a micro-batch, its padding not counted."""
+        return len(self.bounds) - 2
 
     @classmethod
     def like(cls, x: Tensor, rope: Rope, rows: int, most_sequences: int) -> "_Inputs":
         def empty(t: Tensor) -> Tensor:
             return torch.zeros((rows, *t.shape[1:]), dtype=t.dtype, device=t.device)
 
-        bounds = torch.zeros(most_sequences + 1, dtype=torch.int32, device=x.device)
+        bounds = torch.zeros(most_sequences + 2, dtype=torch.int32, device=x.device)
         return cls(empty(x), (empty(rope[0]), empty(rope[1])), bounds)
 
     def fill(self, x: Tensor, rope: Rope, lengths: tuple[int, ...]) -> None:
@@ -95,6 +100,8 @@ class BlockGraphs:
         self._gradients: list[Tensor | None] = []  # of the first micro-batch, where graphs write
         self._inputs: _Inputs | None = None
         self._pairs: dict[bool, _Pair] = {}
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._eager = self._most_sequences = 0
         self._active = self._failed = False
 
@@ -116,9 +123,10 @@ class BlockGraphs:
         if not is_first and not self._holds_gradients():
             return None
         if self._inputs is None:
-            most = max(_LEAST_SEQUENCES, 2 * self._most_sequences)
+            most = max(_LEAST_SEQUENCES, 4 * self._most_sequences)
             self._inputs = _Inputs.like(x, rope, self._rows, most)
-        if len(context.lengths) >= len(self._inputs.bounds):
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        if len(context.lengths) > self._inputs.most_sequences:
             return None
         self._inputs.fill(x.detach(), rope, context.lengths)
         pair = self._pairs.get(is_first) or self._captured(is_first)
@@ -151,28 +159,43 @@ class BlockGraphs:
         assert self._inputs is not None
         try:
             with nonfinite_blocks.ignored(self._inputs.x.device):
-                if is_first:
-                    self._warm_up()
-                else:
-                    restore(self._weights, self._made)
-                pair = self._pairs[is_first] = self._capture(self._inputs, is_first)
+                pair = self._capture_first() if is_first else self._capture_other()
         except RuntimeError as error:  # a library that waits for the GPU, or no memory
-            self._failed = True
-            torch.cuda.synchronize()
-            warnings.warn(f"training without CUDA graphs: {error}", stacklevel=2)
-            pair = None
-        if is_first:
-            self._made = cached_values(self._weights)
-            self._gradients = [p.grad for p in self._parameters] if pair else []
-            self._drop_gradients()
+            self._give_up(error, is_first)
+            return None
+        self._pairs[is_first] = pair
         return pair
+
+    def _capture_first(self) -> _Pair:
+        self._warm_up()
+        quantize = requantizer(self._groups)
+        pair = self._capture(quantize)
+        self._made = cached_values(self._weights)
+        self._gradients = [p.grad for p in self._parameters]
+        self._drop_gradients()
+        return pair
+
+    def _capture_other(self) -> _Pair:
+        restore(self._weights, self._made)
+        return self._capture(None)
+
+    def _give_up(self, error: RuntimeError, is_first: bool) -> None:
+        """Go on without graphs, and without what the failed capture has made."""
+        self._failed = True
+        warnings.warn(f"training without CUDA graphs: {error.__context__ or error}", stacklevel=4)
+        self._pairs, self._inputs, self._made, self._gradients = {}, None, [], []
+        if is_first:
+            self._drop_gradients()
+        for weight in self._weights:  # their copies were recorded, not computed
+            invalidate(weight)
+        torch.cuda.synchronize()
 
     def _warm_up(self) -> None:
         """Compile what only full micro-batches need; afterwards only FP8 codes are cached."""
         assert self._inputs is not None
         x = self._inputs.x.clone().requires_grad_()
         out = self._run(x, self._inputs.rope, self._context())
-        out.backward(torch.zeros_like(out))
+        out.backward(out.detach())  # GEMMs are chosen by products that are not zero
         self._drop_gradients()
         for weight in self._weights:
             invalidate(weight)
@@ -186,18 +209,25 @@ class BlockGraphs:
         assert self._inputs is not None
         return VarlenAttention((), self._inputs.bounds, self._rows)
 
-    def _capture(self, inputs: _Inputs, is_first: bool) -> _Pair:
-        pool = next(iter(self._pairs.values())).forward.pool() if self._pairs else None
-        x, grad_out = inputs.x.detach().requires_grad_(), torch.zeros_like(inputs.x)
-        quantize = requantizer(self._groups) if is_first else None
+    def _capture(self, quantize: Callable[[], Tensor] | None) -> _Pair:
+        assert self._inputs is not None
+        x = self._inputs.x.detach().requires_grad_()
+        grad_out = torch.zeros_like(x)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=pool):
-            nonfinite = quantize() if quantize else None
-            out = self._run(x, inputs.rope, self._context())
-        with torch.cuda.graph(backward, pool=forward.pool()):
-            out.backward(grad_out)
+        with torch.cuda.stream(torch.cuda.current_stream()):  # is current again after a failure
+            with self._recording(forward):
+                nonfinite = quantize() if quantize else None
+                out = self._run(x, self._inputs.rope, self._context())
+            with self._recording(backward):
+                out.backward(grad_out)
         assert x.grad is not None
         return _Pair(forward, backward, quantize, nonfinite, out.detach(), grad_out, x.grad)
+
+    def _recording(self, graph: torch.cuda.CUDAGraph) -> AbstractContextManager[None]:
+        # Other threads, such as that of a background save, may wait for the GPU meanwhile.
+        return torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
 
 
 class _Replay(torch.autograd.Function):

@@ -179,8 +179,8 @@ def block_amax(x: Tensor, dims: Sequence[int]) -> list[Tensor]:
 
     The bits of magnitudes have their order, NaN last, and are compared faster.
     """
-    integers, mask = (torch.int16, 0x7FFF) if x.element_size() == 2 else (torch.int32, 0x7FFFFFFF)
-    magnitudes = x.view(integers) & mask
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    magnitudes = x.view(integers) & torch.iinfo(integers).max
     return [magnitudes.amax(dim=dim, keepdim=True).view(x.dtype).float() for dim in dims]
 
 

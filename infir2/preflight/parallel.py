@@ -9,7 +9,13 @@ from infir2.numerics.formats import GROUP
 from infir2.parallel.mesh import Sizes, check_model
 from infir2.preflight.finding import Finding, SkippedError
 from infir2.preflight.model import ModelFacts
-from infir2.train.plan import check_observer, check_optimizer, device_of, needs_one_process
+from infir2.train.plan import (
+    check_graphs,
+    check_observer,
+    check_optimizer,
+    device_of,
+    needs_one_process,
+)
 
 
 def check_parallel(recipe: TrainRecipe, model: ModelFacts | None) -> Finding:
@@ -21,6 +27,7 @@ def check_parallel(recipe: TrainRecipe, model: ModelFacts | None) -> Finding:
     fixed = Sizes(section.dp_replicate, max(1, section.dp), section.cp, section.tp)
     check_optimizer(recipe, fixed)
     check_observer(recipe, fixed)
+    check_graphs(recipe, fixed)
     if model is None:
         raise SkippedError("needs the model")
     check_model(fixed, model.config, recipe.fp8.enabled)

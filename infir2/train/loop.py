@@ -10,15 +10,11 @@ from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
-import torch
-
 from infir2.config.load import Loaded
 from infir2.config.schema import RlRecipe
 from infir2.data import Batch, ChatTokenizer, Loader, TrainingKind, validation_batches
 from infir2.data.streams import State
 from infir2.errors import CheckpointCorruptError
-from infir2.model import Decoder
-from infir2.numerics.kernels import usable
 from infir2.parallel.parallel_model import ParallelModel
 from infir2.terminal import begin_phase
 from infir2.train.build import build_model, open_tokenizer
@@ -82,15 +78,10 @@ def make_trainer(supervisor: Supervisor, vocab_size: int) -> Trainer:
     parallel_model = ParallelModel(
         model, supervisor.layout, gathers.reshard_after_forward, gathers.blocks_per_gather
     )
-    section, sizes = recipe.train, supervisor.layout.sizes
-    is_whole = sizes.num_shards * sizes.tp == 1 and trains_on_kernels(model)
-    graph_tokens = recipe.data.micro_batch_tokens if section.cuda_graphs and is_whole else 0
-    return Trainer(model, recipe.optimizer, section.loss_chunk_tokens, parallel_model, graph_tokens)
-
-
-def trains_on_kernels(model: Decoder) -> bool:
-    """Whether the model computes in BF16 on a GPU that has the kernels."""
-    return model.compute_dtype == torch.bfloat16 and usable(model.head_weight.device)
+    graph_tokens = recipe.data.micro_batch_tokens if recipe.train.cuda_graphs else 0
+    return Trainer(
+        model, recipe.optimizer, recipe.train.loss_chunk_tokens, parallel_model, graph_tokens
+    )
 
 
 def open_run_tokenizer(supervisor: Supervisor) -> ChatTokenizer:

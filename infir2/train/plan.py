@@ -18,6 +18,7 @@ from infir2.config.rules import phase_rules
 from infir2.config.schema import (
     ModelSection,
     OptimizerSection,
+    RlRecipe,
     RunSection,
     ScheduleSection,
     TrainRecipe,
@@ -181,6 +182,17 @@ def check_observer(recipe: TrainRecipe, sizes: Sizes) -> None:
         raise ConfigError(
             f"train.observe_every needs one process, not {sizes.world}; set it to 0, or observe "
             "a run of one process"
+        )
+
+
+def check_graphs(recipe: TrainRecipe, sizes: Sizes) -> None:
+    """Raises ConfigError for CUDA graphs of a sharded model, or of RL's changing micro-batches."""
+    if recipe.train.cuda_graphs and isinstance(recipe, RlRecipe):
+        raise ConfigError("train.cuda_graphs is for cpt and sft; set it to false")
+    if recipe.train.cuda_graphs and sizes.num_shards * sizes.tp > 1:
+        raise ConfigError(
+            "train.cuda_graphs needs a whole model on each GPU: set it to false, or "
+            f"parallel.dp_replicate = {sizes.world} with parallel.dp = 1, if the model fits"
         )
 
 

@@ -50,6 +50,7 @@ from infir2.train.banner import start_banner
 from infir2.train.fast_path import missing_libraries
 from infir2.train.plan import (
     check_branch,
+    check_graphs,
     check_observer,
     check_optimizer,
     device_of,
@@ -379,6 +380,7 @@ def _checked_sizes(recipe: TrainRecipe) -> Sizes:
     sizes = plan_sizes(recipe.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     check_optimizer(recipe, sizes)
     check_observer(recipe, sizes)
+    check_graphs(recipe, sizes)
     if sizes.tp > 1:
         check_model(sizes, planned_config(recipe.model), recipe.fp8.enabled)
     return sizes

@@ -114,3 +114,18 @@ def test_nonfinite_gradients_reach_both_operands_and_the_counter() -> None:
     x = torch.randn(256, 128)
     x[2, 3] = math.nan
     assert torch.isnan(input_values(quantize(x))).any(dim=1).sum() == 128
+
+
+@pytest.mark.parametrize("scale_format", ["pow2", "fp32"])
+def test_a_gradient_in_fp64_is_quantized_as_in_fp32(scale_format: str) -> None:
+    """Partial sums of tensor-parallel ranks come in FP64 on a CPU."""
+    grad = torch.randn(130, 260)
+    grad[5, 7] = torch.inf
+    for wide, narrow in zip(
+        gradient_values(grad.double(), scale_format, by_row=True, by_column=True),
+        gradient_values(grad, scale_format, by_row=True, by_column=True),
+        strict=True,
+    ):
+        assert wide is not None
+        assert narrow is not None
+        torch.testing.assert_close(wide, narrow, rtol=0, atol=0, equal_nan=True)
