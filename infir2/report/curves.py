@@ -15,7 +15,8 @@ MISMATCH = (("kl", "KL"), ("mean", "mean"), ("p999", "99.9 %"), ("max", "max"))
 UNANSWERED = (
     ("truncated_fraction", "truncated"),
     ("no_answer_fraction", "no answer"),
-    ("verifier_failed_fraction", "not judged"),
+    ("verifier_timeout_fraction", "check timed out"),
+    ("verifier_error_fraction", "check failed"),
 )
 GROUPS = (
     ("groups_sampled", "all"),

@@ -7,8 +7,9 @@ reward_failures: responses whose reward failed.
 response_tokens, response_tokens_p50, response_tokens_p95: mean and percentiles of their lengths.
 truncated_fraction, no_answer_fraction: responses at the limit of their length; without an answer
     where the recipe looks for one.
-verifier_failed_fraction: responses whose answer could not be judged: it took too long, too much
-    memory, or raised an error. They earn nothing.
+verifier_timeout_fraction, verifier_error_fraction: responses whose answer could not be judged: it
+    took too long; it raised an error, took too much memory, or its checker failed. They earn
+    nothing.
 groups_sampled, groups_without_signal, groups_all_right, groups_all_wrong: of those without signal
     every response is right, or every one is wrong.
 groups_unfinished: groups that were not finished when enough had signal; they continue in the next
@@ -46,7 +47,8 @@ def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, 
         "response_tokens_p95": float(np.percentile(lengths, 95)),
         "truncated_fraction": sum(r.is_truncated for r in responses) / len(responses),
         "no_answer_fraction": _share(responses, "no_answer"),
-        "verifier_failed_fraction": 1 - _share(responses, *JUDGED),
+        "verifier_timeout_fraction": _share(responses, "timeout"),
+        "verifier_error_fraction": 1 - _share(responses, *JUDGED, "timeout"),
         "groups_sampled": len(groups),
         "groups_without_signal": sum(not group.has_signal for group in groups),
         "groups_all_right": solved.count(1),

@@ -157,7 +157,8 @@ def rl_rows(steps: int, low: float, high: float, seed: int) -> list[dict[str, An
             "response_tokens": 60 + 45 * done + 4 * noise.normal(),
             "truncated_fraction": max(0.0, 0.12 - 0.1 * done),
             "no_answer_fraction": max(0.0, 0.15 - 0.1 * done),
-            "verifier_failed_fraction": 0.001,
+            "verifier_timeout_fraction": 0.001,
+            "verifier_error_fraction": 0.0,
         }
         row |= {
             "entropy": 0.9 - 0.5 * done + 0.02 * noise.normal(),

@@ -404,7 +404,7 @@ def test_metrics_of_a_step_tell_why_a_reward_is_flat() -> None:
         return Group("0/p", Prompt("p", [], "2", None, ""), [1], list(responses))
 
     rollouts = Rollouts(
-        [group(response(2, "ok"), response(4, "wrong"))],
+        [group(response(2, "ok"), response(4, "oom"))],
         [
             group(response(6, "ok"), response(8, "ok", version=3)),
             group(response(10, "no_answer", "length"), response(30, "timeout")),
@@ -422,7 +422,8 @@ def test_metrics_of_a_step_tell_why_a_reward_is_flat() -> None:
         "response_tokens_p95": 25.0,
         "truncated_fraction": pytest.approx(1 / 6),
         "no_answer_fraction": pytest.approx(1 / 6),
-        "verifier_failed_fraction": pytest.approx(1 / 6),
+        "verifier_timeout_fraction": pytest.approx(1 / 6),
+        "verifier_error_fraction": pytest.approx(1 / 6),
         "groups_sampled": 3,
         "groups_without_signal": 2,
         "groups_all_right": 1,
