@@ -123,10 +123,12 @@ class Preflight:
         The finding names the FP8 layers that inference servers refuse; a run can train them.
         """
         from infir2.preflight.model import check_lengths, model_facts, serving_note
-        from infir2.train.plan import check_vocabulary
+        from infir2.train.plan import check_vocabulary, require_masters
 
         vocab_size = self._tokenizer.vocab_size if self._tokenizer else 1
         self._model = model_facts(self._model_section(), vocab_size)
+        if self.verb != "eval":
+            require_masters(self._model_section())
         check_vocabulary(self._model.config, vocab_size)
         check_lengths(self.recipe, self._model.config, self._longest_prompts)
         return Finding("model", "ok", f"{self._model}{serving_note(self.recipe, self._model)}")

@@ -26,6 +26,7 @@ from infir2.train.plan import (
     complete_schedule,
     last_step_of,
     planned_config,
+    require_masters,
 )
 from infir2.train.schedules import learning_rate
 from infir2.train.supervisor import Supervisor
@@ -73,6 +74,7 @@ def run_training(loaded: Loaded, kind: str) -> None:
 def make_trainer(supervisor: Supervisor, vocab_size: int) -> Trainer:
     """The recipe's model, sharded over the supervisor's ranks, and its optimizer."""
     recipe, resumed = supervisor.recipe, supervisor.checkpoint is not None
+    require_masters(supervisor.model)
     model = build_model(supervisor.model, recipe.fp8, recipe.run, vocab_size, resumed)
     gathers = recipe.parallel
     parallel_model = ParallelModel(

@@ -25,7 +25,7 @@ from infir2.config.schema import (
 )
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import ModelConfig
-from infir2.model.safetensors_io import read_config
+from infir2.model.safetensors_io import read_config, read_json
 from infir2.parallel.mesh import Sizes
 
 
@@ -52,6 +52,18 @@ def planned_config(model: ModelSection, vocab_size: int = 1) -> ModelConfig:
     if is_run(path):
         return saved_config(read_state(path), path)
     return read_config(path)
+
+
+def require_masters(model: ModelSection) -> None:
+    """Raise CheckpointError for a directory with FP8 weights, which cannot be trained."""
+    path = Path(model.path)
+    if model.shape is not None or is_run(path):
+        return
+    if "quantization_config" in read_json(path / "config.json"):
+        raise CheckpointError(
+            f"model.path: {path} has quantized weights without masters; train from BF16 weights: "
+            f"infir2 import fp8 {path} --to NEW, then name NEW."
+        )
 
 
 def refuse_torch_dist(path: Path) -> None:

@@ -144,7 +144,7 @@ MISTAKES = [
     ("sft sft.toml --model.path=nocfg", 3, "nocfg/config.json is missing; name a complete Hugging"),
     ("sft sft.toml --model.path=torn", 3, "torn/model.safetensors is not a complete safetensors f"),
     ("sft sft.toml --model.path=hf/config.json", 2, "is a file of a model; name its directory, hf"),
-    ("sft sft.toml --model.path=fp8", 3, "train from BF16 weights (infir2 import fp8 DIR --to NEW"),
+    ("sft sft.toml --model.path=fp8", 3, "train from BF16 weights: infir2 import fp8 fp8 --to NEW"),
     ("sft sft.toml --data.tokenizer=bigtok", 2, "set data.tokenizer to the model's own."),
     (
         "sft sft.toml --data.tokenizer=bigtok --model.path=bigtok",
@@ -348,6 +348,11 @@ MISTAKES = [
 FAILED_CHECKS = [
     ("sft.toml --model.path=nope", "model", "model.path: nope does not exist; run the stage that"),
     ("sft.toml --model.path=pickle", "model", "pickle has only pickled weights"),
+    (
+        "sft.toml --model.path=fp8",
+        "model",
+        "train from BF16 weights: infir2 import fp8",
+    ),
     ("sft.toml --model.path=lfs", "model", "is a pointer of Git LFS, not the weights"),
     ("sft.toml --data.tokenizer=nope", "tokenizer", "nope has no tokenizer.json: there is no such"),
     ("sft.toml --data.tokenizer=bigtok", "model", "set data.tokenizer to the model's own."),
