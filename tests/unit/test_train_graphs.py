@@ -9,6 +9,7 @@ from infir2.errors import ConfigError
 from infir2.model import Decoder
 from infir2.numerics import convert_to_fp8
 from infir2.parallel.mesh import Sizes
+from infir2.preflight.parallel import speed_notes
 from infir2.train.losses import next_token_loss
 from infir2.train.plan import check_graphs
 from infir2.train.trainer import Trainer
@@ -43,3 +44,13 @@ def test_a_cpu_computes_as_without() -> None:
         trainer = Trainer(model, OptimizerSection(), 64, graph_tokens=graph_tokens)
         losses.append([trainer.step([batch], next_token_loss, 1e-3).loss for _ in range(4)])
     assert losses[0] == losses[1]
+
+
+def test_check_says_what_makes_a_small_model_faster() -> None:
+    recipe = TrainRecipe.model_validate({"schedule": {"learning_rate": 1e-3}})
+    small = speed_notes(recipe, 135_000_000, Sizes())
+    assert ["FP8 is slower" in note or "cuda_graphs" in note for note in small] == [True, True]
+    assert len(speed_notes(recipe, 500_000_000, Sizes())) == 1
+    assert not speed_notes(recipe, 500_000_000, Sizes(dp=2))
+    assert not speed_notes(recipe, 1_500_000_000, Sizes())
+    assert not speed_notes(TrainRecipe.model_validate(SECTIONS), 500_000_000, Sizes())
