@@ -59,7 +59,7 @@ def require_masters(model: ModelSection) -> None:
     path = Path(model.path)
     if model.shape is not None or is_run(path):
         return
-    if "quantization_config" in read_json(path / "config.json"):
+    if read_json(path / "config.json").get("quantization_config") is not None:
         raise CheckpointError(
             f"model.path: {path} has quantized weights without masters; train from BF16 weights: "
             f"infir2 import fp8 {path} --to NEW, then name NEW."

@@ -523,3 +523,11 @@ def test_long_work_says_how_much_is_done(
     assert any(halfway.fullmatch(line) for line in lines)
     assert re.fullmatch(r"infir2: exporting m, \d+ s so far", lines[-1])
     assert not any("\r" in line or "\033" in line for line in lines)
+
+
+def test_a_config_without_quantization_may_say_so(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "hf", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    keys = [f"--model.path={tmp_path / 'hf'}", f"--run.dir={tmp_path / 'run'}"]
+    assert main(["sft", "sft.toml", *keys, "--schedule.total_steps=1"]) == 0
