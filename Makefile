@@ -53,7 +53,7 @@ test-gpu:
 
 test-faults: $(VENV)/.installed-test
 	INFIR2_ALL_CASES=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/faults $(PYTEST_OPTIONS)
-	INFIR2_ALL_CASES=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m costly tests/unit $(PYTEST_OPTIONS)
+	INFIR2_ALL_CASES=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m costly tests/unit tests/ranks $(PYTEST_OPTIONS)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --kills 30 --to docs/results/faults.md
 
 test-hostile: $(VENV)/.installed-test

@@ -33,7 +33,8 @@ Found = dict[str, list[dict[str, Any]]]
 def run(directory: Path, num_processes: int, layouts: dict[str, str], **variables: str) -> Found:
     out = directory / "found.json"
     words = [f"{name}={sizes}" for name, sizes in layouts.items()]
-    code, said = torchrun(num_processes, str(HERE / "layouts.py"), str(out), *words, **variables)
+    command = [str(HERE / "layouts.py"), str(out), *words]
+    code, said = torchrun(num_processes, *command, timeout=540, **variables)
     assert code == 0, said[-3000:]
     return json.loads(out.read_text())
 
@@ -146,6 +147,7 @@ def test_any_module_with_fp8_layers_can_be_sharded(found: Found, name: str) -> N
         assert name == "transformers-fully_shard" or rank["quantized"] == [3]
 
 
+@pytest.mark.costly
 @pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed (pip install 'infir2[gpu]')"
 )

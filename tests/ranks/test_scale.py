@@ -36,6 +36,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.costly
 def test_losses_and_bytes_are_those_of_one_process(found: dict[str, Any]) -> None:
     for layout in ("dp2", "copies2", "tp2", "cp2"):
         assert found["equality"][f"FP8 {layout}"]["bytes equal on all ranks"]
@@ -53,6 +54,7 @@ def test_losses_and_bytes_are_those_of_one_process(found: dict[str, Any]) -> Non
     ] == pytest.approx(300), "a CPU is deterministic"
 
 
+@pytest.mark.costly
 def test_figures_of_speed_and_traffic(found: dict[str, Any]) -> None:
     for name in ("FP8", "BF16", "FP8, gate/up in FP8"):
         row = found["throughput"][name]
