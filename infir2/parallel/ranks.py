@@ -63,6 +63,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def gather_to_rank0(self, value: Value) -> list[Value]:
+        """The values of all ranks, in the order of ranks, on rank 0; [] on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_rank0 else None
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values or []
+
     def broadcast_from_rank0(self, fn: Callable[[], Value]) -> Value:
         """Call `fn` on rank 0 and return its result on every rank.
 

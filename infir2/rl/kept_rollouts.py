@@ -32,7 +32,7 @@ from infir2.terminal import log
 DIRECTORY = "kept_rollouts"
 SHOWN_TRAINED, SHOWN_OTHERS, SHOWN_TOKENS = 3, 2, 600  # groups of a step, tokens of a response
 # By the bytes of the token ids of prompt and response: the trainer's log-probabilities.
-TrainerLogprobs = Mapping[bytes, list[float]]
+TrainerLogprobs = Mapping[bytes, np.ndarray]
 
 
 def sampling_keys(recipe: RlRecipe, tokenizer_fingerprint: str) -> dict[str, Any]:
@@ -88,13 +88,12 @@ def _row(group: Group, is_trained: bool, logprobs: TrainerLogprobs) -> dict[str,
     responses = []
     for response in group.responses:
         tokens = [*group.prompt_token_ids, *response.completion.token_ids]
-        scored = logprobs.get(np.array(tokens, dtype=np.int32).tobytes(), [])
-        if scored:  # 0 for an environment's tokens, as their rollout_logprobs
+        scored, scores = logprobs.get(np.array(tokens, dtype=np.int32).tobytes()), np.zeros(0)
+        if scored is not None:  # 0 for an environment's tokens, as their rollout_logprobs
             mask = trained_tokens(response.completion)
             scores = np.zeros(len(mask))
             scores[mask] = scored
-            scored = scores.tolist()
-        responses.append(asdict(response) | {"trainer_logprobs": scored})
+        responses.append(asdict(response) | {"trainer_logprobs": scores.tolist()})
     return {
         "name": group.name,
         "trained": is_trained,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from infir2.config.schema import RlRecipe
@@ -26,8 +27,8 @@ class PolicyUpdate:
     trainer: Trainer
     loss: PolicyLoss
     reference: ReferencePolicy | None  # for a KL term
-    # Of the last step, on every rank, if rl.keep_rollouts: see kept_rollouts.py
-    kept_logprobs: dict[bytes, list[float]] = field(default_factory=dict)
+    # Of the last step, on rank 0, if rl.keep_rollouts: see kept_rollouts.py
+    kept_logprobs: dict[bytes, np.ndarray] = field(default_factory=dict)
 
     def __call__(self, groups: Sequence[Group], rate: float) -> tuple[StepResult, dict[str, float]]:
         """One optimizer step per mini-batch of groups and pass over them.
@@ -51,7 +52,7 @@ class PolicyUpdate:
         batches = [batch for mini_batch in mini_batches for batch in mini_batch]
         mismatch = mismatch_metrics(batches, ranks)
         if rl.keep_rollouts:
-            for part in ranks.all_gather(_logprobs_of_sequences(batches)):
+            for part in ranks.gather_to_rank0(_logprobs_of_sequences(batches)):
                 self.kept_logprobs.update(part)
         scored = time.monotonic()
         check_mismatch(mismatch, rl, self.recipe.rollout.exact)
@@ -74,14 +75,14 @@ class PolicyUpdate:
         return batches
 
 
-def _logprobs_of_sequences(batches: Sequence[Batch]) -> dict[bytes, list[float]]:
+def _logprobs_of_sequences(batches: Sequence[Batch]) -> dict[bytes, np.ndarray]:
     """The trainer's log-probabilities of each trained token, by the bytes of the sequence's ids."""
     found = {}
     for batch in batches:
         logprobs = batch.token_inputs["trainer_logprobs"]
         for start, end in itertools.pairwise(batch.cu_seqlens.tolist()):
             token_ids = batch.token_ids[start:end].to(torch.int32).cpu().numpy()
-            found[token_ids.tobytes()] = logprobs[start:end][batch.loss_mask[start:end]].tolist()
+            found[token_ids.tobytes()] = logprobs[start:end][batch.loss_mask[start:end]].numpy()
     return found
 
 

@@ -85,7 +85,7 @@ def test_log_probabilities_of_the_trainer_are_at_their_tokens_around_an_environm
     asked = Prompt("p", [{"role": "user", "content": "q"}], "5", None, "rl.jsonl:1")
     group = Group("0/p", asked, [7], [Response(completion, "", "ok", 1.0)])
     key = np.array([7, 11, 12, 13, 14, 15], dtype=np.int32).tobytes()
-    scored = {key: [-1.5, -2.25, -3.125]}
+    scored = {key: np.array([-1.5, -2.25, -3.125], dtype=np.float32)}
     write_kept(tmp_path, 1, Rollouts([group]), {}, scored, lambda ids: "x" * len(ids))
     step, shown = (tmp_path / "kept_rollouts" / f"{name}-1.jsonl" for name in ("step", "shown"))
     (response,) = json.loads(step.read_text().splitlines()[1])["responses"]
@@ -97,7 +97,7 @@ def test_log_probabilities_of_the_trainer_are_at_their_tokens_around_an_environm
 
 def test_a_step_without_samples_keeps_no_log_probabilities_of_the_one_before() -> None:
     recipe = SimpleNamespace(rl=RlSection(keep_rollouts=True))
-    update = PolicyUpdate(recipe, None, None, None, {b"earlier": [-1.0]})  # type: ignore[arg-type]
+    update = PolicyUpdate(recipe, None, None, None, {b"earlier": np.zeros(1)})  # type: ignore[arg-type]
     update([], 1e-6)
     assert update.kept_logprobs == {}
 
