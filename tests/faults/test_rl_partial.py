@@ -116,6 +116,30 @@ def test_two_servers_generate_the_same_chunks(
     assert curve(tmp_path / "run", *NAMES) == curve(undisturbed, *NAMES)
 
 
+@pytest.mark.costly
+def test_two_ranks_continue_the_same_groups_as_one(
+    world: Path, start: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """One is killed while it samples; the log-probabilities of what both train are kept."""
+    values = {"rl__partial": "true", "rl__keep_rollouts": "true", "checkpoint__save_every": 1}
+    arguments = words(world, start, tmp_path / "run", **values)
+    codes, said = ranks(tmp_path, 2, arguments, struck=1, faults="rollout.group:20")
+    assert codes == [71, -1], said
+    assert 0 < len(lines(tmp_path / "run", "train")) < STEPS, "killed in the middle"
+    codes, said = ranks(tmp_path, 2, arguments)
+    assert codes == [0, 0], said
+    names = ("reward", "response_tokens", "groups_sampled", "groups_unfinished", "staleness")
+    assert curve(tmp_path / "run", *names) == curve(undisturbed, *names)
+    found, wanted = (open_checkpoint(path).state for path in (tmp_path / "run", undisturbed))
+    assert found["carried"] == wanted["carried"]
+    for step in range(1, STEPS + 1):
+        path = tmp_path / "run" / "kept_rollouts" / f"step-{step}.jsonl"
+        groups = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+        for group in (group for group in groups if group["trained"]):
+            for each in group["responses"]:
+                assert len(each["trainer_logprobs"]) == len(each["completion"]["token_ids"])
+
+
 def test_chunks_change_no_response(world: Path, start: Path, tmp_path: Path) -> None:
     """With a budget that leaves no group unfinished."""
     for chunk in (0, 5):
