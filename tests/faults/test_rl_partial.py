@@ -122,6 +122,7 @@ def test_two_ranks_continue_the_same_groups_as_one(
 ) -> None:
     """One is killed while it samples; the log-probabilities of what both train are kept."""
     values = {"rl__partial": "true", "rl__keep_rollouts": "true", "checkpoint__save_every": 1}
+    values |= {"data__micro_batch_tokens": 128}  # so that both have some
     arguments = words(world, start, tmp_path / "run", **values)
     codes, said = ranks(tmp_path, 2, arguments, struck=1, faults="rollout.group:20")
     assert codes == [71, -1], said
