@@ -75,6 +75,7 @@ def launch(arguments: Sequence[str]) -> None:
     description, start = _launcher(options, layout, command)
     if options.dry_run:
         print_result(description)
+        _log_variables(command[0])
         return
     if options.kind == "torchrun":
         check_machine(layout)
@@ -87,6 +88,14 @@ def launch(arguments: Sequence[str]) -> None:
         raise (Preempted if code == Preempted.exit_code else Interrupted)(text)
     if code:
         raise LaunchedError(code)
+
+
+def _log_variables(verb: str) -> None:
+    """Say which variables of this environment the verb would read."""
+    names = [name for name in variables_of(RECIPE_CLASSES[verb]) if os.environ.get(name)]
+    if names:
+        values = ", ".join(f"{name}={os.environ[name]}" for name in names)
+        log(f"{verb} reads from the environment: {values}", "infir2 launch")
 
 
 def _run_torchrun(start: Callable[[], int]) -> int:

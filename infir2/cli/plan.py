@@ -8,7 +8,8 @@ from infir2.cli.arguments import Parser, split_recipe_arguments
 from infir2.config import load
 from infir2.config.load import sections_in
 from infir2.config.schema import RlRecipe, TrainRecipe
-from infir2.terminal import print_json, print_result
+from infir2.errors import ConfigError
+from infir2.terminal import log, print_json, print_result
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -28,14 +29,26 @@ def plan(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     options, rest = parser.parse_known_args(arguments)
     paths, overrides = split_recipe_arguments(rest, "plan")
-    recipe_class = RlRecipe if "rl" in sections_in(paths) else TrainRecipe
-    recipe = load(recipe_class, paths, overrides, os.environ).recipe
+    recipe = _load(paths, overrides)
     from infir2.planner.gpus import find_gpu
     from infir2.planner.plan import as_json, as_text, make_plan
 
     gpu = find_gpu(options.gpu)
     made = make_plan(recipe, gpu, options.gpus, options.nodes, options.sample_tokens)
     print_json(as_json(made)) if options.json else print_result(as_text(made))
+
+
+def _load(paths: Sequence[str], overrides: Sequence[str]) -> TrainRecipe:
+    sections = sections_in(paths)
+    if "evaluate" in sections and not {"data", "rl"} & sections:
+        raise ConfigError(
+            f"{paths[0]}: infir2 plan estimates recipes of cpt, sft and rl, and this is one of "
+            "eval: infir2 check eval checks it."
+        )
+    loaded = load(RlRecipe if "rl" in sections else TrainRecipe, paths, overrides, os.environ)
+    for note in loaded.notes:
+        log(note)
+    return loaded.recipe
 
 
 def bench(arguments: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from infir2.config.schema import SourceSection
 from infir2.data.indexed import is_indexed
-from infir2.data.messages import decode_messages
+from infir2.data.messages import decode_messages, find
 from infir2.data.rows import RowKind
 from infir2.data.sources import Source, missing_advice
 from infir2.data.types import RowError
@@ -16,7 +16,7 @@ from infir2.errors import DataError
 # Names in the order in which they are looked for.
 MESSAGES = ("messages", "conversations", "conversation", "dialog")
 QUESTIONS = ("prompt", "problem", "question", "instruction", "query")
-ANSWERS = ("label", "answer", "final_answer", "ground_truth")
+ANSWERS = ("label", "answer", "final_answer", "ground_truth", "reward_model.ground_truth")
 SOLUTIONS = ("solution", "response", "completion", "output", "generated_solution")
 TEXTS = ("text", "content", "document")
 _TRIED_ROWS = 20
@@ -50,6 +50,12 @@ def detect(path: Path, kind: RowKind | None = None) -> tuple[RowKind, SourceSect
         f"{path}: its rows have the fields {', '.join(sorted(row))}, and none of those of {kinds}; "
         "rename a field, or name it in the recipe with the source's ..._field keys."
     )
+
+
+def asks_for_answer_line(section: SourceSection) -> bool:
+    """Whether the first prompt of a source wants a last line `Answer: ...` and no box."""
+    prompt = str(find(_first_row(Source(Path(section.path))), section.prompt_field))
+    return "Answer:" in prompt and "boxed" not in prompt
 
 
 def _require(path: Path) -> None:
@@ -89,7 +95,14 @@ def _fields(row: dict[str, Any], kind: RowKind, asked: bool) -> dict[str, str] |
 
 
 def _first(row: dict[str, Any], names: Sequence[str]) -> str:
-    return next((name for name in names if row.get(name) not in (None, "")), "")
+    return next((name for name in names if _has(row, name)), "")
+
+
+def _has(row: dict[str, Any], name: str) -> bool:
+    try:
+        return find(row, name) != ""
+    except RowError:
+        return False
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from infir2.errors import ConfigError, DataError, OutputExistsError, disk_reason
 from infir2.files import write_atomically
 from infir2.model import ModelConfig
 from infir2.model.safetensors_io import read_config
-from infir2.starter.fields import KIND_OF_TASK, detect
+from infir2.starter.fields import KIND_OF_TASK, asks_for_answer_line, detect
 from infir2.starter.inspection import Inspection, inspect_sources
 
 _PEAK = {"cpt": 1e-4, "sft": 2e-5, "rl": 1e-6}  # of a model of 7.6e9 parameters
@@ -213,6 +213,9 @@ def _rl(start: _Start) -> str:
     if start.validation:
         evaluate = _source("evaluate.problems", start.validation)
         evaluate += f"\n[evaluate]\nsamples = 4\nmax_response_tokens = {response}\n"
+    line = ""
+    if asks_for_answer_line(start.found.section):
+        line = 'answer_format = "answer_line"  # as the prompts ask; also finds \\boxed{}\n'
     return f"""\
 {_head(start, "Reinforcement learning with verified answers (GRPO).")}
 [data]
@@ -233,7 +236,7 @@ over_sample_prompts = {2 * groups}  # at most, to find groups with right and wro
 max_prompt_tokens = {prompt}
 max_response_tokens = {response}
 evaluate_every = {20 if start.validation else 0}
-
+{line}
 [rollout]
 # The FP8 weights with which the engine starts:
 #   {_export(start)}

@@ -11,7 +11,14 @@ from safetensors.torch import save_file
 
 from infir2.config.schema import RlRecipe, RolloutSection
 from infir2.engines.remote import ServerInfo
-from infir2.engines.servers import _hosts, check_info, gpus_of, require_own_gpus, weight_directory
+from infir2.engines.servers import (
+    _hosts,
+    check_info,
+    gpus_of,
+    require_own_gpus,
+    require_room,
+    weight_directory,
+)
 from infir2.errors import ConfigError
 
 CONFIG = {
@@ -87,6 +94,19 @@ def test_gpus_are_those_that_the_ranks_leave_free(monkeypatch: pytest.MonkeyPatc
     assert [gpus_of(i, 2, 2) for i in range(2)] == [["4", "5"], ["6", "7"]]
     with pytest.raises(ConfigError, match="needs more GPUs than the 4"):
         gpus_of(0, 1, 8)
+
+
+def test_servers_do_not_crowd_the_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The servers of four nodes, started without Ray, would share the GPUs of one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    rollout = RolloutSection(engine="sglang", engines=8, tensor_parallel=4, memory_fraction=0.5)
+    with pytest.raises(ConfigError, match=r"put 4 servers .*rollout.engines = 2, or .*launch ray"):
+        require_room(rollout)
+    require_room(rollout.model_copy(update={"engines": 4}))
+    with pytest.raises(ConfigError, match="put 2 servers"):
+        require_room(rollout.model_copy(update={"engines": 4, "memory_fraction": 0.0}))
+    require_room(rollout.model_copy(update={"engines": 2, "memory_fraction": 0.0}))
 
 
 def test_nccl_needs_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

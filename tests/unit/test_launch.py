@@ -44,6 +44,18 @@ def dry(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 @pytest.mark.usefixtures("recipes")
+def test_a_dry_run_says_which_variables_the_verb_reads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUM_ROLLOUT", "100")
+    words = ["launch", "ray", "--gpus-per-node", "8", "--dry-run", "--"]
+    assert main([*words, "rl", "a.toml"]) == 0
+    assert "rl reads from the environment: NUM_ROLLOUT=100" in capsys.readouterr().err
+    assert main([*words, "sft", "a.toml"]) == 0
+    assert "NUM_ROLLOUT" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("recipes")
 def test_torchrun_on_one_node_and_on_many(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

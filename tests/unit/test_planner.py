@@ -228,3 +228,17 @@ def test_mistakes_of_plan(
 def test_bench_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--to", str(tmp_path / "gpu.json")]) == 2
     assert "infir2 bench measures a GPU, and torch sees none here" in capsys.readouterr().err
+
+
+def test_a_plan_says_which_variables_it_used(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUM_ROLLOUT", "136")
+    words = ["plan", str(RECIPES / "qwen2.5-7b/rl1.toml"), "--gpu=h100", "--gpus=8"]
+    assert main(words) == 0
+    assert "NUM_ROLLOUT sets schedule.total_steps to '136'" in capsys.readouterr().err
+
+
+def test_an_evaluation_has_no_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(RECIPES / "qwen2.5-7b/eval.toml"), "--gpu=h100"]) == 2
+    assert "this is one of eval: infir2 check eval" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from infir2.cli import main
 from infir2.config.schema import SourceSection
 from infir2.data import load_tokenizer
 from infir2.data.rows import open_source, parse_conversation
-from infir2.starter.fields import detect
+from infir2.starter.fields import asks_for_answer_line, detect
 from infir2.starter.inspection import Inspection, Rendered, inspect_sources
 from infir2.starter.words import histogram, shown
 
@@ -123,6 +123,15 @@ def test_a_long_row_is_cut_and_says_so() -> None:
             "prompts",
             {"prompt_field": "question", "answer_field": "answer"},
         ),
+        (
+            {
+                "data_source": "math_dapo",
+                "prompt": [{"role": "user", "content": "1+1"}],
+                "reward_model": {"ground_truth": "2", "style": "rule"},
+            },
+            "prompts",
+            {"answer_field": "reward_model.ground_truth"},
+        ),
     ],
 )
 def test_fields_are_found_by_their_names(
@@ -131,6 +140,20 @@ def test_fields_are_found_by_their_names(
     found, section = detect(write(tmp_path / "x.jsonl", [row]))
     assert found == kind
     assert section.model_dump(exclude_defaults=True, exclude={"path"}) == fields
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [
+        ("Answer: $Answer", True),
+        ("Answer: \\boxed{$Answer}", False),
+        ("a box", False),
+    ],
+)
+def test_prompts_that_ask_for_an_answer_line(wish: str, expected: bool, tmp_path: Path) -> None:
+    row = {"prompt": [{"role": "user", "content": f"1+1? End with {wish}"}], "label": "2"}
+    _, section = detect(write(tmp_path / "x.jsonl", [row]), "prompts")
+    assert asks_for_answer_line(section) is expected
 
 
 def test_rows_that_are_asked_to_be_conversations(tmp_path: Path) -> None:
