@@ -21,6 +21,7 @@ from infir2.cli.arguments import (
 from infir2.cli.rl import split_modes
 from infir2.config import load
 from infir2.config.env_vars import variables_of
+from infir2.config.schema import RlRecipe
 from infir2.errors import ConfigError, Interrupted, LaunchedError, Preempted
 from infir2.launch import ray, slurm
 from infir2.launch.ranks import CODE_OF_SIGNAL
@@ -80,7 +81,7 @@ def launch(arguments: Sequence[str]) -> None:
     if options.kind == "torchrun":
         check_machine(layout)
     if options.kind != "ray":
-        _check_keys(command)
+        _check_keys(command, layout if options.kind == "slurm" else None)
     log(f"starting {command[0]} on {_size(options.kind, layout)}", "infir2 launch")
     code = _run_torchrun(start) if options.kind == "torchrun" else start()
     if code in CODE_OF_SIGNAL.values():
@@ -204,10 +205,19 @@ def _check_recipes(command: list[str]) -> None:
             )
 
 
-def _check_keys(command: list[str]) -> None:
-    """Raise ConfigError for what every rank would refuse, before any is started or queued."""
-    if not runs_benchmarks(command) and not wants_help(command):
-        load(RECIPE_CLASSES[command[0]], *_recipe_arguments(command), os.environ, command[0])
+def _check_keys(command: list[str], queued: Layout | None) -> None:
+    """Raise ConfigError for what every rank would refuse, before any is started or queued.
+
+    `queued`: the layout of a SLURM job, whose nodes have the GPUs that it requests.
+    """
+    if runs_benchmarks(command) or wants_help(command):
+        return
+    arguments = _recipe_arguments(command)
+    recipe = load(RECIPE_CLASSES[command[0]], *arguments, os.environ, command[0]).recipe
+    if queued and not queued.cpu and isinstance(recipe, RlRecipe):
+        from infir2.engines.servers import require_room
+
+        require_room(recipe.rollout, queued.ranks_per_node * queued.gpus_per_rank)
 
 
 def _recipe_arguments(command: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -120,16 +120,15 @@ def require_own_gpus(
         )
 
 
-def require_room(rollout: RolloutSection) -> None:
-    """Raise ConfigError if the servers of this node would need more memory than its GPUs have."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count or rollout.engine == "infir2":
+def require_room(rollout: RolloutSection, count: int) -> None:
+    """Raise ConfigError if the servers of a node need more memory than its `count` GPUs have."""
+    if not count or rollout.urls or rollout.engine not in ("sglang", "vllm"):
         return
     each = math.ceil(rollout.engines * rollout.tensor_parallel / count)
     if each > 1 and each * (rollout.memory_fraction or 1) > 1:
         raise ConfigError(
             f"rollout.engines = {rollout.engines} of {rollout.tensor_parallel} GPUs would put "
-            f"{each} servers on one of the {count} GPUs of this node, the first, where all start: "
+            f"{each} servers on one of the {count} GPUs of the first node, where all start: "
             f"set rollout.engines = {max(1, count // rollout.tensor_parallel)}, or start the run "
             "with infir2 launch ray, which spreads them over the nodes."
         )
@@ -180,7 +179,7 @@ def _hosts(recipe: RlRecipe, bundles: Sequence[Bundle], directory: Path) -> list
             f"environment with {rollout.engine}, such as {rollout.engine}-env/bin/python."
         )
     count, size = rollout.engines, rollout.tensor_parallel
-    require_room(rollout)
+    require_room(rollout, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return [
         make_server(recipe, index, directory, "127.0.0.1", ",".join(gpus_of(index, count, size)))
         for index in range(count)

@@ -86,7 +86,20 @@ def make_plan(recipe: TrainRecipe, gpu: Gpu, gpus: int, nodes: int, sample_token
         steps=_steps(recipe, job),
         fp8_ratio=ratio,
         fp8_from_tokens=tokens,
-        notes=[text for text in (note, assumption) if text],
+        notes=[text for text in (note, assumption, _crowded(recipe, gpus * nodes)) if text],
+    )
+
+
+def _crowded(recipe: TrainRecipe, gpus: int) -> str:
+    """A sentence if servers of the recipe need more GPUs than there are; else empty."""
+    if not isinstance(recipe, RlRecipe) or recipe.rollout.engine not in ("sglang", "vllm"):
+        return ""
+    count, size = recipe.rollout.engines, recipe.rollout.tensor_parallel
+    if count * size <= gpus:
+        return ""
+    return (
+        f"one server on a GPU: rollout.engines = {count} of {size} need {count * size} GPUs, set "
+        f"--rollout.engines={max(1, gpus // size)}"
     )
 
 

@@ -40,9 +40,11 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> Findin
         f"for each of {sizes.world} processes, {passes}"
     )
     if total > available:
+        recompute = "" if recipe.model.recompute == "full" else "set model.recompute = 'full', "
+        elsewhere = "" if device.type == "cuda" else " (infir2 plan: for GPUs elsewhere)"
         raise ConfigError(
             f"{detail}; lower {key} or train.loss_chunk_tokens, "
-            "set model.recompute = 'full', or shard with parallel.dp."
+            f"{recompute}or shard with parallel.dp{elsewhere}."
         )
     if device.type != "cuda" or not recipe.checkpoint.background:
         return Finding("memory", "ok", detail)

@@ -96,17 +96,16 @@ def test_gpus_are_those_that_the_ranks_leave_free(monkeypatch: pytest.MonkeyPatc
         gpus_of(0, 1, 8)
 
 
-def test_servers_do_not_crowd_the_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_do_not_crowd_the_first_node() -> None:
     """The servers of four nodes, started without Ray, would share the GPUs of one."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     rollout = RolloutSection(engine="sglang", engines=8, tensor_parallel=4, memory_fraction=0.5)
     with pytest.raises(ConfigError, match=r"put 4 servers .*rollout.engines = 2, or .*launch ray"):
-        require_room(rollout)
-    require_room(rollout.model_copy(update={"engines": 4}))
+        require_room(rollout, 8)
+    require_room(rollout, 0)
+    require_room(rollout.model_copy(update={"engines": 4}), 8)
     with pytest.raises(ConfigError, match="put 2 servers"):
-        require_room(rollout.model_copy(update={"engines": 4, "memory_fraction": 0.0}))
-    require_room(rollout.model_copy(update={"engines": 2, "memory_fraction": 0.0}))
+        require_room(rollout.model_copy(update={"engines": 4, "memory_fraction": 0.0}), 8)
+    require_room(rollout.model_copy(update={"engines": 2, "memory_fraction": 0.0}), 8)
 
 
 def test_nccl_needs_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

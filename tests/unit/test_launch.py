@@ -55,6 +55,14 @@ def test_a_dry_run_says_which_variables_the_verb_reads(
     assert "NUM_ROLLOUT" not in capsys.readouterr().err
 
 
+def test_crowded_servers_are_refused_before_a_job_is_queued(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["launch", "slurm", "--nodes", "4", "--gpus-per-node", "8", "--", "rl"]
+    assert main([*words, str(RECIPES.parent / "qwen2.5-7b/rl1.toml")]) == 2
+    assert "put 4 servers on one of the 8 GPUs of the first node" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("recipes")
 def test_torchrun_on_one_node_and_on_many(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

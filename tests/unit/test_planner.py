@@ -236,7 +236,10 @@ def test_a_plan_says_which_variables_it_used(
     monkeypatch.setenv("NUM_ROLLOUT", "136")
     words = ["plan", str(RECIPES / "qwen2.5-7b/rl1.toml"), "--gpu=h100", "--gpus=8"]
     assert main(words) == 0
-    assert "NUM_ROLLOUT sets schedule.total_steps to '136'" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "NUM_ROLLOUT sets schedule.total_steps to '136'" in said.err
+    assert "rollout.engines = 8 of 4 need 32 GPUs, set --rollout.engines=2" in said.out
+    assert "rollout.engines" not in plan(capsys, *words[1:], "--nodes=4")
 
 
 def test_an_evaluation_has_no_plan(capsys: pytest.CaptureFixture[str]) -> None:

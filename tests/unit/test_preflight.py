@@ -285,7 +285,11 @@ def test_a_model_too_large_for_the_machine_is_refused(
     code, lines = check(capsys, *words)
     assert code == 1
     assert "lower data.micro_batch_tokens" in lines["memory"]
+    assert "model.recompute = 'full'" in lines["memory"]
+    assert "infir2 plan" in lines["memory"]
     assert lines["disk"].startswith("FAIL run.dir:")
+    _, lines = check(capsys, *words, "--model.recompute=full")
+    assert "model.recompute" not in lines["memory"]
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused_before_the_first_step(
