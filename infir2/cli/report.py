@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
-from infir2.errors import ConfigError, DataError, UserError, disk_reason
+from infir2.errors import ConfigError, DataError, RunMovedError, UserError, disk_reason
 from infir2.terminal import begin_phase, log, print_json, print_result
 
 PAGE = "report.html"
@@ -147,14 +147,15 @@ def _check_target(page: Path) -> None:
 def own_page(run_dir: str) -> Iterator[None]:
     """Write RUN_DIR/report.html when the run in the block has ended, was stopped or has failed.
 
-    A page that cannot be written ends no run; a run that refused to begin gets none.
+    A page that cannot be written ends no run. A run that refused to begin gets none, nor does one
+    that was moved: its path may lead to another run.
     """
     directory = Path(run_dir)
     before = _state(directory)
     try:
         yield
-    except UserError:
-        if _state(directory) != before:
+    except UserError as error:
+        if _state(directory) != before and not isinstance(error, RunMovedError):
             _write_own_page(directory)
         raise
     _write_own_page(directory)

@@ -216,7 +216,7 @@ class Conversation:
         except RefusedError as error:
             log_error(str(error), "chat")
             return None
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, asyncio.CancelledError):  # the latter if Ctrl-C meets Runner.run
             log(" stopped.", "chat")
         shown.end()
         self.messages += [message, {"role": "assistant", "content": answer}]

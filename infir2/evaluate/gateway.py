@@ -13,6 +13,7 @@ import asyncio
 import hashlib
 import json
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -275,6 +276,11 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         super().__init__(("127.0.0.1", 0), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print the traceback of a fault of ours; a client that has gone is none."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

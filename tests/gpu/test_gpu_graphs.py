@@ -5,14 +5,24 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="triton is not installed (pip install 'infir2[gpu]')")
+
 from infir2.config.schema import OptimizerSection, ShapeSection
 from infir2.data import Batch
 from infir2.model import Decoder
 from infir2.model.block_graphs import BlockGraphs
 from infir2.numerics import convert_to_fp8, relative_error
+from infir2.numerics.gemm_scaled import missing_block_scaling
+from infir2.numerics.kernels import usable
 from infir2.train.losses import next_token_loss
 from infir2.train.trainer import Trainer
 
+hopper = (
+    torch.cuda.is_available()
+    and usable(torch.device("cuda"))
+    and missing_block_scaling(torch.device("cuda")) is None
+)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="needs a Hopper GPU")]
 TOKENS = 1024
 SHAPE = ShapeSection(hidden_size=512, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=1024)
 

@@ -153,7 +153,8 @@ def test_files_of_each_kind_give_the_same_rows(tmp_path: Path) -> None:
         ("plain.jsonl.gz", b'{"text": "a"}\n', "not a complete gzip file"),
         ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "has no row"),
         ("broken.parquet", b"PAR1 and nothing else", "cannot be read as Parquet"),
-        ("table.csv", b"a,b\n", "unknown file type"),
+        ("table.csv", b"a,b\n", "is a table, which is not read"),
+        ("table.xyz", b"a,b\n", "unknown file type"),
         (
             "other.jsonl",
             b'{"question": "2+3?", "answer": "5"}\n',

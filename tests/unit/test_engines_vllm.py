@@ -171,7 +171,7 @@ def test_a_request_arrives_whole_and_its_completion_comes_back() -> None:
     ("fault", "reason"),
     [
         *engine_servers.BAD_ANSWERS,
-        ("die", "cut"),
+        ("die", "gone"),
     ],
 )
 def test_a_bad_answer_is_none(fault: str, reason: str) -> None:
