@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from read_codes import on_read
 from scale_bench import Bench, Report, batch_of, case_of, tokens
 from step import build
 from step_cases import Case
 from torch import Tensor
 
 from infir2.model import Decoder
-from infir2.numerics import Fp8Linear
+from infir2.numerics import Fp8Linear, Fp8Tensor
 from infir2.numerics.weight_cache import local_tensor
 from infir2.parallel.mesh import Sizes
 from infir2.parallel.parallel_model import ParallelModel
@@ -33,23 +34,12 @@ def digest(*tensors: Tensor) -> str:
 def record_codes(model: Decoder) -> dict[str, str]:
     """name -> digest of the codes and scales that the first forward reads; filled as it runs."""
     seen: dict[str, str] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, Fp8Linear):
 
-            def read(name: str = name, layer: Fp8Linear = layer) -> Any:
-                fp8 = Fp8Linear.quantized_weight(layer)
-                if name not in seen:
-                    seen[name] = digest(fp8.codes, fp8.scale)
-                return fp8
+    def note(name: str, fp8: Fp8Tensor) -> None:
+        if name not in seen:
+            seen[name] = digest(fp8.codes, fp8.scale)
 
-            def read_values(
-                dtype: torch.dtype, layer: Fp8Linear = layer, read: Callable[[], Any] = read
-            ) -> Tensor:
-                read()
-                return Fp8Linear.weight_values(layer, dtype)
-
-            layer.quantized_weight = read  # type: ignore[method-assign]
-            layer.weight_values = read_values  # type: ignore[method-assign]  # on a CPU
+    on_read(model, note)
     return seen
 
 

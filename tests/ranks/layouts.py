@@ -15,12 +15,17 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+
+from read_codes import on_read
 
 from infir2.config.schema import OptimizerSection, ShapeSection
 from infir2.data import Batch
@@ -117,22 +122,7 @@ def decibels(found: Tensor, wanted: Tensor) -> float:
 def spy_on_codes(model: Decoder) -> dict[str, Tensor]:
     """name -> the codes that the forward reads, filled in as it runs."""
     seen: dict[str, Tensor] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, Fp8Linear):
-
-            def read(name: str = name, layer: Fp8Linear = layer) -> Any:
-                codes = Fp8Linear.quantized_weight(layer)
-                seen[name] = codes.codes.view(torch.uint8).clone()
-                return codes
-
-            def read_values(
-                dtype: torch.dtype, layer: Fp8Linear = layer, read: Callable[[], Any] = read
-            ) -> Tensor:
-                read()
-                return Fp8Linear.weight_values(layer, dtype)
-
-            layer.quantized_weight = read  # type: ignore[method-assign]
-            layer.weight_values = read_values  # type: ignore[method-assign]
+    on_read(model, lambda name, fp8: seen.update({name: fp8.codes.view(torch.uint8).clone()}))
     return seen
 
 

@@ -1,9 +1,9 @@
 """The likely mistakes with `infir2 report`: each gets one sentence, and nothing is written."""
 
-import json
 from pathlib import Path
 
 import pytest
+from mistakes import sentence_of
 from report_runs import describe, rl_rows, train_rows, write
 
 from infir2.cli import main
@@ -66,18 +66,7 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(
     sentence: str,
 ) -> None:
     monkeypatch.chdir(place)
-    before = sorted(place.rglob("*"))
-    assert main(words.split()) == code
-    output = capsys.readouterr()
-    lines = [line for line in output.err.splitlines() if " so far" not in line]
-    assert len(lines) == 1
-    assert sentence in lines[0]
-    assert lines[0].startswith("infir2: error: ")
-    if "--json" in words:
-        assert json.loads(output.out)["exit_code"] == code
-    else:
-        assert output.out == ""
-    assert sorted(place.rglob("*")) == before
+    assert sentence in sentence_of(capsys, place, words.split(), code)
 
 
 def test_a_half_written_line_and_runs_of_two_kinds_are_no_mistakes(
