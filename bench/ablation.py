@@ -35,6 +35,8 @@ from infir2.config.schema import RolloutSection
 from infir2.engines.probe import KEY_VARIABLE
 from infir2.engines.server_process import ServerProcess
 from infir2.engines.servers import KINDS
+from infir2.errors import Preempted
+from infir2.files import read_json_lines
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo" / "rl1.toml"
 FORMATS = ("pow2", "fp32", "bf16")  # of an engine's weights
@@ -254,15 +256,13 @@ def _finish(run: Run, code: int, servers: Servers, codes: dict[str, int]) -> Non
     if code == 0:
         run.dir.with_suffix(".finished").touch()
     say(f"{run.dir.name}: exit code {code}, {len(rows_of(run.dir, 'train'))} steps")
-    if code not in (0, 75):  # 75: stopped by us
+    if code not in (0, Preempted.exit_code):
         print(run.dir.with_suffix(".log").read_text(errors="replace")[-800:], flush=True)
 
 
 def rows_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of a kind in metrics.jsonl: "train" for each step's, "evaluation"."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+    return [row for row in read_json_lines(run_dir / "metrics.jsonl") if row["kind"] == kind]
 
 
 def collect(run: Run, code: int | None) -> dict[str, Any] | None:
@@ -309,7 +309,7 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
         first = [statistics.fmean(run["reward"][:3]) for run in ends]
         last = [statistics.fmean(run["reward"][-5:]) for run in ends]
         held_out = [row["avg_at_k"] for run in ends for row in run["evaluations"][-1:]]
-        pace = [statistics.median(run["seconds"]) for run in own]
+        pace = [statistics.median(run["seconds"]) for run in ends]
         cells = [engine, arm, f"{len(ends)} of {len(own)}", at("1", "kl"), at("2", "kl")]
         cells += [at("last", "kl"), at("2", "equal"), at("2", "prob_error")]
         cells += [f"{at('2', 'p999')}, {at('2', 'max')}", spread(first), spread(last)]
@@ -340,6 +340,8 @@ def run_command(options: argparse.Namespace) -> None:
     export(options)
     runs, servers, codes = plan(options), Servers(), dict[str, int]()
     kinds = [kind for kind in options.engines if kind != "native"]
+    if len(kinds) > 1:
+        raise SystemExit("--engines: native and one kind of server")
     wanted = [run for run in runs if run.engine != "native" and not run.finished]
     try:
         if wanted:

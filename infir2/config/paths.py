@@ -14,7 +14,7 @@ _PATH_KEYS = re.compile(
     r"run\.dir|model\.path|data\.tokenizer|.*\.\d+\.path|checkpoint\.branch_from|rl\.reference"
     r"|rollout\.(model|python)|benchmarks\.data"
 )
-_TILDE = re.compile(r"(?:(-[^=\s]*)=)?(~[\w.-]*(?:/.*)?)", re.DOTALL)
+_TILDE = re.compile(r"(?:(-[^=\s]*)=)?(~[\w.-]*/.*)", re.DOTALL)
 
 
 def unusable_paths(values: Mapping[str, Any]) -> list[tuple[str, str]]:

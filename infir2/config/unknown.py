@@ -93,13 +93,15 @@ def _unknown_section(recipe_class: Recipe, section: str) -> str:
     known = list(recipe_class.model_fields)
     near = difflib.get_close_matches(section.lower(), known, 1, 0.6)
     others = [verb for verb, recipe in _RECIPES.items() if section in recipe.model_fields]
-    keys = [leaf.name for leaf in leaf_keys(recipe_class) if leaf.name.endswith(f".{section}")]
+    key = nearest_key(recipe_class, section)
     if others:
         hint = f"it is for infir2 {' or '.join(others)}."
-    elif keys:
-        hint = f"{section} is a key: write it under [{keys[0].rpartition('.')[0]}]."
     elif near:
         hint = f"did you mean {near[0]}?"
+    elif key.endswith(f".{section}"):
+        hint = f"{section} is a key: write it under [{key.rpartition('.')[0]}]."
+    elif key:
+        hint = f"did you mean the key {key}?"
     else:
         hint = f"the sections are {', '.join(known)}."
     return f"{section} is not a section of this kind of recipe; {hint}"

@@ -124,6 +124,11 @@ def require_room(rollout: RolloutSection, count: int) -> None:
     """Raise ConfigError if the servers of a node need more memory than its `count` GPUs have."""
     if not count or rollout.urls or rollout.engine not in ("sglang", "vllm"):
         return
+    if rollout.tensor_parallel > count:
+        raise ConfigError(
+            f"rollout.tensor_parallel = {rollout.tensor_parallel} needs more GPUs than the {count} "
+            f"of a node; set rollout.tensor_parallel = {count} or less"
+        )
     each = math.ceil(rollout.engines * rollout.tensor_parallel / count)
     if each > 1 and each * (rollout.memory_fraction or 1) > 1:
         raise ConfigError(

@@ -11,7 +11,7 @@ graph launches all kernels of all blocks at once. It reads and writes fixed addr
 Both kinds of micro-batch have a pair of graphs (forward, backward), captured after eager ones of
 the same size have compiled every kernel. All graphs share one pool of memory, so what a micro-batch
 saves for its backward must be used before the next one starts. The bits are those of the same
-kernels without graphs.
+kernels without graphs; a micro-batch that is not full is padded, which changes sums.
 """
 
 import warnings
@@ -34,7 +34,7 @@ Run = Callable[[Tensor, Rope, AttentionContext], Tensor]
 
 _EAGER_BATCHES = 2  # micro-batches before the first capture: they compile and choose kernels
 _LEAST_FILLED = 0.75  # a micro-batch with fewer of its tokens runs eagerly, without padding
-_LEAST_SEQUENCES = 64
+_LEAST_SEQUENCES, _TOKENS_OF_A_SEQUENCE = 64, 64  # more or shorter ones run eagerly
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class BlockGraphs:
         self._pairs: dict[bool, _Pair] = {}
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
-        self._eager = self._most_sequences = 0
+        self._eager = 0
         self._active = self._failed = False
 
     @contextmanager
@@ -123,7 +123,7 @@ class BlockGraphs:
         if not is_first and not self._holds_gradients():
             return None
         if self._inputs is None:
-            most = max(_LEAST_SEQUENCES, 4 * self._most_sequences)
+            most = max(_LEAST_SEQUENCES, self._rows // _TOKENS_OF_A_SEQUENCE)
             self._inputs = _Inputs.like(x, rope, self._rows, most)
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         if len(context.lengths) > self._inputs.most_sequences:
@@ -145,7 +145,6 @@ class BlockGraphs:
         if not _LEAST_FILLED * self._rows <= len(x) <= self._rows:
             return False
         self._eager += 1
-        self._most_sequences = max(self._most_sequences, len(context.lengths))
         return self._eager > _EAGER_BATCHES
 
     def _holds_gradients(self) -> bool:

@@ -115,9 +115,9 @@ def _check(
                 f"use names such as {next(iter(found))!r}"
             )
     formats = {child.scale_format for child in found.values() if isinstance(child, Fp8Linear)}
-    if formats - {scale_format}:
+    if others := formats - {scale_format}:
         raise ConfigError(
-            f"convert_to_fp8: some layers are FP8 already, with scale_format={min(formats)!r}; "
+            f"convert_to_fp8: some layers are FP8 already, with scale_format={min(others)!r}; "
             f"build the model anew to convert it with {scale_format!r}"
         )
 

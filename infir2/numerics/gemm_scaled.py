@@ -293,6 +293,8 @@ def _require_agreement(name: str, a: Operand, b: Operand, out_dtype: torch.dtype
         return
     every = max(1, a.codes.shape[0] // 256)
     expected, product = (_RUN[each](a, b, out_dtype)[::every].double() for each in ("cublas", name))
+    if not expected.isfinite().all():  # a step that is skipped tells nothing about a library
+        return
     deviation = (product - expected).norm() / expected.norm().clamp_min(1e-30)
     if not deviation <= _MAX_DEVIATION:  # also NaN
         raise ValueError(f"its product deviates from cuBLAS's by {deviation:.1e}")

@@ -21,16 +21,10 @@ _SMALL = 1 << 18  # values; larger weights gain nothing, and their copies would 
 
 
 def quantize_together(layers: Iterable[nn.Linear]) -> None:
-    """Cache codes and values of the small FP8 weights that changed, as `Fp8Linear` does one by one.
-
-    Optimizers change all weights, so nothing is done if the first of them did not change.
-    """
-    chosen = [layer for layer in layers if _is_small_fp8(layer)]
-    if not chosen or not _is_stale(chosen[0]):
-        return
+    """Cache codes and values of small FP8 weights that changed, as `Fp8Linear` does one by one."""
     groups: dict[tuple[str, int], list[nn.Linear]] = defaultdict(list)
-    for layer in chosen:
-        if _is_stale(layer):
+    for layer in layers:
+        if _is_small_fp8(layer) and _is_stale(layer):
             groups[scale_format_of(layer), layer.in_features].append(layer)
     for (scale_format, _), group in groups.items():
         # The values outlive an inference_mode block around this call.

@@ -69,8 +69,9 @@ def step_seconds(
 
 def host_seconds(load: Load, gpu: Gpu, constants: Mapping[str, float]) -> float:
     """The host's own time of a step: milliseconds a layer and pass, where a launch takes 40 us."""
+    is_sharded = load.sizes.num_shards * load.sizes.tp > 1  # replicas launch what one GPU does
     sharded = HOST[1] if load.recipe.fp8.enabled else HOST[2]
-    milliseconds = constants[sharded if load.sizes.world > 1 else HOST[0]]
+    milliseconds = constants[sharded if is_sharded else HOST[0]]
     return 1e-3 * milliseconds * step_work(load).layer_passes * gpu.launch_us / 40
 
 

@@ -64,8 +64,7 @@ class Preflight:
         if self.verb in ("rl", "eval"):
             checks |= {"verifier": self.verifier, "jail": self.jail}
         if self.verb == "rl":
-            checks |= {"engine": self.engine}
-            checks |= {"rewards": self.rewards} if self._has_own_rewards() else {}
+            checks |= {"engine": self.engine, "rewards": self.rewards}
         if self.verb == "eval":
             checks |= {"memory": self.evaluation_memory}
         else:
@@ -134,13 +133,9 @@ class Preflight:
         return Finding("model", "ok", f"{self._model}{serving_note(self.recipe, self._model)}")
 
     def verifier(self) -> Finding:
-        """A right answer passes and a wrong one does not, through the worker processes; and what
-        `rl.reward` and `rl.environment` name is there."""
-        from infir2.preflight.rewards import require_rewards
+        """A right answer passes and a wrong one does not, through the worker processes."""
         from infir2.preflight.verifiers import check_verifier
 
-        if self.verb == "rl":
-            require_rewards(self.recipe.rl)
         return check_verifier()
 
     def jail(self) -> Finding:
@@ -156,15 +151,10 @@ class Preflight:
         return check_engine(self.recipe, self._require_model())
 
     def rewards(self) -> Finding:
-        """Rewards of one's own are imported as in a run, in a process of their own."""
-        from infir2.preflight.verifiers import check_rewards
+        """What `rl.reward` and `rl.environment` name is there."""
+        from infir2.preflight.rewards import check_rewards
 
         return check_rewards(self.recipe.rl)
-
-    def _has_own_rewards(self) -> bool:
-        from infir2.preflight.verifiers import own_functions
-
-        return bool(own_functions(self.recipe.rl))
 
     def parallel(self) -> Finding:
         """The model and the steps can be split as `[parallel]` says."""

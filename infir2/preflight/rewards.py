@@ -5,8 +5,9 @@ import os
 from infir2.config.reward_rules import GYM, KEY_VARIABLE, is_function, is_gym, is_server
 from infir2.config.schema import RlSection
 from infir2.engines.http_client import check_url
+from infir2.preflight.finding import Finding
 from infir2.verify import run_code
-from infir2.verify.functions import require_function
+from infir2.verify.functions import close_functions, require_function
 from infir2.verify.gym import require_task
 
 PROGRAM, TESTS = "print(1)", [{"input": "", "output": "1"}]
@@ -19,10 +20,20 @@ def require_rewards(rl: RlSection) -> None:
         require_function(rl.environment)
     for each in rl.reward:
         if is_gym(each.name):
-            require_task(each.name.removeprefix(GYM))
+            require_task(each.name.removeprefix(GYM), rl.reward_seconds)
         elif is_function(each.name):
             require_function(each.name)
         elif is_server(each.name):
             check_url("rl.reward", each.name, os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE)
         elif each.name == "code":
             run_code(PROGRAM, TESTS)
+
+
+def check_rewards(rl: RlSection) -> Finding:
+    """The finding of `require_rewards`, whose processes end again."""
+    try:
+        require_rewards(rl)
+    finally:
+        close_functions()
+    names = [rl.environment, *(each.name for each in rl.reward)]
+    return Finding("rewards", "ok", f"{', '.join(filter(None, names))} can be used")

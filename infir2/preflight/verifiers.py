@@ -3,12 +3,8 @@
 import time
 
 from infir2 import verify
-from infir2.config.reward_rules import GYM, is_function, is_gym
-from infir2.config.schema import RlSection
 from infir2.errors import ConfigError
 from infir2.preflight.finding import Finding
-from infir2.verify.functions import close_functions, require_function
-from infir2.verify.gym import require_task
 
 
 def check_verifier() -> Finding:
@@ -27,26 +23,6 @@ def check_verifier() -> Finding:
         f"a right and a wrong answer are told apart ({seconds:.1f} s with the start of a worker)"
     )
     return Finding("verifier", "ok", detail)
-
-
-def check_rewards(rl: RlSection) -> Finding:
-    """Rewards and an environment of one's own can be imported, tasks exist. Raises ConfigError."""
-    functions = [name for name in own_functions(rl) if not is_gym(name)]
-    tasks = [name for name in own_functions(rl) if is_gym(name)]
-    try:
-        for name in functions:
-            require_function(name)
-    finally:
-        close_functions()
-    for name in tasks:
-        require_task(name.removeprefix(GYM))
-    return Finding("rewards", "ok", f"{', '.join(functions + tasks)} can be used")
-
-
-def own_functions(rl: RlSection) -> list[str]:
-    """Names of functions, classes and tasks of reasoning-gym that `[rl]` names."""
-    names = [rl.environment, *(each.name for each in rl.reward)]
-    return [name for name in names if is_function(name) or is_gym(name)]
 
 
 def check_jail() -> Finding:

@@ -175,7 +175,7 @@ class KeptRollouts:
             if (step, len(groups)) != (header["step"], header["groups"]):
                 raise ValueError
             keys, state, unfinished = header["keys"], header["state"], header["unfinished"]
-            origin = header["origin"]
+            origin = header.get("origin")
         except OSError as error:
             raise DataError(f"{path} cannot be read ({disk_reason(error)})") from error
         except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:

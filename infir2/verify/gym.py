@@ -20,7 +20,10 @@ from infir2.verify.functions import call_function
 
 SCORER = f"{__name__}:score_answer"
 EVALUATES = "its scorer evaluates the answer as a program"
-REFUSED = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.", "socket.")
+REFUSED = (
+    *("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill", "subprocess.", "socket."),
+    *("os.remove", "os.rename", "os.rmdir", "os.truncate", "os.mkdir", "ctypes."),
+)
 TRIAL_SECONDS = 60.0
 MAX_LEVEL = 50
 PROBLEMS = 1 << 30  # of an endless data set; problems are made when they are read
@@ -38,9 +41,9 @@ def _dataset(task: str, seed: int, level: int) -> Any:
     return DATASETS[task][0](config=curriculum.generate_configuration(options))
 
 
-def require_task(task: str) -> None:
+def require_task(task: str, seconds: float = TRIAL_SECONDS) -> None:
     """Raises ConfigError unless the package is installed, has the task, and makes a problem whose
-    answer the task's scorer accepts."""
+    answer the task's scorer accepts, within `seconds`."""
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
@@ -52,16 +55,16 @@ def require_task(task: str) -> None:
         near = difflib.get_close_matches(task, DATASETS, 1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(DATASETS))}."
         raise ConfigError(f"rl.reward = reasoning_gym:{task} is no task of reasoning-gym; {hint}")
-    _require_scorer(task)
+    _require_scorer(task, seconds)
 
 
-def _require_scorer(task: str) -> None:
-    """Raises ConfigError for a task that makes no problem, or whose scorer fails on its answer.
+def _require_scorer(task: str, seconds: float) -> None:
+    """Raises ConfigError for a task that makes no problem, or whose scorer rejects its answer.
 
     A process with bounded memory tries it: some tasks make all their problems at once.
     """
     item = (None, None, task, 0, 0, 0)
-    (outcome,) = call_function(SCORER, [item], TRIAL_SECONDS, is_own=False)
+    (outcome,) = call_function(SCORER, [item], seconds, is_own=False)
     if EVALUATES in outcome.detail:
         cause = (
             "its scorer evaluates answers as programs, which infir2 does not do with a model's text"
@@ -69,6 +72,8 @@ def _require_scorer(task: str) -> None:
     elif outcome.reason:
         detail = f"{outcome.reason}: {outcome.detail}"
         cause = f"it makes no problem whose own answer can be scored ({detail})"
+    elif not outcome.value:
+        cause = "its scorer gives nothing for the answer of its own problem"
     else:
         return
     raise ConfigError(f"rl.reward = reasoning_gym:{task}: {cause}; name another task.")
@@ -149,7 +154,7 @@ class _Guard:
 
 def _is_refused(event: str, arguments: tuple[Any, ...]) -> bool:
     if event == "compile":  # from a text and not, as imports, from a file
-        return not isinstance(arguments[1], str) or arguments[1].startswith("<")
+        return not isinstance(arguments[1], str) or not os.path.isfile(arguments[1])
     if event == "open":
         return bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
     return event.startswith(REFUSED)

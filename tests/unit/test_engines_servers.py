@@ -102,6 +102,8 @@ def test_servers_do_not_crowd_the_first_node() -> None:
     with pytest.raises(ConfigError, match=r"put 4 servers .*rollout.engines = 2, or .*launch ray"):
         require_room(rollout, 8)
     require_room(rollout, 0)
+    with pytest.raises(ConfigError, match="needs more GPUs than the 8 of a node"):
+        require_room(rollout.model_copy(update={"engines": 1, "tensor_parallel": 16}), 8)
     require_room(rollout.model_copy(update={"engines": 4}), 8)
     with pytest.raises(ConfigError, match="put 2 servers"):
         require_room(rollout.model_copy(update={"engines": 4, "memory_fraction": 0.0}), 8)

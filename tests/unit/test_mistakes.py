@@ -20,6 +20,7 @@ from stages import make_model, make_world, options, run
 
 from infir2 import terminal
 from infir2.cli import main
+from infir2.config.paths import refuse_tildes
 
 COMMON = """[run]
 dir = "new"
@@ -83,6 +84,7 @@ EDITS = {  # file: (recipe, what it has, what it should have had)
     "typographic.toml": (CPT, '"new"', "“new”"),
     "float.toml": (CPT, "total_steps = 4", "total_steps = 1e3"),
     "nosection.toml": (CPT, "[run]\n", ""),
+    "top.toml": (CPT, "[run]", "lr = 1e-4\n[run]"),
     "case.toml": (CPT, "[schedule]", "[Schedule]"),
     "single.toml": (CPT, "[[data.sources]]", "[data.sources]"),
     "tilde.toml": (SFT, '"hf"', '"~/hf"'),
@@ -125,6 +127,11 @@ MISTAKES = [
     ("cpt cpt.toml --optimizer.lr=1e-3", 2, "lr is not a key; did you mean schedule.learning_rate"),
     ("cpt cpt.toml --run.device=cuda", 2, "run.device is cuda, but torch sees no GPU: set run.dev"),
     ("cpt cpt.toml --run.dir=hf", 2, "hf holds a model (config.json), and a run would write into"),
+    (
+        "cpt top.toml",
+        2,
+        "lr is not a section of this kind of recipe; did you mean the key schedule.",
+    ),
     ("cpt cpt.toml --run.dir=~/o", 2, "--run.dir: ~/o: only a shell knows ~, at the start of a wo"),
     ("cpt cpt.toml --data.tokenizer=Qwen/Q", 2, "hf download Qwen/Q --include 'tokenizer*' --loca"),
     ("cpt cpt.toml --data.tokenizer=world/tokenizer/tokenizer.json", 2, "a file; name its direct"),
@@ -490,6 +497,10 @@ def test_findings_are_one_json_document(capsys: pytest.CaptureFixture[str], verb
     findings = json.loads(capsys.readouterr().out)
     assert code == int(any(each["status"] == "fail" for each in findings))
     assert {"recipe", "tokenizer", "data", "model"} <= {each["check"] for each in findings}
+
+
+def test_a_tilde_that_is_no_path_is_text() -> None:
+    refuse_tildes(["--system=~", "--rl.stop=~", "~5", "chat"])
 
 
 @pytest.mark.parametrize("change", ["crlf", "bom"])

@@ -507,5 +507,6 @@ def test_a_reward_that_is_not_there_fails_before_the_run(
 ) -> None:
     words = ["rl", recipe, f"--data.sources.0.path={world}/rl1.jsonl", "--rollout.model=/nowhere"]
     _, lines = check(capsys, *words, option)
-    assert lines["verifier"].startswith("FAIL")
-    assert sentence in lines["verifier"]
+    assert lines["rewards"].startswith("FAIL")
+    assert sentence in lines["rewards"]
+    assert lines["verifier"].startswith("ok")

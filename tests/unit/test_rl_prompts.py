@@ -179,6 +179,8 @@ class Evaluated(Sums):
     def score_answer(self, answer, entry):
         try: return float(eval(answer) == eval(entry["answer"]))
         except Exception: return 0.01
+class Unkind(Sums):
+    def score_answer(self, answer, entry): return 0.0
 class Broken(Sums):
     def score_answer(self, answer, entry): return entry["metadata"]["x"]
 class Bulky(Sums):
@@ -193,6 +195,8 @@ class Careless(Sums):
             "eval": lambda: eval("1"), "exec": lambda: exec("1"), "system": lambda: os.system(":"),
             "run": lambda: subprocess.run(["true"]), "socket": socket.socket,
             "write": lambda: open("x", "w"), "create": lambda: os.open("x", os.O_CREAT),
+            "remove": lambda: os.remove("x"), "make": lambda: os.mkdir("x"),
+            "kill": lambda: os.kill(os.getpid(), 0), "compile": lambda: compile("1", "", "eval"),
         }
         try: actions.get(answer, lambda: 0)()
         except Exception: pass
@@ -206,6 +210,7 @@ class Curriculum:
         return Config(**options, digits=Attribute.levels[self.level])
 DATASETS = {"sums": (Sums, Config), "evaluated": (Evaluated, Config)}
 DATASETS |= {"broken": (Broken, Config), "careless": (Careless, Config), "bulky": (Bulky, Config)}
+DATASETS |= {"unkind": (Unkind, Config)}
 CURRICULA = {"sums": Curriculum}
 def create_dataset(name, **options): return DATASETS[name][0](DATASETS[name][1](**options))
 """
@@ -273,11 +278,12 @@ def test_a_scorer_runs_no_program_and_has_no_keys(
     name = "reasoning_gym:careless"
     require_rewards(rl := RlSection(reward=(RewardSection(name=name),)))
     (drawn,) = PromptStream([], tokenizer, rl, seed=3).draw(1)
-    acts = ["eval", "exec", "system", "run", "socket", "write", "create"]
+    acts = ["eval", "exec", "system", "run", "socket", "write", "create", "remove", "make", "kill"]
+    acts += ["compile"]
     scores = find_reward(name, rl)([f"Answer: {each}" for each in [*acts, "keys"]], drawn.prompt)
-    assert [score.value for score in scores] == [0.0] * 8
-    assert [score.reason for score in scores] == [*(["error"] * 7), "wrong"]
-    assert all("evaluates the answer as a program" in score.detail for score in scores[:7])
+    assert [score.value for score in scores] == [0.0] * (len(acts) + 1)
+    assert [score.reason for score in scores] == [*(["error"] * len(acts)), "wrong"]
+    assert all("evaluates the answer as a program" in score.detail for score in scores[:-1])
     (score,) = find_reward(name, rl)(["Answer: memory"], drawn.prompt)
     assert (score.value, score.reason) == (0.0, "oom")
 
@@ -298,6 +304,8 @@ def test_a_task_that_is_not_there_is_named_with_the_nearest(package: None) -> No
         gym.require_task("sum")
     with pytest.raises(ConfigError, match="its scorer evaluates answers as programs, which inf"):
         gym.require_task("evaluated")
+    with pytest.raises(ConfigError, match="gives nothing for the answer of its own problem"):
+        gym.require_task("unkind")
     with pytest.raises(
         ConfigError, match=r"no problem whose own answer can be scored .*KeyError: 'x'"
     ):
