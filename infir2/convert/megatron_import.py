@@ -74,9 +74,10 @@ def import_megatron(src: str | Path, out: str | Path, like: str | Path | None = 
     _check_size(checkpoint, ModelConfig.from_hf(config))
     shapes = parameter_shapes(config)
     config = complete_config(config, checkpoint.dtype)
-    total_numel = sum(torch.Size(shape).numel() for shape in shapes.values())
-    with byte_progress(f"importing {out.name}", total_numel) as on_numel:
-        tensors = _hf_tensors(checkpoint, ModelConfig.from_hf(config), shapes, on_numel)
+    numel = sum(torch.Size(shape).numel() for shape in shapes.values())
+    num_bytes = numel * getattr(torch, checkpoint.dtype).itemsize
+    with byte_progress(f"importing {out.name}", num_bytes) as on_bytes:
+        tensors = _hf_tensors(checkpoint, ModelConfig.from_hf(config), shapes, on_bytes)
         write_hf(out, tensors, config, like, SHARD_BYTES)
     return checkpoint.path
 
@@ -221,7 +222,7 @@ def _hf_tensors(
     checkpoint: MegatronCheckpoint,
     config: ModelConfig,
     shapes: dict[str, tuple[int, ...]],
-    on_numel: Callable[[int], None],
+    on_bytes: Callable[[int], None],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter under its Hugging Face name.
 
@@ -238,7 +239,7 @@ def _hf_tensors(
             tensor = tensor[: shapes[name][0]]  # without the padding of the vocabulary
         missing.discard(name)
         yield name, validated(tensor, shapes[name], f"{checkpoint.path}: '{name}'").contiguous()
-        on_numel(tensor.numel())
+        on_bytes(tensor.nbytes)
     if missing:
         raise CheckpointError(
             f"{checkpoint.path}: has nothing for '{min(missing)}', which the config requires;"

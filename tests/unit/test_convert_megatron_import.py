@@ -1,6 +1,7 @@
 """Megatron-core checkpoints: Megatron's own logits, layouts, shapes and hostile files."""
 
 import argparse
+import contextlib
 import enum
 import json
 import os
@@ -59,6 +60,23 @@ def test_a_checkpoint_of_megatron_core_gives_its_logits(tmp_path):
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     )
+
+
+def test_progress_is_in_bytes(tmp_path, monkeypatch):
+    totals, advanced = [], []
+
+    @contextlib.contextmanager
+    def progress(_, total_bytes):
+        totals.append(total_bytes)
+        yield advanced.append
+
+    monkeypatch.setattr("infir2.convert.megatron_import.byte_progress", progress)
+    tensors = megatron_tensors(Decoder(REAL_SHAPE), stacked=True)
+    like = hf_directory(tmp_path / "like", REAL_SHAPE)
+    import_megatron(write_torch_dist(tmp_path / "m", tensors), tmp_path / "out", like)
+    num_bytes = sum(t.nbytes for t in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert totals == [num_bytes]
+    assert sum(advanced) == num_bytes
 
 
 def megatron_tensors(decoder: Decoder, stacked: bool) -> dict[str, Tensor]:
