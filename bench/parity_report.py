@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from infir2.evaluate.statistics import student_half_width
 from infir2.files import read_json_lines
 
-STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees
 SHOWN = ("underflow", "saturation", "cosine", "relative_error", "kurtosis")
 OPERANDS = ("activation", "weight", "gradient")
 GOAL_PERCENT = 0.1
@@ -129,8 +129,7 @@ def gap(arm: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, fl
     gaps = [100 * (arm[seed] - baseline[seed]) / baseline[seed] for seed in seeds]
     mean, half, low, high = statistics.fmean(gaps), math.nan, math.nan, math.nan
     if len(gaps) > 1:
-        quantile = STUDENT_95[min(len(gaps) - 1, len(STUDENT_95)) - 1]
-        half = quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
+        half = student_half_width(gaps)
         low, high = _bootstrap(gaps)
     return {"seeds": len(gaps), "mean": mean, "half_width": half, "low": low, "high": high}
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 _NORMAL_95, _NORMAL_90 = 1.959963984540054, 1.6448536269514722
+# 97.5 % quantiles of Student's t with 1 to 9 degrees of freedom; beyond, the last.
+_STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _RESAMPLES = 2000
 _BATCH_CELLS = 1 << 21  # resampled questions at one time: 16 MiB
 # Chosen by simulation for 94 to 97 % coverage at 30 questions with accuracies from 0.03 to 0.97
@@ -126,6 +128,15 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estima
         max(-1.0, mean - max(float(upper), far) * error),
         min(1.0, mean + max(-float(lower), far) * error),
     )
+
+
+def student_half_width(values: Sequence[float]) -> float:
+    """Half the 95 % interval of the mean of independent values; NaN for less than two."""
+    count = len(values)
+    if count < 2:
+        return math.nan
+    quantile = _STUDENT_975[min(count - 1, len(_STUDENT_975)) - 1]
+    return float(quantile * np.std(values, ddof=1) / math.sqrt(count))
 
 
 def average_at_k(scores: Sequence[Sequence[float]]) -> Estimate:

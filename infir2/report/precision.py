@@ -7,6 +7,7 @@ from html import escape
 
 import numpy as np
 
+from infir2.evaluate.statistics import student_half_width
 from infir2.report.chart import Chart, Series, smooth
 from infir2.report.curves import Drawing, loss_series, marks, wide_figure, window
 from infir2.report.read import Run, Table
@@ -17,8 +18,6 @@ INTERVAL_NOTE = (
     "± is a 95 % interval over steps with the same batches in both runs; another seed may differ."
 )
 MIN_INTERVAL_STEPS, BLOCKS = 20, 10
-# 97.5 % quantiles of Student's t, by the number of values; beyond, the last.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,7 @@ def twins(runs: Sequence[Run]) -> dict[str, Run]:
     """
 
     def are_twins(fp8: Run, bf16: Run) -> bool:
-        left, right = (
-            {name: section for name, section in run.recipe.items() if name not in ("run", "fp8")}
-            for run in (fp8, bf16)
-        )
+        left, right = (_without_sections(run, "run", "fp8") for run in (fp8, bf16))
         return bf16.name == f"{fp8.name}-bf16" or (bool(right) and left == right)
 
     trained = [run for run in runs if run.train]
@@ -83,6 +79,11 @@ def twins(runs: Sequence[Run]) -> dict[str, Run]:
         if fp8 := next((run for run in same_seed + free if are_twins(run, bf16)), None):
             pairs[fp8.name] = bf16
     return pairs
+
+
+def _without_sections(run: Run, *names: str) -> dict[str, object]:
+    """The run's recipe without these sections."""
+    return {name: section for name, section in run.recipe.items() if name not in names}
 
 
 def _seed(run: Run) -> object:
@@ -125,23 +126,17 @@ def half_interval(values: np.ndarray) -> float:
     """
     if len(values) < MIN_INTERVAL_STEPS:
         return math.nan
-    return student_half([block.mean() for block in np.array_split(values, BLOCKS)])
-
-
-def student_half(values: Sequence[float]) -> float:
-    """Half the 95 % interval of the mean of independent values; NaN for less than two."""
-    count = len(values)
-    if count < 2:
-        return math.nan
-    quantile = STUDENT[min(count - 2, len(STUDENT) - 1)]
-    return float(quantile * np.std(values, ddof=1) / math.sqrt(count))
+    return student_half_width([block.mean() for block in np.array_split(values, BLOCKS)])
 
 
 def across_pairs(pairs: Sequence[tuple[Run, Run]]) -> list[Difference]:
-    """The differences of several pairs of one stage, such as seeds: means over the pairs.
+    """The differences of several pairs that repeat one comparison: means over the pairs.
 
-    Their intervals say what another seed may give. Losses that not all pairs have are left out.
+    Their intervals say what another seed may give: none of pairs whose recipes differ in more than
+    `[run]`, or are unknown. Losses that not all pairs have are left out.
     """
+    if not all(_are_repeats(runs) for runs in zip(*pairs, strict=True)):
+        return []
     found = [{each.name: each for each in differences(*pair)} for pair in pairs]
     means = []
     for name in ("validation loss", "training loss"):
@@ -151,10 +146,16 @@ def across_pairs(pairs: Sequence[tuple[Run, Run]]) -> list[Difference]:
                 float(np.mean(values))
                 for values in zip(*((e.fp8, e.bf16, e.relative) for e in own), strict=True)
             )
-            interval = student_half([each.relative for each in own])
+            interval = student_half_width([each.relative for each in own])
             step = max(each.step for each in own)
             means.append(Difference(name, step, fp8, bf16, relative, interval, len(pairs)))
     return means
+
+
+def _are_repeats(runs: Sequence[Run]) -> bool:
+    """Whether the runs have one recipe but for `[run]`, which has the seed and the directory."""
+    first, *others = (_without_sections(run, "run") for run in runs)
+    return bool(first) and all(other == first for other in others)
 
 
 def across_html(pairs: Sequence[tuple[Run, Run]]) -> str:

@@ -252,6 +252,26 @@ def test_several_seeds_have_an_interval_of_their_own(tmp_path: Path) -> None:
     assert f"<b>2.33 ± {100 * half:.2f} % above BF16</b> (95 % interval over the pairs)" in text
 
 
+@pytest.mark.parametrize("pair", ["fp8", "bf16"])
+def test_pairs_of_unlike_recipes_are_not_pooled(tmp_path: Path, pair: str) -> None:
+    """A small and a large model in one folder are no seeds of one comparison."""
+    for size, above in (("a", 0.01), ("b", 0.06)):
+        for fp8 in (True, False):
+            run_dir = describe(tmp_path / (size if fp8 else f"{size}-bf16"), "cpt", fp8=fp8)
+            if size == "b" and fp8 is (pair == "fp8"):
+                with (run_dir / "recipe.toml").open("a") as file:
+                    file.write("weight_decay = 0.3\n")
+            loss = 2.0 * (1 + above * fp8)
+            write_losses(run_dir, [loss] * 30, {30: loss})
+    text, _ = page_of([tmp_path], tmp_path / "report.html")
+    (title,) = re.findall("<h1>(.*?)</h1>", text)
+    title = title.replace("\N{NO-BREAK SPACE}", " ")
+    assert "pairs" not in title
+    assert "interval over the pairs" not in text
+    assert "a: training loss 1.00 ± 0.00 % above BF16" in title
+    assert "b: training loss 6.00 ± 0.00 % above BF16" in title
+
+
 def test_the_headline_has_intervals(recipe: Path, tmp_path: Path) -> None:
     text, _ = page_of([recipe], tmp_path / "report.html")
     (title,) = re.findall("<h1>(.*?)</h1>", text)
