@@ -8,7 +8,9 @@ from html import escape
 
 from infir2.report.read import Run
 
-_DEMO, _RECIPES = "/infir2/demo/recipes/", "/recipes/"
+# Recipes of the package and of a checkout of it; another recipes/ is the user's.
+_DEMO = "/infir2/demo/recipes/"
+_SHIPPED = re.compile(r"/recipes/(?=(?:parity|qwen2\.5-1\.5b|qwen2\.5-7b|real|smollm2)/[^/]+$)")
 _ABSOLUTE = re.compile(r"""(?<![\w./~-])/(?!/)[^\s"'#,\]=:]+""")
 _MIN_ROOT_PARTS = 2  # "/" and "/home" are not the directory of a project
 
@@ -23,7 +25,7 @@ class Paths:
     def __init__(self, runs: Sequence[Run]) -> None:
         words = [word for run in runs for word in _words(run)]
         found = {path for word in words for path in _ABSOLUTE.findall(word)}
-        parents = [os.path.dirname(path) for path in found if _RECIPES not in path]
+        parents = [os.path.dirname(path) for path in found if not _shipped(path)]
         root = os.path.commonpath(parents) if parents else ""
         self._root = root if len(root.split("/")) > _MIN_ROOT_PARTS else ""
 
@@ -32,13 +34,19 @@ class Paths:
         return _ABSOLUTE.sub(lambda match: self._relative(match[0]), text)
 
     def _relative(self, path: str) -> str:
-        if _DEMO in path:
-            return f"recipes/demo/{path.rpartition(_DEMO)[2]}"
-        if _RECIPES in path:
-            return f"recipes/{path.rpartition(_RECIPES)[2]}"
+        if shipped := _shipped(path):
+            return shipped
         if self._root and path.startswith(f"{self._root}/"):
             return path[len(self._root) + 1 :]
         return "/".join(path.strip("/").split("/")[-2:])
+
+
+def _shipped(path: str) -> str:
+    """The path in a checkout of a recipe that comes with infir2; "" for other files."""
+    if _DEMO in path:
+        return f"recipes/demo/{path.rpartition(_DEMO)[2]}"
+    found = _SHIPPED.search(path)
+    return path[found.start() + 1 :] if found else ""
 
 
 def _words(run: Run) -> list[str]:
@@ -54,7 +62,8 @@ def _launched(run: Run) -> list[str]:
         return []
     nodes = size // local
     several = ["--nodes", str(nodes), "--endpoint", "HOST:29400"] if nodes > 1 else []
-    return ["launch", "torchrun", *several, "--gpus-per-node", str(local), "--"]
+    cpu = ["--cpu"] if run.environment.get("device") == "cpu" else []
+    return ["launch", "torchrun", *several, "--gpus-per-node", str(local), *cpu, "--"]
 
 
 def command_lines(runs: Sequence[Run], paths: Paths) -> list[str]:

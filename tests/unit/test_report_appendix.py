@@ -48,6 +48,14 @@ def lines_of(*run_dirs: Path) -> list[str]:
             "infir2 sft recipes/real/sft.toml --run.dir=runs/a --x.y=d.jsonl",
         ),
         (
+            ["sft", "/home/me/p/recipes/my.toml", "--run.dir=/home/me/p/runs/a"],
+            "infir2 sft recipes/my.toml --run.dir=runs/a",
+        ),
+        (
+            ["sft", "/home/me/p/recipes/q/my.toml", "--run.dir=/home/me/p/recipes/runs/a"],
+            "infir2 sft q/my.toml --run.dir=runs/a",
+        ),
+        (
             ["sft", "x.toml", "--run.dir=/home/me/runs/a", "--model.path=/data/models/Qwen"],
             "infir2 sft x.toml --run.dir=runs/a --model.path=models/Qwen",
         ),
@@ -72,13 +80,32 @@ def test_commands_are_whole(tmp_path: Path) -> None:
 
 
 def test_runs_of_several_processes_name_their_launcher(tmp_path: Path) -> None:
-    command = ["x", "sft", "x.toml"]
-    one = with_command(tmp_path / "a", command, processes=8, processes_per_node=8)
-    two = with_command(tmp_path / "b", command, processes=16, processes_per_node=8)
+    command, gpus = ["x", "sft", "x.toml"], {"device": "NVIDIA H200", "processes_per_node": 8}
+    one = with_command(tmp_path / "a", command, processes=8, **gpus)
+    two = with_command(tmp_path / "b", command, processes=16, **gpus)
     assert lines_of(one, two) == [
         "infir2 launch torchrun --gpus-per-node 8 -- sft x.toml",
         "infir2 launch torchrun --nodes 2 --endpoint HOST:29400 --gpus-per-node 8 -- sft x.toml",
     ]
+
+
+def test_runs_on_cpus_are_launched_on_cpus(tmp_path: Path) -> None:
+    command, cpu = ["x", "sft", "x.toml"], {"device": "cpu", "processes_per_node": 2}
+    two = with_command(tmp_path / "a", command, processes=2, **cpu)
+    one = with_command(tmp_path / "b", command, processes=1, **cpu)
+    gpu = with_command(tmp_path / "c", command, processes=2, **cpu | {"device": "NVIDIA H200"})
+    assert lines_of(two, one, gpu) == [
+        "infir2 launch torchrun --gpus-per-node 2 --cpu -- sft x.toml",
+        "infir2 sft x.toml",
+        "infir2 launch torchrun --gpus-per-node 2 -- sft x.toml",
+    ]
+
+
+def test_every_recipe_of_the_checkout_is_named_as_in_it() -> None:
+    recipes = Path(__file__).resolve().parents[2] / "recipes"
+    found = [str(path.relative_to(recipes.parent)) for path in recipes.rglob("*.toml")]
+    assert found
+    assert [Paths([]).portable(f"/a/b/{path}") for path in found] == found
 
 
 def test_recipes_have_no_path_of_the_machine(tmp_path: Path) -> None:
