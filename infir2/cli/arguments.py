@@ -31,8 +31,12 @@ _HABITS = {
     "verbose": "There is no such option; --quiet leaves results and errors only",
     **dict.fromkeys(("gpus", "num_gpus", "nproc_per_node", "gpus_per_node", "nodes"), _MANY),
 }
-_OWN_OPTIONS = {
-    "rl": ("--rollout-only", "--train-only", ACCEPT_CHANGES),
+ROLLOUT_ONLY, TRAIN_ONLY = "--rollout-only", "--train-only"
+# Options of the verbs that take a recipe, beside its keys; "=" where a value follows it.
+OWN_OPTIONS = {
+    "cpt": (ACCEPT_CHANGES,),
+    "sft": (ACCEPT_CHANGES,),
+    "rl": (ROLLOUT_ONLY, f"{TRAIN_ONLY}=", ACCEPT_CHANGES),
     "eval": (JSON, "--benchmarks", "--setup"),
     "check": (JSON, ACCEPT_CHANGES),
     "plan": (JSON, "--gpu", "--gpus", "--nodes", ACCEPT_CHANGES),
@@ -145,7 +149,7 @@ def _option_advice(argument: str, verb: str) -> str:
     word = name.lstrip("-").replace("-", "_")
     if habit := _HABITS.get(word):
         return f" {habit}."
-    own = [*_OWN_OPTIONS.get(verb, (ACCEPT_CHANGES,)), "--help", "--quiet"]
+    own = [*(option.rstrip("=") for option in OWN_OPTIONS[verb]), "--help", "--quiet"]
     near = difflib.get_close_matches(name.replace("_", "-"), own, 1, 0.75)
     key = nearest_key(RECIPE_CLASSES.get(verb, RlRecipe), word)
     meant = near[0] if near else f"--{key}" if key else ""

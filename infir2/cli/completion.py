@@ -10,8 +10,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from infir2.cli.arguments import ACCEPT_CHANGES, JSON, RECIPE_CLASSES, DescribedError, Parser
-from infir2.cli.rl import ROLLOUT_ONLY, TRAIN_ONLY
+from infir2.cli.arguments import OWN_OPTIONS, RECIPE_CLASSES, DescribedError, Parser
 from infir2.config.keys import leaf_keys, lookup
 from infir2.config.schema import RlRecipe
 from infir2.errors import ConfigError
@@ -69,12 +68,7 @@ def completions(words: list[str]) -> list[str]:
 
 def _keys(verb: str) -> list[str]:
     known = RECIPE_CLASSES.get(verb, RlRecipe)
-    own = {
-        "eval": [JSON],
-        "check": [JSON, ACCEPT_CHANGES],
-        "rl": [ACCEPT_CHANGES, ROLLOUT_ONLY, f"{TRAIN_ONLY}="],
-    }.get(verb, [ACCEPT_CHANGES])
-    return [*(f"--{key.name}=" for key in leaf_keys(known)), *own, "--help"]
+    return [*(f"--{key.name}=" for key in leaf_keys(known)), *OWN_OPTIONS[verb], "--help"]
 
 
 def _key_values(current: str) -> list[str]:

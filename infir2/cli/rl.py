@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-from infir2.cli.arguments import load_recipe, recipe_help, wants_help
+from infir2.cli.arguments import ROLLOUT_ONLY, TRAIN_ONLY, load_recipe, recipe_help, wants_help
 from infir2.cli.report import own_page
 from infir2.cli.train import RESUME
 from infir2.config.schema import RlRecipe
 from infir2.errors import ConfigError
 from infir2.terminal import print_result
 
-ROLLOUT_ONLY, TRAIN_ONLY = "--rollout-only", "--train-only"
 _MODES = (
     f"{ROLLOUT_ONLY} samples all steps with the first weights, keeps them in run.dir and trains "
     f"nothing. {TRAIN_ONLY}=DIR trains on the rollouts that the run in DIR has kept "
