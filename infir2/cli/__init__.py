@@ -106,9 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    begin_output(QUIET in options, JSON in options and options[0] in _REPORTING)
-    if QUIET in options:
+    is_quiet, as_json = QUIET in options, JSON in options
+    if is_quiet:
         arguments.remove(QUIET)
+    begin_output(is_quiet, as_json and arguments[0] in _REPORTING)
     with process_signals.command(_early_stop_message(arguments[:1])), _pulse(arguments[:1]):
         return _run(arguments)
 

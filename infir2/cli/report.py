@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from infir2.cli.arguments import Parser
-from infir2.errors import ConfigError, DataError, RunMovedError, UserError, disk_reason
+from infir2.errors import (
+    ConfigError,
+    DataError,
+    RunMovedError,
+    UserError,
+    disk_reason,
+    first_line,
+)
 from infir2.terminal import begin_phase, log, print_json, print_result
 
 PAGE = "report.html"
@@ -25,7 +32,7 @@ def report(arguments: Sequence[str]) -> None:
     _check_runs(options.runs, options.follow)
     default = options.runs[0] / PAGE if len(options.runs) == 1 else Path(PAGE)
     page = options.to or default
-    from infir2.report import follow, stage_table, write_report
+    from infir2.report import follow, read_runs, stage_rows, write_page
 
     if page.is_dir():
         page /= PAGE
@@ -34,13 +41,14 @@ def report(arguments: Sequence[str]) -> None:
         if options.follow:
             follow(options.runs, page, options.axis, options.every or FOLLOW_SECONDS)
         else:
-            write_report(options.runs, page, options.axis)
+            runs = read_runs(options.runs)
+            write_page(runs, page, options.axis)
     except OSError as error:
         raise ConfigError(
             f"--to {page}: the page cannot be written ({disk_reason(error)}); name another file."
         ) from error
     if options.json:
-        stages = [row.as_json() for row in stage_table(options.runs)]
+        stages = [row.as_json() for row in stage_rows(runs)]
         print_json({"report": str(page.resolve()), "stages": stages})
     else:
         print_result(str(page))
@@ -145,7 +153,7 @@ def _check_target(page: Path) -> None:
 
 @contextmanager
 def own_page(run_dir: str) -> Iterator[None]:
-    """Write RUN_DIR/report.html when the run in the block has ended, was stopped or has failed.
+    """Write RUN_DIR/report.html when the run in the block has ended, or ended by a UserError.
 
     A page that cannot be written ends no run. A run that refused to begin gets none, nor does one
     that was moved: its path may lead to another run.
@@ -174,11 +182,16 @@ def _write_own_page(run_dir: Path) -> None:
     if os.environ.get("RANK", "0") != "0" or not (run_dir / "metrics.jsonl").is_file():
         return
     begin_phase("writing the report")
-    from infir2.report import write_report
-
     try:
+        from infir2.report import write_report
+
         log(f"report: {write_report([run_dir], run_dir / PAGE)}")
     except OSError as error:
         log(f"{run_dir / PAGE} cannot be written ({disk_reason(error)}); the run is not affected")
     except UserError as error:
         log(f"{run_dir / PAGE} is not written: {error}")
+    except Exception as error:  # the run is done, whatever its page meets
+        log(
+            f"{run_dir / PAGE} is not written ({type(error).__name__}: {first_line(error)}); the "
+            "run is not affected"
+        )

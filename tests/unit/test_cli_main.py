@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import os
 import resource
 import signal
@@ -263,12 +264,6 @@ def test_wrong_arguments_are_one_sentence_and_exit_2(
         ("verify-weights runs/a m", ("verify_weights", Path("runs/a"), Path("m"))),
         ("data demo --to d --seed 4", ("make_demo_world", Path("d"), 4)),
         ("demo d --seed 4", ("run_demo", Path("d"), 4, False)),
-        ("report .", ("write_report", [Path()], Path("report.html"), "step")),
-        ("report . ..", ("write_report", [Path(), Path("..")], Path("report.html"), "step")),
-        (
-            "report . --to p.html --axis time",
-            ("write_report", [Path()], Path("p.html"), "time"),
-        ),
     ],
 )
 def test_arguments_reach_their_function(
@@ -288,17 +283,49 @@ def test_arguments_reach_their_function(
         "verify_weights",
         "make_demo_world",
         "run_demo",
-        "write_report",
     )
     parts = (
         "convert",
         "demo.world",
         "demo.stages",
-        "report",
     )
     calls = [replace(f"infir2.{part}", *functions) for part in parts]
     assert main(words.split()) == 0
     assert [made for module_calls in calls for made in module_calls] == [call]
+
+
+@pytest.mark.parametrize(
+    ("words", "runs", "page", "axis"),
+    [
+        ("report .", [Path()], Path("report.html"), "step"),
+        ("report . ..", [Path(), Path("..")], Path("report.html"), "step"),
+        ("report . --to p.html --axis time", [Path()], Path("p.html"), "time"),
+        ("report . --json", [Path()], Path("report.html"), "step"),
+    ],
+)
+def test_report_reads_the_runs_once(
+    words: str,
+    runs: list[Path],
+    page: Path,
+    axis: str,
+    replace: Callable[..., list[tuple]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = replace("infir2.report.read", "read_run")
+    calls = replace("infir2.report", "read_runs", "write_page")
+    monkeypatch.setattr("infir2.report.stage_rows", lambda _: [])
+    assert main(words.split()) == 0
+    assert calls == [("read_runs", runs), ("write_page", "written", page, axis)]
+    assert read == []
+
+
+@pytest.mark.parametrize("words", ["--quiet report gone --json", "report --quiet gone --json"])
+def test_quiet_before_the_verb_keeps_errors_as_json(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 4
+    assert "gone does not exist" in json.loads(capsys.readouterr().out)["error"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -155,6 +155,19 @@ def test_a_page_that_cannot_be_written_ends_no_run(
     assert not (training / "nothing").exists()
 
 
+def test_a_page_that_fails_to_be_drawn_ends_no_run(
+    training: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("no such\ncolor")
+
+    monkeypatch.setattr("infir2.report.write_report", fails)
+    with own_page(str(training)):
+        pass
+    (line,) = (text for text in capsys.readouterr().err.splitlines() if "no such" in text)
+    assert line.endswith("is not written (ValueError: no such); the run is not affected")
+
+
 def test_only_rank_0_writes_it(training: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with own_page(str(training)):
