@@ -1,22 +1,24 @@
 """The page of runs that still train, and the page that every run writes as it ends."""
 
+import http.server
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from report_runs import describe, train_rows, write
+from report_runs import describe, rl_rows, sample, train_rows, write
 from stages import options, run
 
 from infir2.checkpoint.lock import RunLock, is_running
 from infir2.cli import main
 from infir2.cli.report import own_page
 from infir2.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
-from infir2.report import follow
+from infir2.report import follow, read_runs, write_page
 
 LIVE = "data-reload="
 
@@ -78,6 +80,61 @@ def test_a_page_that_is_followed_reloads_itself_until_the_run_ends(
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "is written every" in line]
     assert lines[-1] == "infir2: the runs have ended, and this was their last page"
+
+
+OPEN = """<script>addEventListener("load", () => {
+  for (const fold of document.querySelectorAll("details"))
+    fold.open = /p2|b.recipe|1 event/.test(fold.querySelector("summary").textContent);
+  document.querySelector(".filters select[name=verdict]").value = "wrong";
+})</script></body>"""
+
+
+class Pages(http.server.BaseHTTPRequestHandler):
+    """The first page once, then the second; the first opens some folds."""
+
+    pages: ClassVar[list[str]]
+
+    def do_GET(self) -> None:
+        body = ""
+        if self.path == "/":
+            body = self.pages.pop(0) if len(self.pages) > 1 else self.pages[0]
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_reload_keeps_what_the_reader_opened_although_the_page_changes(tmp_path: Path) -> None:
+    """Folds and fields are found again by what they are, also behind new runs and samples."""
+    root, event = tmp_path / "runs", {"kind": "event", "step": 1, "event": "x", "detail": "d"}
+    samples = [sample(step, 0.0, verdict="wrong", prompt=f"p{step}") for step in (1, 2)]
+    write(describe(root / "b", "rl"), [*rl_rows(20, 0.1, 0.5, 0), event])
+    write(root / "b", samples, "samples.jsonl")
+    first = write_page(read_runs([root]), tmp_path / "page.html", "step", 1).read_text()
+    write(describe(root / "a", "sft"), [*train_rows(20, 3.0, 1.0, 1), event])
+    write(root / "b", [*rl_rows(20, 0.1, 0.5, 0), event, event | {"step": 2}])
+    rows = [sample(1, 0.0, verdict="wrong", prompt="p0"), *samples]
+    write(root / "b", [*rows, sample(3, 1.0, verdict="ok", prompt="p3")], "samples.jsonl")
+    second = write_page(read_runs([root]), tmp_path / "page.html", "step").read_text()
+    first = re.sub("<meta http-equiv[^>]*>", "", first).replace("</body>", OPEN)
+    Pages.pages = [first, second]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000"]
+        flags += [f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom"]
+        address = f"http://127.0.0.1:{server.server_port}/"
+        command = ["chromium", *flags, address]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        server.shutdown()
+    folds = re.findall("<details([^>]*)><summary>(.*?)</summary>", result.stdout)
+    opened = [re.sub("<.*?>", " ", text).split()[-1] for flags, text in folds if "open=" in flags]
+    assert opened == ["events", "p2", "b/recipe.toml"], folds
+    (hidden,) = (text for flags, text in folds if "hidden=" in flags)
+    assert "p3" in hidden, "the filter is still set"
 
 
 def test_a_run_that_has_ended_is_written_once(
