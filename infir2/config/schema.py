@@ -187,11 +187,12 @@ class TrainSection(Section):
         "directory, and with wandb (WANDB_MODE=offline without a network) or trackio there too, "
         "under the same names (docs/metrics.md)",
     )
-    cuda_graphs: bool = Field(
-        False,
+    cuda_graphs: bool | Literal["auto"] = Field(
+        "auto",
         description="CPT and SFT where a GPU holds the whole model: launch a micro-batch's blocks "
         "as CUDA graphs, so that a small model does not wait for the host; not for micro-batches "
-        "under 3/4 of data.micro_batch_tokens",
+        "under 3/4 of data.micro_batch_tokens. auto: for models below 1.2 billion parameters; "
+        "larger ones gain little and would keep their gradients' memory",
     )
     observe_every: int = Field(
         0,

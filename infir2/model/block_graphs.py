@@ -10,8 +10,11 @@ graph launches all kernels of all blocks at once. It reads and writes fixed addr
 
 Both kinds of micro-batch have a pair of graphs (forward, backward), captured after eager ones of
 the same size have compiled every kernel. All graphs share one pool of memory, so what a micro-batch
-saves for its backward must be used before the next one starts. The bits are those of the same
-kernels without graphs; a micro-batch that is not full is padded, which changes sums.
+saves for its backward must be used before the next one starts.
+
+The bits are those of the same kernels without graphs. A micro-batch that is nearly full is padded,
+which changes sums; it is also padded where it runs eagerly, before the capture or after a failed
+one, so that a resumed run repeats the bits of one that was not interrupted.
 """
 
 import warnings
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infir2.model.attention import AttentionContext
@@ -44,11 +48,6 @@ class _Inputs:
     x: Tensor
     rope: Rope
     bounds: Tensor  # int32 [most sequences + 2]; the padding is one, and the last ones are empty
-
-    @property
-    def most_sequences(self) -> int:
-        """Sequences of a micro-batch, its padding not counted."""
-        return len(self.bounds) - 2
 
     @classmethod
     def like(cls, x: Tensor, rope: Rope, rows: int, most_sequences: int) -> "_Inputs":
@@ -93,6 +92,7 @@ class BlockGraphs:
 
     def __init__(self, blocks: nn.ModuleList, run: Run, rows: int) -> None:
         self._run, self._rows = run, rows
+        self._most_sequences = max(_LEAST_SEQUENCES, rows // _TOKENS_OF_A_SEQUENCE)
         self._parameters = [p for p in blocks.parameters() if p.requires_grad]
         self._weights: list[Tensor] = list(blocks.parameters())
         self._groups = [group for block in cast(Any, blocks) for group in block.groups]
@@ -101,7 +101,7 @@ class BlockGraphs:
         self._inputs: _Inputs | None = None
         self._pairs: dict[bool, _Pair] = {}
         self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
+        self._stream: torch.cuda.Stream | None = None  # of every capture
         self._eager = 0
         self._active = self._failed = False
 
@@ -115,23 +115,17 @@ class BlockGraphs:
             self._active = False
 
     def run(self, x: Tensor, rope: Rope, context: AttentionContext) -> Tensor | None:
-        """States [T, D] after the blocks of x [T, D]; None: run this micro-batch eagerly."""
-        if not self._active or self._failed or not self._fits(x, context):
+        """States [T, D] after the blocks of x [T, D]; None: this micro-batch does not fit."""
+        if not self._active or not self._fits(x, context):
             return None
         assert isinstance(context, VarlenAttention)
-        is_first = all(p.grad is None for p in self._parameters)
-        if not is_first and not self._holds_gradients():
-            return None
         if self._inputs is None:
-            most = max(_LEAST_SEQUENCES, self._rows // _TOKENS_OF_A_SEQUENCE)
-            self._inputs = _Inputs.like(x, rope, self._rows, most)
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        if len(context.lengths) > self._inputs.most_sequences:
-            return None
+            self._inputs = _Inputs.like(x, rope, self._rows, self._most_sequences)
         self._inputs.fill(x.detach(), rope, context.lengths)
-        pair = self._pairs.get(is_first) or self._captured(is_first)
+        is_first = all(p.grad is None for p in self._parameters)
+        pair = self._pair(is_first)
         if pair is None:
-            return None
+            return self._padded(x, self._inputs)
         return _Replay.apply(x, pair, self if is_first else None)
 
     def publish_gradients(self) -> None:
@@ -142,10 +136,23 @@ class BlockGraphs:
     def _fits(self, x: Tensor, context: AttentionContext) -> bool:
         if not isinstance(context, VarlenAttention) or not x.requires_grad:
             return False
-        if not _LEAST_FILLED * self._rows <= len(x) <= self._rows:
-            return False
+        is_full = _LEAST_FILLED * self._rows <= len(x) <= self._rows
+        return is_full and len(context.lengths) <= self._most_sequences
+
+    def _padded(self, x: Tensor, inputs: _Inputs) -> Tensor:
+        """The blocks of x without graphs, with the graphs' padding."""
         self._eager += 1
-        return self._eager > _EAGER_BATCHES
+        quantize_weights(x, self._groups)
+        padded = F.pad(x, (0, 0, 0, self._rows - len(x)))
+        return self._run(padded, inputs.rope, self._context())[: len(x)]
+
+    def _pair(self, is_first: bool) -> _Pair | None:
+        """The graphs of this kind of micro-batch, captured if that is due; None: run eagerly."""
+        if self._failed or self._eager < _EAGER_BATCHES:
+            return None
+        if not is_first and not self._holds_gradients():
+            return None
+        return self._pairs.get(is_first) or self._captured(is_first)
 
     def _holds_gradients(self) -> bool:
         """Whether the gradients so far are in the memory that the graphs add to."""
@@ -166,7 +173,8 @@ class BlockGraphs:
         return pair
 
     def _capture_first(self) -> _Pair:
-        self._warm_up()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self._forget_copies()
         quantize = requantizer(self._groups)
         pair = self._capture(quantize)
         self._made = cached_values(self._weights)
@@ -182,23 +190,19 @@ class BlockGraphs:
         """Go on without graphs, and without what the failed capture has made."""
         self._failed = True
         warnings.warn(f"training without CUDA graphs: {error.__context__ or error}", stacklevel=4)
-        self._pairs, self._inputs, self._made, self._gradients = {}, None, [], []
+        self._pairs, self._made, self._gradients = {}, [], []
         if is_first:
             self._drop_gradients()
         for weight in self._weights:  # their copies were recorded, not computed
             invalidate(weight)
         torch.cuda.synchronize()
 
-    def _warm_up(self) -> None:
-        """Compile what only full micro-batches need; afterwards only FP8 codes are cached."""
+    def _forget_copies(self) -> None:
+        """Only FP8 codes of the weights stay; other copies of them are the graph's to make."""
         assert self._inputs is not None
-        x = self._inputs.x.clone().requires_grad_()
-        out = self._run(x, self._inputs.rope, self._context())
-        out.backward(out.detach())  # GEMMs are chosen by products that are not zero
-        self._drop_gradients()
         for weight in self._weights:
             invalidate(weight)
-        quantize_weights(x, self._groups)
+        quantize_weights(self._inputs.x, self._groups)
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:

@@ -10,6 +10,7 @@ from infir2.parallel.mesh import Sizes, check_model
 from infir2.preflight.finding import Finding, SkippedError
 from infir2.preflight.model import ModelFacts
 from infir2.train.plan import (
+    GRAPHS_PAY_BELOW,
     check_graphs,
     check_observer,
     check_optimizer,
@@ -17,7 +18,7 @@ from infir2.train.plan import (
     needs_one_process,
 )
 
-FP8_PAYS_FROM, GRAPHS_PAY_BELOW = 0.8e9, 1.2e9  # parameters, between measured sizes
+FP8_PAYS_FROM = 0.8e9  # parameters, between measured sizes
 
 
 def check_parallel(recipe: TrainRecipe, model: ModelFacts | None) -> Finding:
@@ -56,8 +57,8 @@ def speed_notes(recipe: TrainRecipe, num_parameters: int, sizes: Sizes) -> list[
             "FP8 makes no model of this size faster: a step was measured at 0.40x of BF16's speed "
             "at 135M and 0.55x at 0.5B, with CUDA graphs 0.83x and 0.99x, and 1.2x at 1.5B"
         )
-    is_whole = sizes.num_shards * sizes.tp == 1 and not isinstance(recipe, RlRecipe)
-    if is_whole and not recipe.train.cuda_graphs and num_parameters < GRAPHS_PAY_BELOW:
+    is_off = recipe.train.cuda_graphs is False and not isinstance(recipe, RlRecipe)
+    if is_off and sizes.num_shards * sizes.tp == 1 and num_parameters < GRAPHS_PAY_BELOW:
         notes.append(
             "train.cuda_graphs = true makes a step of a small model faster (FP8: 4.9 times at "
             "135M, 2 times at 0.5B)"

@@ -27,6 +27,7 @@ from infir2.train.plan import (
     last_step_of,
     planned_config,
     require_masters,
+    uses_graphs,
 )
 from infir2.train.schedules import learning_rate
 from infir2.train.supervisor import Supervisor
@@ -80,7 +81,9 @@ def make_trainer(supervisor: Supervisor, vocab_size: int) -> Trainer:
     parallel_model = ParallelModel(
         model, supervisor.layout, gathers.reshard_after_forward, gathers.blocks_per_gather
     )
-    graph_tokens = recipe.data.micro_batch_tokens if recipe.train.cuda_graphs else 0
+    sizes, num_parameters = supervisor.layout.sizes, model.config.num_parameters
+    graphs = uses_graphs(recipe, sizes, num_parameters)
+    graph_tokens = recipe.data.micro_batch_tokens if graphs else 0
     return Trainer(
         model, recipe.optimizer, recipe.train.loss_chunk_tokens, parallel_model, graph_tokens
     )

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'infi
 
 from infir2.config.schema import OptimizerSection, ShapeSection
 from infir2.data import Batch
-from infir2.model import Decoder
+from infir2.model import Decoder, block_graphs
 from infir2.model.block_graphs import BlockGraphs
 from infir2.numerics import convert_to_fp8, relative_error
 from infir2.numerics.gemm_scaled import missing_block_scaling
@@ -92,6 +92,21 @@ def test_padding_changes_sums_only(later: int) -> None:
     assert of_graphs == pytest.approx(losses, rel=2e-3)
     for name, weight in weights.items():
         assert relative_error(weight, weights_of_graphs[name]) < 2e-2, name
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_padding_has_the_same_bits_without_a_capture(
+    recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as after a resume, whose first micro-batches run eagerly
+    losses, weights, _ = trained("pow2", TOKENS, recompute, (900, 1000, 300))
+    monkeypatch.setattr(block_graphs, "_EAGER_BATCHES", 1000)
+    eager, weights_of_eager, model = trained("pow2", TOKENS, recompute, (900, 1000, 300))
+    assert model.block_graphs is not None
+    assert not model.block_graphs._pairs
+    assert eager == losses
+    for name, weight in weights.items():
+        assert torch.equal(weights_of_eager[name], weight), name
 
 
 def test_a_failed_capture_leaves_what_eager_steps_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from infir2.numerics import convert_to_fp8
 from infir2.parallel.mesh import Sizes
 from infir2.preflight.parallel import speed_notes
 from infir2.train.losses import next_token_loss
-from infir2.train.plan import check_graphs
+from infir2.train.plan import check_graphs, uses_graphs
 from infir2.train.trainer import Trainer
 
 SECTIONS = {"schedule": {"learning_rate": 1e-3}, "train": {"cuda_graphs": True}}
@@ -24,6 +24,20 @@ def test_graphs_need_a_whole_model_on_each_gpu() -> None:
     for sizes in (Sizes(dp=2), Sizes(tp=2), Sizes(cp=2), Sizes(dp_replicate=2, dp=2)):
         with pytest.raises(ConfigError, match="dp_replicate"):
             check_graphs(recipe, sizes)
+
+
+def test_auto_takes_graphs_where_they_pay() -> None:
+    recipe = TrainRecipe.model_validate({"schedule": {"learning_rate": 1e-3}})
+    assert uses_graphs(recipe, Sizes(dp_replicate=4), 500_000_000)
+    assert not uses_graphs(recipe, Sizes(), 1_500_000_000)
+    for sizes in (Sizes(dp=2), Sizes(tp=2), Sizes(cp=2)):
+        check_graphs(recipe, sizes)
+        assert not uses_graphs(recipe, sizes, 135_000_000)
+    rl = RlRecipe.model_validate({"schedule": {"learning_rate": 1e-3}})
+    check_graphs(rl, Sizes())
+    assert not uses_graphs(rl, Sizes(), 135_000_000)
+    always = TrainRecipe.model_validate(SECTIONS)
+    assert uses_graphs(always, Sizes(), 7_000_000_000)
 
 
 def test_graphs_are_not_for_rl() -> None:
@@ -48,9 +62,9 @@ def test_a_cpu_computes_as_without() -> None:
 
 def test_check_says_what_makes_a_small_model_faster() -> None:
     recipe = TrainRecipe.model_validate({"schedule": {"learning_rate": 1e-3}})
-    small = speed_notes(recipe, 135_000_000, Sizes())
+    assert ["FP8 makes no model" in note for note in speed_notes(recipe, 135_000_000, Sizes())]
+    off = TrainRecipe.model_validate(SECTIONS | {"train": {"cuda_graphs": False}})
+    small = speed_notes(off, 135_000_000, Sizes())
     assert ["FP8 makes no model" in note or "cuda_graphs" in note for note in small] == [True] * 2
-    assert len(speed_notes(recipe, 500_000_000, Sizes())) == 2
-    assert len(speed_notes(recipe, 500_000_000, Sizes(dp=2))) == 1
-    assert not speed_notes(recipe, 1_500_000_000, Sizes())
-    assert len(speed_notes(TrainRecipe.model_validate(SECTIONS), 500_000_000, Sizes())) == 1
+    assert len(speed_notes(off, 500_000_000, Sizes(dp=2))) == 1
+    assert not speed_notes(off, 1_500_000_000, Sizes())
