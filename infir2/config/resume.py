@@ -18,6 +18,7 @@ SAFE_KEYS = (
     "run.dir",
     "run.threads",
     "run.device",
+    "run.deterministic",
     "model.recompute",
     "data.validation_sources",
     "data.micro_batch_tokens",

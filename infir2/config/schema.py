@@ -29,6 +29,11 @@ class RunSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="device to run on; auto uses a GPU if there is one"
     )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU: the same bits each time, and after a resume, on the same kind of "
+        "GPU with the same software; slower. A CPU repeats its bits without it",
+    )
 
 
 class ShapeSection(Section):

@@ -30,7 +30,7 @@ from infir2.evaluate.statistics import Evaluation
 from infir2.terminal import StepProgress, begin_phase, log, log_text
 from infir2.train.banner import start_banner
 from infir2.train.build import build_model, open_tokenizer
-from infir2.train.plan import device_of, planned_config
+from infir2.train.plan import device_of, planned_config, set_up_torch
 
 
 def run_evaluation(loaded: Loaded[EvalRecipe]) -> Evaluation:
@@ -45,6 +45,7 @@ def run_evaluation(loaded: Loaded[EvalRecipe]) -> Evaluation:
     """
     recipe = loaded.recipe
     check_output(loaded)
+    set_up_torch(recipe.run)
     tokenizer = open_tokenizer(recipe.model)
     begin_phase("reading the problems")
     problems = load_problems(recipe.evaluate)

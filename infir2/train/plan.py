@@ -1,6 +1,7 @@
 """What is known about a run before it starts: device, model shape, schedule, what cannot work."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -41,6 +42,16 @@ def device_of(section: RunSection) -> torch.device:
             "run.device is cuda, but torch sees no GPU: set run.device = 'cpu' or check the driver."
         )
     return torch.device(section.device)
+
+
+def set_up_torch(section: RunSection) -> None:
+    """Apply `run.threads` and `run.deterministic` to this process, before its first operation."""
+    if section.threads:
+        torch.set_num_threads(section.threads)
+    if section.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def planned_config(model: ModelSection, vocab_size: int = 1) -> ModelConfig:

@@ -57,6 +57,7 @@ from infir2.train.plan import (
     planned_config,
     resume_changes,
     resumed_model,
+    set_up_torch,
 )
 from infir2.train.run_log import RunLog, peak_memory_bytes
 from infir2.train.saver import Saver
@@ -124,8 +125,7 @@ class Supervisor:
 
     def __enter__(self) -> "Supervisor":
         section = self.recipe
-        if section.run.threads:
-            torch.set_num_threads(section.run.threads)
+        set_up_torch(section.run)
         with ExitStack() as undo:
             signals = undo.enter_context(process_signals.run())
             device, timeout = device_of(section.run), section.parallel.timeout_seconds

@@ -213,20 +213,31 @@ class Trainer:
             if batch.num_trained_tokens == 0 and self.parallel_model.ranks.size == 1:
                 continue
             self.parallel_model.before_backward(is_last=number == len(batches))
-            scores = self._score(
-                self.parallel_model.local_batch(batch),
-                temperature,
-                loss.needs_entropy,
-                loss.uniform_gradient,
-            )
-            batch_loss, metrics = loss(scores)
-            if fault("train.loss"):
-                batch_loss = batch_loss * math.nan
-            (batch_loss / trained_tokens.clamp(min=1)).backward()
-            loss_sum += batch_loss.detach()
+            batch_loss, metrics = self._backward_one(batch, loss, trained_tokens, temperature)
+            loss_sum += batch_loss
             for name, value in metrics.items():
-                metric_sums[name] += value.detach()
+                metric_sums[name] += value
         return loss_sum, metric_sums
+
+    def _backward_one(
+        self, batch: Batch, loss: Loss, trained_tokens: Tensor, temperature: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradients of a micro-batch. Returns its loss and metrics, outside of autograd.
+
+        Nothing of its autograd graph is left: memory, and nodes that would tie the capture of a
+        CUDA graph to the stream that they ran on.
+        """
+        scores = self._score(
+            self.parallel_model.local_batch(batch),
+            temperature,
+            loss.needs_entropy,
+            loss.uniform_gradient,
+        )
+        batch_loss, metrics = loss(scores)
+        if fault("train.loss"):
+            batch_loss = batch_loss * math.nan
+        (batch_loss / trained_tokens.clamp(min=1)).backward()
+        return batch_loss.detach(), {name: value.detach() for name, value in metrics.items()}
 
     def _reduce_measurements(
         self,

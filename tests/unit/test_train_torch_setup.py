@@ -1,0 +1,37 @@
+"""`run.threads` and `run.deterministic` reach torch."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from infir2.config.schema import RunSection
+from infir2.train.plan import set_up_torch
+
+
+@pytest.fixture(autouse=True)
+def torch_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    threads, fills = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+def test_the_defaults_change_nothing() -> None:
+    threads = torch.get_num_threads()
+    set_up_torch(RunSection())
+    assert torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_both_keys_reach_torch() -> None:
+    threads = torch.get_num_threads() + 1
+    set_up_torch(RunSection(threads=threads, deterministic=True))
+    assert torch.get_num_threads() == threads
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
