@@ -141,6 +141,71 @@ def test_two_ranks_continue_the_same_groups_as_one(
                 assert len(each["trainer_logprobs"]) == len(each["completion"]["token_ids"])
 
 
+RESTING = {
+    **{"schedule__total_steps": 3, "rl__partial": "true", "rl__rest_epochs": 1},
+    **{"rl__group_size": 2, "rl__mini_batches": 2, "checkpoint__save_every": 1},
+    "data__micro_batch_tokens": 128,
+}
+POOL = {"rollout__engine": "infir2", "rollout__engines": 2, "rollout__cache_gib": 0.1}
+
+
+@pytest.fixture(scope="module")
+def few_problems(start: Path) -> dict[str, Path]:
+    """So few that a run begins them again, and groups so small that some are all right."""
+    rows = (start / "problems.jsonl").read_text().splitlines(keepends=True)
+    (start / "few.jsonl").write_text("".join(rows[:9]))
+    return {"data__sources__0__path": start / "few.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def by_two(
+    world: Path,
+    start: Path,
+    few_problems: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The undisturbed run on two ranks."""
+    directory = tmp_path_factory.mktemp("two") / "run"
+    arguments = words(world, start, directory, **(RESTING | few_problems))
+    codes, said = ranks(directory.parent, 2, arguments)
+    assert codes == [0, 0], said
+    return directory
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize(
+    ("engines", "struck", "faults"),
+    [({}, 1, "rollout.group:14"), (POOL, 0, "rollout.group:28")],
+    ids=["ranks", "pool"],
+)
+def test_two_ranks_go_on_bit_for_bit(
+    world: Path,
+    start: Path,
+    few_problems: dict[str, Path],
+    by_two: Path,
+    tmp_path: Path,
+    engines: dict[str, object],
+    struck: int,
+    faults: str,
+) -> None:
+    """Each with an engine of its own, or with a pool of two; prompts rest, responses go on."""
+    run_dir = tmp_path / "run"
+    arguments = words(world, start, run_dir, **(RESTING | few_problems | engines))
+    codes, said = ranks(tmp_path, 2, arguments, struck=struck, faults=faults)
+    assert codes[struck] == -1, said
+    killed = open_checkpoint(run_dir)
+    assert killed.state["carried"] and killed.state["resting"], killed.step
+    codes, said = ranks(tmp_path, 2, arguments)
+    assert codes == [0, 0], said
+    names = (*NAMES, "prompts_resting")
+    assert curve(run_dir, *names) == curve(by_two, *names)
+    assert_same_state(run_dir, by_two)
+    found, wanted = open_checkpoint(run_dir).state, open_checkpoint(by_two).state
+    assert [found[name] for name in ("carried", "resting")] == [
+        wanted[name] for name in ("carried", "resting")
+    ]
+
+
 def test_chunks_change_no_response(world: Path, start: Path, tmp_path: Path) -> None:
     """With a budget that leaves no group unfinished."""
     for chunk in (0, 5):
