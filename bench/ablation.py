@@ -5,7 +5,7 @@
         [--engines native sglang] [--python sglang-env/bin/python] [--servers 2] [--seconds 500] \\
         [--server-option=--attention-backend=triton ...] -- --data.sources.0.path=world/rl1.jsonl \\
         --data.tokenizer=world/tokenizer [further options of each infir2 rl]
-    python bench/ablation.py table ablation.json [another.json ...]
+    python bench/ablation.py table ablation.json [another.json ...]     # of docs/results/rl.md
     python bench/ablation_plot.py ablation.json k3.png      # needs matplotlib
 
 Arms: scales pow2 or fp32, trainer and engine each in FP8 or BF16; where both are BF16 there are no
@@ -19,30 +19,29 @@ import argparse
 import asyncio
 import json
 import math
-import os
-import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from processes import Process, run_processes, start_logged, tell
 
 from infir2.config.schema import RolloutSection
 from infir2.engines.probe import KEY_VARIABLE
 from infir2.engines.server_process import ServerProcess
 from infir2.engines.servers import KINDS
-from infir2.errors import Preempted
+from infir2.evaluate.statistics import student_half_width
 from infir2.files import read_json_lines
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo" / "rl1.toml"
 FORMATS = ("pow2", "fp32", "bf16")  # of an engine's weights
 MEASURES = ("kl", "k1", "max", "p999", "prob_error", "equal", "mean")
 GRACE_SECONDS = 12.0
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % of Student's t, by number of seeds
 
 
 class Arm(NamedTuple):
@@ -134,6 +133,11 @@ class Servers:
     def starting(self) -> bool:
         return self.thread is not None and self.thread.is_alive()
 
+    def next_run(self, waiting: Sequence[Run]) -> Run | None:
+        """The first run that needs no server, or whose server is free."""
+        ready = (run for run in waiting if run.engine == "native" or self.free.get(run.arm.format))
+        return next(ready, None)
+
     def end(self) -> None:
         for _, host in self.hosts:
             host.kill()
@@ -196,68 +200,36 @@ def export(options: argparse.Namespace) -> None:
 
 def run_all(runs: Sequence[Run], servers: Servers, jobs: int, seconds: float) -> dict[str, int]:
     """Run, at most `jobs` at once, for `seconds`. Returns exit codes by name of the run."""
-    end, codes = time.monotonic() + seconds, dict[str, int]()
-    waiting, active = [run for run in runs if not run.finished], dict[Any, Run]()
-    try:
-        while (waiting or active) and time.monotonic() < end:
-            while len(active) < jobs and (run := _take(waiting, servers)) is not None:
-                active[_start(run)] = run
-            if not active and not servers.starting:
-                break  # what is left has no server
-            time.sleep(0.1)
-            for process in [process for process in active if process.poll() is not None]:
-                _finish(active.pop(process), process.returncode, servers, codes)
-    finally:
-        _stop(active)
-        for process, run in active.items():
-            _finish(run, process.returncode, servers, codes)
+    codes = dict[str, int]()
+
+    def finish(run: Run, code: int) -> None:
+        codes[run.dir.name] = code
+        if run.server is not None:
+            servers.free[run.arm.format].append(run.server)
+        if code == 0:
+            run.dir.with_suffix(".finished").touch()
+        tell(run.dir, code, f", {len(rows_of(run.dir, 'train'))} steps")
+
+    run_processes(
+        [run for run in runs if not run.finished],
+        servers.next_run,
+        lambda run: _start(run, servers),
+        finish,
+        jobs=jobs,
+        seconds=seconds,
+        grace_seconds=GRACE_SECONDS,
+        may_wait=lambda: servers.starting,
+    )
     return codes
 
 
-def _stop(active: Iterable["subprocess.Popen[bytes]"]) -> None:
-    """Let the runs save and end; whatever happens, none is left."""
-    for process in active:
-        process.send_signal(signal.SIGTERM)
-    stop = time.monotonic() + GRACE_SECONDS
-    try:
-        while any(process.poll() is None for process in active) and time.monotonic() < stop:
-            time.sleep(0.1)
-    finally:
-        for process in active:
-            process.kill()
-            process.wait()
-
-
-def _take(waiting: list[Run], servers: Servers) -> Run | None:
-    """The first run that needs no server, or whose server is free."""
-    for run in waiting:
-        if run.engine == "native" or servers.free.get(run.arm.format):
-            run.server = None if run.engine == "native" else servers.free[run.arm.format].pop(0)
-            waiting.remove(run)
-            return run
-    return None
-
-
-def _start(run: Run) -> "subprocess.Popen[bytes]":
-    command, environment = run.command, dict(os.environ)
-    environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
-    if run.server is not None:
-        assert run.server.place is not None
-        command = [*command, f"--rollout.urls={json.dumps([run.server.place.url])}"]
-        environment[KEY_VARIABLE] = run.server.place.api_key
-    with run.dir.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-
-
-def _finish(run: Run, code: int, servers: Servers, codes: dict[str, int]) -> None:
-    codes[run.dir.name] = code
-    if run.server is not None:
-        servers.free[run.arm.format].append(run.server)
-    if code == 0:
-        run.dir.with_suffix(".finished").touch()
-    say(f"{run.dir.name}: exit code {code}, {len(rows_of(run.dir, 'train'))} steps")
-    if code not in (0, Preempted.exit_code):
-        print(run.dir.with_suffix(".log").read_text(errors="replace")[-800:], flush=True)
+def _start(run: Run, servers: Servers) -> Process:
+    if run.engine == "native":
+        return start_logged(run.command, run.dir)
+    run.server = servers.free[run.arm.format].pop(0)
+    assert run.server.place is not None
+    command = [*run.command, f"--rollout.urls={json.dumps([run.server.place.url])}"]
+    return start_logged(command, run.dir, **{KEY_VARIABLE: run.server.place.api_key})
 
 
 def rows_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -289,50 +261,67 @@ def collect(run: Run, code: int | None) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def table(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Means over the seeds and their range; the rise with its 95 % interval (Student's t)."""
-    header = (
-        "| engine | arm | seeds | k3, step 1 | k3, step 2 | k3, last | equal, step 2 "
-        "| prob. error, step 2 | p99.9, max, step 2 | reward, first 3 | reward, last 5 | rise "
-        "| held-out, last | s/step |"
-    )
-    lines = [header, "|" + "---|" * (header.count("|") - 1)]
-    keys = dict.fromkeys((run["engine"], run["arm"]) for run in runs)
-    for engine, arm in keys:
-        own = [run for run in runs if (run["engine"], run["arm"]) == (engine, arm)]
-
-        def at(step: str, name: str, own: list[dict[str, Any]] = own) -> str:
-            found = [run["at"].get(step, {}).get(name) for run in own]
-            return spread([value for value in found if value is not None])
-
-        ends = [run for run in own if run["finished"]]
-        first = [statistics.fmean(run["reward"][:3]) for run in ends]
-        last = [statistics.fmean(run["reward"][-5:]) for run in ends]
-        held_out = [row["avg_at_k"] for run in ends for row in run["evaluations"][-1:]]
-        pace = [statistics.median(run["seconds"]) for run in ends]
-        cells = [engine, arm, f"{len(ends)} of {len(own)}", at("1", "kl"), at("2", "kl")]
-        cells += [at("last", "kl"), at("2", "equal"), at("2", "prob_error")]
-        cells += [f"{at('2', 'p999')}, {at('2', 'max')}", spread(first), spread(last)]
-        cells += [interval([b - a for a, b in zip(first, last, strict=True)]), spread(held_out)]
-        cells.append(spread(pace))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+MISMATCH = ("engine", "arm", "k3, step 1", "k3, step 2", "median", "largest", "equal", "99.9 %")
+REWARD = ("engine", "arm", "seeds", "first 3 steps", "last 5 steps", "rise", "held-out", "s/step")
 
 
-def spread(values: Sequence[float]) -> str:
+def tables(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """The two tables of docs/results/rl.md, which says what their columns are."""
+    arms: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        arms.setdefault((run["engine"], run["arm"]), []).append(run)
+    lines = _table(MISMATCH, [[*arm, *_mismatch_cells(own)] for arm, own in arms.items()])
+    return [*lines, "", *_table(REWARD, [[*arm, *_reward_cells(own)] for arm, own in arms.items()])]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    return [cells[0], "|" + "---|" * len(header), *cells[1:]]
+
+
+def _mismatch_cells(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """k3 in units of 1e-5; what is of all steps is of the finished runs."""
+
+    def at(step: str, name: str) -> list[float]:
+        return [run["at"][step][name] for run in runs if name in run["at"].get(step, {})]
+
+    def of_steps(name: str) -> list[list[float]]:
+        steps = [[each for each in run[name] if each is not None] for run in runs]
+        return [each for run, each in zip(runs, steps, strict=True) if run["finished"] and each]
+
+    def small(values: Sequence[float]) -> str:
+        return spread([value * 1e5 for value in values], lambda value: f"{float(f'{value:.2g}'):g}")
+
+    k3, equal = of_steps("k3"), [share for steps in of_steps("equal") for share in steps]
+    ends = dict.fromkeys(f"{end:.2g}" for end in (min(equal), max(equal))) if equal else ()
+    return [
+        *(small(at("1", "kl")), small(at("2", "kl"))),
+        *(small(list(map(statistics.median, k3))), small([max(map(max, k3))] if k3 else [])),
+        *(" to ".join(ends), spread(at("2", "p999"), "{:.3g}".format)),
+    ]
+
+
+def _reward_cells(runs: Sequence[dict[str, Any]]) -> list[str]:
+    ends, form = [run for run in runs if run["finished"]], "{:.3f}".format
+    seeds = f"{len(ends)} of {len(runs)}"
+    if not ends:
+        return [seeds, *[""] * (len(REWARD) - 3)]
+    first = [statistics.fmean(run["reward"][:3]) for run in ends]
+    last = [statistics.fmean(run["reward"][-5:]) for run in ends]
+    rises = [b - a for a, b in zip(first, last, strict=True)]
+    rise = f"{statistics.fmean(rises):+.3f} ± {student_half_width(rises):.3f}"
+    held_out = [f"{row['avg_at_k']:.4g}" for run in ends for row in run["evaluations"][-1:]]
+    pace = statistics.median(statistics.median(run["seconds"]) for run in ends)
+    cells = [seeds, spread(first, form), spread(last, form), rise.removesuffix(" ± nan")]
+    return [*cells, ", ".join(held_out), f"{pace:.3g}"]
+
+
+def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
     """Mean and range. Example: "0.2 [0.1, 0.3]"."""
     if not values:
         return ""
-    low, high, mean = min(values), max(values), statistics.fmean(values)
-    return f"{mean:.4g}" if low == high else f"{mean:.4g} [{low:.3g}, {high:.3g}]"
-
-
-def interval(values: Sequence[float]) -> str:
-    """Mean and the half-width of its 95 % interval over the seeds."""
-    if len(values) not in STUDENT:
-        return spread(values)
-    width = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):+.4f} ± {width:.4f}"
+    mean, low, high = map(form, (statistics.fmean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} [{low}, {high}]"
 
 
 def run_command(options: argparse.Namespace) -> None:
@@ -354,7 +343,7 @@ def run_command(options: argparse.Namespace) -> None:
         result = {"steps": options.steps, "options": options.rl_options}
         result |= {"seconds": time.monotonic() - begun, "runs": list(filter(None, found))}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n".join(table(result["runs"])))
+    print("\n".join(tables(result["runs"])))
 
 
 def arguments_of(words: Sequence[str]) -> argparse.Namespace:
@@ -388,7 +377,7 @@ def main(words: Sequence[str]) -> None:
         run_command(options)
         return
     runs = [run for path in options.files for run in json.loads(path.read_text())["runs"]]
-    print("\n".join(table(runs)))
+    print("\n".join(tables(runs)))
 
 
 if __name__ == "__main__":

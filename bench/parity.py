@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from parity_report import collect, write_report
+from processes import Process, run_processes, start_logged, tell
 
 from infir2.errors import Preempted
 
@@ -46,7 +47,7 @@ class Run:
     dir: Path
     command: list[str]
     after: Path | None  # the run that must be finished before
-    watcher: "subprocess.Popen[bytes] | None" = None  # of the GPU, while the run has it alone
+    watcher: Process | None = None  # of the GPU, while the run has it alone
 
     @property
     def finished(self) -> bool:
@@ -91,23 +92,16 @@ def plan(
 
 def run_all(runs: Sequence[Run], jobs: int, seconds: float) -> int:
     """Train, at most `jobs` at once, for `seconds` (0: to the end). Returns the exit code."""
-    end = time.monotonic() + (seconds or float("inf"))
-    waiting = [run for run in runs if not run.finished]
-    active: dict[subprocess.Popen[bytes], Run] = {}
-    codes = []
-    try:
-        while (waiting or active) and time.monotonic() < end:
-            while len(active) < jobs and (run := _next_ready(waiting)) is not None:
-                waiting.remove(run)
-                active[_start(run, jobs)] = run
-            if not active:
-                break  # what the rest waits for has failed
-            time.sleep(0.2)
-            for process in [process for process in active if process.poll() is not None]:
-                codes.append(_finish(active.pop(process), process.returncode))
-    finally:
-        _stop(list(active))
-        codes += [_finish(run, process.returncode) for process, run in active.items()]
+    waiting, codes = [run for run in runs if not run.finished], list[int]()
+    run_processes(
+        waiting,
+        _next_ready,
+        lambda run: _start(run, jobs),
+        lambda run, code: codes.append(_finish(run, code)),
+        jobs=jobs,
+        seconds=seconds or float("inf"),
+        grace_seconds=LIMIT_GRACE_SECONDS,
+    )
     if set(codes) - {0, Preempted.exit_code}:
         return 1
     return Preempted.exit_code if waiting or any(codes) else 0
@@ -118,13 +112,10 @@ def _next_ready(waiting: Sequence[Run]) -> Run | None:
     return next(ready, None)
 
 
-def _start(run: Run, jobs: int) -> subprocess.Popen[bytes]:
-    run.dir.parent.mkdir(parents=True, exist_ok=True)
+def _start(run: Run, jobs: int) -> Process:
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
     run.watcher = watch_gpu(run.dir.with_suffix(".gpu.csv")) if jobs == 1 else None
-    with run.dir.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(run.command, stdout=log, stderr=log, env=environment)
+    return start_logged(run.command, run.dir, OMP_NUM_THREADS=threads)
 
 
 def _finish(run: Run, code: int) -> int:
@@ -132,26 +123,11 @@ def _finish(run: Run, code: int) -> int:
     _end_watch(run.watcher)
     if code == 0:
         (run.dir / "finished.json").write_text("{}\n")
-    print(f"{run.dir.name}: exit code {code}", flush=True)
-    if code not in (0, Preempted.exit_code):
-        print(run.dir.with_suffix(".log").read_text(errors="replace")[-2000:], flush=True)
+    tell(run.dir, code)
     return code
 
 
-def _stop(active: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Let the runs save and stop."""
-    for process in active:
-        process.send_signal(signal.SIGTERM)
-    end = time.monotonic() + LIMIT_GRACE_SECONDS
-    for process in active:
-        try:
-            process.wait(max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def watch_gpu(path: Path) -> subprocess.Popen[bytes] | None:
+def watch_gpu(path: Path) -> Process | None:
     """Write the GPU's power, use and memory to `path` twice a second, where nvidia-smi exists."""
     if shutil.which("nvidia-smi") is None:
         return None
@@ -161,7 +137,7 @@ def watch_gpu(path: Path) -> subprocess.Popen[bytes] | None:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL)
 
 
-def _end_watch(watcher: subprocess.Popen[bytes] | None) -> None:
+def _end_watch(watcher: Process | None) -> None:
     if watcher is not None:
         watcher.terminate()
         watcher.wait()

@@ -90,7 +90,7 @@ def test_the_time_limit_stops_runs_and_what_has_no_server_ends_it(tmp_path: Path
     assert not runs[0].finished
 
 
-def test_the_table_has_means_over_seeds_and_students_interval(tmp_path: Path) -> None:
+def test_the_tables_have_means_over_seeds_and_students_interval(tmp_path: Path) -> None:
     runs = []
     for seed, rise in ((1, 0.2), (2, 0.3), (3, 0.4)):
         run = stub_run(tmp_path, f"native-{seed}", "native", 0)
@@ -111,9 +111,20 @@ def test_the_table_has_means_over_seeds_and_students_interval(tmp_path: Path) ->
         }  # step 10 trained nothing
         assert found["equal"] == [1.0] * 9 + [None]
         runs.append(found)
-    row = ablation.table(runs)[2].split(" | ")
-    assert row[2:5] == ["3 of 3", "0.2 [0.1, 0.3]", "0.4 [0.2, 0.6]"]
+    rows = [line[2:-2].split(" | ") for line in ablation.tables(runs) if " | " in line]
+    mismatch, reward = (dict(zip(rows[n], rows[n + 1], strict=True)) for n in (0, 2))
+    assert mismatch["k3, step 1"] == "20000 [10000, 30000]"  # in 1e-5
+    assert mismatch["median"] == "100000 [50000, 150000]"
+    assert (mismatch["largest"], mismatch["equal"], mismatch["99.9 %"]) == ("270000", "1", "")
     width = 4.303 * 0.1 / math.sqrt(3)
-    assert f"+0.3000 ± {width:.4f}" in row
+    assert reward["rise"] == f"+0.300 ± {width:.3f}"
+    assert (reward["seeds"], reward["first 3 steps"]) == ("3 of 3", "0.500")
     runs[0]["finished"] = False
-    assert ablation.table(runs)[2].split(" | ")[2] == "2 of 3"
+    assert "2 of 3" in ablation.tables(runs)[-1]
+
+
+def test_the_published_tables_are_those_of_the_raw_file() -> None:
+    results = ROOT / "docs" / "results"
+    raw = json.loads((results / "ablation-h200-2026-11-30.json").read_text())
+    published = (results / "rl.md").read_text().splitlines()
+    assert set(ablation.tables(raw["runs"])) <= set(published)
