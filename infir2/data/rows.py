@@ -60,7 +60,7 @@ def open_source(section: SourceSection, kind: RowKind, labels: Labels | None = N
             fields_found = ", ".join(sorted(file.fields))
             raise DataError(
                 f"{file.path} has no field `{missing[0]}` (it has {fields_found}): "
-                f"{_field_advice(kind, file.fields)}."
+                f"{_field_advice(kind, file.fields, _key_of(missing[0], section, labels))}."
             )
     return source
 
@@ -77,8 +77,18 @@ _TYPICAL: dict[RowKind, tuple[str, str]] = {  # a field of such rows, and what t
 }
 
 
-def _field_advice(kind: RowKind, fields: Collection[str]) -> str:
-    """What to do about rows without the fields that `kind` requires."""
+def _key_of(field: str, section: SourceSection, labels: Labels) -> str:
+    """The key that names a missing field, if rows of the kind may do without it."""
+    if field in (section.prompt_field, section.answer_field, section.messages_field):
+        return ""
+    keys = {labels.field: "rl.reward_field", section.reasoning_field: "reasoning_field"}
+    return keys.get(field, "")
+
+
+def _field_advice(kind: RowKind, fields: Collection[str], key: str = "") -> str:
+    """What to do about rows without the fields that `kind` requires, or that `key` names."""
+    if key:
+        return f"{key} names it: name a field that every row has, or remove the key"
     advice = f"{_KEYS[kind]}, or convert the file"
     for other, (field, meaning) in _TYPICAL.items():
         if other != kind and field in fields:

@@ -12,6 +12,7 @@ from infir2.cli import main
 from infir2.config.schema import DataSection, RewardSection, SourceSection
 from infir2.data import load_prompts
 from infir2.data.labels import Labels
+from infir2.data.rows import open_source
 from infir2.errors import DataError
 from infir2.verify.programs import extract_program, read_tests
 
@@ -98,6 +99,21 @@ def test_a_field_chooses_what_the_label_has_to_be(tmp_path: Path) -> None:
             load(
                 tmp_path, [rows[0], rows[0] | {"kind": kind}], labels("math", "code", field="kind")
             )
+
+
+def test_a_file_without_the_field_that_a_key_names_gets_that_key_as_remedy(tmp_path: Path) -> None:
+    row = {"prompt": "q", "label": "5"}
+    remedy = (
+        r"`kind` \(it has label, prompt\): rl\.reward_field names it: name a field that every row"
+    )
+    with pytest.raises(DataError, match=remedy):
+        load(tmp_path, [row], labels("math", "code", field="kind"))
+    with pytest.raises(DataError, match=r"`label` .*: set prompt_field and answer_field"):
+        load(tmp_path, [{"prompt": "q", "kind": "math"}], labels("math", "code", field="kind"))
+    section = SourceSection(path=str(tmp_path / "rl.jsonl"), reasoning_field="thought")
+    (tmp_path / "rl.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(DataError, match=r"`thought` .*: reasoning_field names it"):
+        open_source(section, "messages")
 
 
 def test_whole_rows_of_parquet_reach_a_function(tmp_path: Path) -> None:
