@@ -76,7 +76,7 @@ class PromptStream:
             distinct.setdefault(normalized(prompt), prompt)
         self.num_duplicates = len(prompts) - len(distinct)
         rendered = list(map(self._render, distinct.values()))
-        self._sources = self._split(rendered, weights)
+        self._sources = self._split(prompts, rendered, weights)
         kept = [each for source in self._sources for each in source]
         self.num_too_long = len(rendered) - len(kept)
         self._mixture = self._mix(weights)
@@ -148,7 +148,9 @@ class PromptStream:
         prefix = self._rl.response_prefix
         return _Rendered(prompt, *self._tokenizer.encode_prompt(prompt.messages, prefix))
 
-    def _split(self, rendered: list[_Rendered], weights: Sequence[float]) -> list[list[_Rendered]]:
+    def _split(
+        self, prompts: Sequence[Prompt], rendered: list[_Rendered], weights: Sequence[float]
+    ) -> list[list[_Rendered]]:
         """The prompts that are not too long by source; all in one if drawn equally often."""
         kept = [each for each in rendered if len(each.token_ids) <= self._rl.max_prompt_tokens]
         sources = [kept] if kept else []
@@ -157,20 +159,36 @@ class PromptStream:
                 [each for each in kept if each.prompt.id.startswith(f"{number}/")]
                 for number in range(len(weights))
             ]
-        for number, source in enumerate(sources):
-            own = (each.prompt.id.startswith(f"{number}/") for each in rendered)
-            if not source and not any(own):
-                raise DataError(
-                    f"data.sources.{number}: each of its prompts is also in an earlier source; "
-                    "remove the source, or give all sources the same weight"
-                )
-        if not all(sources) or not (sources or self._tasks):
+            for number, source in enumerate(sources):
+                if not source:
+                    distinct = [each.prompt for each in rendered]
+                    raise DataError(self._cause(number, prompts, distinct))
+        if not (sources or self._tasks):
             raise DataError(
-                f"no prompt{' of a source' * (len(sources) > 1)} has at most "
-                f"{self._rl.max_prompt_tokens} tokens: raise rl.max_prompt_tokens or fix "
-                "data.sources"
+                f"no prompt has at most {self._rl.max_prompt_tokens} tokens: raise "
+                "rl.max_prompt_tokens or fix data.sources"
             )
         return sources
+
+    def _cause(self, number: int, prompts: Sequence[Prompt], distinct: Sequence[Prompt]) -> str:
+        """Why a source gives no prompt."""
+        own, new = (
+            sum(each.id.startswith(f"{number}/") for each in some) for some in (prompts, distinct)
+        )
+        if not own:
+            cause = "none of its rows is a usable prompt; fix or remove the source"
+        elif not new:
+            cause = (
+                "each of its prompts is also in an earlier source; remove the source, or give all "
+                "sources the same weight"
+            )
+        else:
+            cause = (
+                f"none of its prompts{' that no earlier source has' * (new < own)} has at most "
+                f"{self._rl.max_prompt_tokens} tokens: raise rl.max_prompt_tokens, or fix or "
+                "remove the source"
+            )
+        return f"data.sources.{number}: {cause}"
 
     def _mix(self, weights: Sequence[float]) -> Mixture | None:
         """How sources and tasks are mixed; None for one source of files."""
