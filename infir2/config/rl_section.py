@@ -182,7 +182,9 @@ class RlSection(Section):
         "", description="field of the rows that chooses among the rewards (empty: all of them)"
     )
     reward_seconds: float = Field(
-        10.0, gt=0, description="time limit of a test of code, a function or a server, seconds"
+        10.0,
+        gt=0,
+        description="time limit of a test of code, a function, a scorer or a server, seconds",
     )
     reward_failures: int = Field(
         16,

@@ -31,9 +31,9 @@ def score_of(verdict: Verdict) -> Score:
     return Score(float(verdict.correct), verdict.reason, verdict.detail)
 
 
-def failure(detail: str) -> Score:
-    """The score of a reward that failed."""
-    return Score(0.0, "reward_error", detail)
+def failure(detail: str, is_timeout: bool = False) -> Score:
+    """The score of a reward that failed, or took too long."""
+    return Score(0.0, "reward_timeout" if is_timeout else "reward_error", detail)
 
 
 def score_of_value(value: Any) -> Score:

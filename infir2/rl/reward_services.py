@@ -44,6 +44,8 @@ def gym_reward(texts: Sequence[str], prompt: Prompt, task: str, rl: RlSection) -
 
 
 def _gym_score(task: str, outcome: Outcome) -> Score:
+    if outcome.reason == "timeout":  # it may have made the problem so long
+        return _score_of_outcome(outcome)
     if outcome.reason:  # the answer's fault: the scorer has accepted that of a problem
         return Score(0.0, cast(Reason, outcome.reason), outcome.detail)
     if outcome.value is None:
@@ -63,7 +65,7 @@ def make_prompt(name: str, seed: int, level: int, number: int, system_prompt: st
 
 def _score_of_outcome(outcome: Outcome) -> Score:
     if outcome.reason:
-        return failure(f"{outcome.reason}: {outcome.detail}")
+        return failure(f"{outcome.reason}: {outcome.detail}", outcome.reason == "timeout")
     return score_of_value(outcome.value)
 
 
@@ -91,21 +93,22 @@ async def _ask(
     client: HttpClient, route: str, body: Any, seconds: float, slots: asyncio.Semaphore
 ) -> Score:
     """Ask until there is an answer, at most ATTEMPTS times, `seconds` each."""
-    detail = ""
+    detail, is_timeout = "", False
     for attempt in range(ATTEMPTS):
         await asyncio.sleep(PAUSE_SECONDS * attempt)
+        is_timeout = False
         try:
             async with slots, asyncio.timeout(seconds):
                 return _score_of_reply(await client.post(route, body))
         except TimeoutError:
-            detail = f"{client.url}{route}: no whole answer in {seconds:g} s"
+            detail, is_timeout = f"{client.url}{route}: no whole answer in {seconds:g} s", True
         except BadAnswerError as error:
             detail = first_line(error)
             if error.status < 500:
                 break
         except EngineGoneError as error:
             detail = first_line(error)
-    return failure(detail)
+    return failure(detail, is_timeout)
 
 
 def _score_of_reply(reply: Any) -> Score:

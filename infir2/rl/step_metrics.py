@@ -7,11 +7,12 @@ reward_failures: responses whose reward failed.
 response_tokens, response_tokens_p50, response_tokens_p95: mean and percentiles of their lengths.
 truncated_fraction, no_answer_fraction: responses at the limit of their length; without an answer
     where the recipe looks for one.
-verifier_timeout_fraction, verifier_error_fraction: responses whose answer could not be judged: it
-    took too long; it raised an error, took too much memory, or its checker failed. They earn
-    nothing.
+verifier_timeout_fraction, verifier_error_fraction: responses that could not be judged, because it
+    took too long, or for another reason: an error, too much memory, a reward that failed. An answer
+    that math, code or a scorer cannot judge earns nothing; where the reward failed, the response
+    is also in reward_failures.
 groups_sampled, groups_without_signal, groups_all_right, groups_all_wrong: of those without signal
-    every response is right, or every one is wrong.
+    every rated response is right, or every one is wrong.
 groups_unfinished: groups that were not finished when enough had signal; they continue in the next
     step (rl.partial) or are dropped.
 prompts_resting, level_NAME: prompts that rest after the step, and each task's level.
@@ -27,6 +28,7 @@ import numpy as np
 
 from infir2.rl.dynamic_sampling import Rollouts
 from infir2.rl.groups import Group, Response
+from infir2.verify.verdict import TIMEOUTS
 
 JUDGED = ("ok", "wrong", "no_answer")
 
@@ -37,7 +39,7 @@ def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, 
     responses = [response for group in groups for response in group.responses]
     lengths = np.array([len(response.completion.token_ids) for response in responses])
     versions = [response.completion.oldest_version for response in responses]
-    solved = [sum(r.correct for r in group.responses) / len(group.responses) for group in groups]
+    solved = [{r.correct for r in group.rated} for group in groups]
     return {
         "tokens_per_second": float(lengths.sum()) / seconds,
         **_reward_metrics(responses),
@@ -47,12 +49,12 @@ def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, 
         "response_tokens_p95": float(np.percentile(lengths, 95)),
         "truncated_fraction": sum(r.is_truncated for r in responses) / len(responses),
         "no_answer_fraction": _share(responses, "no_answer"),
-        "verifier_timeout_fraction": _share(responses, "timeout"),
-        "verifier_error_fraction": 1 - _share(responses, *JUDGED, "timeout"),
+        "verifier_timeout_fraction": _share(responses, *TIMEOUTS),
+        "verifier_error_fraction": 1 - _share(responses, *JUDGED, *TIMEOUTS),
         "groups_sampled": len(groups),
         "groups_without_signal": sum(not group.has_signal for group in groups),
-        "groups_all_right": solved.count(1),
-        "groups_all_wrong": solved.count(0),
+        "groups_all_right": solved.count({True}),
+        "groups_all_wrong": solved.count({False}),
         "groups_unfinished": rollouts.num_unfinished,
         "staleness": step - 1 - min(versions),
         **_source_metrics(groups),

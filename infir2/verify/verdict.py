@@ -4,10 +4,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 Reason = Literal[
-    "ok", "wrong", "no_answer", "timeout", "error", "oom", "killed", "jail_error", "reward_error"
+    "ok",
+    "wrong",
+    "no_answer",
+    "timeout",
+    "error",
+    "oom",
+    "killed",
+    "jail_error",
+    "reward_error",
+    "reward_timeout",
 ]
 # Of the checker and not of the answer: such an item is no part of a reward or of a score.
-FAILURES: tuple[Reason, ...] = ("jail_error", "reward_error")
+FAILURES: tuple[Reason, ...] = ("jail_error", "reward_error", "reward_timeout")
+TIMEOUTS: tuple[Reason, ...] = ("timeout", "reward_timeout")
 
 MAX_DETAIL_CHARACTERS = 300  # it may quote a hostile program
 
@@ -26,7 +36,8 @@ class Verdict:
         killed: its process died of a signal that this package did not send.
         jail_error: the jail failed. This implies nothing about the answer, so exclude the item from
             rewards.
-        reward_error: a reward of one's own failed; the same.
+        reward_error: a function, a server or a task's scorer failed; the same.
+        reward_timeout: it took too long; the same.
 
     Example: Verdict("wrong", answer="41").
     """

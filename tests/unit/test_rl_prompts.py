@@ -19,7 +19,7 @@ from infir2.errors import ConfigError, DataError
 from infir2.preflight.rewards import require_rewards
 from infir2.rl.groups import Group, Response
 from infir2.rl.prompts import DrawnPrompt, PromptStream
-from infir2.rl.rewards import find_reward
+from infir2.rl.rewards import find_reward, rate
 from infir2.verify import gym
 from infir2.verify.functions import close_functions
 
@@ -74,19 +74,22 @@ def test_sources_are_mixed_by_weight_and_else_all_rows_equally_often(
         assert len(set(names(drawn))) == 4096, "each source has epochs of its own"
 
 
-def test_a_source_without_a_usable_prompt_is_named(tokenizer: ChatTokenizer) -> None:
-    rows = [*prompts("a"), *prompts("1 " * 50, source=1)]
-    with pytest.raises(DataError, match="no prompt of a source has at most 30 tokens"):
-        PromptStream(rows, tokenizer, RlSection(max_prompt_tokens=30), 0, None, (1.0, 2.0))
-
-
-def test_a_source_whose_prompts_are_all_in_an_earlier_one_is_named(
-    tokenizer: ChatTokenizer,
+@pytest.mark.parametrize(
+    ("second", "sentence"),
+    [
+        (["1 " * 50], "none of its prompts has at most 30 tokens: raise rl.max_prompt_tokens"),
+        (["1 " * 50, "a"], "none of its prompts that no earlier source has has at most 30 tokens"),
+        (["B", " a"], "each of its prompts is also in an earlier source; remove"),
+        ([], "none of its rows is a usable prompt; fix or remove"),
+    ],
+)
+def test_a_source_that_gives_no_prompt_is_named_with_the_cause(
+    tokenizer: ChatTokenizer, second: list[str], sentence: str
 ) -> None:
-    rows = [*prompts("a", "b"), *prompts("B", " a", source=1)]
-    with pytest.raises(DataError, match=r"data\.sources\.1: each of its prompts is also in"):
-        PromptStream(rows, tokenizer, RlSection(), 0, None, (1.0, 2.0))
-    assert PromptStream(rows, tokenizer, RlSection(), 0, None, (1.0, 1.0)).num_duplicates == 2
+    rows, rl = [*prompts("a", "b"), *prompts(*second, source=1)], RlSection(max_prompt_tokens=30)
+    with pytest.raises(DataError, match=rf"data\.sources\.1: {sentence}"):
+        PromptStream(rows, tokenizer, rl, 0, None, (1.0, 2.0))
+    assert PromptStream(rows, tokenizer, rl, 0, None, (1.0, 1.0)).draw(2)
 
 
 def test_a_solved_prompt_rests_for_the_stated_epochs(tokenizer: ChatTokenizer) -> None:
@@ -267,7 +270,10 @@ def test_its_scorer_is_the_reward_in_a_process_that_can_be_killed(
     texts = [f"\\boxed{{{drawn.prompt.answer}}}", "Answer: 0", "no answer", "Answer: hang"]
     scores = find_reward(TASK, rl)(texts, drawn.prompt)
     assert [score.value for score in scores] == [1.0, 0.25, 0.0, 0.0]
-    assert [score.reason for score in scores] == ["ok", "wrong", "no_answer", "timeout"]
+    assert [score.reason for score in scores] == ["ok", "wrong", "no_answer", "reward_timeout"]
+    completions = [Completion("p", [5], np.zeros(1, np.float32), "stop", 0)] * len(texts)
+    rated = rate(completions, texts, drawn.prompt, rl)
+    assert [each.is_rated for each in rated] == [True, True, True, False], "no verdict to train on"
 
 
 def test_a_scorer_runs_no_program_and_has_no_keys(

@@ -199,8 +199,9 @@ def test_a_function_that_hangs_is_killed_and_the_next_call_works(functions: None
     rl = recipe("own_rewards:hangs_if_long", reward_seconds=1.0)
     responses = rate([completion(i) for i in range(3)], ["a", "long", "b"], prompt(), rl)
     assert [response.reward for response in responses] == [1.0, 0.0, 1.0]
-    assert [response.reason for response in responses] == ["ok", "reward_error", "ok"]
-    assert "timeout" in responses[1].detail
+    assert [response.reason for response in responses] == ["ok", "reward_timeout", "ok"]
+    assert responses[1].detail == "timeout: stopped after 1.0 s"
+    assert not responses[1].is_rated
 
 
 @pytest.mark.parametrize("name", ["no_such_module:f", "own_rewards:no_such_function"])
@@ -275,7 +276,6 @@ def test_a_server_gets_all_of_the_row_and_its_number_is_the_reward(
         ("[" * 100_000, "the server's answer is not", 1),
         ("status 503", "status 503", 3),
         ("status 307", "redirects", 1),
-        ("trickle", "no whole answer in 1 s", 3),
     ],
 )
 def test_a_server_that_fails_gives_no_reward(
@@ -285,6 +285,13 @@ def test_a_server_that_fails_gives_no_reward(
     assert score.reason == "reward_error"
     assert detail in score.detail
     assert len(Server.received) == requests
+
+
+def test_a_server_that_is_too_slow_gives_no_reward(server: str) -> None:
+    (score,) = find_reward(server, recipe(server, reward_seconds=1.0))(["trickle"], prompt())
+    assert score.reason == "reward_timeout"
+    assert "no whole answer in 1 s" in score.detail
+    assert len(Server.received) == 3
 
 
 def test_a_server_that_is_not_there_gives_no_reward() -> None:
