@@ -17,6 +17,7 @@ which changes sums; it is also padded where it runs eagerly, before the capture 
 one, so that a resumed run repeats the bits of one that was not interrupted.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -164,7 +165,7 @@ class BlockGraphs:
         """The pair of graphs for this kind of micro-batch; None, with a warning, if it fails."""
         assert self._inputs is not None
         try:
-            with nonfinite_blocks.ignored(self._inputs.x.device):
+            with nonfinite_blocks.ignored(self._inputs.x.device), _without_garbage():
                 pair = self._capture_first() if is_first else self._capture_other()
         except RuntimeError as error:  # a library that waits for the GPU, or no memory
             self._give_up(error, is_first)
@@ -231,6 +232,19 @@ class BlockGraphs:
         return torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
+
+
+@contextmanager
+def _without_garbage() -> Iterator[None]:
+    """No object dies by garbage collection inside: freeing a graph or event ends a capture."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Replay(torch.autograd.Function):

@@ -22,7 +22,11 @@ hopper = (
     and usable(torch.device("cuda"))
     and missing_block_scaling(torch.device("cuda")) is None
 )
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="needs a Hopper GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not hopper, reason="needs a Hopper GPU"),
+    pytest.mark.filterwarnings("error:training without CUDA graphs"),
+]
 TOKENS = 1024
 SHAPE = ShapeSection(hidden_size=512, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=1024)
 
@@ -99,7 +103,9 @@ def test_padding_has_the_same_bits_without_a_capture(
     recompute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # as after a resume, whose first micro-batches run eagerly
-    losses, weights, _ = trained("pow2", TOKENS, recompute, (900, 1000, 300))
+    losses, weights, model = trained("pow2", TOKENS, recompute, (900, 1000, 300))
+    assert model.block_graphs is not None
+    assert len(model.block_graphs._pairs) == 2
     monkeypatch.setattr(block_graphs, "_EAGER_BATCHES", 1000)
     eager, weights_of_eager, model = trained("pow2", TOKENS, recompute, (900, 1000, 300))
     assert model.block_graphs is not None
