@@ -38,7 +38,7 @@ OWN_OPTIONS = {
     "sft": (ACCEPT_CHANGES,),
     "rl": (ROLLOUT_ONLY, f"{TRAIN_ONLY}=", ACCEPT_CHANGES),
     "eval": (JSON, "--benchmarks", "--setup"),
-    "check": (JSON, ACCEPT_CHANGES),
+    "check": (JSON, ROLLOUT_ONLY, f"{TRAIN_ONLY}=", ACCEPT_CHANGES),
     "plan": (JSON, "--gpu", "--gpus", "--nodes", ACCEPT_CHANGES),
 }
 RECIPE_CLASSES: dict[str, type[TrainRecipe] | type[EvalRecipe]] = {

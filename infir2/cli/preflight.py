@@ -5,16 +5,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from infir2.cli.arguments import (
     RECIPE_CLASSES,
+    ROLLOUT_ONLY,
+    TRAIN_ONLY,
     load_recipe,
     recipe_help,
     split_json,
     split_recipe_arguments,
     wants_help,
 )
-from infir2.config import load
+from infir2.cli.rl import split_modes
+from infir2.config import Loaded, load
 from infir2.config.load import sections_in
 from infir2.config.schema import RlRecipe, TrainRecipe
 from infir2.errors import CheckFailedError, ConfigError
@@ -22,9 +26,13 @@ from infir2.preflight.checks import Preflight
 from infir2.preflight.finding import Finding
 from infir2.terminal import print_json, print_result
 
+if TYPE_CHECKING:
+    from infir2.data import ChatTokenizer
+
 _DESCRIPTION = (
     "Checks everything that the verb needs with this recipe, and trains nothing. "
-    "The verb is guessed if left out."
+    "The verb is guessed if left out. "
+    f"{ROLLOUT_ONLY} and {TRAIN_ONLY}=DIR check what infir2 rl needs with them."
 )
 
 
@@ -39,10 +47,13 @@ def check(arguments: Sequence[str]) -> None:
         print_result(recipe_help(RlRecipe, usage, _DESCRIPTION))
         return
     as_json, arguments = split_json(arguments)
+    arguments, rollout_only, train_only = split_modes(arguments)
     verb, arguments = _split_verb(arguments)
+    if verb != "rl" and (rollout_only or train_only):
+        raise ConfigError(f"{ROLLOUT_ONLY} and {TRAIN_ONLY} are options of infir2 rl.")
     loaded = load_recipe(RECIPE_CLASSES[verb], arguments, verb, command="check")
     findings: list[Finding] = []
-    for finding in Preflight(loaded, verb).findings():
+    for finding in _preflight(loaded, verb, rollout_only, train_only).findings():
         findings.append(finding)
         if not as_json:
             print_result(str(finding))
@@ -54,6 +65,17 @@ def check(arguments: Sequence[str]) -> None:
             f"{len(failed)} of the checks failed ({', '.join(failed)}); "
             "the lines marked FAIL say what to do."
         )
+
+
+def _preflight(loaded: Loaded[Any], verb: str, rollout_only: bool, train_only: str) -> Preflight:
+    if not rollout_only and not train_only:
+        return Preflight(loaded, verb)
+    from infir2.rl.kept_rollouts import check_kept
+
+    def kept(tokenizer: "ChatTokenizer") -> str:
+        return check_kept(loaded.recipe, tokenizer.fingerprint(), train_only)
+
+    return Preflight(loaded, verb, kept, bool(train_only))
 
 
 def _split_verb(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:

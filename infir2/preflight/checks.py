@@ -29,10 +29,20 @@ MIN_OPEN_FILES = 4096
 
 
 class Preflight:
-    """The checks of one recipe for one verb (cpt, sft, rl, eval)."""
+    """The checks of one recipe for one verb (cpt, sft, rl, eval).
 
-    def __init__(self, loaded: Loaded[Any], verb: str) -> None:
-        self.loaded, self.verb = loaded, verb
+    `kept` checks and describes the rollouts of an earlier run that RL goes on from; with
+    `train_only` it trains on these, and reads no prompts and loads no engine.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded[Any],
+        verb: str,
+        kept: "Callable[[ChatTokenizer], str] | None" = None,
+        train_only: bool = False,
+    ) -> None:
+        self.loaded, self.verb, self._kept, self._train_only = loaded, verb, kept, train_only
         # An RlRecipe in the checks of rl, an EvalRecipe in those of eval.
         self.recipe = loaded.recipe
         self._tokenizer: ChatTokenizer | None = None
@@ -55,15 +65,15 @@ class Preflight:
 
     def checks(self) -> dict[str, Callable[[], Finding]]:
         """{name: function} of each check that applies, in the order to run them."""
-        checks = {
-            "recipe": self.resolved,
-            "tokenizer": self.tokenizer,
-            "data": self.data,
-            "model": self.model,
-        }
-        if self.verb in ("rl", "eval"):
+        checks = {"recipe": self.resolved, "tokenizer": self.tokenizer}
+        if self._kept:
+            checks |= {"rollouts": self.rollouts}
+        if not self._train_only:
+            checks |= {"data": self.data}
+        checks |= {"model": self.model}
+        if self.verb in ("rl", "eval") and not self._train_only:
             checks |= {"verifier": self.verifier, "jail": self.jail}
-        if self.verb == "rl":
+        if self.verb == "rl" and not self._train_only:
             checks |= {"engine": self.engine, "rewards": self.rewards}
         if self.verb == "eval":
             checks |= {"memory": self.evaluation_memory}
@@ -106,6 +116,12 @@ class Preflight:
         self._tokenizer = open_tokenizer(self._model_section(), data, template_options=options)
         detail = check_tokenizer(self._tokenizer, self.verb)
         return Finding("tokenizer", "ok", f"{self._tokenizer.directory}: {detail}")
+
+    def rollouts(self) -> Finding:
+        """The rollouts that RL goes on from are there, and those of this recipe."""
+        if self._tokenizer is None or self._kept is None:
+            raise SkippedError("needs the tokenizer")
+        return Finding("rollouts", "ok", self._kept(self._tokenizer))
 
     def data(self) -> Finding:
         """Rows of each source, read by the functions that training uses."""

@@ -24,10 +24,12 @@ from infir2.files import (
     write_atomically,
 )
 from infir2.parallel.ranks import Ranks
+from infir2.preflight.run_dir import newest_in
 from infir2.rl.dynamic_sampling import Rollouts
 from infir2.rl.groups import Group, Response, trained_tokens
 from infir2.rl.journal import CHECKSUM, OF_TRAINING, checksum, response_from_row
 from infir2.terminal import log
+from infir2.train.plan import last_step_of
 
 DIRECTORY = "kept_rollouts"
 SHOWN_TRAINED, SHOWN_OTHERS, SHOWN_TOKENS = 3, 2, 600  # groups of a step, tokens of a response
@@ -42,15 +44,20 @@ def sampling_keys(recipe: RlRecipe, tokenizer_fingerprint: str) -> dict[str, Any
     return keys | {"the tokenizer": tokenizer_fingerprint}
 
 
-def sampling_origin(recipe: RlRecipe, weights_digest: str) -> dict[str, Any]:
-    """What else all steps that --rollout-only samples have in common."""
-    return {
+def sampling_origin(recipe: RlRecipe, weights_digest: str = "") -> dict[str, Any]:
+    """What else all steps that --rollout-only samples have in common.
+
+    Without a digest: as far as it is known before an engine is loaded.
+    """
+    origin = {
         "run.seed": recipe.run.seed,
         "data.sources": [source.model_dump(mode="json") for source in recipe.data.sources],
         "data.system_prompt": recipe.data.system_prompt,
         "rollout.precision": recipe.rollout.precision,
-        "the digest of the engine's weights": weights_digest,
     }
+    return origin | (
+        {"the digest of the engine's weights": weights_digest} if weights_digest else {}
+    )
 
 
 def write_kept(
@@ -146,13 +153,16 @@ class KeptRollouts:
         self.origin: dict[str, Any] | None = None
 
     def require(self, first: int, last: int) -> None:
-        """Raise DataError unless the rollouts of all these steps are there."""
+        """Raise DataError unless the rollouts of all these steps are there, ConfigError if the
+        first are those of another recipe."""
         for step in range(first, last + 1):
             if not self._path(step).is_file():
                 raise DataError(
                     f"--train-only: {self._path(step)} is missing, and the run has steps {first} "
                     f"to {last}: set train.stop_after_step = {step - 1}, or name another directory."
                 )
+        if first <= last:
+            self._read(first)
 
     def next_rollouts(self, step: int) -> Rollouts:
         """The rollouts of a step. Every rank calls this. Raises DataError, ConfigError."""
@@ -232,6 +242,22 @@ def last_kept(run_dir: Path, keys: dict[str, Any], ranks: Ranks) -> LastKept:
         return LastKept(0, {})
     kept = KeptRollouts(str(run_dir), keys, ranks)
     return LastKept(step, kept.next_rollouts(step).state, kept.origin)
+
+
+def check_kept(recipe: RlRecipe, tokenizer_fingerprint: str, train_only: str) -> str:
+    """What --train-only=DIR or, without a directory, --rollout-only goes on from.
+
+    Raises as these do.
+    """
+    keys, run_dir = sampling_keys(recipe, tokenizer_fingerprint), Path(recipe.run.dir)
+    if not train_only:
+        kept = last_kept(run_dir, keys, Ranks())
+        kept.require(sampling_origin(recipe))
+        return f"{run_dir}, steps whose rollouts it has: {kept.step}"
+    newest = newest_in(run_dir, lambda _: None)
+    first, last = newest.step + 1 if newest else 1, last_step_of(recipe, recipe.schedule)
+    KeptRollouts(train_only, keys, Ranks()).require(first, last)
+    return f"{train_only} has the rollouts of steps {first} to {last}"
 
 
 def _checked(row: dict[str, Any]) -> dict[str, Any]:

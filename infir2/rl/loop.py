@@ -66,7 +66,10 @@ def run_rl(loaded: Loaded[RlRecipe], rollout_only: bool = False) -> None:
         tokenizer = open_run_tokenizer(supervisor)
         _check_recipe(recipe)
         keys = sampling_keys(recipe, tokenizer.fingerprint())
-        kept = last_kept(supervisor.dir, keys, supervisor.ranks) if rollout_only else None
+        kept = None
+        if rollout_only:
+            kept = last_kept(supervisor.dir, keys, supervisor.ranks)
+            kept.require(sampling_origin(recipe))
         prompts = _open_prompts(recipe, supervisor, tokenizer, kept)
         evaluation.check_positions(planned_config(supervisor.model), tokenizer)
         trainer = make_trainer(supervisor, tokenizer.vocab_size)
@@ -134,7 +137,8 @@ def run_train_only(loaded: Loaded[RlRecipe], run_dir: str) -> None:
         find_objective(recipe.rl.loss)
         keys = sampling_keys(recipe, tokenizer.fingerprint())
         kept = KeptRollouts(run_dir, keys, supervisor.ranks)
-        kept.require(supervisor.saved_step + 1, last_step)
+        steps = supervisor.saved_step + 1, last_step
+        supervisor.ranks.broadcast_from_rank0(lambda: kept.require(*steps))
         trainer = make_trainer(supervisor, tokenizer.vocab_size)
         update = open_policy_update(recipe, trainer)
         finished = supervisor.start(trainer, last_step)

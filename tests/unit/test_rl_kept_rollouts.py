@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from stages import assert_same_state, curve, guessing, lines, make_guessing_start, options, run
 
+import infir2.rl.loop
 from infir2.cli import main
 from infir2.config import load
 from infir2.config.schema import RlRecipe, RlSection
@@ -132,13 +133,19 @@ def test_rollouts_go_on_from_the_same_prompts_and_weights_only(
 
 
 def test_rollouts_without_training_then_training(
-    world: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path,
+    start: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first step is that of an ordinary run; the others come from the same weights."""
     sampled = words(world, start, tmp_path / "a")
     run([*sampled, "--train.stop_after_step=1", "--rollout-only"])
     first = tmp_path / "a" / "kept_rollouts" / "step-1.jsonl"
     before = first.stat().st_mtime_ns
+    assert main(["check", *sampled, "--rollout-only"]) == 0
+    assert "steps whose rollouts it has: 1" in capsys.readouterr().out
     run([*sampled, "--rollout-only"])
     assert not list((tmp_path / "a").glob("checkpoints/step-*"))
     assert sorted(path.name[5] for path in first.parent.glob("step-*")) == ["1", "2", "3"]
@@ -150,7 +157,9 @@ def test_rollouts_without_training_then_training(
         for response in json.loads(line)["responses"]
     }
     assert versions == {0}
-    assert main([*sampled, "--run.seed=77", "--rollout-only"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(infir2.rl.loop, "open_engine", lambda *_: pytest.fail("loads an engine"))
+        assert main([*sampled, "--run.seed=77", "--rollout-only"]) == 2
     assert "3 steps that were sampled with run.seed = " in capsys.readouterr().err
     lenient = {"rl__max_mismatch_kl": 1e9, "rl__max_mismatch_prob_error": 1e9}
     run([*words(world, start, tmp_path / "b", **lenient), "--train-only", str(tmp_path / "a")])
@@ -223,10 +232,17 @@ def test_rollouts_of_another_recipe_or_cut_short_are_refused(
     if callable(harm):
         harm(tmp_path / "a" / "kept_rollouts" / "step-2.jsonl")
     arguments = [*words(world, start, tmp_path / "b"), f"--train-only={tmp_path / 'a'}"]
-    assert main([*arguments, *filter(None, [option])]) == code
+    arguments += filter(None, [option])
+    assert main(arguments) == code
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error
+    if "damaged" not in sentence:  # which only a reading of all steps can tell
+        assert "resumed" not in error
+        assert " parameters, on cpu" not in error, "refused before a model is built"
+        assert main(["check", *arguments]) == (1 if "excl" not in sentence else 2)
+        said = capsys.readouterr()
+        assert sentence in said.out + said.err
 
 
 def test_a_directory_without_rollouts_is_named(
