@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from processes import Process, run_processes, start_logged, tell
 
 from infir2.config.schema import RolloutSection
-from infir2.engines.probe import KEY_VARIABLE
+from infir2.engines.http_client import KEY_VARIABLE
 from infir2.engines.server_process import ServerProcess
 from infir2.engines.servers import KINDS
 from infir2.evaluate.statistics import student_half_width

@@ -21,7 +21,8 @@ from infir2.cli.arguments import (
 from infir2.cli.rl import split_modes
 from infir2.config import load
 from infir2.config.env_vars import variables_of
-from infir2.config.schema import RlRecipe
+from infir2.config.reward_rules import is_server
+from infir2.config.schema import RlRecipe, RolloutSection
 from infir2.errors import ConfigError, Interrupted, LaunchedError, Preempted
 from infir2.launch import ray, slurm
 from infir2.launch.ranks import CODE_OF_SIGNAL
@@ -80,8 +81,7 @@ def launch(arguments: Sequence[str]) -> None:
         return
     if options.kind == "torchrun":
         check_machine(layout)
-    if options.kind != "ray":
-        _check_keys(command, layout if options.kind == "slurm" else None)
+    _check_keys(command, options.kind, layout)
     log(f"starting {command[0]} on {_size(options.kind, layout)}", "infir2 launch")
     code = _run_torchrun(start) if options.kind == "torchrun" else start()
     if code in CODE_OF_SIGNAL.values():
@@ -183,12 +183,12 @@ def _launcher(
     options: argparse.Namespace, layout: Layout, command: list[str]
 ) -> tuple[str, Callable[[], int]]:
     """(the text of --dry-run, the function that runs the command and returns its exit code)."""
+    if not runs_benchmarks(command):
+        _check_recipes(command)
     if options.kind == "ray":
         variables = list(variables_of(RECIPE_CLASSES[command[0]]))
         run = partial(ray.run_ray, layout, command, variables)
         return ray.description(layout, command), run
-    if not runs_benchmarks(command):
-        _check_recipes(command)
     if options.kind == "slurm":
         script = slurm.batch_script(layout, command, options.sbatch).rstrip()
         if options.in_job:
@@ -205,19 +205,41 @@ def _check_recipes(command: list[str]) -> None:
             )
 
 
-def _check_keys(command: list[str], queued: Layout | None) -> None:
-    """Raise ConfigError for what every rank would refuse, before any is started or queued.
-
-    `queued`: the layout of a SLURM job, whose nodes have the GPUs that it requests.
-    """
+def _check_keys(command: list[str], kind: str, layout: Layout) -> None:
+    """Raise ConfigError for what every rank would refuse, before any is started or queued."""
     if runs_benchmarks(command) or wants_help(command):
         return
     arguments = _recipe_arguments(command)
     recipe = load(RECIPE_CLASSES[command[0]], *arguments, os.environ, command[0]).recipe
-    if queued and not queued.cpu and isinstance(recipe, RlRecipe):
-        from infir2.engines.servers import require_room
+    if isinstance(recipe, RlRecipe):
+        _check_urls(recipe)
+        if kind != "torchrun" and not layout.cpu and not recipe.rollout.urls:
+            _check_gpus(recipe.rollout, kind, layout)
 
-        require_room(recipe.rollout, queued.ranks_per_node * queued.gpus_per_rank)
+
+def _check_urls(recipe: RlRecipe) -> None:
+    """Raise ConfigError for a server of RL whose address is none, or whose key is missing."""
+    if not recipe.rollout.urls and not any(is_server(each.name) for each in recipe.rl.reward):
+        return  # without torch, which takes seconds
+    from infir2.engines.http_client import require_urls
+    from infir2.preflight.rewards import require_reward_urls
+
+    require_urls(recipe.rollout.urls)
+    require_reward_urls(recipe.rl)
+
+
+def _check_gpus(rollout: RolloutSection, kind: str, layout: Layout) -> None:
+    """Raise ConfigError if the servers need other GPUs than those that are requested."""
+    from infir2.engines.ray_servers import check_size
+    from infir2.engines.servers import require_room
+
+    if layout.engines and rollout.engine != "native":
+        words = layout.engines, layout.gpus_per_engine
+        check_size(*words, rollout.engines, rollout.tensor_parallel)
+    elif not layout.engines:
+        if kind == "ray":  # which spreads any number over the nodes
+            rollout = rollout.model_copy(update={"engines": 1})
+        require_room(rollout, layout.ranks_per_node * layout.gpus_per_rank)
 
 
 def _recipe_arguments(command: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

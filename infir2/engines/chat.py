@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infir2.engines.engine_options import EngineOptions, ServeClient, check_model, serve_host
-from infir2.engines.http_client import HttpClient, check_url
-from infir2.engines.probe import KEY_VARIABLE
+from infir2.engines.http_client import KEY_VARIABLE, HttpClient, check_url
 from infir2.engines.remote import BadAnswerError, EngineError
 from infir2.engines.server_process import ServerProcess
 from infir2.errors import ConfigError, UserError, first_line

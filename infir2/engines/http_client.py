@@ -8,9 +8,10 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import os
 import ssl
 import urllib.parse
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import httpx2
@@ -19,12 +20,19 @@ from pydantic_core import from_json
 from infir2.engines.remote import BadAnswerError, EngineGoneError, HungUpError
 from infir2.errors import ConfigError, first_line
 
+KEY_VARIABLE = "INFIR2_ENGINE_KEY"
 MAX_ANSWER_BYTES = 2**26  # 32,768 tokens with their log-probabilities are 2 MB
 CONNECT_SECONDS = 10.0
 TIMEOUT_SECONDS = 120.0  # of `ask_once`: a server may send one byte per minute for ever
 
 
-def check_url(key_name: str, url: str, api_key: str, variable: str = "INFIR2_ENGINE_KEY") -> None:
+def require_urls(urls: Sequence[str]) -> None:
+    """`check_url` of `rollout.urls`, with this environment's key."""
+    for url in urls:
+        check_url("rollout.urls", url, os.environ.get(KEY_VARIABLE, ""))
+
+
+def check_url(key_name: str, url: str, api_key: str, variable: str = KEY_VARIABLE) -> None:
     """Raise ConfigError for what is no server's address, and for one elsewhere without a key.
 
     `key_name` is the recipe's key that has the URL, `variable` the environment's with the key.

@@ -14,14 +14,13 @@ from typing import Any
 
 from infir2.data import ChatTokenizer, load_tokenizer
 from infir2.engines.generate import generate_all
-from infir2.engines.http_client import ask_once, check_url
+from infir2.engines.http_client import KEY_VARIABLE, ask_once, check_url
 from infir2.engines.native import NativeEngine
 from infir2.engines.remote import EngineError
 from infir2.engines.types import Completion, Request, SamplingParams
 from infir2.errors import CheckFailedError, ConfigError, first_line
 from infir2.model import Decoder
 
-KEY_VARIABLE = "INFIR2_ENGINE_KEY"
 NUM_PROBES, PROBE_TOKENS, NEW_TOKENS = 4, 24, 12
 MIN_AGREEMENT = 0.5  # of the tokens, counted up to each probe's first difference
 MAX_DIFFERENCE = 0.25  # mean |log-probability difference| of those tokens

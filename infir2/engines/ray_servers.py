@@ -143,7 +143,7 @@ def ray_bundles(num_engines: int, size: int) -> list[Bundle]:
     here = _bundles_here(group)
     if engines:
         count = len(group.bundle_specs)
-        _check_size(count, group.bundle_specs[0].get("GPU", size), num_engines, size)
+        check_size(count, group.bundle_specs[0].get("GPU", size), num_engines, size)
         return [Bundle(group, index, False, "", here[index]) for index in range(count)]
     gpus = rest.split(";")
     placed = (divmod(number, len(gpus)) for number in range(num_engines))
@@ -153,7 +153,9 @@ def ray_bundles(num_engines: int, size: int) -> list[Bundle]:
     ]
 
 
-def _check_size(count: int, gpus: float, num_engines: int, size: int) -> None:
+def check_size(count: int, gpus: float, num_engines: int, size: int) -> None:
+    """Raise ConfigError unless `count` bundles of `gpus` are what the recipe's servers need:
+    `num_engines` of `size` GPUs."""
     if num_engines not in (1, count):
         raise ConfigError(
             f"rollout.engines = {num_engines}, and infir2 launch ray has --engines {count}; remove "

@@ -15,11 +15,10 @@ import torch
 
 from infir2.config.schema import RlRecipe, RolloutSection
 from infir2.engines.engine_weights import engine_scale_format
-from infir2.engines.http_client import check_url, is_loopback
+from infir2.engines.http_client import KEY_VARIABLE, is_loopback, require_urls
 from infir2.engines.infir2_server import Infir2Client, infir2_command
 from infir2.engines.pool import EnginePool
 from infir2.engines.pool_member import PoolLimits
-from infir2.engines.probe import KEY_VARIABLE
 from infir2.engines.ray_servers import Bundle, RayServer, ray_bundles
 from infir2.engines.remote import EngineHost, ServerInfo, WeightPublisher
 from infir2.engines.server_process import (
@@ -160,8 +159,7 @@ def _hosts(recipe: RlRecipe, bundles: Sequence[Bundle], directory: Path) -> list
     rollout, kind = recipe.rollout, KINDS[recipe.rollout.engine]
     key = os.environ.get(KEY_VARIABLE, "")
     if rollout.urls:
-        for url in rollout.urls:
-            check_url("rollout.urls", url, key)
+        require_urls(rollout.urls)
         check = partial(check_info, recipe=recipe)
         return [
             RunningServer(url, key, kind.open_client, check, rollout.max_restarts)

@@ -18,6 +18,7 @@ from infir2.convert.serving import (
 )
 from infir2.convert.weights import PARAMETERS, file_scale_format, parameter_shapes
 from infir2.engines.engine_weights import engine_fp8
+from infir2.engines.http_client import require_urls
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import HfWeights, ModelConfig
 from infir2.model.hf_names import SCALE_SUFFIX
@@ -106,6 +107,7 @@ def check_engine(recipe: RlRecipe, model: ModelFacts) -> Finding:
 
     The bytes themselves are compared when the run starts. Raises ConfigError.
     """
+    require_urls(recipe.rollout.urls)
     path = Path(recipe.rollout.model)
     if not recipe.rollout.model:
         raise ConfigError(f"rollout.model is empty; {_EXPORT} and name it.")

@@ -16,6 +16,7 @@ PROGRAM, TESTS = "print(1)", [{"input": "", "output": "1"}]
 def require_rewards(rl: RlSection) -> None:
     """Raises ConfigError for a function or a task that is not there, for a URL that is none, and
     for programs on a machine without jails."""
+    require_reward_urls(rl)
     if is_function(rl.environment):
         require_function(rl.environment)
     for each in rl.reward:
@@ -23,10 +24,15 @@ def require_rewards(rl: RlSection) -> None:
             require_task(each.name.removeprefix(GYM), rl.reward_seconds)
         elif is_function(each.name):
             require_function(each.name)
-        elif is_server(each.name):
-            check_url("rl.reward", each.name, os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE)
         elif each.name == "code":
             run_code(PROGRAM, TESTS)
+
+
+def require_reward_urls(rl: RlSection) -> None:
+    """Raises ConfigError for the URL of a reward that is none, or lacks its key."""
+    for each in rl.reward:
+        if is_server(each.name):
+            check_url("rl.reward", each.name, os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE)
 
 
 def check_rewards(rl: RlSection) -> Finding:

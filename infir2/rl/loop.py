@@ -24,6 +24,7 @@ from infir2.convert.serving import require_loadable, require_servable
 from infir2.data import ChatTokenizer, load_prompts
 from infir2.data.labels import labels_of
 from infir2.engines.engine_weights import engine_fp8
+from infir2.engines.http_client import require_urls
 from infir2.engines.weight_sync import check_rollout_model, open_engine
 from infir2.preflight.rewards import require_rewards
 from infir2.rl.dynamic_sampling import GroupGenerator, Rollouts
@@ -178,6 +179,7 @@ def _check_recipe(recipe: RlRecipe) -> None:
     """Raises ConfigError unless there is the loss, and the engine can load `rollout.model`."""
     find_objective(recipe.rl.loss)
     require_rewards(recipe.rl)
+    require_urls(recipe.rollout.urls)
     check_rollout_model(recipe.rollout.model)
     if recipe.rollout.engine in ("sglang", "vllm"):
         path, gpus = Path(recipe.rollout.model), recipe.rollout.tensor_parallel

@@ -15,7 +15,8 @@ from engine_servers import scripted_response
 from own_server import KEY, begin_serve
 
 from infir2.data import load_tokenizer
-from infir2.engines.probe import KEY_VARIABLE, check_engine
+from infir2.engines.http_client import KEY_VARIABLE
+from infir2.engines.probe import check_engine
 from infir2.engines.process_guard import descendants
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

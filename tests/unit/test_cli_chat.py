@@ -17,7 +17,7 @@ import pytest
 from own_server import KEY, OwnServer, write_model
 
 from infir2.cli import main
-from infir2.engines.probe import KEY_VARIABLE
+from infir2.engines.http_client import KEY_VARIABLE
 from infir2.engines.types import Completion
 
 

@@ -16,9 +16,9 @@ from infir2.convert import selfcheck
 from infir2.data import load_tokenizer
 from infir2.engines import http_client
 from infir2.engines.generate import generate_all
-from infir2.engines.http_client import ask_once
+from infir2.engines.http_client import KEY_VARIABLE, ask_once
 from infir2.engines.native import NativeEngine
-from infir2.engines.probe import KEY_VARIABLE, check_engine
+from infir2.engines.probe import check_engine
 from infir2.engines.types import Request, SamplingParams
 from infir2.errors import CheckFailedError, ConfigError
 from infir2.model import Decoder, exported_weights, write_hf

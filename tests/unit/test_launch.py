@@ -157,6 +157,7 @@ def test_the_slurm_script_is_a_shell_script_that_requeues_itself(
     assert "scontrol requeue" in dry(capsys, "slurm", "--", "eval", "a.toml")
 
 
+@pytest.mark.usefixtures("recipes")
 def test_ray_names_bundles_and_the_command_of_a_node(capsys: pytest.CaptureFixture[str]) -> None:
     text = dry(
         capsys,

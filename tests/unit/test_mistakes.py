@@ -66,6 +66,7 @@ path = "world/heldout.jsonl"
 samples = 2
 max_response_tokens = 8
 """
+FAR = "--rollout.engine=infir2 --rollout.urls='[\"http://10.0.0.7:8000\"]'"
 RECIPES = {"cpt.toml": CPT, "sft.toml": SFT, "rl.toml": RL, "eval.toml": EVAL}
 EDITS = {  # file: (recipe, what it has, what it should have had)
     "misspelt.toml": (CPT, "learning_rate", "learning_rte"),
@@ -324,6 +325,32 @@ MISTAKES = [
     ("launch torchrun -- cpt unquoted.toml", 2, "in `dir = new`: text needs quotes"),
     ("launch slurm --gpus-per-node 8 -- cpt misspelt.toml", 2, "did you mean schedule.learning_ra"),
     ("launch slurm --gpus-per-node 8 -- cpt sft.toml", 2, "data.batch_samples is for SFT"),
+    ("launch ray --gpus-per-node 8 -- cpt misspelt.toml", 2, "did you mean schedule.learning_ra"),
+    (
+        "launch ray --gpus-per-node 8 -- sft nope.toml",
+        2,
+        "nope.toml: no such recipe; paths are rel",
+    ),
+    (f"launch ray --gpus-per-node 8 -- rl rl.toml {FAR}", 2, "set INFIR2_ENGINE_KEY."),
+    (f"launch torchrun -- rl rl.toml {FAR}", 2, "set INFIR2_ENGINE_KEY."),
+    (f"rl rl.toml {FAR}", 2, "http://10.0.0.7:8000 is not on this machine and there is no key"),
+    (
+        "launch slurm --gpus-per-node 8 -- rl rl.toml --rl.reward=http://10.0.0.7/x",
+        2,
+        "set INFIR2_REWARD_KEY.",
+    ),
+    (
+        "launch ray --gpus-per-node 2 -- rl rl.toml --rollout.engine=sglang "
+        "--rollout.python=python --rollout.tensor_parallel=4",
+        2,
+        "rollout.tensor_parallel = 4 needs more GPUs than the 2 of a node",
+    ),
+    (
+        "launch ray --gpus-per-node 2 --engines 3 -- rl rl.toml --rollout.engine=sglang "
+        "--rollout.python=python --rollout.engines=2",
+        2,
+        "rollout.engines = 2, and infir2 launch ray has --engines 3; remove rollout.engines.",
+    ),
     ("launch slurm --gpus-per-node 1 --in-job -- sft sft.toml", 2, "--in-job is for a command ins"),
     ("launch torch -- sft sft.toml", 2, "did you mean torchrun?"),
     # demo, data demo, serve, completion, verbs
