@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from infir2.config.reward_rules import is_gym
 from infir2.config.schema import (
     BenchmarksSection,
     EvalRecipe,
     RlRecipe,
+    RlSection,
     SourceSection,
     TrainRecipe,
 )
@@ -98,7 +100,8 @@ def check_sources(
         details.append(str(budget))
         details += [sampler.check(section) for section in recipe.data.validation_sources]
         suspicious = bool(sampler.num_lossy) or budget.is_short
-        longest["rl.max_response_tokens"] = sampler.max_length
+        has_tasks = isinstance(recipe, RlRecipe) and _num_problems(recipe.rl)
+        longest["rl.max_response_tokens"] = sampler.max_tokens if has_tasks else sampler.max_length
     if isinstance(recipe, EvalRecipe | RlRecipe):
         problems = _RowSampler(tokenizer, "prompts", recipe.evaluate.system_prompt)
         details += [problems.check(section) for section in recipe.evaluate.problems]
@@ -106,6 +109,11 @@ def check_sources(
             details += _benchmark_files(recipe.benchmarks)
         longest["evaluate.max_response_tokens"] = problems.max_length
     return Finding("data", "warn" if suspicious else "ok", "; ".join(details)), longest
+
+
+def _num_problems(rl: RlSection) -> int:
+    """New problems of reasoning-gym in an epoch."""
+    return rl.gym_problems * sum(is_gym(each.name) for each in rl.reward)
 
 
 def _benchmark_files(section: BenchmarksSection) -> list[str]:
@@ -247,15 +255,17 @@ class _Budget:
     @classmethod
     def of(cls, recipe: TrainRecipe, rows: _RowSampler) -> "_Budget":
         samples = recipe.data.batch_samples
+        num_rows = rows.num_rows
         if isinstance(recipe, RlRecipe):
             samples = recipe.rl.prompts_per_step
+            num_rows += _num_problems(recipe.rl)
         if not samples:
             per_step = recipe.data.batch_sequences * recipe.data.sequence_tokens
             steps = complete_schedule(recipe, None).total_steps
             return cls(steps, per_step, rows.num_tokens, "tokens")
-        steps_per_epoch = -(-rows.num_rows // samples)
+        steps_per_epoch = -(-num_rows // samples)
         steps = complete_schedule(recipe, steps_per_epoch).total_steps
-        return cls(steps, samples, rows.num_rows, "rows")
+        return cls(steps, samples, num_rows, "rows")
 
     @property
     def is_short(self) -> bool:

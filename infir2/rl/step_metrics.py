@@ -39,7 +39,7 @@ def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, 
     responses = [response for group in groups for response in group.responses]
     lengths = np.array([len(response.completion.token_ids) for response in responses])
     versions = [response.completion.oldest_version for response in responses]
-    solved = [{r.correct for r in group.rated} for group in groups]
+    flat = [{r.correct for r in group.rated} for group in groups if not group.has_signal]
     return {
         "tokens_per_second": float(lengths.sum()) / seconds,
         **_reward_metrics(responses),
@@ -52,9 +52,9 @@ def rollout_metrics(rollouts: Rollouts, step: int, seconds: float) -> dict[str, 
         "verifier_timeout_fraction": _share(responses, *TIMEOUTS),
         "verifier_error_fraction": 1 - _share(responses, *JUDGED, *TIMEOUTS),
         "groups_sampled": len(groups),
-        "groups_without_signal": sum(not group.has_signal for group in groups),
-        "groups_all_right": solved.count({True}),
-        "groups_all_wrong": solved.count({False}),
+        "groups_without_signal": len(flat),
+        "groups_all_right": flat.count({True}),
+        "groups_all_wrong": flat.count({False}),
         "groups_unfinished": rollouts.num_unfinished,
         "staleness": step - 1 - min(versions),
         **_source_metrics(groups),

@@ -434,6 +434,18 @@ def test_metrics_of_a_step_tell_why_a_reward_is_flat() -> None:
     }
 
 
+def test_a_group_with_signal_is_not_all_wrong_though_no_response_earns_1() -> None:
+    def graded(*rewards: float) -> Group:
+        completion = Completion("p/0", [1], np.zeros(1, np.float32), "stop", 0)
+        responses = [Response(completion, "", "wrong", each, {"m:f": each}) for each in rewards]
+        return Group("0/p", Prompt("p", [], "2", None, ""), [1], responses)
+
+    rollouts = Rollouts([graded(0.25, 0.5)], [graded(0.5, 0.5), graded(0, 0)])
+    metrics = rollout_metrics(rollouts, step=1, seconds=1.0)
+    names = ("groups_sampled", "groups_without_signal", "groups_all_right", "groups_all_wrong")
+    assert [metrics[name] for name in names] == [3, 2, 0, 2]
+
+
 def test_an_engine_with_other_weights_is_refused(
     world: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,10 +12,12 @@ import pytest
 from stages import assert_same_state, curve, make_rl_start, options, run
 
 import infir2.rl.dynamic_sampling
-from infir2.config.schema import RewardSection, RlSection
+from infir2.config import load
+from infir2.config.schema import RewardSection, RlRecipe, RlSection
 from infir2.data import ChatTokenizer, Prompt, load_tokenizer
 from infir2.engines.types import Completion
 from infir2.errors import ConfigError, DataError
+from infir2.preflight.data import check_sources
 from infir2.preflight.rewards import require_rewards
 from infir2.rl.groups import Group, Response
 from infir2.rl.prompts import DrawnPrompt, PromptStream
@@ -260,6 +262,20 @@ def test_a_task_makes_its_prompts_and_gets_harder_when_solved(
     for _ in range(3):
         again.observe([group(each, 2, 2, part=TASK) for each in again.draw(2)])
     assert again.state["levels"] == {TASK: 2}, "the highest that the package has"
+
+
+@pytest.mark.parametrize("rows", [0, 24])
+def test_check_counts_its_problems_with_those_of_files(
+    package: None, world: Path, tmp_path: Path, tokenizer: ChatTokenizer, rows: int
+) -> None:
+    words = options(world, tmp_path, "rl1", rl__gym_problems=6)[1:]
+    words.append(f'--rl.reward=["math", "{TASK}"]' if rows else f"--rl.reward={TASK}")
+    recipe = load(
+        RlRecipe, words[:1], [*words[1:], *([] if rows else ["--data.sources=[]"])]
+    ).recipe
+    finding, longest = check_sources(recipe, "rl", tokenizer)
+    assert f"passes over {rows + 6}" in finding.detail
+    assert longest["rl.max_response_tokens"] == recipe.rl.max_prompt_tokens
 
 
 def test_its_scorer_is_the_reward_in_a_process_that_can_be_killed(
