@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from infir2.config.schema import OptimizerSection
 from infir2.data import Batch
 from infir2.numerics import SavedActivations
-from infir2.parallel import collectives
+from infir2.parallel import collectives, parallel_model
 from infir2.parallel.mesh import Layout, Sizes
 from infir2.parallel.parallel_model import ParallelModel
 from infir2.parallel.ranks import Ranks, init_ranks
@@ -134,6 +134,12 @@ def use_host_collectives() -> None:
     collectives.all_gather_single = (
         getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     )
+    parallel_model.all_reduce_together = _one_by_one
+
+
+def _one_by_one(tensors: Iterable[Tensor], group: Any) -> None:
+    for tensor in tensors:
+        dist.all_reduce(tensor, group=group)
 
 
 def batch_of(ids: Tensor, length: int) -> Batch:
