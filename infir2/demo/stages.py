@@ -6,15 +6,15 @@ a lower priority. A stage that is done is skipped and one that was interrupted r
 can be stopped and run again.
 """
 
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from infir2.demo.commands import begin_imports, run_command, start_command
 from infir2.errors import ConfigError, UserError, disk_reason
 from infir2.report import render_stage_table, stage_table, write_report
 from infir2.terminal import print_heading, print_json, print_renderable, print_result, pulse
@@ -31,21 +31,18 @@ class Stage:
     """One `infir2` command of the demo.
 
     `output` exists once the stage is done; None if the command itself finds out. `after` names the
-    stage that a side stage waits for.
+    stage that a side stage waits for. A stage that does not need torch runs while it is imported.
     """
 
     name: str
     arguments: tuple[str, ...]
     output: Path | None = None
     after: str = ""
+    needs_torch: bool = True
 
     @property
     def is_done(self) -> bool:
         return self.output is not None and self.output.exists()
-
-    @property
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", "infir2", *self.arguments]
 
     def failure(self, code: int, message_location: str) -> UserError:
         """The error that ends the demo: the stage's exit code, 70 if a signal killed it."""
@@ -62,29 +59,29 @@ class SideStages:
 
     def __init__(self, stages: Sequence[Stage], log_dir: Path) -> None:
         self._stages, self._log_dir = stages, log_dir
-        self._running: list[tuple[Stage, subprocess.Popen[bytes]]] = []
+        self._running: list[tuple[Stage, BaseProcess]] = []
 
     def start_after(self, name: str) -> None:
         """Start the stages that wait for the stage `name`."""
         for stage in self._stages:
             if stage.after == name and not stage.is_done:
-                with self._log(stage).open("wb") as log:
-                    process = subprocess.Popen(stage.command, stdout=log, stderr=subprocess.STDOUT)
                 # Nothing but the end waits for a side stage: the others have the cores first.
-                niceness = os.getpriority(os.PRIO_PROCESS, 0) + SIDE_NICENESS
-                os.setpriority(os.PRIO_PROCESS, process.pid, min(niceness, 19))
+                process = start_command(
+                    stage.arguments, log_file=self._log(stage), niceness=SIDE_NICENESS
+                )
                 self._running.append((stage, process))
 
     def wait(self) -> None:
         """Wait for all of them. Raises UserError if one failed."""
         for stage, process in self._running:
-            if code := process.wait():
+            process.join()
+            if code := process.exitcode:
                 raise stage.failure(code, f"in {self._log(stage)}")
 
     def terminate(self) -> None:
         for _, process in self._running:
             process.terminate()
-            process.wait()
+            process.join()
 
     def _log(self, stage: Stage) -> Path:
         return self._log_dir / f"{stage.name}.log"
@@ -112,13 +109,14 @@ def run_demo(directory: Path, seed: int, as_json: bool = False) -> None:
 
 def _run_stages(directory: Path, seed: int, stdout: int | None) -> None:
     main, side = plan(directory, seed)
+    begin_imports()
     with _side_stages(side, directory / "logs") as side_stages:
         for stage in main:
             if stage.is_done:
                 print_result(f"{stage.name}: already done, {stage.output}")
             else:
                 print_heading(stage.name, f"infir2 {' '.join(stage.arguments[:2])} ...")
-                if code := subprocess.run(stage.command, check=False, stdout=stdout).returncode:
+                if code := run_command(stage.arguments, stdout, stage.needs_torch):
                     raise stage.failure(code, "above")
             side_stages.start_after(stage.name)
         print_heading("waiting for the comparisons")
@@ -147,7 +145,12 @@ def plan(directory: Path, seed: int) -> tuple[list[Stage], list[Stage]]:
     """(stages in order, side stages that start when their model exists)."""
     world = directory / "world"
     main = [
-        Stage("data", ("data", "demo", "--to", str(world), "--seed", str(seed)), world),
+        Stage(
+            "data",
+            ("data", "demo", "--to", str(world), "--seed", str(seed)),
+            world,
+            needs_torch=False,
+        ),
         _train("cpt", "cpt", directory, seed),
         _train("sft", "sft1", directory, seed),
         _train("sft", "sft2", directory, seed),

@@ -1,12 +1,15 @@
 """The demo's plan and the README's commands are the same commands, and each of them parses."""
 
+import importlib.util
 import json
 import os
 import re
 import shlex
-import sys
+import signal
 from itertools import pairwise
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,9 @@ from infir2.cli import main
 from infir2.cli.demo import SEED
 from infir2.config.load import load
 from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
+from infir2.demo import commands
 from infir2.demo.stages import SIDE_NICENESS, STAGES, SideStages, Stage, plan
+from infir2.errors import UserError
 from infir2.evaluate.statistics import Evaluation
 from infir2.report import StageRow
 from infir2.report.stages import Change
@@ -82,9 +87,9 @@ def test_the_table_of_stages_as_json(
 ) -> None:
     scores = Evaluation(0.5, 0.0, 1.0, 4, 0.75, 0.5, 1, 0.0, 0.0, 0.0, 9.0, 12.0, {})
     row = StageRow("sft1", tmp_path / "sft1", scores, Change(), "")
-    echo = Stage("data", ())
-    monkeypatch.setattr(Stage, "command", property(lambda _: ["echo", "of a stage"]))
+    echo = Stage("data", ("completion", "bash"), needs_torch=False)
     monkeypatch.setattr(infir2.demo.stages, "plan", lambda *_: ([echo], []))
+    monkeypatch.setattr(infir2.demo.stages, "begin_imports", lambda: None)
     monkeypatch.setattr(infir2.demo.stages, "write_report", lambda _, page: page)
     monkeypatch.setattr(infir2.demo.stages, "stage_table", lambda _: [row])
     assert main(["demo", str(tmp_path), "--json"]) == 0
@@ -95,7 +100,7 @@ def test_the_table_of_stages_as_json(
     assert (stage["stage"], stage["avg_at_k"], stage["k"]) == ("sft1", 0.5, 4)
     assert (stage["low"], stage["high"]) == (0.0, 1.0)
     assert stage["change"] is stage["change_interval"] is None
-    assert "of a stage" in output.err
+    assert "complete -" in output.err
 
 
 def test_each_stage_of_the_plan_parses_and_starts_from_the_one_before(tmp_path: Path) -> None:
@@ -122,10 +127,70 @@ def test_the_two_cpt_runs_differ_in_nothing_but_fp8(tmp_path: Path) -> None:
     assert {key for key in fp8["run"] if fp8["run"][key] != bf16["run"][key]} == {"dir"}
 
 
-def test_a_side_stage_leaves_the_cores_to_the_others(tmp_path: Path, monkeypatch) -> None:
-    told = "import os, time; time.sleep(0.5); print(os.nice(0))"
-    monkeypatch.setattr(Stage, "command", property(lambda _: [sys.executable, "-c", told]))
-    side = SideStages([Stage("side", (), after="data")], tmp_path)
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[BaseProcess]:
+    """The commands that a test starts, from a process that imports little."""
+    monkeypatch.setattr(commands, "IMPORTED", ("infir2.cli",))
+    commands.begin_imports()
+    processes: list[BaseProcess] = []
+
+    def start(*arguments: Any, **options: Any) -> BaseProcess:
+        processes.append(start_command(*arguments, **options))
+        return processes[-1]
+
+    start_command = commands.start_command
+    for module in (commands, infir2.demo.stages):
+        monkeypatch.setattr(module, "start_command", start)
+    return processes
+
+
+def test_a_side_stage_leaves_the_cores_to_the_others(
+    tmp_path: Path, started: list[BaseProcess]
+) -> None:
+    world = str(tmp_path / "world")
+    side = SideStages([Stage("side", ("data", "demo", "--to", world), after="data")], tmp_path)
     side.start_after("data")
-    side.wait()
-    assert int((tmp_path / "side.log").read_text()) == min(19, os.nice(0) + SIDE_NICENESS)
+    expected, niceness = min(19, os.nice(0) + SIDE_NICENESS), None
+    while started[0].is_alive() and niceness != expected:
+        niceness = os.getpriority(os.PRIO_PROCESS, started[0].pid or 0)
+    side.terminate()
+    assert niceness == expected
+
+
+def test_a_stage_that_fails_keeps_its_message_and_its_exit_code(
+    tmp_path: Path, started: list[BaseProcess]
+) -> None:
+    side = SideStages([Stage("side", ("sft", "absent.toml"), after="data")], tmp_path)
+    side.start_after("data")
+    with pytest.raises(UserError, match=r"side ended with code 2, .*side\.log") as error:
+        side.wait()
+    assert error.value.exit_code == 2
+    assert "absent.toml" in (tmp_path / "side.log").read_text()
+
+
+def test_a_command_ends_with_the_demo(
+    tmp_path: Path, started: list[BaseProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C reaches both; here the command ignores it."""
+    joins = iter([KeyboardInterrupt])
+
+    def join(process: BaseProcess, timeout: float | None = None) -> None:
+        for error in joins:
+            raise error
+        original(process, timeout)
+
+    original = BaseProcess.join
+    monkeypatch.setattr(BaseProcess, "join", join)
+    monkeypatch.setattr(commands, "_SECONDS_TO_STOP", 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        commands.run_command(("data", "demo", "--to", str(tmp_path / "world")), None)
+    assert started[0].exitcode == -signal.SIGTERM
+
+
+def test_what_is_imported_for_all_commands_is_there() -> None:
+    assert all(importlib.util.find_spec(name) for name in commands.IMPORTED)
+
+
+def test_only_the_data_is_written_without_torch(tmp_path: Path) -> None:
+    stages, side = plan(tmp_path, 5)
+    assert [s.name for s in [*stages, *side] if not s.needs_torch] == ["data"]
