@@ -26,7 +26,7 @@ from infir2.config.schema import ScheduleSection, TrainRecipe
 from infir2.numerics import SavedActivations
 from infir2.planner.gpus import find_gpu
 from infir2.planner.rows import Row
-from infir2.planner.step_time import HOST, PARTS, host_seconds, terms
+from infir2.planner.step_time import HOST, PARTS, POWER, host_seconds, terms
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PACKAGE = ROOT / "docs/results", ROOT / "infir2/planner"
@@ -61,6 +61,7 @@ PROFILES = {
         "norms, SwiGLU, RoPE, quantizers": 50.0,
     },
 }
+BUSY_WEIGHT = 2.0  # a profile of a whole step says more than its time, of which the host is part
 SPECIAL = {
     "7B, all parameters": ALL_OF_7B,
     "BF16": CASES["1.5B-8k"]["BF16"],
@@ -142,6 +143,30 @@ def scale_rows(path: Path) -> Iterator[Row]:
             yield replace(row, sizes=sizes, attention=attention)
 
 
+def graph_rows(path: Path) -> Iterator[Row]:
+    """Rows of a file of bench/host.py, of each case the last run that has it.
+
+    The peak is what the allocator reserves: of what a graph holds, little counts as allocated. The
+    first run has none, as its rows left memory behind.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for run in json.loads(path.read_text(encoding="utf-8")).values():
+        found |= {name: result for name, result in run.items() if isinstance(result, dict)}
+    for name, result in found.items():
+        group, kind = name.removesuffix(", graphs").split()
+        case = replace(CASES[group][kind], graphs=name.endswith("graphs"))
+        peak = result.get("reserved_gib" if case.graphs else "allocated_gib", 0.0)
+        row = row_of(path.name, name, "h200", case, {"total": result["step"], "peak_gib": peak})
+        yield replace(row, attention="flash")
+
+
+def busy_milliseconds() -> dict[str, float]:
+    """Milliseconds of a step in which a kernel runs, by the name of the row without graphs."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("graphs-*.json")]
+    results = [item for run in runs for measured in run.values() for item in measured.items()]
+    return {name: result["gpu"] for name, result in results if "host" in result}
+
+
 def sizes_of(layout: str) -> tuple[int, int, int, int]:
     """(dp_replicate, dp, cp, tp) of a layout's name, such as dp2-tp2 or hsdp2x4."""
     sizes = {"dp": 1, "cp": 1, "tp": 1, "hsdp": 1}
@@ -163,6 +188,8 @@ def all_rows() -> list[Row]:
         rows += step_rows(path)
     for path in sorted(RESULTS.glob("scale-*.json")):
         rows += scale_rows(path)
+    for path in sorted(RESULTS.glob("graphs-*.json")):
+        rows += graph_rows(path)
     return rows
 
 
@@ -174,7 +201,8 @@ def group_of(row: Row) -> tuple[Any, ...]:
 def fit(rows: Iterable[Row]) -> dict[str, float]:
     """All constants: those of the host by search, for each the others by least squares."""
     rows = list(rows)
-    grids = [[2.0], [*np.arange(7.0, 15.1)], [*np.arange(3.0, 9.1)]]
+    # Of one GPU and of graphs: inside the range that bench/host.py measured, as hosts differ.
+    grids = [[6.0], [3.0], [*np.arange(8.0, 13.1)], [*np.arange(4.0, 9.1)], [27.0], [18.0]]
     tried = (dict(zip(HOST, map(float, host), strict=True)) for host in itertools.product(*grids))
     return min((host | fit_gpu(rows, host) for host in tried), key=lambda c: loss(rows, c))
 
@@ -191,14 +219,18 @@ def loss(rows: list[Row], constants: dict[str, float]) -> float:
 def fit_gpu(rows: list[Row], host: dict[str, float]) -> dict[str, float]:
     """Constants by least squares of relative errors, none negative (those that would be are 0)."""
     groups = [group_of(row) for row in rows]
-    names = list(PARTS)
+    names, profiled = list(PARTS), busy_milliseconds()
     matrix, weights = [], []
     for row, group in zip(rows, groups, strict=True):
         features = terms(row.load(), find_gpu(row.gpu))
         waits = 1e3 * host_seconds(row.load(), find_gpu(row.gpu), host)
-        busy = max(row.milliseconds**2 - waits**2, (row.milliseconds / 2) ** 2) ** 0.5
-        matrix.append([1e3 * features[name] / busy for name in names])
-        weights.append(groups.count(group) ** -0.5)
+        busy = max(row.milliseconds**POWER - waits**POWER, 0.0) ** (1 / POWER)
+        # A step that waits for the host says little about the GPU.
+        matrix.append([1e3 * features[name] / max(busy, 1.0) for name in names])
+        weights.append(groups.count(group) ** -0.5 * (waits < 0.8 * row.milliseconds))
+        if measured := profiled.get(row.name):
+            matrix.append([1e3 * features[name] / measured for name in names])
+            weights.append(BUSY_WEIGHT)
         if row.update_ms > 0.1:
             matrix.append(
                 [1e3 * features[name] / row.update_ms * (name == "update") for name in names]
@@ -212,11 +244,12 @@ def fit_gpu(rows: list[Row], host: dict[str, float]) -> dict[str, float]:
     a, w = np.array(matrix), np.array(weights)
     # A weak pull to 1, the rates as measured alone, for what the rows do not tell apart.
     scale = 0.01 * np.sqrt(len(rows))
+    usual = [3.0 if name.endswith("kernels") else 1.0 for name in names]
     free = np.ones(len(names), dtype=bool)
     while True:
-        pull = scale * np.eye(len(names))[free]
+        pull = scale * np.eye(len(names))
         left = np.vstack([a * w[:, None], pull])[:, free]
-        right = np.concatenate([w, np.full(int(free.sum()), scale)])
+        right = np.concatenate([w, scale * np.array(usual)])
         found = np.linalg.lstsq(left, right, rcond=None)[0]
         if (found >= 0).all():
             break

@@ -89,6 +89,7 @@ class Case:
     moment_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     loss_chunk_tokens: int = 2048
+    graphs: bool = False
 
     @property
     def tokens(self) -> int:
@@ -109,7 +110,7 @@ class Case:
             data=DataSection(micro_batch_tokens=self.tokens),
             optimizer=OptimizerSection(moment_dtype=self.moment_dtype, grad_dtype=self.grad_dtype),
             schedule=ScheduleSection(learning_rate=1e-5),
-            train=TrainSection(loss_chunk_tokens=self.loss_chunk_tokens),
+            train=TrainSection(loss_chunk_tokens=self.loss_chunk_tokens, cuda_graphs=self.graphs),
         )
 
 

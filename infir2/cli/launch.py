@@ -231,15 +231,14 @@ def _check_urls(recipe: RlRecipe) -> None:
 def _check_gpus(rollout: RolloutSection, kind: str, layout: Layout) -> None:
     """Raise ConfigError if the servers need other GPUs than those that are requested."""
     from infir2.engines.ray_servers import check_size
-    from infir2.engines.servers import require_room
+    from infir2.engines.server_room import require_room
 
     if layout.engines and rollout.engine != "native":
         words = layout.engines, layout.gpus_per_engine
         check_size(*words, rollout.engines, rollout.tensor_parallel)
     elif not layout.engines:
-        if kind == "ray":  # which spreads any number over the nodes
-            rollout = rollout.model_copy(update={"engines": 1})
-        require_room(rollout, layout.ranks_per_node * layout.gpus_per_rank)
+        nodes = layout.nodes if kind == "ray" else 1  # Ray spreads the servers over the nodes
+        require_room(rollout, layout.ranks_per_node * layout.gpus_per_rank, nodes)
 
 
 def _recipe_arguments(command: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

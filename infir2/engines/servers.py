@@ -1,6 +1,5 @@
 """The servers of `[rollout]` as one pool: what each kind is, and what it must be to be used."""
 
-import math
 import os
 import shutil
 import urllib.parse
@@ -28,6 +27,7 @@ from infir2.engines.server_process import (
     ServerCommand,
     ServerProcess,
 )
+from infir2.engines.server_room import require_room
 from infir2.engines.sglang import SglangClient, sglang_command
 from infir2.engines.vllm import VllmClient
 from infir2.engines.vllm_command import vllm_command
@@ -116,25 +116,6 @@ def require_own_gpus(
             f"rollout.weight_transfer = nccl needs {needed} GPUs for the servers beside those of "
             f"the trainer's {ranks}, and here are {torch.cuda.device_count()}: set "
             "rollout.weight_transfer = directory, or use fewer ranks or servers."
-        )
-
-
-def require_room(rollout: RolloutSection, count: int) -> None:
-    """Raise ConfigError if the servers of a node need more memory than its `count` GPUs have."""
-    if not count or rollout.urls or rollout.engine not in ("sglang", "vllm"):
-        return
-    if rollout.tensor_parallel > count:
-        raise ConfigError(
-            f"rollout.tensor_parallel = {rollout.tensor_parallel} needs more GPUs than the {count} "
-            f"of a node; set rollout.tensor_parallel = {count} or less"
-        )
-    each = math.ceil(rollout.engines * rollout.tensor_parallel / count)
-    if each > 1 and each * (rollout.memory_fraction or 1) > 1:
-        raise ConfigError(
-            f"rollout.engines = {rollout.engines} of {rollout.tensor_parallel} GPUs would put "
-            f"{each} servers on one of the {count} GPUs of the first node, where all start: "
-            f"set rollout.engines = {max(1, count // rollout.tensor_parallel)}, or start the run "
-            "with infir2 launch ray, which spreads them over the nodes."
         )
 
 

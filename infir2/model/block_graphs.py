@@ -38,7 +38,7 @@ Rope = tuple[Tensor, Tensor]
 Run = Callable[[Tensor, Rope, AttentionContext], Tensor]
 
 _EAGER_BATCHES = 2  # micro-batches before the first capture: they compile and choose kernels
-_LEAST_FILLED = 0.75  # a micro-batch with fewer of its tokens runs eagerly, without padding
+LEAST_FILLED = 0.75  # a micro-batch with fewer of its tokens runs eagerly, without padding
 _LEAST_SEQUENCES, _TOKENS_OF_A_SEQUENCE = 64, 64  # more or shorter ones run eagerly
 
 
@@ -137,7 +137,7 @@ class BlockGraphs:
     def _fits(self, x: Tensor, context: AttentionContext) -> bool:
         if not isinstance(context, VarlenAttention) or not x.requires_grad:
             return False
-        is_full = _LEAST_FILLED * self._rows <= len(x) <= self._rows
+        is_full = LEAST_FILLED * self._rows <= len(x) <= self._rows
         return is_full and len(context.lengths) <= self._most_sequences
 
     def _padded(self, x: Tensor, inputs: _Inputs) -> Tensor:

@@ -104,7 +104,8 @@ def estimate(job: Job, sizes: Sizes, recompute: Recompute | None = None) -> Esti
     memory = gpu_ledger(job.config, recipe, sizes)
     seconds = step_seconds(load, job.gpu)
     if isinstance(recipe, RlRecipe):
-        memory |= _engine_memory(job, recipe) | server_bytes(recipe, job.gpu.memory_gib * GIB)
+        memory |= _engine_memory(job, recipe)
+        memory |= server_bytes(recipe, job.gpu.memory_gib * GIB, job.gpus, job.nodes)
         seconds["generation"] = _generation_seconds(job, recipe)
         # The trainer's log-probabilities of the responses: one forward of three passes.
         computing = ("GEMMs of the layers", "attention")

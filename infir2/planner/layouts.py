@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import get_args
 
+from infir2.errors import ConfigError
 from infir2.parallel.mesh import Sizes, tp_problem
 from infir2.planner.estimate import Estimate, Job, Recompute, estimate, with_fp8
-from infir2.train.plan import needs_one_process
+from infir2.train.plan import check_graphs, needs_one_process
 
 _CLOSE = 1.02  # times the shortest step: then the simpler layout is the better one
 
@@ -22,9 +23,19 @@ def candidates(job: Job) -> Iterator[Sizes]:
             rest, left = divmod(job.world, tp * cp)
             if left or not rest or tp * cp > job.gpus:
                 continue
-            for replicas in sorted({1, job.nodes}):
-                if rest % replicas == 0 and rest <= job.rows:
-                    yield Sizes(replicas, rest // replicas, cp, tp)
+            whole = job.world if tp * cp == 1 else 1
+            for replicas in sorted({1, job.nodes, whole}):
+                sizes = Sizes(replicas, rest // replicas, cp, tp)
+                if sizes.world == job.world and rest <= job.rows and _may_run(job, sizes):
+                    yield sizes
+
+
+def _may_run(job: Job, sizes: Sizes) -> bool:
+    try:
+        check_graphs(job.recipe, sizes)
+    except ConfigError:
+        return False
+    return True
 
 
 def best(job: Job) -> tuple[Estimate | None, list[Estimate]]:

@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, field
 from math import ceil
 from typing import Any
 
-from infir2.config.schema import RlRecipe, TrainRecipe
+from infir2.config.schema import RlRecipe, RolloutSection, TrainRecipe
 from infir2.data.sources import Source
+from infir2.engines.server_room import crowding
 from infir2.errors import ConfigError, UserError
 from infir2.model.memory import GIB
 from infir2.parallel.mesh import Sizes, check_model, plan_sizes
@@ -13,7 +14,7 @@ from infir2.planner.estimate import Estimate, Job, estimate
 from infir2.planner.gpus import Gpu, find_gpu, package_json
 from infir2.planner.layouts import best, fp8_gain, reasons
 from infir2.planner.model import mean_tokens, shape_of
-from infir2.train.plan import check_optimizer
+from infir2.train.plan import check_graphs, check_observer, check_optimizer
 
 MEASURED, MEASURED_GPUS = ("h100", "h200"), 2  # of one node; more were never measured
 
@@ -49,7 +50,7 @@ class Plan:
         if self.job.gpu not in map(find_gpu, MEASURED):
             return "medium", f"{base}; those were not on this GPU: take +-30 %"
         sizes = (self.chosen or self.written).sizes
-        if self.job.world > MEASURED_GPUS or sizes.tp * sizes.cp > 1:
+        if self.job.world > MEASURED_GPUS or sizes.tp * sizes.cp * sizes.dp_replicate > 1:
             return "medium", f"{base}; on two GPUs at most, sharded weights only: take +-25 %"
         return "high", base
 
@@ -70,7 +71,10 @@ def make_plan(recipe: TrainRecipe, gpu: Gpu, gpus: int, nodes: int, sample_token
     config, note = shape_of(recipe.model)
     sizes = plan_sizes(recipe.parallel, gpus * nodes)
     check_optimizer(recipe, sizes)
+    check_graphs(recipe, sizes)
+    check_observer(recipe, sizes)
     check_model(sizes, config, recipe.fp8.enabled)
+    crowded = _crowded(recipe.rollout, gpus, nodes) if isinstance(recipe, RlRecipe) else ""
     row_tokens, assumption = mean_tokens(recipe, sample_tokens)
     job = Job(config, recipe, gpu, gpus, nodes, row_tokens)
     written = estimate(job, sizes)
@@ -86,21 +90,16 @@ def make_plan(recipe: TrainRecipe, gpu: Gpu, gpus: int, nodes: int, sample_token
         steps=_steps(recipe, job),
         fp8_ratio=ratio,
         fp8_from_tokens=tokens,
-        notes=[text for text in (note, assumption, _crowded(recipe, gpus * nodes)) if text],
+        notes=[text for text in (note, assumption, crowded) if text],
     )
 
 
-def _crowded(recipe: TrainRecipe, gpus: int) -> str:
-    """A sentence if servers of the recipe need more GPUs than there are; else empty."""
-    if not isinstance(recipe, RlRecipe) or recipe.rollout.engine not in ("sglang", "vllm"):
+def _crowded(rollout: RolloutSection, gpus: int, nodes: int) -> str:
+    """What has to be said of the servers' room; empty if they fit the first node."""
+    if not crowding(rollout, gpus):
         return ""
-    count, size = recipe.rollout.engines, recipe.rollout.tensor_parallel
-    if count * size <= gpus:
-        return ""
-    return (
-        f"one server on a GPU: rollout.engines = {count} of {size} need {count * size} GPUs, set "
-        f"--rollout.engines={max(1, gpus // size)}"
-    )
+    spread = f"its {rollout.engines} servers are spread over the nodes by infir2 launch ray"
+    return crowding(rollout, gpus, nodes) or f"{spread}; any other launcher is refused"
 
 
 def _fp8(job: Job, sizes: Sizes) -> tuple[float, int]:

@@ -1,18 +1,17 @@
 """Seconds of a training step by part: the work of the step, over rates, times fitted constants.
 
 The host launches kernels while the GPU runs them, and each waits for the other in parts of a step:
-a step takes hypot(GPU's seconds, host's seconds), which met profiles of two GPUs within 2 %.
+a step takes (GPU's seconds^p + host's seconds^p)^(1/p). p was chosen with all rows in sight.
 
 The constants are fitted to the measured steps in measured.json by bench/calibrate.py, which writes
 constants.json and prints how well steps are met that the fit has not seen.
 """
 
 from collections.abc import Mapping
-from math import hypot
 
 from infir2.errors import ConfigError
 from infir2.planner.gpus import Gpu, package_json
-from infir2.planner.work import Load, Work, step_work
+from infir2.planner.work import Load, step_work
 
 # What is fitted, and the part of the step that it belongs to.
 PARTS = {
@@ -22,11 +21,18 @@ PARTS = {
     "attention": "attention",
     "traffic": "norms, SwiGLU, RoPE, quantizers",
     "pre-activations": "norms, SwiGLU, RoPE, quantizers",
+    "FP8 kernels": "starts of kernels",
+    "BF16 kernels": "starts of kernels",
     "update": "update",
     "NCCL": "communication",
 }
-HOST = ("host, one GPU", "host, sharded FP8", "host, sharded BF16")
-_OVERLAP = 0.8  # share of the computation under which NCCL's traffic between nodes can lie
+# Milliseconds of the host: with graphs of a step of one micro-batch, else a layer and pass.
+HOST = tuple(
+    f"host, {way} {of}" for way in ("plain", "sharded", "graphs") for of in ("FP8", "BF16")
+)
+POWER = 2.25  # 1: the GPU and the host take turns; infinite: neither waits for the other
+_UNALIGNED_HOST = 1.3  # times what a layer takes whose q, k and v are one matrix
+_OVERLAP = 0.8  # share of the computation under which traffic between GPUs can lie
 
 
 def terms(load: Load, gpu: Gpu) -> dict[str, float]:
@@ -47,6 +53,7 @@ def terms(load: Load, gpu: Gpu) -> dict[str, float]:
         "attention": attention / 1e12,
         "traffic": work.traffic / memory,
         "pre-activations": work.pre_activation_traffic / memory,
+        "FP8 kernels" if fp8 else "BF16 kernels": 1e-6 * work.kernels,
         "update": work.update_traffic / memory,
         "NCCL": (work.shard_bytes + work.tensor_bytes) / (gpu.link_gb_s * 1e9),
     }
@@ -60,26 +67,44 @@ def step_seconds(
     parts = dict.fromkeys(PARTS.values(), 0.0)
     for name, seconds in terms(load, gpu).items():
         parts[PARTS[name]] += constants[name] * seconds
-    work = step_work(load)
-    parts["communication"] += _between_nodes(load, work, gpu, sum(parts.values()))
-    busy = sum(parts.values())
-    parts["waiting for the host"] = hypot(busy, host_seconds(load, gpu, constants)) - busy
+    parts["communication"] += _waits_for_gpus(load, gpu, constants["NCCL"], sum(parts.values()))
+    busy, host = sum(parts.values()), host_seconds(load, gpu, constants)
+    parts["waiting for the host"] = (busy**POWER + host**POWER) ** (1 / POWER) - busy
     return {name: seconds for name, seconds in parts.items() if seconds}
 
 
 def host_seconds(load: Load, gpu: Gpu, constants: Mapping[str, float]) -> float:
-    """The host's own time of a step: milliseconds a layer and pass, where a launch takes 40 us."""
+    """The host's own time of a step, where a launch takes 40 us as on the measured machines."""
+    rate, precision = 1e-3 * gpu.launch_us / 40, "FP8" if load.recipe.fp8.enabled else "BF16"
+    if load.uses_graphs:  # half of it is the update's
+        return rate * constants[f"host, graphs {precision}"] * (1 + load.micro_batches) / 2
     is_sharded = load.sizes.num_shards * load.sizes.tp > 1  # replicas launch what one GPU does
-    sharded = HOST[1] if load.recipe.fp8.enabled else HOST[2]
-    milliseconds = constants[sharded if is_sharded else HOST[0]]
-    return 1e-3 * milliseconds * step_work(load).layer_passes * gpu.launch_us / 40
+    each = constants[f"host, {'sharded' if is_sharded else 'plain'} {precision}"]
+    aligned = 1.0 if load.is_aligned else _UNALIGNED_HOST
+    return rate * each * aligned * step_work(load).layer_passes
 
 
-def _between_nodes(load: Load, work: Work, gpu: Gpu, computing: float) -> float:
-    """Seconds for which a step waits for the network between nodes. Not measured, not fitted."""
-    if load.nodes == 1:
-        return 0.0
-    sharded_over_nodes = load.sizes.dp_replicate < load.nodes
-    num_bytes = work.replica_bytes + (work.shard_bytes if sharded_over_nodes else 0.0)
-    transfer = num_bytes / (gpu.network_gb_s * 1e9)
+def _waits_for_gpus(load: Load, gpu: Gpu, nccl: float, computing: float) -> float:
+    """Seconds for which a step waits for replicas, and for shards of other nodes.
+
+    Not measured. Shards lie under the whole step, replicas' gradients under the last backward; but
+    replicas of whole weights sum them in one collective after it.
+    """
+    work, sizes = step_work(load), load.sizes
+    shards = work.shard_bytes if sizes.dp_replicate < load.nodes else 0.0
+    replicas = nccl * work.replica_bytes / _replica_bandwidth(load, gpu)
+    if sizes.num_shards > 1:
+        replicas = _exposed(replicas, 2 / 3 * computing / load.micro_batches)
+    return replicas + _exposed(shards / (gpu.network_gb_s * 1e9), computing)
+
+
+def _exposed(transfer: float, computing: float) -> float:
     return max(0.27 * transfer, transfer - _OVERLAP * computing)
+
+
+def _replica_bandwidth(load: Load, gpu: Gpu) -> float:
+    """Bytes a second of a GPU; all replicas in a node share their network links."""
+    if load.nodes == 1:
+        return gpu.link_gb_s * 1e9
+    in_a_node = max(1.0, load.sizes.dp_replicate / load.nodes)
+    return min(gpu.link_gb_s, gpu.network_gb_s * in_a_node) * 1e9

@@ -9,10 +9,14 @@ from typing import Literal
 
 from infir2.config.schema import TrainRecipe
 from infir2.model import ModelConfig
+from infir2.model.block_graphs import LEAST_FILLED
 from infir2.parallel.mesh import Sizes
-from infir2.preflight.gpu_memory import linear_parameters, num_parameters
+from infir2.preflight.gpu_memory import are_blocks_aligned, linear_parameters, num_parameters
+from infir2.train.plan import uses_graphs
 
 Attention = Literal["flash", "torch"]
+# Kernels of a layer and pass (docs/results/scale.md); in FP8 more if q, k and v are three matrices.
+_KERNELS_BF16, _KERNELS_FP8, _KERNELS_UNALIGNED = 55, 62, 100
 # Bytes that AdamW reads and writes per parameter, the norm of the gradients among them.
 _MOMENT_TRAFFIC = {"fp32": 16, "bf16": 8, "fp8": 4}
 
@@ -43,6 +47,17 @@ class Load:
         """Tokens of a pass that one GPU computes."""
         return self.tokens / (self.sizes.cp * self.sizes.tp)
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether q, k and v are one matrix."""
+        return not self.recipe.fp8.enabled or are_blocks_aligned(self.config)
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether the blocks run as CUDA graphs, which less filled micro-batches do not."""
+        is_full = self.tokens >= LEAST_FILLED * self.recipe.data.micro_batch_tokens
+        return is_full and uses_graphs(self.recipe, self.sizes, self.config.num_parameters)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -61,6 +76,7 @@ class Work:
     replica_bytes: float
     tensor_bytes: float
     layer_passes: float
+    kernels: float
 
 
 def step_work(load: Load) -> Work:
@@ -73,6 +89,7 @@ def step_work(load: Load) -> Work:
     swiglu = recipe.model.pre_activation_dtype == "fp8"
     gate_up = 8 * config.ffn_size * config.num_layers * tokens
     shard, replica, tensor = _communication(load)
+    layer_passes = config.num_layers * load.micro_batches * passes / 3
     return Work(
         layer_flops=2.0 * tokens * linear * passes,
         head_flops=6.0 * tokens * head,
@@ -83,8 +100,15 @@ def step_work(load: Load) -> Work:
         shard_bytes=shard,
         replica_bytes=replica,
         tensor_bytes=tensor,
-        layer_passes=config.num_layers * load.micro_batches * passes / 3,
+        layer_passes=layer_passes,
+        kernels=layer_passes * _layer_kernels(load),
     )
+
+
+def _layer_kernels(load: Load) -> int:
+    if not load.is_aligned:
+        return _KERNELS_UNALIGNED
+    return _KERNELS_FP8 if load.recipe.fp8.enabled else _KERNELS_BF16
 
 
 def _layer_traffic(load: Load) -> float:

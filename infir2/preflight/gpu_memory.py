@@ -6,12 +6,17 @@ with the allocator's (docs/results).
 """
 
 from infir2.config.schema import RlRecipe, TrainRecipe
+from infir2.engines.server_room import servers_on_a_gpu, starts_servers
 from infir2.model import ModelConfig
+from infir2.numerics.formats import GROUP
 from infir2.parallel.mesh import Sizes
+from infir2.train.plan import uses_graphs
 
 _SCALE, _EXPONENT = 4 / 128, 1 / 128  # bytes per code: of a 1x128 scale, and of its exponent only
 _MOMENTS_BYTES = {"fp32": 8.0, "bf16": 4.0, "fp8": 2 + 2 * _SCALE}
-_LOGIT_BYTES = 6  # FP32 logits and BF16 gradient
+# Of a chunk of the loss: FP32 logits and their BF16 gradient, and those of the chunk before, which
+# live until they are replaced.
+_LOGIT_BYTES, _LOGIT_BYTES_OF_SEVERAL_CHUNKS = 6, 10
 
 
 def pass_tokens(recipe: TrainRecipe) -> int:
@@ -22,15 +27,18 @@ def pass_tokens(recipe: TrainRecipe) -> int:
     return tokens
 
 
-def server_bytes(recipe: TrainRecipe, gpu_bytes: float) -> dict[str, int]:
-    """RL only: what servers on the trainer's own GPUs keep of each while it trains."""
+def server_bytes(
+    recipe: TrainRecipe, gpu_bytes: float, gpus: int, nodes: int = 1
+) -> dict[str, int]:
+    """RL only: what servers on the trainer's own `gpus` of a node keep of each while it trains."""
     if not isinstance(recipe, RlRecipe):
         return {}
     rollout = recipe.rollout
-    is_apart = bool(rollout.urls) or rollout.weight_transfer == "nccl"
-    if rollout.engine not in ("sglang", "vllm") or is_apart or rollout.sleep:
+    is_apart = rollout.weight_transfer == "nccl" or rollout.sleep
+    if is_apart or not starts_servers(rollout):
         return {}
-    return {"servers": int(rollout.memory_fraction * gpu_bytes)}
+    each = servers_on_a_gpu(rollout, gpus, nodes) or 1
+    return {"servers": int(each * rollout.memory_fraction * gpu_bytes)}
 
 
 def gpu_ledger(
@@ -41,11 +49,13 @@ def gpu_ledger(
     Args:
         config: the model.
         recipe: micro-batch size, recomputation, dtypes of gradients and moments.
-        sizes: the mesh; None for one process.
+        sizes: the mesh; None for one process. Replicas that hold the whole model need what one
+            process does.
 
-    Example: Qwen2.5-1.5B, FP8, 16,384 tokens in a micro-batch: 63 GiB in total.
+    Example: Qwen2.5-1.5B, FP8, 16,384 tokens in a micro-batch: 50 GiB in total.
     """
-    if sizes and sizes.world > 1:
+    sizes = sizes or Sizes()
+    if sizes.num_shards * sizes.tp > 1:
         return _sharded_ledger(config, recipe, sizes)
     linear, total = linear_parameters(config), num_parameters(config)
     head = config.vocab_size * config.hidden_size
@@ -57,11 +67,28 @@ def gpu_ledger(
         "FP8 copies" if fp8.enabled else "BF16 copies": copies * linear + 2 * head,
         "optimizer": int(moments * total),
     }
-    return parts | _backward_peak(config, recipe, total, head)
+    if uses_graphs(recipe, sizes, config.num_parameters):
+        return parts | _peak_with_graphs(config, recipe, linear + head)
+    return parts | _backward_peak(config, recipe, total, head, sizes.num_data)
+
+
+def _peak_with_graphs(config: ModelConfig, recipe: TrainRecipe, gradients: int) -> dict[str, int]:
+    """With the blocks as CUDA graphs, whose pool of memory nothing else may use between steps.
+
+    It holds the blocks' gradients, all activations, the working memory of a layer, inputs and
+    outputs: the head's logits come on top.
+    """
+    tokens, d = pass_tokens(recipe), config.hidden_size
+    gradient = 4 if recipe.optimizer.grad_dtype == "fp32" else 2
+    activations = tokens * (_saved_bytes(config, recipe) + 6 * d)
+    parts = _moment(gradient * gradients, activations, logits_bytes(config, recipe, tokens))
+    # States, their gradients and outputs in BF16; cosines and sines in FP32.
+    held = layer_bytes(config, recipe)[1] + 4 * 2 * d + 4 * config.head_dim
+    return parts | {"CUDA graphs": tokens * held}
 
 
 def _backward_peak(
-    config: ModelConfig, recipe: TrainRecipe, total: int, head: int
+    config: ModelConfig, recipe: TrainRecipe, total: int, head: int, num_data: int
 ) -> dict[str, int]:
     """The larger of two moments of the backward, in bytes.
 
@@ -70,7 +97,7 @@ def _backward_peak(
     """
     tokens = pass_tokens(recipe)
     gradient = 4 if recipe.optimizer.grad_dtype == "fp32" else 2
-    first = gradient * (total if accumulates(recipe) else head)
+    first = gradient * (total if accumulates(recipe, num_data) else head)
     working = tokens * layer_bytes(config, recipe)[1]
     start_working = max(logits_bytes(config, recipe, tokens), working)
     saved = tokens * _saved_bytes(config, recipe)
@@ -90,8 +117,10 @@ def accumulates(recipe: TrainRecipe, num_data: int = 1) -> bool:
 
 
 def logits_bytes(config: ModelConfig, recipe: TrainRecipe, tokens: int) -> int:
-    """Logits of one chunk of the loss and their gradient."""
-    return min(recipe.train.loss_chunk_tokens, tokens) * config.vocab_size * _LOGIT_BYTES
+    """Logits of a chunk of the loss and their gradient."""
+    chunk = recipe.train.loss_chunk_tokens
+    each = _LOGIT_BYTES if tokens <= chunk else _LOGIT_BYTES_OF_SEVERAL_CHUNKS
+    return min(chunk, tokens) * config.vocab_size * each
 
 
 def _saved_bytes(config: ModelConfig, recipe: TrainRecipe) -> int:
@@ -172,7 +201,9 @@ def layer_bytes(config: ModelConfig, recipe: TrainRecipe) -> tuple[int, int]:
     if not is_selective:
         shares_exponents = is_fp8_activation and fp8.enabled and fp8.scale_format == "pow2"
         swiglu = f * (1 + _EXPONENT if shares_exponents else code)
-    norms = 0 if is_selective or (fp8.enabled and fp8.scale_format == "fp32") else 2 * d * code
+    norms = 0.0 if is_selective or (fp8.enabled and fp8.scale_format == "fp32") else 2 * d * code
+    if fp8.enabled and not are_blocks_aligned(config):
+        norms += 2 * d * code  # q, k and v quantize their input each
     log_sum_exp_and_rms = 4 * config.num_heads + 8
     streams = 2 * (2 * d) + 2 * qkv + 2 * attention_output
     saved = streams + log_sum_exp_and_rms + norms + gate_up + swiglu
@@ -180,6 +211,12 @@ def layer_bytes(config: ModelConfig, recipe: TrainRecipe) -> tuple[int, int]:
     # the residual stream.
     working = 2 * f + 2 * f * (2 * code if fp8.enabled else 2) + f * code + 6 * d
     return int(saved), int(working)
+
+
+def are_blocks_aligned(config: ModelConfig) -> bool:
+    """Whether q, k and v are one FP8 matrix: their rows end where a block of 128 does."""
+    heads = (config.num_heads, config.num_kv_heads)
+    return all(number * config.head_dim % GROUP == 0 for number in heads)
 
 
 def linear_parameters(config: ModelConfig) -> int:

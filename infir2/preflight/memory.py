@@ -28,7 +28,7 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> Findin
     device = device_of(recipe.run)
     parts, available = memory_parts(recipe, model, device.type, sizes), device_memory(device)
     if device.type == "cuda" and not _have_spare_gpus(recipe, sizes):
-        parts |= server_bytes(recipe, available)
+        parts |= server_bytes(recipe, available, torch.cuda.device_count())
     total = sum(parts.values())
     if total <= available:
         parts |= _cache_part(recipe, model, available - total)

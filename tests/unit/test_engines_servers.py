@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 
 from infir2.config.schema import RlRecipe, RolloutSection
 from infir2.engines.remote import ServerInfo
+from infir2.engines.server_room import crowding, require_room, servers_on_a_gpu
 from infir2.engines.servers import (
     _hosts,
     check_info,
     gpus_of,
     require_own_gpus,
-    require_room,
     weight_directory,
 )
 from infir2.errors import ConfigError
@@ -108,6 +108,16 @@ def test_servers_do_not_crowd_the_first_node() -> None:
     with pytest.raises(ConfigError, match="put 2 servers"):
         require_room(rollout.model_copy(update={"engines": 4, "memory_fraction": 0.0}), 8)
     require_room(rollout.model_copy(update={"engines": 2, "memory_fraction": 0.0}), 8)
+
+
+def test_servers_that_leave_gpus_over_share_the_others() -> None:
+    """Two servers of three GPUs fill eight: the fifth is the third on the first's GPUs."""
+    rollout = RolloutSection(engine="vllm", engines=5, tensor_parallel=3, memory_fraction=0.5)
+    assert servers_on_a_gpu(rollout, 8) == 3
+    assert "put 3 servers" in crowding(rollout, 8)
+    assert servers_on_a_gpu(rollout, 8, nodes=3) == 1
+    assert not crowding(rollout, 8, nodes=3)
+    assert "set rollout.engines = 4" in crowding(rollout.model_copy(update={"engines": 9}), 8, 2)
 
 
 def test_nccl_needs_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

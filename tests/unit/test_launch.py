@@ -63,6 +63,16 @@ def test_crowded_servers_are_refused_before_a_job_is_queued(
     assert "put 4 servers on one of the 8 GPUs of the first node" in capsys.readouterr().err
 
 
+def test_ray_is_refused_more_servers_than_its_nodes_have_room_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As `infir2 plan` says: two nodes have four places for the nine."""
+    words = ["launch", "ray", "--gpus-per-node", "8", "--nodes", "2", "--", "rl"]
+    recipe = str(RECIPES.parent / "qwen2.5-7b/rl1.toml")
+    assert main([*words, recipe, "--rollout.engines=9"]) == 2
+    assert "put 3 servers on one of the nodes' GPUs" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("recipes")
 def test_torchrun_on_one_node_and_on_many(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -3,16 +3,25 @@
 import json
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from infir2.cli import main
 from infir2.config import load
-from infir2.config.schema import RlRecipe
+from infir2.config.schema import RlRecipe, TrainRecipe
+from infir2.engines.server_room import require_room
+from infir2.errors import ConfigError
+from infir2.parallel.mesh import Sizes
+from infir2.planner.estimate import Job
 from infir2.planner.gpus import find_gpu, package_json
+from infir2.planner.layouts import candidates
+from infir2.planner.model import shape_of
 from infir2.planner.rows import Row, measured_rows
+from infir2.planner.step_time import step_seconds
+from infir2.planner.work import Load, step_work
+from infir2.preflight.gpu_memory import gpu_ledger, num_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -154,11 +163,108 @@ def test_fp8_is_set_against_bf16_and_needs_hopper(capsys: pytest.CaptureFixture[
     assert a100["written"]["step_seconds"] > 2 * bf16["written"]["step_seconds"]
 
 
+def test_graphs_free_a_small_model_from_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [RECIPES / "qwen2.5-1.5b/cpt.toml", "--gpu=h200", "--model.path=Qwen2.5-0.5B"]
+    words += ["--data.micro_batch_tokens=8192", "--data.sequence_tokens=8192"]
+    auto, on, off = (
+        plan_json(capsys, *words, f"--train.cuda_graphs={value}")["written"]
+        for value in ("auto", "true", "false")
+    )
+    assert auto == on
+    assert on["step_seconds"] < 0.7 * off["step_seconds"]
+    assert on["seconds"]["waiting for the host"] < 0.1 * on["step_seconds"]
+    assert on["memory_bytes"]["CUDA graphs"] > 0
+    assert on["memory_bytes"]["gradients"] >= off["memory_bytes"]["gradients"]
+    assert "CUDA graphs" not in off["memory_bytes"]
+
+
+def test_a_micro_batch_that_is_not_full_runs_without_graphs() -> None:
+    row = next(row for row in ROWS if row.name == "0.5B-8k BF16, graphs")
+    assert row.load().uses_graphs
+    assert not replace(row.load(), tokens=6000).uses_graphs
+
+
+def test_a_plan_recommends_no_layout_that_the_recipe_refuses() -> None:
+    recipe = load(TrainRecipe, [RECIPES / "qwen2.5-1.5b/cpt.toml"], ["--train.cuda_graphs=true"])
+    job = Job(shape_of(recipe.recipe.model)[0], recipe.recipe, find_gpu("h200"), 8, 1, 8192)
+    assert list(candidates(job)) == [Sizes(dp_replicate=8)]
+
+
+def replicas_load(sizes: Sizes, nodes: int = 1, micro_batches: int = 1) -> Load:
+    row = next(row for row in ROWS if row.name == "1.5B-8k FP8")
+    return replace(row.load(), sizes=sizes, nodes=nodes, micro_batches=micro_batches)
+
+
+def test_whole_replicas_wait_for_one_collective_after_the_backward() -> None:
+    gpu, constants = find_gpu("h200"), package_json("constants.json")["constants"]
+    load = replicas_load(Sizes(dp_replicate=4))
+    gradients = 4 * num_parameters(load.config)
+    seconds = constants["NCCL"] * 2 * gradients * 3 / 4 / (gpu.link_gb_s * 1e9)
+    for micro_batches in (1, 16):
+        found = step_seconds(replicas_load(load.sizes, 1, micro_batches), gpu)["communication"]
+        assert found == pytest.approx(seconds)
+    over_nodes = step_seconds(replicas_load(load.sizes, nodes=4), gpu)["communication"]
+    assert over_nodes == pytest.approx(seconds * gpu.link_gb_s / gpu.network_gb_s)
+    two_a_node = step_seconds(replicas_load(load.sizes, nodes=2), gpu)["communication"]
+    assert two_a_node == pytest.approx(over_nodes / 2)
+    assert "communication" not in step_seconds(replicas_load(Sizes()), gpu)
+
+
+def test_replicas_of_shards_send_gradients_under_the_backward() -> None:
+    gpu = find_gpu("h200")
+    one, two = (
+        step_seconds(replicas_load(Sizes(dp_replicate=n, dp=4)), gpu)["communication"]
+        for n in (1, 2)
+    )
+    replicas = step_work(replicas_load(Sizes(dp_replicate=2, dp=4))).replica_bytes
+    assert 0 < two - one < replicas / (gpu.link_gb_s * 1e9)
+
+
+def test_whole_replicas_have_the_memory_of_one_gpu() -> None:
+    load = replicas_load(Sizes())
+    one = gpu_ledger(load.config, load.recipe)
+    assert gpu_ledger(load.config, load.recipe, Sizes(dp_replicate=8)) == one
+
+
+@pytest.mark.parametrize("options", [
+    "--rollout.urls=http://a:1,http://b:1",
+    "--rollout.engines=4",
+    "--rollout.engines=8",
+    "--rollout.engines=4 --rollout.memory_fraction=0",
+    "--rollout.engines=1 --rollout.tensor_parallel=16",
+])  # fmt: skip
+def test_a_plan_and_a_start_agree_on_the_room_of_servers(
+    options: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = RECIPES / "qwen2.5-7b/rl1.toml"
+    words = options.split()
+    if "urls" in options:
+        words += ["--rollout.engines=1", "--rollout.tensor_parallel=1", "--rollout.python="]
+        words += ["--rollout.memory_fraction=0", "--rollout.server_options="]
+    rollout = load(RlRecipe, [path], words).recipe.rollout
+    try:
+        require_room(rollout, 8)
+        refusal = ""
+    except ConfigError as error:
+        refusal = str(error).rstrip(".")
+    said = plan_json(capsys, path, "--gpu=h100", "--gpus=8", *words)["assumptions"]
+    assert (refusal in said) == bool(refusal)
+    assert any("rollout.engines" in note for note in said) == ("rollout.engines" in refusal)
+
+
+def test_two_servers_on_a_gpu_take_twice_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [RECIPES / "qwen2.5-7b/rl1.toml", "--gpu=h100", "--gpus=8"]
+    two, four = (plan_json(capsys, *words, f"--rollout.engines={n}")["written"] for n in (2, 4))
+    assert four["memory_bytes"]["servers"] == 2 * two["memory_bytes"]["servers"]
+    assert not four["fits"]
+
+
 def test_how_sure_a_plan_is(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = RECIPES / "qwen2.5-1.5b/cpt.toml"
     levels = {
         ("--gpu=h100",): "high",
         ("--gpu=h200", "--gpus=8"): "medium",
+        ("--gpu=h200", "--gpus=2", "--parallel.dp_replicate=2"): "medium",
         ("--gpu=h200", "--gpus=8", "--nodes=2"): "low",
         ("--gpu=a100", "--fp8.enabled=false"): "low",
     }
@@ -195,6 +301,8 @@ def test_rates_of_another_gpu_are_read_from_a_file(
         ("--gpu=h100 --gpus=8 --parallel.tp=3", "= 3 does not divide the 8 processes"),
         ("--gpu=h100 --gpus=8 --parallel.tp=8", "the nearest sizes that work for this model: 2"),
         ("--gpu=h100 --gpus=2 --optimizer.moment_dtype=fp8", "need one process, not 2"),
+        ("--gpu=h100 --gpus=2 --train.cuda_graphs=true", "needs a whole model on each GPU"),
+        ("--gpu=h100 --gpus=2 --train.observe_every=5", "needs one process, not 2"),
         ("--gpu=a100", "A100 80GB has no block-scaled FP8"),
         ("--gpu=h100 --model.path=models/gpt2", "its name is none of qwen2.5-0.5b"),
         ("--gpu=h100 --gpu-count=8", "--gpu-count=8 is not an option of infir2 plan"),
@@ -238,7 +346,8 @@ def test_a_plan_says_which_variables_it_used(
     assert main(words) == 0
     said = capsys.readouterr()
     assert "NUM_ROLLOUT sets schedule.total_steps to '136'" in said.err
-    assert "rollout.engines = 8 of 4 need 32 GPUs, set --rollout.engines=2" in said.out
+    assert "rollout.engines = 8 of 4 GPUs would put 4 servers on one" in said.out
+    assert "set rollout.engines = 2" in said.out
     assert "rollout.engines" not in plan(capsys, *words[1:], "--nodes=4")
 
 
