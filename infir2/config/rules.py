@@ -303,7 +303,7 @@ def _objective(rl: RlSection) -> list[Rule]:
         (
             rl.loss not in LOSSES and not re.fullmatch(r"[\w.]+:\w+", rl.loss),
             "rl.loss",
-            f"= {rl.loss!r} is unknown; {near[0]}? Or name package.module:function.",
+            f"= {rl.loss!r} is unknown; did you mean {near[0]}? Or name package.module:function.",
         ),
         (
             0 < rl.clip_dual <= 1,

@@ -73,6 +73,8 @@ class Preflight:
         checks |= {"model": self.model}
         if self.verb in ("rl", "eval") and not self._train_only:
             checks |= {"verifier": self.verifier, "jail": self.jail}
+        if self.verb == "rl":
+            checks |= {"objective": self.objective}
         if self.verb == "rl" and not self._train_only:
             checks |= {"engine": self.engine, "rewards": self.rewards}
         if self.verb == "eval":
@@ -159,6 +161,12 @@ class Preflight:
         from infir2.preflight.verifiers import check_jail
 
         return check_jail()
+
+    def objective(self) -> Finding:
+        """A loss of one's own can be imported, and the reference has the policy's shape."""
+        from infir2.preflight.objective import check_objective
+
+        return check_objective(self.recipe.rl, self._require_model().config)
 
     def engine(self) -> Finding:
         """The engine's model exists, with the trainer's scale format and shapes."""

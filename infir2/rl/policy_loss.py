@@ -82,7 +82,9 @@ def find_objective(name: str) -> Objective:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the module may raise anything
-        raise ConfigError(f"rl.loss: {name} cannot be imported: {error!r}") from error
+        raise ConfigError(
+            f"rl.loss: {name} cannot be imported ({error!r}): fix it, or set PYTHONPATH"
+        ) from error
     if not callable(function):
         raise ConfigError(f"rl.loss: {name} is no function")
     objective: Objective = function

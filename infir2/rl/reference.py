@@ -1,6 +1,6 @@
 """The reference policy: a frozen model beside the trainer's, for the KL term of the loss."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,8 +8,8 @@ import torch
 from infir2.config.paths import check_model_directory
 from infir2.config.schema import RlSection
 from infir2.data import Batch
-from infir2.errors import ConfigError
 from infir2.model import Decoder, ModelConfig
+from infir2.preflight.objective import require_shape
 from infir2.train.trainer import score_batch
 
 
@@ -31,7 +31,7 @@ class ReferencePolicy:
         directory that cannot be read."""
         check_model_directory("rl.reference", rl.reference)
         model = Decoder.from_hf(Path(rl.reference), compute_dtype=compute_dtype)
-        _check_shape(rl.reference, model.config, policy)
+        require_shape(rl.reference, model.config, policy)
         self._model = model.to(device).eval().requires_grad_(False)
         self._temperature, self._chunk_tokens = rl.temperature, loss_chunk_tokens
 
@@ -43,13 +43,3 @@ class ReferencePolicy:
         scores = score_batch(self._model, plain, self._temperature, self._chunk_tokens)
         values[batch.loss_mask] = scores.logprobs.cpu()
         return replace(batch, token_inputs=batch.token_inputs | {"reference_logprobs": values})
-
-
-def _check_shape(path: str, reference: ModelConfig, policy: ModelConfig) -> None:
-    for field in fields(policy):
-        ours, theirs = getattr(policy, field.name), getattr(reference, field.name)
-        if not field.name.endswith("_token_id") and ours != theirs:
-            raise ConfigError(
-                f"rl.reference: {path} has {field.name} = {theirs}, and the policy {ours}; name an "
-                "export of the same model."
-            )

@@ -32,6 +32,7 @@ from infir2.engines.types import Completion
 from infir2.errors import ConfigError
 from infir2.model import ModelConfig
 from infir2.parallel.ranks import Ranks
+from infir2.preflight.objective import check_objective
 from infir2.rl.dynamic_sampling import Rollouts
 from infir2.rl.groups import Group, Response, training_samples
 from infir2.rl.journal import Journal
@@ -139,15 +140,27 @@ def test_a_reference_of_another_shape_is_refused(start: Path) -> None:
     other = replace(policy, num_layers=policy.num_layers + 1)
     with pytest.raises(ConfigError, match=r"rl\.reference: .* has num_layers = "):
         ReferencePolicy(rl, other, torch.float32, torch.device("cpu"), 64)
+    with pytest.raises(ConfigError, match=r"rl\.reference: .* has num_layers = "):
+        check_objective(rl, other)
+    assert check_objective(rl, policy).detail == f"grpo, KL to {start / 'fp8'}"
 
 
 @pytest.mark.parametrize(
-    ("values", "sentence"),
+    ("values", "sentence", "checked"),
     [
-        ({"rl__loss": "no_module:f"}, "rl.loss: no_module:f cannot be imported"),
-        ({"rl__loss": "grop"}, "rl.loss = 'grop' is unknown; grpo?"),
-        ({"rl__reference": "nowhere", "rl__kl_coefficient": 0.1}, "rl.reference"),
-        ({"rl__kl_coefficient": 0.1}, "rl.reference is missing"),
+        (
+            {"rl__loss": "no_module:f"},
+            "rl.loss: no_module:f cannot be imported (",
+            "FAIL  objective  rl.loss: the process that checks answers cannot start "
+            "(ModuleNotFoundError: No module named 'no_module'); install or fix the module of no_",
+        ),
+        ({"rl__loss": "grop"}, "rl.loss = 'grop' is unknown; did you mean grpo?", ""),
+        (
+            {"rl__reference": "nowhere", "rl__kl_coefficient": 0.1},
+            "rl.reference: nowhere does not exist",
+            "FAIL  objective  rl.reference: nowhere does not exist",
+        ),
+        ({"rl__kl_coefficient": 0.1}, "rl.reference is missing", ""),
     ],
 )
 def test_a_loss_that_cannot_be_is_one_sentence(
@@ -157,11 +170,16 @@ def test_a_loss_that_cannot_be_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
     values: dict[str, object],
     sentence: str,
+    checked: str,
 ) -> None:
-    assert main(words(world, start, tmp_path / "rl", **values)) == 2
+    arguments = words(world, start, tmp_path / "rl", **values)
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error
+    assert main(["check", *arguments]) == (1 if checked else 2)
+    said = capsys.readouterr()
+    assert (checked or sentence) in said.out + said.err
 
 
 def test_truncated_responses_are_not_trained_and_still_count() -> None:
