@@ -45,6 +45,13 @@ class Job:
         return data.batch_samples or max(1, data.batch_sequences)
 
     @property
+    def length(self) -> float:
+        """Tokens that attend to each other: of a row, which only windows and samples cut."""
+        if isinstance(self.recipe, RlRecipe):
+            return self.row_tokens
+        return min(self.row_tokens, self.recipe.data.sequence_tokens)
+
+    @property
     def step_tokens(self) -> float:
         """Tokens of an optimizer step on all GPUs."""
         windows = not isinstance(self.recipe, RlRecipe) and not self.recipe.data.batch_samples
@@ -95,7 +102,7 @@ def estimate(job: Job, sizes: Sizes, recompute: Recompute | None = None) -> Esti
         config=job.config,
         recipe=recipe,
         tokens=round(per_rank / micro_batches),
-        length=round(min(job.row_tokens, recipe.data.sequence_tokens)),
+        length=round(job.length),
         sizes=sizes,
         nodes=job.nodes,
         micro_batches=micro_batches,
@@ -106,11 +113,21 @@ def estimate(job: Job, sizes: Sizes, recompute: Recompute | None = None) -> Esti
     if isinstance(recipe, RlRecipe):
         memory |= _engine_memory(job, recipe)
         memory |= server_bytes(recipe, job.gpu.memory_gib * GIB, job.gpus, job.nodes)
-        seconds["generation"] = _generation_seconds(job, recipe)
-        # The trainer's log-probabilities of the responses: one forward of three passes.
-        computing = ("GEMMs of the layers", "attention")
-        seconds["log-probabilities"] = sum(seconds[part] for part in computing) / 3
+        seconds = _rl_seconds(job, recipe, seconds)
     return Estimate(sizes, chosen, micro_batches, memory, seconds)
+
+
+def _rl_seconds(job: Job, recipe: RlRecipe, training: dict[str, float]) -> dict[str, float]:
+    """Seconds of a step by part; `training` is one pass over its responses."""
+    forwards = 1 + bool(recipe.rl.reference)
+    backward = 3 if recipe.model.recompute == "full" else 2  # in forwards, as the GEMMs take
+    computing = training["GEMMs of the layers"] + training["attention"]
+    seconds = {part: recipe.rl.passes * each for part, each in training.items()}
+    seconds["log-probabilities"] = forwards * computing / (1 + backward)
+    generation = _generation_seconds(job, recipe)
+    if recipe.rl.max_off_policy_steps:  # responses are sampled while the trainer works
+        generation = max(0.0, generation - sum(seconds.values()))
+    return seconds | {"generation": generation}
 
 
 def _engine_memory(job: Job, recipe: RlRecipe) -> dict[str, int]:
@@ -120,13 +137,20 @@ def _engine_memory(job: Job, recipe: RlRecipe) -> dict[str, int]:
 
 
 def _generation_seconds(job: Job, recipe: RlRecipe) -> float:
-    """Sampling a step's responses, an engine on each GPU; without groups that are thrown away."""
-    config = job.config
-    per_engine = ceil(job.rows / job.world)
-    running = min(per_engine, recipe.rollout.max_running_requests)
+    """Sampling a step's responses, without groups that are thrown away.
+
+    By the native engine, one on each GPU, or by servers, whose GPUs share each pass.
+    """
+    config, rollout = job.config, recipe.rollout
+    size = rollout.tensor_parallel
+    engines = len(rollout.urls) or rollout.engines
+    if rollout.engine == "native":
+        engines, size = job.world, 1
+    per_engine = ceil(job.rows / engines)
+    running = min(per_engine, rollout.max_running_requests)
     weights = num_parameters(config) * (1 if recipe.fp8.enabled else 2)
     token_bytes = 4 * config.num_kv_heads * config.head_dim * config.num_layers
     read = weights + running * token_bytes * job.row_tokens / 2
     pass_seconds = config.num_layers * _DECODE_LAYER_SECONDS
-    pass_seconds += read / (_DECODE_BANDWIDTH * job.gpu.bandwidth * 1e12)
+    pass_seconds += read / size / (_DECODE_BANDWIDTH * job.gpu.bandwidth * 1e12)
     return job.row_tokens * ceil(per_engine / running) * pass_seconds

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import get_args
 
+from infir2.config.schema import RlRecipe
 from infir2.errors import ConfigError
 from infir2.parallel.mesh import Sizes, tp_problem
 from infir2.planner.estimate import Estimate, Job, Recompute, estimate, with_fp8
@@ -69,9 +70,10 @@ def reasons(job: Job, written: Estimate, chosen: Estimate, found: list[Estimate]
     for axis in ("tp", "cp", "dp_replicate"):
         others = [e for e in found if getattr(e.sizes, axis) > getattr(chosen.sizes, axis)]
         if others and getattr(chosen.sizes, axis) == 1:
-            change = others[0].total_seconds / chosen.total_seconds - 1
-            fits = "" if others[0].fits(job.gpu) else " and would not fit"
-            size = getattr(others[0].sizes, axis)
+            nearest = next((e for e in others if e.fits(job.gpu)), others[0])
+            change = nearest.total_seconds / chosen.total_seconds - 1
+            fits = "" if nearest.fits(job.gpu) else " and would not fit"
+            size = getattr(nearest.sizes, axis)
             said.append(f"{axis} {size} changes the step by {change:+.0%}{fits}")
     return said
 
@@ -86,6 +88,8 @@ def fp8_gain(job: Job, sizes: Sizes) -> tuple[float, int]:
     The second is of one pass a step, of one row, which the weights' codes and gathers weigh on.
     """
     ratio = _ratio(job, sizes)
+    if isinstance(job.recipe, RlRecipe):  # a pass is as long as its responses
+        return ratio, 0
     for tokens in (2**power for power in range(8, 18)):
         batch = {"batch_sequences": sizes.num_data, "batch_samples": 0}
         lengths = {"micro_batch_tokens": tokens, "sequence_tokens": tokens}

@@ -110,12 +110,17 @@ def _fp8(job: Job, sizes: Sizes) -> tuple[float, int]:
 
 
 def _steps(recipe: TrainRecipe, job: Job) -> int:
-    """Optimizer steps of the run; 0 if they follow from data that is not here."""
+    """Optimizer steps of the run; 0 if they follow from data that is not here.
+
+    Only samples can be counted in epochs, as in `Loader.steps_per_epoch`.
+    """
     if recipe.schedule.total_steps:
         steps = recipe.schedule.total_steps
         return min(steps, recipe.train.stop_after_step or steps)
-    rows = _num_rows(recipe)
-    return ceil(recipe.train.epochs * rows / job.rows)
+    samples = 0 if isinstance(recipe, RlRecipe) else recipe.data.batch_samples
+    if not samples:
+        return 0
+    return ceil(recipe.train.epochs * ceil(_num_rows(recipe) / samples))
 
 
 def _num_rows(recipe: TrainRecipe) -> int:

@@ -32,6 +32,7 @@ HOST = tuple(
 )
 POWER = 2.25  # 1: the GPU and the host take turns; infinite: neither waits for the other
 _UNALIGNED_HOST = 1.3  # times what a layer takes whose q, k and v are one matrix
+_HOST_MEMORY_GB_S = 50  # of moments in host memory, one way at a time; not measured
 _OVERLAP = 0.8  # share of the computation under which traffic between GPUs can lie
 
 
@@ -67,6 +68,7 @@ def step_seconds(
     parts = dict.fromkeys(PARTS.values(), 0.0)
     for name, seconds in terms(load, gpu).items():
         parts[PARTS[name]] += constants[name] * seconds
+    parts["update"] += step_work(load).offload_bytes / (_HOST_MEMORY_GB_S * 1e9)
     parts["communication"] += _waits_for_gpus(load, gpu, constants["NCCL"], sum(parts.values()))
     busy, host = sum(parts.values()), host_seconds(load, gpu, constants)
     parts["waiting for the host"] = (busy**POWER + host**POWER) ** (1 / POWER) - busy

@@ -72,6 +72,7 @@ class Work:
     traffic: float
     pre_activation_traffic: float
     update_traffic: float
+    offload_bytes: float
     shard_bytes: float
     replica_bytes: float
     tensor_bytes: float
@@ -97,6 +98,7 @@ def step_work(load: Load) -> Work:
         traffic=tokens * _layer_traffic(load) * config.num_layers + _weight_traffic(load),
         pre_activation_traffic=gate_up if swiglu else 0.0,
         update_traffic=_update_traffic(load),
+        offload_bytes=_offload_bytes(load),
         shard_bytes=shard,
         replica_bytes=replica,
         tensor_bytes=tensor,
@@ -149,18 +151,37 @@ def _update_traffic(load: Load) -> float:
     return per_parameter * num_parameters(load.config) / (sizes.num_shards * sizes.tp)
 
 
+def _offload_bytes(load: Load) -> float:
+    """Bytes of moments that a step brings from host memory, and takes back."""
+    optimizer, sizes = load.recipe.optimizer, load.sizes
+    per_parameter = _MOMENT_TRAFFIC[optimizer.moment_dtype] * optimizer.offload
+    return per_parameter * num_parameters(load.config) / (sizes.num_shards * sizes.tp)
+
+
 def _communication(load: Load) -> tuple[float, float, float]:
     """Bytes that a GPU receives in a step: of FSDP's shards, of replicas, of tp and cp."""
     config, sizes = load.config, load.sizes
     linear, total = linear_parameters(config), num_parameters(config)
     code = 1 if load.recipe.fp8.enabled else 2
     others = (sizes.num_shards - 1) / sizes.num_shards
-    gathers = 2 * code * linear / sizes.tp + 2 * (total - linear)
+    times = 2 if load.recipe.parallel.reshard_after_forward else 1
+    gathers = times * code * linear / sizes.tp + 2 * (total - linear)
     reduced = 4 * (linear / sizes.tp + total - linear)
     shard = load.micro_batches * others * (gathers + reduced)
     replica = 2 * reduced / sizes.num_shards * (sizes.dp_replicate - 1) / sizes.dp_replicate
-    tokens = load.tokens * load.micro_batches / sizes.cp
-    # Two all-gathers and two reduce-scatters of the stream in a layer and direction.
-    tensor = 8 * 2 * tokens * config.hidden_size * config.num_layers * (sizes.tp - 1) / sizes.tp
-    keys = 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers / sizes.tp
-    return shard, replica, tensor + 3 * keys * load.micro_batches * load.tokens * (sizes.cp > 1)
+    return shard, replica, _activation_bytes(load, code)
+
+
+def _activation_bytes(load: Load, code: int) -> float:
+    """Bytes that a GPU receives in a step from its tp and cp groups.
+
+    tp, twice a layer: the stream gathered (as codes in FP8) and summed in FP32; backward its
+    gradient gathered in BF16 and summed in FP32. cp: keys and values gathered in BF16, and their
+    gradients summed. Full recomputation repeats the forward's.
+    """
+    config, sizes, tokens = load.config, load.sizes, load.tokens * load.micro_batches
+    again = load.recipe.model.recompute == "full"
+    stream = 2 * ((1 + again) * (code + 4) + 2 + 4) * config.hidden_size * tokens / sizes.cp
+    keys = (2 + again) * 2 * 2 * config.num_kv_heads * config.head_dim * tokens / sizes.tp
+    tp, cp = ((size - 1) / size for size in (sizes.tp, sizes.cp))
+    return config.num_layers * (tp * stream + cp * keys)

@@ -20,8 +20,8 @@ from infir2.planner.layouts import candidates
 from infir2.planner.model import shape_of
 from infir2.planner.rows import Row, measured_rows
 from infir2.planner.step_time import step_seconds
-from infir2.planner.work import Load, step_work
-from infir2.preflight.gpu_memory import gpu_ledger, num_parameters
+from infir2.planner.work import Load, Work, step_work
+from infir2.preflight.gpu_memory import gpu_ledger, linear_parameters, num_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -218,6 +218,62 @@ def test_replicas_of_shards_send_gradients_under_the_backward() -> None:
     )
     replicas = step_work(replicas_load(Sizes(dp_replicate=2, dp=4))).replica_bytes
     assert 0 < two - one < replicas / (gpu.link_gb_s * 1e9)
+
+
+def test_a_reason_names_the_nearest_layout_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [RECIPES / "qwen2.5-7b/sft1.toml", "--gpu=h100", "--gpus=8"]
+    reasons = [reason for reason in plan_json(capsys, *words)["why"] if reason.startswith("tp ")]
+    assert reasons
+    assert not any("would not fit" in reason for reason in reasons), "with full recompute it does"
+
+
+def test_moments_in_host_memory_take_time() -> None:
+    gpu, load = find_gpu("h200"), replicas_load(Sizes(dp_replicate=2))
+    optimizer = load.recipe.optimizer.model_copy(update={"offload": True})
+    offloaded = replace(load, recipe=load.recipe.model_copy(update={"optimizer": optimizer}))
+    slower = step_seconds(offloaded, gpu)["update"] - step_seconds(load, gpu)["update"]
+    assert slower == pytest.approx(16 * num_parameters(load.config) / 50e9)
+
+
+def test_collectives_are_those_of_the_layout() -> None:
+    """cp receives the others' keys; weights that stay gathered are gathered once a pass."""
+
+    def work(sizes: Sizes, **gathers: bool) -> Work:
+        load = replicas_load(sizes)
+        section = load.recipe.parallel.model_copy(update=gathers)
+        return step_work(replace(load, recipe=load.recipe.model_copy(update={"parallel": section})))
+
+    shape, tokens = replicas_load(Sizes()).config, 16384
+    keys = 2 * 2 * shape.num_kv_heads * shape.head_dim * shape.num_layers * tokens
+    assert work(Sizes(cp=2)).tensor_bytes == 2 * keys / 2
+    assert work(Sizes(cp=4)).tensor_bytes == 2 * keys * 3 / 4
+    stream = shape.hidden_size * shape.num_layers * tokens
+    assert work(Sizes(tp=2)).tensor_bytes == 2 * (1 + 4 + 2 + 4) * stream / 2
+    twice, once = (work(Sizes(dp=2), reshard_after_forward=kept) for kept in (True, False))
+    assert twice.shard_bytes - once.shard_bytes == linear_parameters(shape) / 2
+
+
+def rl_seconds(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, float]:
+    words = [RECIPES / "qwen2.5-7b/rl1.toml", "--gpu=h100", "--gpus=8", "--nodes=4"]
+    found: dict[str, float] = plan_json(capsys, *words, *options)["written"]["seconds"]
+    return found
+
+
+def test_the_parts_of_an_rl_step(capsys: pytest.CaptureFixture[str]) -> None:
+    usual = rl_seconds(capsys)
+    trained = sum(usual.values()) - usual["generation"]
+    ahead = rl_seconds(capsys, "--rl.max_off_policy_steps=1", "--rollout.sleep=false")
+    beyond = max(0.0, usual["generation"] - trained)
+    assert ahead.get("generation", 0.0) == pytest.approx(beyond, abs=1e-2)
+    twice = rl_seconds(capsys, "--rl.passes=2")
+    assert twice["head"] == pytest.approx(2 * usual["head"], rel=1e-3)
+    assert twice["log-probabilities"] == usual["log-probabilities"]
+    fewer = rl_seconds(capsys, "--rollout.engines=4")
+    assert fewer["generation"] > 1.2 * usual["generation"]
+    referred = rl_seconds(capsys, "--rl.reference=x", "--rl.kl_coefficient=0.1")
+    assert referred["log-probabilities"] == pytest.approx(2 * usual["log-probabilities"], rel=1e-3)
+    longer = rl_seconds(capsys, "--sample-tokens=16000", "--data.sequence_tokens=4096")
+    assert longer["attention"] == rl_seconds(capsys, "--sample-tokens=16000")["attention"]
 
 
 def test_whole_replicas_have_the_memory_of_one_gpu() -> None:
