@@ -102,6 +102,8 @@ class Pool:
         caller sets them. Raises ConfigError if workers cannot start.
         """
         deadline = time.monotonic() + batch_seconds
+        if len(items) == 1:  # to start a thread takes longer than many an item
+            return [self._check(items[0], item_seconds, deadline)]
         with ThreadPoolExecutor(max_workers=self._size) as threads:
             checks = [threads.submit(self._check, item, item_seconds, deadline) for item in items]
             try:
@@ -124,7 +126,7 @@ class Pool:
             self._kill(worker)
 
     def _check(self, arguments: Sequence[Any], seconds: float, deadline: float) -> Outcome:
-        """Check one item, in its own thread; kill the worker if it cannot be reused."""
+        """Check one item in this thread; kill the worker if it cannot be reused."""
         expired = Outcome(reason="timeout", detail="the batch's time limit expired")
         try:
             worker = self._idle.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -147,6 +149,11 @@ class Pool:
                 self._kill(worker)
                 worker, spare = spare, None
             return _outcome(reply, elapsed)
+        except BaseException:  # such as Ctrl-C: the reply would be taken for that of the next item
+            if worker is not None:
+                self._kill(worker)
+            worker = None
+            raise
         finally:
             if spare is not None:
                 self._kill(spare)

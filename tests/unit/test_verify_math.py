@@ -3,6 +3,7 @@
 import gzip
 import json
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from infir2.verify import check_math, check_math_batch
 from infir2.verify.math import shared_pool
 from infir2.verify.pool import Pool
+from infir2.verify.process import Channel
 
 DATA = Path(__file__).parents[2] / "../shared/data/eval"
 
@@ -141,6 +143,33 @@ def test_workers_import_neither_torch_nor_transformers() -> None:
             True,
             [],
         ]
+    finally:
+        pool.close()
+
+
+def test_one_item_is_checked_without_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool("builtins:eval", size=1)
+    monkeypatch.setattr(threading.Thread, "start", None)
+    try:
+        assert pool.run([("1 + 1",)], 20)[0].value == 2
+    finally:
+        pool.close()
+
+
+def test_the_reply_to_an_interrupted_item_is_not_taken_for_that_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def receive(channel: Channel, deadline: float) -> None:
+        raise KeyboardInterrupt
+
+    pool = Pool("builtins:eval", size=1)
+    try:
+        pool.run([("1",)], 20)
+        with monkeypatch.context() as patch:
+            patch.setattr(Channel, "receive", receive)
+            with pytest.raises(KeyboardInterrupt):
+                pool.run([("2",)], 20)
+        assert pool.run([("3",)], 20)[0].value == 3
     finally:
         pool.close()
 
