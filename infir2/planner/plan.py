@@ -241,6 +241,8 @@ def _fp8_words(plan: Plan) -> str:
 
 def _remedy(plan: Plan) -> str:
     recipe, words = plan.job.recipe, []
+    if "CUDA graphs" in plan.written.memory:
+        words.append("--train.cuda_graphs=false")
     if recipe.data.micro_batch_tokens > 8192:
         words.append(f"--data.micro_batch_tokens={recipe.data.micro_batch_tokens // 2}")
     if recipe.optimizer.moment_dtype == "fp32":

@@ -41,10 +41,11 @@ def check_memory(recipe: TrainRecipe, model: ModelFacts, sizes: Sizes) -> Findin
     )
     if total > available:
         recompute = "" if recipe.model.recompute == "full" else "set model.recompute = 'full', "
+        graphs = "set train.cuda_graphs = false, " if "CUDA graphs" in parts else ""
         elsewhere = "" if device.type == "cuda" else " (infir2 plan: for GPUs elsewhere)"
         raise ConfigError(
             f"{detail}; lower {key} or train.loss_chunk_tokens, "
-            f"{recompute}or shard with parallel.dp{elsewhere}."
+            f"{recompute}{graphs}or shard with parallel.dp{elsewhere}."
         )
     if device.type != "cuda" or not recipe.checkpoint.background:
         return Finding("memory", "ok", detail)

@@ -12,7 +12,9 @@ from infir2.cli import main
 from infir2.config import dump, load
 from infir2.config.schema import EvalRecipe, RlRecipe, TrainRecipe
 from infir2.demo.world import make_demo_world
+from infir2.errors import ConfigError
 from infir2.parallel.mesh import Sizes
+from infir2.preflight import memory
 from infir2.preflight.checks import Preflight
 from infir2.preflight.finding import Finding
 from infir2.preflight.memory import memory_parts
@@ -349,6 +351,19 @@ def test_memory_is_that_of_the_longest_response(
     _, lines = check(capsys, *words, "--rl.max_response_tokens=900", "--rl.max_prompt_tokens=100")
     assert "in passes of up to 1,000 tokens" in lines["memory"]
     assert "data.micro_batch_tokens (256) is alone in its pass" in lines["memory"]
+
+
+def test_memory_that_graphs_need_too_much_is_refused_with_the_key(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(memory, "device_memory", lambda _: 1000)
+    for value, named in (("auto", True), ("false", False)):
+        options = [f"--train.cuda_graphs={value}", "--data.batch_sequences=1"]
+        loaded = load(TrainRecipe, [recipe], options).recipe
+        with pytest.raises(ConfigError) as refused:
+            memory.check_memory(loaded, model_facts(loaded.model, 100), Sizes())
+        assert ("set train.cuda_graphs = false" in str(refused.value)) == named
 
 
 def test_the_kv_cache_takes_what_the_requests_need_and_at_most_its_bound(
