@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,40 +23,12 @@ from infir2.errors import DataError
 from infir2.evaluate.statistics import Evaluation
 from infir2.files import open_own, read_own
 from infir2.report.axes import AXES, Clock, cumulative
-from infir2.report.samples import LARGEST, Row, Samples, number
+from infir2.report.samples import Row, Samples, number
+from infir2.report.table import Lines, Table
 from infir2.terminal import begin_phase
 
 EVALUATION_PREFIX = "eval-"
 MAX_BYTES = 2**24  # of recipe.toml, environment.json and state.json
-
-
-@dataclass(frozen=True)
-class Table:
-    """Lines of one kind, by step.
-
-    Example: `Table(rows)["loss"]` is float64 [rows], NaN where it is absent or not finite.
-    """
-
-    rows: tuple[Row, ...] = ()
-    columns: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.columns:
-            values = [row.get(name) for row in self.rows]
-            is_plain = all(type(value) is float for value in values)  # of most columns, and fast
-            column = np.array(values if is_plain else list(map(number, values)), dtype=np.float64)
-            self.columns[name] = np.where(np.abs(column) < LARGEST, column, np.nan)
-        return self.columns[name]
-
-    @property
-    def steps(self) -> np.ndarray:
-        return self["step"]
-
-    def has(self, name: str) -> bool:
-        return bool(np.isfinite(self[name]).any())
 
 
 @dataclass(frozen=True)
@@ -200,8 +172,8 @@ def read_run(run_dir: Path) -> Run:
     """Read one run directory."""
     begin_phase(f"reading {run_dir}")
     notes: list[str] = []
-    rows: list[Row] = []
-    read_lines(run_dir / "metrics.jsonl", notes, lambda row, _: rows.append(row))
+    metrics = _Metrics()
+    read_lines(run_dir / "metrics.jsonl", notes, metrics.add)
     recipe_text, recipe = _read_file(run_dir / "recipe.toml", toml.parse, notes)
     samples = Samples()
     if os.path.lexists(run_dir / "samples.jsonl"):
@@ -215,10 +187,10 @@ def read_run(run_dir: Path) -> Run:
     return Run(
         path=run_dir,
         name=run_dir.resolve().name,
-        train=_by_step(rows, "train"),
-        validation=_by_step(rows, "validation"),
-        evaluations=_by_step(rows, "evaluation"),
-        events=tuple(row for row in rows if row.get("kind") == "event"),
+        train=metrics.train.table(),
+        validation=metrics.validation.table(),
+        evaluations=metrics.evaluation.table(),
+        events=tuple(metrics.events),
         samples=samples.rows,
         num_samples=samples.num_rows,
         scores=samples.scores,
@@ -231,6 +203,21 @@ def read_run(run_dir: Path) -> Run:
         started=_started(run_dir),
         notes=tuple(notes),
     )
+
+
+class _Metrics:
+    """The lines of metrics.jsonl by kind."""
+
+    def __init__(self) -> None:
+        self.train, self.validation, self.evaluation = Lines(), Lines(), Lines(keep_rows=True)
+        self.events: list[Row] = []
+
+    def add(self, row: Row, _num_bytes: int) -> None:
+        kind = row.pop("kind", None)
+        if kind == "event":
+            self.events.append(row)
+        elif kind in ("train", "validation", "evaluation"):
+            getattr(self, kind).add(row)
 
 
 def _started(run_dir: Path) -> float:
@@ -281,9 +268,3 @@ def read_lines(path: Path, notes: list[str], add: Callable[[Row, int], object]) 
         notes.append(
             f"{path.name}: {num_bad} unreadable {'line' if num_bad == 1 else 'lines'} left out"
         )
-
-
-def _by_step(rows: list[Row], kind: str) -> Table:
-    """The last line of each step, in the order of steps."""
-    latest = {number(row.get("step", 0)): row for row in rows if row.get("kind") == kind}
-    return Table(tuple(latest[step] for step in sorted(latest) if math.isfinite(step)))

@@ -1,6 +1,7 @@
 """Reading run directories: what a killed, diverged or resumed run leaves behind."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,39 @@ def test_recipe_and_environment_that_cannot_be_parsed(tmp_path: Path) -> None:
     run = read_run(run_dir)
     assert (run.recipe, run.environment, run.fp8, run.base) == ({}, {}, None, "")
     assert [note.split(" cannot")[0] for note in run.notes] == ["recipe.toml", "environment.json"]
+
+
+def test_lines_with_different_names_texts_and_nulls_share_columns(tmp_path: Path) -> None:
+    lines = [
+        {"kind": "train", "step": 1, "loss": 3.0, "skipped": False},
+        {"kind": "train", "step": 3, "skipped": True, "note": "text", "loss": 10**400},
+        {"step": 2, "kind": "train", "loss": None, "reward": 0.5},
+        {"kind": ["train"], "step": 4, "loss": 1.0},
+        {"kind": "train", "step": "5", "loss": 1.0},
+        {"kind": "train", "step": 1, "loss": 2.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train = read_run(tmp_path).train
+    assert train.steps.tolist() == [1.0, 2.0, 3.0]
+    np.testing.assert_array_equal(train["loss"], [2.0, np.nan, np.nan])
+    np.testing.assert_array_equal(train["reward"], [np.nan, 0.5, np.nan])
+    np.testing.assert_array_equal(train["skipped"], [np.nan, np.nan, 1.0])
+    assert not train.has("note")
+    assert not train.has("absent")
+
+
+def test_a_long_run_is_read_as_numbers(tmp_path: Path) -> None:
+    num_lines, names = 2000, [f"metric_{i}" for i in range(40)]
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(num_lines):
+            row = {"kind": "train", "step": step} | {name: step + 0.5 for name in names}
+            file.write(json.dumps(row) + "\n")
+    read_run(tmp_path)  # imports and caches
+    tracemalloc.start()
+    try:
+        train = read_run(tmp_path).train
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert train["metric_7"][-1] == num_lines - 0.5
+    assert peak < 4 * 8 * num_lines * len(names)  # the numbers are 8 bytes each
