@@ -7,10 +7,10 @@ it, since the interval has only the questions' part of the noise.
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from infir2.evaluate.question_scores import QuestionScores
 from infir2.files import read_json_lines
 
 FORMATS = ("bf16", "pow2", "fp32")
@@ -23,10 +23,10 @@ def scores(evaluation: Path) -> Scores:
     """{question: mean over its responses} of a finished evaluation, {} of another."""
     if not any(row["kind"] == "evaluation" for row in _rows(evaluation / "metrics.jsonl")):
         return {}
-    found: dict[str, list[float]] = defaultdict(list)
+    questions = QuestionScores()
     for row in read_json_lines(evaluation / "samples.jsonl"):
-        found[row["problem"]].append(float(row["reward"]))
-    return {problem: statistics.fmean(rewards) for problem, rewards in found.items()}
+        questions.add(row, float(row["reward"]))
+    return {question: statistics.fmean(own) for question, own in questions.scores.items()}
 
 
 def _rows(path: Path) -> list[dict[str, object]]:

@@ -1,8 +1,6 @@
 """`infir2 eval compare`: the difference of two evaluations over the questions that both asked."""
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +9,7 @@ from typing import Any
 from infir2.config.load import load
 from infir2.config.schema import EvalRecipe
 from infir2.errors import ConfigError, DataError, disk_reason, first_line
+from infir2.evaluate.question_scores import QuestionScores
 from infir2.evaluate.statistics import paired_difference
 from infir2.files import read_json_lines, read_own
 
@@ -113,18 +112,26 @@ def read_evaluated(directory: Path) -> Evaluated:
     try:
         if (directory / RESULT).exists():
             return _read_benchmarks(directory)
-        rows = [row for row in read_json_lines(directory / SAMPLES) if "sample" in row]
+        problems = _scores_of(directory / SAMPLES)
         is_evaluation = (directory / RECIPE).exists()
     except OSError as error:
         raise DataError(f"{directory} cannot be read ({disk_reason(error)}).") from None
-    if not rows or not is_evaluation:
+    if not problems or not is_evaluation:
         raise DataError(
             f"{directory} has no answers of an evaluation: name the run.dir of `infir2 eval`."
         )
     recipe = load(EvalRecipe, [directory / RECIPE], verb="eval").recipe
     settings = recipe.evaluate.model_dump(exclude=set(_FREE_KEYS))
     named = {f"evaluate.{key}": value for key, value in settings.items()}
-    return Evaluated(directory, named, {"problems": _scores_by_question(rows)})
+    return Evaluated(directory, named, {"problems": problems})
+
+
+def _scores_of(samples: Path) -> Scores:
+    questions = QuestionScores()
+    for row in read_json_lines(samples):
+        if "sample" in row:
+            questions.add(row, float(row["reward"]))
+    return questions.scores
 
 
 def _read_benchmarks(directory: Path) -> Evaluated:
@@ -147,20 +154,6 @@ def _read_benchmarks(directory: Path) -> Evaluated:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{directory / RESULT} is damaged ({first_line(error)}).") from error
     return Evaluated(directory, settings, scores)
-
-
-def _scores_by_question(rows: Sequence[Mapping[str, Any]]) -> Scores:
-    """Scores by prompt and reference answer: ids depend on the place of the file."""
-    by_id: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_id.setdefault(row["problem"], []).append(row)
-    scores: Scores = {}
-    repeated: Counter[str] = Counter()
-    for own in by_id.values():
-        text = f"{own[0]['prompt']}\n{own[0]['answer']}"
-        repeated[text] += 1
-        scores[f"{text}\n{repeated[text]}"] = [float(row["reward"]) for row in own]
-    return scores
 
 
 def _check_settings(a: Evaluated, b: Evaluated) -> None:

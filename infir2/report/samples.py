@@ -4,6 +4,8 @@ import math
 from collections import deque
 from typing import Any
 
+from infir2.evaluate.question_scores import QuestionScores
+
 LARGEST = 1e100
 FIRST_BYTES, LAST_BYTES = 1 << 22, 1 << 23  # of the file, that are kept
 Row = dict[str, Any]
@@ -28,14 +30,12 @@ class Samples:
         self._first: list[Row] = []
         self._last: deque[tuple[Row, int]] = deque()
         self.num_rows = self._first_bytes = self._last_bytes = 0
-        self._scores: dict[str, list[float]] = {}
-        self._problem: dict[str, str] = {}  # id -> question
-        self._repeated: dict[str, int] = {}  # how many problems have the same text
+        self._questions = QuestionScores()
 
     def add(self, row: Row, num_bytes: int) -> None:
         row |= {name: number(row.get(name, 0)) for name in ("step", "reward")}
         self.num_rows += 1
-        self._add_score(row)
+        self._questions.add(row, row["reward"])
         if self._first_bytes + num_bytes <= FIRST_BYTES:
             self._first.append(row)
             self._first_bytes += num_bytes
@@ -46,17 +46,6 @@ class Samples:
         while self._last_bytes > LAST_BYTES:
             self._last_bytes -= self._last.popleft()[1]
 
-    def _add_score(self, row: Row) -> None:
-        """The score of an evaluation's row, by prompt and answer: ids depend on the file."""
-        if "sample" not in row or "problem" not in row:
-            return
-        name = str(row["problem"])
-        if name not in self._problem:
-            text = f"{row.get('prompt')}\n{row.get('answer')}"
-            self._repeated[text] = self._repeated.get(text, 0) + 1
-            self._problem[name] = f"{text}\n{self._repeated[text]}"
-        self._scores.setdefault(self._problem[name], []).append(row["reward"])
-
     @property
     def rows(self) -> tuple[Row, ...]:
         return (*self._first, *(row for row, _ in self._last))
@@ -64,10 +53,11 @@ class Samples:
     @property
     def scores(self) -> dict[str, float]:
         """{question: mean score}; empty if a score is not between 0 and 1."""
-        values = [score for scores in self._scores.values() for score in scores]
+        by_question = self._questions.scores
+        values = [score for scores in by_question.values() for score in scores]
         if not all(0 <= score <= 1 for score in values):
             return {}
-        return {name: math.fsum(own) / len(own) for name, own in self._scores.items()}
+        return {name: math.fsum(own) / len(own) for name, own in by_question.items()}
 
     @property
     def notes(self) -> list[str]:

@@ -52,8 +52,17 @@ def _write(path: Path, rows: list[dict[str, object]]) -> None:
 
 def _evaluated(folder: Path, rewards: list[float]) -> None:
     """An evaluation of two questions with two responses each."""
-    rows = [{"problem": f"q{i // 2}", "reward": reward} for i, reward in enumerate(rewards)]
-    _write(folder / "samples.jsonl", list(rows))
+    rows: list[dict[str, object]] = [
+        {
+            "problem": f"{folder}/{i // 2}",
+            "sample": i % 2,
+            "prompt": f"q{i // 2}",
+            "answer": "0",
+            "reward": reward,
+        }
+        for i, reward in enumerate(rewards)
+    ]
+    _write(folder / "samples.jsonl", rows)
     _write(folder / "metrics.jsonl", [{"kind": "evaluation"}])
 
 
@@ -76,7 +85,7 @@ def test_the_summary_pairs_the_formats_by_seed_and_question(tmp_path: Path) -> N
 
 def test_an_evaluation_that_was_interrupted_has_no_score(tmp_path: Path) -> None:
     _evaluated(tmp_path, [1, 1, 1, 1])
-    assert scores(tmp_path) == {"q0": 1, "q1": 1}
+    assert scores(tmp_path) == {"q0\n0\n1": 1, "q1\n0\n1": 1}
     _write(tmp_path / "metrics.jsonl", [])
     assert scores(tmp_path) == {}
     assert validation(tmp_path) is None
