@@ -66,6 +66,9 @@ def _below_one(text: str) -> float:
     return float(text)
 
 
+_below_one.__name__ = "fraction below 1"  # what argparse calls it
+
+
 def fraction(text: str) -> float:
     if not 0 < float(text) <= 1:
         raise ValueError

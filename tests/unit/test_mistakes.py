@@ -285,6 +285,17 @@ MISTAKES = [
     ("verify-weights run fp8 --engin", 2, "argument --engine: expected one argument"),
     ("verify-weights run fp8 --engne http://x", 2, "did you mean --engine?"),
     ("verify-weights run fp8 extra", 2, "unrecognized arguments: extra"),
+    ("verify-weights hf fp8", 3, "hf: is neither a checkpoint (step-N) nor a run directory with a"),
+    ("verify-weights nope fp8", 3, "nope: is neither a checkpoint (step-N) nor a run directory"),
+    ("verify-weights cpt.toml fp8", 3, "cpt.toml: is neither a checkpoint (step-N) nor a run"),
+    ("verify-weights run run", 3, "run/config.json is missing; name a complete Hugging Face"),
+    ("verify-weights run empty", 3, "empty/config.json is missing; name a complete Hugging Face"),
+    ("verify-weights run fp8/config.json", 3, "config.json cannot be read (Not a directory"),
+    ("verify-weights run Qwen/Q", 3, "Qwen/Q/config.json is missing; name a complete Hugging"),
+    ("verify-weights run/checkpoints/step-9 fp8", 3, "step-9: there is no such checkpoint."),
+    ("verify-weights run fp8 --to o", 2, "unrecognized arguments: --to o; see `infir2 verify-w"),
+    ("verify-weights run ~/fp8", 2, "~/fp8: only a shell knows ~, at the start of a word; write"),
+    ("verify-weights run fp8 --json", 2, "unrecognized arguments: --json; see `infir2 verify-w"),
     ("verify run fp8", 2, "verify is not a verb; did you mean verify-weights?"),
     # tokenize
     ("tokenize", 2, "the following arguments are required: SOURCE, --tokenizer, --out"),
@@ -370,6 +381,24 @@ MISTAKES = [
     ("serve run", 2, "run is a run directory, and an engine loads an export: infir2 export fp8 ru"),
     ("serve adapter", 3, "adapter is a LoRA adapter, not a model; merge it"),
     ("serve hf --host 0.0.0.0", 2, "is not loopback: name a file with a key by --api-key-file"),
+    ("serve nope", 2, "MODEL: nope does not exist; run the stage that writes it"),
+    ("serve Qwen/Q", 2, "hf download Qwen/Q --local-dir models/Q; then name models/Q"),
+    ("serve nocfg", 3, "nocfg/config.json is missing; name a complete Hugging Face"),
+    ("serve pickle", 3, "pickle has only pickled weights (.bin, .pt)"),
+    ("serve lfs", 3, "is a pointer of Git LFS, not the weights; run git lfs pull"),
+    ("serve torn", 3, "is not a complete safetensors file"),
+    ("serve gpt2", 3, "gpt2/config.json: model_type 'gpt2' is not supported"),
+    ("serve file.gguf", 2, "convert the file first: infir2 import hf file.gguf --to DIR."),
+    ("serve hf/config.json", 2, "hf/config.json is a file of a model; name its directory, hf."),
+    ("serve hf --prot 8001", 2, "did you mean --port?"),
+    ("serve hf --engine tgi", 2, "'tgi' (choose from 'native', 'sglang', 'vllm')"),
+    ("serve hf --engine vllm", 2, "--engine vllm needs --python, the interpreter of an env"),
+    ("serve hf --engine sglang --python nope", 2, "sglang-env/bin/python; nope does not exist."),
+    ("serve hf --api-key-file nope", 2, "--api-key-file: nope: No such file or directory"),
+    ("serve hf --cache-gib lots", 2, "argument --cache-gib: invalid gibibytes value: 'lots'"),
+    ("serve hf --memory-fraction 90", 2, "invalid fraction below 1 value: '90'"),
+    ("serve hf --tensor-parallel 2", 2, "are for --engine sglang or vllm; leave them out"),
+    ("serve hf --weight-updates", 2, "--weight-updates needs --api-key-file FILE: who may send"),
     ("chat nope", 2, "MODEL: nope does not exist; run the stage that writes it"),
     ("chat run", 2, "run is a run directory, and an engine loads an export: infir2 export fp8 run"),
     ("chat hf --beside nope", 2, "--beside: nope does not exist"),
@@ -486,9 +515,13 @@ def test_a_mistake_gets_one_sentence_at_once(
 
 
 def test_each_verb_has_its_mistakes() -> None:
-    counts = Counter(words.split(maxsplit=1)[0] for words, _, _ in MISTAKES)
+    different = {(words.split(maxsplit=1)[0], words) for words, _, _ in MISTAKES}
+    counts = Counter(verb for verb, _ in different)
     counts["check"] += len(FAILED_CHECKS)
-    for verb in ("cpt", "sft", "rl", "eval", "check", "export", "import", "tokenize"):
+    for verb in (
+        *("cpt", "sft", "rl", "eval", "check", "export", "import", "tokenize"),
+        *("verify-weights", "serve"),
+    ):
         assert counts[verb] >= 20, verb
 
 
