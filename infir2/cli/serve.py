@@ -1,5 +1,7 @@
 """Verb serve."""
 
+import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +52,12 @@ def _add_address(parser: Parser) -> None:
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=key_help)
     origin_help = "pages of this origin may use the server from a browser; may be repeated"
     parser.add_argument(
-        "--allow-origin", action="append", default=[], metavar="ORIGIN", help=origin_help
+        "--allow-origin",
+        type=origin,
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help=origin_help,
     )
     updates_help = "lets a trainer with the key send new weights; see docs/engines.md"
     parser.add_argument("--weight-updates", action="store_true", help=updates_help)
@@ -80,6 +87,15 @@ def gibibytes(text: str) -> float:
     if not 0 < float(text) < 2**20:
         raise ValueError
     return float(text)
+
+
+def origin(text: str) -> str:
+    """As browsers send it. Another text would match no page, without a word."""
+    if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no origin: write SCHEME://HOST[:PORT], such as https://example.com"
+        )
+    return text
 
 
 def port_number(text: str) -> int:
