@@ -77,8 +77,8 @@ class NonFiniteError(UserError):
 class LaunchedError(UserError):
     """A launched command failed; the exit code is that of its worst rank."""
 
-    def __init__(self, code: int) -> None:
-        super().__init__(f"the worst rank ended with code {code}; its message is above")
+    def __init__(self, code: int, message_place: str) -> None:
+        super().__init__(f"the worst rank ended with code {code}; its message is {message_place}")
         self.exit_code = code
 
 

@@ -84,24 +84,31 @@ class Parser(argparse.ArgumentParser):
             return self._misspelt()
         if not wrong:
             return ""
-        options = [
-            name
-            for action in self._actions
-            for name in action.option_strings
-            if action.dest != "help"
-        ]
         choices = [str(word) for action in self._actions for word in action.choices or ()]
-        word = wrong[1] or wrong[2]
-        near = difflib.get_close_matches(word.lower(), choices if wrong[1] else options, 1)
+        if wrong[1] is None:
+            return self._option_advice(wrong[2])
+        near = difflib.get_close_matches(wrong[1].lower(), choices, 1)
         return f"did you mean {near[0]}? " if near else ""
+
+    def _option_advice(self, option: str, prefix: str = "") -> str:
+        """What an unknown option may mean: a word that stands without one, or a near spelling."""
+        for action in self._actions:
+            if not action.option_strings and option == f"--{action.dest.replace('_', '-')}":
+                return f"{action.metavar or action.dest} is written without an option; "
+        known = [
+            word for each in self._actions for word in each.option_strings if word[2:] != "help"
+        ]
+        near = difflib.get_close_matches(option.lower(), known, 1)
+        return f"{prefix}did you mean {near[0]}? " if near else ""
 
     def _misspelt(self) -> str:
         """What may be meant by an option that was given where a required one is missing."""
-        options = [name for action in self._actions for name in action.option_strings]
+        known = [name for action in self._actions for name in action.option_strings]
         for word in (word.partition("=")[0] for word in self._given if word.startswith("--")):
-            near = difflib.get_close_matches(word, options, 1)
-            if word not in options and near:
-                return f"{word} is not an option, did you mean {near[0]}? "
+            if word not in known and (
+                advice := self._option_advice(word, f"{word} is not an option, ")
+            ):
+                return advice
         return ""
 
 

@@ -41,7 +41,7 @@ def completion(arguments: Sequence[str]) -> None:
         prog="infir2 completion",
         description='Prints the completion for bash: eval "$(infir2 completion bash)"',
     )
-    parser.add_argument("shell", choices=("bash",))
+    parser.add_argument("shell", choices=("bash",), metavar="bash", help="the shell")
     parser.parse_args(arguments)
     print_result(_BASH)
 

@@ -1,5 +1,6 @@
 """Verb demo."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,13 @@ from infir2.errors import ConfigError
 from infir2.terminal import pulse
 
 SEED = 1236
+_OWN = "the demo chooses its device and recipes itself; infir2 init writes a recipe of your own"
+_HABITS = {
+    **dict.fromkeys(("--to", "--out", "--output", "--run.dir"), "write infir2 demo DIR"),
+    **dict.fromkeys(("--gpu", "--gpus", "--device", "--model"), _OWN),
+    **dict.fromkeys(("--force", "--overwrite", "--clean"), "name a new directory"),
+    "--resume": "the same command, run again, resumes",
+}
 
 
 def demo(arguments: Sequence[str]) -> None:
@@ -21,8 +29,9 @@ def demo(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "dir",
         nargs="?",
-        type=Path,
+        type=_directory,
         default=Path("runs/demo"),
+        metavar="DIR",
         help="directory for data and runs (default runs/demo)",
     )
     parser.add_argument(
@@ -32,7 +41,12 @@ def demo(arguments: Sequence[str]) -> None:
         help=f"seed of data, weights and sampling (default {SEED})",
     )
     parser.add_argument("--json", action="store_true", help="print the table of stages as JSON")
+    for argument in arguments:
+        if advice := _HABITS.get(argument.partition("=")[0]):
+            raise ConfigError(f"{argument} is not an option of infir2 demo; {advice}.")
     options = parser.parse_args(arguments)
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError(f"--seed {options.seed}: name a number from 0 to 2^63 - 1.")
     _check_directory(options.dir)
     with pulse("demo is starting"):
         from infir2.demo.stages import run_demo
@@ -40,11 +54,27 @@ def demo(arguments: Sequence[str]) -> None:
     run_demo(options.dir, options.seed, options.json)
 
 
+def _directory(text: str) -> Path:
+    from infir2.cli import VERBS
+
+    if not text.strip():
+        raise ArgumentTypeError("the name is empty; name a directory, or leave it out")
+    if text in (*VERBS, "help"):
+        raise ArgumentTypeError(f"{text} is a word of infir2; a directory of that name is ./{text}")
+    if "://" in text:
+        raise ArgumentTypeError(f"{text} is an address; name a directory to write to")
+    return Path(text)
+
+
 def _check_directory(directory: Path) -> None:
-    """Raise ConfigError for a directory with something else than a demo."""
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return
-    if not any((directory / name).is_dir() for name in ("logs", "world")):
+    """Raise ConfigError for a file, and for a directory with something else than a demo."""
+    if directory.is_file():
+        raise ConfigError(
+            f"{directory} is a file; infir2 demo DIR names a directory to write to, and takes no "
+            "recipe."
+        )
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if names and "world" not in names and names != {"logs"}:
         raise ConfigError(
             f"{directory} holds something else than a demo; name a new directory: infir2 demo DIR."
         )

@@ -1,7 +1,7 @@
 """Verb launch: a training verb on many processes and nodes."""
 
 import argparse
-import math
+import difflib
 import os
 import shlex
 import threading
@@ -13,11 +13,11 @@ from typing import Any
 
 from infir2.cli.arguments import (
     RECIPE_CLASSES,
-    Parser,
     split_json,
     split_recipe_arguments,
     wants_help,
 )
+from infir2.cli.launch_options import KINDS, launch_parser, parse_options
 from infir2.cli.rl import split_modes
 from infir2.config import load
 from infir2.config.env_vars import variables_of
@@ -31,7 +31,6 @@ from infir2.launch.torchrun import (
     Layout,
     check_command,
     check_machine,
-    default_endpoint,
     default_ranks,
     run_torchrun,
     runs_benchmarks,
@@ -40,27 +39,7 @@ from infir2.launch.torchrun import (
 from infir2.terminal import begin_phase, log, print_result, pulse
 
 _START_SECONDS = 9.0  # torchrun imports torch; then the ranks begin
-KINDS = ("torchrun", "ray", "slurm")
-_DESCRIPTION = (
-    "Starts a training verb on many processes and nodes, and exits with the worst rank's code. "
-    "SIGTERM and Ctrl-C reach every rank: they save, and the same command resumes. "
-    "Example: infir2 launch torchrun --gpus-per-node 8 -- sft RECIPE.toml"
-)
-
-
-_HABITS = {
-    "--gpus": "write --gpus-per-node M",
-    "--num-gpus": "write --gpus-per-node M",
-    "--num-nodes": "write --nodes N",
-    "--nproc-per-node": "write --gpus-per-node M",
-    "--nnodes": "write --nodes N",
-    "--rdzv-endpoint": "write --endpoint HOST:PORT",
-    "--master-addr": "set MASTER_ADDR, or write --endpoint HOST:PORT",
-    "--master-port": "set MASTER_PORT, or write --endpoint HOST:PORT",
-    "--partition": "write --sbatch=--partition=NAME",
-    "--time": "write --sbatch=--time=HH:MM:SS",
-    "--account": "write --sbatch=--account=NAME",
-}
+_DASHES = "-\u2013\u2014"  # a text program turns -- into a long dash
 
 
 def launch(arguments: Sequence[str]) -> None:
@@ -69,11 +48,10 @@ def launch(arguments: Sequence[str]) -> None:
     Raises ConfigError, Preempted, Interrupted, or LaunchedError with the worst rank's code.
     """
     own_arguments, command = _split_command(arguments)
-    for argument in own_arguments:
-        if advice := _HABITS.get(argument.partition("=")[0].replace("_", "-")):
-            raise ConfigError(f"{argument} is not an option of infir2 launch; {advice}.")
-    options = _parser().parse_args(own_arguments)
+    options = parse_options(own_arguments)
     layout = _layout(options, command)
+    if wants_help(command):
+        raise ConfigError(f"--help needs no launch: write infir2 {command[0]} --help.")
     description, start = _launcher(options, layout, command)
     if options.dry_run:
         print_result(description)
@@ -88,7 +66,13 @@ def launch(arguments: Sequence[str]) -> None:
         text = "Stopped. Run the same command to resume."
         raise (Preempted if code == Preempted.exit_code else Interrupted)(text)
     if code:
-        raise LaunchedError(code)
+        raise LaunchedError(code, _message_place(options.kind, command[0]))
+
+
+def _message_place(kind: str, verb: str) -> str:
+    if kind == "slurm":  # of a job that was refused, sbatch has said why
+        return f"in infir2-{verb}-JOB.log, or above if sbatch has queued no job"
+    return "above"
 
 
 def _log_variables(verb: str) -> None:
@@ -119,19 +103,30 @@ def _split_command(arguments: Sequence[str]) -> tuple[Sequence[str], list[str]]:
         _check_order(own, command)
         return own, command
     for index, argument in enumerate(arguments):
-        if argument in VERBS:
-            own = list(arguments[:index])
-            kind = [] if any(each in own for each in KINDS) else ["torchrun"]
-            fixed = shlex.join([*kind, *own, "--", *arguments[index:]])
-            raise ConfigError(
-                f"-- is missing before the verb {argument}: write infir2 launch {fixed}"
-            )
+        if argument in VERBS or argument.endswith(".toml"):
+            own = [word for word in arguments[:index] if word.strip(_DASHES)]
+            raise ConfigError(_missing_dashes(own, list(arguments[index:])))
     return arguments, []
+
+
+def _missing_dashes(own: list[str], command: list[str]) -> str:
+    """What to write instead of `infir2 launch OWN COMMAND`, where the verb may lack too."""
+    missing, note, first = "--", "", command[0]
+    if first not in VERBS:
+        near = difflib.get_close_matches(own[-1], VERBS, 1) if own else []
+        command = [*(near or ["sft"]), *command]
+        own = own[: len(own) - len(near)]  # the last one was the verb
+        missing, note = "-- VERB", f" (VERB is one of {', '.join(VERBS)})"
+    kind = [] if any(each in own for each in KINDS) else ["torchrun"]
+    fixed = shlex.join([*kind, *own, "--", *command])
+    return f"{missing} is missing before {first}: write infir2 launch {fixed}{note}"
 
 
 def _check_order(own: list[str], command: list[str]) -> None:
     """Raise ConfigError if an option of launch stands after `--`, among those of the verb."""
-    actions = {name: action for action in _parser()._actions for name in action.option_strings}
+    actions = {
+        name: action for action in launch_parser()._actions for name in action.option_strings
+    }
     if runs_benchmarks(command):
         del actions["--engines"]  # those of the evaluation
     for index, argument in enumerate(command):
@@ -171,12 +166,18 @@ def _layout(options: argparse.Namespace, command: list[str]) -> Layout:
         values |= {"ranks_per_node": 1, "gpus_per_rank": options.ranks_per_node}
     layout = Layout(**values)
     check_command(command, layout)
-    if layout.engines and (options.kind, command[0]) != ("ray", "rl"):
+    _check_engines(options.kind, layout, command[0])
+    return layout
+
+
+def _check_engines(kind: str, layout: Layout, verb: str) -> None:
+    if layout.gpus_per_engine > 1 and not layout.engines:
+        raise ConfigError("--gpus-per-engine is for the engines of --engines N: set that too.")
+    if layout.engines and (kind, verb) != ("ray", "rl"):
         raise ConfigError(
             "--engines is for infir2 launch ray ... -- rl: "
             "with other launchers and verbs every rank has the engine it needs."
         )
-    return layout
 
 
 def _launcher(
@@ -207,7 +208,7 @@ def _check_recipes(command: list[str]) -> None:
 
 def _check_keys(command: list[str], kind: str, layout: Layout) -> None:
     """Raise ConfigError for what every rank would refuse, before any is started or queued."""
-    if runs_benchmarks(command) or wants_help(command):
+    if runs_benchmarks(command):
         return
     arguments = _recipe_arguments(command)
     recipe = load(RECIPE_CLASSES[command[0]], *arguments, os.environ, command[0]).recipe
@@ -247,106 +248,3 @@ def _recipe_arguments(command: list[str]) -> tuple[tuple[str, ...], tuple[str, .
     if verb == "rl":
         arguments = split_modes(arguments)[0]
     return split_recipe_arguments(arguments, verb)
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="infir2 launch",
-        usage="infir2 launch torchrun|ray|slurm [options] -- VERB ARGS",
-        description=_DESCRIPTION,
-    )
-    parser.add_argument(
-        "kind",
-        choices=KINDS,
-        metavar="torchrun|ray|slurm",
-        help="torchrun: this machine, or this node of several; ray; slurm",
-    )
-    _add_size_options(parser)
-    _add_rendezvous_options(parser)
-    parser.add_argument(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="slurm: a further option, --sbatch=--partition=gpu",
-    )
-    parser.add_argument(
-        "--in-job", action="store_true", help="slurm: run in this job, on all its nodes"
-    )
-    parser.add_argument("--no-wait", action="store_true", help="slurm: exit once the job is queued")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and exit")
-    return parser
-
-
-def _add_size_options(parser: Parser) -> None:
-    parser.add_argument(
-        "--nodes", type=_at_least(int, 1), default=1, metavar="N", help="machines (default 1)"
-    )
-    parser.add_argument(
-        "--gpus-per-node",
-        type=_at_least(int, 1),
-        dest="ranks_per_node",
-        metavar="M",
-        help="ranks on each node, one per GPU (torchrun: default this machine's GPUs, or 1)",
-    )
-    parser.add_argument(
-        "--cpu", action="store_true", help="ranks run on CPUs; ray, slurm: request no GPUs"
-    )
-    parser.add_argument(
-        "--cpus-per-rank",
-        type=_at_least(float, 0.01),
-        default=1.0,
-        metavar="C",
-        help="ray, slurm: cores to request per rank (default 1)",
-    )
-    parser.add_argument(
-        "--engines",
-        type=_at_least(int, 1),
-        default=0,
-        metavar="N",
-        help="ray, rl: N rollout engines with GPUs of their own: native ones, or servers as "
-        "rollout.engine says (default: one in each rank's process, or servers on its GPUs)",
-    )
-    parser.add_argument(
-        "--gpus-per-engine",
-        type=_at_least(int, 1),
-        default=1,
-        metavar="N",
-        help="ray, rl: GPUs of each of --engines, the rollout.tensor_parallel of a server",
-    )
-    parser.add_argument(
-        "--max-restarts",
-        type=_at_least(int, 0),
-        default=3,
-        metavar="R",
-        help="restarts from the newest checkpoint after a death, and of each engine (default 3)",
-    )
-
-
-def _add_rendezvous_options(parser: Parser) -> None:
-    parser.add_argument(
-        "--endpoint",
-        default=default_endpoint(),
-        metavar="HOST:PORT",
-        help="torchrun on several nodes: the rendezvous (default $MASTER_ADDR:$MASTER_PORT)",
-    )
-    parser.add_argument(
-        "--run-id",
-        default="infir2",
-        help="torchrun on several nodes: the same name on all nodes of a job (default infir2)",
-    )
-    parser.add_argument(
-        "--local-address",
-        default="",
-        metavar="HOST",
-        help="torchrun on several nodes: this node's address, if it is not its host name",
-    )
-
-
-def _at_least(convert: Callable[[str], float], minimum: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        if not minimum <= (value := convert(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {minimum}")
-        return value
-
-    return number

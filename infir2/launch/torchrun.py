@@ -3,8 +3,11 @@
 The launcher's exit code is the worst code of this node's ranks.
 """
 
+import difflib
 import glob
+import itertools
 import os
+import shlex
 import signal
 import socket
 import struct
@@ -28,6 +31,7 @@ PROBE_SECONDS = 3.0
 # TCPStoreBackend.hpp: VALIDATE (0) with its magic number, PING (13) with any number.
 _STORE_PING = struct.pack("<BIBI", 0, 0x3C85F7CE, 13, 7)
 VERBS = ("cpt", "sft", "rl", "eval")
+_PROGRAMS = ("--", "infir2", "python", "python3", "-m")  # written before a verb by habit
 # The ranks of one node listen on loopback only. torchrun would open a store for them on all
 # interfaces; they make their own (`parallel.ranks`).
 _LOOPBACK = {
@@ -105,7 +109,7 @@ def _check_endpoint(endpoint: str) -> None:
     launcher of this job that has started earlier.
     """
     host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(
             f"--endpoint {endpoint}: write HOST:PORT, such as node1:{PORT} (from MASTER_ADDR and "
             "MASTER_PORT without the option)."
@@ -152,13 +156,24 @@ def check_command(command: Sequence[str], layout: Layout) -> None:
         found = f", not {command[0]}" if command else ""
         raise ConfigError(
             f"infir2 launch needs a verb after --: one of {', '.join(VERBS)}{found}, and its "
-            "arguments."
+            f"arguments.{_command_advice(command)}"
         )
     is_recipe = command[0] == "eval" and not runs_benchmarks(command)
     if is_recipe and layout.nodes * layout.ranks_per_node > 1:
         raise ConfigError(
             "infir2 eval RECIPE runs in one process: launch it with --nodes 1 --gpus-per-node 1."
         )
+
+
+def _command_advice(command: Sequence[str]) -> str:
+    """What the words after `--` may have meant, with a space before it."""
+    words = list(itertools.dropwhile(lambda word: word in _PROGRAMS, command))
+    if words and words[0].endswith(".toml"):
+        words = ["sft", *words]
+    if words and words[0] in VERBS:
+        return f" Such as -- {shlex.join(words)}"
+    near = difflib.get_close_matches(words[0], VERBS, 1) if words else []
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def runs_benchmarks(command: Sequence[str]) -> bool:

@@ -66,7 +66,7 @@ MISTAKES = [
     ("doctor --gpu h100", 2, "unrecognized arguments: --gpu h100; see `infir2 doctor --help`"),
     ("bench", 2, "the following arguments are required: --to"),
     ("bench --out x.json", 2, "the following arguments are required: --to"),
-    ("completion", 2, "the following arguments are required: shell"),
+    ("completion", 2, "the following arguments are required: bash"),
     ("completion zsh", 2, "invalid choice: 'zsh' (choose from 'bash')"),
     ("chat", 2, "infir2 chat needs MODEL, or --url of a running server, and not both"),
     ("chat hf --url http://127.0.0.1:1", 2, "and not both"),

@@ -409,7 +409,7 @@ MISTAKES = [
     ("chat run", 2, "run is a run directory, and an engine loads an export: infir2 export fp8 run"),
     ("chat hf --beside nope", 2, "--beside: nope does not exist"),
     ("chat gpt2", 3, "gpt2/config.json: model_type 'gpt2' is not supported"),
-    ("completion --bash", 2, "the following arguments are required: shell"),
+    ("completion --bash", 2, "the following arguments are required: bash"),
     ("--hlep", 2, "--hlep is not a verb; did you mean --help?"),
     ("train cpt.toml", 2, "training is infir2 cpt, sft or rl, followed by a recipe."),
     ("pretrain cpt.toml", 2, "training is infir2 cpt, sft or rl, followed by a recipe."),
