@@ -1,6 +1,5 @@
 """Verb eval with --benchmarks: evalscope's benchmarks against engines."""
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from infir2.cli.engine_options import (
     fraction,
     positive_integer,
     take_engine_options,
+    temperature,
 )
 from infir2.config.schema import EvalRecipe
 from infir2.errors import CheckFailedError, ConfigError
@@ -161,12 +161,6 @@ def _parser() -> Parser:
     add_engine_options(parser)
     parser.add_argument(JSON, action="store_true", help="print the scores as JSON")
     return parser
-
-
-def temperature(text: str) -> float:
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
 
 
 def whole_number(text: str) -> int:

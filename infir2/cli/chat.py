@@ -6,9 +6,13 @@ from pathlib import Path
 from infir2.cli.arguments import Parser
 from infir2.cli.engine_options import (
     add_engine_options,
+    fraction,
+    positive_integer,
     require_server_packages,
     take_engine_options,
+    temperature,
 )
+from infir2.errors import ConfigError
 from infir2.terminal import pulse
 
 _SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
@@ -40,7 +44,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "model",
         nargs="?",
-        type=Path,
+        type=_model_directory,
         metavar="MODEL",
         help="Hugging Face directory, for which a server is started",
     )
@@ -53,9 +57,18 @@ def _parser() -> Parser:
         help="a second model that answers too, such as the BF16 export of an FP8 one",
     )
     parser.add_argument("--system", default="", metavar="TEXT", help="system message")
-    parser.add_argument("--temperature", type=float, default=0.6, help="default 0.6; 0: greedy")
-    parser.add_argument("--top-p", type=float, default=0.95, help="default 0.95")
-    parser.add_argument("--max-tokens", type=int, help="of a response (default: the context)")
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.6, help="default 0.6; 0: greedy"
+    )
+    parser.add_argument("--top-p", type=fraction, default=0.95, help="default 0.95")
+    tokens_help = "of a response (default: the context)"
+    parser.add_argument("--max-tokens", type=positive_integer, metavar="N", help=tokens_help)
     parser.add_argument("--seed", type=int, help="makes responses repeatable")
     add_engine_options(parser)
     return parser
+
+
+def _model_directory(text: str) -> Path:
+    if text.startswith(("http://", "https://")) and "huggingface.co/" not in text:
+        raise ConfigError(f"MODEL: {text} is the address of a server; write --url {text}.")
+    return Path(text)

@@ -1,6 +1,7 @@
 """Options that say what generates, for the verbs that start a server."""
 
 import importlib.util
+import math
 from typing import TYPE_CHECKING, Any
 
 from infir2.cli.arguments import Parser
@@ -71,5 +72,11 @@ _below_one.__name__ = "fraction below 1"  # what argparse calls it
 
 def fraction(text: str) -> float:
     if not 0 < float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
+def temperature(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
         raise ValueError
     return float(text)

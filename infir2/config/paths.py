@@ -8,7 +8,7 @@ from typing import Any
 
 from infir2.errors import ConfigError
 
-_HUB = re.compile(r"(?:https?://huggingface\.co/|hf://)?([\w-][\w.-]*/([\w.-]+))/?")
+_HUB = re.compile(r"(?:https?://?huggingface\.co/|hf://?)?([\w-][\w.-]*/([\w.-]+))/?")
 _OUR_FOLDERS = ("runs", "models", "checkpoints", "data", "exports", "recipes")
 _PATH_KEYS = re.compile(
     r"run\.dir|model\.path|data\.tokenizer|.*\.\d+\.path|checkpoint\.branch_from|rl\.reference"
@@ -73,7 +73,7 @@ def check_model_directory(key: str, path: str) -> None:
     if hub := _hub_name(path):
         name, directory = hub
         raise ConfigError(
-            f"{key}: {path} is not a local directory, and infir2 downloads nothing. Download the "
+            f"{key}: {name} is not a local directory, and infir2 downloads nothing. Download the "
             f"model first: hf download {name} --local-dir models/{directory}; "
             f"then name models/{directory} instead."
         )

@@ -16,10 +16,10 @@ from typing import Any
 
 from infir2.engines.engine_options import EngineOptions, ServeClient, check_model, serve_host
 from infir2.engines.http_client import KEY_VARIABLE, HttpClient, check_url
-from infir2.engines.remote import BadAnswerError, EngineError
+from infir2.engines.remote import BadAnswerError, EngineError, EngineGoneError
 from infir2.engines.server_process import ServerProcess
 from infir2.errors import ConfigError, UserError, first_line
-from infir2.model.safetensors_io import read_json
+from infir2.model.safetensors_io import HfWeights, read_json
 from infir2.terminal import log, log_error, print_part, read_line
 
 
@@ -63,6 +63,9 @@ def run_chat(options: ChatOptions) -> None:
     for key, model in (("MODEL", options.model), ("--beside", options.beside)):
         if model is not None:
             check_model(key, model)
+            options.engine.check(model)
+            if options.engine.engine == "native":
+                HfWeights(model)  # its servers would say the same in seconds, and each its own
     with contextlib.ExitStack() as stack:
         conversations = [_conversation(stack, options.model, options)]
         if options.beside is not None:
@@ -167,9 +170,16 @@ class ChatClient:
         try:
             answer = self._runner.run(self._http.get("/models"))
             return str(answer["data"][0]["id"])
-        except (EngineError, LookupError, TypeError) as error:
+        except EngineGoneError as error:
             raise ConfigError(
-                f"--url: {self._http.url} is no server of OpenAI's API ({first_line(error)})."
+                f"--url: no server answers ({first_line(error)}); start one with infir2 serve "
+                "MODEL, or write the address that it printed."
+            ) from error
+        except (EngineError, LookupError, TypeError) as error:
+            why = first_line(error) if isinstance(error, EngineError) else "it lists no model"
+            raise ConfigError(
+                f"--url: {self._http.url} is no server of OpenAI's API ({why}); "
+                "name one, such as that of infir2 serve MODEL."
             ) from error
 
 

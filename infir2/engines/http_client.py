@@ -187,8 +187,10 @@ def _decode(status: int, data: bytes, label: str, is_text: bool) -> Any:
         message = f"{label}: it redirects (status {status}); name the server itself"
         raise BadAnswerError("status", message, status)
     if status != 200:
-        text = data[:300].decode(errors="replace").replace("\n", " ")
-        raise BadAnswerError("status", f"{label}: status {status} {text}", status, _sentence(data))
+        is_page = data.lstrip().startswith(b"<")
+        text = "" if is_page else data[:300].decode(errors="replace").replace("\n", " ")
+        message = f"{label}: status {status} {text}".rstrip()
+        raise BadAnswerError("status", message, status, _sentence(data))
     if is_text or not data.strip():
         return data.decode(errors="replace") or None
     try:
