@@ -175,6 +175,43 @@ def _add_source_and_target(parser: Parser, metavar: str, source_help: str) -> No
 
 def verify_weights(arguments: Sequence[str]) -> None:
     """infir2 verify-weights RUN HF_FP8_DIR [--engine URL]"""
+    options = _verify_parser().parse_args(arguments)
+    _check_verified(options.run, options.hf_dir)
+    if options.engine:  # before many gigabytes are read
+        from infir2.engines.probe import check_engine, check_engine_url
+
+        check_engine_url(options.engine)
+    from infir2.convert import verify_weights as compare
+
+    num_tensors = compare(options.run, options.hf_dir)
+    print_result(f"{num_tensors} tensors of {options.hf_dir} hold the bytes of {options.run}.")
+    if options.engine:
+        print_result(check_engine(options.engine, options.hf_dir))
+
+
+def _check_verified(run: Path, export: Path) -> None:
+    """Raise ConfigError or CheckpointError unless `run` may be a run and `export` a model."""
+    from infir2.checkpoint.fingerprint import is_run
+
+    if is_run(export) and not is_run(run):
+        raise ConfigError(f"the run comes first: infir2 verify-weights {export} {run}.")
+    if is_run(export):
+        raise ConfigError(
+            f"HF_FP8_DIR: {export} is a run directory; name what was exported from it: "
+            f"infir2 export fp8 {export} --to DIR writes that."
+        )
+    check_model_directory("HF_FP8_DIR", str(export))
+    if is_run(run):
+        return
+    if not run.exists():
+        raise CheckpointError(f"RUN: {run} does not exist; name a run directory or its checkpoint.")
+    kind = "a Hugging Face model" if (run / "config.json").is_file() else "no run directory"
+    raise CheckpointError(
+        f"RUN: {run} is {kind}; name the run, or its checkpoint, that {export} was exported from."
+    )
+
+
+def _verify_parser() -> Parser:
     parser = Parser(
         prog="infir2 verify-weights",
         description=(
@@ -196,20 +233,7 @@ def verify_weights(arguments: Sequence[str]) -> None:
         metavar="URL",
         help="also compare a server's greedy tokens (OpenAI API; key in INFIR2_ENGINE_KEY)",
     )
-    options = parser.parse_args(arguments)
-    from infir2.checkpoint.fingerprint import is_run
-    from infir2.convert import verify_weights as compare
-
-    if is_run(options.hf_dir) and not is_run(options.run):
-        raise ConfigError(
-            f"the run comes first: infir2 verify-weights {options.hf_dir} {options.run}."
-        )
-    num_tensors = compare(options.run, options.hf_dir)
-    print_result(f"{num_tensors} tensors of {options.hf_dir} hold the bytes of {options.run}.")
-    if options.engine:
-        from infir2.engines.probe import check_engine
-
-        print_result(check_engine(options.engine, options.hf_dir))
+    return parser
 
 
 def tokenize(arguments: Sequence[str]) -> None:

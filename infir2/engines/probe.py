@@ -26,6 +26,11 @@ MIN_AGREEMENT = 0.5  # of the tokens, counted up to each probe's first differenc
 MAX_DIFFERENCE = 0.25  # mean |log-probability difference| of those tokens
 
 
+def check_engine_url(url: str) -> None:
+    """Raise ConfigError for an address that is none, or that is far and has no key."""
+    check_url("--engine", url, os.environ.get(KEY_VARIABLE, ""))
+
+
 def check_engine(url: str, hf_dir: Path) -> str:
     """Compare the server at `url` (with or without /v1) with `hf_dir`; INFIR2_ENGINE_KEY is its
     key.
@@ -33,7 +38,7 @@ def check_engine(url: str, hf_dir: Path) -> str:
     Returns one sentence with the agreement. Raises ConfigError for a server that does not answer as
     the API does, CheckFailedError for one that computes something else.
     """
-    check_url("--engine", url, os.environ.get(KEY_VARIABLE, ""))
+    check_engine_url(url)
     base = url.rstrip("/").removesuffix("/v1") + "/v1"
     with _server_errors(base):
         model = _call(base, "/models")["data"][0]["id"]

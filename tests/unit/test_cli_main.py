@@ -273,6 +273,7 @@ def test_arguments_reach_their_function(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("infir2.convert.megatron_import.find_iteration", lambda path: path)
+    monkeypatch.setattr("infir2.cli.convert._check_verified", lambda *_: None)
     functions = (
         "export_hf",
         "export_fp8",
