@@ -74,7 +74,9 @@ def _check_directory(directory: Path) -> None:
             "recipe."
         )
     names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    if names and "world" not in names and names != {"logs"}:
+    # A demo that was killed early has its logs, and a directory whose name is not yet `world`.
+    others = {name for name in names if name != "logs" and not name.startswith(".world.")}
+    if others and "world" not in others:
         raise ConfigError(
             f"{directory} holds something else than a demo; name a new directory: infir2 demo DIR."
         )

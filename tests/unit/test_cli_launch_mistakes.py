@@ -136,6 +136,18 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(
     assert sentence in sentence_of(capsys, tmp_path, arguments, code)
 
 
+def test_a_demo_that_was_killed_early_is_a_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr("infir2.demo.stages.run_demo", lambda *words: started.append(words[0]))
+    (tmp_path / "logs").mkdir()
+    assert main(["demo", str(tmp_path)]) == 0
+    (tmp_path / ".world.tmp-host-0123456789ab").mkdir()
+    assert main(["demo", str(tmp_path)]) == 0
+    assert started == [tmp_path, tmp_path]
+
+
 def test_each_verb_has_its_mistakes() -> None:
     counts = Counter(words.split(maxsplit=1)[0] for words in {words for words, _, _ in MISTAKES})
     assert min(counts["demo"], counts["launch"]) >= 20
