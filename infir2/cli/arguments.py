@@ -75,6 +75,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"invalid \w+ value", lambda name: name[0].replace("_", " "), message)
+        message = message.replace("ignored explicit argument", "takes no value, and has")
         raise ConfigError(f"{message}; {self._advice(message)}see `{self.prog} --help`.")
 
     def _advice(self, message: str) -> str:
@@ -85,6 +86,8 @@ class Parser(argparse.ArgumentParser):
         if not wrong:
             return ""
         choices = [str(word) for action in self._actions for word in action.choices or ()]
+        if wrong[2] and wrong[2].endswith(".toml"):
+            return f"{self.prog} takes no recipe, infir2 check and infir2 plan do; "
         if wrong[1] is None:
             return self._option_advice(wrong[2])
         near = difflib.get_close_matches(wrong[1].lower(), choices, 1)
@@ -104,7 +107,7 @@ class Parser(argparse.ArgumentParser):
     def _misspelt(self) -> str:
         """What may be meant by an option that was given where a required one is missing."""
         known = [name for action in self._actions for name in action.option_strings]
-        for word in (word.partition("=")[0] for word in self._given if word.startswith("--")):
+        for word in (word.partition("=")[0] for word in self._given if word.startswith("-")):
             if word not in known and (
                 advice := self._option_advice(word, f"{word} is not an option, ")
             ):
@@ -127,7 +130,7 @@ def split_recipe_arguments(
             continue
         if argument.startswith("--") and "." in argument.partition("=")[0]:
             options.append(argument)
-        elif argument.startswith("-") or _is_key_without_dashes(argument):
+        elif argument.startswith("-") or _lacks_dashes(argument, verb):
             raise ConfigError(
                 f"{argument} is not an option of infir2 {verb}; options are --section.key=value, "
                 f"see `infir2 {verb} --help`.{_option_advice(argument, verb)}"
@@ -145,18 +148,19 @@ def split_recipe_arguments(
     return tuple(paths), tuple(options)
 
 
-def _is_key_without_dashes(argument: str) -> bool:
+def _lacks_dashes(argument: str, verb: str) -> bool:
     key, equals, _ = argument.partition("=")
-    return bool(equals) and lookup(RlRecipe, key) is not None
+    is_own = f"--{key}" in OWN_OPTIONS.get(verb, ())
+    return bool(equals) and (is_own or lookup(RlRecipe, key) is not None)
 
 
 def _option_advice(argument: str, verb: str) -> str:
     """What a wrong option may have meant: habits of other programs, our options, then keys."""
     name, equals, value = argument.partition("=")
     word = name.lstrip("-").replace("-", "_")
-    if habit := _HABITS.get(word):
-        return f" {habit}."
     own = [*(option.rstrip("=") for option in OWN_OPTIONS[verb]), "--help", "--quiet"]
+    if (habit := _HABITS.get(word)) and f"--{word}" not in own:
+        return f" {habit}."
     near = difflib.get_close_matches(name.replace("_", "-"), own, 1, 0.75)
     key = nearest_key(RECIPE_CLASSES.get(verb, RlRecipe), word)
     meant = near[0] if near else f"--{key}" if key else ""

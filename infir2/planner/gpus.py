@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from infir2.errors import ConfigError
+from infir2.errors import ConfigError, disk_reason
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,32 @@ def find_gpu(name: str) -> Gpu:
             "on a machine with that GPU writes a file to name here."
         )
     try:
-        return _gpu(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return _gpu(_read_json(path))
+    except (OSError, ValueError) as error:
+        why = disk_reason(error) if isinstance(error, OSError) else error
         raise ConfigError(
-            f"--gpu {name}: not a file of infir2 bench ({error}); run `infir2 bench --to {name}` "
-            "on a machine with that GPU."
+            f"--gpu {name}: not a file of infir2 bench ({why}); `infir2 bench --to FILE.json` on a "
+            "machine with that GPU writes one."
         ) from None
 
 
-def _gpu(values: dict[str, Any]) -> Gpu:
-    known = {field.name for field in fields(Gpu)}
+def _read_json(path: Path) -> Any:
+    text = path.read_bytes()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("it is no JSON") from None
+
+
+def _gpu(values: Any) -> Gpu:
+    names = [field.name for field in fields(Gpu)]
+    given = values if isinstance(values, dict) else {}
+    if missing := [name for name in names if name not in given]:
+        raise ValueError(f"it has no {missing[0]}")
+    known = set(names)
     gpu = Gpu(**{name: value for name, value in values.items() if name in known})
-    pairs = [*gpu.flash_tflops, *gpu.torch_tflops]
+    lists = [each for each in (gpu.flash_tflops, gpu.torch_tflops) if isinstance(each, list)]
+    pairs = [rate for each in lists for rate in each]
     texts = {"name", "origin"}
     plain = known - texts - {"flash_tflops", "torch_tflops", "fp8_tflops"}
     rates = [*pairs, *(getattr(gpu, name) for name in plain)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infir2.errors import ConfigError, disk_reason
+from infir2.errors import ConfigError, OutputExistsError, disk_reason
 from infir2.files import write_atomically
 from infir2.model.attention_cuda import flash_attention_4, plan_varlen
 from infir2.model.memory import GIB
@@ -25,7 +25,10 @@ _CALLS = 12
 
 
 def measure_gpu(path: Path) -> str:
-    """Measure the first GPU, write `path`, and return what was found. Raises ConfigError."""
+    """Measure the first GPU, write `path`, and return what was found.
+
+    Raises ConfigError, and OutputExistsError for a file that is something else."""
+    _check_output(path)
     if not torch.cuda.is_available():
         raise ConfigError(
             "infir2 bench measures a GPU, and torch sees none here; `infir2 plan --gpu h100` uses "
@@ -40,6 +43,23 @@ def measure_gpu(path: Path) -> str:
         ) from error
     rates = ", ".join(f"{name} {value}" for name, value in asdict(gpu).items())
     return f"{path}: {rates}. Use it: infir2 plan RECIPE.toml --gpu {path}"
+
+
+def _check_output(path: Path) -> None:
+    """Raise ConfigError or OutputExistsError for what could not be written or named as --gpu."""
+    if path.is_dir():
+        raise ConfigError(f"--to {path}: is a directory; name a file, such as {path / 'gpu.json'}.")
+    if path.suffix != ".json":
+        raise ConfigError(f"--to {path}: the file is JSON; name it {path}.json.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--to {path}: {path.parent} is no directory; make it first.")
+    if path.exists():
+        try:
+            find_gpu(str(path))
+        except ConfigError as error:
+            raise OutputExistsError(
+                f"--to {path}: exists and is not a file of infir2 bench; name another file."
+            ) from error
 
 
 def _measure() -> Gpu:

@@ -1,5 +1,8 @@
 """The shape of a recipe's model, and the mean length of its rows, present here or not."""
 
+from pathlib import Path
+
+from infir2.config.paths import check_model_directory
 from infir2.config.schema import ModelSection, RlRecipe, ShapeSection, TrainRecipe
 from infir2.errors import ConfigError, UserError
 from infir2.model import ModelConfig
@@ -32,6 +35,9 @@ def shape_of(section: ModelSection) -> tuple[ModelConfig, str]:
         return planned_config(section, _NEW_VOCABULARY), ""
     except UserError as error:
         named = _known_name(section.path)
+        if not named and Path(section.path).exists():
+            check_model_directory("model.path", section.path)
+            raise
         if not named:
             known = ", ".join(package_json("shapes.json"))
             raise ConfigError(
@@ -63,6 +69,6 @@ def mean_tokens(recipe: TrainRecipe, given: int) -> tuple[float, str]:
     except UserError:
         limit = recipe.data.sequence_tokens
         return limit, (
-            f"the data or its tokenizer is not here: a row is taken as {limit:,} tokens, the most "
-            "it can be (--sample-tokens N sets the mean)"
+            f"the data or its tokenizer cannot be read here: a row is taken as {limit:,} tokens, "
+            "the most it can be (--sample-tokens N sets the mean)"
         )

@@ -56,7 +56,81 @@ CHAT = [
     ("chat hf --max-tokens 0", 2, "argument --max-tokens: invalid positive integer value: '0'"),
     ("chat hf --seed 1e3", 2, "argument --seed: invalid int value: '1e3'"),
 ]
-MISTAKES = [*CHAT]
+PLAN = [
+    ("plan", 2, "the following arguments are required: --gpu; see `infir2 plan --help`."),
+    ("plan sft.toml -gpu h100", 2, "-gpu is not an option, did you mean --gpu?"),
+    ("plan --gpu h100", 2, "infir2 plan needs a recipe, such as one in recipes/demo"),
+    ("plan sft --gpu h100", 2, "there is no such recipe file; did you mean sft.toml?"),
+    ("plan hf --gpu h100", 2, "hf: this is a directory; name a recipe, a .toml file"),
+    ("plan broken.toml --gpu h100", 2, "broken.toml: this is not valid TOML"),
+    ("plan sft.toml --gpu v100", 2, "--gpu v100 is not one of h100, h200, a100; did you mean h100"),
+    ("plan sft.toml --gpu none.json", 2, "not a file of infir2 bench (No such file or directory,"),
+    ("plan sft.toml --gpu file.gguf", 2, "not a file of infir2 bench (it is no JSON); `infir2 ben"),
+    ("plan sft.toml --gpu hf/config.json", 2, "not a file of infir2 bench (it has no name); `infi"),
+    ("plan sft.toml --gpu list.json", 2, "not a file of infir2 bench (it has no name); `infir2 be"),
+    ("plan sft.toml --gpu h100 --gpus 8.5", 2, "invalid positive integer value: '8.5'"),
+    ("plan sft.toml --gpu h100 gpus=8", 2, "Did you mean --gpus=8?"),
+    ("plan sft.toml --gpu h100 --node 2", 2, "Did you mean --nodes?"),
+    ("plan sft.toml --gpu h100 --json=yes", 2, "argument --json: takes no value, and has 'yes'"),
+    ("plan sft.toml --gpu h100 --nodes 0", 2, "argument --nodes: invalid positive integer value"),
+    ("plan sft.toml --gpu h100 --model.pth=hf", 2, "is not a key; did you mean model.path?"),
+    ("plan sft.toml --gpu h100 --model.path=nope", 2, "nope is not here and its name is none of q"),
+    ("plan sft.toml --gpu h100 --model.path=adapter", 3, "adapter is a LoRA adapter, not a model;"),
+    ("plan sft.toml --gpu h100 --model.path=empty", 3, "empty/config.json is missing; name a comp"),
+    ("plan sft.toml --gpu h100 --model.path=gpt2", 3, "model_type 'gpt2' is not supported; use a"),
+    ("plan sft.toml --gpu h100 --model.path=file.gguf", 2, "infir2 import hf file.gguf --to DIR."),
+    ("plan sft.toml --gpu h100 --model.path=hf/config.json", 2, "name its directory, hf."),
+    ("plan sft.toml --gpu h100 --run.seed 5", 2, "option --run.seed: write it as --run.seed=5."),
+    ("plan sft.toml --gpu h100 --run.dir=~/x", 2, "only a shell knows ~"),
+    ("plan sft.toml --gpu h100 --parallel.cp=2", 2, "start 2 processes, or change one of these s"),
+]
+# doctor has one option and bench has --to: they have fewer than twenty different mistakes.
+DOCTOR = [
+    ("doctor sft.toml", 2, "infir2 doctor takes no recipe, infir2 check and infir2 plan do; see"),
+    ("doctor hf", 2, "unrecognized arguments: hf; see `infir2 doctor --help`."),
+    ("doctor --jsn", 2, "did you mean --json?"),
+    ("doctor --json=yes", 2, "argument --json: takes no value, and has 'yes'"),
+    ("doctor --fix", 2, "unrecognized arguments: --fix; see `infir2 doctor --help`."),
+    ("doctor --device cuda", 2, "unrecognized arguments: --device cuda; see `infir2 doctor --hel"),
+    ("doctor ~/hf", 2, "~/hf: only a shell knows ~"),
+    ("docter", 2, "docter is not a verb; did you mean doctor?"),
+]
+BENCH = [
+    ("bench", 2, "the following arguments are required: --to; see `infir2 bench --help`."),
+    ("bench --to", 2, "argument --to: expected one argument"),
+    ("bench -to gpu.json", 2, "-to is not an option, did you mean --to?"),
+    ("bench --out gpu.json", 2, "--out is not an option, did you mean --to?"),
+    ("bench gpu.json", 2, "the following arguments are required: --to"),
+    ("bench sft.toml --to gpu.json", 2, "infir2 bench takes no recipe, infir2 check and infir2 pl"),
+    ("bench --to gpu.json more.json", 2, "unrecognized arguments: more.json"),
+    ("bench --to gpu.json --gpus 8", 2, "unrecognized arguments: --gpus 8"),
+    ("bench --to ~/gpu.json", 2, "~/gpu.json: only a shell knows ~"),
+    ("bench --to hf", 2, "--to hf: is a directory; name a file, such as hf/gpu.json."),
+    ("bench --to h100", 2, "--to h100: the file is JSON; name it h100.json."),
+    ("bench --to no/gpu.json", 2, "no/gpu.json: no is no directory; make it first."),
+    ("bench --to hf/config.json", 2, "exists and is not a file of infir2 bench; name another fil"),
+    (
+        "bench --to gpu.json",
+        2,
+        "infir2 bench measures a GPU, and torch sees none here; `infir2 plan",
+    ),
+]
+MISTAKES = [*CHAT, *PLAN, *DOCTOR, *BENCH]
+SFT = """[run]
+dir = "new"
+[data]
+tokenizer = "world/tokenizer"
+sequence_tokens = 128
+micro_batch_tokens = 256
+batch_samples = 4
+[[data.sources]]
+path = "world/sft1.jsonl"
+[model]
+path = "hf"
+[schedule]
+learning_rate = 1e-3
+total_steps = 4
+"""
 
 
 class _Web(http.server.BaseHTTPRequestHandler):
@@ -99,7 +173,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("empty", "adapter"):
         (directory / name).mkdir()
     (directory / "adapter/adapter_config.json").write_text("{}")
-    (directory / "file.gguf").write_text("x")
+    files = {"file.gguf": "x", "list.json": "[]", "sft.toml": SFT, "broken.toml": "dir = new"}
+    for name, text in files.items():
+        (directory / name).write_text(text)
     return directory
 
 
