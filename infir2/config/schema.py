@@ -31,8 +31,9 @@ class RunSection(Section):
     )
     deterministic: bool = Field(
         False,
-        description="on a GPU: the same bits each time, and after a resume, on the same kind of "
-        "GPU with the same software; slower. A CPU repeats its bits without it",
+        description="on a GPU: training steps have the same bits each time, and after a resume, on "
+        "the same kind of GPU with the same software; slower, needs FlashAttention 4. Rollouts "
+        "repeat theirs with rollout.exact. A CPU repeats its bits without it",
     )
 
 
@@ -196,8 +197,9 @@ class TrainSection(Section):
         "auto",
         description="CPT and SFT where a GPU holds the whole model: launch a micro-batch's blocks "
         "as CUDA graphs, so that a small model does not wait for the host; not for micro-batches "
-        "under 3/4 of data.micro_batch_tokens. auto: for models below 1.2 billion parameters; "
-        "larger ones gain little and would keep their gradients' memory",
+        "under 3/4 of data.micro_batch_tokens. auto: on a Hopper GPU with FlashAttention 4, for "
+        "models below 1.2 billion parameters; larger ones gain little and would keep their "
+        "gradients' memory",
     )
     observe_every: int = Field(
         0,

@@ -12,7 +12,8 @@ Both kinds of micro-batch have a pair of graphs (forward, backward), captured af
 the same size have compiled every kernel. All graphs share one pool of memory, so what a micro-batch
 saves for its backward must be used before the next one starts.
 
-The bits are those of the same kernels without graphs. A micro-batch that is nearly full is padded,
+With FlashAttention 4 the bits are those without graphs; torch's attention takes the kernel for
+sequences of any lengths, also where all are equal. A micro-batch that is nearly full is padded,
 which changes sums; it is also padded where it runs eagerly, before the capture or after a failed
 one, so that a resumed run repeats the bits of one that was not interrupted.
 """
@@ -29,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infir2.model.attention import AttentionContext
-from infir2.model.attention_cuda import VarlenAttention
+from infir2.model.attention_cuda import VarlenAttention, flash_attention_4
 from infir2.numerics import nonfinite_blocks, quantize_weights
+from infir2.numerics.gemm_scaled import missing_block_scaling
 from infir2.numerics.ops import requantizer
 from infir2.numerics.weight_cache import CachedValues, cached_values, invalidate, restore
 
@@ -232,6 +234,11 @@ class BlockGraphs:
         return torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
+
+
+def graphs_are_tested_on(device: torch.device) -> bool:
+    """Whether graphs have been tested with what this device computes with."""
+    return missing_block_scaling(device) is None and flash_attention_4() is not None
 
 
 @contextmanager

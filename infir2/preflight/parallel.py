@@ -54,8 +54,8 @@ def speed_notes(recipe: TrainRecipe, num_parameters: int, sizes: Sizes) -> list[
     notes = []
     if recipe.fp8.enabled and num_parameters < FP8_PAYS_FROM:
         notes.append(
-            "FP8 makes no model of this size faster: a step was measured at 0.40x of BF16's speed "
-            "at 135M and 0.55x at 0.5B, with CUDA graphs 0.83x and 0.99x, and 1.2x at 1.5B"
+            "FP8 makes no model of this size much faster: a step was measured at 0.40x of BF16's "
+            "speed at 135M and 0.55x at 0.5B, with CUDA graphs 0.83x and 0.91x, and 1.2x at 1.5B"
         )
     is_off = recipe.train.cuda_graphs is False and not isinstance(recipe, RlRecipe)
     if is_off and sizes.num_shards * sizes.tp == 1 and num_parameters < GRAPHS_PAY_BELOW:

@@ -15,6 +15,7 @@ from infir2.config.schema import RlRecipe
 from infir2.data import Batch, ChatTokenizer, Loader, TrainingKind, validation_batches
 from infir2.data.streams import State
 from infir2.errors import CheckpointCorruptError
+from infir2.model.block_graphs import graphs_are_tested_on
 from infir2.parallel.parallel_model import ParallelModel
 from infir2.terminal import begin_phase
 from infir2.train.build import build_model, open_tokenizer
@@ -81,8 +82,9 @@ def make_trainer(supervisor: Supervisor, vocab_size: int) -> Trainer:
     parallel_model = ParallelModel(
         model, supervisor.layout, gathers.reshard_after_forward, gathers.blocks_per_gather
     )
-    sizes, num_parameters = supervisor.layout.sizes, model.config.num_parameters
-    graphs = uses_graphs(recipe, sizes, num_parameters)
+    graphs = uses_graphs(recipe, supervisor.layout.sizes, model.config.num_parameters)
+    if recipe.train.cuda_graphs == "auto":
+        graphs = graphs and graphs_are_tested_on(supervisor.layout.device)
     graph_tokens = recipe.data.micro_batch_tokens if graphs else 0
     return Trainer(
         model, recipe.optimizer, recipe.train.loss_chunk_tokens, parallel_model, graph_tokens

@@ -26,6 +26,7 @@ from infir2.config.schema import (
 )
 from infir2.errors import CheckpointError, ConfigError
 from infir2.model import ModelConfig
+from infir2.model.attention_cuda import flash_attention_4
 from infir2.model.safetensors_io import read_config, read_json
 from infir2.parallel.mesh import Sizes
 
@@ -45,10 +46,18 @@ def device_of(section: RunSection) -> torch.device:
 
 
 def set_up_torch(section: RunSection) -> None:
-    """Apply `run.threads` and `run.deterministic` to this process, before its first operation."""
+    """Apply `run.threads` and `run.deterministic` to this process, before its first operation.
+
+    Raises ConfigError if the GPU's attention cannot repeat its bits.
+    """
     if section.threads:
         torch.set_num_threads(section.threads)
     if section.deterministic:
+        if device_of(section).type == "cuda" and flash_attention_4() is None:
+            raise ConfigError(
+                "run.deterministic needs FlashAttention 4 on a GPU, because torch's own attention "
+                "sums gradients in no fixed order: pip install 'infir2[gpu]', or set it to false"
+            )
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from infir2.config.schema import RunSection
+from infir2.errors import ConfigError
 from infir2.train.plan import set_up_torch
 
 
@@ -26,6 +27,14 @@ def test_the_defaults_change_nothing() -> None:
     assert torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_a_gpu_without_flash_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("infir2.train.plan.flash_attention_4", lambda: None)
+    with pytest.raises(ConfigError, match="needs FlashAttention 4 on a GPU"):
+        set_up_torch(RunSection(deterministic=True))
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_both_keys_reach_torch() -> None:
