@@ -59,7 +59,7 @@ def _directory(text: str) -> Path:
 
     if not text.strip():
         raise ArgumentTypeError("the name is empty; name a directory, or leave it out")
-    if text in (*VERBS, "help"):
+    if text in {*VERBS, "help"} - {"demo"}:
         raise ArgumentTypeError(f"{text} is a word of infir2; a directory of that name is ./{text}")
     if "://" in text:
         raise ArgumentTypeError(f"{text} is an address; name a directory to write to")
