@@ -9,6 +9,12 @@ import pytest
 from infir2.cli import main
 
 
+def each(mistakes: Sequence[tuple[str, int, str]]) -> pytest.MarkDecorator:
+    """Test each mistake: its words, its exit code and a part of its sentence."""
+    ids = [words for words, _, _ in mistakes]
+    return pytest.mark.parametrize(("words", "code", "sentence"), mistakes, ids=ids)
+
+
 def sentence_of(
     capsys: pytest.CaptureFixture[str], place: Path, arguments: Sequence[str], code: int
 ) -> str:

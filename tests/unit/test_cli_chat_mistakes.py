@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mistakes import sentence_of
+from mistakes import each, sentence_of
 from stages import make_model, make_world
 
 from infir2.engines.http_client import KEY_VARIABLE
@@ -179,7 +179,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("words", "code", "sentence"), MISTAKES, ids=[row[0] for row in MISTAKES])
+@each(MISTAKES)
 def test_a_mistake_gets_one_sentence_at_once(
     place: Path,
     web: str,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from mistakes import sentence_of
+from mistakes import each, sentence_of
 from report_runs import describe, rl_rows, train_rows, write
 
 from infir2.cli import main
@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("words", "code", "sentence"), MISTAKES, ids=[row[0] for row in MISTAKES])
+@each(MISTAKES)
 def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(
     place: Path,
     monkeypatch: pytest.MonkeyPatch,

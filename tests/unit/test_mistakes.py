@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from mistakes import sentence_of
+from mistakes import each, sentence_of
 from stages import make_model, make_world, options, run
 
 from infir2 import terminal
@@ -516,7 +516,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MODELS", raising=False)
 
 
-@pytest.mark.parametrize(("words", "code", "sentence"), MISTAKES, ids=[row[0] for row in MISTAKES])
+@each(MISTAKES)
 def test_a_mistake_gets_one_sentence_at_once(
     place: Path, capsys: pytest.CaptureFixture[str], words: str, code: int, sentence: str
 ) -> None:
