@@ -2,12 +2,16 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from infir2.config.schema import RunSection
+from infir2.config.load import load
+from infir2.config.schema import EvalRecipe, RunSection
+from infir2.demo.stages import RECIPES
 from infir2.errors import ConfigError
+from infir2.evaluate.run import run_evaluation
 from infir2.train.plan import set_up_torch
 
 
@@ -27,6 +31,22 @@ def test_the_defaults_change_nothing() -> None:
     assert torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_an_evaluation_sets_torch_up_before_it_loads_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def stop(section: RunSection) -> None:
+        asked.append(section.threads)
+        raise InterruptedError
+
+    monkeypatch.setattr("infir2.evaluate.run.set_up_torch", stop)
+    options = [f"--run.dir={tmp_path / 'e'}", "--run.threads=3"]
+    with pytest.raises(InterruptedError):
+        run_evaluation(load(EvalRecipe, [RECIPES / "eval.toml"], options))
+    assert asked == [3]
 
 
 def test_a_gpu_without_flash_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
