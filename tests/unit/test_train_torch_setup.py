@@ -43,7 +43,7 @@ def test_an_evaluation_sets_torch_up_before_it_loads_anything(
         raise InterruptedError
 
     monkeypatch.setattr("infir2.evaluate.run.set_up_torch", stop)
-    options = [f"--run.dir={tmp_path / 'e'}", "--run.threads=3"]
+    options = [f"--run.dir={tmp_path / 'e'}", "--run.threads=3", "--model.path=hf"]
     with pytest.raises(InterruptedError):
         run_evaluation(load(EvalRecipe, [RECIPES / "eval.toml"], options))
     assert asked == [3]
